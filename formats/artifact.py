@@ -1,0 +1,224 @@
+"""A converted folder, opened: every number of its index compared with its files, before a byte is used."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from formats import ALIGNMENT_BYTES, INDEX_NAME, TRUNK_NAME
+from formats.errors import DamageError, FormatError, MoeConvertError
+from formats.expert import ExpertLayout
+from formats.index import CODECS, Architecture, ExpertEntry, Index, check_version, read_index
+from formats.layer_file import layer_file_name, layer_metadata, raw_entries, zstd_entries
+from formats.paths import locate, open_regular, read_small
+from formats.safetensors_header import Header, TensorEntry, read_header
+from formats.strict_json import parse
+from formats.trunk import check_trunk
+
+REBUILD_HINT = "a general safetensors tool may have saved it again; get the file again, or convert again"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A converted folder whose structure was checked; the experts' bytes were not (formats/verify.py does)."""
+
+    folder: Path
+    index: Index
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "Artifact":
+        """Opens `folder`. Raises the first problem that the checks of docs/format.md find, as a FormatError."""
+        path = Path(folder)
+        index, config = read_head(path)
+        for _, problem in structure_problems(path, index):
+            raise problem
+        return cls(path, index, config)
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.index.architecture
+
+    def entry(self, layer: int, expert: int) -> ExpertEntry:
+        """The index's entry of an expert; IndexError if there is none."""
+        return self.index.layers[layer].experts[expert]
+
+    def layout(self, layer: int, expert: int) -> ExpertLayout:
+        """The sizes of an expert."""
+        entry = self.entry(layer, expert)
+        return ExpertLayout.of(self.architecture, entry.gate_up, entry.down)
+
+    def layer_path(self, layer: int) -> Path:
+        """The real path of a layer's file."""
+        return locate(self.folder, self.index.layers[layer].file, str(self.folder))
+
+    def trunk_header(self) -> Header:
+        """The header of the trunk, parsed again."""
+        return _header(self.folder, self.index.trunk.file)
+
+
+def read_head(folder: Path) -> tuple[Index, dict[str, Any]]:
+    """Index and config.json of `folder`, compared with each other and with what this release supports."""
+    if not folder.is_dir():
+        raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote")
+    index = read_index(folder)
+    where = str(folder / "config.json")
+    config = parse(read_small(folder, "config.json", str(folder)), where)
+    if not isinstance(config, dict):
+        raise FormatError(f"{where}: not an object")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "moe_convert":
+        raise FormatError(f"{where}: field quantization_config.quant_method is not 'moe_convert'")
+    check_version(quantization.get("format_version"), f"{where}: quantization_config")
+    if "auto_map" in config:
+        raise FormatError(f"{where}: has auto_map; moe-convert never runs code from a model folder", "remove the field")
+    from_config = Architecture.from_config(config, where)
+    for name in Architecture.__struct_fields__:
+        ours, theirs = getattr(index.architecture, name), getattr(from_config, name)
+        if ours != theirs:
+            raise FormatError(f"{where}: {name} is {theirs}, {folder / INDEX_NAME} says {ours}")
+    return index, config
+
+
+def structure_problems(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvertError]]:
+    """Every disagreement between `index`, itself, and the files' sizes and headers. Reads no weights.
+
+    Each comes with the name of the file (as the index has it) whose place or size cannot be relied on.
+    """
+    where = str(folder / INDEX_NAME)
+    checks: list[tuple[str, Callable[[], None]]] = [(INDEX_NAME, partial(_check_layers, index, where))]
+    checks += [(layer.file, partial(_check_layer, folder, index, n, where)) for n, layer in enumerate(index.layers)]
+    checks.append((index.trunk.file, partial(_check_trunk_file, folder, index)))
+    checks += [(f.file, partial(_check_size, folder, f.file, f.size_bytes)) for f in index.files]
+    checks.append((INDEX_NAME, partial(_check_packings, index, where)))
+    for file, check in checks:
+        try:
+            check()
+        except MoeConvertError as e:
+            yield file, e
+
+
+def _check_layers(index: Index, where: str) -> None:
+    expected = index.architecture.num_hidden_layers
+    if len(index.layers) != expected:
+        raise FormatError(f"{where}: layers has {len(index.layers)} entries, config.json says {expected}")
+
+
+def _check_packings(index: Index, where: str) -> None:
+    used = {name for layer in index.layers for entry in layer.experts for name in (entry.gate_up, entry.down)}
+    used |= {linear.packing for linear in index.trunk.packed.values()}
+    if sorted(used) != index.packings:
+        raise FormatError(f"{where}: field packings is {index.packings}, its entries use {sorted(used)}")
+
+
+def _check_layer(folder: Path, index: Index, number: int, where: str) -> None:
+    layer = index.layers[number]
+    here = f"{where}: layers[{number}]"
+    if layer.file != layer_file_name(number):
+        raise FormatError(f"{here}.file is {layer.file!r}, expected {layer_file_name(number)!r}")
+    _check_experts(index, number, here)
+    _check_size(folder, layer.file, layer.size_bytes)
+    header = _header(folder, layer.file)
+    file = str(folder / layer.file)
+    first = layer.experts[0]
+    layouts = [ExpertLayout.of(index.architecture, e.gate_up, e.down) for e in layer.experts]
+    if first.codec == "none":
+        expected = raw_entries(number, layouts)
+    else:
+        expected = zstd_entries(number, [e.length for e in layer.experts])
+    _check_entries(header, expected, file)
+    metadata = layer_metadata(number, layouts, first.codec)
+    for key in sorted(metadata.keys() | header.metadata.keys()):
+        found, wanted = header.metadata.get(key), metadata.get(key)
+        if found != wanted:
+            raise FormatError(f"{file}: metadata {key!r} is {found!r}, the index says {wanted!r}", REBUILD_HINT)
+    if first.offset != header.data_offset:
+        raise FormatError(
+            f"{here}.experts[0].offset is {first.offset}, the data of {file} begins at {header.data_offset}"
+        )
+    if header.sha256 != layer.header_sha256:
+        raise DamageError(
+            f"{file}: the header's sha256 is {header.sha256}, the index says {layer.header_sha256}", REBUILD_HINT
+        )
+
+
+def _check_experts(index: Index, number: int, here: str) -> None:
+    """Order, packings and places of a layer's entries, against each other."""
+    layer = index.layers[number]
+    if len(layer.experts) != index.architecture.num_local_experts:
+        n = index.architecture.num_local_experts
+        raise FormatError(f"{here}.experts has {len(layer.experts)} entries, config.json says {n} experts")
+    position: int | None = None
+    for i, entry in enumerate(layer.experts):
+        at = f"{here}.experts[{i}]"
+        if (entry.layer, entry.expert) != (number, i):
+            raise FormatError(
+                f"{at} is layer {entry.layer} expert {entry.expert}; every expert must stand once, in order"
+            )
+        if entry.codec not in CODECS or entry.codec != layer.experts[0].codec:
+            raise FormatError(
+                f"{at}.codec is {entry.codec!r}; expected is one of {', '.join(CODECS)}, the same in a layer"
+            )
+        layout = ExpertLayout.of(index.architecture, entry.gate_up, entry.down, at)
+        if entry.codec == "none" and entry.length != layout.n_bytes:
+            raise FormatError(f"{at}.length is {entry.length}, its packings and config.json take {layout.n_bytes}")
+        if entry.codec == "zstd" and not 0 < entry.length <= 2 * layout.n_bytes + ALIGNMENT_BYTES:
+            raise FormatError(f"{at}.length is {entry.length}, of a compressed expert of {layout.n_bytes}")
+        if entry.offset % ALIGNMENT_BYTES:
+            raise FormatError(f"{at}.offset is {entry.offset}, not a multiple of {ALIGNMENT_BYTES}")
+        if position is not None and entry.offset != position:
+            what = "overlaps the expert before" if entry.offset < position else "leaves a gap"
+            raise FormatError(f"{at}.offset is {entry.offset}, which {what}; expected {position}")
+        end = entry.offset + entry.length
+        position = end + -end % ALIGNMENT_BYTES
+        if position > layer.size_bytes:
+            raise FormatError(f"{at} ends at {end}, past the end of {layer.file} at {layer.size_bytes}")
+    if position != layer.size_bytes:
+        raise FormatError(f"{here}.size_bytes is {layer.size_bytes}, its experts end at {position}")
+
+
+def _check_trunk_file(folder: Path, index: Index) -> None:
+    trunk = index.trunk
+    if trunk.file != TRUNK_NAME:
+        raise FormatError(f"{folder / INDEX_NAME}: trunk.file is {trunk.file!r}, expected {TRUNK_NAME!r}")
+    _check_size(folder, trunk.file, trunk.size_bytes)
+    header = _header(folder, trunk.file)
+    check_trunk(header.entries, index.architecture, trunk.packed, str(folder / trunk.file))
+    if header.sha256 != trunk.header_sha256:
+        raise DamageError(
+            f"{folder / trunk.file}: the header's sha256 is {header.sha256}, the index says {trunk.header_sha256}",
+            REBUILD_HINT,
+        )
+
+
+def _check_entries(header: Header, expected: list[TensorEntry], file: str) -> None:
+    """The header must hold exactly the expected tensors, at the expected places."""
+    for entry in expected:
+        found = header.entries.get(entry.name)
+        if found is None:
+            raise FormatError(f"{file}: tensor {entry.name!r} is missing", REBUILD_HINT)
+        if found != entry:
+            raise FormatError(
+                f"{file}: tensor {entry.name!r} is {found.dtype} {list(found.shape)} at {found.begin}, the index says"
+                f" {entry.dtype} {list(entry.shape)} at {entry.begin}",
+                REBUILD_HINT,
+            )
+    if extra := sorted(header.entries.keys() - {entry.name for entry in expected}):
+        raise FormatError(f"{file}: tensor {extra[0]!r} is not in the index", REBUILD_HINT)
+
+
+def _check_size(folder: Path, name: str, size_bytes: int) -> None:
+    path = locate(folder, name, str(folder))
+    found = path.stat().st_size
+    if found != size_bytes:
+        raise DamageError(f"{folder / name}: {found} bytes, the index says {size_bytes}")
+
+
+def _header(folder: Path, name: str) -> Header:
+    descriptor = open_regular(locate(folder, name, str(folder)))
+    try:
+        return read_header(descriptor, str(folder / name))
+    finally:
+        os.close(descriptor)

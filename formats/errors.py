@@ -1,0 +1,62 @@
+"""The errors that moe-convert raises on bad input. One base class; the next step is a field."""
+
+
+class MoeConvertError(Exception):
+    """What was found, where, what was expected; `hint` says what to do next, as a command where one exists.
+
+    `exit_code` is what the command line returns (docs/commands.md); `default_hint` stands in where no hint is given.
+    """
+
+    exit_code = 1
+    default_hint = ""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint or self.default_hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  next: {self.hint}" if self.hint else self.message
+
+
+class FormatError(MoeConvertError):
+    """A converted folder that breaks docs/format.md: nothing of it is used."""
+
+    exit_code = 3
+    default_hint = "get it again from where it was published, or convert again"
+
+
+class DamageError(FormatError):
+    """Bytes that differ from what the index says: a cut file, a wrong hash, a file that is missing."""
+
+
+class VersionError(FormatError):
+    """A format version that this release does not read."""
+
+    exit_code = 1
+
+
+class PathError(MoeConvertError):
+    """A file name that is unsafe, or a file that is not a regular file inside its folder."""
+
+    default_hint = "get the folder again from where it was published"
+
+
+class SourceError(MoeConvertError):
+    """A source checkpoint that cannot be converted as it is."""
+
+
+class RecipeError(MoeConvertError):
+    """A recipe or option that names something that does not exist."""
+
+    exit_code = 2
+
+
+class OutputError(MoeConvertError):
+    """An output folder that is not ours, is in use, or holds another conversion."""
+
+
+class DoesNotFitError(MoeConvertError):
+    """Not enough disk or memory; the message has both numbers."""
+
+    exit_code = 4

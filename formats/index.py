@@ -1,0 +1,191 @@
+"""The index of a converted folder: its types, reading and writing (docs/format.md, "Index")."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from formats import INDEX_NAME, NEWEST_READABLE_VERSION, OLDEST_READABLE_VERSION, WRITTEN_VERSION
+from formats.errors import FormatError, VersionError
+from formats.paths import read_small
+from formats.strict_json import parse, typed
+
+Natural = Annotated[int, Meta(ge=0, le=2**53)]
+Positive = Annotated[int, Meta(ge=1, le=2**31)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Label = Annotated[str, Meta(max_length=512)]
+Option = str | int | float | bool
+
+CODECS = ("none", "zstd")
+
+
+class _Part(Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Architecture(_Part, frozen=True):
+    """The numbers of the model, under the names of its config.json."""
+
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
+    num_local_experts: Annotated[int, Meta(ge=1, le=1000)]
+    num_experts_per_tok: Annotated[int, Meta(ge=1, le=1000)]
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive
+    vocab_size: Positive
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str, *, error: type[Exception] = FormatError) -> "Architecture":
+        """The numbers of a Mixtral's config.json; raises `error` naming `where` and the field."""
+        values = {name: config.get(name) for name in cls.__struct_fields__}
+        if values["tie_word_embeddings"] is None:
+            values["tie_word_embeddings"] = False
+        heads = values["num_attention_heads"]
+        if values["head_dim"] is None:
+            sizes: Any = values["hidden_size"], heads
+            # Where these are no numbers, the check of their types below says so.
+            values["head_dim"] = sizes[0] // sizes[1] if all(type(n) is int and n > 0 for n in sizes) else 1
+        if values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = heads
+        missing = [name for name, value in values.items() if value is None]
+        if missing:
+            raise error(f"{where}: field {missing[0]} is missing")
+        result = typed(values, cls, where, error=error)
+        for part, whole in (
+            ("num_experts_per_tok", "num_local_experts"),
+            ("num_key_value_heads", "num_attention_heads"),
+        ):
+            if getattr(result, part) > getattr(result, whole):
+                raise error(f"{where}: {part} is {values[part]}, more than {whole}, which is {values[whole]}")
+        return result
+
+
+class Shard(_Part, frozen=True):
+    """A file of the source checkpoint."""
+
+    name: Label
+    size_bytes: Natural
+    sha256: Sha256
+
+
+class Source(_Part, frozen=True):
+    """Where the weights came from. `revision` is a commit where the source was a Hub repository."""
+
+    name: Label
+    revision: Label | None
+    shards: list[Shard]
+
+
+class Producer(_Part, frozen=True):
+    """The program that wrote the folder; `versions` names what its numbers can depend on."""
+
+    name: Label
+    version: Label
+    versions: dict[str, Label]
+
+
+class Recipe(_Part, frozen=True):
+    """How the weights were quantized. `attention` is a packing or "none" (stored as in the source)."""
+
+    name: Label
+    gate_up: Label
+    down: Label
+    attention: Label
+    solver: Label
+    options: dict[str, Option] = {}
+
+
+class PackedLinear(_Part, frozen=True):
+    """The packing and logical shape of a packed matrix of the trunk."""
+
+    packing: Label
+    rows: Positive
+    columns: Positive
+
+
+class Trunk(_Part, frozen=True):
+    """The file of everything that is not an expert. `packed` is keyed by module: model.layers.0.self_attn.q_proj."""
+
+    file: Label
+    size_bytes: Natural
+    header_sha256: Sha256
+    sha256: Sha256
+    packed: dict[str, PackedLinear]
+
+
+class ExpertEntry(_Part, frozen=True):
+    """One expert: `offset` (from the start of the file) and `length` are bytes; sha256 is of the stored bytes."""
+
+    layer: Natural
+    expert: Natural
+    offset: Natural
+    length: Natural
+    sha256: Sha256
+    gate_up: Label
+    down: Label
+    codec: Label
+
+
+class LayerFile(_Part, frozen=True):
+    """The file of one layer's experts."""
+
+    file: Label
+    size_bytes: Natural
+    header_sha256: Sha256
+    experts: list[ExpertEntry]
+
+
+class CopiedFile(_Part, frozen=True):
+    """A file taken from the source byte for byte."""
+
+    file: Label
+    size_bytes: Natural
+    sha256: Sha256
+
+
+class Index(_Part, frozen=True):
+    """The whole index, in the order in which it is written."""
+
+    format: Label
+    format_version: Natural
+    producer: Producer
+    source: Source
+    architecture: Architecture
+    recipe: Recipe
+    packings: list[Label]
+    trunk: Trunk
+    layers: list[LayerFile]
+    files: list[CopiedFile]
+
+
+def read_index(folder: Path) -> Index:
+    """The index of `folder`: typed and of a version that this release reads; not yet compared with any other file.
+
+    Raises DamageError if there is none (the conversion was not completed), FormatError naming the field, VersionError.
+    """
+    return parse_index(read_small(folder, INDEX_NAME, str(folder)), str(folder / INDEX_NAME))
+
+
+def parse_index(data: bytes, where: str) -> Index:
+    """The index in `data`; errors as `read_index`, naming `where`."""
+    value = parse(data, where)
+    if not isinstance(value, dict) or value.get("format") != "moe-convert":
+        raise FormatError(f"{where}: field format is not 'moe-convert'", "name a folder that moe-convert wrote")
+    check_version(value.get("format_version"), where)
+    return typed(value, Index, where)
+
+
+def check_version(version: Any, where: str) -> None:
+    """Raises FormatError if `version` is no integer, VersionError if this release does not read it."""
+    if type(version) is not int:
+        raise FormatError(f"{where}: format_version is {version!r}, not an integer")
+    if not OLDEST_READABLE_VERSION <= version <= NEWEST_READABLE_VERSION:
+        newer = version > NEWEST_READABLE_VERSION
+        raise VersionError(
+            f"{where}: format_version is {version}; this release reads {OLDEST_READABLE_VERSION}"
+            f" to {NEWEST_READABLE_VERSION} and writes {WRITTEN_VERSION}",
+            "update moe-convert" if newer else "convert the source again",
+        )

@@ -1,0 +1,70 @@
+"""The file of one layer's experts: where each expert lies, and the header that says so."""
+
+from pathlib import Path
+
+from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, WRITTEN_VERSION
+from formats.expert import ExpertLayout
+from formats.safetensors_header import TensorEntry
+
+FILLER_PREFIX = "__pad__."
+"""What the names of fillers begin with: the zero bytes between an expert and the next multiple of 4096."""
+
+
+def layer_file_name(layer: int) -> str:
+    """The name of a layer's file inside the converted folder."""
+    return f"{EXPERTS_FOLDER}/layer-{layer:03d}.safetensors"
+
+
+def expert_prefix(layer: int, expert: int) -> str:
+    """What the names of an expert's tensors begin with."""
+    return f"model.layers.{layer}.mlp.experts.{expert}"
+
+
+def aligned(position: int) -> int:
+    """`position` rounded up to the next multiple of 4096."""
+    return position + -position % ALIGNMENT_BYTES
+
+
+def raw_entries(layer: int, layouts: list[ExpertLayout]) -> list[TensorEntry]:
+    """The tensors of a layer's file, experts in ascending order, each from a multiple of 4096, with fillers."""
+    entries: list[TensorEntry] = []
+    for expert, layout in enumerate(layouts):
+        prefix = expert_prefix(layer, expert)
+        begin = entries[-1].end if entries else 0
+        middle, end = begin + layout.gate_up_bytes, begin + layout.n_bytes
+        entries.append(TensorEntry(f"{prefix}.gate_up", "U8", layout.gate_up_shape, begin, middle))
+        entries.append(TensorEntry(f"{prefix}.down", "U8", layout.down_shape, middle, end))
+        entries.extend(_filler(expert, end))
+    return entries
+
+
+def zstd_entries(layer: int, lengths: list[int]) -> list[TensorEntry]:
+    """The tensors of a compressed layer's file: one frame of `lengths[expert]` bytes an expert."""
+    entries: list[TensorEntry] = []
+    for expert, length in enumerate(lengths):
+        begin = entries[-1].end if entries else 0
+        entries.append(TensorEntry(f"{expert_prefix(layer, expert)}.zstd", "U8", (length,), begin, begin + length))
+        entries.extend(_filler(expert, begin + length))
+    return entries
+
+
+def layer_metadata(layer: int, layouts: list[ExpertLayout], codec: str) -> dict[str, str]:
+    """The header's metadata: what is needed, with the tensors, to write the index again."""
+    return {
+        "format": "moe-convert",
+        "format_version": str(WRITTEN_VERSION),
+        "layer": str(layer),
+        "gate_up": ",".join(layout.gate_up.name for layout in layouts),
+        "down": ",".join(layout.down.name for layout in layouts),
+        "codec": codec,
+    }
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+def _filler(expert: int, position: int) -> list[TensorEntry]:
+    end = aligned(position)
+    return [TensorEntry(f"{FILLER_PREFIX}{expert}", "U8", (end - position,), position, end)] if end > position else []

@@ -1,0 +1,79 @@
+"""File names from strangers: which ones are taken, and how their files are opened."""
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from formats.errors import DamageError, PathError
+
+_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@ -]*")
+
+
+def check_name(name: str, where: str) -> str:
+    """`name` if it is a plain relative path inside a folder, else PathError naming `where`.
+
+    Components consist of letters, digits and `._+=@ -`, do not begin with a dot, and are joined by `/`. So there
+    is no `..`, no absolute path, no backslash, no drive, no `%2e`, no NUL.
+    """
+    good = 0 < len(name) <= 512 and all(_COMPONENT.fullmatch(part) for part in name.split("/"))
+    if not good:
+        raise PathError(
+            f"{where}: file name {name!r} is not a plain relative path",
+            "get the folder again from where it was published",
+        )
+    return name
+
+
+def locate(folder: Path, name: str, where: str) -> Path:
+    """The real path of the regular file `name` in `folder`.
+
+    Raises PathError for an unsafe name, for a symbolic link that leaves the folder (links of a Hub cache from
+    `snapshots/<revision>` into its `blobs` are taken), and for anything but a regular file; DamageError if there is
+    no such file.
+    """
+    check_name(name, where)
+    root = Path(os.path.realpath(folder))
+    path = Path(os.path.realpath(root / name))
+    if not path.is_relative_to(root) and not _in_blobs_of_cache(root, path):
+        raise PathError(
+            f"{where}: {name} is a symbolic link to {path}, outside of {root}", "copy the file into the folder"
+        )
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise DamageError(
+            f"{where}: file {name} is missing in {folder}", "get the file again, or convert again"
+        ) from None
+    except OSError as e:
+        raise PathError(f"{where}: file {name} in {folder}: {e.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise PathError(f"{where}: {name} in {folder} is not a regular file")
+    return path
+
+
+def open_regular(path: Path) -> int:
+    """A read-only file descriptor of `path`, which the caller closes; PathError (without blocking) for a FIFO."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except OSError as e:
+        raise PathError(f"{path}: cannot be opened: {e.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PathError(f"{path} is not a regular file")
+    return descriptor
+
+
+def read_small(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20) -> bytes:
+    """The bytes of a file of at most `max_bytes` in `folder`; DamageError if it is larger."""
+    path = locate(folder, name, where)
+    with os.fdopen(open_regular(path), "rb") as f:
+        data = f.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise DamageError(f"{where}: {name} has over {max_bytes} bytes")
+    return data
+
+
+def _in_blobs_of_cache(root: Path, path: Path) -> bool:
+    """Whether `root` is a snapshot of a Hub cache and `path` lies in that cache entry's blobs."""
+    return root.parent.name == "snapshots" and path.parent == root.parent.parent / "blobs"

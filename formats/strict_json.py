@@ -1,0 +1,113 @@
+"""JSON from strangers: parsed without the leniences of Python's json module, then typed by msgspec."""
+
+import json
+import math
+import re
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from formats.errors import FormatError
+
+MAX_DEPTH = 32
+"""Deeper nesting than this is refused before parsing, so that no input exhausts the stack."""
+
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{\]}]', re.DOTALL)
+
+T = TypeVar("T")
+
+
+def parse(
+    data: bytes,
+    where: str,
+    *,
+    max_bytes: int = 16 << 20,
+    max_depth: int = MAX_DEPTH,
+    error: type[FormatError] | type[Exception] = FormatError,
+) -> Any:
+    """The value of UTF-8 JSON `data`.
+
+    Refuses, as `error` naming `where`: more than `max_bytes`, a byte order mark, invalid UTF-8, nesting over
+    `max_depth`, duplicate keys, NaN and infinities (also as 1e999), lone surrogates, and anything after the value.
+    """
+
+    def refuse(what: str) -> NoReturn:
+        raise error(f"{where}: {what}")
+
+    if len(data) > max_bytes:
+        refuse(f"{len(data)} bytes, allowed are {max_bytes}")
+    if data.startswith(b"\xef\xbb\xbf"):
+        refuse("starts with a byte order mark; UTF-8 without one is required")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        refuse(f"not UTF-8: byte {data[e.start]:#04x} at offset {e.start}")
+    if _deeper(text, max_depth):
+        refuse(f"nested more than {max_depth} deep")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                refuse(f"key {key!r} stands twice in one object")
+            result[key] = value
+        return result
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            refuse(f"number {number} is not finite")
+        return value
+
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_float=finite,
+            parse_constant=lambda name: refuse(f"{name} is not JSON"),
+        )
+        # Half of a surrogate pair has no UTF-8: it would fail later, wherever the text is used.
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        refuse(f"not Unicode: a string holds the lone surrogate {e.object[e.start]!r}")
+    except ValueError as e:
+        refuse(f"not JSON: {e}")
+    return value
+
+
+def typed(value: Any, kind: type[T], where: str, *, error: type[FormatError] | type[Exception] = FormatError) -> T:
+    """`value` as the msgspec type `kind`, without coercion; raises `error` naming `where` and the field."""
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except (msgspec.ValidationError, OverflowError) as e:
+        raise error(f"{where}: {e}{_found(value, str(e))}") from None
+
+
+def dump(value: Any) -> bytes:
+    """`value` as indented UTF-8 JSON with a final newline: the same bytes for the same value."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+
+
+def _found(value: Any, message: str) -> str:
+    """What stands where a message of msgspec points (it ends with the path, like `$.layers[0].file`)."""
+    try:
+        for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", message.rpartition("`$")[2]):
+            value = value[name] if name else value[int(number)]
+    except (KeyError, IndexError, TypeError):
+        return ""  # the path leads through a map, whose keys msgspec does not name
+    return "" if isinstance(value, (dict, list)) else f", found {repr(value)[:100]}"
+
+
+def _deeper(text: str, max_depth: int) -> bool:
+    """Whether brackets nest more than `max_depth` deep in `text`, outside strings."""
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(text):
+        first = text[match.start()]
+        if first in "[{":
+            depth += 1
+            if depth > max_depth:
+                return True
+        elif first in "]}":
+            depth -= 1
+    return False
