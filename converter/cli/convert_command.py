@@ -1,0 +1,146 @@
+"""moe-convert convert"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.output import Output, gigabytes, output_options, table
+from formats.errors import DoesNotFitError
+
+
+@click.command("convert", epilog="Run it again after an interruption: it goes on where it stopped.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--out-dir", type=click.Path(path_type=Path), help="Where to write [default: MODEL-RECIPE].")
+@click.option(
+    "--recipe", "recipe_name", default="2bit", show_default=True, help="2bit, 3bit, 4bit, paper-2bit or paper-3bit."
+)
+@click.option("-b", "--bits", type=int, help="Bits of the experts instead of the recipe's: 2, 3 or 4.")
+@click.option("--attn-bits", type=int, help="Bits of attention: 4, or 16 for as in the source.")
+@click.option("--group-size", type=int, help="Weights that share a scale: 16, 32 or 64, where a packing has it.")
+@click.option("--gate-up", help="Packing of the experts' gate and up, by name.")
+@click.option("--down", help="Packing of the experts' down, by name.")
+@click.option("--solver", help="How scales are found: hqq.")
+@click.option(
+    "--codec",
+    type=click.Choice(["none", "zstd"]),
+    default="none",
+    show_default=True,
+    help="Compress each expert; saves a few per cent, for archives and slow links.",
+)
+@click.option("--max-workers", type=click.IntRange(1), help="Threads [default: the processors, as memory allows].")
+@click.option("--max-memory", help="Upper limit for the process, such as 2GiB; lowers the number of workers.")
+@click.option(
+    "--layers", "part", metavar="I/N", help="Only the I-th of N parts of the layers; a later run does the rest."
+)
+@click.option("--dry-run", is_flag=True, help="Print sizes, bits, files, memory and disk, and write nothing.")
+@click.option("--no-resume", is_flag=True, help="Throw an unfinished conversion in the out folder away first.")
+@click.option("--force", is_flag=True, help="Write to a folder that is not ours, or replace a complete conversion.")
+@output_options
+def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -> None:  # fmt: skip
+    """Quantize the Mixtral checkpoint in folder MODEL and write it in the expert-addressable format.
+
+    \b
+    moe-convert convert ./Mixtral-8x7B-Instruct-v0.1
+    moe-convert convert ./my-finetune -o out --recipe 3bit --max-workers 4
+    moe-convert convert ./my-finetune --dry-run
+    """
+    from converter.convert import ConvertOptions, convert_checkpoint
+    from converter.recipes import make_recipe
+    from converter.sizes import check_disk, plan_output
+    from converter.source import Checkpoint
+
+    recipe = make_recipe(
+        options["recipe_name"],
+        **{name: options[name] for name in ("bits", "attn_bits", "group_size", "gate_up", "down", "solver")},
+    )
+    out = out_dir or model.resolve().with_name(f"{model.resolve().name}-{recipe.name}")
+    with Checkpoint(model) as checkpoint:
+        plan = plan_output(checkpoint, recipe)
+        source_bytes = checkpoint.n_bytes
+        check_disk(plan, out, options["codec"])
+    workers = _workers(plan, options["max_workers"], options["max_memory"])
+    facts = _facts(plan, recipe, source_bytes, out)
+    if options["dry_run"]:
+        facts |= _needs(plan, workers, out)
+        output.result(facts, _text(facts))
+        return
+    done = convert_checkpoint(
+        model,
+        out,
+        recipe,
+        ConvertOptions(workers, options["codec"], not options["no_resume"], options["force"], _part(options["part"])),
+        output.progress(),
+    )
+    facts["done"] = done.done
+    if done.quality:
+        facts["weight_error"] = {name: done.quality["totals"][name] for name in ("experts", "attention")}
+    output.result(facts, _text(facts))
+
+
+def _facts(plan: Any, recipe: Any, source_bytes: int, out: Path) -> dict[str, Any]:
+    return {
+        "out_dir": str(out),
+        "recipe": recipe.name,
+        "source_bytes": source_bytes,
+        "converted_bytes": plan.total_bytes,
+        "expert_bits": round(plan.expert_bits, 4),
+        "attention_bits": round(plan.attention_bits, 4),
+        "expert_bytes": plan.layouts[0][0].n_bytes,
+        "files": len(plan.layouts) + 1,
+    }
+
+
+def _needs(plan: Any, workers: int, out: Path) -> dict[str, Any]:
+    import shutil
+
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    return {
+        "workers": workers,
+        "memory_bytes": plan.memory_bytes(workers),
+        "free_disk_bytes": shutil.disk_usage(parent).free,
+    }
+
+
+def _text(facts: dict[str, Any]) -> str:
+    rows = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            rows += [(f"{name.replace('_', ' ')} ({key})", f"{number:.4f}") for key, number in value.items()]
+        elif name.endswith("_bytes"):
+            rows.append((name.removesuffix("_bytes").replace("_", " ") + " size", f"{gigabytes(value)}"))
+        else:
+            rows.append((name.replace("_", " "), str(value)))
+    return table(rows, left=2)
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal()):
+        raise click.BadParameter(f"{text!r} is not I/N, such as 1/4", param_hint="--layers")
+    return int(i), int(n)
+
+
+def _workers(plan: Any, asked: int | None, max_memory: str | None) -> int:
+    """As many as asked for, or processors; fewer where memory would not do."""
+    import os
+
+    import psutil
+
+    from formats.sizes import parse_size
+
+    workers = asked or len(os.sched_getaffinity(0))
+    limit = parse_size(max_memory, "--max-memory") if max_memory else None
+    if limit is None and asked is None:
+        limit = int(psutil.virtual_memory().available * 0.9)
+    if limit is None:
+        return workers
+    while workers > 1 and plan.memory_bytes(workers) > limit:
+        workers -= 1
+    if max_memory and plan.memory_bytes(workers) > limit:
+        raise DoesNotFitError(
+            f"--max-memory {limit}: one worker takes about {plan.memory_bytes(1)} bytes", "allow that much"
+        )
+    return workers

@@ -1,0 +1,25 @@
+"""moe-convert env"""
+
+import importlib.metadata
+import platform
+
+import click
+
+from converter import __version__
+from converter.cli.output import Output, output_options, table
+
+_PACKAGES = ("torch", "transformers", "hqq", "safetensors", "huggingface-hub", "numpy", "zstandard", "msgspec")
+
+
+@click.command("env")
+@output_options
+def command(output: Output) -> None:
+    """Show versions, and which kernels and solver are in use and why.
+
+    \b
+    moe-convert env
+    moe-convert env --json
+    """
+    facts = {"moe-convert": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    facts |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    output.result(facts, table([(name, value) for name, value in facts.items()], left=2))

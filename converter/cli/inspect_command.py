@@ -1,0 +1,80 @@
+"""moe-convert inspect"""
+
+from pathlib import Path
+
+import click
+
+from converter.cli.output import Output, gigabytes, output_options, table
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--experts", "show_experts", is_flag=True, help="List every expert: file, offset, length, packings, sha256."
+)
+@output_options
+def command(path: Path, show_experts: bool, output: Output) -> None:
+    """Show what the converted folder PATH holds, from its index and headers; no weights are read.
+
+    \b
+    moe-convert inspect ./my-mixtral-2bit
+    moe-convert inspect ./my-mixtral-2bit --json --experts
+    """
+    import msgspec
+
+    from formats.artifact import Artifact
+    from formats.trunk import attention_linears
+
+    artifact = Artifact.open(path)
+    index, a = artifact.index, artifact.architecture
+    linears = attention_linears(a)
+    attention = sum(e.n_bytes for e in artifact.trunk_header().entries.values() if e.name.rsplit(".", 1)[0] in linears)
+    attention_bits = 8 * attention / sum(rows * columns for rows, columns in linears.values())
+    entries = [entry for layer in index.layers for entry in layer.experts]
+    stored = sum(entry.length for entry in entries)
+    weights = len(entries) * 3 * a.hidden_size * a.intermediate_size
+    total = index.trunk.size_bytes + sum(layer.size_bytes for layer in index.layers)
+    facts = {
+        "format_version": index.format_version,
+        "producer": msgspec.to_builtins(index.producer),
+        "source": {"name": index.source.name, "revision": index.source.revision},
+        "architecture": msgspec.to_builtins(a),
+        "recipe": msgspec.to_builtins(index.recipe),
+        "packings": index.packings,
+        "codec": entries[0].codec,
+        "experts": len(entries),
+        "expert_bits": round(8 * stored / weights, 4),
+        "attention_bits": round(attention_bits, 4),
+        "experts_bytes": stored,
+        "trunk_bytes": index.trunk.size_bytes,
+        "total_bytes": total,
+    }
+    if output.as_json and show_experts:
+        facts["layers"] = msgspec.to_builtins(index.layers)
+    rows = [
+        ("format", f"moe-convert {index.format_version}, by {index.producer.name} {index.producer.version}"),
+        ("source", index.source.name + (f" at {index.source.revision}" if index.source.revision else "")),
+        ("recipe", f"{index.recipe.name} (solver {index.recipe.solver})"),
+        ("gate and up", index.recipe.gate_up),
+        ("down", index.recipe.down),
+        ("attention", index.recipe.attention),
+        ("codec", entries[0].codec),
+        ("layers × experts", f"{a.num_hidden_layers} × {a.num_local_experts}, {a.num_experts_per_tok} a token"),
+        ("hidden, intermediate", f"{a.hidden_size}, {a.intermediate_size}"),
+        ("bits per expert weight", f"{8 * stored / weights:.3f}"),
+        ("bits per attention weight", f"{attention_bits:.3f}"),
+        ("one expert", gigabytes(entries[0].length)),
+        ("all experts", gigabytes(stored)),
+        ("everything else", gigabytes(index.trunk.size_bytes)),
+        ("total", gigabytes(total)),
+    ]
+    text = table(rows, left=2)
+    if show_experts:
+        lines: list[tuple[str, ...]] = [("file", "expert", "offset", "length", "gate and up", "down", "sha256")]
+        for layer in index.layers:
+            lines += [
+                (layer.file, str(e.expert), str(e.offset), str(e.length), e.gate_up, e.down, e.sha256[:12])
+                for e in layer.experts
+            ]
+        text += "\n\n" + table(lines)
+    output.result(facts, text)

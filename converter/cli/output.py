@@ -1,0 +1,113 @@
+"""What the commands share: --json, -q, -v, logging, progress. Results go to stdout, everything else to stderr."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+from tqdm import tqdm
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+LINE_EVERY_S = 30.0
+"""Where stderr is no terminal, progress is a line this often."""
+
+
+def output_options(function: F) -> F:
+    """Adds --json, --quiet and --verbose; the command gets them as one `output: Output`."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress, warnings only.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
+    def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+        for room in ("converter", "formats", "loader"):
+            logging.getLogger(room).setLevel(level)
+        return function(*args, output=Output(as_json, quiet), **kwargs)
+
+    wrapper.__name__ = function.__name__
+    wrapper.__doc__ = function.__doc__
+    wrapper.__click_params__ = [*getattr(wrapper, "__click_params__", []), *getattr(function, "__click_params__", [])]  # type: ignore[attr-defined]
+    return wrapper  # type: ignore[return-value]
+
+
+class Output:
+    """Where a command's words go."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def result(self, value: Any, text: str) -> None:
+        """Prints the result: `value` as JSON with --json, else `text`."""
+        click.echo(json.dumps(value, indent=1, default=str) if self.as_json else text)
+
+    def note(self, text: str) -> None:
+        """Says something on stderr, unless quiet."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def progress(self) -> Callable[[str, int, int], None]:
+        """A callback (stage, done bytes, total bytes) that draws a bar, or lines where stderr is no terminal."""
+        if self.quiet:
+            return lambda stage, done, total: None
+        return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+class _Bar:
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None or stage != self._stage:
+            if self._bar is not None:
+                self._bar.close()
+            self._stage = stage
+            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=stage, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()
+            self._bar = None
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._stage = ""
+        self._started_s = self._last_s = time.monotonic()
+        self._first = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._started_s, self._last_s, self._first = stage, now, now, done
+        elif now - self._last_s < LINE_EVERY_S and done < total:
+            return
+        self._last_s = now
+        rate = (done - self._first) / max(now - self._started_s, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
+        share = 100 * done / total if total else 100
+        speed = f", {rate / 1e6:.0f} MB/s" if rate > 0 else ""
+        click.echo(f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} MB ({share:.0f} %){speed}{left}", err=True)
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows as aligned columns: the first `left` to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def cell(text: str, i: int) -> str:
+        return text.ljust(widths[i]) if i < left else text.rjust(widths[i])
+
+    return "\n".join("  ".join(cell(text, i) for i, text in enumerate(row)).rstrip() for row in rows)
+
+
+def gigabytes(n_bytes: int) -> str:
+    """A size for people: 15.3 GB, 33.1 MB, 512 B (decimal)."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.1f} {unit}"
+    return f"{n_bytes} B"

@@ -1,0 +1,367 @@
+"""Converting: units of work over threads, journaled, in any order, to the same bytes."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from converter import __version__
+from converter.journal import Journal
+from converter.output_folder import OutputFolder
+from converter.side_files import copy_files, source_name, write_card, write_config, write_quality
+from converter.sizes import CHUNK_WEIGHTS, OutputPlan, check_disk, plan_output
+from converter.source import Checkpoint
+from converter.workers import Stopped, Worker
+from formats import INDEX_NAME, TRUNK_NAME, WRITTEN_VERSION
+from formats.errors import OutputError, RecipeError
+from formats.index import CODECS, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk, read_index
+from formats.layer_file import layer_file_name, partial_path
+from formats.strict_json import dump
+from formats.writer import LayerWriter, PlacedFile, write_file
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done bytes, total bytes); bytes are the source's."""
+
+
+Unit = tuple[tuple[Any, ...], int, Callable[[], dict[str, Any]]]
+"""(key of its record, bytes of the source that it reads, the work)"""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How to convert; none of it changes a byte of a complete result but `codec`."""
+
+    max_workers: int = 1
+    codec: str = "none"
+    resume: bool = True
+    force: bool = False
+    part: tuple[int, int] | None = None
+    """(i, n): only the i-th of n equal parts of the layers, counted from 1; the folder stays unfinished."""
+
+    def __post_init__(self) -> None:
+        if self.max_workers < 1:
+            raise RecipeError(f"max_workers is {self.max_workers}, at least 1 is needed")
+        if self.codec not in CODECS:
+            raise RecipeError(f"codec {self.codec!r} is unknown; known are {', '.join(CODECS)}")
+        if self.part and not 1 <= self.part[0] <= self.part[1]:
+            raise RecipeError(f"part {self.part[0]}/{self.part[1]} of the layers: expected 1/n to n/n")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion came to. `done` is "converted", "already complete" or "part"."""
+
+    done: str
+    plan: OutputPlan
+    source_bytes: int
+    quality: dict[str, Any]
+
+
+def convert_checkpoint(
+    source: Path, out: Path, recipe: Recipe, options: ConvertOptions | None = None, progress: Progress | None = None
+) -> Converted:
+    """Converts the checkpoint in folder `source` into folder `out`; goes on where an earlier run was stopped.
+
+    Memory stays bounded by workers × one expert. The result depends on weights, recipe, codec and code version only.
+    Raises SourceError, OutputError, PathError, DoesNotFitError; after any of them nothing that was converted is lost.
+    """
+    options = options or ConvertOptions()
+    with Checkpoint(source) as checkpoint:
+        plan = plan_output(checkpoint, recipe)
+        check_disk(plan, out, options.codec)
+        folder = OutputFolder(out, force=options.force)
+        try:
+            if options.force or not options.resume:
+                folder.discard()
+            if folder.complete:
+                _check_complete(folder.path, checkpoint, recipe, options.codec, progress)
+                return Converted("already complete", plan, checkpoint.n_bytes, {})
+            with _one_torch_thread():
+                job = _Job(checkpoint, plan, recipe, folder.path, options, progress)
+                quality = job.run()
+            return Converted("converted" if quality else "part", plan, checkpoint.n_bytes, quality or {})
+        finally:
+            folder.close()
+
+
+class _Job:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: OutputPlan,
+        recipe: Recipe,
+        out: Path,
+        options: ConvertOptions,
+        progress: Progress | None,
+    ) -> None:
+        self._checkpoint, self._plan, self._recipe = checkpoint, plan, recipe
+        self._out, self._options, self._progress = out, options, progress or (lambda stage, done, total: None)
+        self._journal = Journal(out, _fingerprint(checkpoint, recipe, options.codec))
+        self._records = {_key(r): r for r in self._journal.records}
+        self._stop = threading.Event()
+        self._worker = Worker(checkpoint, plan, self._stop)
+        self._done_bytes = 0
+        n, (i, parts) = len(plan.layouts), options.part or (1, 1)
+        self._layers = range(n * (i - 1) // parts, n * i // parts)
+
+    def run(self) -> dict[str, Any] | None:
+        """Does what is left; returns the value of quality.json, or None if only a part was asked for."""
+        writers: dict[int, LayerWriter] = {}
+        trunk = self._open_trunk()
+        hashing = threading.Thread(target=self._hash_shards, daemon=True)
+        self._shard_error: BaseException | None = None
+        self._shard_sha256: dict[str, str] = {}
+        hashing.start()
+        try:
+            units = list(self._units(writers, trunk))
+            self._run_units(units, writers)
+            hashing.join()
+            if self._shard_error:
+                raise self._shard_error
+            if self._options.part:
+                return None
+            return self._complete(trunk)
+        finally:
+            self._stop.set()
+            hashing.join()
+            for writer in writers.values():
+                writer.close()
+            trunk.close()
+            self._journal.close()
+
+    def _units(self, writers: dict[int, LayerWriter], trunk: PlacedFile) -> Iterator[Unit]:
+        """(key, source bytes, work) of every unit, in the order in which checkpoints store them."""
+        experts, weights = self._checkpoint.experts, self._checkpoint.trunk
+        for layer in self._layers:
+            layouts = self._plan.layouts[layer]
+            writer = self._open_layer(layer)
+            if writer:
+                writers[layer] = writer
+            for module in self._plan.packed:
+                if module.startswith(f"model.layers.{layer}."):
+                    size = weights[f"{module}.weight"].n_bytes
+                    yield ("linear", module), size, partial(self._worker.linear, trunk, module)
+            for expert in range(len(layouts)):
+                size = sum(w.n_bytes for key, w in experts.items() if (key.layer, key.expert) == (layer, expert))
+                # Without a writer the layer is complete, and the unit is only counted.
+                yield ("expert", layer, expert), size, partial(self._worker.expert, writer, layer, expert)  # type: ignore[arg-type]
+        if not self._options.part:
+            for entry in self._plan.trunk_entries:
+                if entry.name in weights:
+                    work = partial(self._worker.tensor, trunk, entry.name)
+                    yield ("tensor", entry.name), weights[entry.name].n_bytes, work
+
+    def _run_units(self, units: list[Unit], writers: dict[int, LayerWriter]) -> None:
+        total = sum(size for _, size, _ in units)
+        todo = iter([unit for unit in units if unit[0] not in self._records])
+        self._done_bytes = sum(size for key, size, _ in units if key in self._records)
+        self._progress("converting", self._done_bytes, total)
+        for layer in self._layers:
+            self._finish_layer(layer, writers)
+        running: dict[Future[dict[str, Any]], int] = {}
+        with ThreadPoolExecutor(self._options.max_workers) as pool:
+            try:
+                while True:
+                    while len(running) < self._options.max_workers and (unit := next(todo, None)):
+                        running[pool.submit(unit[2])] = unit[1]
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        record = future.result()
+                        self._record(record)
+                        self._done_bytes += running.pop(future)
+                        if record["unit"] == "expert":
+                            self._finish_layer(record["layer"], writers)
+                        self._progress("converting", self._done_bytes, total)
+            except BaseException:
+                self._stop.set()
+                _keep_first_error(running)
+                raise
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._journal.append(record)
+        self._records[_key(record)] = record
+
+    def _finish_layer(self, layer: int, writers: dict[int, LayerWriter]) -> None:
+        """Once all experts of a layer are there: gives its file its name and records where they lie."""
+        writer = writers.get(layer)
+        n = len(self._plan.layouts[layer])
+        if writer is None or any(("expert", layer, expert) not in self._records for expert in range(n)):
+            return
+        if self._options.codec == "zstd":
+            header, places = writer.finish_zstd()
+        else:
+            writer.finish()
+            header = writer.header
+            shas = [self._records["expert", layer, expert]["sha256"] for expert in range(n)]
+            layouts = self._plan.layouts[layer]
+            places = [(writer.offsets[e], layouts[e].n_bytes, shas[e]) for e in range(n)]
+        del writers[layer]
+        size = (self._out / layer_file_name(layer)).stat().st_size
+        sha256 = hashlib.sha256(header).hexdigest()
+        self._record({"unit": "layer", "layer": layer, "size_bytes": size, "header_sha256": sha256, "places": places})
+
+    def _reopen(self, file: str) -> None:
+        """Makes a file that has its final name but no record of being complete partial again."""
+        final = self._out / file
+        if final.exists() and not partial_path(final).exists():
+            final.rename(partial_path(final))
+
+    def _open_layer(self, layer: int) -> LayerWriter | None:
+        """The layer's writer, or None if its file is complete; forgets experts whose bytes are lost."""
+        final = self._out / layer_file_name(layer)
+        record = self._records.get(("layer", layer))
+        if record and final.exists() and final.stat().st_size == record["size_bytes"]:
+            partial_path(final).unlink(missing_ok=True)
+            return None
+        self._records.pop(("layer", layer), None)
+        self._reopen(layer_file_name(layer))
+        writer = LayerWriter(final, layer, self._plan.layouts[layer])
+        if writer.fresh:
+            for expert in range(len(self._plan.layouts[layer])):
+                self._records.pop(("expert", layer, expert), None)
+        return writer
+
+    def _open_trunk(self) -> PlacedFile:
+        """The trunk's file; forgets its tensors if their bytes are lost."""
+        self._reopen(TRUNK_NAME)
+        trunk = PlacedFile(self._out / TRUNK_NAME, self._plan.trunk_entries, {"format": "moe-convert"})
+        if trunk.fresh:
+            self._records = {key: r for key, r in self._records.items() if key[0] not in ("linear", "tensor")}
+        return trunk
+
+    def _hash_shards(self) -> None:
+        """Hashes the source's shards beside the work; what it reads ahead, the workers find in the page cache."""
+        try:
+            for name in self._checkpoint.shards:
+                record = self._records.get(("shard", name))
+                self._shard_sha256[name] = (
+                    record["sha256"] if record else self._checkpoint.shard_sha256(name, self._stop)
+                )
+        except BaseException as e:
+            self._shard_error = e
+
+    def _complete(self, trunk: PlacedFile) -> dict[str, Any]:
+        """Trunk, side files, and last the index."""
+        for name in self._checkpoint.shards:
+            if ("shard", name) not in self._records:
+                self._record({"unit": "shard", "name": name, "sha256": self._shard_sha256[name]})
+        trunk.finish()
+        out, recipe = self._out, self._recipe
+        write_config(self._checkpoint, recipe, out)
+        copied = copy_files(self._checkpoint.folder, out)
+        quality = write_quality(list(self._records.values()), out)
+        write_card(self._checkpoint, recipe, self._plan, quality, out)
+        with open(out / TRUNK_NAME, "rb") as f:
+            trunk_sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        layouts = self._plan.layouts
+        used = {p.name for layer in layouts for layout in layer for p in (layout.gate_up, layout.down)}
+        used |= {linear.packing for linear in self._plan.packed.values()}
+        index = Index(
+            format="moe-convert",
+            format_version=WRITTEN_VERSION,
+            producer=Producer("moe-convert", __version__, _versions()),
+            source=_source_record(self._checkpoint, self._shard_sha256),
+            architecture=self._checkpoint.architecture,
+            recipe=recipe,
+            packings=sorted(used),
+            trunk=Trunk(
+                file=TRUNK_NAME,
+                size_bytes=trunk.size_bytes,
+                header_sha256=hashlib.sha256(trunk.header).hexdigest(),
+                sha256=trunk_sha256,
+                packed=self._plan.packed,
+            ),
+            layers=[self._layer_file(layer) for layer in range(len(layouts))],
+            files=copied,
+        )
+        write_file(out / INDEX_NAME, dump(index))
+        return quality
+
+    def _layer_file(self, layer: int) -> LayerFile:
+        record = self._records["layer", layer]
+        layouts = self._plan.layouts[layer]
+        entries = [
+            ExpertEntry(
+                layer, e, offset, length, sha256, layouts[e].gate_up.name, layouts[e].down.name, self._options.codec
+            )
+            for e, (offset, length, sha256) in enumerate(record["places"])
+        ]
+        return LayerFile(layer_file_name(layer), record["size_bytes"], record["header_sha256"], entries)
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What a record is about; a later record of the same key replaces an earlier one."""
+    return tuple(record[name] for name in ("unit", "module", "name", "layer", "expert") if name in record)
+
+
+def _versions() -> dict[str, str]:
+    """The packages whose arithmetic the bytes depend on."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "hqq")}
+
+
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, codec: str) -> dict[str, Any]:
+    """What must be the same for a resume."""
+    return {
+        "source": {name: checkpoint.shard_sample(name) for name in checkpoint.shards},
+        "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
+        "recipe": msgspec.to_builtins(recipe),
+        "codec": codec,
+        "code": {"moe-convert": __version__, "chunk_weights": CHUNK_WEIGHTS, **_versions()},
+    }
+
+
+def _source_record(checkpoint: Checkpoint, sha256: dict[str, str]) -> Source:
+    shards = [Shard(name, size, sha256[name]) for name, size in checkpoint.shards.items()]
+    return Source(source_name(checkpoint.folder), None, shards)
+
+
+def _check_complete(out: Path, checkpoint: Checkpoint, recipe: Recipe, codec: str, progress: Progress | None) -> None:
+    """OutputError unless the complete conversion in `out` is of this source by this recipe."""
+    index = read_index(out)
+    hint = "choose another --out-dir, or add --force to replace it"
+
+    def refuse(what: str, there: Any, now: Any) -> None:
+        raise OutputError(f"{out} holds a complete conversion with another {what}: {there!r} there, {now!r} now", hint)
+
+    if index.recipe != recipe:
+        refuse("recipe", index.recipe, recipe)
+    if index.layers[0].experts[0].codec != codec:
+        refuse("codec", index.layers[0].experts[0].codec, codec)
+    sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
+    if sizes != checkpoint.shards:
+        refuse("source", sizes, checkpoint.shards)
+    done, total = 0, sum(sizes.values())
+    for shard in index.source.shards:
+        if checkpoint.shard_sha256(shard.name) != shard.sha256:
+            refuse("source", f"{shard.name} {shard.sha256}", "other contents")
+        done += shard.size_bytes
+        if progress:
+            progress("comparing the source", done, total)
+
+
+def _keep_first_error(running: dict[Future[dict[str, Any]], int]) -> None:
+    """Lets running units end; of several that failed, the one that did so by itself is what the caller raises."""
+    for future in running:
+        with contextlib.suppress(Stopped, Exception):
+            future.result()
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Sums over a tensor depend on torch's threads, and so would where hqq stops: one thread, more workers instead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,69 @@
+"""The journal of a conversion: what is done, durably, one JSON line each; and what it was done from."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from formats.errors import OutputError
+
+JOURNAL_NAME = ".moe-convert.journal"
+
+
+class Journal:
+    """An append-only file of JSON lines; the first is the fingerprint, a torn last line is dropped.
+
+    Opening one whose fingerprint differs raises OutputError naming the field: two sources, recipes or code versions
+    are never mixed in one folder.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self.path = folder / JOURNAL_NAME
+        data = self.path.read_bytes() if self.path.exists() else b""
+        data = data[: data.rfind(b"\n") + 1]
+        lines = [self._line(number, line) for number, line in enumerate(data.splitlines(), 1)]
+        if lines:
+            self._compare(lines[0], fingerprint)
+        self.records: list[dict[str, Any]] = lines[1:]
+        """What earlier runs recorded, oldest first."""
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        os.ftruncate(self._descriptor, len(data))
+        os.lseek(self._descriptor, 0, os.SEEK_END)
+        if not lines:
+            self.append(fingerprint)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record durably; what it speaks of must be durable before."""
+        data = memoryview(json.dumps(record, sort_keys=True).encode() + b"\n")
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Closes the file and keeps it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _line(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise OutputError(f"{self.path}: line {number} is damaged", "start again with --no-resume")
+        return record
+
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        for field in sorted(old.keys() | new.keys()):
+            if old.get(field) != new.get(field):
+                raise OutputError(
+                    f"{self.path}: this folder holds an unfinished conversion with another {field}:"
+                    f" {_short(old.get(field))} there, {_short(new.get(field))} now",
+                    "resume with what it was begun with, choose another --out-dir, or start again with --no-resume",
+                )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,76 @@
+"""Recipes: which packing and solver for which weights. Data, not code; a user may combine their own."""
+
+from formats.errors import RecipeError
+from formats.index import Recipe
+from formats.packing import PACKINGS
+
+UNPACKED = "none"
+"""Attention stored as in the source."""
+
+RECIPES: dict[str, Recipe] = {
+    name: Recipe(name, experts, experts, "tile32-q4-g64-s8", "hqq")
+    for name, experts in {
+        "2bit": "tile32-q2-g16-s4",
+        "3bit": "tile32-q3-g32-s4",
+        "4bit": "tile32-q4-g64-s8",
+        "paper-2bit": "tile32-q2-g16-s8",
+        "paper-3bit": "tile32-q3-g64-s8",
+    }.items()
+}
+DEFAULT_RECIPE = "2bit"
+
+_BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
+SOLVERS = ("hqq",)
+
+
+def make_recipe(
+    name: str = DEFAULT_RECIPE,
+    *,
+    bits: int | None = None,
+    attn_bits: int | None = None,
+    group_size: int | None = None,
+    gate_up: str | None = None,
+    down: str | None = None,
+    solver: str | None = None,
+) -> Recipe:
+    """The named recipe with what the options change: expert bits and group size, or packings by name.
+
+    `attn_bits` is 4, or 16 for attention as in the source. RecipeError names the option and what there is.
+    """
+    if name not in RECIPES:
+        raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}")
+    base = RECIPES[name]
+    experts = _experts_packing(bits, group_size, base.gate_up)
+    attention = {None: base.attention, 4: "tile32-q4-g64-s8", 16: UNPACKED}.get(attn_bits)
+    if attention is None:
+        raise RecipeError(f"--attn-bits {attn_bits}: attention takes 4 bits, or 16 for as it is in the source")
+    chosen_solver = solver or base.solver
+    if chosen_solver not in SOLVERS:
+        raise RecipeError(f"solver {chosen_solver!r} is unknown; known are {', '.join(SOLVERS)}")
+    chosen = Recipe(name, gate_up or experts, down or experts, attention, chosen_solver)
+    for packing in (chosen.gate_up, chosen.down):
+        if packing not in PACKINGS:
+            raise RecipeError(f"packing {packing!r} is unknown; known are {', '.join(PACKINGS)}")
+    return chosen if chosen == base else _named_by_contents(chosen)
+
+
+def _experts_packing(bits: int | None, group_size: int | None, default: str) -> str:
+    if bits is None and group_size is None:
+        return default
+    bits = bits or PACKINGS[default].nbits
+    fitting = [p for p in PACKINGS.values() if p.nbits == bits and group_size in (None, p.group_size)]
+    if not fitting:
+        known = ", ".join(f"{p.nbits} bits in groups of {p.group_size}" for p in PACKINGS.values())
+        raise RecipeError(f"no packing has {bits} bits in groups of {group_size}; there are {known}")
+    preferred = _BY_BITS[bits]
+    return preferred if any(p.name == preferred for p in fitting) else fitting[0].name
+
+
+def _named_by_contents(recipe: Recipe) -> Recipe:
+    """A recipe that equals a named one has its name; any other is called custom."""
+    for known in RECIPES.values():
+        if (known.gate_up, known.down, known.attention, known.solver) == (
+            recipe.gate_up, recipe.down, recipe.attention, recipe.solver,
+        ):  # fmt: skip
+            return known
+    return Recipe("custom", recipe.gate_up, recipe.down, recipe.attention, recipe.solver)

@@ -1,0 +1,148 @@
+"""Everything in the output that holds no weights: config.json, copied files, quality.json, the model card."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from converter import __version__
+from converter.sizes import OutputPlan
+from converter.solver import SquaredError
+from converter.source import Checkpoint
+from converter.workers import PROJECTIONS
+from formats import WRITTEN_VERSION
+from formats.index import CopiedFile, Recipe
+from formats.paths import locate
+from formats.writer import write_file
+
+_COPIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> None:
+    """The source's config.json with the quantization_config by which transformers finds the loader's plugin."""
+    quantization = {
+        "quant_method": "moe_convert",
+        "format_version": WRITTEN_VERSION,
+        "recipe": recipe.name,
+    }
+    config = {**checkpoint.config, "quantization_config": quantization}
+    write_file(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def copy_files(source: Path, out: Path) -> list[CopiedFile]:
+    """Copies tokenizer, generation config, chat template and licence byte for byte."""
+    names = sorted({p.name for pattern in _COPIED for p in source.glob(pattern) if not p.is_dir()})
+    copied = []
+    for name in names:
+        data = locate(source, name, str(source)).read_bytes()
+        write_file(out / name, data)
+        copied.append(CopiedFile(name, len(data), hashlib.sha256(data).hexdigest()))
+    return copied
+
+
+def quality_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """quality.json: relative weight errors ‖quantized − weight‖ / ‖weight‖ by expert and projection, and in total."""
+    experts: dict[tuple[int, int], dict[str, SquaredError]] = {}
+    linears: dict[str, SquaredError] = {}
+    for record in records:
+        if record["unit"] == "expert":
+            errors = {p: SquaredError(*record["errors"][p]) for p in PROJECTIONS}
+            experts[record["layer"], record["expert"]] = errors
+        elif record["unit"] == "linear":
+            linears[record["module"]] = SquaredError(*record["errors"])
+
+    def total(errors: Any) -> float:
+        return sum(errors, SquaredError()).relative
+
+    ordered = sorted(experts.items())
+    return {
+        "measure": "relative weight error, norm(quantized - weight) / norm(weight)",
+        "totals": {
+            **{p: total(errors[p] for _, errors in ordered) for p in PROJECTIONS},
+            "experts": total(e for _, errors in ordered for e in errors.values()),
+            "attention": total(linears[module] for module in sorted(linears)),
+        },
+        "experts": [
+            {"layer": layer, "expert": expert, **{p: errors[p].relative for p in PROJECTIONS}}
+            for (layer, expert), errors in ordered
+        ],
+        "attention": {module: linears[module].relative for module in sorted(linears)},
+    }
+
+
+def write_quality(records: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Writes quality.json and returns its value."""
+    quality = quality_of(records)
+    write_file(out / "quality.json", json.dumps(quality, indent=1).encode() + b"\n")
+    return quality
+
+
+_CARD = """---
+library_name: moe-convert
+pipeline_tag: text-generation
+tags:
+- mixtral
+- moe
+- quantized
+- moe-convert
+---
+
+# {name}, {recipe}
+
+{name} with its experts quantized to {expert_bits:.3f} bits a weight ({gate_up} for gate and up, {down} for down) and
+its attention to {attention_bits:.3f} bits, in the expert-addressable format of moe-convert {version}. It runs within the
+memory that there is: experts are served from disk through a cache.
+
+```python
+import loader
+model = loader.from_pretrained("PATH")
+tokenizer = loader.load_tokenizer("PATH")
+```
+
+| | |
+|---|---|
+| layers × experts | {layers} × {experts}, {used} used a token |
+| one expert | {one_expert:,} bytes |
+| all experts | {all_experts:,} bytes |
+| everything else | {trunk:,} bytes |
+| parameters | {parameters:,} |
+| solver | {solver} |
+| relative weight error, experts | {error_experts} |
+| relative weight error, attention | {error_attention} |
+
+`quality.json` has the errors of every projection; `moe-convert verify` checks every byte.
+"""
+
+
+def write_card(checkpoint: Checkpoint, recipe: Recipe, plan: OutputPlan, quality: dict[str, Any], out: Path) -> None:
+    """README.md, the model card."""
+    a = checkpoint.architecture
+    plain = sum(w.n_bytes // w.item_bytes for w in checkpoint.trunk.values())
+    card = _CARD.format(
+        name=source_name(checkpoint.folder),
+        recipe=recipe.name,
+        expert_bits=plan.expert_bits,
+        attention_bits=plan.attention_bits,
+        gate_up=recipe.gate_up,
+        down=recipe.down,
+        version=__version__,
+        layers=a.num_hidden_layers,
+        experts=a.num_local_experts,
+        used=a.num_experts_per_tok,
+        one_expert=plan.layouts[0][0].n_bytes,
+        all_experts=plan.expert_bytes,
+        trunk=plan.trunk_bytes,
+        parameters=plan.expert_weights + plain,
+        solver=recipe.solver,
+        error_experts=quality["totals"]["experts"],
+        error_attention=quality["totals"]["attention"],
+    )
+    write_file(out / "README.md", card.encode())
+
+
+def source_name(folder: Path) -> str:
+    """What the source is called: its folder's name."""
+    return folder.resolve().name

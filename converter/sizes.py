@@ -1,0 +1,127 @@
+"""What a conversion will write, known before the first weight is read: layouts, sizes, memory, disk."""
+
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from converter.recipes import UNPACKED
+from converter.source import Checkpoint
+from formats.errors import DoesNotFitError
+from formats.expert import ExpertLayout
+from formats.index import PackedLinear, Recipe
+from formats.layer_file import raw_entries
+from formats.packing import packing_named, tiles_of
+from formats.safetensors_header import DTYPE_BYTES, TensorEntry
+from formats.trunk import attention_linears
+
+CHUNK_WEIGHTS = 4 << 20
+"""Weights that a worker solves at once. It decides where hqq stops iterating, so it is part of what fixes the bytes."""
+
+_BASE_MEMORY_BYTES = 450 << 20
+_WORKER_BYTES_A_WEIGHT = 48
+"""Measured: the process after its imports, and a worker's float32 copies for each weight of a chunk (hqq package)."""
+
+_SMALL_FILES_BYTES = 16 << 20
+"""Tokenizer, index, quality.json and so on, generously."""
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """Sizes in bytes of everything that a conversion of one checkpoint by one recipe writes."""
+
+    layouts: list[list[ExpertLayout]]
+    trunk_entries: list[TensorEntry]
+    packed: dict[str, PackedLinear]
+    expert_weights: int
+    attention_weights: int
+    attention_bytes: int
+    trunk_bytes: int
+    layer_bytes: list[int]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts, without fillers and headers."""
+        return sum(layout.n_bytes for layer in self.layouts for layout in layer)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.trunk_bytes + sum(self.layer_bytes)
+
+    @property
+    def expert_bits(self) -> float:
+        """Bits per weight of the experts."""
+        return 8 * self.expert_bytes / self.expert_weights
+
+    @property
+    def attention_bits(self) -> float:
+        """Bits per weight of the attention projections."""
+        return 8 * self.attention_bytes / self.attention_weights
+
+    def memory_bytes(self, workers: int) -> int:
+        """Peak anonymous memory with `workers` workers, estimated."""
+        largest = max(layout.n_bytes for layer in self.layouts for layout in layer)
+        return _BASE_MEMORY_BYTES + workers * (_WORKER_BYTES_A_WEIGHT * CHUNK_WEIGHTS + largest)
+
+
+def plan_output(checkpoint: Checkpoint, recipe: Recipe) -> OutputPlan:
+    """The plan for `checkpoint` by `recipe`."""
+    a = checkpoint.architecture
+    layout = ExpertLayout.of(a, recipe.gate_up, recipe.down, "recipe")
+    layouts = [[layout] * a.num_local_experts for _ in range(a.num_hidden_layers)]
+    linears = attention_linears(a)
+    packed: dict[str, PackedLinear] = {}
+    if recipe.attention != UNPACKED:
+        packed = {module: PackedLinear(recipe.attention, rows, columns) for module, (rows, columns) in linears.items()}
+    entries = _trunk_entries(checkpoint, packed)
+    attention = [e for e in entries if e.name.rsplit(".", 1)[0] in linears]
+    # Headers are padded to 4096; the exact sizes come from the writers.
+    return OutputPlan(
+        layouts=layouts,
+        trunk_entries=entries,
+        packed=packed,
+        expert_weights=sum(layout.n_weights for layer in layouts for layout in layer),
+        attention_weights=sum(rows * columns for rows, columns in linears.values()),
+        attention_bytes=sum(e.n_bytes for e in attention),
+        trunk_bytes=entries[-1].end,
+        layer_bytes=[raw_entries(n, layer)[-1].end for n, layer in enumerate(layouts)],
+    )
+
+
+def check_disk(plan: OutputPlan, out: Path, codec: str) -> None:
+    """DoesNotFitError, with both numbers, if the disk of `out` lacks room for what is still to be written."""
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    present = sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()) if out.exists() else 0
+    needed = plan.total_bytes + _SMALL_FILES_BYTES
+    if codec == "zstd":
+        needed += 2 * max(plan.layer_bytes)
+    if needed - present > free:
+        raise DoesNotFitError(
+            f"{out}: the conversion needs {needed - present} bytes more, free are {free}",
+            "free some space, or choose another disk",
+        )
+
+
+def chunk_rows(columns: int) -> int:
+    """Rows that a worker solves at once: a multiple of 32."""
+    return max(32, CHUNK_WEIGHTS // columns // 32 * 32)
+
+
+def _trunk_entries(checkpoint: Checkpoint, packed: dict[str, PackedLinear]) -> list[TensorEntry]:
+    """Packed attention first, whose sizes are multiples of 128, then everything else, by dtype size and name."""
+    shapes: list[tuple[str, str, tuple[int, ...]]] = []
+    for module, linear in packed.items():
+        packing = packing_named(linear.packing)
+        shapes.append((f"{module}.packed", "U8", (tiles_of(linear.rows), packing.tile_bytes(linear.columns))))
+    rest = [
+        (name, weight.dtype, weight.shape)
+        for name, weight in checkpoint.trunk.items()
+        if name.removesuffix(".weight") not in packed
+    ]
+    shapes += sorted(rest, key=lambda t: (-DTYPE_BYTES[t[1]], t[0]))
+    entries: list[TensorEntry] = []
+    for name, dtype, shape in shapes:
+        begin = entries[-1].end if entries else 0
+        entries.append(TensorEntry(name, dtype, shape, begin, begin + prod(shape) * DTYPE_BYTES[dtype]))
+    return entries

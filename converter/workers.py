@@ -1,0 +1,84 @@
+"""The units of work: quantize one expert or one attention projection, or copy one tensor."""
+
+import threading
+from typing import Any
+
+import torch
+
+from converter.names import ExpertTensor
+from converter.sizes import OutputPlan, chunk_rows
+from converter.solver import SquaredError, quantize_rows
+from converter.source import Checkpoint, Weight
+from formats.expert import split
+from formats.packing import Packing, pack, packing_named
+from formats.writer import LayerWriter, PlacedFile
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+class Stopped(Exception):
+    """The conversion is being stopped; the unit was given up."""
+
+
+class Worker:
+    """Does units; safe to use from several threads. Each returns the record that the journal keeps of it."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: OutputPlan, stop: threading.Event) -> None:
+        self._checkpoint = checkpoint
+        self._plan = plan
+        self._stop = stop
+
+    def expert(self, writer: LayerWriter, layer: int, expert: int) -> dict[str, Any]:
+        """Quantizes an expert and writes it durably."""
+        layout = self._plan.layouts[layer][expert]
+        blob = torch.empty(layout.n_bytes, dtype=torch.uint8)
+        errors = {}
+        for projection, tiles in zip(PROJECTIONS, split(layout, blob), strict=True):
+            weight = self._checkpoint.experts[ExpertTensor(layer, expert, projection)]
+            packing = layout.down if projection == "down" else layout.gate_up
+            error = self._quantize(weight, packing, tiles)
+            errors[projection] = [error.error, error.total]
+        sha256 = writer.write_expert(expert, blob)
+        return {"unit": "expert", "layer": layer, "expert": expert, "sha256": sha256, "errors": errors}
+
+    def linear(self, trunk: PlacedFile, module: str) -> dict[str, Any]:
+        """Quantizes an attention projection and writes it durably."""
+        linear = self._plan.packed[module]
+        packing = packing_named(linear.packing)
+        tiles = torch.empty(packing.matrix_bytes(linear.rows, linear.columns), dtype=torch.uint8)
+        tiles = tiles.view(-1, packing.tile_bytes(linear.columns))
+        error = self._quantize(self._checkpoint.trunk[f"{module}.weight"], packing, tiles)
+        trunk.write(f"{module}.packed", tiles)
+        trunk.sync()
+        return {"unit": "linear", "module": module, "errors": [error.error, error.total]}
+
+    def tensor(self, trunk: PlacedFile, name: str) -> dict[str, Any]:
+        """Copies a tensor as it is, and makes it durable."""
+        weight = self._checkpoint.trunk[name]
+        rows = weight.shape[0]
+        row_bytes = weight.n_bytes // rows
+        step = max(1, (32 << 20) // row_bytes)
+        for begin in range(0, rows, step):
+            self._check_stop()
+            block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
+            trunk.write(name, block.view(torch.uint8), begin * row_bytes)
+        trunk.sync()
+        return {"unit": "tensor", "name": name}
+
+    def _quantize(self, weight: Weight, packing: Packing, tiles: torch.Tensor) -> SquaredError:
+        """Fills `tiles` (uint8 [tiles, tile_bytes], may be a strided view) with the packed weight."""
+        rows, columns = weight.shape
+        step = chunk_rows(columns)
+        total = SquaredError()
+        for begin in range(0, rows, step):
+            self._check_stop()
+            block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
+            matrix, error = quantize_rows(block, packing)
+            packed = pack(matrix, packing)
+            tiles[begin // 32 : begin // 32 + len(packed)] = packed
+            total += error
+        return total
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped

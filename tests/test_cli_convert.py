@@ -1,0 +1,158 @@
+"""convert, inspect, verify, env as a user calls them: output, JSON, exit codes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from make_checkpoint import SHAPES, make_checkpoint
+
+from converter.cli.main import COMMANDS, cli, main
+from formats.sizes import parse_size
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 2)
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_convert_inspect_verify(run: Any, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text, _ = run("convert", source, "-o", out, "--json")
+    facts = json.loads(text)
+    assert (code, facts["done"], facts["recipe"]) == (0, "converted", "2bit")
+    code, text, _ = run("inspect", out, "--json", "--experts")
+    shown = json.loads(text)
+    assert (code, shown["experts"], len(shown["layers"])) == (0, 8, 2)
+    code, text, _ = run("verify", out, "--read-data", "--json")
+    assert (code, json.loads(text)["ok"]) == (0, True)
+    code, text, _ = run("inspect", out, "--experts")
+    assert "tile32-q2-g16-s4" in text and "experts/layer-001.safetensors" in text
+
+
+def test_damage_is_exit_3_and_named(run: Any, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("convert", source, "-o", out, "-q")
+    file = out / "experts" / "layer-001.safetensors"
+    data = bytearray(file.read_bytes())
+    offset = json.loads((out / "moe_index.json").read_text())["layers"][1]["experts"][2]["offset"]
+    data[offset + 200] ^= 1
+    file.write_bytes(data)
+    assert run("verify", out)[0] == 0
+    code, text, _ = run("verify", out, "--read-data", "--json")
+    (problem,) = json.loads(text)["problems"]
+    assert code == 3
+    assert (problem["layer"], problem["expert"], problem["offset"]) == (1, 2, offset)
+    os.truncate(file, 100)
+    assert run("verify", out)[0] == 3
+    assert run("inspect", out)[0] == 3
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(run: Any, source: Path, tmp_path: Path) -> None:
+    code, text, _ = run("convert", source, "-o", tmp_path / "out", "--dry-run", "--json")
+    facts = json.loads(text)
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    for name in (
+        "source_bytes",
+        "converted_bytes",
+        "expert_bits",
+        "attention_bits",
+        "memory_bytes",
+        "free_disk_bytes",
+        "files",
+    ):
+        assert facts[name] > 0
+    run("convert", source, "-o", tmp_path / "out", "-q")
+    written = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.safetensors"))
+    assert abs(written - facts["converted_bytes"]) <= 4096 * facts["files"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "word"),
+    [
+        (["--recipe", "5bit"], 2, "5bit"),
+        (["--bits", "7"], 2, "7 bits"),
+        (["--layers", "1of2"], 2, "I/N"),
+        (["--layers", "3/2"], 2, "3/2"),
+        (["--max-memory", "lots"], 2, "lots"),
+        (["--max-memory", "1MiB"], 4, "--max-memory"),
+        (["--max-workers", "0"], 2, "max-workers"),
+        (["--nonsense"], 2, "--nonsense"),
+    ],
+)
+def test_bad_options_exit_with_their_code(
+    run: Any, source: Path, tmp_path: Path, args: list[str], code: int, word: str
+) -> None:
+    got, out, err = run("convert", source, "-o", tmp_path / "out", *args)
+    assert (got, out) == (code, "")
+    assert word in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_source_says_how_to_fetch_it(run: Any, tmp_path: Path) -> None:
+    code, out, err = run("convert", "nobody/nothing", "-o", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert "hf download nobody/nothing" in err
+    assert "Traceback" not in err
+
+
+def test_folder_without_an_index_is_damage(run: Any, tmp_path: Path) -> None:
+    assert run("inspect", tmp_path)[0] == 3
+    assert run("verify", tmp_path / "nowhere")[0] == 1
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_has_help_with_an_example_and_json(name: str) -> None:
+    result = CliRunner().invoke(cli, [name, "--help"])
+    assert result.exit_code == 0
+    assert f"moe-convert {name}" in result.output
+    assert "--json" in result.output
+
+
+def test_help_comes_without_loading_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from converter.cli.main import cli; cli(['--help'], standalone_mode=False);"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_knows_the_commands(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MOE_CONVERT_COMPLETE", f"{shell}_complete")
+    monkeypatch.setenv("COMP_WORDS", "moe-convert in")
+    monkeypatch.setenv("COMP_CWORD", "in" if shell == "fish" else "1")
+    result = CliRunner().invoke(cli, [], prog_name="moe-convert")
+    assert "inspect" in result.output
+
+
+def test_env_names_versions(run: Any) -> None:
+    code, text, _ = run("env", "--json")
+    assert code == 0
+    assert json.loads(text)["torch"].startswith("2.")
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("10GiB", 10 << 30), ("1.5 GB", 1_500_000_000), ("6g", 6 << 30), ("512", 512)]
+)
+def test_sizes_as_people_write_them(text: str, n_bytes: int) -> None:
+    assert parse_size(text, "here") == n_bytes

@@ -1,0 +1,427 @@
+"""Whole conversions: the same bytes by every way, nothing lost by any interruption, nothing mixed."""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_checkpoint import SHAPES, make_checkpoint
+from safetensors.torch import load_file, save_file
+
+import converter.convert as convert_module
+from converter.convert import ConvertOptions, convert_checkpoint
+from converter.recipes import make_recipe
+from converter.source import Checkpoint
+from converter.workers import Worker
+from formats.artifact import Artifact
+from formats.errors import DoesNotFitError, OutputError, RecipeError, SourceError
+from formats.expert import dequantize_expert
+from formats.reader import PreadReader
+from formats.verify import verify_folder
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 3, shards=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("reference") / "out"
+    convert(source, out)
+    return hashes(out)
+
+
+def convert(source: Path, out: Path, recipe: str = "2bit", **options: Any) -> str:
+    return convert_checkpoint(source, out, make_recipe(recipe), ConvertOptions(**options)).done
+
+
+def hashes(out: Path, *, without_source: bool = False) -> dict[str, str]:
+    result = {}
+    for file in sorted(out.rglob("*")):
+        if file.is_file():
+            data = file.read_bytes()
+            if without_source and file.name == "moe_index.json":
+                index = json.loads(data)
+                del index["source"]
+                data = json.dumps(index).encode()
+            result[str(file.relative_to(out))] = hashlib.sha256(data).hexdigest()
+    return result
+
+
+class Interruption(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Lets a conversion fail when its n-th expert begins."""
+    original, count = Worker.expert, iter(range(10**6))
+
+    def expert(self: Worker, *args: Any) -> Any:
+        if next(count) >= n:
+            raise Interruption
+        return original(self, *args)
+
+    monkeypatch.setattr(Worker, "expert", expert)
+
+
+def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int = 5, **options: Any) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, n)
+        with pytest.raises(Interruption):
+            convert(source, out, **options)
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_any_number_of_workers_gives_the_same_bytes(
+    source: Path, reference: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    convert(source, tmp_path / "out", max_workers=workers)
+    assert hashes(tmp_path / "out") == reference
+
+
+@pytest.mark.parametrize("changes", [{"shards": 1}, {"shards": 5}, {"layout": "fused"}], ids=str)
+def test_any_sharding_gives_the_same_bytes_but_for_the_record_of_the_source(
+    source: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    convert(source, tmp_path / "one")
+    make_checkpoint(tmp_path / "mini", SHAPES["mini"], 3, **changes)
+    convert(tmp_path / "mini", tmp_path / "other")
+    assert hashes(tmp_path / "one", without_source=True) == hashes(tmp_path / "other", without_source=True)
+
+
+def test_interruption_leaves_nothing_that_looks_complete_and_is_resumed_to_the_same_bytes(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    assert not (out / "moe_index.json").exists()
+    assert verify_folder(out).problems
+    assert convert(source, out) == "converted"
+    assert hashes(out) == reference
+
+
+def test_resume_does_not_convert_an_expert_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch, 5)
+    done: list[tuple[int, int]] = []
+    original = Worker.expert
+
+    def expert(self: Worker, writer: Any, layer: int, number: int) -> Any:
+        done.append((layer, number))
+        return original(self, writer, layer, number)
+
+    monkeypatch.setattr(Worker, "expert", expert)
+    convert(source, out)
+    assert done == [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)]
+
+
+def test_lost_partial_files_are_written_again(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    (out / "experts" / "layer-001.safetensors.partial").unlink()
+    (out / "trunk.safetensors.partial").unlink()
+    os.truncate(out / "experts" / "layer-000.safetensors", 5000)
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+def test_torn_last_line_of_the_journal_is_dropped(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    with open(out / ".moe-convert.journal", "ab") as journal:
+        journal.write(b'{"unit": "expert", "layer": 1, "exp')
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+def test_damaged_line_of_the_journal_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    journal = out / ".moe-convert.journal"
+    lines = journal.read_bytes().splitlines()
+    lines[2] = lines[2][:10]
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(OutputError, match="line 3 is damaged"):
+        convert(source, out)
+
+
+def test_twenty_kills_at_random_moments_do_not_change_a_byte(tmp_path: Path) -> None:
+    source, out, whole = tmp_path / "mini", tmp_path / "out", tmp_path / "whole"
+    make_checkpoint(source, SHAPES["mini"], 12, shards=3)
+    started = time.monotonic()
+    convert(source, whole)
+    seconds = time.monotonic() - started
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "kill_server.py", source, out, "2"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdin and server.stdout
+    moments, kills = random.Random(0), 0
+
+    def start() -> int:
+        server.stdin.write("\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    try:
+        while kills < 20:
+            pid = start()
+            time.sleep(moments.uniform(0, seconds / 12))
+            os.kill(pid, signal.SIGKILL)
+            killed = int(server.stdout.readline()) == signal.SIGKILL
+            kills += killed
+            if not killed:  # it was done before: begin anew, the kills go on
+                assert hashes(out) == hashes(whole)
+                for file in sorted(out.rglob("*"), reverse=True):
+                    file.rmdir() if file.is_dir() else file.unlink()
+        start()
+        assert int(server.stdout.readline()) == 0
+    finally:
+        server.stdin.close()
+        server.wait()
+        server.stdout.close()
+    assert hashes(out) == hashes(whole)
+
+
+@pytest.mark.parametrize("moment", ["layer", "shard"])
+def test_kill_between_renaming_a_file_and_recording_it_is_mended(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    out = tmp_path / "out"
+    original = convert_module.Journal.append
+
+    def append(self: Any, record: dict[str, Any]) -> None:
+        if record.get("unit") == moment:
+            raise Interruption
+        original(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module.Journal, "append", append)
+        with pytest.raises(Interruption):
+            convert(source, out)
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+def test_kill_before_the_index_is_mended(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "write_card", lambda *_: (_ for _ in ()).throw(Interruption))
+        with pytest.raises(Interruption):
+            convert(source, out)
+    assert (out / "trunk.safetensors").exists()
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+@pytest.mark.parametrize("recipe", ["3bit", "paper-2bit"])
+def test_resume_by_another_recipe_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    before = hashes(out)
+    with pytest.raises(OutputError, match=r"another recipe(?s:.*)--no-resume"):
+        convert(source, out, recipe)
+    assert hashes(out) == before
+
+
+def test_resume_from_other_weights_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    make_checkpoint(tmp_path / "mini", SHAPES["mini"], 3, shards=2, seed=1)
+    with pytest.raises(OutputError, match="another source"):
+        convert(tmp_path / "mini", out)
+
+
+def test_resume_by_another_code_version_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    monkeypatch.setattr(convert_module, "__version__", "99.0")
+    with pytest.raises(OutputError, match="another code"):
+        convert(source, out)
+
+
+def test_no_resume_begins_again(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch, recipe="3bit")
+    assert convert(source, out, resume=False) == "converted"
+    assert hashes(out) == reference
+
+
+def test_complete_folder_is_left_as_it_is(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out)
+    assert convert(source, out) == "already complete"
+    assert hashes(out) == reference
+    with pytest.raises(OutputError, match=r"another recipe(?s:.*)--force"):
+        convert(source, out, "3bit")
+    make_checkpoint(tmp_path / "mini", SHAPES["mini"], 3, shards=2, seed=1)
+    with pytest.raises(OutputError, match="another source"):
+        convert(tmp_path / "mini", out)
+    assert hashes(out) == reference
+
+
+def test_force_replaces_a_complete_conversion(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out, "3bit")
+    convert(source, out, force=True)
+    assert hashes(out) == reference
+
+
+def test_folder_of_somebody_else_is_not_touched_without_force(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"did not write(?s:.*)--force"):
+        convert(source, out)
+    assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+    convert(source, out, force=True)
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_second_writer_is_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".moe-convert.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another process"):
+            convert(source, out)
+
+
+def test_too_little_disk_is_said_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(DoesNotFitError, match="free are 1000"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_the_layers_add_up_to_the_whole(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert convert(source, out, part=(2, 2)) == "part"
+    assert convert(source, out, part=(1, 2)) == "part"
+    assert not (out / "moe_index.json").exists()
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+def test_weight_that_is_not_finite_stops_the_conversion_and_keeps_the_rest(
+    source: Path, reference: dict[str, str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "mini"
+    make_checkpoint(broken, SHAPES["mini"], 3, shards=1)
+    tensors = load_file(broken / "model.safetensors")
+    name = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(SourceError, match=r"layers\.2\.block_sparse_moe\.experts\.3\.w2"):
+        convert(broken, tmp_path / "out", max_workers=2)
+    assert (tmp_path / "out" / "experts" / "layer-001.safetensors").exists()
+    assert not (tmp_path / "out" / "moe_index.json").exists()
+
+
+def test_source_cut_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 3)
+    original = Worker.expert
+
+    def expert(self: Worker, *args: Any) -> Any:
+        os.truncate(folder / "model.safetensors", 100_000)
+        return original(self, *args)
+
+    monkeypatch.setattr(Worker, "expert", expert)
+    with pytest.raises(SourceError, match="cut off inside tensor"):
+        convert(folder, tmp_path / "out")
+
+
+def test_ctrl_c_ends_cleanly_and_is_resumed(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if done > total / 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(source, out, make_recipe("2bit"), ConvertOptions(2), progress)
+    assert threading.active_count() == 1
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+def test_zstd_folder_decodes_to_the_same_experts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(source, tmp_path / "raw")
+    interrupted(source, tmp_path / "zstd", monkeypatch, codec="zstd")
+    convert(source, tmp_path / "zstd", codec="zstd")
+    assert verify_folder(tmp_path / "zstd", read_data=True).problems == []
+    raw, compressed = Artifact.open(tmp_path / "raw"), Artifact.open(tmp_path / "zstd")
+    with PreadReader(raw) as one, PreadReader(compressed) as other:
+        for layer in range(3):
+            for expert in range(4):
+                assert torch.equal(one.read(layer, expert), other.read(layer, expert))
+
+
+def test_converted_weights_are_near_the_source_and_quality_says_how_near(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out, "4bit")
+    artifact = Artifact.open(out)
+    quality = json.loads((out / "quality.json").read_text())
+    with Checkpoint(source) as checkpoint, PreadReader(artifact) as reader:
+        got = dict(
+            zip(("gate", "up", "down"), dequantize_expert(artifact.layout(2, 3), reader.read(2, 3)), strict=True)
+        )
+        for key, weight in checkpoint.experts.items():
+            if (key.layer, key.expert) == (2, 3):
+                true = checkpoint.read_rows(weight, 0, weight.shape[0]).float()
+                error = float((got[key.projection] - true).norm() / true.norm())
+                recorded = next(e for e in quality["experts"] if (e["layer"], e["expert"]) == (2, 3))
+                assert recorded[key.projection] == pytest.approx(error, rel=1e-4)
+                assert error < 0.1
+    assert 0 < quality["totals"]["attention"] < 0.1
+
+
+def test_side_files_are_copied_byte_for_byte(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 1)
+    (folder / "LICENSE.txt").write_bytes(b"licence \xff\n")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "optimizer.pt").write_bytes(b"not this")
+    convert(folder, tmp_path / "out")
+    for name in ("LICENSE.txt", "chat_template.jinja", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    assert not (tmp_path / "out" / "optimizer.pt").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.pop("quantization_config")["quant_method"] == "moe_convert"
+    assert config == json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("options", [{"max_workers": 0}, {"codec": "lzma"}, {"part": (3, 2)}, {"part": (0, 2)}])
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        ConvertOptions(**options)

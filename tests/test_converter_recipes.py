@@ -1,0 +1,48 @@
+"""Recipes and options."""
+
+import pytest
+
+from converter.recipes import RECIPES, make_recipe
+from formats.errors import RecipeError
+
+
+def test_named_recipes_use_the_packings_of_the_design() -> None:
+    experts = {name: recipe.gate_up for name, recipe in RECIPES.items()}
+    assert experts == {
+        "2bit": "tile32-q2-g16-s4",
+        "3bit": "tile32-q3-g32-s4",
+        "4bit": "tile32-q4-g64-s8",
+        "paper-2bit": "tile32-q2-g16-s8",
+        "paper-3bit": "tile32-q3-g64-s8",
+    }
+    assert {recipe.attention for recipe in RECIPES.values()} == {"tile32-q4-g64-s8"}
+
+
+def test_bits_choose_the_packing() -> None:
+    assert make_recipe(bits=3).gate_up == "tile32-q3-g32-s4"
+    assert make_recipe(bits=3, group_size=64).down == "tile32-q3-g64-s8"
+
+
+def test_options_that_add_up_to_a_named_recipe_get_its_name() -> None:
+    assert make_recipe("2bit", bits=4) == RECIPES["4bit"]
+
+
+def test_down_may_have_a_packing_of_its_own() -> None:
+    recipe = make_recipe("2bit", down="tile32-q3-g32-s4")
+    assert (recipe.name, recipe.gate_up, recipe.down) == ("custom", "tile32-q2-g16-s4", "tile32-q3-g32-s4")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"name": "5bit"}, "5bit"),
+        ({"bits": 5}, "5 bits"),
+        ({"bits": 4, "group_size": 16}, "groups of 16"),
+        ({"attn_bits": 3}, "--attn-bits 3"),
+        ({"solver": "magic"}, "magic"),
+        ({"down": "q9"}, "q9"),
+    ],
+)
+def test_what_does_not_exist_is_refused_by_name(options: dict[str, object], word: str) -> None:
+    with pytest.raises(RecipeError, match=word):
+        make_recipe(**options)  # type: ignore[arg-type]
