@@ -257,8 +257,7 @@ class _Job:
                 self._record({"unit": "shard", "name": name, "sha256": self._shard_sha256[name]})
         trunk.finish()
         out, recipe = self._out, self._recipe
-        write_config(self._checkpoint, recipe, out)
-        copied = copy_files(self._checkpoint.folder, out)
+        files = [write_config(self._checkpoint, recipe, out), *copy_files(self._checkpoint.folder, out)]
         quality = write_quality(list(self._records.values()), out)
         write_card(self._checkpoint, recipe, self._plan, quality, out)
         with open(out / TRUNK_NAME, "rb") as f:
@@ -282,7 +281,7 @@ class _Job:
                 packed=self._plan.packed,
             ),
             layers=[self._layer_file(layer) for layer in range(len(layouts))],
-            files=copied,
+            files=files,
         )
         write_file(out / INDEX_NAME, dump(index))
         return quality

@@ -21,7 +21,7 @@ _COPIED = (
 )  # fmt: skip
 
 
-def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> None:
+def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFile:
     """The source's config.json with the quantization_config by which transformers finds the loader's plugin."""
     quantization = {
         "quant_method": "moe_convert",
@@ -29,18 +29,13 @@ def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> None:
         "recipe": recipe.name,
     }
     config = {**checkpoint.config, "quantization_config": quantization}
-    write_file(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+    return _write(out, "config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def copy_files(source: Path, out: Path) -> list[CopiedFile]:
     """Copies tokenizer, generation config, chat template and licence byte for byte."""
     names = sorted({p.name for pattern in _COPIED for p in source.glob(pattern) if not p.is_dir()})
-    copied = []
-    for name in names:
-        data = locate(source, name, str(source)).read_bytes()
-        write_file(out / name, data)
-        copied.append(CopiedFile(name, len(data), hashlib.sha256(data).hexdigest()))
-    return copied
+    return [_write(out, name, locate(source, name, str(source)).read_bytes()) for name in names]
 
 
 def quality_of(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,6 +136,11 @@ def write_card(checkpoint: Checkpoint, recipe: Recipe, plan: OutputPlan, quality
         error_attention=quality["totals"]["attention"],
     )
     write_file(out / "README.md", card.encode())
+
+
+def _write(out: Path, name: str, data: bytes) -> CopiedFile:
+    write_file(out / name, data)
+    return CopiedFile(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def source_name(folder: Path) -> str:

@@ -12,12 +12,12 @@ from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.index import CODECS, Architecture, ExpertEntry, Index, check_version, read_index
 from formats.layer_file import layer_file_name, layer_metadata, raw_entries, zstd_entries
-from formats.paths import locate, open_regular, read_small
+from formats.paths import check_name, locate, open_regular, read_small
 from formats.safetensors_header import Header, TensorEntry, read_header
 from formats.strict_json import parse
 from formats.trunk import check_trunk
 
-REBUILD_HINT = "a general safetensors tool may have saved it again; get the file again, or convert again"
+RESAVED_HINT = "it was cut off, or saved again by a general safetensors tool: get the file again, or convert again"
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,16 @@ def read_head(folder: Path) -> tuple[Index, dict[str, Any]]:
 
 
 def structure_problems(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvertError]]:
-    """Every disagreement between `index`, itself, and the files' sizes and headers. Reads no weights.
+    """Every disagreement between `index`, itself, and the weight files' sizes and headers. Reads no weights.
 
+    Not of `index.files`: a tokenizer that the user has edited is no reason to refuse the weights (verification says so).
     Each comes with the name of the file (as the index has it) whose place or size cannot be relied on.
     """
     where = str(folder / INDEX_NAME)
     checks: list[tuple[str, Callable[[], None]]] = [(INDEX_NAME, partial(_check_layers, index, where))]
     checks += [(layer.file, partial(_check_layer, folder, index, n, where)) for n, layer in enumerate(index.layers)]
     checks.append((index.trunk.file, partial(_check_trunk_file, folder, index)))
-    checks += [(f.file, partial(_check_size, folder, f.file, f.size_bytes)) for f in index.files]
+    checks += [(INDEX_NAME, partial(_check_file_name, f.file, where)) for f in index.files]
     checks.append((INDEX_NAME, partial(_check_packings, index, where)))
     for file, check in checks:
         try:
@@ -104,6 +105,10 @@ def _check_layers(index: Index, where: str) -> None:
     expected = index.architecture.num_hidden_layers
     if len(index.layers) != expected:
         raise FormatError(f"{where}: layers has {len(index.layers)} entries, config.json says {expected}")
+
+
+def _check_file_name(name: str, where: str) -> None:
+    check_name(name, where)
 
 
 def _check_packings(index: Index, where: str) -> None:
@@ -119,7 +124,7 @@ def _check_layer(folder: Path, index: Index, number: int, where: str) -> None:
     if layer.file != layer_file_name(number):
         raise FormatError(f"{here}.file is {layer.file!r}, expected {layer_file_name(number)!r}")
     _check_experts(index, number, here)
-    _check_size(folder, layer.file, layer.size_bytes)
+    _check_size(folder, layer.file, layer.size_bytes, RESAVED_HINT)
     header = _header(folder, layer.file)
     file = str(folder / layer.file)
     first = layer.experts[0]
@@ -133,14 +138,14 @@ def _check_layer(folder: Path, index: Index, number: int, where: str) -> None:
     for key in sorted(metadata.keys() | header.metadata.keys()):
         found, wanted = header.metadata.get(key), metadata.get(key)
         if found != wanted:
-            raise FormatError(f"{file}: metadata {key!r} is {found!r}, the index says {wanted!r}", REBUILD_HINT)
+            raise FormatError(f"{file}: metadata {key!r} is {found!r}, the index says {wanted!r}", RESAVED_HINT)
     if first.offset != header.data_offset:
         raise FormatError(
             f"{here}.experts[0].offset is {first.offset}, the data of {file} begins at {header.data_offset}"
         )
     if header.sha256 != layer.header_sha256:
         raise DamageError(
-            f"{file}: the header's sha256 is {header.sha256}, the index says {layer.header_sha256}", REBUILD_HINT
+            f"{file}: the header's sha256 is {header.sha256}, the index says {layer.header_sha256}", RESAVED_HINT
         )
 
 
@@ -183,13 +188,13 @@ def _check_trunk_file(folder: Path, index: Index) -> None:
     trunk = index.trunk
     if trunk.file != TRUNK_NAME:
         raise FormatError(f"{folder / INDEX_NAME}: trunk.file is {trunk.file!r}, expected {TRUNK_NAME!r}")
-    _check_size(folder, trunk.file, trunk.size_bytes)
+    _check_size(folder, trunk.file, trunk.size_bytes, RESAVED_HINT)
     header = _header(folder, trunk.file)
     check_trunk(header.entries, index.architecture, trunk.packed, str(folder / trunk.file))
     if header.sha256 != trunk.header_sha256:
         raise DamageError(
             f"{folder / trunk.file}: the header's sha256 is {header.sha256}, the index says {trunk.header_sha256}",
-            REBUILD_HINT,
+            RESAVED_HINT,
         )
 
 
@@ -198,22 +203,22 @@ def _check_entries(header: Header, expected: list[TensorEntry], file: str) -> No
     for entry in expected:
         found = header.entries.get(entry.name)
         if found is None:
-            raise FormatError(f"{file}: tensor {entry.name!r} is missing", REBUILD_HINT)
+            raise FormatError(f"{file}: tensor {entry.name!r} is missing", RESAVED_HINT)
         if found != entry:
             raise FormatError(
                 f"{file}: tensor {entry.name!r} is {found.dtype} {list(found.shape)} at {found.begin}, the index says"
                 f" {entry.dtype} {list(entry.shape)} at {entry.begin}",
-                REBUILD_HINT,
+                RESAVED_HINT,
             )
     if extra := sorted(header.entries.keys() - {entry.name for entry in expected}):
-        raise FormatError(f"{file}: tensor {extra[0]!r} is not in the index", REBUILD_HINT)
+        raise FormatError(f"{file}: tensor {extra[0]!r} is not in the index", RESAVED_HINT)
 
 
-def _check_size(folder: Path, name: str, size_bytes: int) -> None:
+def _check_size(folder: Path, name: str, size_bytes: int, hint: str = "") -> None:
     path = locate(folder, name, str(folder))
     found = path.stat().st_size
     if found != size_bytes:
-        raise DamageError(f"{folder / name}: {found} bytes, the index says {size_bytes}")
+        raise DamageError(f"{folder / name}: {found} bytes, the index says {size_bytes}", hint)
 
 
 def _header(folder: Path, name: str) -> Header:

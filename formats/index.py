@@ -139,7 +139,7 @@ class LayerFile(_Part, frozen=True):
 
 
 class CopiedFile(_Part, frozen=True):
-    """A file taken from the source byte for byte."""
+    """config.json, or a file taken from the source byte for byte; for verification only."""
 
     file: Label
     size_bytes: Natural
@@ -181,7 +181,7 @@ def parse_index(data: bytes, where: str) -> Index:
 def check_version(version: Any, where: str) -> None:
     """Raises FormatError if `version` is no integer, VersionError if this release does not read it."""
     if type(version) is not int:
-        raise FormatError(f"{where}: format_version is {version!r}, not an integer")
+        raise FormatError(f"{where}: format_version is {repr(version)[:100]}, not an integer")
     if not OLDEST_READABLE_VERSION <= version <= NEWEST_READABLE_VERSION:
         newer = version > NEWEST_READABLE_VERSION
         raise VersionError(

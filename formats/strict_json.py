@@ -32,7 +32,7 @@ def parse(
     """
 
     def refuse(what: str) -> NoReturn:
-        raise error(f"{where}: {what}")
+        raise error(f"{where}: {what[:300]}")
 
     if len(data) > max_bytes:
         refuse(f"{len(data)} bytes, allowed are {max_bytes}")

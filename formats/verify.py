@@ -9,7 +9,8 @@ from pathlib import Path
 
 from formats import ALIGNMENT_BYTES, INDEX_NAME
 from formats.artifact import Artifact, read_head, structure_problems
-from formats.errors import MoeConvertError
+from formats.errors import DamageError, MoeConvertError
+from formats.index import Index
 from formats.paths import locate, open_regular
 
 Progress = Callable[[int, int], None]
@@ -50,7 +51,7 @@ def verify_folder(folder: Path, *, read_data: bool = False, progress: Progress |
         if not folder.is_dir():
             raise
         return Report([Problem(_blamed(INDEX_NAME, folder, e), e.message, e.hint)], 0, 0, 0, 0)
-    found = list(structure_problems(folder, index))
+    found = [*structure_problems(folder, index), *_changed_files(folder, index)]
     problems = [Problem(_blamed(file, folder, e), e.message, e.hint) for file, e in found]
     total = (
         index.trunk.size_bytes
@@ -62,6 +63,18 @@ def verify_folder(folder: Path, *, read_data: bool = False, progress: Progress |
         checked = _read_data(Artifact(folder, index, config), {file for file, _ in found}, problems, progress)
     files = 2 + len(index.layers) + len(index.files)
     return Report(problems, files, sum(len(layer.experts) for layer in index.layers), total, checked)
+
+
+def _changed_files(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvertError]]:
+    """The files beside the weights that are missing or have another size than they were written with."""
+    for file in index.files:
+        try:
+            size = locate(folder, file.file, str(folder)).stat().st_size
+            if size != file.size_bytes:
+                message = f"{folder / file.file}: {size} bytes, the index says {file.size_bytes}"
+                raise DamageError(message, "get the file again, if it was not you who changed it")
+        except MoeConvertError as e:
+            yield file.file, e
 
 
 def _read_data(artifact: Artifact, broken: set[str], problems: list[Problem], progress: Progress | None) -> int:

@@ -1,0 +1,118 @@
+"""File names from strangers."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from formats.errors import DamageError, PathError
+from formats.paths import check_name, locate, open_regular, read_small
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "model-00001-of-00019.safetensors", "experts/layer-000.safetensors", "_a b+c@d=e"]
+)
+def test_plain_name_is_taken(name: str) -> None:
+    assert check_name(name, "here") == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../a",
+        "a/../b",
+        "a/..",
+        "/a",
+        "//a",
+        "a//b",
+        "a/",
+        "./a",
+        "a\\b",
+        "..\\a",
+        "C:\\a",
+        "C:a",
+        "\\\\host\\a",
+        "%2e%2e/a",
+        "%2E%2E%2Fa",
+        "a\0",
+        "a\n",
+        "\ta",
+        "~/a",
+        "-rf",
+        ".hidden",
+        "a/.git",
+        "a\u202eb",
+        "ａ",
+        "\ud800",
+        "a" * 513,
+    ],
+)
+def test_unsafe_name_is_refused_with_where_it_stood(name: str) -> None:
+    with pytest.raises(PathError, match=r"weight_map: file name ") as caught:
+        check_name(name, "weight_map")
+    assert repr(name) in caught.value.message
+    assert caught.value.hint
+
+
+def test_component_that_is_too_long_for_the_disk_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="too long"):
+        locate(tmp_path, "a" * 300, "here")
+
+
+def test_path_through_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(PathError, match="a/b"):
+        locate(tmp_path, "a/b", "here")
+
+
+def test_missing_file_is_damage(tmp_path: Path) -> None:
+    with pytest.raises(DamageError, match="here: file a is missing in"):
+        locate(tmp_path, "a", "here")
+
+
+def test_dangling_link_inside_the_folder_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    with pytest.raises(DamageError, match="here: file a is missing in"):
+        locate(tmp_path, "a", "here")
+
+
+def test_folder_reached_through_a_link_works(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("real")
+    assert read_small(tmp_path / "link", "a", "here") == b"x"
+
+
+def test_folder_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model-evil").mkdir()
+    (tmp_path / "model-evil/a").write_bytes(b"x")
+    (tmp_path / "model/a").symlink_to("../model-evil/a")
+    with pytest.raises(PathError, match="outside of"):
+        locate(tmp_path / "model", "a", "here")
+
+
+def test_fifo_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(PathError, match="is not a regular file"):
+        open_regular(tmp_path / "a")
+
+
+def test_device_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="is not a regular file"):
+        open_regular(Path("/dev/zero"))
+
+
+def test_file_that_cannot_be_opened_is_a_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(PathError, match="cannot be opened: No such file"):
+        open_regular(tmp_path / "gone")
+
+
+def test_file_over_the_limit_is_refused_with_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(11))
+    with pytest.raises(DamageError, match="a has over 10 bytes"):
+        read_small(tmp_path, "a", "here", max_bytes=10)
+    assert read_small(tmp_path, "a", "here", max_bytes=11) == bytes(11)
