@@ -88,8 +88,8 @@ tags:
 # {name}, {recipe}
 
 {name} with its experts quantized to {expert_bits:.3f} bits a weight ({gate_up} for gate and up, {down} for down) and
-its attention to {attention_bits:.3f} bits, in the expert-addressable format of moe-convert {version}. It runs within the
-memory that there is: experts are served from disk through a cache.
+its attention to {attention_bits:.3f} bits, in the expert-addressable format of moe-convert {version}. It runs within
+the memory that there is: experts are served from disk through a cache.
 
 ```python
 import loader

@@ -85,7 +85,7 @@ def read_head(folder: Path) -> tuple[Index, dict[str, Any]]:
 def structure_problems(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvertError]]:
     """Every disagreement between `index`, itself, and the weight files' sizes and headers. Reads no weights.
 
-    Not of `index.files`: a tokenizer that the user has edited is no reason to refuse the weights (verification says so).
+    Not of `index.files`: a tokenizer that the user has edited is no reason to refuse the weights (verify says so).
     Each comes with the name of the file (as the index has it) whose place or size cannot be relied on.
     """
     where = str(folder / INDEX_NAME)
