@@ -4,16 +4,36 @@ import re
 
 from formats.errors import RecipeError
 
-_UNITS = {"": 1, "b": 1}
-for _i, _letter in enumerate("kmgt", 1):
-    _UNITS |= {_letter: 1024**_i, f"{_letter}ib": 1024**_i, f"{_letter}b": 1000**_i}
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*")
 
 
-def parse_size(text: str | int, where: str) -> int:
-    """Bytes of "10GiB", "500MB", "6g" (binary) or a plain number; RecipeError naming `where` for anything else."""
-    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
-    if not match or match[2] not in _UNITS:
-        raise RecipeError(f"{where}: {text!r} is not a size; write bytes, or a number with MB, MiB, GB or GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+def parse_size(value: int | str, name: str = "size") -> int:
+    """Bytes of a number or of a text such as "6GiB", "500 MB", "1.5GB"; a number alone is bytes.
+
+    RecipeError naming `name` for anything else, and for 0.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        n_bytes = value
+    else:
+        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        factor = _UNITS.get(match[2].lower() or "b") if match else None
+        n_bytes = int(float(match[1]) * factor) if match and factor and "." in match[1] else 0
+        if match and factor and "." not in match[1]:
+            n_bytes = int(match[1]) * factor
+        if not match or not factor:
+            raise RecipeError(f"{name}: {value!r} is not a size", "write bytes, or a size such as 6GiB or 500MB")
+    if n_bytes <= 0:
+        raise RecipeError(f"{name}: {value!r} is not a size above 0", "write bytes, or a size such as 6GiB or 500MB")
+    return n_bytes

@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.cli.main import COMMANDS, cli, main
-from formats.sizes import parse_size
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +148,3 @@ def test_env_names_versions(run: Any) -> None:
     code, text, _ = run("env", "--json")
     assert code == 0
     assert json.loads(text)["torch"].startswith("2.")
-
-
-@pytest.mark.parametrize(
-    ("text", "n_bytes"), [("10GiB", 10 << 30), ("1.5 GB", 1_500_000_000), ("6g", 6 << 30), ("512", 512)]
-)
-def test_sizes_as_people_write_them(text: str, n_bytes: int) -> None:
-    assert parse_size(text, "here") == n_bytes

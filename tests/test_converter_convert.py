@@ -30,7 +30,7 @@ from formats.expert import dequantize_expert
 from formats.reader import PreadReader
 from formats.verify import verify_folder
 
-TINY = Path(__file__).parent.parent / "examples" / "tiny-mixtral"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_twenty_kills_at_random_moments_do_not_change_a_byte(tmp_path: Path) -> 
     seconds = time.monotonic() - started
     server = subprocess.Popen(
         [sys.executable, Path(__file__).parent / "kill_server.py", source, out, "2"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(TINY.parent.parent)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert server.stdin and server.stdout
     moments, kills = random.Random(0), 0

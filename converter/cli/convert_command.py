@@ -20,7 +20,7 @@ from formats.errors import DoesNotFitError
 @click.option("--group-size", type=int, help="Weights that share a scale: 16, 32 or 64, where a packing has it.")
 @click.option("--gate-up", help="Packing of the experts' gate and up, by name.")
 @click.option("--down", help="Packing of the experts' down, by name.")
-@click.option("--solver", help="How scales are found: hqq.")
+@click.option("--solver", help="How scales are found: hqq, or hqq-package (slow; the oracle).")
 @click.option(
     "--codec",
     type=click.Choice(["none", "zstd"]),

@@ -1,0 +1,41 @@
+"""An ordinary checkpoint as transformers loads it, without pickles and without code from its folder: for comparison."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from formats import INDEX_NAME
+from formats.errors import MoeConvertError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether `folder` holds what moe-convert wrote, or at least its index."""
+    return (folder / INDEX_NAME).exists()
+
+
+def load_checkpoint(folder: Path) -> "PreTrainedModel":
+    """The causal language model in `folder` in its stored dtype, on the CPU.
+
+    MoeConvertError if there are no safetensors files, or if transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not folder.is_dir():
+        raise MoeConvertError(f"{folder} is not a folder", "name a converted folder, or a folder with a checkpoint")
+    if not any((folder / name).exists() for name in WEIGHTS):
+        raise MoeConvertError(
+            f"{folder}: neither {INDEX_NAME} nor {' nor '.join(WEIGHTS)}",
+            "complete the conversion, or save the checkpoint as safetensors; pickles are never read",
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            os.fspath(folder), dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError) as e:
+        raise MoeConvertError(f"{folder}: transformers cannot load it: {e}") from e
+    return model.eval()

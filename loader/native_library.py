@@ -1,0 +1,103 @@
+"""Finds and loads libmoe_kernels, and declares its C ABI (loader/native/moe_kernels.h) to ctypes.
+
+Nothing happens on import; the first question loads the library, and one warning is logged where there is none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import sys
+import sysconfig
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+ABI_VERSION = 1
+FIX = "install a C++20 compiler (gcc 11, clang 14 or newer) and reinstall: pip install --force-reinstall moe-convert"
+
+
+class Matrix(ctypes.Structure):
+    """moe_matrix."""
+
+    _fields_ = [
+        ("tiles", c_void_p),
+        ("rows", c_int64),
+        ("y", c_void_p),
+        ("packing", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Expert(ctypes.Structure):
+    """moe_expert."""
+
+    _fields_ = [
+        ("blob", c_void_p),
+        ("tokens", c_void_p),
+        ("weights", c_void_p),
+        ("token_count", c_int64),
+        ("gate_up_packing", c_int32),
+        ("down_packing", c_int32),
+    ]
+
+
+_P, _I, _L = c_void_p, c_int32, c_int64
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "moe_abi_version": (_I, []),
+    "moe_set_threads": (_I, [_I]),
+    "moe_threads": (_I, []),
+    "moe_isa": (_I, []),
+    "moe_isa_reason": (c_char_p, []),
+    "moe_set_isa": (_I, [_I]),
+    "moe_packed_bytes": (_L, [_I, _L, _L]),
+    "moe_expert_bytes": (_L, [_I, _I, _L, _L]),
+    "moe_packing_id": (_I, [c_char_p]),
+    "moe_linear": (_I, [_I, _P, _L, _L, _P, _P, _L]),
+    "moe_linear_many": (_I, [POINTER(Matrix), _I, _L, _P, _L]),
+    "moe_linear_bf16": (_I, [_P, _L, _L, _P, _P, _L]),
+    "moe_experts": (_I, [POINTER(Expert), _I, _L, _L, _P, _P, _L, _I]),
+    "moe_experts_topk": (_I, [_P, _I, _I, _I, _L, _L, _P, _P, _I, _P, _P, _L, _I]),
+    "moe_stream_sum": (c_uint64, [_P, _I, _L, _L]),
+    "moe_empty_region_us": (c_double, [_I]),
+}
+
+
+def _candidates() -> list[Path]:
+    name = "libmoe_kernels.dylib" if sys.platform == "darwin" else "libmoe_kernels.so"
+    # An editable install leaves the built library in platlib, away from this file.
+    return [Path(__file__).parent / name, Path(sysconfig.get_path("platlib")) / "loader" / name]
+
+
+@functools.lru_cache(maxsize=1)
+def find() -> tuple[ctypes.CDLL | None, str]:
+    """The library and its path, or None and one sentence on why it is not there (logged once, as a warning)."""
+    reason = f"native kernels are not built (looked for {', '.join(map(str, _candidates()))})"
+    for path in _candidates():
+        if not path.is_file():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            library.moe_abi_version.restype = c_int32
+            version = library.moe_abi_version()
+            if version == ABI_VERSION:
+                for name, (result, arguments) in _SIGNATURES.items():
+                    function = getattr(library, name)
+                    function.restype, function.argtypes = result, arguments
+                return library, str(path)
+            reason = f"{path} has ABI version {version}, this package needs {ABI_VERSION}"
+        except (OSError, AttributeError) as error:
+            reason = f"{path} cannot be loaded: {error}"
+    _log.warning("%s; the torch path runs instead, which is much slower. To fix it: %s", reason, FIX)
+    return None, reason
+
+
+def library() -> ctypes.CDLL:
+    """The library. RuntimeError, saying how to get it, where it is not there."""
+    loaded, reason = find()
+    if loaded is None:
+        raise RuntimeError(f"{reason}; {FIX}")
+    return loaded

@@ -1,0 +1,44 @@
+"""What many tests share: the example model, and its conversions, each made once a session."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Small matrices on few cores: torch's workers spin longer than they compute, and stall when another job runs.
+torch.set_num_threads(1)
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
+
+
+@pytest.fixture(scope="session")
+def example_folder() -> Path:
+    """The example checkpoint, as it is in the repository."""
+    return EXAMPLE
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Recipe name -> folder of the converted example. Tests only read it."""
+    from converter.convert import convert_checkpoint
+    from converter.recipes import make_recipe
+
+    root = tmp_path_factory.mktemp("converted")
+
+    def folder_of(recipe: str = "2bit") -> Path:
+        folder = root / recipe
+        if not folder.exists():
+            convert_checkpoint(EXAMPLE, folder, make_recipe(recipe))
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture
+def converted_copy(converted: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the example at 2 bits, to be broken."""
+    return Path(shutil.copytree(converted("2bit"), tmp_path / "copy"))

@@ -1,0 +1,72 @@
+from types import SimpleNamespace
+
+import pytest
+
+from formats.artifact import Artifact
+from formats.errors import DoesNotFitError, RecipeError
+from formats.sizes import parse_size
+from loader import budget
+from loader.budget import expert_bytes_by_layer, ram_budget, slots_per_layer
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("6GiB", 6 * 2**30),
+        ("6GB", 6 * 10**9),
+        ("6 gb", 6 * 10**9),
+        ("1.5MiB", 3 * 2**19),
+        ("500", 500),
+        (12345, 12345),
+        ("123456789012345678", 123456789012345678),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, n_bytes):
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "6G", "GiB", "-1GiB", "1e9", "nan", "0", 0, -5, True, 1.5, None, "6 GiB x", "١GiB"[1:]]
+)
+def test_nonsense_is_no_size_and_is_named(text):
+    with pytest.raises(RecipeError, match="ram_cache"):
+        parse_size(text, "ram_cache")
+
+
+def test_budget_is_shared_by_all_layers(converted):
+    artifact = Artifact.open(converted("2bit"))
+    one_expert_a_layer = sum(expert_bytes_by_layer(artifact))
+    assert slots_per_layer(3 * one_expert_a_layer, artifact) == 3
+    assert slots_per_layer(3 * one_expert_a_layer - 1, artifact) == 2
+    assert slots_per_layer(10**12, artifact) == 8
+
+
+def test_too_small_budget_names_the_least_that_works(converted):
+    artifact = Artifact.open(converted("2bit"))
+    least = 2 * sum(expert_bytes_by_layer(artifact))
+    with pytest.raises(DoesNotFitError, match=str(least)) as e:
+        slots_per_layer(least - 1, artifact)
+    assert e.value.exit_code == 4
+    assert slots_per_layer(least, artifact) == 2
+
+
+def test_auto_leaves_the_reserve_and_the_trunk_free(converted, monkeypatch):
+    artifact = Artifact.open(converted("2bit"))
+    trunk = artifact.index.trunk.size_bytes
+    monkeypatch.setattr(budget, "available_memory", lambda: (4 << 30, 8 << 30))
+    assert ram_budget("auto", artifact) == (4 << 30) - (512 << 20) - trunk
+    monkeypatch.setattr(budget, "available_memory", lambda: (30 << 30, 64 << 30))
+    assert ram_budget("auto", artifact) == (26 << 30) - trunk
+    monkeypatch.setattr(budget, "available_memory", lambda: (1 << 20, 8 << 30))
+    assert ram_budget("auto", artifact) == 0
+
+
+def test_a_containers_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
+    machine = SimpleNamespace(available=8 << 30, total=16 << 30)
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(budget, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert budget.available_memory() == (8 << 30, 16 << 30)
+    (tmp_path / "memory.max").write_text(f"{2 << 30}\n")
+    assert budget.available_memory() == ((2 << 30) - 1000, 2 << 30)

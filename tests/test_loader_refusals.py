@@ -1,0 +1,161 @@
+"""Folders that the loader must not load, and what it then says."""
+
+import hashlib
+import json
+import logging
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+
+import loader
+from formats.artifact import Artifact
+from formats.errors import FormatError, MoeConvertError, VersionError
+from loader.plugin import METHOD, compare_with_trunk
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def rewrite_trunk(folder, change):
+    """Saves the trunk again after `change`(tensors), with an index that agrees with the new file."""
+    path = folder / "trunk.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    data = path.read_bytes()
+    header = data[: 8 + struct.unpack("<Q", data[:8])[0]]
+
+    def update(index):
+        index["trunk"]["size_bytes"] = len(data)
+        index["trunk"]["header_sha256"] = hashlib.sha256(header).hexdigest()
+
+    edit_json(folder / "moe_index.json", update)
+
+
+def load(folder):
+    return loader.from_pretrained(folder, kernels="torch", ram_cache="1GiB")
+
+
+def test_a_missing_trunk_tensor_is_named(converted_copy):
+    rewrite_trunk(converted_copy, lambda t: t.pop("model.layers.3.mlp.gate.weight"))
+    with pytest.raises(FormatError, match=r"missing.*model\.layers\.3\.mlp\.gate\.weight"):
+        load(converted_copy)
+
+
+def test_an_extra_trunk_tensor_is_named(converted_copy):
+    rewrite_trunk(converted_copy, lambda t: t.update({"model.layers.9.extra": torch.zeros(1)}))
+    with pytest.raises(FormatError, match=r"model\.layers\.9\.extra"):
+        load(converted_copy)
+
+
+def test_a_trunk_tensor_of_another_shape_is_named(converted_copy):
+    rewrite_trunk(converted_copy, lambda t: t.update({"model.norm.weight": torch.zeros(191)}))
+    with pytest.raises(FormatError, match=r"model\.norm\.weight.*191.*192"):
+        load(converted_copy)
+
+
+def test_packed_tiles_of_another_shape_are_named(converted_copy):
+    name = "model.layers.0.self_attn.k_proj.packed"
+    rewrite_trunk(converted_copy, lambda t: t.update({name: t[name][:1].clone()}))
+    with pytest.raises(FormatError, match=r"layers\.0\.self_attn\.k_proj\.packed"):
+        load(converted_copy)
+
+
+def test_fillers_of_the_trunk_are_loaded_over_in_silence(converted_copy, caplog):
+    rewrite_trunk(converted_copy, lambda t: t.update({"__pad__.77": torch.zeros(3, dtype=torch.uint8)}))
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        model = load(converted_copy)
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert model is not None
+    assert "__pad__" not in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_model_with_a_tensor_that_the_trunk_lacks_is_refused(converted):
+    model = load(converted("2bit"))
+    artifact = Artifact.open(converted("2bit"))
+    compare_with_trunk(model, artifact)
+    model.model.norm.bias = torch.nn.Parameter(torch.zeros(192))
+    with pytest.raises(FormatError, match=r"missing: model\.norm\.bias"):
+        compare_with_trunk(model, artifact)
+    del model.model.norm.bias
+    model.model.norm.weight = torch.nn.Parameter(torch.zeros(7))
+    with pytest.raises(FormatError, match=r"model\.norm\.weight"):
+        compare_with_trunk(model, artifact)
+    del model.model.norm.weight
+    with pytest.raises(FormatError, match=r"does not have: model\.norm\.weight"):
+        compare_with_trunk(model, artifact)
+
+
+def test_a_newer_format_version_is_refused(converted_copy):
+    edit_json(converted_copy / "moe_index.json", lambda index: index.update(format_version=2))
+    with pytest.raises(VersionError, match="format_version is 2"):
+        load(converted_copy)
+
+
+def test_a_newer_version_in_the_config_is_refused(converted_copy):
+    edit_json(converted_copy / "config.json", lambda c: c["quantization_config"].update(format_version=2))
+    with pytest.raises(VersionError, match="format_version is 2"):
+        load(converted_copy)
+
+
+def test_a_config_that_names_code_is_refused(converted_copy):
+    edit_json(converted_copy / "config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "evil.Model"}))
+    with pytest.raises(FormatError, match="auto_map"):
+        load(converted_copy)
+
+
+def test_another_activation_is_refused(converted_copy):
+    edit_json(converted_copy / "config.json", lambda c: c.update(hidden_act="gelu"))
+    with pytest.raises(FormatError, match="gelu"):
+        load(converted_copy)
+
+
+def test_an_unfinished_conversion_is_refused(converted_copy):
+    (converted_copy / "moe_index.json").unlink()
+    with pytest.raises(MoeConvertError, match=r"moe_index\.json"):
+        load(converted_copy)
+
+
+def test_an_ordinary_checkpoint_is_refused(example_folder):
+    with pytest.raises(MoeConvertError, match=r"moe_index\.json"):
+        load(example_folder)
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(MoeConvertError, match="not a folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(MoeConvertError, match="not a folder"):
+        loader.load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_file_cut_during_use_is_reported_by_pread(converted_copy):
+    model = loader.from_pretrained(converted_copy, kernels="torch", io="pread")
+    for layer in range(8):
+        with open(converted_copy / f"experts/layer-{layer:03d}.safetensors", "rb+") as f:
+            f.truncate(4096)
+    with pytest.raises(FormatError, match=r"layer-000.*layer 0 expert \d.*ends after"):
+        model(input_ids=torch.tensor([[1, 5]]))
+
+
+def test_plain_transformers_refuses_the_folder(converted, monkeypatch):
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, METHOD, raising=False)
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD, raising=False)
+    with pytest.raises(OSError, match=r"no file named"):
+        AutoModelForCausalLM.from_pretrained(converted("2bit"))
+
+
+def test_plain_transformers_refuses_the_folder_after_ours_was_loaded(converted):
+    load(converted("2bit"))
+    with pytest.raises(MoeConvertError, match=r"loader\.from_pretrained"):
+        AutoModelForCausalLM.from_pretrained(converted("2bit"))
