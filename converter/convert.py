@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,6 +18,8 @@ from converter.journal import Journal
 from converter.output_folder import OutputFolder
 from converter.side_files import copy_files, source_name, write_card, write_config, write_quality
 from converter.sizes import CHUNK_WEIGHTS, OutputPlan, check_disk, plan_output
+from converter.solver import Solver
+from converter.solvers import choose_solver
 from converter.source import Checkpoint
 from converter.workers import Stopped, Worker
 from formats import INDEX_NAME, TRUNK_NAME, WRITTEN_VERSION
@@ -105,10 +106,11 @@ class _Job:
     ) -> None:
         self._checkpoint, self._plan, self._recipe = checkpoint, plan, recipe
         self._out, self._options, self._progress = out, options, progress or (lambda stage, done, total: None)
-        self._journal = Journal(out, _fingerprint(checkpoint, recipe, options.codec))
+        self._solver = choose_solver(recipe.solver)
+        self._journal = Journal(out, _fingerprint(checkpoint, recipe, options.codec, self._solver))
         self._records = {_key(r): r for r in self._journal.records}
         self._stop = threading.Event()
-        self._worker = Worker(checkpoint, plan, self._stop)
+        self._worker = Worker(checkpoint, plan, self._solver, self._stop)
         self._done_bytes = 0
         n, (i, parts) = len(plan.layouts), options.part or (1, 1)
         self._layers = range(n * (i - 1) // parts, n * i // parts)
@@ -268,7 +270,7 @@ class _Job:
         index = Index(
             format="moe-convert",
             format_version=WRITTEN_VERSION,
-            producer=Producer("moe-convert", __version__, _versions()),
+            producer=Producer("moe-convert", __version__, {"solver": self._solver.version}),
             source=_source_record(self._checkpoint, self._shard_sha256),
             architecture=self._checkpoint.architecture,
             recipe=recipe,
@@ -303,19 +305,14 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("unit", "module", "name", "layer", "expert") if name in record)
 
 
-def _versions() -> dict[str, str]:
-    """The packages whose arithmetic the bytes depend on."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "hqq")}
-
-
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, codec: str) -> dict[str, Any]:
+def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, codec: str, solver: Solver) -> dict[str, Any]:
     """What must be the same for a resume."""
     return {
         "source": {name: checkpoint.shard_sample(name) for name in checkpoint.shards},
         "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
         "recipe": msgspec.to_builtins(recipe),
         "codec": codec,
-        "code": {"moe-convert": __version__, "chunk_weights": CHUNK_WEIGHTS, **_versions()},
+        "code": {"moe-convert": __version__, "chunk_weights": CHUNK_WEIGHTS, "solver": solver.version},
     }
 
 

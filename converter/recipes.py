@@ -1,5 +1,6 @@
 """Recipes: which packing and solver for which weights. Data, not code; a user may combine their own."""
 
+from converter.solvers import SOLVERS
 from formats.errors import RecipeError
 from formats.index import Recipe
 from formats.packing import PACKINGS
@@ -20,7 +21,6 @@ RECIPES: dict[str, Recipe] = {
 DEFAULT_RECIPE = "2bit"
 
 _BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
-SOLVERS = ("hqq",)
 
 
 def make_recipe(

@@ -93,7 +93,7 @@ class Checkpoint:
     def read_rows(self, weight: Weight, begin: int, end: int) -> Tensor:
         """Rows begin..end (exclusive) of `weight` in its own dtype, [rows, ...].
 
-        Raises SourceError naming the tensor if its shard has become shorter or a value is not finite.
+        Raises SourceError naming the tensor if its shard has become shorter.
         """
         row_bytes = weight.n_bytes // weight.shape[0]
         data = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
@@ -106,16 +106,19 @@ class Checkpoint:
                     f"{self.folder / weight.shard}: cut off inside tensor {weight.name}", "get the shard again"
                 )
             done += count
-        rows = data.view(TORCH_DTYPES[weight.dtype]).view(end - begin, *weight.shape[1:])
-        finite = torch.isfinite(rows)
-        if not bool(finite.all()):
-            n, first = int((~finite).sum()), (~finite).nonzero()[0].tolist()
+        return data.view(TORCH_DTYPES[weight.dtype]).view(end - begin, *weight.shape[1:])
+
+    def check_finite(self, weight: Weight, begin: int, rows: Tensor) -> None:
+        """SourceError naming the tensor and the first place if `rows`, read from row `begin` on, are not finite."""
+        bad = ~torch.isfinite(rows)
+        if bool(bad.any()):
+            first = bad.nonzero()[0].tolist()
             first[0] += begin
             raise SourceError(
-                f"{self.folder / weight.shard}: tensor {weight.name} has {n} NaN or infinite values, first at {first}",
+                f"{self.folder / weight.shard}: tensor {weight.name} has {int(bad.sum())} NaN or infinite values,"
+                f" the first at {first}",
                 "the checkpoint is damaged or its training diverged; get it again or choose another one",
             )
-        return rows
 
     def shard_sha256(self, name: str, stop: threading.Event | None = None) -> str:
         """The sha256 of a whole shard, in hex: what the Hub calls its LFS object id; worthless once `stop` is set."""

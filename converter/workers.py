@@ -7,10 +7,10 @@ import torch
 
 from converter.names import ExpertTensor
 from converter.sizes import OutputPlan, chunk_rows
-from converter.solver import SquaredError, quantize_rows
+from converter.solver import NonFiniteWeightsError, Solver, SquaredError
 from converter.source import Checkpoint, Weight
 from formats.expert import split
-from formats.packing import Packing, pack, packing_named
+from formats.packing import TILE_ROWS, Packing, packing_named, tiles_of
 from formats.writer import LayerWriter, PlacedFile
 
 PROJECTIONS = ("gate", "up", "down")
@@ -23,9 +23,10 @@ class Stopped(Exception):
 class Worker:
     """Does units; safe to use from several threads. Each returns the record that the journal keeps of it."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: OutputPlan, stop: threading.Event) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: OutputPlan, solver: Solver, stop: threading.Event) -> None:
         self._checkpoint = checkpoint
         self._plan = plan
+        self._solver = solver
         self._stop = stop
 
     def expert(self, writer: LayerWriter, layer: int, expert: int) -> dict[str, Any]:
@@ -61,6 +62,7 @@ class Worker:
         for begin in range(0, rows, step):
             self._check_stop()
             block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
+            self._checkpoint.check_finite(weight, begin, block)
             trunk.write(name, block.view(torch.uint8), begin * row_bytes)
         trunk.sync()
         return {"unit": "tensor", "name": name}
@@ -73,10 +75,12 @@ class Worker:
         for begin in range(0, rows, step):
             self._check_stop()
             block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
-            matrix, error = quantize_rows(block, packing)
-            packed = pack(matrix, packing)
-            tiles[begin // 32 : begin // 32 + len(packed)] = packed
-            total += error
+            first, n_tiles = begin // TILE_ROWS, tiles_of(len(block))
+            try:
+                total += self._solver.solve(block, packing, tiles[first : first + n_tiles])
+            except NonFiniteWeightsError:
+                self._checkpoint.check_finite(weight, begin, block)
+                raise
         return total
 
     def _check_stop(self) -> None:

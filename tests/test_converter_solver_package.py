@@ -1,9 +1,10 @@
-"""The solver: hqq's scales, rounded to the packing's, codes chosen again."""
+"""The hqq package as solver: hqq's scales, rounded to the packing's, codes chosen again."""
 
 import pytest
 import torch
 
-from converter.solver import SquaredError, quantize_rows, round_scales
+from converter.solver import SquaredError
+from converter.solver_package import quantize_rows, round_scales
 from formats.errors import SourceError
 from formats.packing import PACKINGS, dequantize, packing_named
 

@@ -235,8 +235,6 @@ def test_weight_that_is_not_finite_is_found_with_its_place(tmp_path: Path, value
     edit_tensors(folder / "model.safetensors", **{GATE: gate})
     with Checkpoint(folder) as checkpoint:
         weight = checkpoint.experts[ExpertTensor(0, 1, "gate")]
-        checkpoint.read_rows(weight, 0, 64)
-        with pytest.raises(
-            SourceError, match=r"experts\.1\.w1\.weight has 1 NaN or infinite values, first at \[70, 3\]"
-        ):
-            checkpoint.read_rows(weight, 64, 96)
+        checkpoint.check_finite(weight, 0, checkpoint.read_rows(weight, 0, 64))
+        with pytest.raises(SourceError, match=r"experts\.1\.w1\.weight has 1 NaN.*, the first at \[70, 3\]"):
+            checkpoint.check_finite(weight, 64, checkpoint.read_rows(weight, 64, 96))

@@ -1,0 +1,47 @@
+"""What a solver is: it turns weights into packed tiles and says how far these are off."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from formats.errors import SourceError
+from formats.packing import Packing
+
+
+class NonFiniteWeightsError(SourceError, ValueError):
+    """Infinities or NaN among the weights; `count` of them. The caller knows the tensor's name and adds it."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} weights are infinite or NaN", "check the source checkpoint")
+        self.count = count
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """Sums over weights: of (quantized − weight)² and of weight²."""
+
+    error: float = 0.0
+    total: float = 0.0
+
+    def __add__(self, other: "SquaredError") -> "SquaredError":
+        return SquaredError(self.error + other.error, self.total + other.total)
+
+    @property
+    def relative(self) -> float:
+        """‖quantized − weight‖ / ‖weight‖, to six digits so that it is the same everywhere; 0 for zero weights."""
+        return float(f"{(self.error / self.total) ** 0.5:.6g}") if self.total else 0.0
+
+
+class Solver(Protocol):
+    """Quantizes blocks of rows; from several threads at once."""
+
+    version: str
+    """What the bytes depend on: part of the fingerprint of a conversion, and recorded in the index."""
+
+    def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
+        """Fills `tiles` (uint8 [tiles, tile_bytes], a view whose rows may lie apart) with `weight` [rows, columns].
+
+        weight: bfloat16, float16 or float32, contiguous. Raises NonFiniteWeightsError, and SourceError if a scale does
+        not fit into fp16.
+        """

@@ -1,0 +1,25 @@
+"""The solvers by the names that recipes use."""
+
+import logging
+
+from converter import solver_native
+from converter.solver import Solver
+
+SOLVERS = {
+    "hqq": "HQQ without calibration, natively where the library is built, else by the hqq package",
+    "hqq-package": "HQQ by the hqq package",
+}
+
+_log = logging.getLogger(__name__)
+
+
+def choose_solver(name: str) -> Solver:
+    """The solver that a recipe calls `name` (a key of SOLVERS), as it can run here."""
+    if name == "hqq":
+        if solver_native.available():
+            return solver_native.NativeSolver()
+        _log.warning("%s; the hqq package does the same a hundred times slower", solver_native.describe())
+    # Here, so that the native solver needs no hqq package, which takes seconds to import.
+    from converter.solver_package import PackageSolver
+
+    return PackageSolver()
