@@ -22,14 +22,22 @@ $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The loader's tests on other versions of transformers than the pinned one.
-test-versions:
-	for version in 5.0.0 5.12.1 5; do \
-	  sh -c 'set -e; venv=.venv-transformers-$$0; $(PYTHON) -m venv $$venv; \
-	    grep -v -e ^transformers -e ^huggingface -e ^accelerate constraints.txt > $$venv/constraints.txt; \
-	    $$venv/bin/python -m pip install -q -c $$venv/constraints.txt "transformers~=$$0" -e ".[dev]"; \
-	    $$venv/bin/python -m pytest -q tests/test_loader_*.py' $$version || exit 1; \
-	done
+# The native code's own tests under the address and undefined behaviour sanitizers.
+test-native:
+	cmake -S . -B build/sanitize -DMOE_BUILD_TESTS=ON -DMOE_SANITIZE=ON
+	cmake --build build/sanitize --target test_kernels moe_solver_test
+	build/sanitize/loader/native/test_kernels
+	build/sanitize/converter/native/moe_solver_test
+
+# The loader's tests on other versions of transformers than the pinned one: the oldest, one between, the newest.
+test-versions: $(addprefix test-transformers-,5.0.0 5.12.0 newest)
+
+test-transformers-%:
+	$(PYTHON) -m venv .venv-$*
+	grep -v -E '^(transformers|huggingface-hub|accelerate)=' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install -q -c .venv-$*/constraints.txt -e '.[dev]' \
+	  '$(if $(filter newest,$*),transformers<6,transformers==$*)'
+	.venv-$*/bin/python -m pytest -q tests/test_loader_*.py
 
 clean:
-	rm -rf $(VENV) .venv-transformers-* build out
+	rm -rf $(VENV) .venv-* build out

@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 
 from converter.recipes import UNPACKED
+from converter.solver import Solver
 from converter.source import Checkpoint
 from formats.errors import DoesNotFitError
 from formats.expert import ExpertLayout
@@ -16,11 +17,10 @@ from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.trunk import attention_linears
 
 CHUNK_WEIGHTS = 4 << 20
-"""Weights that a worker solves at once. It decides where hqq stops iterating, so it is part of what fixes the bytes."""
+"""Weights that a worker solves at once. It decides where the hqq package stops iterating: a part of what fixes the bytes."""
 
-_BASE_MEMORY_BYTES = 450 << 20
-_WORKER_BYTES_A_WEIGHT = 48
-"""Measured: the process after its imports, and a worker's float32 copies for each weight of a chunk (hqq package)."""
+_BASE_MEMORY_BYTES = 300 << 20
+"""Measured: the process after its imports, generously."""
 
 _SMALL_FILES_BYTES = 16 << 20
 """Tokenizer, index, quality.json and so on, generously."""
@@ -58,10 +58,10 @@ class OutputPlan:
         """Bits per weight of the attention projections."""
         return 8 * self.attention_bytes / self.attention_weights
 
-    def memory_bytes(self, workers: int) -> int:
+    def memory_bytes(self, workers: int, solver: Solver) -> int:
         """Peak anonymous memory with `workers` workers, estimated."""
         largest = max(layout.n_bytes for layer in self.layouts for layout in layer)
-        return _BASE_MEMORY_BYTES + workers * (_WORKER_BYTES_A_WEIGHT * CHUNK_WEIGHTS + largest)
+        return _BASE_MEMORY_BYTES + workers * (solver.bytes_a_weight * CHUNK_WEIGHTS + largest)
 
 
 def plan_output(checkpoint: Checkpoint, recipe: Recipe) -> OutputPlan:

@@ -39,6 +39,9 @@ class Solver(Protocol):
     version: str
     """What the bytes depend on: part of the fingerprint of a conversion, and recorded in the index."""
 
+    bytes_a_weight: int
+    """Memory that it needs for each weight of a block, the block included."""
+
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
         """Fills `tiles` (uint8 [tiles, tile_bytes], a view whose rows may lie apart) with `weight` [rows, columns].
 

@@ -48,6 +48,7 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     from converter.convert import ConvertOptions, convert_checkpoint
     from converter.recipes import make_recipe
     from converter.sizes import check_disk, plan_output
+    from converter.solvers import choose_solver
     from converter.source import Checkpoint
 
     recipe = make_recipe(
@@ -59,10 +60,11 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
         plan = plan_output(checkpoint, recipe)
         source_bytes = checkpoint.n_bytes
         check_disk(plan, out, options["codec"])
-    workers = _workers(plan, options["max_workers"], options["max_memory"])
+    solver = choose_solver(recipe.solver)
+    workers = _workers(plan, solver, options["max_workers"], options["max_memory"])
     facts = _facts(plan, recipe, source_bytes, out)
     if options["dry_run"]:
-        facts |= _needs(plan, workers, out)
+        facts |= _needs(plan, solver, workers, out)
         output.result(facts, _text(facts))
         return
     done = convert_checkpoint(
@@ -91,13 +93,13 @@ def _facts(plan: Any, recipe: Any, source_bytes: int, out: Path) -> dict[str, An
     }
 
 
-def _needs(plan: Any, workers: int, out: Path) -> dict[str, Any]:
+def _needs(plan: Any, solver: Any, workers: int, out: Path) -> dict[str, Any]:
     import shutil
 
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     return {
         "workers": workers,
-        "memory_bytes": plan.memory_bytes(workers),
+        "memory_bytes": plan.memory_bytes(workers, solver),
         "free_disk_bytes": shutil.disk_usage(parent).free,
     }
 
@@ -123,7 +125,7 @@ def _part(text: str | None) -> tuple[int, int] | None:
     return int(i), int(n)
 
 
-def _workers(plan: Any, asked: int | None, max_memory: str | None) -> int:
+def _workers(plan: Any, solver: Any, asked: int | None, max_memory: str | None) -> int:
     """As many as asked for, or processors; fewer where memory would not do."""
     import os
 
@@ -137,10 +139,10 @@ def _workers(plan: Any, asked: int | None, max_memory: str | None) -> int:
         limit = int(psutil.virtual_memory().available * 0.9)
     if limit is None:
         return workers
-    while workers > 1 and plan.memory_bytes(workers) > limit:
+    while workers > 1 and plan.memory_bytes(workers, solver) > limit:
         workers -= 1
-    if max_memory and plan.memory_bytes(workers) > limit:
+    if max_memory and plan.memory_bytes(workers, solver) > limit:
         raise DoesNotFitError(
-            f"--max-memory {limit}: one worker takes about {plan.memory_bytes(1)} bytes", "allow that much"
+            f"--max-memory {limit}: one worker takes about {plan.memory_bytes(1, solver)} bytes", "allow that much"
         )
     return workers

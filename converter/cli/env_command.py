@@ -20,6 +20,10 @@ def command(output: Output) -> None:
     moe-convert env
     moe-convert env --json
     """
+    from converter import solver_native
+    from loader import kernels
+
     facts = {"moe-convert": __version__, "python": platform.python_version(), "machine": platform.machine()}
     facts |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    facts |= {"kernels": kernels.describe(), "solver": solver_native.describe()}
     output.result(facts, table([(name, value) for name, value in facts.items()], left=2))

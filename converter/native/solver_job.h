@@ -1,0 +1,46 @@
+// What solver.cpp hands to the code of one ISA. No functions here: a function compiled twice with different
+// -m flags may be merged by the linker into the one that this processor cannot run.
+#pragma once
+#include <cstdint>
+
+namespace moe {
+
+struct SolverJob {
+  const uint8_t* weights;
+  int64_t rows;
+  int64_t columns;
+  int64_t blocks;        // superblocks of a row
+  int64_t block_bytes;
+  int32_t dtype;
+  int32_t element_bytes;
+  int32_t packing;       // -1: HQQ alone
+  int32_t nbits;
+  int32_t group_size;
+  int32_t scale_bits;
+  uint32_t flags;
+  float* group_scale;    // scratch, [blocks * 256 / group_size][16]: the scale of each group and row of a half tile
+  float* group_minimum;    // scratch, same shape: w = scale * q - minimum
+  float* group_spread;   // scratch, same shape, MOE_REFINE only: sum of (code - mean code)^2
+  float* group_mean;     // scratch, same shape, MOE_REFINE only: mean code
+};
+
+struct TileResult {
+  double squared_error;
+  double sum_squares;
+  int64_t non_finite;
+};
+
+struct SolverKernels {
+  // Writes one tile; gives a MoeStatus.
+  int32_t (*tile)(const SolverJob&, int64_t tile, uint8_t* out, TileResult* result);
+  // HQQ of the 16 rows from row0.
+  void (*hqq)(const SolverJob&, int64_t row0, float* scale, float* zero, uint8_t* codes);
+};
+
+extern const SolverKernels kSolverPortable;
+#if defined(MOE_SOLVER_X86)
+extern const SolverKernels kSolverAvx2;
+extern const SolverKernels kSolverAvx512;
+#endif
+
+}  // namespace moe

@@ -1,0 +1,6 @@
+#include "simd_portable.h"
+#include "solver_kernel.h"
+
+namespace moe {
+const SolverKernels kSolverPortable = {quantize_tile<SimdPortable>, hqq_rows<SimdPortable>};
+}  // namespace moe
