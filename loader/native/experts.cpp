@@ -1,0 +1,207 @@
+// The fused expert call: quantize once, gate/up with SwiGLU per 64 rows, down with the router's weights.
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "dispatch.h"
+#include "moe_kernels.h"
+#include "pool.h"
+
+using namespace moe;
+
+namespace {
+
+constexpr int64_t kMaxPairs = 1024;  // (token, expert) pairs of one pass: their h takes 22 MB at 14336 columns
+
+struct Call {
+  const IsaKernels* isa;
+  int64_t hidden, intermediate;
+  int64_t hidden_blocks, intermediate_blocks;
+  const ActBlock* x;  // per expert [hidden_blocks][token_count]; one token: the same for all
+  ActBlock* h;        // per expert [intermediate_blocks][token_count]
+  int64_t x_tokens;   // ActBlocks of x to skip per pair and superblock: 1, or 0 where all experts share x
+  float* out;
+};
+
+int64_t gate_up_bytes(const Call& c, const moe_expert& e) {
+  return 2 * tiles_of(c.intermediate) * tile_bytes(Packing(e.gate_up_packing), c.hidden);
+}
+
+// 64 rows of the intermediate dimension (two tile pairs) for all tokens of one expert: columns
+// [64 * block, 64 * block + 64) of its h, quantized.
+void gate_up_block(const Call& c, const moe_expert& e, int64_t first_pair, int64_t block) {
+  const auto packing = Packing(e.gate_up_packing);
+  const int64_t bytes = tile_bytes(packing, c.hidden), tiles = tiles_of(c.intermediate);
+  const ActBlock* x = c.x + first_pair * c.x_tokens * c.hidden_blocks;
+  alignas(64) float gate[kMaxTokens * kTileRows], up[kMaxTokens * kTileRows], h[kMaxTokens * 64];
+  for (int64_t begin = 0; begin < e.token_count; begin += kMaxTokens) {
+    const int n = int(e.token_count - begin < kMaxTokens ? e.token_count - begin : kMaxTokens);
+    const Activations panel = {x + begin, e.token_count};
+    for (int half = 0; half < 2; ++half) {
+      const int64_t tile = 2 * block + half;
+      const int64_t row = tile * kTileRows;
+      const int64_t rows = tile >= tiles ? 0 : c.intermediate - row < kTileRows ? c.intermediate - row : kTileRows;
+      if (rows > 0) {
+        const uint8_t* p = e.blob + 2 * tile * bytes;
+        c.isa->tile[packing](p, c.hidden_blocks, panel, n, gate);
+        c.isa->tile[packing](p + bytes, c.hidden_blocks, panel, n, up);
+        for (int t = 0; t < n; ++t)
+          c.isa->swiglu(gate + t * kTileRows, up + t * kTileRows, h + t * 64 + half * kTileRows, kTileRows);
+      }
+      for (int t = 0; t < n; ++t)
+        for (int64_t i = rows; i < kTileRows; ++i) h[t * 64 + half * kTileRows + i] = 0.0f;
+    }
+    ActBlock* to = c.h + first_pair * c.intermediate_blocks + block / 4 * e.token_count + begin;
+    for (int t = 0; t < n; ++t) c.isa->quantize_block(h + t * 64, to + t, int(block % 4));
+  }
+}
+
+// One tile of output rows, all experts in order: the order of the sum is fixed here.
+void down_tile(const Call& c, const moe_expert* experts, int count, int64_t tile) {
+  const int64_t row = tile * kTileRows;
+  const int64_t rows = c.hidden - row < kTileRows ? c.hidden - row : kTileRows;
+  alignas(64) float y[kMaxTokens * kTileRows];
+  const ActBlock* h = c.h;
+  for (int i = 0; i < count; ++i) {
+    const moe_expert& e = experts[i];
+    const auto packing = Packing(e.down_packing);
+    const uint8_t* p = e.blob + gate_up_bytes(c, e) + tile * tile_bytes(packing, c.intermediate);
+    for (int64_t begin = 0; begin < e.token_count; begin += kMaxTokens) {
+      const int n = int(e.token_count - begin < kMaxTokens ? e.token_count - begin : kMaxTokens);
+      c.isa->tile[packing](p, c.intermediate_blocks, {h + begin, e.token_count}, n, y);
+      for (int t = 0; t < n; ++t) {
+        float* out = c.out + e.tokens[begin + t] * c.hidden + row;
+        const float weight = e.weights[begin + t];
+        for (int64_t r = 0; r < rows; ++r) out[r] += weight * y[t * kTileRows + r];
+      }
+    }
+    h += e.token_count * c.intermediate_blocks;
+  }
+}
+
+// Each expert's tokens side by side.
+void gather(Pool& pool, const Call& c, const moe_expert* experts, int count, const ActBlock* act, int64_t tokens,
+            ActBlock* to) {
+  for (int i = 0; i < count; ++i) {
+    const moe_expert& e = experts[i];
+    pool.run(c.hidden_blocks, [&](int64_t b) {
+      for (int64_t t = 0; t < e.token_count; ++t) to[b * e.token_count + t] = act[b * tokens + e.tokens[t]];
+    });
+    to += e.token_count * c.hidden_blocks;
+  }
+}
+
+void run_pass(Pool& pool, const Call& c, const moe_expert* experts, int count, int64_t pairs) {
+  const int64_t blocks = (c.intermediate + 63) / 64;
+  ActBlock* last = c.h;  // columns of the last superblock that no block of rows writes
+  for (int i = 0; i < count && blocks % 4; ++i) {
+    const int64_t n = experts[i].token_count;
+    last += n * c.intermediate_blocks;
+    std::memset(last - n, 0, size_t(n) * sizeof(ActBlock));
+  }
+  // Few tokens: a chunk of 128 rows is about 300 KiB of memory; many: 64 rows are enough work.
+  const int64_t step = pairs <= 8 * count ? 2 : 1;
+  const int64_t chunks = (blocks + step - 1) / step;
+  pool.run(chunks * count, [&](int64_t item) {
+    const int64_t e = item / chunks;
+    int64_t first_pair = 0;
+    for (int64_t i = 0; i < e; ++i) first_pair += experts[i].token_count;
+    for (int64_t b = item % chunks * step; b < (item % chunks + 1) * step && b < blocks; ++b)
+      gate_up_block(c, experts[e], first_pair, b);
+  });
+  pool.run(tiles_of(c.hidden), [&](int64_t tile) { down_tile(c, experts, count, tile); });
+}
+
+int32_t check(const moe_expert* experts, int32_t count, int64_t tokens) {
+  for (int32_t i = 0; i < count; ++i) {
+    const moe_expert& e = experts[i];
+    if (!known_packing(e.gate_up_packing) || !known_packing(e.down_packing)) return MOE_E_PACKING;
+    if (e.token_count < 0) return MOE_E_SIZE;
+    if (e.token_count > 0 && !e.blob) return MOE_E_INDEX;
+    for (int64_t t = 0; t < e.token_count; ++t)
+      if (e.tokens[t] < 0 || e.tokens[t] >= tokens) return MOE_E_INDEX;
+  }
+  return MOE_OK;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t moe_experts(const moe_expert* experts, int32_t count, int64_t hidden, int64_t intermediate, const float* x,
+                    float* out, int64_t tokens, int32_t accumulate) {
+  if (count < 0 || hidden < 0 || intermediate < 0 || tokens < 0 || tokens > INT32_MAX) return MOE_E_SIZE;
+  if (const int32_t error = check(experts, count, tokens)) return error;
+  if (tokens == 0) return MOE_OK;
+  Pool& pool = Pool::get();
+  std::lock_guard<std::mutex> lock(pool.mutex());
+  pool.prepare();
+  int64_t most = 0, all = 0;  // pairs of the largest pass: whole experts up to kMaxPairs, or one expert alone
+  for (int32_t i = 0; i < count; ++i) {
+    most = experts[i].token_count > most ? experts[i].token_count : most;
+    all += experts[i].token_count;
+  }
+  most = most > kMaxPairs ? most : kMaxPairs;
+  most = all < most ? all : most;
+  const int64_t blocks = blocks_of(hidden), h_blocks = blocks_of(intermediate);
+  const auto room = [&](int slot, int64_t n) {
+    return static_cast<ActBlock*>(pool.scratch(slot, size_t(n + 1) * sizeof(ActBlock)));
+  };
+  ActBlock* act = room(0, tokens * blocks);
+  ActBlock* h = room(1, most * h_blocks);
+  ActBlock* panels = tokens > 1 ? room(2, most * blocks) : act;
+  if (!act || !h || !panels) return MOE_E_MEMORY;
+  const Call c{&kernels(), hidden, intermediate, blocks, h_blocks, panels, h, tokens > 1 ? 1 : 0, out};
+  const auto quantize = [&](int64_t t) { c.isa->quantize(x + t * hidden, hidden, act + t, tokens); };
+  if (tokens < 4) {
+    for (int64_t t = 0; t < tokens; ++t) quantize(t);
+  } else {
+    pool.run(tokens, quantize);
+  }
+  if (!accumulate) std::memset(out, 0, size_t(tokens * hidden) * sizeof(float));
+  for (int32_t begin = 0; begin < count;) {
+    int32_t end = begin;
+    int64_t pairs = 0;
+    while (end < count && (end == begin || pairs + experts[end].token_count <= kMaxPairs))
+      pairs += experts[end++].token_count;
+    if (tokens > 1) gather(pool, c, experts + begin, end - begin, act, tokens, panels);
+    if (pairs > 0) run_pass(pool, c, experts + begin, end - begin, pairs);
+    begin = end;
+  }
+  pool.trim();
+  return MOE_OK;
+}
+
+int32_t moe_experts_topk(const uint8_t* const* blobs, int32_t expert_count, int32_t gate_up_packing,
+                         int32_t down_packing, int64_t hidden, int64_t intermediate, const int64_t* index,
+                         const float* weights, int32_t top_k, const float* x, float* out, int64_t tokens,
+                         int32_t flags) {
+  if (expert_count < 0 || top_k < 0 || tokens < 0 || tokens > INT32_MAX) return MOE_E_SIZE;
+  const int64_t pairs = tokens * top_k;
+  for (int64_t p = 0; p < pairs; ++p)
+    if (index[p] < 0 || index[p] >= expert_count || (!blobs[index[p]] && !(flags & MOE_PARTIAL))) return MOE_E_INDEX;
+  try {
+    std::vector<moe_expert> used;
+    std::vector<int32_t> rows(static_cast<size_t>(pairs));
+    std::vector<float> scaled(static_cast<size_t>(pairs));
+    size_t n = 0;
+    for (int32_t e = 0; e < expert_count; ++e) {
+      if (!blobs[e]) continue;
+      const size_t begin = n;
+      for (int64_t p = 0; p < pairs; ++p) {
+        if (index[p] != e) continue;
+        rows[n] = int32_t(p / top_k);
+        scaled[n++] = weights[p];
+      }
+      if (n > begin)
+        used.push_back({blobs[e], rows.data() + begin, scaled.data() + begin, int64_t(n - begin), gate_up_packing,
+                        down_packing});
+    }
+    return moe_experts(used.data(), int32_t(used.size()), hidden, intermediate, x, out, tokens,
+                       flags & MOE_ACCUMULATE);
+  } catch (const std::bad_alloc&) {
+    return MOE_E_MEMORY;
+  }
+}
+
+}  // extern "C"

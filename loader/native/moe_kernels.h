@@ -1,0 +1,100 @@
+/* C ABI of libmoe_kernels: packed linears, fused Mixtral experts, bf16 linears, on CPU.
+ *
+ * Arithmetic: docs/numerics.md. Bytes: docs/format.md; packing ids: formats/native/tile_layout.h.
+ * All functions are thread safe: calls from several threads run one after the other, each on the whole pool.
+ * A call returns 0, or one of the MOE_E_* codes and then has written nothing.
+ * Pointers to tiles and activations need no alignment beyond that of their type. All tensors are dense, row major.
+ */
+#ifndef MOE_KERNELS_H
+#define MOE_KERNELS_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define MOE_API __declspec(dllexport)
+#else
+#define MOE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOE_ABI_VERSION 1
+
+enum { MOE_OK = 0, MOE_E_PACKING = 1, MOE_E_SIZE = 2, MOE_E_ISA = 3, MOE_E_INDEX = 4, MOE_E_MEMORY = 5 };
+enum { MOE_ISA_AUTO = -1, MOE_ISA_PORTABLE = 0, MOE_ISA_AVX2 = 1, MOE_ISA_AVX512 = 2 };
+
+/* One packed matrix: y[tokens, rows] = x[tokens, columns] * W^T. */
+typedef struct {
+  const uint8_t* tiles; /* moe_packed_bytes(packing, rows, columns) bytes */
+  int64_t rows;
+  float* y; /* fp32 [tokens, rows], overwritten */
+  int32_t packing;
+  int32_t reserved;
+} moe_matrix;
+
+/* One expert and the tokens that were routed to it. */
+typedef struct {
+  const uint8_t* blob;    /* gate/up section (tiles interleaved), then down section: moe_expert_bytes() bytes */
+  const int32_t* tokens;  /* [token_count] row numbers in x and out */
+  const float* weights;   /* [token_count] router weights */
+  int64_t token_count;
+  int32_t gate_up_packing;
+  int32_t down_packing;
+} moe_expert;
+
+MOE_API int32_t moe_abi_version(void);
+
+/* Threads of a call, the calling one included; 0: one per CPU this process may use. Returns the number in force. */
+MOE_API int32_t moe_set_threads(int32_t threads);
+MOE_API int32_t moe_threads(void);
+
+/* The instruction set in use (MOE_ISA_*), and one sentence that says why (static storage). */
+MOE_API int32_t moe_isa(void);
+MOE_API const char* moe_isa_reason(void);
+/* For tests and benchmarks: force a path. MOE_E_ISA where this processor or this build lacks it. */
+MOE_API int32_t moe_set_isa(int32_t isa);
+
+/* Sizes in bytes; -1 for an unknown packing or a negative size. */
+MOE_API int64_t moe_packed_bytes(int32_t packing, int64_t rows, int64_t columns);
+MOE_API int64_t moe_expert_bytes(int32_t gate_up_packing, int32_t down_packing, int64_t hidden, int64_t intermediate);
+/* Id of a named packing, -1 if unknown. */
+MOE_API int32_t moe_packing_id(const char* name);
+
+/* y = x * W^T for any number of tokens; x fp32 [tokens, columns], y fp32 [tokens, rows]. */
+MOE_API int32_t moe_linear(int32_t packing, const uint8_t* tiles, int64_t rows, int64_t columns, const float* x, float* y,
+                           int64_t tokens);
+/* Several matrices (q, k, v) over one quantized x, in one parallel region. */
+MOE_API int32_t moe_linear_many(const moe_matrix* matrices, int32_t count, int64_t columns, const float* x,
+                                int64_t tokens);
+
+/* out[t] (+)= sum over experts, in the order given, of weight * down(silu(gate(x[t])) * up(x[t])).
+ * x, out: fp32 [tokens, hidden]. accumulate 0: out is overwritten (zero where no expert serves a token).
+ * One call over a list equals consecutive accumulating calls over its parts, bit for bit. */
+MOE_API int32_t moe_experts(const moe_expert* experts, int32_t count, int64_t hidden, int64_t intermediate, const float* x,
+                            float* out, int64_t tokens, int32_t accumulate);
+/* The same from a router's answer: index int64 [tokens, top_k], weights fp32 [tokens, top_k]; blobs[expert] may be
+ * null for experts that no token uses; one packing pair for all. Experts are summed in ascending order.
+ * flags: MOE_ACCUMULATE adds to out; MOE_PARTIAL leaves out the pairs whose expert is null instead of refusing them. */
+enum { MOE_ACCUMULATE = 1, MOE_PARTIAL = 2 };
+MOE_API int32_t moe_experts_topk(const uint8_t* const* blobs, int32_t expert_count, int32_t gate_up_packing,
+                                 int32_t down_packing, int64_t hidden, int64_t intermediate, const int64_t* index,
+                                 const float* weights, int32_t top_k, const float* x, float* out, int64_t tokens,
+                                 int32_t flags);
+
+/* y = x * W^T, w bf16 [rows, columns] as uint16, fp32 accumulation (lm_head). */
+MOE_API int32_t moe_linear_bf16(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
+                                int64_t tokens);
+
+/* Sum of the 64-bit words of `bytes` bytes, read once front to back by the pool: the memory bound that
+ * bench/decode.py compares with. */
+MOE_API uint64_t moe_stream_sum(const uint8_t* const* buffers, int32_t count, int64_t bytes, int64_t chunk_bytes);
+
+/* Microseconds of one empty parallel region, mean of `repeats`. */
+MOE_API double moe_empty_region_us(int32_t repeats);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

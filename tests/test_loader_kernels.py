@@ -1,0 +1,454 @@
+"""Native CPU kernels against an independent numpy reading of the tile layout (docs/format.md, docs/numerics.md)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from formats import packing as reference
+from loader import kernels
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="native kernels are not built")
+
+PACKINGS = {  # name: nbits, group size, scale bits, bytes of a superblock
+    "tile32-q2-g16-s4": (2, 16, 4, 2560),
+    "tile32-q2-g16-s8": (2, 16, 8, 3072),
+    "tile32-q3-g32-s4": (3, 32, 4, 3328),
+    "tile32-q3-g64-s8": (3, 64, 8, 3328),
+    "tile32-q4-g64-s8": (4, 64, 8, 4352),
+}
+ISAS = kernels.supported_isas() if kernels.available() else []
+SHAPES = [(1, 1), (33, 65), (32, 256), (70, 192), (96, 600)]
+
+
+@pytest.fixture(autouse=True)
+def _automatic_isa_and_two_threads() -> Iterator[None]:
+    kernels.set_threads(2)
+    yield
+    kernels.set_isa("auto")
+    kernels.set_threads(0)
+
+
+def put(codes: np.ndarray, s: np.ndarray, m: np.ndarray, name: str) -> np.ndarray:
+    """One superblock: codes [32, 256], s and m [32, groups] to its bytes, following the tables of docs/format.md."""
+    nbits, group, scale_bits, size = PACKINGS[name]
+    parts: list[np.ndarray] = []
+
+    def vector(columns: list[int], r: int, shift: int, mask: int = 3) -> np.ndarray:
+        """64 bytes: plane v holds columns[v] .. columns[v] + 3 of rows 16r .. 16r + 15."""
+        out = np.zeros((16, 4), np.uint8)
+        for v, k in enumerate(columns):
+            out |= (codes[16 * r : 16 * r + 16, k : k + 4] & mask).astype(np.uint8) << (shift * v)
+        return out.reshape(64)
+
+    def top(first: list[int], second: list[int], r: int) -> np.ndarray:
+        out = np.zeros((16, 4), np.uint8)
+        for o, columns in enumerate((first, second)):
+            for v, k in enumerate(columns):
+                bit = (codes[16 * r : 16 * r + 16, k : k + 4] >> 2 & 1).astype(np.uint8)
+                out |= bit << (2 * v + 2 + o if v < 3 else o)
+        return out.reshape(64)
+
+    def half(a: np.ndarray, r: int) -> np.ndarray:
+        return a[16 * r : 16 * r + 16].astype(np.int8 if a is m and scale_bits == 8 else np.uint8).view(np.uint8)
+
+    if group == 16:
+        for q in range(4):
+            for j in range(4):
+                for r in range(2):
+                    parts.append(vector([64 * q + 16 * v + 4 * j for v in range(4)], r, 2))
+            for r in range(2):
+                sv, mv = half(s, r)[:, 4 * q : 4 * q + 4], half(m, r)[:, 4 * q : 4 * q + 4]
+                parts += [(sv | mv << 4).reshape(64)] if scale_bits == 4 else [sv.reshape(64), mv.reshape(64)]
+    elif group == 32:
+        for q in range(2):
+            for i in range(4):
+                for r in range(2):
+                    a, b = ([128 * q + 32 * v + 4 * j for v in range(4)] for j in (2 * i, 2 * i + 1))
+                    parts += [vector(a, r, 2), vector(b, r, 2), top(a, b, r)]
+            for r in range(2):
+                sv, mv = half(s, r)[:, 4 * q : 4 * q + 4], half(m, r)[:, 4 * q : 4 * q + 4]
+                parts.append((sv | mv << 4).reshape(64))
+    elif nbits == 3:
+        for i in range(8):
+            for r in range(2):
+                a, b = ([64 * v + 4 * j for v in range(4)] for j in (2 * i, 2 * i + 1))
+                parts += [vector(a, r, 2), vector(b, r, 2), top(a, b, r)]
+        for r in range(2):
+            parts += [half(s, r).T.reshape(64), half(m, r).T.reshape(64)]
+    else:
+        for h in range(2):
+            for j in range(16):
+                for r in range(2):
+                    parts.append(vector([128 * h + 64 * v + 4 * j for v in range(2)], r, 4, 15))
+            for r in range(2):
+                parts += [half(a, r)[:, 2 * h : 2 * h + 2].T.reshape(32) for a in (s, m)]
+    block = np.concatenate(parts)
+    assert block.size == size
+    return block
+
+
+class Matrix:
+    """Random codes and scales [rows, columns] as bytes and as float64 values."""
+
+    def __init__(self, name: str, rows: int, columns: int, seed: int, extreme: bool = False) -> None:
+        nbits, group, scale_bits, _ = PACKINGS[name]
+        rng = np.random.default_rng(seed)
+        r, k = -(-rows // 32) * 32, -(-columns // 256) * 256
+        low, high = (0, 16) if scale_bits == 4 else (-128, 128)
+        self.name, self.rows, self.columns = name, rows, columns
+        codes = rng.integers(0, 2**nbits, (r, k))
+        s = rng.integers(0, 2**scale_bits, (r, k // group))
+        m = rng.integers(max(low, -127), high, (r, k // group))  # formats.packing writes no -128
+        if extreme:
+            codes[:], s[:], m[:] = 2**nbits - 1, 2**scale_bits - 1, low if low else high - 1
+        codes[rows:], s[rows:], m[rows:] = 0, 0, 0
+        codes[:, columns:] = 0
+        s[:, -(-columns // group) :], m[:, -(-columns // group) :] = 0, 0
+        ds, dm = (rng.uniform(1e-3, 2e-3, r).astype(np.float16) for _ in range(2))
+        ds[rows:], dm[rows:] = 0, 0
+        self.codes, self.s, self.m, self.ds, self.dm = codes, s, m, ds, dm
+        wide = lambda a: np.repeat(a, group, 1).astype(np.float64)  # noqa: E731
+        values = ds[:, None].astype(np.float64) * wide(s) * codes - dm[:, None].astype(np.float64) * wide(m)
+        self.values = values[:rows, :columns]
+        self.tiles: list[np.ndarray] = []
+        for row in range(0, r, 32):
+            head = np.concatenate([a[row + 16 * h : row + 16 * h + 16] for h in range(2) for a in (ds, dm)])
+            blocks = [
+                put(
+                    codes[row : row + 32, c : c + 256],
+                    *(a[row : row + 32, c // group :][:, : 256 // group] for a in (s, m)),
+                    name,
+                )
+                for c in range(0, k, 256)
+            ]
+            self.tiles.append(np.concatenate([head.view(np.uint8), *blocks]))
+        self.bytes = np.concatenate(self.tiles)
+
+    def tensor(self, offset: int = 0) -> torch.Tensor:
+        """The bytes in a buffer of their exact size, `offset` bytes past its beginning."""
+        buffer = torch.empty(self.bytes.size + offset, dtype=torch.uint8)
+        buffer[offset:] = torch.from_numpy(self.bytes)
+        return buffer[offset:]
+
+
+def quantized(x: np.ndarray) -> np.ndarray:
+    """x [T, K] fp32 as the float64 value of its int8 form, 64 columns to a scale."""
+    tokens, columns = x.shape
+    padded = np.zeros((tokens, -(-columns // 64) * 64), np.float32)
+    padded[:, :columns] = x
+    blocks = padded.reshape(tokens, -1, 64)
+    amax = np.abs(blocks).max(2, keepdims=True)
+    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 1e-30)
+    codes = np.rint(blocks * inverse)
+    values = codes.astype(np.float64) * (amax / np.float32(127)).astype(np.float64)
+    return values.reshape(tokens, -1)[:, :columns]
+
+
+def activations(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((tokens, columns), generator=generator)
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
+
+
+class Expert:
+    """A random expert: gate, up, down matrices and its blob."""
+
+    def __init__(self, gate_up: str, down: str, hidden: int, intermediate: int, seed: int) -> None:
+        self.gate, self.up = (Matrix(gate_up, intermediate, hidden, seed + i) for i in range(2))
+        self.down = Matrix(down, hidden, intermediate, seed + 2)
+        parts = [tile for pair in zip(self.gate.tiles, self.up.tiles, strict=True) for tile in pair]
+        self.blob = torch.from_numpy(np.concatenate([*parts, self.down.bytes]))
+        self.names = gate_up, down
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The composition of single kernel calls and torch's silu."""
+        gate = kernels.linear(x, self.gate.tensor(), self.gate.name, self.gate.rows)
+        up = kernels.linear(x, self.up.tensor(), self.up.name, self.up.rows)
+        h = (torch.nn.functional.silu(gate.double()).float() * up).contiguous()
+        return kernels.linear(h, self.down.tensor(), self.down.name, self.down.rows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", PACKINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 50])
+def test_kernel_agrees_with_float64_over_the_same_int8_activations(
+    name: str, isa: str, shape: tuple[int, int], tokens: int
+) -> None:
+    kernels.set_isa(isa)
+    w = Matrix(name, *shape, seed=shape[0])
+    x = activations(tokens, shape[1], seed=tokens)
+    y = kernels.linear(x, w.tensor(), name, w.rows)
+    assert relative(y.numpy(), quantized(x.numpy()) @ w.values.T) < 1e-6
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", PACKINGS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_largest_codes_scales_and_activations_do_not_overflow(name: str, isa: str, sign: float, tokens: int) -> None:
+    kernels.set_isa(isa)
+    w = Matrix(name, 40, 512, seed=3, extreme=True)
+    x = torch.full((tokens, 512), sign)
+    y = kernels.linear(x, w.tensor(), name, w.rows)
+    assert relative(y.numpy(), x.double().numpy() @ w.values.T) < 1e-6
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_all_instruction_sets_and_thread_counts_give_the_same_bits(name: str) -> None:
+    w, expert = Matrix(name, 290, 520, seed=1), Expert(name, name, 192, 384, seed=5)
+    x, hidden = activations(14, 520), activations(14, 192)
+    index = torch.zeros((14, 1), dtype=torch.int64)
+    table = kernels.ExpertTable(1, 192, 384, name, name)
+    table.set(0, expert.blob)
+    results = []
+    for isa in ISAS:
+        kernels.set_isa(isa)
+        for threads in (1, 2, 3):
+            kernels.set_threads(threads)
+            results.append((kernels.linear(x, w.tensor(), name, w.rows), table.run(hidden, index, torch.ones((14, 1)))))
+    assert all(torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]) for a, b in results)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", PACKINGS)
+def test_a_batch_gives_the_bits_of_its_single_tokens(name: str, isa: str) -> None:
+    kernels.set_isa(isa)
+    w = Matrix(name, 64, 512, seed=2)
+    tiles = w.tensor()
+    for tokens in [*range(2, 15), 24, 49, 101]:
+        x = activations(tokens, 512, seed=tokens)
+        single = torch.cat([kernels.linear(x[t : t + 1], tiles, name, 64) for t in range(tokens)])
+        assert torch.equal(kernels.linear(x, tiles, name, 64), single), tokens
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", PACKINGS)
+def test_bits_do_not_depend_on_alignment(name: str, isa: str) -> None:
+    kernels.set_isa(isa)
+    w = Matrix(name, 33, 300, seed=2)
+    for tokens in (1, 6):
+        x = activations(tokens, 300)
+        first = kernels.linear(x, w.tensor(), name, 33)
+        shifted = torch.empty(x.numel() + 1)[1:].view(tokens, 300).copy_(x)
+        for offset in (1, 3, 32, 63):
+            assert torch.equal(kernels.linear(shifted, w.tensor(offset), name, 33), first)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("gate_up", "down"), [(n, n) for n in PACKINGS] + [("tile32-q2-g16-s4", "tile32-q4-g64-s8")])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(192, 384), (100, 72), (256, 512), (5, 3)])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_fused_experts_agree_with_the_composition(
+    gate_up: str, down: str, isa: str, hidden: int, intermediate: int, tokens: int
+) -> None:
+    kernels.set_isa(isa)
+    pair = [Expert(gate_up, down, hidden, intermediate, seed) for seed in (1, 7)]
+    x = activations(tokens, hidden)
+    weights = torch.rand((tokens, 2), generator=torch.Generator().manual_seed(1))
+    rows = torch.arange(tokens, dtype=torch.int32)
+    calls = [kernels.ExpertCall(e.blob, gate_up, down, rows, weights[:, i].contiguous()) for i, e in enumerate(pair)]
+    fused = kernels.experts(x, calls, intermediate)
+    expected = sum(e.run(x) * weights[:, i : i + 1] for i, e in enumerate(pair))
+    # A last-bit difference in SwiGLU can move one int8 of h by one step.
+    assert relative(fused.numpy(), np.asarray(expected)) < 2e-3
+
+
+def test_a_call_over_a_list_equals_calls_over_its_parts() -> None:
+    name = "tile32-q2-g16-s4"
+    pair = [Expert(name, name, 192, 384, seed) for seed in (1, 7)]
+    x = activations(6, 192)
+    calls = [
+        kernels.ExpertCall(e.blob, name, name, torch.tensor(rows, dtype=torch.int32), torch.rand(len(rows)))
+        for e, rows in zip(pair, ([0, 2, 5], [1, 2, 3, 4]), strict=True)
+    ]
+    parts = kernels.experts(x, calls[:1], 384)
+    assert torch.equal(kernels.experts(x, calls, 384), kernels.experts(x, calls[1:], 384, out=parts))
+
+
+def test_a_routers_answer_gives_the_bits_of_the_explicit_lists() -> None:
+    name, tokens = "tile32-q3-g32-s4", 20
+    many = [Expert(name, name, 192, 384, seed) for seed in range(0, 24, 3)]
+    table = kernels.ExpertTable(8, 192, 384, name, name)
+    for i, e in enumerate(many):
+        table.set(i, e.blob)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(tokens)])
+    weights, x = torch.rand((tokens, 2), generator=generator), activations(tokens, 192)
+    calls = []
+    for i, e in enumerate(many):
+        rows, slots = torch.where(index == i)
+        calls.append(kernels.ExpertCall(e.blob, name, name, rows.int(), weights[rows, slots].contiguous()))
+    assert torch.equal(table.run(x, index, weights), kernels.experts(x, calls, 384))
+
+
+def test_many_pairs_in_several_passes_give_the_bits_of_single_tokens() -> None:
+    name, tokens = "tile32-q2-g16-s4", 700
+    table = kernels.ExpertTable(2, 64, 64, name, name)
+    for i in range(2):
+        table.set(i, Expert(name, name, 64, 64, i).blob)
+    x, weights = activations(tokens, 64), torch.rand((tokens, 2))
+    index = torch.tensor([[0, 1]]).repeat(tokens, 1)
+    whole = table.run(x, index, weights)
+    single = [table.run(x[t : t + 1], index[:1], weights[t : t + 1]) for t in range(0, tokens, 50)]
+    assert torch.equal(whole[::50], torch.cat(single))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("tokens", [1, 2, 6])
+def test_a_value_that_is_not_finite_spoils_its_token_and_no_other(isa: str, bad: float, tokens: int) -> None:
+    kernels.set_isa(isa)
+    for name in PACKINGS:
+        w, expert = Matrix(name, 40, 192, seed=1), Expert(name, name, 192, 100, seed=2)
+        x = activations(tokens, 192)
+        x[0, 70] = bad
+        table = kernels.ExpertTable(1, 192, 100, name, name)
+        table.set(0, expert.blob)
+        index = torch.zeros((tokens, 1), dtype=torch.int64)
+        for y in (kernels.linear(x, w.tensor(), name, 40), table.run(x, index, torch.ones((tokens, 1)))):
+            assert not y[0].isfinite().any()
+            assert y[1:].isfinite().all()
+
+
+def test_zero_and_tiny_activations_give_zero() -> None:
+    w = Matrix("tile32-q4-g64-s8", 32, 256, seed=1)
+    for value in (0.0, 1e-40, -1e-38):
+        y = kernels.linear(torch.full((2, 256), value), w.tensor(), w.name, 32)
+        assert (y == 0).all()
+
+
+def test_several_matrices_over_one_activation_give_the_bits_of_single_calls() -> None:
+    many = [Matrix(n, rows, 320, seed=rows) for n, rows in zip(PACKINGS, (64, 1, 33, 300, 96), strict=True)]
+    for tokens in (1, 4, 20):
+        x = activations(tokens, 320)
+        together = kernels.linear_many(x, [kernels.PackedMatrix(w.tensor(), w.name, w.rows) for w in many])
+        for w, y in zip(many, together, strict=True):
+            assert torch.equal(y, kernels.linear(x, w.tensor(), w.name, w.rows))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 11])
+@pytest.mark.parametrize("shape", [(1, 1), (50, 300), (33, 64)])
+def test_bf16_linear_agrees_with_float64_with_the_same_bits_on_each_path(tokens: int, shape: tuple[int, int]) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    x = activations(tokens, shape[1])
+    results = []
+    for isa in ISAS:
+        kernels.set_isa(isa)
+        results.append(kernels.linear_bf16(x, w))
+    assert relative(results[0].double().numpy(), (x.double() @ w.double().T).numpy()) < 1e-6
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_no_tokens_and_no_experts_are_fine() -> None:
+    name = "tile32-q2-g16-s4"
+    w, expert = Matrix(name, 40, 64, seed=1), Expert(name, name, 64, 64, seed=2)
+    assert kernels.linear(torch.empty((0, 64)), w.tensor(), name, 40).shape == (0, 40)
+    assert (kernels.experts(torch.ones((3, 64)), [], 64) == 0).all()
+    none = kernels.ExpertCall(expert.blob, name, name, torch.empty(0, dtype=torch.int32), torch.empty(0))
+    assert (kernels.experts(torch.ones((3, 64)), [none], 64) == 0).all()
+
+
+def test_two_python_threads_can_call_at_the_same_time() -> None:
+    w = Matrix("tile32-q2-g16-s4", 500, 600, seed=1)
+    tiles, inputs = w.tensor(), [activations(n, 600, seed=n) for n in (1, 9)]
+    expected = [kernels.linear(x, tiles, w.name, w.rows) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(200):
+            if not torch.equal(kernels.linear(inputs[i], tiles, w.name, w.rows), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_wrong_arguments_are_refused() -> None:
+    name = "tile32-q2-g16-s4"
+    w, expert = Matrix(name, 40, 64, seed=1), Expert(name, name, 64, 64, seed=2)
+    x, tiles = activations(2, 64), w.tensor()
+    rows, ones = torch.arange(2, dtype=torch.int32), torch.ones(2)
+    table = kernels.ExpertTable(2, 64, 64, name, name)
+    table.set(0, expert.blob)
+    cases = [
+        lambda: kernels.linear(x, tiles[:-1], name, 40),
+        lambda: kernels.linear(x, tiles, name, 65),
+        lambda: kernels.linear(x, tiles, name, -1),
+        lambda: kernels.linear(x.double(), tiles, name, 40),
+        lambda: kernels.linear(activations(64, 2).T, tiles, name, 40),
+        lambda: kernels.linear(x[0], tiles, name, 40),
+        lambda: kernels.linear(x, tiles.view(torch.int8), name, 40),
+        lambda: kernels.linear(x, tiles, "tile32-q5", 40),
+        lambda: kernels.linear_many(x, [kernels.PackedMatrix(tiles[1:], name, 40)]),
+        lambda: kernels.linear_bf16(x, torch.zeros((3, 63), dtype=torch.bfloat16)),
+        lambda: kernels.linear_bf16(x, torch.zeros((3, 64))),
+        lambda: kernels.experts(x, [kernels.ExpertCall(expert.blob[1:], name, name, rows, ones)], 64),
+        lambda: kernels.experts(x, [kernels.ExpertCall(expert.blob, name, name, rows, ones[:1])], 64),
+        lambda: kernels.experts(x, [kernels.ExpertCall(expert.blob, name, name, rows + 1, ones)], 64),
+        lambda: kernels.experts(x, [kernels.ExpertCall(expert.blob, name, name, rows.long(), ones)], 64),
+        lambda: kernels.experts(x, [], 64, out=torch.zeros((2, 63))),
+        lambda: table.set(0, expert.blob[1:]),
+        lambda: table.set(2, expert.blob),
+        lambda: table.run(x, torch.ones((2, 1), dtype=torch.int64), torch.ones((2, 1))),
+        lambda: table.run(x, torch.full((2, 1), -1), torch.ones((2, 1))),
+        lambda: table.run(x, torch.zeros((3, 1), dtype=torch.int64), torch.ones((3, 1))),
+        lambda: table.run(x, torch.zeros((2, 1), dtype=torch.int64), torch.ones((2, 2))),
+        lambda: kernels.set_isa("sse9"),
+    ]
+    for number, case in enumerate(cases):
+        with pytest.raises(ValueError, match=r"."):
+            case()
+            pytest.fail(f"case {number} was accepted")
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_the_reference_packing_writes_and_means_the_same_bytes(name: str) -> None:
+    w = Matrix(name, 40, 300, seed=4)
+    packing, groups = reference.packing_named(name), -(-300 // PACKINGS[name][1])
+    matrix = reference.QuantizedMatrix(
+        torch.from_numpy(w.codes[:40, :300].astype(np.uint8)),
+        torch.from_numpy(w.s[:40, :groups].astype(np.int16)),
+        torch.from_numpy(w.m[:40, :groups].astype(np.int16)),
+        torch.from_numpy(w.ds[:40]),
+        torch.from_numpy(w.dm[:40]),
+    )
+    assert torch.equal(reference.pack(matrix, packing).reshape(-1), torch.from_numpy(w.bytes))
+    assert relative(reference.dequantize(matrix, packing.group_size).double().numpy(), w.values) < 1e-6
+
+
+def test_parts_of_a_routers_answer_add_up_to_the_whole() -> None:
+    name = "tile32-q4-g64-s8"
+    blobs = [Expert(name, name, 64, 96, seed).blob for seed in (1, 7)]
+    x, index = activations(5, 64), torch.tensor([[0, 1]]).repeat(5, 1)
+    weights = torch.rand((5, 2))
+    whole = kernels.ExpertTable(2, 64, 96, name, name)
+    parts = [kernels.ExpertTable(2, 64, 96, name, name) for _ in range(2)]
+    for i in range(2):
+        whole.set(i, blobs[i])
+        parts[i].set(i, blobs[i])
+    out = parts[0].run(x, index, weights, partial=True)
+    assert torch.equal(parts[1].run(x, index, weights, out=out, partial=True), whole.run(x, index, weights))
+
+
+def test_describe_names_the_path() -> None:
+    kernels.set_isa("portable")
+    assert "portable" in kernels.describe()
+    assert kernels.isa() == "portable"
+
+
+def test_stream_sum_reads_every_word() -> None:
+    words = torch.arange(10_000, dtype=torch.int64)
+    assert kernels.stream_sum([words.view(torch.uint8)] * 2, chunk_bytes=1024) == 2 * int(words.sum())
