@@ -101,8 +101,8 @@ def main() -> None:
     for run, package_rate in zip(runs, rival, strict=True):
         print(
             f"{run['seconds']:.1f} s, {run['mweights_per_s_and_core']:.0f} Mweights/s and core,"
-            f" reads {run['read_mb_per_s']:.0f} MB/s, peak anonymous memory {run['peak_anonymous_bytes'] / 2**20:.0f} MiB;"
-            f" hqq package {package_rate:.1f} Mweights/s and core"
+            f" reads {run['read_mb_per_s']:.0f} MB/s, peak anonymous memory"
+            f" {run['peak_anonymous_bytes'] / 2**20:.0f} MiB; hqq package {package_rate:.1f} Mweights/s and core"
         )
     print(f"ratio, best runs: {ratio}")
 

@@ -1,0 +1,55 @@
+"""The documents say what is true: the page of commands, the README's Python, links.
+
+    python tests/test_docs.py     writes docs/commands.md again
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from converter.cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "commands.md"
+
+
+def commands_page() -> str:
+    """What docs/commands.md must say: the help of every command."""
+    context = click.Context(cli, info_name="moe-convert", max_content_width=100, terminal_width=100)
+    parts = ["# Commands\n\nWritten by `python tests/test_docs.py` from the commands' help.\n"]
+    parts.append(f"```\n{cli.get_help(context)}\n```\n")
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command
+        child = click.Context(command, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+        parts.append(f"## {name}\n\n```\n{command.get_help(child)}\n```\n")
+    return "\n".join(parts)
+
+
+def test_page_of_commands_is_what_help_says() -> None:
+    assert PAGE.read_text() == commands_page(), "run python tests/test_docs.py"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_readme_python_runs_as_it_stands(
+    converted: "object", monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    folder = converted("2bit")  # type: ignore[operator]
+    exec(compile(code.replace("out/tiny-mixtral-2bit", str(folder)), "README.md", "exec"), {})
+    shown = capsys.readouterr().out
+    assert "So Jonah arose, and went to" in shown
+    assert "misses=" in shown
+
+
+if __name__ == "__main__":
+    PAGE.write_text(commands_page())
+    sys.exit(0)
