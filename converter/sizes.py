@@ -17,7 +17,7 @@ from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.trunk import attention_linears
 
 CHUNK_WEIGHTS = 4 << 20
-"""Weights that a worker solves at once. It decides where the hqq package stops iterating: a part of what fixes the bytes."""
+"""Weights that a worker solves at once. It decides where the hqq package stops iterating, and so the bytes."""
 
 _BASE_MEMORY_BYTES = 300 << 20
 """Measured: the process after its imports, generously."""

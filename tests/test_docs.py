@@ -1,6 +1,6 @@
 """The documents say what is true: the page of commands, the README's Python, links.
 
-    python tests/test_docs.py     writes docs/commands.md again
+python tests/test_docs.py     writes docs/commands.md again
 """
 
 import re
@@ -18,13 +18,13 @@ PAGE = ROOT / "docs" / "commands.md"
 
 def commands_page() -> str:
     """What docs/commands.md must say: the help of every command."""
-    context = click.Context(cli, info_name="moe-convert", max_content_width=100, terminal_width=100)
+    context = click.Context(cli, info_name="moe-convert", terminal_width=100, **cli.context_settings)
     parts = ["# Commands\n\nWritten by `python tests/test_docs.py` from the commands' help.\n"]
     parts.append(f"```\n{cli.get_help(context)}\n```\n")
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command
-        child = click.Context(command, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+        child = click.Context(command, info_name=name, parent=context, terminal_width=100)
         parts.append(f"## {name}\n\n```\n{command.get_help(child)}\n```\n")
     return "\n".join(parts)
 
