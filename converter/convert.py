@@ -157,6 +157,12 @@ class _Job:
                 # Without a writer the layer is complete, and the unit is only counted.
                 yield ("expert", layer, expert), size, partial(self._worker.expert, writer, layer, expert)  # type: ignore[arg-type]
         if not self._options.part:
+            if "lm_head" in self._plan.packed:
+                yield (
+                    ("linear", "lm_head"),
+                    weights["lm_head.weight"].n_bytes,
+                    partial(self._worker.linear, trunk, "lm_head"),
+                )
             for entry in self._plan.trunk_entries:
                 if entry.name in weights:
                     work = partial(self._worker.tensor, trunk, entry.name)

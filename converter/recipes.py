@@ -1,12 +1,14 @@
 """Recipes: which packing and solver for which weights. Data, not code; a user may combine their own."""
 
+from msgspec.structs import replace
+
 from converter.solvers import SOLVERS
 from formats.errors import RecipeError
 from formats.index import Recipe
 from formats.packing import PACKINGS
 
 UNPACKED = "none"
-"""Attention stored as in the source."""
+"""Attention or head stored as in the source."""
 
 RECIPES: dict[str, Recipe] = {
     name: Recipe(name, experts, experts, "tile32-q4-g64-s8", "hqq")
@@ -28,6 +30,7 @@ def make_recipe(
     *,
     bits: int | None = None,
     attn_bits: int | None = None,
+    head_bits: int | None = None,
     group_size: int | None = None,
     gate_up: str | None = None,
     down: str | None = None,
@@ -35,23 +38,28 @@ def make_recipe(
 ) -> Recipe:
     """The named recipe with what the options change: expert bits and group size, or packings by name.
 
-    `attn_bits` is 4, or 16 for attention as in the source. RecipeError names the option and what there is.
+    `attn_bits` and `head_bits` are 4, or 16 for as in the source. RecipeError names the option and what there is.
     """
     if name not in RECIPES:
         raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}")
     base = RECIPES[name]
     experts = _experts_packing(bits, group_size, base.gate_up)
-    attention = {None: base.attention, 4: "tile32-q4-g64-s8", 16: UNPACKED}.get(attn_bits)
-    if attention is None:
-        raise RecipeError(f"--attn-bits {attn_bits}: attention takes 4 bits, or 16 for as it is in the source")
+    attention = _trunk_packing("--attn-bits", attn_bits, base.attention)
+    head = _trunk_packing("--head-bits", head_bits, base.head)
     chosen_solver = solver or base.solver
     if chosen_solver not in SOLVERS:
         raise RecipeError(f"solver {chosen_solver!r} is unknown; known are {', '.join(SOLVERS)}")
-    chosen = Recipe(name, gate_up or experts, down or experts, attention, chosen_solver)
+    chosen = Recipe(name, gate_up or experts, down or experts, attention, chosen_solver, head)
     for packing in (chosen.gate_up, chosen.down):
         if packing not in PACKINGS:
             raise RecipeError(f"packing {packing!r} is unknown; known are {', '.join(PACKINGS)}")
     return chosen if chosen == base else _named_by_contents(chosen)
+
+
+def _trunk_packing(option: str, bits: int | None, default: str) -> str:
+    if bits not in (None, 4, 16):
+        raise RecipeError(f"{option} {bits}: there are 4 bits, or 16 for as it is in the source")
+    return {None: default, 4: "tile32-q4-g64-s8", 16: UNPACKED}[bits]
 
 
 def _experts_packing(bits: int | None, group_size: int | None, default: str) -> str:
@@ -69,8 +77,6 @@ def _experts_packing(bits: int | None, group_size: int | None, default: str) -> 
 def _named_by_contents(recipe: Recipe) -> Recipe:
     """A recipe that equals a named one has its name; any other is called custom."""
     for known in RECIPES.values():
-        if (known.gate_up, known.down, known.attention, known.solver) == (
-            recipe.gate_up, recipe.down, recipe.attention, recipe.solver,
-        ):  # fmt: skip
+        if replace(recipe, name=known.name) == known:
             return known
-    return Recipe("custom", recipe.gate_up, recipe.down, recipe.attention, recipe.solver)
+    return replace(recipe, name="custom")

@@ -58,13 +58,13 @@ def quality_of(records: list[dict[str, Any]]) -> dict[str, Any]:
         "totals": {
             **{p: total(errors[p] for _, errors in ordered) for p in PROJECTIONS},
             "experts": total(e for _, errors in ordered for e in errors.values()),
-            "attention": total(linears[module] for module in sorted(linears)),
+            "attention": total(linears[module] for module in sorted(linears) if module != "lm_head"),
         },
         "experts": [
             {"layer": layer, "expert": expert, **{p: errors[p].relative for p in PROJECTIONS}}
             for (layer, expert), errors in ordered
         ],
-        "attention": {module: linears[module].relative for module in sorted(linears)},
+        "trunk": {module: linears[module].relative for module in sorted(linears)},
     }
 
 

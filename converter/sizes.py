@@ -8,7 +8,7 @@ from pathlib import Path
 from converter.recipes import UNPACKED
 from converter.solver import Solver
 from converter.source import Checkpoint
-from formats.errors import DoesNotFitError
+from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
 from formats.index import PackedLinear, Recipe
 from formats.layer_file import raw_entries
@@ -73,6 +73,10 @@ def plan_output(checkpoint: Checkpoint, recipe: Recipe) -> OutputPlan:
     packed: dict[str, PackedLinear] = {}
     if recipe.attention != UNPACKED:
         packed = {module: PackedLinear(recipe.attention, rows, columns) for module, (rows, columns) in linears.items()}
+    if recipe.head != UNPACKED:
+        if a.tie_word_embeddings:
+            raise RecipeError("the head is the embedding (tie_word_embeddings) and cannot have bits of its own")
+        packed["lm_head"] = PackedLinear(recipe.head, a.vocab_size, a.hidden_size)
     entries = _trunk_entries(checkpoint, packed)
     attention = [e for e in entries if e.name.rsplit(".", 1)[0] in linears]
     # Headers are padded to 4096; the exact sizes come from the writers.
@@ -109,7 +113,7 @@ def chunk_rows(columns: int) -> int:
 
 
 def _trunk_entries(checkpoint: Checkpoint, packed: dict[str, PackedLinear]) -> list[TensorEntry]:
-    """Packed attention first, whose sizes are multiples of 128, then everything else, by dtype size and name."""
+    """Packed matrices first, whose sizes are multiples of 128, then everything else, by dtype size and name."""
     shapes: list[tuple[str, str, tuple[int, ...]]] = []
     for module, linear in packed.items():
         packing = packing_named(linear.packing)

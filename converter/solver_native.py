@@ -230,7 +230,8 @@ def _load() -> ctypes.CDLL | str:
     paths = [folder / LIBRARY for folder in folders]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        return f"no native solver: {LIBRARY} is neither in {folders[0]} nor in {folders[1]}"
+        places = " nor in ".join(dict.fromkeys(map(str, folders)))
+        return f"no native solver ({LIBRARY} is not in {places}): install a C++20 compiler and reinstall moe-convert"
     try:
         library = ctypes.CDLL(str(path))
         abi = library.moe_solver_abi()

@@ -16,7 +16,7 @@ from formats.index import Architecture
 from formats.paths import check_name, locate, open_regular, read_small
 from formats.safetensors_header import Header, read_header
 from formats.strict_json import parse
-from formats.trunk import attention_linears, plain_tensors
+from formats.trunk import packable_linears, plain_tensors
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 SINGLE_NAME = "model.safetensors"
@@ -159,7 +159,7 @@ class Checkpoint:
     def _assign(self) -> None:
         """Gives each source tensor its role; every needed one must be there once, with its shape."""
         a = self.architecture
-        shapes = plain_tensors(a) | {f"{m}.weight": shape for m, shape in attention_linears(a).items()}
+        shapes = plain_tensors(a) | {f"{m}.weight": shape for m, shape in packable_linears(a).items()}
         extra: list[str] = []
         for shard, header in sorted(self._headers.items()):
             for name, entry in header.entries.items():

@@ -1,4 +1,4 @@
-"""The units of work: quantize one expert or one attention projection, or copy one tensor."""
+"""The units of work: quantize one expert or one matrix of the trunk, or copy one tensor."""
 
 import threading
 from typing import Any
@@ -43,7 +43,7 @@ class Worker:
         return {"unit": "expert", "layer": layer, "expert": expert, "sha256": sha256, "errors": errors}
 
     def linear(self, trunk: PlacedFile, module: str) -> dict[str, Any]:
-        """Quantizes an attention projection and writes it durably."""
+        """Quantizes a matrix of the trunk and writes it durably."""
         linear = self._plan.packed[module]
         packing = packing_named(linear.packing)
         tiles = torch.empty(packing.matrix_bytes(linear.rows, linear.columns), dtype=torch.uint8)

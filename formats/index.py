@@ -88,13 +88,14 @@ class Producer(_Part, frozen=True):
 
 
 class Recipe(_Part, frozen=True):
-    """How the weights were quantized. `attention` is a packing or "none" (stored as in the source)."""
+    """How the weights were quantized. `attention` and `head` are packings or "none" (as in the source)."""
 
     name: Label
     gate_up: Label
     down: Label
     attention: Label
     solver: Label
+    head: Label = "none"
     options: dict[str, Option] = {}
 
 

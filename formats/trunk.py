@@ -25,8 +25,14 @@ def attention_linears(architecture: Architecture) -> dict[str, tuple[int, int]]:
     }
 
 
+def packable_linears(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Module name -> (rows, columns) of the matrices that may be packed: attention, and a head of its own."""
+    head = {} if architecture.tie_word_embeddings else {"lm_head": (architecture.vocab_size, architecture.hidden_size)}
+    return attention_linears(architecture) | head
+
+
 def plain_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the trunk's tensors that are never packed: embeddings, head, routers, norms."""
+    """Name -> shape of the trunk's tensors that are never packed: embeddings, routers, norms."""
     a = architecture
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
     for layer in range(a.num_hidden_layers):
@@ -35,8 +41,6 @@ def plain_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (a.hidden_size,)
         shapes[f"{prefix}.mlp.gate.weight"] = (a.num_local_experts, a.hidden_size)
     shapes["model.norm.weight"] = (a.hidden_size,)
-    if not a.tie_word_embeddings:
-        shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
     return shapes
 
 
@@ -44,7 +48,7 @@ def check_trunk(
     entries: dict[str, TensorEntry], architecture: Architecture, packed: dict[str, PackedLinear], where: str
 ) -> None:
     """FormatError naming the first tensor of the trunk that is missing, extra, or of a wrong shape or dtype."""
-    linears = attention_linears(architecture)
+    linears = packable_linears(architecture)
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
         name: (shape, FLOAT_DTYPES) for name, shape in plain_tensors(architecture).items()
     }

@@ -198,7 +198,10 @@ def _write_trunk(folder: Path, architecture: Architecture) -> Trunk:
     packing = PACKINGS["tile32-q4-g64-s8"]
     linears = attention_linears(architecture)
     tensors: dict[str, torch.Tensor] = {}
-    for seed, (name, shape) in enumerate(plain_tensors(architecture).items()):
+    plain = plain_tensors(architecture)
+    if not architecture.tie_word_embeddings:
+        plain["lm_head.weight"] = (architecture.vocab_size, architecture.hidden_size)
+    for seed, (name, shape) in enumerate(plain.items()):
         values = [random.Random(1000 + seed).randint(-512, 511) / 256 for _ in range(int(torch.Size(shape).numel()))]
         tensors[name] = torch.tensor(values, dtype=torch.bfloat16).view(shape)
     for seed, (module, (rows, columns)) in enumerate(linears.items()):

@@ -427,3 +427,18 @@ def test_side_files_are_copied_byte_for_byte(source: Path, tmp_path: Path) -> No
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         ConvertOptions(**options)
+
+
+def test_head_is_packed_where_the_recipe_says_so(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(source, tmp_path / "out", make_recipe("4bit", head_bits=4))
+    artifact = Artifact.open(tmp_path / "out")
+    assert artifact.index.trunk.packed["lm_head"].rows == SHAPES["mini"].vocabulary
+    assert artifact.index.recipe.name == "custom"
+    quality = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert 0 < quality["trunk"]["lm_head"] < 0.1
+
+
+def test_tied_head_cannot_be_packed(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "mini", SHAPES["mini"], 1, tied=True)
+    with pytest.raises(RecipeError, match="tie_word_embeddings"):
+        convert_checkpoint(tmp_path / "mini", tmp_path / "out", make_recipe("4bit", head_bits=4))

@@ -39,6 +39,7 @@ def test_down_may_have_a_packing_of_its_own() -> None:
         ({"bits": 5}, "5 bits"),
         ({"bits": 4, "group_size": 16}, "groups of 16"),
         ({"attn_bits": 3}, "--attn-bits 3"),
+        ({"head_bits": 8}, "--head-bits 8"),
         ({"solver": "magic"}, "magic"),
         ({"down": "q9"}, "q9"),
     ],

@@ -17,6 +17,7 @@ from formats.errors import DoesNotFitError
 )
 @click.option("-b", "--bits", type=int, help="Bits of the experts instead of the recipe's: 2, 3 or 4.")
 @click.option("--attn-bits", type=int, help="Bits of attention: 4, or 16 for as in the source.")
+@click.option("--head-bits", type=int, help="Bits of the output head: 4, or 16 for as in the source [default: 16].")
 @click.option("--group-size", type=int, help="Weights that share a scale: 16, 32 or 64, where a packing has it.")
 @click.option("--gate-up", help="Packing of the experts' gate and up, by name.")
 @click.option("--down", help="Packing of the experts' down, by name.")
@@ -53,7 +54,10 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
 
     recipe = make_recipe(
         options["recipe_name"],
-        **{name: options[name] for name in ("bits", "attn_bits", "group_size", "gate_up", "down", "solver")},
+        **{
+            name: options[name]
+            for name in ("bits", "attn_bits", "head_bits", "group_size", "gate_up", "down", "solver")
+        },
     )
     out = out_dir or model.resolve().with_name(f"{model.resolve().name}-{recipe.name}")
     with Checkpoint(model) as checkpoint:

@@ -58,6 +58,7 @@ def command(path: Path, show_experts: bool, output: Output) -> None:
         ("gate and up", index.recipe.gate_up),
         ("down", index.recipe.down),
         ("attention", index.recipe.attention),
+        ("head", index.recipe.head),
         ("codec", entries[0].codec),
         ("layers × experts", f"{a.num_hidden_layers} × {a.num_local_experts}, {a.num_experts_per_tok} a token"),
         ("hidden, intermediate", f"{a.hidden_size}, {a.intermediate_size}"),
