@@ -1,6 +1,8 @@
 // AVX-512 F, BW, DQ, VL and VNNI.
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "isa.h"
 #include "unrolled.h"
 
@@ -12,8 +14,10 @@ constexpr int kVector = 64;
 #include "unpack.inc.h"
 #include "gemv_avx512.inc.h"
 
-// Beyond this many tokens unpacking once costs less than taking the planes again for each four tokens (measured).
-constexpr int kGemvTokens = 8;
+// Up to this many tokens, taking the planes again for each four tokens costs no more than unpacking them once
+// (measured at 4 to 48 tokens). For 4 bits and for 8-bit scales of 16 columns it never does.
+template <Packing P>
+constexpr int kGemvTokens = P == kQ4G64S8 || P == kQ2G16S8 ? kMaxTokens : P == kQ3G64S8 ? 16 : 32;
 
 struct Avx512 {
   // 4-bit S times a code fits a byte: 64 columns are then one run of vpdpbusd.
@@ -90,9 +94,10 @@ struct Avx512 {
 
 template <Packing P>
 void tile_any(const uint8_t* tile, int64_t blocks, Activations x, int tokens, float* y) {
-  if (tokens > kGemvTokens) return tile_gemm<Avx512, P>(tile, blocks, x, tokens, y);
+  if constexpr (kGemvTokens<P> < kMaxTokens)
+    if (tokens > kGemvTokens<P>) return tile_gemm<Avx512, P>(tile, blocks, x, tokens, y);
   for (int n; tokens > 0; tokens -= n, x.at += n, y += n * kTileRows) {
-    n = tokens <= 4 ? tokens : (tokens + 1) / 2;  // 5 tokens are 3 + 2
+    n = tokens <= 4 || tokens > 8 ? std::min(tokens, 4) : (tokens + 1) / 2;  // 5 tokens are 3 + 2
     if (n == 1) tile_gemv<P, 1>(tile, blocks, x, y);
     if (n == 2) tile_gemv<P, 2>(tile, blocks, x, y);
     if (n == 3) tile_gemv<P, 3>(tile, blocks, x, y);
