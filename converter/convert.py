@@ -335,8 +335,9 @@ def _check_complete(out: Path, checkpoint: Checkpoint, recipe: Recipe, codec: st
     def refuse(what: str, there: Any, now: Any) -> None:
         raise OutputError(f"{out} holds a complete conversion with another {what}: {there!r} there, {now!r} now", hint)
 
-    if index.recipe != recipe:
-        refuse("recipe", index.recipe, recipe)
+    for field in recipe.__struct_fields__:
+        if getattr(index.recipe, field) != getattr(recipe, field):
+            refuse(f"recipe ({field})", getattr(index.recipe, field), getattr(recipe, field))
     if index.layers[0].experts[0].codec != codec:
         refuse("codec", index.layers[0].experts[0].codec, codec)
     sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
