@@ -29,6 +29,8 @@ class _Layer:
     lock: threading.Lock = field(default_factory=threading.Lock)
     blobs: dict[int, Tensor] = field(default_factory=dict)
     stats: LayerStats = field(default_factory=LayerStats)
+    hits: int = 0
+    """Of calls without a miss; the rest is in `stats`."""
 
 
 class ExpertCache:
@@ -67,6 +69,13 @@ class ExpertCache:
             raise ValueError(f"asked for experts {list(experts)} of a cache with {self.slots} slots a layer")
         state = self._layers[layer]
         with state.lock:
+            blobs = state.blobs
+            if all(expert in blobs for expert in experts):
+                # The usual case while decoding, kept short.
+                state.hits += len(experts)
+                for expert in experts:
+                    state.policy.touch(expert)
+                return {expert: blobs[expert] for expert in experts}
             misses = [expert for expert in experts if expert not in state.blobs]
             evictions = max(0, len(state.blobs) + len(misses) - self.slots)
             # First out, then in: the budget holds at every moment.
@@ -85,13 +94,15 @@ class ExpertCache:
 
     def stats(self) -> MoeStats:
         """A snapshot of the counters."""
-        return MoeStats(tuple(layer.stats for layer in self._layers), self.slots, self._slot_bytes)
+        return MoeStats(
+            tuple(layer.stats + LayerStats(layer.hits) for layer in self._layers), self.slots, self._slot_bytes
+        )
 
     def reset_stats(self) -> None:
         """Sets the counters to zero; the slots keep what they hold."""
         for layer in self._layers:
             with layer.lock:
-                layer.stats = LayerStats()
+                layer.stats, layer.hits = LayerStats(), 0
 
     def clear(self) -> None:
         """Empties all slots."""

@@ -13,6 +13,7 @@ from formats.reader import READERS
 from loader.backend import choose_backend
 from loader.budget import ram_budget, slots_per_layer
 from loader.cache import ExpertCache
+from loader.torch_threads import run_few_tokens_on_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ def from_pretrained(
     except BaseException:
         reader.close()
         raise
+    run_few_tokens_on_one_thread(model)
     model.moe_stats = cache.stats
     model.reset_moe_stats = cache.reset_stats
     return model

@@ -23,6 +23,11 @@ class PackedLinear(nn.Module):
         self._backend = backend
         self.register_buffer("packed", torch.empty(tiles_of(rows), packing.tile_bytes(columns), dtype=torch.uint8))
 
+    @property
+    def backend_name(self) -> str:
+        """Which backend computes it."""
+        return self._backend.name
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype; computed in float32."""
         rows = x.reshape(-1, self.in_features).float()
@@ -42,6 +47,17 @@ class CachedExperts(nn.Module):
         self._layouts = layouts
         self._cache = cache
         self._backend = backend
+
+    @property
+    def cache(self) -> ExpertSource:
+        """Where the bytes come from."""
+        return self._cache
+
+    @property
+    def layout(self) -> ExpertLayout | None:
+        """The layout of all experts, None if they have several."""
+        kinds = set(self._layouts.values())
+        return kinds.pop() if len(kinds) == 1 else None
 
     @torch.no_grad()
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

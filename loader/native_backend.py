@@ -6,12 +6,16 @@ from torch import Tensor
 from formats.expert import ExpertLayout
 from formats.packing import Packing
 from loader import kernels
+from loader.step_kernels import ExpertsStep
 
 
 class NativeBackend:
     """Products straight from packed bytes; activations are rounded to int8 in groups (docs/numerics.md)."""
 
     name = "native"
+
+    def __init__(self) -> None:
+        self._steps: dict[int, tuple[dict[int, ExpertLayout], ExpertsStep | None]] = {}
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
         return kernels.linear(x.contiguous(), tiles, packing.name, rows)
@@ -26,16 +30,9 @@ class NativeBackend:
         out: Tensor,
     ) -> None:
         x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
-        first = layouts[next(iter(blobs))]
         # One token's experts are always all in `blobs` (the smallest cache holds them).
-        if x.shape[0] == 1 and all(layouts[expert] == first for expert in blobs):
-            # A table for each call: its blobs may be evicted after it, and other threads run calls of this layer.
-            table = kernels.ExpertTable(
-                len(layouts), first.hidden, first.intermediate, first.gate_up.name, first.down.name
-            )
-            for expert, blob in blobs.items():
-                table.set(expert, blob)
-            table.run(x, index, weights, out)
+        if x.shape[0] == 1 and (step := self._step(layouts)):
+            step.add(blobs, x, index, weights, out)
             return
         calls = []
         for expert in sorted(blobs):
@@ -43,4 +40,14 @@ class NativeBackend:
             layout = layouts[expert]
             names = layout.gate_up.name, layout.down.name
             calls.append(kernels.ExpertCall(blobs[expert], *names, token.to(torch.int32), weights[token, rank]))
-        kernels.experts(x, calls, first.intermediate, out)
+        kernels.experts(x, calls, next(iter(layouts.values())).intermediate, out)
+
+    def _step(self, layouts: dict[int, ExpertLayout]) -> ExpertsStep | None:
+        """The step for experts that all have one layout, else None; made once for each dict of layouts."""
+        known = self._steps.get(id(layouts))
+        if known is None or known[0] is not layouts:
+            kinds = set(layouts.values())
+            step = ExpertsStep(kinds.pop(), len(layouts)) if len(kinds) == 1 else None
+            # With the dict itself: while it is here, nothing else has its id.
+            known = self._steps[id(layouts)] = layouts, step
+        return known[1]

@@ -10,13 +10,13 @@ import functools
 import logging
 import sys
 import sysconfig
-from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger(__name__)
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FIX = "install a C++20 compiler (gcc 11, clang 14 or newer) and reinstall: pip install --force-reinstall moe-convert"
 
 
@@ -45,6 +45,39 @@ class Expert(ctypes.Structure):
     ]
 
 
+class Attention(ctypes.Structure):
+    """moe_attention."""
+
+    _fields_ = [
+        ("q", Matrix),
+        ("k", Matrix),
+        ("v", Matrix),
+        ("o", Matrix),
+        ("hidden", c_int64),
+        ("head_dim", c_int64),
+        ("scale", c_float),
+        ("dtype", c_int32),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """moe_layer."""
+
+    _fields_ = [
+        ("attention", Attention),
+        ("attention_norm", c_void_p),
+        ("experts_norm", c_void_p),
+        ("router", c_void_p),
+        ("intermediate", c_int64),
+        ("eps", c_float),
+        ("experts", c_int32),
+        ("top_k", c_int32),
+        ("gate_up_packing", c_int32),
+        ("down_packing", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
 _P, _I, _L = c_void_p, c_int32, c_int64
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "moe_abi_version": (_I, []),
@@ -61,6 +94,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "moe_linear_bf16": (_I, [_P, _L, _L, _P, _P, _L]),
     "moe_experts": (_I, [POINTER(Expert), _I, _L, _L, _P, _P, _L, _I]),
     "moe_experts_topk": (_I, [_P, _I, _I, _I, _L, _L, _P, _P, _I, _P, _P, _L, _I]),
+    "moe_attention_step": (_I, [POINTER(Attention), _P, _P, _P, _P, _P, _L, _L, _P]),
+    "moe_layer_begin": (_I, [POINTER(Layer), _P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _P]),
+    "moe_layer_end": (_I, [_P, POINTER(Layer), _P, _P, _P, _P, _P]),
     "moe_stream_sum": (c_uint64, [_P, _I, _L, _L]),
     "moe_empty_region_us": (c_double, [_I]),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -24,8 +25,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError
 from formats.packing import packing_named
+from loader.attention import PackedAttention
 from loader.backend import Backend
 from loader.cache import ExpertCache
+from loader.head import NativeHead
+from loader.layer import PackedDecoderLayer
 from loader.modules import CachedExperts, PackedLinear
 
 METHOD = "moe_convert"
@@ -109,12 +113,24 @@ class _Patterns(list[str]):
 
 def _swap_modules(model: nn.Module, parts: Parts) -> None:
     artifact = parts.artifact
+    _swap_trunk_modules(model, parts.backend.name == "native")
     for name, linear in artifact.index.trunk.packed.items():
         packing = packing_named(linear.packing, name)
         _replace(model, name, PackedLinear(packing, linear.rows, linear.columns, parts.backend))
     for layer in range(artifact.architecture.num_hidden_layers):
         layouts = {e: artifact.layout(layer, e) for e in range(artifact.architecture.num_local_experts)}
         _replace(model, f"model.layers.{layer}.mlp.experts", CachedExperts(layer, layouts, parts.cache, parts.backend))
+
+
+def _swap_trunk_modules(model: nn.Module, native: bool) -> None:
+    for name, module in list(model.named_modules()):
+        if type(module) is MixtralAttention:
+            _replace(model, name, PackedAttention(module.config, module.layer_idx))
+        elif type(module) is MixtralDecoderLayer and native:
+            # Only the method differs; transformers has built all that is inside.
+            module.__class__ = PackedDecoderLayer
+        elif name == "lm_head" and native:
+            _replace(model, name, NativeHead(module.in_features, module.out_features, bias=False))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

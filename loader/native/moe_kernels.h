@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI_VERSION 1
+#define MOE_ABI_VERSION 2
 
 enum { MOE_OK = 0, MOE_E_PACKING = 1, MOE_E_SIZE = 2, MOE_E_ISA = 3, MOE_E_INDEX = 4, MOE_E_MEMORY = 5 };
 enum { MOE_ISA_AUTO = -1, MOE_ISA_PORTABLE = 0, MOE_ISA_AVX2 = 1, MOE_ISA_AVX512 = 2 };
@@ -86,6 +86,36 @@ MOE_API int32_t moe_experts_topk(const uint8_t* const* blobs, int32_t expert_cou
 /* y = x * W^T, w bf16 [rows, columns] as uint16, fp32 accumulation (lm_head). */
 MOE_API int32_t moe_linear_bf16(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
                                 int64_t tokens);
+
+/* One token's way through a layer's attention: q, k, v over one quantized x, rotary embedding, append to the cache,
+ * attention over it, o. x, out [hidden], cos, sin [head_dim], keys, values [kv heads][capacity][head_dim] have `dtype`;
+ * all arithmetic is fp32. `length` positions are in the cache before; the token becomes number `length` < capacity.
+ * head_dim is a multiple of 16; the y of the four matrices are not used. */
+enum { MOE_F32 = 0, MOE_BF16 = 1 };
+typedef struct {
+  moe_matrix q, k, v, o;
+  int64_t hidden, head_dim;
+  float scale;
+  int32_t dtype;
+} moe_attention;
+MOE_API int32_t moe_attention_step(const moe_attention* layer, const void* x, const void* cos, const void* sin,
+                                   void* keys, void* values, int64_t capacity, int64_t length, void* out);
+
+/* A decoder layer for one token: begin runs norm, attention, residual sum, norm and router (index int64 [top_k], weights
+ * fp32 [top_k]); end adds the experts, whose blobs [experts] it needs, to the residual. x, residual, normed, out [hidden]
+ * and the norms' and the router's weights [hidden], [experts, hidden] have the attention's dtype. */
+typedef struct {
+  moe_attention attention;
+  const void *attention_norm, *experts_norm, *router;
+  int64_t intermediate;
+  float eps;
+  int32_t experts, top_k, gate_up_packing, down_packing, reserved;
+} moe_layer;
+MOE_API int32_t moe_layer_begin(const moe_layer* layer, const void* x, const void* cos, const void* sin, void* keys,
+                                void* values, int64_t capacity, int64_t length, void* residual, void* normed,
+                                int64_t* index, float* weights);
+MOE_API int32_t moe_layer_end(const uint8_t* const* blobs, const moe_layer* layer, const int64_t* index,
+                              const float* weights, const void* residual, const void* normed, void* out);
 
 /* Sum of the 64-bit words of `bytes` bytes, read once front to back by the pool: the memory bound that
  * bench/decode.py compares with. */

@@ -8,10 +8,12 @@
 #include <memory>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../../formats/native/tile_layout.h"
 #include "moe_kernels.h"
+#include "rounding.h"
 
 namespace {
 
@@ -106,6 +108,150 @@ void bf16(int64_t rows, int64_t columns, int64_t tokens) {
   }
 }
 
+// Activations and weights of T in an exact-size heap block.
+template <class T>
+std::vector<T> narrow(int64_t n, float scale = 1.0f) {
+  const auto wide = values(n);
+  std::vector<T> v(static_cast<size_t>(n));
+  for (size_t i = 0; i < v.size(); ++i) moe::round_to(wide[i] * scale, &v[i]);
+  return v;
+}
+
+template <class T>
+bool finite(const std::vector<T>& v) {
+  for (T value : v)
+    if (!std::isfinite(moe::to_float(value))) return false;
+  return true;
+}
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && !std::memcmp(a.data(), b.data(), a.size() * sizeof(T));
+}
+
+template <class T>
+T nan_of() {
+  T v;
+  moe::round_to(NAN, &v);
+  return v;
+}
+
+struct Shape {
+  int64_t hidden, heads, kv_heads, dim, intermediate;
+  int32_t experts, top_k;
+};
+
+// All that one token's way through a layer writes.
+template <class T>
+struct Written {
+  std::vector<T> keys, values, residual, normed, out;
+  std::vector<int64_t> index;
+  std::vector<float> weights;
+
+  // Positions from `length` on are NaN: nothing may read them before the token is there.
+  Written(const Shape& s, int64_t capacity, int64_t length, const std::vector<T>& k, const std::vector<T>& v)
+      : keys(k), values(v), residual(size_t(s.hidden), nan_of<T>()), normed(residual), out(residual),
+        index(size_t(s.top_k), -1), weights(size_t(s.top_k), NAN) {
+    for (int64_t at = 0; at < s.kv_heads * capacity; ++at)
+      for (int64_t i = 0; i < s.dim && at % capacity >= length; ++i)
+        keys[size_t(at * s.dim + i)] = values[size_t(at * s.dim + i)] = nan_of<T>();
+  }
+
+  bool operator==(const Written& o) const {
+    return same(keys, o.keys) && same(values, o.values) && same(residual, o.residual) && same(normed, o.normed) &&
+           same(out, o.out) && same(index, o.index) && same(weights, o.weights);
+  }
+};
+
+template <class T>
+void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int64_t length) {
+  constexpr int32_t kQ4 = moe::kQ4G64S8;
+  const int64_t wide = s.heads * s.dim, kv = s.kv_heads * s.dim, cached = kv * capacity;
+  const auto check = [&](bool ok, const char* what) { expect(ok, what, gate_up, s.hidden, int64_t(sizeof(T)), length); };
+  Bytes q(moe_packed_bytes(kQ4, wide, s.hidden), 1), k(moe_packed_bytes(kQ4, kv, s.hidden), 0),
+      v(moe_packed_bytes(kQ4, kv, s.hidden), 7), o(moe_packed_bytes(kQ4, s.hidden, wide), 33);
+  set_heads(q.data, kQ4, wide, s.hidden);
+  set_heads(k.data, kQ4, kv, s.hidden);
+  set_heads(v.data, kQ4, kv, s.hidden);
+  set_heads(o.data, kQ4, s.hidden, wide);
+  const auto x = narrow<T>(s.hidden), cos = narrow<T>(s.dim, 0.5f), sin = narrow<T>(s.dim, 0.5f);
+  const auto first_norm = narrow<T>(s.hidden), second_norm = narrow<T>(s.hidden);
+  const auto router = narrow<T>(s.experts * s.hidden, 0.1f), keys = narrow<T>(cached), vals = narrow<T>(cached);
+  const moe_layer layer = {
+      {{q.data, wide, nullptr, kQ4, 0}, {k.data, kv, nullptr, kQ4, 0}, {v.data, kv, nullptr, kQ4, 0},
+       {o.data, s.hidden, nullptr, kQ4, 0}, s.hidden, s.dim, 1.0f / std::sqrt(float(s.dim)),
+       sizeof(T) == 2 ? MOE_BF16 : MOE_F32},
+      first_norm.data(), second_norm.data(), router.data(), s.intermediate, 1e-5f, s.experts, s.top_k, gate_up, down, 0};
+
+  std::vector<T> attended;
+  std::unique_ptr<Written<T>> first;
+  const uint8_t* blobs[8] = {};
+  std::vector<std::unique_ptr<Bytes>> experts;
+  for (int isa = MOE_ISA_AVX512; isa >= MOE_ISA_PORTABLE; --isa) {
+    if (moe_set_isa(isa) != MOE_OK) continue;
+    Written<T> step(s, capacity, length, keys, vals);
+    check(moe_attention_step(&layer.attention, x.data(), cos.data(), sin.data(), step.keys.data(), step.values.data(),
+                             capacity, length, step.out.data()) == MOE_OK, "attention");
+    check(finite(step.out), "attention is finite");
+    if (attended.empty()) attended = step.out;
+    check(same(attended, step.out), "same bits of attention");
+
+    Written<T> w(s, capacity, length, keys, vals);
+    check(moe_layer_begin(&layer, x.data(), cos.data(), sin.data(), w.keys.data(), w.values.data(), capacity, length,
+                          w.residual.data(), w.normed.data(), w.index.data(), w.weights.data()) == MOE_OK, "layer begin");
+    float sum = 0.0f;
+    for (size_t i = 0; i < w.index.size(); ++i) {
+      sum += w.weights[i];
+      check(w.index[i] >= 0 && w.index[i] < s.experts && (i == 0 || w.index[i] != w.index[i - 1]), "expert numbers");
+      if (w.index[i] < 0 || w.index[i] >= s.experts) return;
+      if (blobs[w.index[i]]) continue;  // only those that are needed: the others stay null
+      experts.push_back(std::make_unique<Bytes>(moe_expert_bytes(gate_up, down, s.hidden, s.intermediate), int(i)));
+      uint8_t* blob = experts.back()->data;
+      set_heads(blob, gate_up, 2 * ((s.intermediate + 31) / 32 * 32), s.hidden);
+      set_heads(blob + 2 * moe_packed_bytes(gate_up, s.intermediate, s.hidden), down, s.hidden, s.intermediate);
+      blobs[w.index[i]] = blob;
+    }
+    check(std::fabs(sum - 1.0f) < 1e-5f, "router weights sum to 1");
+    check(moe_layer_end(blobs, &layer, w.index.data(), w.weights.data(), w.residual.data(), w.normed.data(),
+                        w.out.data()) == MOE_OK, "layer end");
+    check(finite(w.residual) && finite(w.normed) && finite(w.weights) && finite(w.out), "layer is finite");
+    for (int64_t at = 0; at < s.kv_heads * capacity; ++at)
+      check(std::isfinite(moe::to_float(w.keys[size_t(at * s.dim)])) == (at % capacity <= length), "appended in place");
+    if (!first) first = std::make_unique<Written<T>>(w);
+    check(w == *first, "same bits of a layer");
+  }
+
+  const auto refused = [&](const moe_layer& bad, int64_t room, int32_t error, const char* what) {
+    Written<T> w(s, capacity, length, keys, vals);
+    const Written<T> before = w;
+    check(moe_attention_step(&bad.attention, x.data(), cos.data(), sin.data(), w.keys.data(), w.values.data(), room,
+                             length, w.out.data()) == error || bad.top_k > bad.experts, what);
+    if (bad.top_k > bad.experts) w = before;
+    check(moe_layer_begin(&bad, x.data(), cos.data(), sin.data(), w.keys.data(), w.values.data(), room, length,
+                          w.residual.data(), w.normed.data(), w.index.data(), w.weights.data()) == error, what);
+    check(w == before, "a refusal has written nothing");
+  };
+  refused(layer, length, MOE_E_SIZE, "full cache refused");
+  moe_layer bad = layer;
+  bad.attention.head_dim = 24;
+  refused(bad, capacity, MOE_E_SIZE, "head width refused");
+  bad = layer;
+  bad.attention.dtype = 7;
+  refused(bad, capacity, MOE_E_SIZE, "dtype refused");
+  bad = layer;
+  bad.attention.o.packing = 99;
+  refused(bad, capacity, MOE_E_PACKING, "packing refused");
+  bad = layer;
+  bad.top_k = s.experts + 1;
+  refused(bad, capacity, MOE_E_SIZE, "top_k refused");
+  if (!first) return;
+  blobs[first->index[0]] = nullptr;
+  const auto before = first->out;
+  check(moe_layer_end(blobs, &layer, first->index.data(), first->weights.data(), first->residual.data(),
+                      first->normed.data(), first->out.data()) == MOE_E_INDEX && same(before, first->out),
+        "layer without its expert refused");
+}
+
 }  // namespace
 
 int main() {
@@ -120,6 +266,14 @@ int main() {
     }
     for (const auto& [rows, columns] : shapes)
       for (int64_t tokens : {1, 3, 8, 9}) bf16(rows, columns, tokens);
+    const int64_t capacity = 600;  // two spans of positions (attention.cpp)
+    for (const Shape& shape : {Shape{192, 6, 2, 32, 65, 8, 2}, Shape{77, 10, 2, 48, 33, 3, 2}})
+      for (const auto& [gate_up, down] : {std::pair{moe::kQ2G16S4, moe::kQ3G32S4}, {moe::kQ3G64S8, moe::kQ2G16S8}})
+        for (int64_t length : {int64_t(0), int64_t(1), int64_t(511), capacity - 1}) {
+          layers<float>(shape, gate_up, down, capacity, length);
+          layers<uint16_t>(shape, gate_up, down, capacity, length);
+        }
+    layers<float>({192, 6, 2, 32, 65, 8, 2}, moe::kQ2G16S4, moe::kQ3G32S4, 1, 0);
   }
   moe_set_isa(MOE_ISA_AUTO);
   std::vector<std::thread> callers;

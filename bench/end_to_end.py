@@ -1,0 +1,284 @@
+"""Speed of a converted model through transformers' generate, attention and Python included, everything in RAM.
+
+decode   ms per token and layer of 64 tokens after a prompt of 32, beside a streaming sum over the experts' bytes
+parts    where that time goes: native calls (attention and router, experts, head), the rest
+prompt   tokens a second of one forward pass over 512 tokens, logits of the last one
+busy     (--busy) decode with a spinning process on one core: median, p99 and largest ms per layer
+compare  (--compare) decode with one measure and without it, in turn
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loader
+from loader import kernels
+
+sys.path.insert(0, os.fspath(Path(__file__).parent))
+ROOT = Path(__file__).parent.parent
+
+
+class Clock:
+    """A streamer for generate that notes when each token comes."""
+
+    def __init__(self, on_first: Callable[[], None] = lambda: None) -> None:
+        self.times: list[float] = []
+        self._on_first = on_first
+
+    def put(self, value: Any) -> None:
+        """Called with the prompt, then with each token."""
+        self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self._on_first()
+
+    def end(self) -> None:
+        """Called last."""
+
+    def ms(self) -> list[float]:
+        """ms of each token but the first, which the prompt's pass gives."""
+        return [1e3 * (b - a) for a, b in zip(self.times[1:], self.times[2:], strict=False)]
+
+
+class Bench:
+    """A loaded model with its experts in RAM."""
+
+    def __init__(self, folder: Path, tokens: int, prompt: int) -> None:
+        self.model = loader.from_pretrained(folder, ram_cache="1TiB")
+        self.tokens = tokens
+        self.layers = self.model.config.num_hidden_layers
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(5, self.model.config.vocab_size, (1, prompt), generator=generator)
+        layers = self.model.model.layers
+        # One list of experts of one size each, for the sum; reading them also brings them into RAM.
+        self.experts = [list(layer.mlp.experts._cache.get(i, range(8)).values()) for i, layer in enumerate(layers)]
+        top_k = self.model.config.num_experts_per_tok
+        expert_bytes = top_k * sum(experts[0].numel() for experts in self.experts)
+        packed = [b.numel() for name, b in self.model.named_buffers() if name.endswith(".packed")]
+        head = self.model.lm_head.weight
+        self.token_bytes = expert_bytes + sum(packed) + head.numel() * head.element_size()
+
+    def stream_gb_s(self) -> float:
+        """The streaming sum over all experts."""
+        begin = time.perf_counter()
+        for experts in self.experts:
+            kernels.stream_sum(experts)
+        return sum(b.numel() for e in self.experts for b in e) / (time.perf_counter() - begin) / 1e9
+
+    def decode_ms(self, clock: Clock | None = None) -> list[float]:
+        """ms of each generated token."""
+        clock = clock or Clock()
+        self.model.generate(
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            max_new_tokens=self.tokens,
+            min_new_tokens=self.tokens,
+            do_sample=False,
+            streamer=clock,
+            pad_token_id=2,
+        )
+        return clock.ms()
+
+    def decode(self, repeats: int) -> dict[str, Any]:
+        """Medians over repetitions, each between two streaming sums."""
+        self.decode_ms()
+        rows, before = [], self.stream_gb_s()
+        for _ in range(repeats):
+            ms = statistics.median(self.decode_ms())
+            after = self.stream_gb_s()
+            stream = (before + after) / 2
+            rows.append((ms / self.layers, stream, self.token_bytes / stream / 1e6 / ms))
+            before = after
+        best = min(rows)
+        return {
+            "ms_per_token": statistics.median(r[0] for r in rows) * self.layers,
+            "ms_per_layer": statistics.median(r[0] for r in rows),
+            "stream_gb_s": statistics.median(r[1] for r in rows),
+            "share_of_stream": statistics.median(r[2] for r in rows),
+            "best_ms_per_layer": best[0],
+            "best_stream_gb_s": best[1],
+            "over_bound_ms_per_layer": statistics.median(r[0] * (1 - r[2]) for r in rows),
+        }
+
+    def parts(self) -> dict[str, Any]:
+        """ms per layer inside the native calls (up to the router, experts, head), and elsewhere."""
+        spent = {"attention_and_router": 0.0, "experts": 0.0, "head": 0.0}
+
+        def timed(part: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                begin = time.perf_counter()
+                result = inner(*args, **kwargs)
+                spent[part] += 1e3 * (time.perf_counter() - begin)
+                return result
+
+            return call
+
+        clock = Clock(lambda: spent.update(dict.fromkeys(spent, 0.0)))
+        with ExitStack() as stack:
+            for layer in self.model.model.layers:
+                step = layer._step
+                stack.enter_context(replaced(step, "_begin", timed("attention_and_router", step._begin)))
+                stack.enter_context(replaced(step, "_end", timed("experts", step._end)))
+            stack.enter_context(replaced(kernels, "linear_bf16", timed("head", kernels.linear_bf16)))
+            ms = self.decode_ms(clock)
+        result = {part: total / len(ms) / self.layers for part, total in spent.items()}
+        return result | {"rest": sum(ms) / len(ms) / self.layers - sum(result.values())}
+
+    def prompt(self, length: int, repeats: int) -> dict[str, Any]:
+        """Tokens a second of a prompt."""
+        ids = torch.randint(5, self.model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+        seconds = []
+        for _ in range(repeats + 1):
+            begin = time.perf_counter()
+            with torch.inference_mode():
+                self.model(ids, logits_to_keep=1, use_cache=True)
+            seconds.append(time.perf_counter() - begin)
+        return {
+            "tokens": length,
+            "tokens_per_s": length / statistics.median(seconds[1:]),
+            "best_tokens_per_s": length / min(seconds[1:]),
+        }
+
+    def busy(self, repeats: int) -> dict[str, Any]:
+        """ms per layer while another process spins on the first of our cores."""
+        ms: list[float] = []
+        with spinning():
+            for _ in range(repeats):
+                ms += self.decode_ms()
+        ordered = sorted(one / self.layers for one in ms)
+        return {
+            "median_ms_per_layer": statistics.median(ordered),
+            "p99_ms_per_layer": ordered[len(ordered) * 99 // 100],
+            "max_ms_per_layer": ordered[-1],
+        }
+
+    def compare(self, measure: str, pairs: int) -> dict[str, Any]:
+        """Median ms per layer with a measure and without it, in turn."""
+        without = MEASURES[measure]
+        results: dict[str, list[float]] = {"with": [], "without": []}
+        for _ in range(pairs + 1):
+            for name, context in (("with", nullcontext()), ("without", without())):
+                with context:
+                    results[name].append(statistics.median(self.decode_ms()) / self.layers)
+        pairs_of = list(zip(results["with"][1:], results["without"][1:], strict=True))
+        return {
+            "measure": measure,
+            "with_ms": statistics.median(a for a, _ in pairs_of),
+            "without_ms": statistics.median(b for _, b in pairs_of),
+            "saved_ms": statistics.median(b - a for a, b in pairs_of),
+        }
+
+
+@contextmanager
+def spinning() -> Iterator[None]:
+    """A process that keeps one core busy."""
+    code = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` inside."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _measures() -> dict[str, Callable[[], Any]]:
+    from loader import attention, growing_cache, head, layer, torch_threads
+
+    return {
+        "torch-threads": lambda: replaced(torch_threads, "FEW_TOKENS", 0),
+        "native-steps": lambda: replaced(attention.PackedAttention, "is_plain", lambda self: False),
+        "whole-layer": lambda: replaced(layer, "are_heard", lambda modules: True),
+        "growing-cache": lambda: replaced(growing_cache.GrowingLayer, "update", growing_cache.DynamicLayer.update),
+        "head": lambda: replaced(head, "FEW_TOKENS", 0),
+    }
+
+
+MEASURES = _measures()
+
+
+def default_folder(work: Path, layers: int) -> Path:
+    """A converted model of random weights in 8x7B's shape, made where it is not there yet (11.7 GB for 4 layers)."""
+    from make_checkpoint import SHAPES, make_checkpoint
+
+    source, folder = work / f"8x7b-{layers}", work / f"8x7b-{layers}-2bit"
+    if not (folder / "moe_index.json").exists():
+        print(f"making {folder}", file=sys.stderr)
+        make_checkpoint(source, SHAPES["8x7b"], layers)
+        command = [sys.executable, "-m", "converter", "convert", os.fspath(source), "-o", os.fspath(folder)]
+        subprocess.run(command, check=True, cwd=ROOT)
+    return folder
+
+
+def main() -> None:
+    """Run the parts and print a table, or one JSON object with --json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="converted folder (default: one is made, 2bit)")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "moe-convert-bench")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model that is made (default: 4)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens before decoding (default: 32)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to decode (default: 64)")
+    parser.add_argument("--long-prompt", type=int, default=512, help="tokens of the prompt part (default: 512)")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each part (default: 5)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of the native kernels (default: one per core)")
+    parser.add_argument("--busy", action="store_true", help="also beside a spinning process")
+    parser.add_argument("--compare", action="append", choices=sorted(MEASURES), default=[], help="may be repeated")
+    parser.add_argument("--rival", help="shell command to run after each part, its output is shown")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args()
+    kernels.set_threads(options.threads)
+    bench = Bench(options.folder or default_folder(options.work, options.layers), options.tokens, options.prompt)
+    result: dict[str, Any] = {
+        "kernels": kernels.describe(),
+        "torch_threads": torch.get_num_threads(),
+        "layers": bench.layers,
+        "mb_per_token": bench.token_bytes / 1e6,
+        "rival": [],
+    }
+
+    def note(part: str, row: dict[str, Any]) -> None:
+        result.setdefault(part, []).append(row)
+        text = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print(f"{part:8s} {text}", file=sys.stderr if options.json else sys.stdout, flush=True)
+        if options.rival:
+            done = subprocess.run(options.rival, shell=True, capture_output=True, text=True, check=False)
+            result["rival"].append(done.stdout)
+            print(done.stdout or done.stderr, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    note("decode", bench.decode(options.repeats))
+    note("parts", bench.parts())
+    if options.long_prompt:
+        note("prompt", bench.prompt(options.long_prompt, options.repeats))
+    for measure in options.compare:
+        note("compare", bench.compare(measure, options.repeats))
+    if options.busy:
+        note("busy", bench.busy(options.repeats))
+    note("decode", bench.decode(options.repeats))
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""A KV cache layer that appends in place: its memory doubles when it is full, instead of being copied at each token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+LEAST_POSITIONS = 256
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """transformers' DynamicLayer over memory with room to spare: `keys` and `values` are views of its beginning.
+
+    What transformers assigns to them (a reordered, cropped or selected batch) is taken as it is: if that is not the
+    beginning of the memory any more, the next token moves it into new memory. A view taken before a crop shows what
+    is appended after it. The views are made when somebody asks: while native code appends, nobody does.
+    """
+
+    _memory: tuple[Tensor, Tensor] | None = None
+    _shown: int | None = None
+    """Positions of the memory that are the keys and values; None where those were assigned."""
+    _place: tuple[int, int, int] | None = None
+    """Addresses of the memory's keys and values, and its capacity, where native code may write one sequence."""
+
+    @property
+    def keys(self) -> Any:
+        """[batch, heads, length, head_dim], None before the first update."""
+        if self._shown is not None and self._memory is not None:
+            return self._memory[0].narrow(2, 0, self._shown)
+        return self.__dict__.get("keys")
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        self._settle()
+        self.__dict__["keys"] = value
+
+    @property
+    def values(self) -> Any:
+        """As keys."""
+        if self._shown is not None and self._memory is not None:
+            return self._memory[1].narrow(2, 0, self._shown)
+        return self.__dict__.get("values")
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        self._settle()
+        self.__dict__["values"] = value
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Positions held."""
+        if self._shown is not None:
+            return self._shown
+        length: int = super().get_seq_length(*args)
+        return length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends [batch, heads, new, head_dim]; all keys and values [batch, heads, length, head_dim], as views."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # Autograd forbids to write beside what it has saved.
+            self._settle()
+            self._memory = None
+            both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return both
+        length, new = self.get_seq_length(), key_states.shape[-2]
+        keys, values = self.room(key_states, value_states)
+        keys[:, :, length : length + new] = key_states
+        values[:, :, length : length + new] = value_states
+        self.show(length + new)
+        return self.keys, self.values
+
+    def room(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory [batch, heads, capacity, head_dim], with room for these new positions after the present ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        memory = self._memory
+        if memory is None or not self._fits(memory, key_states, length):
+            capacity = max(LEAST_POSITIONS, 2 * (length + key_states.shape[-2]))
+            keys, values = self.keys, self.values
+            memory = _moved(keys, key_states, length, capacity), _moved(values, value_states, length, capacity)
+            self._shown, self._memory, self._place = None, memory, None
+        return memory
+
+    def place(self) -> tuple[int, int, int] | None:
+        """Addresses of the memory's keys and values, and its capacity, if there is room for one position more after
+        the present ones; None where `room` must see to that first."""
+        place = self._place
+        return place if place is not None and self._shown is not None and self._shown < place[2] else None
+
+    def set_place(self, keys: Tensor, values: Tensor) -> None:
+        """Has `place` give the memory's addresses from now on: the caller has checked what `room` gave."""
+        self._place = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+
+    def show(self, length: int) -> None:
+        """Makes the first `length` positions of the memory the layer's keys and values."""
+        self._shown = length
+
+    def reset(self) -> None:
+        """Empties the layer; later versions of transformers drop the tensors, 5.0 only zeroes them."""
+        self._settle()
+        self._memory = None
+        super().reset()
+
+    def _settle(self) -> None:
+        """From views on demand to tensors of its own."""
+        if self._shown is not None:
+            both = self.keys, self.values
+            self._shown = self._place = None
+            self.__dict__["keys"], self.__dict__["values"] = both
+
+    def _fits(self, memory: tuple[Tensor, Tensor], new: Tensor, length: int) -> bool:
+        # torch forbids to write memory of inference mode outside of it.
+        if memory[0].is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        if length + new.shape[-2] > memory[0].shape[2] or memory[0].shape[0] != new.shape[0]:
+            return False
+        return (
+            length == 0
+            or self._shown is not None
+            or all(
+                part.data_ptr() == now.data_ptr() and part.stride() == now.stride()
+                for part, now in zip(memory, (self.keys, self.values), strict=True)
+            )
+        )
+
+
+def _moved(present: Tensor, new: Tensor, length: int, capacity: int) -> Tensor:
+    batch, heads, _, width = new.shape
+    memory = new.new_empty((batch, heads, capacity, width))
+    if length:
+        memory[:, :, :length] = present
+    return memory
+
+
+def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
+    """The `GrowingLayer` number `layer` of a plain DynamicCache, put there in place of a plain DynamicLayer.
+
+    None for every other kind of cache or layer (static, sliding, quantized, offloaded): they stay as they are.
+    """
+    if cache is None or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return None
+    layers = cache.layers
+    if cache.layer_class_to_replicate is DynamicLayer:
+        while len(layers) <= layer:
+            layers.append(GrowingLayer())
+    if layer >= len(layers):
+        return None
+    present = layers[layer]
+    if type(present) is DynamicLayer:
+        # Only the methods differ; all state that the layer has stays.
+        present.__class__ = GrowingLayer
+    return present if type(present) is GrowingLayer else None

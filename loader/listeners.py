@@ -1,0 +1,47 @@
+"""Whether anybody listens to modules: hooks, forwards that were replaced, transformers' recording of outputs."""
+
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # 5.0 replaces forwards instead
+    output_capturing = None  # type: ignore[assignment]
+
+
+def are_heard(modules: Sequence[nn.Module]) -> bool:
+    """Whether a forward pass of these modules must really call each of them.
+
+    transformers leaves its recording hooks in place once outputs such as router_logits were asked for; they count only
+    while it records. 5.0 leaves the modules' own forwards behind in the instances; they do not count.
+    """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_pre_hooks"] or (own["_forward_hooks"] and _matter(own["_forward_hooks"])):
+            return True
+        if "forward" in own and not _is_its_own(own["forward"], module):
+            return True
+    return False
+
+
+def _matter(hooks: dict[int, Any]) -> bool:
+    if output_capturing is None:
+        return True
+    name = output_capturing.__name__
+    if any(getattr(hook, "__module__", None) != name for hook in hooks.values()):
+        return True
+    return bool(output_capturing._active_collector.get())
+
+
+def _is_its_own(forward: Any, module: nn.Module) -> bool:
+    return (
+        isinstance(forward, MethodType)
+        and forward.__self__ is module
+        and forward.__func__ is getattr(type(module), "forward", None)
+    )

@@ -1,0 +1,158 @@
+// One token's way through a layer's attention: what transformers does in some forty small operations.
+#include "attention.h"
+
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "dispatch.h"
+#include "moe_kernels.h"
+#include "pool.h"
+#include "rounding.h"
+
+using namespace moe;
+
+namespace {
+
+constexpr int64_t kSpan = 512;  // positions of one work item: fixed, so that the sums do not depend on the threads
+
+const AttentionKernels& attention_kernels() {
+  switch (moe_isa()) {
+#if defined(MOE_X86)
+    case MOE_ISA_AVX512:
+      return kAvx512Attention;
+    case MOE_ISA_AVX2:
+      return kAvx2Attention;
+#endif
+    default:
+      return kPortableAttention;
+  }
+}
+
+template <class T>
+struct Step {
+  const moe_attention& layer;
+  int64_t heads, kv_heads, dim, group;
+
+  explicit Step(const moe_attention& l)
+      : layer(l), heads(l.q.rows / l.head_dim), kv_heads(l.k.rows / l.head_dim), dim(l.head_dim),
+        group(heads / kv_heads) {}
+
+  // Rotates head by head: halves (a, b) become (a cos - b sin, b cos + a sin).
+  void rotate(float* x, int64_t count, const T* cos, const T* sin) const {
+    const int64_t half = dim / 2;
+    for (int64_t h = 0; h < count; ++h, x += dim) {
+      for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[half + i];
+        x[i] = a * to_float(cos[i]) - b * to_float(sin[i]);
+        x[half + i] = b * to_float(cos[half + i]) + a * to_float(sin[half + i]);
+      }
+    }
+  }
+
+  void append(const float* x, T* cache, int64_t capacity, int64_t position) const {
+    for (int64_t h = 0; h < kv_heads; ++h)
+      for (int64_t i = 0; i < dim; ++i) round_to(x[h * dim + i], cache + (h * capacity + position) * dim + i);
+  }
+
+  // All heads over `length` positions; out fp32 [heads * dim].
+  void attend(const float* q, const T* keys, const T* values, int64_t capacity, int64_t length, float* out) const {
+    const int64_t spans = (length + kSpan - 1) / kSpan;
+    std::vector<float> room(size_t(spans * heads * (dim + 2)));
+    float* const acc = room.data();
+    float* const top = acc + spans * heads * dim;
+    float* const total = top + spans * heads;
+    const AttentionKernels& isa = attention_kernels();
+    const AttendFn attend_span = sizeof(T) == 2 ? isa.attend_bf16 : isa.attend_f32;
+    {
+      Pool& pool = Pool::get();
+      std::lock_guard<std::mutex> lock(pool.mutex());
+      pool.run(spans * kv_heads, [&](int64_t item) {
+        const int64_t span = item % spans, h = item / spans, begin = span * kSpan;
+        const int64_t n = length - begin < kSpan ? length - begin : kSpan, at = span * heads + h * group;
+        const int64_t offset = (h * capacity + begin) * dim;
+        attend_span(q + h * group * dim, keys + offset, values + offset, n, int(group), int(dim), layer.scale,
+                    acc + at * dim, top + at, total + at);
+      });
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      float most = top[h], sum = 0.0f;
+      for (int64_t s = 1; s < spans; ++s) most = top[s * heads + h] > most ? top[s * heads + h] : most;
+      for (int64_t i = 0; i < dim; ++i) out[h * dim + i] = 0.0f;
+      for (int64_t s = 0; s < spans; ++s) {
+        const int64_t at = s * heads + h;
+        const float share = spans == 1 ? 1.0f : std::exp(top[at] - most);
+        sum += total[at] * share;
+        for (int64_t i = 0; i < dim; ++i) out[h * dim + i] += acc[at * dim + i] * share;
+      }
+      for (int64_t i = 0; i < dim; ++i) out[h * dim + i] /= sum;
+    }
+  }
+
+  int32_t run(const T* x, const T* cos, const T* sin, T* keys, T* values, int64_t capacity, int64_t length, T* out) {
+    const int64_t hidden = layer.hidden, wide = heads * dim, narrow = kv_heads * dim;
+    std::vector<float> room(size_t(2 * hidden + 2 * wide + 2 * narrow));
+    float* const input = room.data();
+    float* const q = input + hidden;
+    float* const k = q + wide;
+    float* const v = k + narrow;
+    float* const mixed = v + narrow;
+    float* const result = mixed + wide;
+    for (int64_t i = 0; i < hidden; ++i) input[i] = to_float(x[i]);
+    moe_matrix qkv[3] = {layer.q, layer.k, layer.v};
+    qkv[0].y = q;
+    qkv[1].y = k;
+    qkv[2].y = v;
+    if (const int32_t error = moe_linear_many(qkv, 3, hidden, input, 1)) return error;
+    rotate(q, heads, cos, sin);
+    rotate(k, kv_heads, cos, sin);
+    append(k, keys, capacity, length);
+    append(v, values, capacity, length);
+    attend(q, keys, values, capacity, length + 1, mixed);
+    moe_matrix o = layer.o;
+    o.y = result;
+    if (const int32_t error = moe_linear_many(&o, 1, wide, mixed, 1)) return error;
+    for (int64_t i = 0; i < hidden; ++i) round_to(result[i], out + i);
+    return MOE_OK;
+  }
+};
+
+template <class T>
+int32_t run_step(const moe_attention& layer, const void* x, const void* cos, const void* sin, void* keys, void* values,
+                 int64_t capacity, int64_t length, void* out) {
+  return Step<T>(layer).run(static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin),
+                            static_cast<T*>(keys), static_cast<T*>(values), capacity, length, static_cast<T*>(out));
+}
+
+}  // namespace
+
+namespace moe {
+
+int32_t check_attention(const moe_attention& l, int64_t capacity, int64_t length) {
+  const int64_t dim = l.head_dim;
+  if ((l.dtype != MOE_BF16 && l.dtype != MOE_F32) || dim <= 0 || dim % 16 || l.hidden <= 0 || l.k.rows <= 0 ||
+      l.q.rows <= 0 || l.q.rows % dim || l.k.rows % dim || l.q.rows % l.k.rows || l.v.rows != l.k.rows ||
+      l.o.rows != l.hidden || length < 0 || capacity <= length)
+    return MOE_E_SIZE;
+  for (const moe_matrix* m : {&l.q, &l.k, &l.v, &l.o})
+    if (!known_packing(m->packing)) return MOE_E_PACKING;
+  return MOE_OK;
+}
+
+}  // namespace moe
+
+extern "C" {
+
+int32_t moe_attention_step(const moe_attention* layer, const void* x, const void* cos, const void* sin, void* keys,
+                           void* values, int64_t capacity, int64_t length, void* out) {
+  if (const int32_t error = check_attention(*layer, capacity, length)) return error;
+  try {
+    if (layer->dtype == MOE_BF16) return run_step<uint16_t>(*layer, x, cos, sin, keys, values, capacity, length, out);
+    return run_step<float>(*layer, x, cos, sin, keys, values, capacity, length, out);
+  } catch (const std::bad_alloc&) {
+    return MOE_E_MEMORY;
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,11 @@
+#include "attention.h"
+#include "unrolled.h"
+
+namespace moe {
+namespace {
+#include "attention.inc.h"
+}  // namespace
+
+extern const AttentionKernels kAvx2Attention = {attend<float>, attend<uint16_t>};
+
+}  // namespace moe

@@ -1,0 +1,81 @@
+"""Torch's threads while a few tokens go through the model: one.
+
+Torch's OpenMP team spins on the cores that our pool needs; with another job on the machine each of a layer's small
+operations then waits for a time slice (10 ms each, measured on two cores). A few tokens give torch nothing that a
+second thread could speed up: the work is in our own calls.
+"""
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FEW_TOKENS = 8
+
+
+class _State(threading.local):
+    depth = 0
+
+
+_lock = threading.Lock()
+_state = _State()
+_outside: list[int] = []
+"""torch's number as each thread that is inside now found it."""
+
+
+@contextmanager
+def torch_threads_for(tokens: int) -> Iterator[None]:
+    """Inside, torch runs on one thread if there are at most FEW_TOKENS `tokens`; else nothing changes.
+
+    torch's number is back afterwards, whatever was raised; inside another such block nothing changes. The number
+    belongs partly to the thread (OpenMP) and partly to the process (MKL, and what new threads begin with). A thread
+    that begins to use torch while another is inside would keep the one thread; its own first block mends that.
+    """
+    if _state.depth:
+        yield
+        return
+    with _lock:
+        before = torch.get_num_threads()
+        if before == 1 and _outside:
+            before = _outside[0]
+            torch.set_num_threads(before)
+        if tokens <= FEW_TOKENS:
+            _outside.append(before)
+            torch.set_num_threads(1)
+    if tokens > FEW_TOKENS:
+        yield
+        return
+    _state.depth = 1
+    try:
+        yield
+    finally:
+        _state.depth = 0
+        with _lock:
+            _outside.remove(before)
+            torch.set_num_threads(before)
+
+
+def run_few_tokens_on_one_thread(model: nn.Module) -> None:
+    """Puts `torch_threads_for` around the model's forward: by a method of the instance, since its class is
+    transformers' own, and since torch's hooks do not run after a KeyboardInterrupt."""
+
+    @functools.wraps(type(model).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch_threads_for(_tokens(args, kwargs)):
+            return type(self).forward(self, *args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens of a call of the model; without any to be seen, many."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    embeddings = kwargs.get("inputs_embeds")
+    return embeddings.shape[:-1].numel() if isinstance(embeddings, Tensor) else FEW_TOKENS + 1
