@@ -1,6 +1,7 @@
 """Speed of the native solver against the hqq package: both on one core, the same bf16 tensor, in one run.
 
-Native: bf16 in memory to packed tiles, S and M rounded. hqq: its Quantizer alone, float32, not packed.
+Native: bf16 in memory to packed tiles. hqq: its Quantizer alone, float32, not packed. Feedback: in blocks of 256
+columns with the exact gain, and at full width with the gain by low rank; factorization not included, stated apart.
 """
 
 import argparse
@@ -14,83 +15,135 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from converter import solver_native
-from formats.packing import PACKINGS, Packing
+from converter import feedback_native, solver_native
+from formats.packing import PACKINGS, Packing, dequantize, unpack
 
 
 def best_of(runs: int, action: Callable[[], object]) -> float:
-    """The shortest of some runs, in seconds: another job on the machine only makes a run longer."""
+    """The shortest of some runs, in seconds of this process's CPU time: other jobs on the machine count less so."""
     times = []
     for _ in range(runs):
-        begin = time.perf_counter()
+        begin = time.process_time()
         action()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return min(times)
 
 
-def measure(weight: Tensor, packing: Packing, runs: int, isa: str) -> dict[str, float | str]:
-    """Mweights/s of both, their ratio, and the relative squared errors without and with refinement."""
-    rows, columns = weight.shape
-    mweights = weight.numel() / 1e6
-    out = torch.zeros(packing.matrix_bytes(rows, columns), dtype=torch.uint8)  # touched, so no page faults are timed
+def correlated_hessian(columns: int) -> Tensor:
+    """float32 [columns, columns], of inputs with a mean, channels of all sizes, and columns / 4 latent directions."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(columns // 4, columns, generator=generator) / (columns // 4) ** 0.5
+    inputs = torch.randn(2 * columns, columns // 4, generator=generator) @ mix
+    inputs += 0.3 * torch.randn(2 * columns, columns, generator=generator)
+    inputs = inputs * torch.exp(0.7 * torch.randn(columns, generator=generator))
+    inputs += 0.3 * torch.randn(columns, generator=generator)
+    hessian: Tensor = inputs.T @ inputs / len(inputs)
+    return hessian
 
-    def native(refine: bool) -> solver_native.QuantizeError:
-        return solver_native.quantize_matrix(weight, packing.name, out, refine=refine, isa=isa)
 
-    def package() -> tuple[Tensor, dict[str, Tensor]]:
-        options = {"nbits": packing.nbits, "group_size": packing.group_size}
-        result: tuple[Tensor, dict[str, Tensor]] = Quantizer.quantize(
-            weight, axis=1, optimize=True, bitpack=False, device="cpu", **options
-        )
+def diagonal_blocks(hessian: Tensor, size: int = 256) -> Tensor:
+    """[blocks, size, size]; columns must be a multiple of size."""
+    return torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
+
+
+class Subject:
+    """One weight, its Hessian and the factors of it."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(rows, columns, generator=generator).mul_(0.02).to(torch.bfloat16)
+        self.hessian = correlated_hessian(columns)
+        self.blocks = diagonal_blocks(self.hessian)
+        self.factorize_s = best_of(1, lambda: feedback_native.factorize(self.hessian))
+        self.factorize_blocks_s = best_of(1, lambda: feedback_native.factorize(self.blocks))
+        self.factor = feedback_native.factorize(self.hessian)
+        self.factor_blocks = feedback_native.factorize(self.blocks)
+        self.metric_s = best_of(1, lambda: feedback_native.gain_metric(self.factor))
+        self.metric = feedback_native.gain_metric(self.factor)
+
+    def measure(self, packing: Packing, runs: int, isa: str) -> dict[str, float | str]:
+        """Mweights/s of each way, and the relative squared errors, plain and in the Hessian's metric."""
+        weight, mweights = self.weight, self.weight.numel() / 1e6
+        # Touched, so that no page faults are timed.
+        out = torch.zeros(packing.matrix_bytes(*weight.shape), dtype=torch.uint8)
+
+        def plain(refit: bool) -> solver_native.QuantizeError:
+            return solver_native.quantize_matrix(weight, packing.name, out, refit=refit, isa=isa)
+
+        def in_blocks() -> feedback_native.FeedbackError:
+            return feedback_native.quantize_feedback(
+                weight, packing.name, out, self.factor_blocks, self.blocks, isa=isa
+            )
+
+        def full_width() -> feedback_native.FeedbackError:
+            return feedback_native.quantize_feedback(
+                weight, packing.name, out, self.factor, self.hessian, exact_gain=False, metric=self.metric, isa=isa
+            )
+
+        def package() -> object:
+            options = {"nbits": packing.nbits, "group_size": packing.group_size}
+            return Quantizer.quantize(weight, axis=1, optimize=True, bitpack=False, device="cpu", **options)
+
+        ways: dict[str, Callable[[], object]] = {
+            "native": lambda: plain(False),
+            "refit": lambda: plain(True),
+            "blocks": in_blocks,
+            "full": full_width,
+        }
+        result: dict[str, float | str] = {"packing": packing.name}
+        for name, way in ways.items():
+            result[f"{name}_mweights_per_s"] = mweights / best_of(runs, way)
+            result[f"{name}_hessian_error"] = self.hessian_error(out, packing)
+        result["hqq_mweights_per_s"] = mweights / best_of(1, package)
         return result
 
-    plain, refined = native(False), native(True)
-    plain_s = best_of(runs, lambda: native(False))
-    package_s = best_of(1, package)
-    refined_s = best_of(runs, lambda: native(True))
-    return {
-        "packing": packing.name,
-        "native_mweights_per_s": mweights / plain_s,
-        "native_refine_mweights_per_s": mweights / refined_s,
-        "hqq_mweights_per_s": mweights / package_s,
-        "ratio": package_s / plain_s,
-        "relative_squared_error": plain.sum_squared_error / plain.sum_squares,
-        "relative_squared_error_refine": refined.sum_squared_error / refined.sum_squares,
-    }
+    def hessian_error(self, out: Tensor, packing: Packing) -> float:
+        """e^T H e / w^T H w of the packed tiles, H undamped and of full width."""
+        rows, columns = self.weight.shape
+        weight = self.weight.float()
+        off = weight - dequantize(unpack(out.view(-(-rows // 32), -1), packing, rows, columns), packing.group_size)
+        return float(((off @ self.hessian) * off).sum() / ((weight @ self.hessian) * weight).sum())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=2048)
-    parser.add_argument("--columns", type=int, default=4096)
-    parser.add_argument("--runs", type=int, default=7, help="of the native solver; the hqq package runs once")
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--columns", type=int, default=4096, help="a multiple of 256")
+    parser.add_argument("--runs", type=int, default=5, help="of the native solver; the hqq package runs once")
     parser.add_argument("--isa", choices=list(solver_native.ISAS), default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(options.rows, options.columns, generator=generator).mul_(0.02).to(torch.bfloat16)
+    subject = Subject(options.rows, options.columns)
     progress = sys.stderr if options.json else sys.stdout
     print(
-        f"{solver_native.describe()}; isa {options.isa}; gaussian bf16 [{options.rows}, {options.columns}], 1 thread",
+        f"{solver_native.describe()}; isa {options.isa}; gaussian bf16 [{options.rows}, {options.columns}], 1 thread\n"
+        f"factorization: full width {subject.factorize_s:.2f} s and {subject.metric_s:.2f} s for the gain's metric, "
+        f"blocks of 256 {subject.factorize_blocks_s:.2f} s\n"
+        "                  Mweights/s                                error in the Hessian's metric\n"
+        "packing            package  native  refit  blocks   full     native   refit  blocks    full",
         file=progress,
     )
-    print("packing            native  refine   hqq   ratio   relative squared error, refined", file=progress)
-    results = []
+    ways, results = ("native", "refit", "blocks", "full"), []
     for packing in PACKINGS.values():
-        r = measure(weight, packing, options.runs, options.isa)
+        r = subject.measure(packing, options.runs, options.isa)
         results.append(r)
-        print(
-            f"{r['packing']}   {r['native_mweights_per_s']:6.0f}  {r['native_refine_mweights_per_s']:6.0f}"
-            f" {r['hqq_mweights_per_s']:5.1f}  {r['ratio']:5.0f}x  {r['relative_squared_error']:.5f}"
-            f" {r['relative_squared_error_refine']:.5f}  (Mweights/s)",
-            file=progress,
-            flush=True,
-        )
+        speeds = "  ".join(f"{r[f'{name}_mweights_per_s']:6.1f}" for name in ways)
+        errors = " ".join(f"{r[f'{name}_hessian_error']:7.5f}" for name in ways)
+        print(f"{r['packing']}   {r['hqq_mweights_per_s']:6.1f}  {speeds}   {errors}", file=progress, flush=True)
     if options.json:
-        shape = [options.rows, options.columns]
-        record = {"bench": "solver", "machine": platform.machine(), "isa": options.isa, "threads": 1}
-        print(json.dumps({**record, "shape": shape, "dtype": "bfloat16", "results": results}))
+        record = {
+            "bench": "solver",
+            "machine": platform.machine(),
+            "isa": options.isa,
+            "threads": 1,
+            "shape": [options.rows, options.columns],
+            "dtype": "bfloat16",
+            "factorize_s": subject.factorize_s,
+            "gain_metric_s": subject.metric_s,
+            "factorize_blocks_s": subject.factorize_blocks_s,
+        }
+        print(json.dumps({**record, "results": results}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ from formats.errors import MoeConvertError, SourceError
 from formats.packing import PACKINGS, Packing, packing_named, tiles_of
 
 LIBRARY = "libmoe_solver.so"
-ABI = 1  # moe_solver_abi() of converter/native/solver.cpp
+ABI = 2  # moe_solver_abi() of converter/native/solver.cpp
 
 ISAS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACKING_IDS = {name: i for i, name in enumerate(PACKINGS)}  # `Packing` in formats/native/tile_layout.h
-_ROUND_ZERO, _REFINE = 1, 2
+_ROUND_ZERO, _STATIC = 1, 4
 _OK, _NON_FINITE, _OVERFLOW, _NO_MEMORY, _NO_ISA = 0, 2, 3, 4, 5
 
 
@@ -101,7 +102,8 @@ def quantize_tiles(
     tile_begin: int = 0,
     tile_end: int | None = None,
     stride_tiles: int = 1,
-    refine: bool = False,
+    refit: bool = False,
+    importance: Tensor | None = None,
     isa: str = "auto",
 ) -> Tensor:
     """Quantizes tiles `tile_begin`..`tile_end`-1 of a matrix into `out`; several threads may share a matrix.
@@ -109,13 +111,56 @@ def quantize_tiles(
     weight: [rows, columns] float32, bfloat16 or float16 on the CPU, contiguous: always the whole matrix.
     out: uint8 [n], contiguous; tile `tile_begin` goes to its front and each next one `stride_tiles` tiles later
     (2 interleaves gate and up). What lies between is not touched.
-    refine: least-squares steps after HQQ, S and M by the error they cause, and each row's gain restored; without it
-    the bytes are those of plain HQQ with nearest rounding (converter/solver_package.py).
+    refit: scales by a search over ranges and least squares, S, M and super-scales by the error they cause, and each
+    row's gain restored; without it the bytes are those of plain HQQ with nearest rounding (solver_package.py).
+    importance: with refit, float32 [columns] of positive weights of the columns' squared errors, in any unit.
     isa: a key of ISAS; all give the same bytes.
     Returns fp64 [tiles, 2], a tile's sum of squared errors and of squares: see `QuantizeError.total`.
     Raises NonFiniteWeightsError, ScaleOverflowError (both ValueErrors), NativeSolverError, and ValueError for tensors
     of a wrong dtype, shape or layout.
     """
+    place = check_place(weight, packing, out, tile_begin, tile_end, stride_tiles)
+    errors = torch.zeros(place.count, 4 if refit else 2, dtype=torch.float64)
+    if not place.count:
+        return errors[:, :2]
+    if refit:
+        refit_tiles(weight, out, place, errors, importance=importance, isa=isa)
+        return errors[:, :2]
+    if importance is not None:
+        raise ValueError("importance needs refit=True: HQQ has none")
+    non_finite = ctypes.c_int64(0)
+    status = _library().moe_quantize(
+        *place.arguments(weight, out), 0, ISAS[isa], errors.data_ptr(), ctypes.byref(non_finite)
+    )
+    _raise_for(status, non_finite.value, isa)
+    return errors
+
+
+@dataclass(frozen=True)
+class TilePlace:
+    """Which tiles of a matrix go where, checked."""
+
+    packing: Packing
+    tile_begin: int
+    tile_end: int
+    stride_bytes: int
+
+    @property
+    def count(self) -> int:
+        """Tiles."""
+        return self.tile_end - self.tile_begin
+
+    def arguments(self, weight: Tensor, out: Tensor) -> tuple[int, ...]:
+        """The first nine arguments of moe_quantize and moe_refit."""
+        rows, columns = weight.shape
+        which = (_PACKING_IDS[self.packing.name], _DTYPES[weight.dtype], weight.data_ptr(), rows, columns)
+        return (*which, self.tile_begin, self.tile_end, out.data_ptr(), self.stride_bytes)
+
+
+def check_place(
+    weight: Tensor, packing: str, out: Tensor, tile_begin: int, tile_end: int | None, stride_tiles: int
+) -> TilePlace:
+    """The place, or ValueError as `quantize_tiles` says."""
     layout = packing_named(packing)
     _check_weight(weight)
     rows, columns = weight.shape
@@ -133,35 +178,70 @@ def quantize_tiles(
         )
     if out.numel() < needed:
         raise ValueError(f"out has {out.numel()} bytes, {count} tiles of {layout.name} take {needed}")
-    errors = torch.zeros(count, 2, dtype=torch.float64)
-    if not count:
-        return errors
+    return TilePlace(layout, tile_begin, end, stride_tiles * tile_bytes)
+
+
+def refit_tiles(
+    weight: Tensor,
+    out: Tensor,
+    place: TilePlace,
+    errors: Tensor,
+    *,
+    importance: Tensor | None = None,
+    factor: Tensor | None = None,
+    factor_block: int = 0,
+    diagonal: Tensor | None = None,
+    pairing: Tensor | None = None,
+    low_rank: Tensor | None = None,
+    damping: Tensor | None = None,
+    static: bool = False,
+    isa: str = "auto",
+) -> None:
+    """moe_refit of converter/native/solver_api.h; converter/feedback_native.py says what the tensors are."""
+    columns = weight.shape[1]
+    for name, numbers in (("importance", importance), ("diagonal", diagonal), ("pairing", pairing)):
+        if numbers is not None and (
+            numbers.dtype != torch.float32 or numbers.shape != (columns,) or not numbers.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} is {numbers.dtype} {tuple(numbers.shape)}, must be contiguous float32 [{columns}]"
+            )
+
+    def address(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
     non_finite = ctypes.c_int64(0)
-    status = _library().moe_quantize(
-        _PACKING_IDS[layout.name],
-        _DTYPES[weight.dtype],
-        weight.data_ptr(),
-        rows,
-        columns,
-        tile_begin,
-        end,
-        out.data_ptr(),
-        stride_tiles * tile_bytes,
-        _REFINE if refine else 0,
+    status = _library().moe_refit(
+        *place.arguments(weight, out),
+        address(factor),
+        factor_block,
+        address(importance),
+        address(diagonal),
+        address(pairing),
+        address(low_rank),
+        0 if low_rank is None else low_rank.shape[1],
+        address(damping),
+        _STATIC if static else 0,
         ISAS[isa],
         errors.data_ptr(),
         ctypes.byref(non_finite),
     )
     _raise_for(status, non_finite.value, isa)
-    return errors
 
 
 def quantize_matrix(
-    weight: Tensor, packing: str, out: Tensor, *, stride_tiles: int = 1, refine: bool = False, isa: str = "auto"
+    weight: Tensor,
+    packing: str,
+    out: Tensor,
+    *,
+    stride_tiles: int = 1,
+    refit: bool = False,
+    importance: Tensor | None = None,
+    isa: str = "auto",
 ) -> QuantizeError:
     """Quantizes a whole matrix into `out` on this thread; arguments and errors as in `quantize_tiles`."""
     return QuantizeError.total(
-        [quantize_tiles(weight, packing, out, stride_tiles=stride_tiles, refine=refine, isa=isa)]
+        [quantize_tiles(weight, packing, out, stride_tiles=stride_tiles, refit=refit, importance=importance, isa=isa)]
     )
 
 
@@ -240,6 +320,9 @@ def _load() -> ctypes.CDLL | str:
     if abi != ABI:
         return f"no native solver: {path} has ABI {abi}, this release needs {ABI}"
     pointer, i32, i64, u32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
-    library.moe_quantize.argtypes = [i32, i32, pointer, i64, i64, i64, i64, pointer, i64, u32, i32, pointer, pointer]
+    common: list[Any] = [i32, i32, pointer, i64, i64, i64, i64, pointer, i64]
+    library.moe_quantize.argtypes = [*common, u32, i32, pointer, pointer]
+    metric: list[Any] = [pointer, i64, pointer, pointer, pointer, pointer, i64, pointer]
+    library.moe_refit.argtypes = [*common, *metric, u32, i32, pointer, pointer]
     library.moe_hqq.argtypes = [i32, i32, i32, pointer, i64, i64, u32, i32, pointer, pointer, pointer]
     return library

@@ -212,58 +212,49 @@ def test_bytes_of_16_bit_weights_are_those_of_the_same_weights_in_float32(name: 
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
-@pytest.mark.parametrize("refine", [False, True])
-def test_every_isa_gives_the_same_bytes_and_errors(name: str, refine: bool) -> None:
+@pytest.mark.parametrize("refit", [False, True])
+def test_every_isa_gives_the_same_bytes_and_errors(name: str, refit: bool) -> None:
     for kind in KINDS:
         for shape in SHAPES:
             w = weights(kind, shape)
-            expected = quantize(w, name, refine=refine, isa="portable")
+            expected = quantize(w, name, refit=refit, isa="portable")
             for isa in filter(usable, ISAS[1:]):
-                tiles, error = quantize(w, name, refine=refine, isa=isa)
+                tiles, error = quantize(w, name, refit=refit, isa=isa)
                 assert torch.equal(tiles, expected[0]), (kind, shape, isa)
                 assert error == expected[1]
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
-@pytest.mark.parametrize("refine", [False, True])
-def test_error_is_that_of_the_unpacked_weights(name: str, refine: bool) -> None:
+@pytest.mark.parametrize("refit", [False, True])
+def test_error_is_that_of_the_unpacked_weights(name: str, refit: bool) -> None:
     for shape in SHAPES:
         w = weights("gaussian", shape).to(torch.bfloat16)
-        tiles, error = quantize(w, name, refine=refine)
+        tiles, error = quantize(w, name, refit=refit)
         back = dequantize(unpack(tiles, PACKINGS[name], *shape), PACKINGS[name].group_size)
         assert error.sum_squared_error == pytest.approx((w.double() - back.double()).square().sum().item(), rel=1e-6)
         assert error.sum_squares == pytest.approx(w.double().square().sum().item(), rel=1e-12)
 
 
-# ---- refinement ----
+# ---- refit ----
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_refinement_does_not_raise_the_error(kind: str, name: str) -> None:
+def test_refit_does_not_raise_the_error(kind: str, name: str) -> None:
     w = weights(kind, (64, 1024))
-    plain, refined = quantize(w, name)[1], quantize(w, name, refine=True)[1]
-    assert refined.sum_squared_error <= plain.sum_squared_error * (1 + 1e-6)
-    gain = {2: 0.9, 3: 0.95, 4: 0.98}[PACKINGS[name].nbits]
+    plain, refitted = quantize(w, name)[1], quantize(w, name, refit=True)[1]
+    assert refitted.sum_squared_error <= plain.sum_squared_error * (1 + 1e-6)
+    part = {2: 0.86, 3: 0.93, 4: 0.97}[PACKINGS[name].nbits]
     if kind in ("gaussian", "student"):
-        assert refined.sum_squared_error < gain * plain.sum_squared_error
+        assert refitted.sum_squared_error < part * plain.sum_squared_error
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
-def test_refinement_does_not_shrink_rows(name: str) -> None:
-    w = weights("student", (64, 1024))
-    back = dequantize(unpack(quantize(w, name, refine=True)[0], PACKINGS[name], 64, 1024), PACKINGS[name].group_size)
-    gain = (w * back).sum(1) / (w * w).sum(1)
-    # Least squares alone gives 0.92 at 2 bits. Not exactly 1: the gain is taken before the last choice of codes.
-    assert torch.allclose(gain, torch.ones(64), atol=0.01)
-
-
-@pytest.mark.parametrize("name", PACKING_NAMES)
-def test_refinement_keeps_a_row_with_one_constant_group(name: str) -> None:
+def test_refit_keeps_a_row_with_one_constant_group(name: str) -> None:
     # HQQ gives such a group the scale 1, beside which the other groups' scales round to 0.
     w = weights("gaussian", (32, 512))
     w[:, :64] = 0.01
-    error = quantize(w, name, refine=True)[1]
+    error = quantize(w, name, refit=True)[1]
     assert error.sum_squared_error < 0.12 * error.sum_squares
 
 
@@ -271,15 +262,15 @@ def test_refinement_keeps_a_row_with_one_constant_group(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
-@pytest.mark.parametrize("refine", [False, True])
-def test_tile_ranges_on_two_threads_give_the_bytes_and_error_of_one_call(name: str, refine: bool) -> None:
+@pytest.mark.parametrize("refit", [False, True])
+def test_tile_ranges_on_two_threads_give_the_bytes_and_error_of_one_call(name: str, refit: bool) -> None:
     w = weights("student", (5 * 32 - 7, 520)).to(torch.bfloat16)
-    whole, error = quantize(w, name, refine=refine)
+    whole, error = quantize(w, name, refit=refit)
     out = torch.zeros_like(whole)
 
     def part(ends: tuple[int, int]) -> Tensor:
         to = out[ends[0] : ends[1]].view(-1)
-        return solver_native.quantize_tiles(w, name, to, tile_begin=ends[0], tile_end=ends[1], refine=refine)
+        return solver_native.quantize_tiles(w, name, to, tile_begin=ends[0], tile_end=ends[1], refit=refit)
 
     with ThreadPoolExecutor(2) as pool:
         errors = list(pool.map(part, [(0, 1), (1, 1), (1, 4), (4, 5)]))
@@ -314,12 +305,12 @@ def test_non_finite_weights_are_refused_with_their_number(dtype: torch.dtype, is
     assert caught.value.count == 3
 
 
-@pytest.mark.parametrize("refine", [False, True])
-def test_weights_beyond_fp16_super_scales_are_refused(refine: bool) -> None:
+@pytest.mark.parametrize("refit", [False, True])
+def test_weights_beyond_fp16_super_scales_are_refused(refit: bool) -> None:
     for name in PACKING_NAMES:
         for factor in (1e8, 1e38):
             with pytest.raises(solver_native.ScaleOverflowError):
-                quantize(weights("sigma1", (16, 64)).clamp(-3, 3) * factor, name, refine=refine)
+                quantize(weights("sigma1", (16, 64)).clamp(-3, 3) * factor, name, refit=refit)
 
 
 def test_wrong_tensors_are_refused() -> None:

@@ -80,19 +80,19 @@ struct Steps {
   typename S::U biased(typename S::F w) const { return biased_code<S>(S::div(S::add(w, offset), step), limit); }
 };
 
-// codes: [count][16]. stored: the task with the super-scales as they stand in the file, which the error counts.
+// codes: [count][16].
 template <class S>
-void write_codes(const GroupTask<S>& task, const GroupTask<S>& stored, const ScalePair<S>& pair, uint32_t* codes, typename S::D* squared_error,
+void write_codes(const GroupTask<S>& task, const ScalePair<S>& pair, uint32_t* codes, typename S::D* squared_error,
                  typename S::D* squares) {
   using F = typename S::F;
   using U = typename S::U;
-  const Steps<S> steps(task, pair), back(stored, pair);
+  const Steps<S> steps(task, pair);
   for (int c = 0; c < task.count; ++c) {
     const F w = S::load(task.w + 16 * c);
     const U biased = steps.biased(w);
     S::store_u(codes + 16 * c, S::sub_u(biased, S::set_u(kRounderBits)));
     const F q = S::sub(S::from_bits(biased), S::set(kRounder));
-    *squared_error = S::add_square(*squared_error, S::sub(w, S::sub(S::mul(back.step, q), back.offset)));
+    *squared_error = S::add_square(*squared_error, S::sub(w, S::sub(S::mul(steps.step, q), steps.offset)));
     *squares = S::add_square(*squares, w);
   }
 }

@@ -20,6 +20,7 @@ struct SimdAvx2 {
   struct D {
     __m256d d[4];
   };
+  static constexpr int kBatchesAtOnce = 1;
 
   static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void store(float* p, F x) {
@@ -38,6 +39,8 @@ struct SimdAvx2 {
   static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F fnma(F x, F y, F z) { return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)}; }
   static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
   static F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
   static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
@@ -77,6 +80,17 @@ struct SimdAvx2 {
     }
     return d;
   }
+  // So is a product of two floats.
+  static D add_product(D d, F x, F y) {
+    float p[16], q[16];
+    store(p, x);
+    store(q, y);
+    for (int i = 0; i < 4; ++i) {
+      const __m256d wide = _mm256_mul_pd(_mm256_cvtps_pd(_mm_loadu_ps(p + 4 * i)), _mm256_cvtps_pd(_mm_loadu_ps(q + 4 * i)));
+      d.d[i] = _mm256_add_pd(d.d[i], wide);
+    }
+    return d;
+  }
   static void store_d(double* p, D d) {
     for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, d.d[i]);
   }
@@ -84,6 +98,11 @@ struct SimdAvx2 {
     alignas(32) uint32_t lanes[16];
     store_u(lanes, x);
     for (int i = 0; i < 16; ++i) p[i] = (uint8_t)lanes[i];
+  }
+
+  static U load_bytes(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
   }
 
   // 8 x 8 words of 32 bits: rows[r] + offset -> v[word], lane = row.

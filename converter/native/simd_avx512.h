@@ -16,6 +16,7 @@ struct SimdAvx512 {
   struct D {
     __m512d low, high;
   };
+  static constexpr int kBatchesAtOnce = 4;  // of 32 registers, 4 columns of 4 batches are 16
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
@@ -26,6 +27,8 @@ struct SimdAvx512 {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -53,11 +56,19 @@ struct SimdAvx512 {
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
     return {_mm512_fmadd_pd(low, low, d.low), _mm512_fmadd_pd(high, high, d.high)};
   }
+  // So is a product of two floats.
+  static D add_product(D d, F a, F b) {
+    const __m512d a0 = _mm512_cvtps_pd(_mm512_castps512_ps256(a)), a1 = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+    const __m512d b0 = _mm512_cvtps_pd(_mm512_castps512_ps256(b)), b1 = _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1));
+    return {_mm512_fmadd_pd(a0, b0, d.low), _mm512_fmadd_pd(a1, b1, d.high)};
+  }
   static void store_d(double* p, D d) {
     _mm512_storeu_pd(p, d.low);
     _mm512_storeu_pd(p + 8, d.high);
   }
   static void store_bytes(uint8_t* p, U a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+
+  static U load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 
   static void transpose(U v[16]) {
     U a[16];

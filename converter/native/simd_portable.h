@@ -28,6 +28,7 @@ struct SimdPortable {
   struct D {
     D2 v[8];
   };
+  static constexpr int kBatchesAtOnce = 1;  // batches of 16 rows that feedback.h updates together
 
 #define MOE_EACH(R, expression)                   \
   R r;                                            \
@@ -51,6 +52,16 @@ struct SimdPortable {
   static F add(F a, F b) { MOE_EACH(F, a.v[i] + b.v[i]); }
   static F sub(F a, F b) { MOE_EACH(F, a.v[i] - b.v[i]); }
   static F mul(F a, F b) { MOE_EACH(F, a.v[i] * b.v[i]); }
+  // Rounded once, in hardware or in the C library. a * b + c, and c - a * b.
+  static F fma(F a, F b, F c) {
+    float x[16], y[16], z[16];
+    store(x, a);
+    store(y, b);
+    store(z, c);
+    for (int i = 0; i < 16; ++i) z[i] = __builtin_fmaf(x[i], y[i], z[i]);
+    return load(z);
+  }
+  static F fnma(F a, F b, F c) { return fma(from_bits(xor_sign(bits(a))), b, c); }
   static F div(F a, F b) { MOE_EACH(F, a.v[i] / b.v[i]); }
   // The second operand where the two are equal or not comparable, as x86 has it.
   static F min(F a, F b) { MOE_EACH(F, pick(a.v[i] < b.v[i], a.v[i], b.v[i])); }
@@ -95,11 +106,26 @@ struct SimdPortable {
     }
     return d;
   }
+  static D add_product(D d, F a, F b) {
+    for (int i = 0; i < 4; ++i) {
+      const D2 a0 = {(double)a.v[i][0], (double)a.v[i][1]}, a1 = {(double)a.v[i][2], (double)a.v[i][3]};
+      const D2 b0 = {(double)b.v[i][0], (double)b.v[i][1]}, b1 = {(double)b.v[i][2], (double)b.v[i][3]};
+      d.v[2 * i] += a0 * b0;
+      d.v[2 * i + 1] += a1 * b1;
+    }
+    return d;
+  }
   static void store_d(double* p, D d) { std::memcpy(p, &d, sizeof d); }
   static void store_bytes(uint8_t* p, U a) {
     uint32_t lanes[16];
     store_u(lanes, a);
     for (int i = 0; i < 16; ++i) p[i] = (uint8_t)lanes[i];
+  }
+
+  static U load_bytes(const uint8_t* p) {
+    uint32_t lanes[16];
+    for (int i = 0; i < 16; ++i) lanes[i] = p[i];
+    return load_u(lanes);
   }
 
   // 32 columns of 16 rows -> out[column][row].
@@ -121,6 +147,7 @@ struct SimdPortable {
   }
 
  private:
+  static U xor_sign(U a) { MOE_EACH(U, a.v[i] ^ 0x80000000u); }
   static F4 pick(I4 m, F4 yes, F4 no) { return (F4)(((I4)yes & m) | ((I4)no & ~m)); }
 #undef MOE_EACH
 };

@@ -16,7 +16,7 @@ enum MoeIsa : int32_t { MOE_ISA_AUTO = -1, MOE_ISA_PORTABLE = 0, MOE_ISA_AVX2 = 
 
 enum MoeFlags : uint32_t {
   MOE_ROUND_ZERO = 1,  // start from a rounded zero, as hqq's BaseQuantizeConfig does for 4 bits (1-2 % more error)
-  MOE_REFINE = 2,      // least-squares steps after HQQ, S and M by their error, gain kept (refine_group.h); same size
+  MOE_STATIC = 4,      // moe_refit: S and M for the weights as they are, before any error is carried to them
 };
 
 enum MoeStatus : int32_t {
@@ -44,6 +44,24 @@ MOE_API int32_t moe_solver_isa(void);
 MOE_API int32_t moe_quantize(int32_t packing, int32_t dtype, const void* weights, int64_t rows, int64_t columns,
                              int64_t tile_begin, int64_t tile_end, uint8_t* out, int64_t tile_stride_bytes,
                              uint32_t flags, int32_t isa, double* errors, int64_t* non_finite);
+
+// Quantizes and packs like moe_quantize, but by search and least squares (refit_group.h), with each row's gain kept
+// (refit.h), and, where there is a factor, with each column's error carried to the columns after it (feedback.h).
+//   factor        [blocks][factor_block][factor_block] fp32, V upper triangular with H = V * V^T, one H for each
+//                 factor_block columns: a multiple of 256, or the number of columns; or null
+//   importance    [columns] fp32: weights of the squared errors by which S, M, ds and dm are chosen; with a factor the
+//                 squared diagonals of V in some unit. Null: all 1.
+//   diagonal, pairing, low_rank: null for each row's gain <w, w> / <w, w'> by the whole of H, twice the work. Else
+//                 <w, w> is |G^T w|^2 plus the sum of diagonal_k * w_k^2, and <w, w - w'> is (G^T w) * (G^T (w - w')) plus
+//                 the sum of pairing_k * w_k * (what rounding left of column k). [columns] fp32 each, in that unit;
+//                 low_rank: G, [columns][rank] fp32, or null and 0.
+//   damping       [blocks] doubles, or null: what H's diagonal has too much, in that unit; only the sums lose it again
+//   errors        [tile_end - tile_begin][4] doubles: as above; then sums over rows of e^T H e and w^T H w in that unit
+MOE_API int32_t moe_refit(int32_t packing, int32_t dtype, const void* weights, int64_t rows, int64_t columns,
+                          int64_t tile_begin, int64_t tile_end, uint8_t* out, int64_t tile_stride_bytes,
+                          const float* factor, int64_t factor_block, const float* importance, const float* diagonal,
+                          const float* pairing, const float* low_rank, int64_t rank, const double* damping,
+                          uint32_t flags, int32_t isa, double* errors, int64_t* non_finite);
 
 // HQQ alone, without S, M and tiles: what the hqq package returns, for tests and for other solvers.
 //   scale, zero  [rows, groups of a row] fp32, w = (q - zero) * scale;  codes [rows, columns] u8

@@ -19,9 +19,7 @@ struct SolverJob {
   int32_t scale_bits;
   uint32_t flags;
   float* group_scale;    // scratch, [blocks * 256 / group_size][16]: the scale of each group and row of a half tile
-  float* group_minimum;    // scratch, same shape: w = scale * q - minimum
-  float* group_spread;   // scratch, same shape, MOE_REFINE only: sum of (code - mean code)^2
-  float* group_mean;     // scratch, same shape, MOE_REFINE only: mean code
+  float* group_minimum;  // scratch, same shape: w = scale * q - minimum
 };
 
 struct TileResult {

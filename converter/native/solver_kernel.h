@@ -5,7 +5,6 @@
 
 #include "half_float.h"
 #include "hqq_group.h"
-#include "refine_group.h"
 #include "round_group.h"
 #include "solver_api.h"
 #include "solver_job.h"
@@ -91,7 +90,6 @@ template <class S>
 void solve_rows(const RowBatch<S>& batch, uint16_t* ds, uint16_t* dm) {
   using F = typename S::F;
   const SolverJob& job = *batch.job;
-  const bool refine = (job.flags & MOE_REFINE) != 0;
   alignas(64) float w[kBlockCols * kLanes], t[64 * kLanes];
   const F none = S::set(0.0f), limit = S::set((float)((1 << job.nbits) - 1));
   F most_scale = none, most_minimum = none;
@@ -105,13 +103,6 @@ void solve_rows(const RowBatch<S>& batch, uint16_t* ds, uint16_t* dm) {
                                               (job.flags & MOE_ROUND_ZERO) != 0);
       F scale, minimum;
       hqq.scale_and_minimum(limit, &scale, &minimum);
-      if (refine) {
-        const Line<S> line = fit_line<S>(w + kLanes * first, count, hqq, limit, job.scale_bits == 4);
-        scale = line.a;
-        minimum = line.b;
-        S::store(job.group_spread + kLanes * group, line.spread);
-        S::store(job.group_mean + kLanes * group, line.mean);
-      }
       scale = S::select(S::greater(S::max(S::sub(none, hqq.low), hqq.high), S::set(kTooLarge)), S::set(kInfinity), scale);
       scale = S::select(batch.valid, scale, none);
       minimum = S::select(batch.valid, minimum, none);
@@ -127,10 +118,6 @@ void solve_rows(const RowBatch<S>& batch, uint16_t* ds, uint16_t* dm) {
   float start_s[kLanes], start_m[kLanes];
   S::store(start_s, S::div(most_scale, S::set(steps.s_max)));
   S::store(start_m, S::div(most_minimum, S::set(steps.m_max)));
-  if (refine && job.scale_bits == 4) {
-    choose_super_scales<S>(job, group, steps, start_s, start_m, ds, dm);
-    return;
-  }
   for (int l = 0; l < kLanes; ++l) {
     ds[l] = super_scale(start_s[l]);
     dm[l] = super_scale(start_m[l]);
@@ -186,24 +173,6 @@ int32_t half_tile(const SolverJob& job, int64_t row0, int r, uint8_t* tile, Tile
   if (!fit_in_fp16(half_s, half_m)) return MOE_OVERFLOW;
   const RowScales<S> scales(half_s, half_m);
   alignas(64) float w[kBlockCols * kLanes];
-  // After refinement group_scale and group_minimum hold S and M as whole numbers.
-  const auto keep = [&](int64_t group, const ScalePair<S>& pair) {
-    S::store(job.group_scale + kLanes * group, pair.s);
-    S::store(job.group_minimum + kLanes * group, pair.m);
-  };
-  if ((job.flags & MOE_REFINE) != 0) {
-    GainSums<S> gain{S::set(0.0f), S::set(0.0f)};
-    each_group<S>(
-        batch, scales, w,
-        [&](int64_t group, const GroupTask<S>& task, int) {
-          keep(group, refine_scales<S>(task, S::load(job.group_scale + kLanes * group),
-                                       S::load(job.group_mean + kLanes * group), batch.valid, &gain));
-        },
-        [](int64_t) {});
-    apply_gain<S>(gain, half_s, half_m);
-    if (!fit_in_fp16(half_s, half_m)) return MOE_OVERFLOW;
-  }
-  const RowScales<S> stored(half_s, half_m);
   __builtin_memcpy(tile + 64 * r, half_s, sizeof half_s);
   __builtin_memcpy(tile + 64 * r + 32, half_m, sizeof half_m);
 
@@ -220,10 +189,9 @@ int32_t half_tile(const SolverJob& job, int64_t row0, int r, uint8_t* tile, Tile
   each_group<S>(
       batch, scales, w,
       [&](int64_t group, const GroupTask<S>& task, int first) {
-        ScalePair<S> pair{S::load(job.group_scale + kLanes * group), S::load(job.group_minimum + kLanes * group)};
-        if ((job.flags & MOE_REFINE) == 0) pair = round_scales<S>(task, pair.s, pair.m);
-        const GroupTask<S> in_file{task.w, task.count, task.limit, stored.ds, stored.dm, task.steps};
-        write_codes<S>(task, in_file, pair, codes + kLanes * first, &squared_error, &squares);
+        const ScalePair<S> pair = round_scales<S>(task, S::load(job.group_scale + kLanes * group),
+                                                  S::load(job.group_minimum + kLanes * group));
+        write_codes<S>(task, pair, codes + kLanes * first, &squared_error, &squares);
         const int g = first / job.group_size;
         S::store_u(s + kLanes * g, to_integer<S>(pair.s));
         S::store_u(m + kLanes * g, to_integer<S>(pair.m));

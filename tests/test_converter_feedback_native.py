@@ -1,0 +1,462 @@
+"""Refit and error feedback by the native solver, against the same algorithm in float64."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from converter import feedback_native, solver_native
+from converter.feedback_native import FeedbackError, SingularHessianError, factorize, quantize_feedback
+from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
+
+pytestmark = pytest.mark.skipif(not solver_native.available(), reason=solver_native.describe())
+
+PACKING_NAMES = list(PACKINGS)
+ISAS = ["portable", "avx2", "avx512"]
+SHAPES = [(33, 192), (16, 384), (1, 16), (40, 300), (5, 7), (31, 257), (130, 40)]
+
+
+def weights(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """Student's t with 6 degrees of freedom, as weights of trained models are about."""
+    generator = torch.Generator().manual_seed(seed)
+    chi = torch.randn((6, *shape), generator=generator).square().mean(0).sqrt()
+    return torch.randn(shape, generator=generator) / chi * 0.02
+
+
+def hessian(columns: int, seed: int = 0, tokens: int = 0) -> Tensor:
+    """Of correlated inputs with a mean and with channels of different size."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = max(columns // 4, 1)
+    tokens = tokens or 4 * columns
+    mix = torch.randn(latent, columns, generator=generator) / latent**0.5
+    inputs = torch.randn(tokens, latent, generator=generator) @ mix
+    inputs += 0.3 * torch.randn(tokens, columns, generator=generator)
+    inputs = inputs * torch.exp(0.7 * torch.randn(columns, generator=generator))
+    inputs += 0.3 * torch.randn(columns, generator=generator)
+    return inputs.T @ inputs / tokens
+
+
+def blocks_of(whole: Tensor, size: int = 256) -> Tensor:
+    """[blocks, size, size], the diagonal blocks; the last one padded with zeros."""
+    count = -(-len(whole) // size)
+    padded = torch.nn.functional.pad(whole, (0, count * size - len(whole)) * 2)
+    return torch.stack([padded[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
+
+
+def room(weight: Tensor, name: str) -> Tensor:
+    return torch.full((PACKINGS[name].matrix_bytes(*weight.shape),), 0xA5, dtype=torch.uint8)
+
+
+def feedback(weight: Tensor, name: str, metric: Tensor, **options) -> tuple[Tensor, FeedbackError]:
+    out = room(weight, name)
+    return out, quantize_feedback(weight, name, out, factorize(metric), metric, **options)
+
+
+def refit(weight: Tensor, name: str, **options) -> tuple[Tensor, solver_native.QuantizeError]:
+    out = room(weight, name)
+    return out, solver_native.quantize_matrix(weight, name, out, refit=True, **options)
+
+
+def unpacked(out: Tensor, name: str, weight: Tensor) -> QuantizedMatrix:
+    return unpack(out.view(-(-weight.shape[0] // 32), -1), PACKINGS[name], *weight.shape)
+
+
+def restored(out: Tensor, name: str, weight: Tensor) -> Tensor:
+    return dequantize(unpacked(out, name, weight), PACKINGS[name].group_size)
+
+
+def squares(rows: Tensor, metric: Tensor) -> float:
+    return float(((rows.double() @ metric.double()) * rows.double()).sum())
+
+
+def error_in(metric: Tensor, weight: Tensor, out: Tensor, name: str) -> float:
+    """Relative squared error in a metric."""
+    return squares(weight.float() - restored(out, name, weight), metric) / squares(weight, metric)
+
+
+def usable(isa: str) -> bool:
+    try:
+        refit(torch.ones(1, 16), PACKING_NAMES[0], isa=isa)
+    except solver_native.NativeSolverError:
+        return False
+    return True
+
+
+# ---- the reference: converter/native/refit_group.h, feedback.h and refit.h in float64 ----
+
+RANGES = {
+    2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
+    3: (1.0, 0.94, 0.88, 0.82, 0.75, 0.68),
+    4: (1.0, 0.96, 0.92, 0.87, 0.82, 0.76),
+}
+
+
+@dataclass
+class Group:
+    """Rows of one group, w [rows, count] with importance h [count]; a line is (a, b), w ~ a * q - b."""
+
+    w: Tensor
+    h: Tensor
+    limit: int
+    unsigned: bool
+
+    def code(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        usable_a = torch.where(a > 0, a, 1.0)
+        q = ((self.w + b[:, None]) / usable_a[:, None]).round().clamp(0, self.limit)
+        q = torch.where(a[:, None] > 0, q, 0.0)
+        error = (self.w - a[:, None] * q + b[:, None]).square() @ self.h
+        mean = q @ self.h / self.h.sum()
+        spread = (q.square() @ self.h) - mean.square() * self.h.sum()
+        return {"a": a, "b": b, "error": error, "mean": mean, "spread": spread, "qq": q.square() @ self.h,
+                "qw": (q * self.w) @ self.h}  # fmt: skip
+
+    def fit_codes(self, coded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        w_sum = self.w @ self.h
+        slope = (coded["qw"] - coded["mean"] * w_sum) / coded["spread"]
+        a = torch.where((coded["spread"] > 1e-5 * coded["qq"]) & (slope > 0), slope, 0.0)
+        b = a * coded["mean"] - w_sum / self.h.sum()
+        if self.unsigned:
+            through_origin = torch.nan_to_num(coded["qw"] / coded["qq"]).clamp(min=0)
+            a, b = torch.where(b < 0, through_origin, a), b.clamp(min=0)
+        return a, b
+
+    def fit(self, nbits: int) -> dict[str, Tensor]:
+        high, low = self.w.amax(1), self.w.amin(1)
+        if self.unsigned:
+            low = low.clamp(max=0)
+        best: dict[str, Tensor] = {}
+
+        def keep(coded: dict[str, Tensor]) -> None:
+            better = coded["error"] < best["error"] if best else torch.ones(len(self.w), dtype=torch.bool)
+            for key, value in coded.items():
+                best[key] = torch.where(better, value, best.get(key, value))
+
+        for part in RANGES[nbits]:
+            b = part * (high - low) / 2 - (high + low) / 2
+            coded = self.code((high - low) / self.limit * part, b.clamp(min=0) if self.unsigned else b)
+            keep(coded)
+            keep(self.code(*self.fit_codes(coded)))
+        for _ in range(2):
+            keep(self.code(*self.fit_codes(self.code(best["a"], best["b"]))))
+        return best
+
+    def choose(self, fitted: dict[str, Tensor], ds: Tensor, dm: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        nearest = (fitted["a"] / torch.where(ds > 0, ds, 1.0)).round().clamp(0, packing.max_s)
+        nearest = torch.where(ds > 0, nearest, 0.0)
+        best_s = best_m = least = None
+        for step in (0, -1, 1):
+            s = (nearest + step).clamp(0, packing.max_s)
+            mean = fitted["mean"]
+            for _ in range(2):
+                b = ds * s * mean - self.w @ self.h / self.h.sum()
+                m = (b / torch.where(dm > 0, dm, torch.inf)).round().clamp(packing.min_m, packing.max_m)
+                coded = self.code(ds * s, dm * m)
+                mean = coded["mean"]
+                if least is None:
+                    best_s, best_m, least = s, m, coded["error"]
+                better = coded["error"] < least
+                best_s, best_m = torch.where(better, s, best_s), torch.where(better, m, best_m)
+                least = torch.where(better, coded["error"], least)
+        return best_s, best_m
+
+
+def search_super_scale(values: Tensor, weight: Tensor, least: int, most: int, start: Tensor) -> Tensor:
+    """The candidate with the least weighted error of the rounding of values [rows, groups]."""
+    count, first, step = (48, 1.02, 1 / 96) if most < 16 else (9, 1.0, 1 / 64)
+    best = torch.zeros_like(start)
+    best_error = torch.full_like(start, torch.inf)
+    for i in range(count):
+        scale = (start * (first - i * step)).half().double()
+        rounded = (values / torch.where(scale > 0, scale, torch.inf)[:, None]).round().clamp(least, most)
+        error = ((values - scale[:, None] * rounded).square() * weight).sum(1)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(best_error, error)
+    return best
+
+
+def reference(weight: Tensor, name: str, metric: Tensor, damping: float) -> QuantizedMatrix:
+    p, w = PACKINGS[name], weight.double()
+    columns = w.shape[1]
+    damped = metric.double() + damping * metric.diagonal().double().mean() * torch.eye(columns, dtype=torch.float64)
+    v = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    h = v.diagonal().square() / v.diagonal().square().mean()
+    starts = range(0, columns, p.group_size)
+
+    def group_at(begin: int, x: Tensor) -> Group:
+        end = min(begin + p.group_size, columns)
+        return Group(x[:, begin:end], h[begin:end], p.max_code, p.min_m == 0)
+
+    fits = [group_at(begin, w).fit(p.nbits) for begin in starts]
+    a, b, mean, spread = (torch.stack([fit[key] for fit in fits], 1) for key in ("a", "b", "mean", "spread"))
+    ds = search_super_scale(a, spread, 0, p.max_s, a.amax(1) / p.max_s)
+    rounded = ds[:, None] * (a / torch.where(ds > 0, ds, torch.inf)[:, None]).round().clamp(0, p.max_s)
+    total = torch.stack([group_at(begin, w).h.sum() for begin in starts])
+    dm = search_super_scale(b + (rounded - a) * mean, total, p.min_m, p.max_m, b.abs().amax(1) / p.max_m)
+    s, m = torch.zeros_like(a), torch.zeros_like(a)
+    codes, error = torch.zeros_like(w), torch.zeros_like(w)
+    normal = v / v.diagonal()
+    for k in range(columns):
+        g = k // p.group_size
+        if k % p.group_size == 0:
+            moved, end = w.clone(), k + p.group_size
+            moved[:, k:end] += error[:, :k] @ normal[:k, k:end]
+            group = group_at(k, moved)
+            s[:, g], m[:, g] = group.choose(group.fit(p.nbits), ds, dm, p)
+        step, offset = ds * s[:, g], dm * m[:, g]
+        x = w[:, k] + error[:, :k] @ normal[:k, k]
+        q = ((x + offset) / torch.where(step > 0, step, torch.inf)).round().clamp(0, p.max_code)
+        codes[:, k], error[:, k] = q, w[:, k] - step * q + offset
+    energy = ((w @ damped) * w).sum(1)
+    gain = energy / ((w @ damped) * (w - error)).sum(1)
+    return QuantizedMatrix(
+        codes.to(torch.uint8), s.to(torch.int16), m.to(torch.int16), (ds * gain).half(), (dm * gain).half()
+    )
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+@pytest.mark.parametrize("columns", [192, 384, 100])
+def test_feedback_is_that_of_the_float64_reference_but_for_ties(name: str, columns: int) -> None:
+    w, metric = weights((48, columns)), hessian(columns)
+    out, _ = feedback(w, name, metric)
+    expected = reference(w, name, metric, feedback_native.DAMPING)
+    ours = unpacked(out, name, w)
+    # A tie that falls otherwise moves every later column of its row.
+    same = (ours.codes == expected.codes).all(1) & (ours.s == expected.s).all(1) & (ours.m == expected.m).all(1)
+    assert same.float().mean() > 0.7
+    assert (ours.codes == expected.codes).float().mean() > 0.9
+    scales_apart = (ours.ds.float() / expected.ds.float() - 1).abs()[same]
+    assert float(scales_apart.max()) < 2e-3
+    theirs = squares(w - dequantize(expected, PACKINGS[name].group_size), metric) / squares(w, metric)
+    assert error_in(metric, w, out, name) == pytest.approx(theirs, rel=0.01)
+
+
+# ---- what feedback is for ----
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_feedback_lowers_the_error_of_outputs(name: str) -> None:
+    w, metric = weights((64, 512)).to(torch.bfloat16), hessian(512)
+    out = room(w, name)
+    solver_native.quantize_matrix(w, name, out)
+    hqq = error_in(metric, w, out, name)
+    plain = error_in(metric, w, refit(w, name)[0], name)
+    weighted = error_in(metric, w, refit(w, name, importance=metric.diagonal().contiguous())[0], name)
+    in_blocks = error_in(metric, w, feedback(w, name, blocks_of(metric))[0], name)
+    full = error_in(metric, w, feedback(w, name, metric)[0], name)
+    assert plain < hqq
+    assert weighted < 0.7 * hqq
+    assert in_blocks < 0.6 * weighted
+    assert full < 0.8 * in_blocks
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_feedback_with_the_identity_is_refit(name: str) -> None:
+    for shape in SHAPES:
+        w = weights(shape)
+        plain, error = refit(w, name)
+        out, same = feedback(w, name, torch.eye(shape[1]))
+        assert torch.equal(out, plain)
+        assert same.sum_squared_error == error.sum_squared_error
+        in_blocks = feedback(w, name, blocks_of(torch.eye(shape[1])))[0]
+        assert torch.equal(in_blocks, plain)
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+@pytest.mark.parametrize("exact_gain", [True, False])
+def test_sums_are_those_of_the_unpacked_weights(name: str, exact_gain: bool) -> None:
+    for shape in [(40, 300), (33, 192), (70, 600)]:
+        w, metric = weights(shape).to(torch.bfloat16), hessian(shape[1])
+        out, error = feedback(w, name, metric, exact_gain=exact_gain)
+        off = w.float() - restored(out, name, w)
+        assert error.sum_squares == pytest.approx(float(w.double().square().sum()), rel=1e-12)
+        assert error.sum_squared_error == pytest.approx(float(off.double().square().sum()), rel=1e-6)
+        close = 0.01 if exact_gain else 0.1  # estimated with the gain
+        assert error.sum_hessian == pytest.approx(squares(w, metric), rel=close)
+        assert error.sum_hessian_error == pytest.approx(squares(off, metric), rel=close)
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_rows_keep_their_gain(name: str) -> None:
+    w, metric = weights((64, 512)), hessian(512)
+    for options in ({"exact_gain": True}, {"exact_gain": False}):
+        back = restored(feedback(w, name, metric, **options)[0], name, w)
+        damped = metric + feedback_native.DAMPING * metric.diagonal().mean() * torch.eye(512)
+        gain = ((w @ damped) * back).sum(1) / ((w @ damped) * w).sum(1)
+        assert torch.allclose(gain, torch.ones(64), atol=0.002 if options["exact_gain"] else 0.02)
+    back = restored(refit(w, name)[0], name, w)
+    assert torch.allclose((w * back).sum(1) / (w * w).sum(1), torch.ones(64), atol=0.002)
+
+
+# ---- the same bytes ----
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_every_isa_gives_the_same_bytes_and_sums(name: str) -> None:
+    for shape in SHAPES:
+        w, metric = weights(shape), hessian(shape[1])
+        for make in (
+            lambda isa, w=w: refit(w, name, isa=isa),
+            lambda isa, w=w, metric=metric: feedback(w, name, metric, isa=isa),
+            lambda isa, w=w, metric=metric: feedback(w, name, metric, isa=isa, exact_gain=False),
+            lambda isa, w=w, metric=metric: feedback(w, name, metric, isa=isa, static=True),
+            lambda isa, w=w, metric=metric: feedback(w, name, blocks_of(metric), isa=isa),
+        ):
+            expected = make("portable")
+            for isa in filter(usable, ISAS[1:]):
+                found = make(isa)
+                assert torch.equal(found[0], expected[0]), (shape, isa)
+                assert found[1] == expected[1]
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_tile_ranges_on_two_threads_give_the_bytes_and_sums_of_one_call(name: str) -> None:
+    w, metric = weights((11 * 32 - 7, 520)).to(torch.bfloat16), hessian(520)
+    whole, error = feedback(w, name, metric)
+    factor, out = factorize(metric), torch.zeros_like(whole)
+    tile_bytes = PACKINGS[name].tile_bytes(520)
+
+    def part(ends: tuple[int, int]) -> Tensor:
+        to = out[ends[0] * tile_bytes : ends[1] * tile_bytes]
+        return feedback_native.quantize_feedback_tiles(
+            w, name, to, factor, metric, tile_begin=ends[0], tile_end=ends[1]
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(part, [(0, 1), (1, 1), (1, 4), (4, 11)]))
+    assert torch.equal(out, whole)
+    assert FeedbackError.total(errors) == error
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_rows_do_not_know_each_other(name: str) -> None:
+    w, metric = weights((70, 300)), hessian(300)
+    whole = unpacked(feedback(w, name, metric)[0], name, w)
+    last = w[64:].contiguous()
+    alone = unpacked(feedback(last, name, metric)[0], name, last)
+    assert torch.equal(whole.codes[64:], alone.codes)
+    assert torch.equal(whole.ds[64:], alone.ds)
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_gate_and_up_interleave_tile_by_tile(name: str) -> None:
+    w, metric = weights((70, 300)), hessian(300)
+    tile_bytes = PACKINGS[name].tile_bytes(300)
+    out = torch.full((6 * tile_bytes,), 7, dtype=torch.uint8)
+    quantize_feedback(w, name, out, factorize(metric), metric, stride_tiles=2)
+    assert (out.view(6, -1)[1::2] == 7).all()
+    assert torch.equal(out.view(6, -1)[::2].reshape(-1), feedback(w, name, metric)[0])
+
+
+# ---- rows and columns without anything ----
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_zero_rows_and_groups_stay_zero(name: str) -> None:
+    w, metric = weights((40, 512)), hessian(512)
+    w[::3] = 0
+    for out in (refit(w, name)[0], feedback(w, name, torch.eye(512))[0], feedback(w, name, metric)[0]):
+        assert (restored(out, name, w)[::3] == 0).all()
+        assert torch.isfinite(restored(out, name, w)).all()
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+@pytest.mark.parametrize("damping", [feedback_native.DAMPING, 0.0])
+def test_dead_inputs_disturb_nothing(name: str, damping: float) -> None:
+    w, metric = weights((32, 512)), hessian(512)
+    metric[100:150] = 0
+    metric[:, 100:150] = 0
+    out = room(w, name)
+    quantize_feedback(w, name, out, factorize(metric, damping), metric, damping=damping)
+    assert error_in(metric, w, out, name) < 0.06
+    assert (w - restored(out, name, w))[:, 100:150].square().sum() < 0.5 * w[:, 100:150].square().sum()
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_a_hessian_of_nothing_is_as_none(name: str) -> None:
+    w = weights((32, 300))
+    assert torch.equal(feedback(w, name, torch.zeros(300, 300))[0], refit(w, name)[0])
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_fewer_tokens_than_columns_are_enough(name: str) -> None:
+    w, metric = weights((32, 512)), hessian(512, tokens=100)
+    assert error_in(metric, w, feedback(w, name, metric)[0], name) < 0.05
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+@pytest.mark.parametrize("factor", [1e-7, 1e-4, 1e3])
+def test_small_and_large_weights_and_inputs(name: str, factor: float) -> None:
+    w, metric = weights((32, 256)) * factor, hessian(256) * 1e12
+    error = feedback(w, name, metric)[1]
+    if factor > 1e-6:  # under that fp16 super-scales are no longer fine enough
+        assert error.sum_hessian_error < 0.05 * error.sum_hessian
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_non_finite_weights_are_refused_with_their_number(isa: str) -> None:
+    if not usable(isa):
+        pytest.skip(f"no {isa} here")
+    w = weights((270, 300))
+    w[0, 0], w[33, 299], w[269, 5] = torch.nan, torch.inf, -torch.inf
+    with pytest.raises(ValueError, match="3 weights are infinite or NaN"):
+        feedback(w, PACKING_NAMES[0], hessian(300), isa=isa)
+    with pytest.raises(ValueError, match="3 weights are infinite or NaN"):
+        refit(w, PACKING_NAMES[0], isa=isa)
+
+
+@pytest.mark.parametrize("name", PACKING_NAMES)
+def test_weights_beyond_fp16_super_scales_are_refused(name: str) -> None:
+    for factor in (1e10, 1e38):
+        with pytest.raises(solver_native.ScaleOverflowError):
+            feedback(weights((16, 64)) * factor, name, hessian(64))
+        with pytest.raises(solver_native.ScaleOverflowError):
+            refit(weights((16, 64)) * factor, name)
+
+
+def test_a_hessian_that_is_not_positive_definite_is_refused_with_its_block() -> None:
+    for wrong in (torch.nan, torch.inf, -1e6):
+        metric = blocks_of(hessian(512))
+        metric[1, 3, 3] = wrong
+        with pytest.raises(SingularHessianError, match="block 1"):
+            factorize(metric)
+    indefinite = torch.eye(64)
+    indefinite[0, 1] = indefinite[1, 0] = 2
+    with pytest.raises(SingularHessianError, match="block 0"):
+        factorize(indefinite)
+
+
+def test_the_factor_gives_the_damped_hessian_back() -> None:
+    for metric in (hessian(300), hessian(300).double(), blocks_of(hessian(512))):
+        factor = factorize(metric, 0.1)
+        assert factor.dtype == torch.float32
+        assert factor.shape == metric.shape
+        assert torch.equal(factor, factor.triu())
+        blocks = metric if metric.dim() == 3 else metric[None]
+        for v, one in zip(factor.view(blocks.shape).double(), blocks.double(), strict=True):
+            damped = one + 0.1 * one.diagonal().mean() * torch.eye(len(one), dtype=torch.float64)
+            assert torch.allclose(v @ v.T, damped, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_tensors_are_refused() -> None:
+    name, w, metric = PACKING_NAMES[0], weights((32, 512)), hessian(512)
+    factor, out = factorize(metric), room(w, name)
+    wrong = [
+        (factor.double(), metric),
+        (factor[:256, :256], metric[:256, :256]),
+        (factor, metric[:256, :256]),
+        (factor.t(), metric),
+        (torch.eye(128).expand(4, 128, 128).contiguous(), torch.eye(128).expand(4, 128, 128)),
+        (factor.view(4, 256, 256), metric.view(4, 256, 256)),
+    ]
+    for v, h in wrong:
+        with pytest.raises(ValueError):
+            quantize_feedback(w, name, out, v, h)
+    with pytest.raises(ValueError):
+        solver_native.quantize_matrix(w, name, out, importance=torch.ones(512))
+    with pytest.raises(ValueError):
+        refit(w, name, importance=torch.ones(511))
