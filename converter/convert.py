@@ -3,17 +3,19 @@
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
-from converter import __version__
+from converter import __version__, calibration
+from converter.calibration_text import CalibrationTokens, calibration_tokens
 from converter.journal import Journal
 from converter.output_folder import OutputFolder
 from converter.side_files import copy_files, source_name, write_card, write_config, write_quality
@@ -45,6 +47,8 @@ class ConvertOptions:
     codec: str = "none"
     resume: bool = True
     force: bool = False
+    calibration_file: Path | None = None
+    """The text for a recipe whose option `calibrate` is "file"."""
     part: tuple[int, int] | None = None
     """(i, n): only the i-th of n equal parts of the layers, counted from 1; the folder stays unfinished."""
 
@@ -72,7 +76,8 @@ def convert_checkpoint(
 ) -> Converted:
     """Converts the checkpoint in folder `source` into folder `out`; goes on where an earlier run was stopped.
 
-    Memory stays bounded by workers × one expert. The result depends on weights, recipe, codec and code version only.
+    Memory stays bounded by workers × one expert, and with calibration by the activations of its tokens. The result
+    depends on weights, recipe, calibration text, codec and code version only.
     Raises SourceError, OutputError, PathError, DoesNotFitError; after any of them nothing that was converted is lost.
     """
     options = options or ConvertOptions()
@@ -84,7 +89,8 @@ def convert_checkpoint(
             if options.force or not options.resume:
                 folder.discard()
             if folder.complete:
-                _check_complete(folder.path, checkpoint, recipe, options.codec, progress)
+                calibrated = _calibration(checkpoint, recipe, options)
+                _check_complete(folder.path, checkpoint, recipe, options.codec, calibrated, progress)
                 return Converted("already complete", plan, checkpoint.n_bytes, {})
             with _one_torch_thread():
                 job = _Job(checkpoint, plan, recipe, folder.path, options, progress)
@@ -107,10 +113,17 @@ class _Job:
         self._checkpoint, self._plan, self._recipe = checkpoint, plan, recipe
         self._out, self._options, self._progress = out, options, progress or (lambda stage, done, total: None)
         self._solver = choose_solver(recipe.solver)
-        self._journal = Journal(out, _fingerprint(checkpoint, recipe, options.codec, self._solver))
+        self._tokens = _calibration(checkpoint, recipe, options)
+        fingerprint = _fingerprint(checkpoint, recipe, options.codec, self._solver, self._tokens)
+        self._journal = Journal(out, fingerprint)
+        self._pool = ThreadPoolExecutor(options.max_workers, initializer=torch.set_num_threads, initargs=(1,))
         self._records = {_key(r): r for r in self._journal.records}
         self._stop = threading.Event()
         self._worker = Worker(checkpoint, plan, self._solver, self._stop)
+        if self._tokens:
+            self._worker.calibration = calibration.CalibrationPass(
+                checkpoint, self._tokens, out, fingerprint, self._run_all
+            )
         self._done_bytes = 0
         n, (i, parts) = len(plan.layouts), options.part or (1, 1)
         self._layers = range(n * (i - 1) // parts, n * i // parts)
@@ -134,6 +147,7 @@ class _Job:
             return self._complete(trunk)
         finally:
             self._stop.set()
+            self._pool.shutdown()
             hashing.join()
             for writer in writers.values():
                 writer.close()
@@ -169,31 +183,58 @@ class _Job:
                     yield ("tensor", entry.name), weights[entry.name].n_bytes, work
 
     def _run_units(self, units: list[Unit], writers: dict[int, LayerWriter]) -> None:
-        total = sum(size for _, size, _ in units)
-        todo = iter([unit for unit in units if unit[0] not in self._records])
+        self._total_bytes = sum(size for _, size, _ in units)
         self._done_bytes = sum(size for key, size, _ in units if key in self._records)
-        self._progress("converting", self._done_bytes, total)
+        self._progress("converting", self._done_bytes, self._total_bytes)
         for layer in self._layers:
             self._finish_layer(layer, writers)
+        todo = [unit for unit in units if unit[0] not in self._records]
+        passes = self._worker.calibration
+        if passes is None:
+            self._run_todo(todo, writers)
+            return
+        # Layer by layer: the statistics of one layer at a time are in memory.
+        for of_layer, group in groupby(todo, key=lambda unit: _layer_of(unit[0])):
+            if of_layer is None:
+                rest = list(group)
+                if any(key == ("linear", "lm_head") for key, _, _ in rest):
+                    passes.prepare_head()
+                self._run_todo(rest, writers)
+            else:
+                passes.prepare(of_layer)
+                self._run_todo(list(group), writers)
+                passes.finish(of_layer)
+
+    def _run_todo(self, units: list[Unit], writers: dict[int, LayerWriter]) -> None:
+        todo = iter(units)
         running: dict[Future[dict[str, Any]], int] = {}
-        with ThreadPoolExecutor(self._options.max_workers) as pool:
-            try:
-                while True:
-                    while len(running) < self._options.max_workers and (unit := next(todo, None)):
-                        running[pool.submit(unit[2])] = unit[1]
-                    if not running:
-                        return
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        record = future.result()
-                        self._record(record)
-                        self._done_bytes += running.pop(future)
-                        if record["unit"] == "expert":
-                            self._finish_layer(record["layer"], writers)
-                        self._progress("converting", self._done_bytes, total)
-            except BaseException:
-                self._stop.set()
-                _keep_first_error(running)
-                raise
+        try:
+            while True:
+                while len(running) < self._options.max_workers and (unit := next(todo, None)):
+                    running[self._pool.submit(unit[2])] = unit[1]
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    record = future.result()
+                    self._record(record)
+                    self._done_bytes += running.pop(future)
+                    if record["unit"] == "expert":
+                        self._finish_layer(record["layer"], writers)
+                    self._progress("converting", self._done_bytes, self._total_bytes)
+        except BaseException:
+            self._stop.set()
+            _keep_first_error(running)
+            raise
+
+    def _run_all(self, tasks: Iterable[Callable[[], Any]]) -> list[Any]:
+        """Results of calibration's tasks, run by the workers, in the tasks' order."""
+        futures = [self._pool.submit(task) for task in tasks]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
 
     def _record(self, record: dict[str, Any]) -> None:
         self._journal.append(record)
@@ -273,10 +314,13 @@ class _Job:
         layouts = self._plan.layouts
         used = {p.name for layer in layouts for layout in layer for p in (layout.gate_up, layout.down)}
         used |= {linear.packing for linear in self._plan.packed.values()}
+        versions = {"solver": self._solver.version}
+        if self._tokens:
+            versions["calibration"] = _calibration_version(self._tokens)
         index = Index(
             format="moe-convert",
             format_version=WRITTEN_VERSION,
-            producer=Producer("moe-convert", __version__, {"solver": self._solver.version}),
+            producer=Producer("moe-convert", __version__, versions),
             source=_source_record(self._checkpoint, self._shard_sha256),
             architecture=self._checkpoint.architecture,
             recipe=recipe,
@@ -311,9 +355,31 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("unit", "module", "name", "layer", "expert") if name in record)
 
 
-def _fingerprint(checkpoint: Checkpoint, recipe: Recipe, codec: str, solver: Solver) -> dict[str, Any]:
+def _layer_of(key: tuple[Any, ...]) -> int | None:
+    """The layer whose statistics a unit needs; None for the rest of the trunk."""
+    if key[0] == "expert":
+        return int(key[1])
+    return int(key[1].split(".")[2]) if key[0] == "linear" and key[1] != "lm_head" else None
+
+
+def _calibration(checkpoint: Checkpoint, recipe: Recipe, options: ConvertOptions) -> CalibrationTokens | None:
+    """The tokens by which `recipe` calibrates, if it does."""
+    kind, tokens = recipe.options.get("calibrate"), recipe.options.get("calibration_tokens")
+    if kind is None or not isinstance(tokens, int):
+        return None
+    return calibration_tokens(checkpoint, str(kind), tokens, options.calibration_file)
+
+
+def _calibration_version(tokens: CalibrationTokens) -> str:
+    return f"{calibration.VERSION}, tokens {tokens.sha256}"
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, codec: str, solver: Solver, tokens: CalibrationTokens | None
+) -> dict[str, Any]:
     """What must be the same for a resume."""
-    return {
+    calibrated = {"calibration": _calibration_version(tokens)} if tokens else {}
+    return calibrated | {
         "source": {name: checkpoint.shard_sample(name) for name in checkpoint.shards},
         "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
         "recipe": msgspec.to_builtins(recipe),
@@ -327,7 +393,14 @@ def _source_record(checkpoint: Checkpoint, sha256: dict[str, str]) -> Source:
     return Source(source_name(checkpoint.folder), None, shards)
 
 
-def _check_complete(out: Path, checkpoint: Checkpoint, recipe: Recipe, codec: str, progress: Progress | None) -> None:
+def _check_complete(
+    out: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    codec: str,
+    tokens: CalibrationTokens | None,
+    progress: Progress | None,
+) -> None:
     """OutputError unless the complete conversion in `out` is of this source by this recipe."""
     index = read_index(out)
     hint = "choose another --out-dir, or add --force to replace it"
@@ -340,6 +413,9 @@ def _check_complete(out: Path, checkpoint: Checkpoint, recipe: Recipe, codec: st
             refuse(f"recipe ({field})", getattr(index.recipe, field), getattr(recipe, field))
     if index.layers[0].experts[0].codec != codec:
         refuse("codec", index.layers[0].experts[0].codec, codec)
+    there, now = index.producer.versions.get("calibration"), _calibration_version(tokens) if tokens else None
+    if there != now:
+        refuse("calibration", there, now)
     sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
     if sizes != checkpoint.shards:
         refuse("source", sizes, checkpoint.shards)

@@ -4,6 +4,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from converter.calibration import discard_state
 from converter.journal import JOURNAL_NAME
 from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.errors import OutputError
@@ -39,12 +40,14 @@ class OutputFolder:
         """Forgets what was converted: index first, then journal, experts and partial files. Other files stay."""
         for name in (INDEX_NAME, JOURNAL_NAME):
             (self.path / name).unlink(missing_ok=True)
+        discard_state(self.path)
         for file in (*self.path.glob(f"{EXPERTS_FOLDER}/layer-*"), *self.path.glob("trunk.safetensors*")):
             file.unlink()
 
     def close(self) -> None:
         """Gives the lock up; a complete conversion has neither journal nor lock beside it."""
         if self.complete:
+            discard_state(self.path)
             for name in (JOURNAL_NAME, LOCK_NAME):
                 (self.path / name).unlink(missing_ok=True)
         os.close(self._lock)

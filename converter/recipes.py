@@ -2,9 +2,10 @@
 
 from msgspec.structs import replace
 
+from converter.calibration_text import DEFAULT_TOKENS, FEWEST_TOKENS, KINDS
 from converter.solvers import SOLVERS
 from formats.errors import RecipeError
-from formats.index import Recipe
+from formats.index import Option, Recipe
 from formats.packing import PACKINGS
 
 UNPACKED = "none"
@@ -21,6 +22,7 @@ RECIPES: dict[str, Recipe] = {
     }.items()
 }
 DEFAULT_RECIPE = "2bit"
+CALIBRATED_SOLVER = "feedback"
 
 _BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
 
@@ -35,10 +37,14 @@ def make_recipe(
     gate_up: str | None = None,
     down: str | None = None,
     solver: str | None = None,
+    calibrate: str | None = None,
+    calibration_tokens: int | None = None,
 ) -> Recipe:
     """The named recipe with what the options change: expert bits and group size, or packings by name.
 
-    `attn_bits` and `head_bits` are 4, or 16 for as in the source. RecipeError names the option and what there is.
+    `attn_bits` and `head_bits` are 4, or 16 for as in the source. `calibrate` is a key of
+    `converter.calibration_text.KINDS`; calibration and the solver feedback imply each other, and where only the solver
+    is given, the text is the builtin one. RecipeError names the option and what there is.
     """
     if name not in RECIPES:
         raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}")
@@ -46,14 +52,32 @@ def make_recipe(
     experts = _experts_packing(bits, group_size, base.gate_up)
     attention = _trunk_packing("--attn-bits", attn_bits, base.attention)
     head = _trunk_packing("--head-bits", head_bits, base.head)
-    chosen_solver = solver or base.solver
+    calibrated = calibrate not in (None, "none")
+    chosen_solver = solver or (CALIBRATED_SOLVER if calibrated else base.solver)
     if chosen_solver not in SOLVERS:
         raise RecipeError(f"solver {chosen_solver!r} is unknown; known are {', '.join(SOLVERS)}")
-    chosen = Recipe(name, gate_up or experts, down or experts, attention, chosen_solver, head)
+    options = _calibration_options(chosen_solver, calibrate, calibration_tokens)
+    chosen = Recipe(name, gate_up or experts, down or experts, attention, chosen_solver, head, options)
     for packing in (chosen.gate_up, chosen.down):
         if packing not in PACKINGS:
             raise RecipeError(f"packing {packing!r} is unknown; known are {', '.join(PACKINGS)}")
     return chosen if chosen == base else _named_by_contents(chosen)
+
+
+def _calibration_options(solver: str, calibrate: str | None, tokens: int | None) -> dict[str, Option]:
+    """What the recipe says about calibration; nothing where there is none."""
+    if calibrate is not None and calibrate not in KINDS:
+        raise RecipeError(f"--calibrate {calibrate}: known are {', '.join(KINDS)}")
+    if solver != CALIBRATED_SOLVER:
+        if calibrate not in (None, "none") or tokens is not None:
+            raise RecipeError(f"the solver {solver} uses no calibration", f"--solver {CALIBRATED_SOLVER} does")
+        return {}
+    if calibrate == "none":
+        raise RecipeError(f"the solver {solver} needs calibration", "--solver refit does without")
+    tokens = DEFAULT_TOKENS if tokens is None else tokens
+    if tokens < FEWEST_TOKENS:
+        raise RecipeError(f"--calibration-tokens {tokens}: at least {FEWEST_TOKENS}", f"{DEFAULT_TOKENS} do well")
+    return {"calibrate": calibrate or "builtin", "calibration_tokens": tokens}
 
 
 def _trunk_packing(option: str, bits: int | None, default: str) -> str:

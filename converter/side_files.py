@@ -49,6 +49,17 @@ def quality_of(records: list[dict[str, Any]]) -> dict[str, Any]:
         elif record["unit"] == "linear":
             linears[record["module"]] = SquaredError(*record["errors"])
 
+    calibrated: dict[str, Any] = {}
+    tokens = {(r["layer"], r["expert"]): r["calibration_tokens"] for r in records if "calibration_tokens" in r}
+    if tokens:
+        lacking = [r for r in records if r.get("uncalibrated")]
+        calibrated["uncalibrated"] = sorted(
+            r["module"]
+            if r["unit"] == "linear"
+            else f"layer {r['layer']} expert {r['expert']} {', '.join(r['uncalibrated'])}"
+            for r in lacking
+        )
+
     def total(errors: Any) -> float:
         return sum(errors, SquaredError()).relative
 
@@ -62,9 +73,11 @@ def quality_of(records: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "experts": [
             {"layer": layer, "expert": expert, **{p: errors[p].relative for p in PROJECTIONS}}
+            | ({"calibration_tokens": tokens[layer, expert]} if (layer, expert) in tokens else {})
             for (layer, expert), errors in ordered
         ],
         "trunk": {module: linears[module].relative for module in sorted(linears)},
+        **calibrated,
     }
 
 
@@ -105,6 +118,7 @@ tokenizer = loader.load_tokenizer("PATH")
 | everything else | {trunk:,} bytes |
 | parameters | {parameters:,} |
 | solver | {solver} |
+| calibration | {calibration} |
 | relative weight error, experts | {error_experts} |
 | relative weight error, attention | {error_attention} |
 
@@ -132,10 +146,19 @@ def write_card(checkpoint: Checkpoint, recipe: Recipe, plan: OutputPlan, quality
         trunk=plan.trunk_bytes,
         parameters=plan.expert_weights + plain,
         solver=recipe.solver,
+        calibration=_calibration_line(recipe),
         error_experts=quality["totals"]["experts"],
         error_attention=quality["totals"]["attention"],
     )
     write_file(out / "README.md", card.encode())
+
+
+def _calibration_line(recipe: Recipe) -> str:
+    kind = {"builtin": "the text that moe-convert ships", "file": "a text of the converter's choice"}
+    name = str(recipe.options.get("calibrate", "none"))
+    if name == "none":
+        return "none"
+    return f"{recipe.options['calibration_tokens']} tokens, {kind.get(name, 'random')}"
 
 
 def _write(out: Path, name: str, data: bytes) -> CopiedFile:

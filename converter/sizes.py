@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from converter.calibration import calibration_memory_bytes
 from converter.recipes import UNPACKED
 from converter.solver import Solver
 from converter.source import Checkpoint
@@ -58,10 +59,14 @@ class OutputPlan:
         """Bits per weight of the attention projections."""
         return 8 * self.attention_bytes / self.attention_weights
 
+    calibration_bytes: tuple[int, int]
+    """Of the calibration, and of each worker for it."""
+
     def memory_bytes(self, workers: int, solver: Solver) -> int:
         """Peak anonymous memory with `workers` workers, estimated."""
         largest = max(layout.n_bytes for layer in self.layouts for layout in layer)
-        return _BASE_MEMORY_BYTES + workers * (solver.bytes_a_weight * CHUNK_WEIGHTS + largest)
+        whole, each = self.calibration_bytes
+        return _BASE_MEMORY_BYTES + whole + workers * (each + solver.bytes_a_weight * CHUNK_WEIGHTS + largest)
 
 
 def plan_output(checkpoint: Checkpoint, recipe: Recipe) -> OutputPlan:
@@ -89,6 +94,7 @@ def plan_output(checkpoint: Checkpoint, recipe: Recipe) -> OutputPlan:
         attention_bytes=sum(e.n_bytes for e in attention),
         trunk_bytes=entries[-1].end,
         layer_bytes=[raw_entries(n, layer)[-1].end for n, layer in enumerate(layouts)],
+        calibration_bytes=calibration_memory_bytes(a, int(recipe.options.get("calibration_tokens", 0))),
     )
 
 

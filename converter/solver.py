@@ -1,10 +1,11 @@
 """What a solver is: it turns weights into packed tiles and says how far these are off."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from converter.statistics import InputStatistics
 from formats.errors import SourceError
 from formats.packing import Packing
 
@@ -47,4 +48,17 @@ class Solver(Protocol):
 
         weight: bfloat16, float16 or float32, contiguous. Raises NonFiniteWeightsError, and SourceError if a scale does
         not fit into fp16.
+        """
+
+
+@runtime_checkable
+class CalibratedSolver(Solver, Protocol):
+    """A solver that also minimizes the error of a linear's outputs, given the statistics of its inputs."""
+
+    def solve_calibrated(
+        self, weight: Tensor, packing: Packing, tiles: Tensor, statistics: InputStatistics
+    ) -> SquaredError:
+        """As `solve`, under `statistics` of the inputs of the whole matrix, of which `weight` is some rows.
+
+        Raises SingularStatisticsError (converter/feedback_reference.py) where these cannot be used; `solve` then can.
         """

@@ -9,6 +9,8 @@ from converter.solver import Solver
 SOLVERS = {
     "hqq": "HQQ without calibration, natively where the library is built, else by the hqq package",
     "hqq-package": "HQQ by the hqq package",
+    "refit": "range search and least squares, each row's gain corrected; without calibration",
+    "feedback": "as refit, and each column's rounding error made up for by the next ones; with calibration",
 }
 
 _log = logging.getLogger(__name__)
@@ -21,6 +23,13 @@ def _warn_once() -> None:
 
 def choose_solver(name: str) -> Solver:
     """The solver that a recipe calls `name` (a key of SOLVERS), as it can run here."""
+    if name in ("refit", "feedback"):
+        from converter import calibrated_solvers as solvers
+
+        if solver_native.available():
+            return solvers.NativeRefit() if name == "refit" else solvers.NativeFeedback()
+        _log.warning("%s; the reference in torch is many times slower", solver_native.describe())
+        return solvers.ReferenceRefit() if name == "refit" else solvers.ReferenceFeedback()
     if name == "hqq":
         if solver_native.available():
             return solver_native.NativeSolver()

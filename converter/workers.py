@@ -1,19 +1,27 @@
 """The units of work: quantize one expert or one matrix of the trunk, or copy one tensor."""
 
+import logging
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from converter.calibration import CalibrationPass
+from converter.feedback_reference import SingularStatisticsError
 from converter.names import ExpertTensor
 from converter.sizes import OutputPlan, chunk_rows
-from converter.solver import NonFiniteWeightsError, Solver, SquaredError
+from converter.solver import CalibratedSolver, NonFiniteWeightsError, Solver, SquaredError
 from converter.source import Checkpoint, Weight
+from converter.statistics import InputStatistics
 from formats.expert import split
 from formats.packing import TILE_ROWS, Packing, packing_named, tiles_of
 from formats.writer import LayerWriter, PlacedFile
 
 PROJECTIONS = ("gate", "up", "down")
+
+_log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -22,6 +30,9 @@ class Stopped(Exception):
 
 class Worker:
     """Does units; safe to use from several threads. Each returns the record that the journal keeps of it."""
+
+    calibration: CalibrationPass | None = None
+    """Where there is one, it is prepared for the layer of the units that run."""
 
     def __init__(self, checkpoint: Checkpoint, plan: OutputPlan, solver: Solver, stop: threading.Event) -> None:
         self._checkpoint = checkpoint
@@ -33,14 +44,21 @@ class Worker:
         """Quantizes an expert and writes it durably."""
         layout = self._plan.layouts[layer][expert]
         blob = torch.empty(layout.n_bytes, dtype=torch.uint8)
-        errors = {}
+        errors, fallback, found = {}, [], {}
+        if self.calibration:
+            self._check_stop()
+            gate_up, down, found["calibration_tokens"] = self.calibration.expert(expert)
         for projection, tiles in zip(PROJECTIONS, split(layout, blob), strict=True):
             weight = self._checkpoint.experts[ExpertTensor(layer, expert, projection)]
             packing = layout.down if projection == "down" else layout.gate_up
-            error = self._quantize(weight, packing, tiles)
+            statistics = (down if projection == "down" else gate_up) if self.calibration else None
+            error, calibrated = self._quantize(weight, packing, tiles, statistics)
             errors[projection] = [error.error, error.total]
+            if statistics and not calibrated:
+                fallback.append(projection)
         sha256 = writer.write_expert(expert, blob)
-        return {"unit": "expert", "layer": layer, "expert": expert, "sha256": sha256, "errors": errors}
+        record = {"unit": "expert", "layer": layer, "expert": expert, "sha256": sha256, "errors": errors, **found}
+        return record | ({"uncalibrated": fallback} if fallback else {})
 
     def linear(self, trunk: PlacedFile, module: str) -> dict[str, Any]:
         """Quantizes a matrix of the trunk and writes it durably."""
@@ -48,10 +66,13 @@ class Worker:
         packing = packing_named(linear.packing)
         tiles = torch.empty(packing.matrix_bytes(linear.rows, linear.columns), dtype=torch.uint8)
         tiles = tiles.view(-1, packing.tile_bytes(linear.columns))
-        error = self._quantize(self._checkpoint.trunk[f"{module}.weight"], packing, tiles)
+        statistics = self.calibration.linear(module) if self.calibration else None
+        weight = self._checkpoint.trunk[f"{module}.weight"]
+        error, calibrated = self._quantize(weight, packing, tiles, statistics)
         trunk.write(f"{module}.packed", tiles)
         trunk.sync()
-        return {"unit": "linear", "module": module, "errors": [error.error, error.total]}
+        record = {"unit": "linear", "module": module, "errors": [error.error, error.total]}
+        return record | ({"uncalibrated": True} if statistics and not calibrated else {})
 
     def tensor(self, trunk: PlacedFile, name: str) -> dict[str, Any]:
         """Copies a tensor as it is, and makes it durable."""
@@ -67,8 +88,25 @@ class Worker:
         trunk.sync()
         return {"unit": "tensor", "name": name}
 
-    def _quantize(self, weight: Weight, packing: Packing, tiles: torch.Tensor) -> SquaredError:
-        """Fills `tiles` (uint8 [tiles, tile_bytes], may be a strided view) with the packed weight."""
+    def _quantize(
+        self, weight: Weight, packing: Packing, tiles: torch.Tensor, statistics: InputStatistics | None
+    ) -> tuple[SquaredError, bool]:
+        """Fills `tiles` (uint8 [tiles, tile_bytes], may be a strided view) with the packed weight.
+
+        Also returns whether it was with calibration. Where statistics cannot be used, the whole matrix is without.
+        """
+        if statistics and isinstance(self._solver, CalibratedSolver):
+            try:
+                return self._in_chunks(
+                    weight, packing, tiles, partial(self._solver.solve_calibrated, statistics=statistics)
+                ), True
+            except SingularStatisticsError as e:
+                _log.warning("%s: %s; quantized without calibration", weight.name, e.message)
+        return self._in_chunks(weight, packing, tiles, self._solver.solve), False
+
+    def _in_chunks(
+        self, weight: Weight, packing: Packing, tiles: torch.Tensor, solve: Callable[..., SquaredError]
+    ) -> SquaredError:
         rows, columns = weight.shape
         step = chunk_rows(columns)
         total = SquaredError()
@@ -77,7 +115,7 @@ class Worker:
             block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
             first, n_tiles = begin // TILE_ROWS, tiles_of(len(block))
             try:
-                total += self._solver.solve(block, packing, tiles[first : first + n_tiles])
+                total += solve(block, packing, tiles[first : first + n_tiles])
             except NonFiniteWeightsError:
                 self._checkpoint.check_finite(weight, begin, block)
                 raise

@@ -21,7 +21,14 @@ from formats.errors import DoesNotFitError
 @click.option("--group-size", type=int, help="Weights that share a scale: 16, 32 or 64, where a packing has it.")
 @click.option("--gate-up", help="Packing of the experts' gate and up, by name.")
 @click.option("--down", help="Packing of the experts' down, by name.")
-@click.option("--solver", help="How scales are found: hqq, or hqq-package (slow; the oracle).")
+@click.option("--solver", help="hqq, refit, feedback (needs calibration), or hqq-package (slow; the oracle).")
+@click.option(
+    "--calibrate",
+    metavar="none|random|builtin|FILE",
+    help="Tokens by whose activations the solver feedback weighs errors: random ones, a text that is shipped, or"
+    " a UTF-8 text of several kinds.",
+)
+@click.option("--calibration-tokens", type=int, help="How many [default: 8192].")
 @click.option(
     "--codec",
     type=click.Choice(["none", "zstd"]),
@@ -44,6 +51,7 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     \b
     moe-convert convert ./Mixtral-8x7B-Instruct-v0.1
     moe-convert convert ./my-finetune -o out --recipe 3bit --max-workers 4
+    moe-convert convert ./my-finetune --calibrate builtin
     moe-convert convert ./my-finetune --dry-run
     """
     from converter.convert import ConvertOptions, convert_checkpoint
@@ -52,12 +60,23 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     from converter.solvers import choose_solver
     from converter.source import Checkpoint
 
+    calibrate, calibration_file = _calibration(options["calibrate"])
     recipe = make_recipe(
         options["recipe_name"],
         **{
             name: options[name]
-            for name in ("bits", "attn_bits", "head_bits", "group_size", "gate_up", "down", "solver")
+            for name in (
+                "bits",
+                "attn_bits",
+                "head_bits",
+                "group_size",
+                "gate_up",
+                "down",
+                "solver",
+                "calibration_tokens",
+            )
         },
+        calibrate=calibrate,
     )
     out = out_dir or model.resolve().with_name(f"{model.resolve().name}-{recipe.name}")
     with Checkpoint(model) as checkpoint:
@@ -75,7 +94,14 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
         model,
         out,
         recipe,
-        ConvertOptions(workers, options["codec"], not options["no_resume"], options["force"], _part(options["part"])),
+        ConvertOptions(
+            max_workers=workers,
+            codec=options["codec"],
+            resume=not options["no_resume"],
+            force=options["force"],
+            calibration_file=calibration_file,
+            part=_part(options["part"]),
+        ),
         output.progress(),
     )
     facts["done"] = done.done
@@ -88,6 +114,8 @@ def _facts(plan: Any, recipe: Any, source_bytes: int, out: Path) -> dict[str, An
     return {
         "out_dir": str(out),
         "recipe": recipe.name,
+        "solver": recipe.solver,
+        "calibration": recipe.options.get("calibrate", "none"),
         "source_bytes": source_bytes,
         "converted_bytes": plan.total_bytes,
         "expert_bits": round(plan.expert_bits, 4),
@@ -118,6 +146,15 @@ def _text(facts: dict[str, Any]) -> str:
         else:
             rows.append((name.replace("_", " "), str(value)))
     return table(rows, left=2)
+
+
+def _calibration(value: str | None) -> tuple[str | None, Path | None]:
+    """(kind, file) of --calibrate: what is none of the kinds is a file."""
+    from converter.calibration_text import KINDS
+
+    if value is None or (value in KINDS and value != "file"):
+        return value, None
+    return "file", Path(value)
 
 
 def _part(text: str | None) -> tuple[int, int] | None:

@@ -1,0 +1,206 @@
+"""A ladder of solvers and recipes: how far each converted model's predictions are from the original's.
+
+    python bench/quality.py --text a.txt --text b.txt --calibrate broad.txt --json out.json
+    python bench/quality.py --outliers                                            (the same on the outlier variant)
+
+Weights are compared, not kernels: the converted weights are dequantized into the original model, in float32. For each
+window the mean over tokens of KL(original || converted) is computed from differences of log-probabilities; the table
+has the mean over windows and its standard error, the perplexity ratio with that of its logarithm, and the agreement of
+the first choice. Do not report a choice on the text that it was made on: --skip and --half keep parts apart.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from converter.convert import ConvertOptions, convert_checkpoint
+from converter.recipes import make_recipe
+from formats.artifact import Artifact
+from formats.expert import dequantize_expert
+from formats.packing import dequantize, packing_named, unpack
+from formats.reader import PreadReader
+from loader.checkpoint import load_checkpoint
+from loader.model import load_tokenizer
+from loader.perplexity import windows_of
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "tiny-mixtral"
+SOLVERS = ("hqq", "refit", "feedback:random", "feedback:builtin")
+OUTLIERS = (8.0, 16.0, 32.0, 64.0)
+"""By powers of two, so that bf16 rounds nothing."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the ladder."""
+
+    recipe: str
+    solver: str
+    expert_bits: float
+    kl: float
+    kl_error: float
+    ratio: float
+    ratio_error: float
+    agreement: float
+    seconds: float
+
+
+def make_outliers(source: Path, out: Path, seed: int = 0) -> None:
+    """The checkpoint with a few strong channels before every linear but attention's output; its function is the same.
+
+    Norm weights of four channels times 8 to 64 and the columns that follow divided by that; also rows of up and v, and
+    the columns of down that follow up's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix != ".safetensors" and file.is_file():
+            shutil.copyfile(file, out / file.name)
+    config = json.loads((source / "config.json").read_text())
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randperm(config["hidden_size"], generator=generator)[: len(OUTLIERS)]
+    inner = torch.randperm(config["intermediate_size"], generator=generator)[: len(OUTLIERS)]
+    factor = torch.tensor(OUTLIERS)
+    for file in sorted(source.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name, weight in tensors.items():
+            kind = name.removesuffix(".weight").rpartition(".")[2]
+            if kind in ("input_layernorm", "post_attention_layernorm"):
+                weight[hidden] *= factor.to(weight)
+            elif kind in ("q_proj", "k_proj", "v_proj", "w1", "w3", "gate"):
+                weight[:, hidden] /= factor.to(weight)
+            if kind == "w3":
+                weight[inner] *= factor.to(weight)[:, None]
+            elif kind == "w2":
+                weight[:, inner] /= factor.to(weight)
+        save_file(tensors, out / file.name, {"format": "pt"})
+
+
+def put_converted(model: Any, folder: Path) -> None:
+    """Replaces the weights of the original `model` by those of the converted `folder`, dequantized."""
+    artifact = Artifact.open(folder)
+    a = artifact.architecture
+    parameters = dict(model.named_parameters())
+    with safe_open(folder / "trunk.safetensors", "pt") as trunk:
+        for module, linear in artifact.index.trunk.packed.items():
+            packing = packing_named(linear.packing)
+            matrix = unpack(trunk.get_tensor(f"{module}.packed"), packing, linear.rows, linear.columns)
+            parameters[f"{module}.weight"].data.copy_(dequantize(matrix, packing.group_size))
+    with PreadReader(artifact) as reader:
+        for layer in range(a.num_hidden_layers):
+            for expert in range(a.num_local_experts):
+                gate, up, down = dequantize_expert(artifact.layout(layer, expert), reader.read(layer, expert))
+                prefix = f"model.layers.{layer}.mlp.experts"
+                parameters[f"{prefix}.gate_up_proj"].data[expert].copy_(torch.cat([gate, up]))
+                parameters[f"{prefix}.down_proj"].data[expert].copy_(down)
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, windows: Tensor) -> Tensor:
+    """float32 [windows, tokens, vocabulary] of the tokens after each position."""
+    logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
+    return torch.log_softmax(logits, -1)
+
+
+def compare(original: list[Tensor], model: Any, batches: list[Tensor]) -> dict[str, float]:
+    """KL, perplexity ratio and agreement, with standard errors over windows."""
+    kl, difference, agreement = [], [], []
+    for p, windows in zip(original, batches, strict=True):
+        q = log_probabilities(model, windows)
+        kl.append((p.exp() * (p - q)).sum(-1).mean(-1))
+        wanted = windows[:, 1:, None]
+        difference.append((p.gather(-1, wanted) - q.gather(-1, wanted)).mean((1, 2)))
+        agreement.append((p.argmax(-1) == q.argmax(-1)).float().mean(-1))
+    kls, differences = torch.cat(kl).double(), torch.cat(difference).double()
+    root = len(kls) ** 0.5
+    return {
+        "kl": float(kls.mean()),
+        "kl_error": float(kls.std()) / root,
+        "ratio": float(differences.mean().exp()),
+        "ratio_error": float(differences.std()) / root,
+        "agreement": float(torch.cat(agreement).mean()),
+    }
+
+
+def text_windows(tokenizer: Any, texts: list[Path], options: argparse.Namespace) -> Tensor:
+    """Up to options.windows windows of each text, spread over the chosen half of what --skip leaves."""
+    chosen = []
+    for path in texts:
+        text = path.read_text()[options.skip :]
+        if options.half:
+            middle = len(text) // 2
+            text = text[:middle] if options.half == 1 else text[middle:]
+        windows = windows_of(tokenizer, text, options.window)
+        count = min(options.windows, len(windows))
+        chosen.append(windows[[i * (len(windows) - 1) // max(1, count - 1) for i in range(count)]])
+    return torch.cat(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=TINY)
+    parser.add_argument("--outliers", action="store_true", help="measure the outlier variant of the model")
+    parser.add_argument("--recipe", action="append", help="[default: 2bit and 3bit]")
+    parser.add_argument("--solver", action="append", help=f"solver[:calibration] [default: {', '.join(SOLVERS)}]")
+    parser.add_argument("--calibrate", type=Path, help="a text for one more step, feedback:FILE")
+    parser.add_argument("--text", type=Path, action="append", help="[default: examples/text]")
+    parser.add_argument("--skip", type=int, default=0, help="characters at the beginning of each text to leave out")
+    parser.add_argument("--half", type=int, choices=[1, 2], help="only the first or second half of each text")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=16, help="at most so many a text")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args()
+    # Small matrices: torch's workers spin longer than they compute, and stall where another job runs.
+    torch.set_num_threads(1)
+    texts = options.text or sorted((ROOT / "examples" / "text").glob("*.txt"))
+    solvers = options.solver or [*SOLVERS, *(["feedback:file"] if options.calibrate else [])]
+    with tempfile.TemporaryDirectory() as scratch:
+        source = options.model
+        if options.outliers:
+            source = Path(scratch) / f"{options.model.name}-outliers"
+            make_outliers(options.model, source)
+        model = load_checkpoint(source).float()
+        batches = list(text_windows(load_tokenizer(source), texts, options).split(8))
+        original = [log_probabilities(model, windows) for windows in batches]
+        print(f"{source.name}: {sum(map(len, batches))} windows of {options.window} of {len(texts)} texts")
+        print("recipe  solver             bits   KL ± error          ratio ± error      agreement  s", flush=True)
+        steps = []
+        for recipe in options.recipe or ["2bit", "3bit"]:
+            for name in solvers:
+                solver, _, calibrate = name.partition(":")
+                out = Path(scratch) / "out"
+                begin = time.perf_counter()
+                done = convert_checkpoint(
+                    source,
+                    out,
+                    make_recipe(recipe, solver=solver, calibrate=calibrate or None),
+                    ConvertOptions(options.workers, calibration_file=options.calibrate),
+                )
+                seconds = time.perf_counter() - begin
+                put_converted(model, out)
+                step = Step(recipe, name, done.plan.expert_bits, **compare(original, model, batches), seconds=seconds)
+                shutil.rmtree(out)
+                steps.append(step)
+                print(
+                    f"{recipe:7} {name:18} {step.expert_bits:.3f}  {step.kl:.5f} ± {step.kl_error:.5f}"
+                    f"  {step.ratio:.4f} ± {step.ratio_error:.4f}  {step.agreement:.3f}  {seconds:.1f}",
+                    flush=True,
+                )
+    if options.json:
+        record = {"bench": "quality", "model": source.name, "window": options.window, "texts": [t.name for t in texts]}
+        options.json.write_text(json.dumps(record | {"steps": [asdict(s) for s in steps]}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

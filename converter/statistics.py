@@ -1,0 +1,77 @@
+"""Second moments of a linear's inputs: what calibration gathers and the feedback solver minimizes errors under."""
+
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+RunAll = Callable[[Iterable[Callable[[], Any]]], list[Any]]
+"""Runs tasks, possibly side by side, and returns their results in the tasks' order."""
+
+STRIPE_COLUMNS = 1024
+"""Columns of a moment that one task sums. Fixed, so that the number of workers changes no bit of a sum."""
+
+
+class InputStatistics:
+    """H = Σ w·x·xᵀ / Σ w over the tokens that reached a linear, in blocks along its columns.
+
+    hessian: float32 [blocks, width, width], the blocks of the diagonal; one block is the whole matrix. Columns past
+    the linear's last are zero. tokens: how many tokens were summed (an effective number where their weights differ).
+    """
+
+    def __init__(self, hessian: Tensor, tokens: float) -> None:
+        self.hessian = hessian
+        self.tokens = tokens
+        self._lock = threading.Lock()
+        self._derived: dict[Any, Any] = {}
+
+    def derived(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for all solves that share these statistics: a factorization."""
+        with self._lock:
+            if key not in self._derived:
+                self._derived[key] = make()
+            result: T = self._derived[key]
+            return result
+
+    def shrunk(self, towards: "InputStatistics", prior_tokens: float) -> "InputStatistics":
+        """These, as if `prior_tokens` more tokens with the moments of `towards` had been seen."""
+        if not self.tokens:
+            return InputStatistics(towards.hessian, towards.tokens)
+        share = self.tokens / (self.tokens + prior_tokens)
+        return InputStatistics(torch.lerp(towards.hessian, self.hessian, share), self.tokens)
+
+
+def second_moment(x: Tensor, weights: Tensor, run_all: RunAll) -> Tensor:
+    """Σ w·x·xᵀ, float32 [columns, columns], of x [tokens, columns] with weights [tokens] (both float32)."""
+    columns = x.shape[1]
+    result = torch.empty(columns, columns)
+    weighted = x * weights[:, None]
+
+    def stripe(row: int, column: int) -> None:
+        rows, across = slice(row, row + STRIPE_COLUMNS), slice(column, column + STRIPE_COLUMNS)
+        part = weighted[:, rows].T @ x[:, across]
+        result[rows, across] = part
+        if row != column:
+            result[across, rows] = part.T
+
+    starts = range(0, columns, STRIPE_COLUMNS)
+    run_all([partial(stripe, r, c) for r in starts for c in starts if c <= r])
+    return result
+
+
+def block_moments(x: Tensor, weights: Tensor, width: int) -> Tensor:
+    """As `second_moment`, but only blocks of `width` columns: float32 [ceil(columns / width), width, width]."""
+    tokens, columns = x.shape
+    blocks = -(-columns // width)
+    padded = torch.nn.functional.pad(x, (0, blocks * width - columns)).view(tokens, blocks, width).transpose(0, 1)
+    return torch.bmm((padded * weights[:, None]).transpose(1, 2), padded)
+
+
+def effective_tokens(weights: Tensor) -> float:
+    """(Σ w)² / Σ w²: the number of tokens where all weigh the same."""
+    squares = float(weights.double().square().sum())
+    return float(weights.double().sum()) ** 2 / squares if squares else 0.0
