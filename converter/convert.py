@@ -11,29 +11,24 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from converter import __version__, calibration
 from converter.calibration_text import CalibrationTokens, calibration_tokens
+from converter.identity import Progress, calibration_version, check_complete, fingerprint
 from converter.journal import Journal
 from converter.output_folder import OutputFolder
 from converter.side_files import copy_files, source_name, write_card, write_config, write_quality
-from converter.sizes import CHUNK_WEIGHTS, OutputPlan, check_disk, plan_output
-from converter.solver import Solver
+from converter.sizes import OutputPlan, check_disk, plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint
 from converter.workers import Stopped, Worker
 from formats import INDEX_NAME, TRUNK_NAME, WRITTEN_VERSION
-from formats.errors import OutputError, RecipeError
-from formats.index import CODECS, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk, read_index
+from formats.errors import RecipeError
+from formats.index import CODECS, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk
 from formats.layer_file import layer_file_name, partial_path
 from formats.strict_json import dump
 from formats.writer import LayerWriter, PlacedFile, write_file
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done bytes, total bytes); bytes are the source's."""
-
 
 Unit = tuple[tuple[Any, ...], int, Callable[[], dict[str, Any]]]
 """(key of its record, bytes of the source that it reads, the work)"""
@@ -90,7 +85,7 @@ def convert_checkpoint(
                 folder.discard()
             if folder.complete:
                 calibrated = _calibration(checkpoint, recipe, options)
-                _check_complete(folder.path, checkpoint, recipe, options.codec, calibrated, progress)
+                check_complete(folder.path, checkpoint, recipe, options.codec, calibrated, progress)
                 return Converted("already complete", plan, checkpoint.n_bytes, {})
             with _one_torch_thread():
                 job = _Job(checkpoint, plan, recipe, folder.path, options, progress)
@@ -114,15 +109,15 @@ class _Job:
         self._out, self._options, self._progress = out, options, progress or (lambda stage, done, total: None)
         self._solver = choose_solver(recipe.solver)
         self._tokens = _calibration(checkpoint, recipe, options)
-        fingerprint = _fingerprint(checkpoint, recipe, options.codec, self._solver, self._tokens)
-        self._journal = Journal(out, fingerprint)
+        made_from = fingerprint(checkpoint, recipe, options.codec, self._solver, self._tokens)
+        self._journal = Journal(out, made_from)
         self._pool = ThreadPoolExecutor(options.max_workers, initializer=torch.set_num_threads, initargs=(1,))
         self._records = {_key(r): r for r in self._journal.records}
         self._stop = threading.Event()
         self._worker = Worker(checkpoint, plan, self._solver, self._stop)
         if self._tokens:
             self._worker.calibration = calibration.CalibrationPass(
-                checkpoint, self._tokens, out, fingerprint, self._run_all
+                checkpoint, self._tokens, out, made_from, self._run_all
             )
         self._done_bytes = 0
         n, (i, parts) = len(plan.layouts), options.part or (1, 1)
@@ -316,7 +311,7 @@ class _Job:
         used |= {linear.packing for linear in self._plan.packed.values()}
         versions = {"solver": self._solver.version}
         if self._tokens:
-            versions["calibration"] = _calibration_version(self._tokens)
+            versions["calibration"] = calibration_version(self._tokens)
         index = Index(
             format="moe-convert",
             format_version=WRITTEN_VERSION,
@@ -370,62 +365,9 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, options: ConvertOptions
     return calibration_tokens(checkpoint, str(kind), tokens, options.calibration_file)
 
 
-def _calibration_version(tokens: CalibrationTokens) -> str:
-    return f"{calibration.VERSION}, tokens {tokens.sha256}"
-
-
-def _fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, codec: str, solver: Solver, tokens: CalibrationTokens | None
-) -> dict[str, Any]:
-    """What must be the same for a resume."""
-    calibrated = {"calibration": _calibration_version(tokens)} if tokens else {}
-    return calibrated | {
-        "source": {name: checkpoint.shard_sample(name) for name in checkpoint.shards},
-        "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
-        "recipe": msgspec.to_builtins(recipe),
-        "codec": codec,
-        "code": {"moe-convert": __version__, "chunk_weights": CHUNK_WEIGHTS, "solver": solver.version},
-    }
-
-
 def _source_record(checkpoint: Checkpoint, sha256: dict[str, str]) -> Source:
     shards = [Shard(name, size, sha256[name]) for name, size in checkpoint.shards.items()]
     return Source(source_name(checkpoint.folder), None, shards)
-
-
-def _check_complete(
-    out: Path,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    codec: str,
-    tokens: CalibrationTokens | None,
-    progress: Progress | None,
-) -> None:
-    """OutputError unless the complete conversion in `out` is of this source by this recipe."""
-    index = read_index(out)
-    hint = "choose another --out-dir, or add --force to replace it"
-
-    def refuse(what: str, there: Any, now: Any) -> None:
-        raise OutputError(f"{out} holds a complete conversion with another {what}: {there!r} there, {now!r} now", hint)
-
-    for field in recipe.__struct_fields__:
-        if getattr(index.recipe, field) != getattr(recipe, field):
-            refuse(f"recipe ({field})", getattr(index.recipe, field), getattr(recipe, field))
-    if index.layers[0].experts[0].codec != codec:
-        refuse("codec", index.layers[0].experts[0].codec, codec)
-    there, now = index.producer.versions.get("calibration"), _calibration_version(tokens) if tokens else None
-    if there != now:
-        refuse("calibration", there, now)
-    sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
-    if sizes != checkpoint.shards:
-        refuse("source", sizes, checkpoint.shards)
-    done, total = 0, sum(sizes.values())
-    for shard in index.source.shards:
-        if checkpoint.shard_sha256(shard.name) != shard.sha256:
-            refuse("source", f"{shard.name} {shard.sha256}", "other contents")
-        done += shard.size_bytes
-        if progress:
-            progress("comparing the source", done, total)
 
 
 def _keep_first_error(running: dict[Future[dict[str, Any]], int]) -> None:

@@ -262,7 +262,7 @@ def test_resume_by_another_code_version_is_refused(
 ) -> None:
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    monkeypatch.setattr(convert_module, "__version__", "99.0")
+    monkeypatch.setattr("converter.identity.__version__", "99.0")
     with pytest.raises(OutputError, match="another code"):
         convert(source, out)
 

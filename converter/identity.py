@@ -1,0 +1,73 @@
+"""What a conversion is a conversion of: compared before one is resumed or called complete."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from converter import __version__, calibration
+from converter.calibration_text import CalibrationTokens
+from converter.sizes import CHUNK_WEIGHTS
+from converter.solver import Solver
+from converter.source import Checkpoint
+from formats.errors import OutputError
+from formats.index import Recipe, read_index
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done bytes, total bytes); bytes are the source's."""
+
+
+def calibration_version(tokens: CalibrationTokens) -> str:
+    """What the bytes of a calibrated conversion depend on besides the recipe."""
+    return f"{calibration.VERSION}, tokens {tokens.sha256}"
+
+
+def fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, codec: str, solver: Solver, tokens: CalibrationTokens | None
+) -> dict[str, Any]:
+    """What must be the same for a resume."""
+    calibrated = {"calibration": calibration_version(tokens)} if tokens else {}
+    return calibrated | {
+        "source": {name: checkpoint.shard_sample(name) for name in checkpoint.shards},
+        "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
+        "recipe": msgspec.to_builtins(recipe),
+        "codec": codec,
+        "code": {"moe-convert": __version__, "chunk_weights": CHUNK_WEIGHTS, "solver": solver.version},
+    }
+
+
+def check_complete(
+    out: Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    codec: str,
+    tokens: CalibrationTokens | None,
+    progress: Progress | None,
+) -> None:
+    """OutputError unless the complete conversion in `out` is of this source by this recipe."""
+    index = read_index(out)
+    hint = "choose another --out-dir, or add --force to replace it"
+
+    def refuse(what: str, there: Any, now: Any) -> None:
+        raise OutputError(f"{out} holds a complete conversion with another {what}: {there!r} there, {now!r} now", hint)
+
+    for field in recipe.__struct_fields__:
+        if getattr(index.recipe, field) != getattr(recipe, field):
+            refuse(f"recipe ({field})", getattr(index.recipe, field), getattr(recipe, field))
+    if index.layers[0].experts[0].codec != codec:
+        refuse("codec", index.layers[0].experts[0].codec, codec)
+    there, now = index.producer.versions.get("calibration"), calibration_version(tokens) if tokens else None
+    if there != now:
+        refuse("calibration", there, now)
+    sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
+    if sizes != checkpoint.shards:
+        refuse("source", sizes, checkpoint.shards)
+    done, total = 0, sum(sizes.values())
+    for shard in index.source.shards:
+        if checkpoint.shard_sha256(shard.name) != shard.sha256:
+            refuse("source", f"{shard.name} {shard.sha256}", "other contents")
+        done += shard.size_bytes
+        if progress:
+            progress("comparing the source", done, total)
