@@ -2,10 +2,8 @@
 
 import ctypes
 import functools
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from converter.solver import NonFiniteWeightsError, SquaredError
 from formats.errors import MoeConvertError, SourceError
+from formats.libraries import library_paths
 from formats.packing import PACKINGS, Packing, packing_named, tiles_of
 
 LIBRARY = "libmoe_solver.so"
@@ -306,11 +305,10 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     """The library, or the reason why there is none."""
-    folders = [Path(__file__).parent, Path(sysconfig.get_path("platlib")) / "converter"]
-    paths = [folder / LIBRARY for folder in folders]
+    paths = library_paths("converter", LIBRARY)
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        places = " nor in ".join(dict.fromkeys(map(str, folders)))
+        places = " nor in ".join(str(path.parent) for path in paths)
         return f"no native solver ({LIBRARY} is not in {places}): install a C++20 compiler and reinstall moe-convert"
     try:
         library = ctypes.CDLL(str(path))

@@ -9,10 +9,11 @@ import ctypes
 import functools
 import logging
 import sys
-import sysconfig
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
+
+from formats.libraries import library_paths
 
 _log = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 def _candidates() -> list[Path]:
     name = "libmoe_kernels.dylib" if sys.platform == "darwin" else "libmoe_kernels.so"
-    # An editable install leaves the built library in platlib, away from this file.
-    return [Path(__file__).parent / name, Path(sysconfig.get_path("platlib")) / "loader" / name]
+    return library_paths("loader", name)
 
 
 @functools.lru_cache(maxsize=1)
