@@ -1,7 +1,8 @@
 """Speed of a converted model through transformers' generate, attention and Python included, everything in RAM.
 
 decode   ms per token and layer of 64 tokens after a prompt of 32, beside a streaming sum over the experts' bytes
-parts    where that time goes: native calls (attention and router, experts, head), the rest
+parts    where that time goes: the native call and the rest; and, with the layers called one by one, the native calls of
+         attention and router, experts, and head
 prompt   tokens a second of one forward pass over 512 tokens, logits of the last one
 busy     (--busy) decode with a spinning process on one core: median, p99 and largest ms per layer
 compare  (--compare) decode with one measure and without it, in turn
@@ -63,7 +64,10 @@ class Bench:
         self.ids = torch.randint(5, self.model.config.vocab_size, (1, prompt), generator=generator)
         layers = self.model.model.layers
         # One list of experts of one size each, for the sum; reading them also brings them into RAM.
-        self.experts = [list(layer.mlp.experts._cache.get(i, range(8)).values()) for i, layer in enumerate(layers)]
+        self.experts = []
+        for number, layer in enumerate(layers):
+            with layer.mlp.experts.cache.lease(number, range(8)) as lease:
+                self.experts.append(list(lease.all().values()))
         top_k = self.model.config.num_experts_per_tok
         expert_bytes = top_k * sum(experts[0].numel() for experts in self.experts)
         packed = [b.numel() for name, b in self.model.named_buffers() if name.endswith(".packed")]
@@ -113,8 +117,22 @@ class Bench:
         }
 
     def parts(self) -> dict[str, Any]:
-        """ms per layer inside the native calls (up to the router, experts, head), and elsewhere."""
-        spent = {"attention_and_router": 0.0, "experts": 0.0, "head": 0.0}
+        """ms per layer inside the one native call of a token and elsewhere; and inside the calls of its parts."""
+        step = self.model._one_token._step
+        native, ms = self._timed({"native": [(step, "_run")]})
+        steps = [layer._step for layer in self.model.model.layers]
+        calls = {
+            "attention_and_router": [(step, "_begin") for step in steps],
+            "experts": [(step, "_end") for step in steps],
+            "head": [(kernels, "linear_bf16")],
+        }
+        with layer_by_layer():
+            parts, _ = self._timed(calls)
+        return native | {"rest": ms - native["native"]} | parts
+
+    def _timed(self, calls: dict[str, list[tuple[Any, str]]]) -> tuple[dict[str, float], float]:
+        """ms per token and layer inside each group of functions, and of the whole."""
+        spent = dict.fromkeys(calls, 0.0)
 
         def timed(part: str, inner: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
@@ -127,14 +145,12 @@ class Bench:
 
         clock = Clock(lambda: spent.update(dict.fromkeys(spent, 0.0)))
         with ExitStack() as stack:
-            for layer in self.model.model.layers:
-                step = layer._step
-                stack.enter_context(replaced(step, "_begin", timed("attention_and_router", step._begin)))
-                stack.enter_context(replaced(step, "_end", timed("experts", step._end)))
-            stack.enter_context(replaced(kernels, "linear_bf16", timed("head", kernels.linear_bf16)))
+            for part, functions in calls.items():
+                for owner, name in functions:
+                    stack.enter_context(replaced(owner, name, timed(part, getattr(owner, name))))
             ms = self.decode_ms(clock)
-        result = {part: total / len(ms) / self.layers for part, total in spent.items()}
-        return result | {"rest": sum(ms) / len(ms) / self.layers - sum(result.values())}
+        per_layer = len(ms) * self.layers
+        return {part: total / per_layer for part, total in spent.items()}, sum(ms) / per_layer
 
     def prompt(self, length: int, repeats: int) -> dict[str, Any]:
         """Tokens a second of a prompt."""
@@ -204,15 +220,27 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+@contextmanager
+def layer_by_layer(*others: Any) -> Iterator[None]:
+    """No native call for a whole token inside; and `others`."""
+    from loader import token_forward
+
+    with ExitStack() as stack:
+        for context in (replaced(token_forward.TokenForward, "__call__", lambda *_: None), *others):
+            stack.enter_context(context)
+        yield
+
+
 def _measures() -> dict[str, Callable[[], Any]]:
     from loader import attention, growing_cache, head, layer, torch_threads
 
     return {
-        "torch-threads": lambda: replaced(torch_threads, "FEW_TOKENS", 0),
+        "whole-token": layer_by_layer,
+        "torch-threads": lambda: layer_by_layer(replaced(torch_threads, "FEW_TOKENS", 0)),
         "native-steps": lambda: replaced(attention.PackedAttention, "is_plain", lambda self: False),
-        "whole-layer": lambda: replaced(layer, "are_heard", lambda modules: True),
+        "whole-layer": lambda: layer_by_layer(replaced(layer.PackedDecoderLayer, "_is_heard", lambda self: True)),
         "growing-cache": lambda: replaced(growing_cache.GrowingLayer, "update", growing_cache.DynamicLayer.update),
-        "head": lambda: replaced(head, "FEW_TOKENS", 0),
+        "head": lambda: layer_by_layer(replaced(head, "FEW_TOKENS", 0)),
     }
 
 

@@ -1,7 +1,8 @@
-"""An expert's packed bytes from a converted folder, over mmap or over pread."""
+"""Experts' packed bytes from a converted folder, step by step, over maps or by direct reads."""
 
+import hashlib
 import mmap
-import os
+import time
 from abc import ABC, abstractmethod
 from types import TracebackType
 
@@ -9,42 +10,146 @@ import torch
 import zstandard
 from torch import Tensor
 
+from formats import ALIGNMENT_BYTES
 from formats.artifact import Artifact
 from formats.errors import DamageError
-from formats.paths import open_regular
+
+PIECE_BYTES = 4 << 20
+"""What is read between two looks at whether something else has become more urgent."""
+
+_PAUSES_S = (0.0, 0.1)
+"""Before each repetition of a read that the system refused."""
+
+
+def aligned_bytes(n_bytes: int) -> Tensor:
+    """Fresh zeros on a page boundary, as direct reads need them: uint8 [n_bytes rounded up to ALIGNMENT_BYTES]."""
+    size = max(1, -(-n_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
+    # Private: shared memory gets no huge pages, and a forked child would write into it.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class Load:
+    """One expert on its way into memory. Call `step` until `remaining` is 0, then `result`. For one thread at a time.
+
+    `place` is where its stored bytes come to lie: uint8, at least [length].
+    """
+
+    def __init__(self, reader: "ExpertReader", layer: int, expert: int, place: Tensor, buffer: Tensor | None) -> None:
+        self._reader = reader
+        self._layer, self._expert = layer, expert
+        self._place, self._buffer = place, buffer
+        self._length = reader.artifact.entry(layer, expert).length
+        self.done = 0
+
+    @property
+    def remaining(self) -> int:
+        """Stored bytes that have not been read."""
+        return self._length - self.done
+
+    def step(self, at_most: int | None = None) -> int:
+        """Reads on, at most so many bytes (rounded up to ALIGNMENT_BYTES), by default all. Gives how many were read.
+
+        A refused read is tried again; then, and where the file has become shorter, DamageError names file, layer,
+        expert and offset.
+        """
+        begin, end = self.done, self._length
+        if at_most is not None:
+            end = min(end, begin + -(-at_most // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
+        for pause_s in (*_PAUSES_S, None):
+            try:
+                self._reader.fetch(self._layer, self._expert, self._place, begin, end)
+                break
+            except OSError as e:
+                if pause_s is None:
+                    place = self._reader.name(self._layer, self._expert)
+                    raise DamageError(f"{place}: cannot be read: {e.strerror or e}", "check the disk") from None
+                time.sleep(pause_s)
+        self.done = end
+        return end - begin
+
+    def result(self) -> Tensor:
+        """The expert's bytes as its packings lay them out: uint8 [n_bytes], read-only by agreement.
+
+        Raises DamageError if a frame is broken, or if the reader checks and the sha256 is not the index's.
+        """
+        stored = self._place[: self._length]
+        self._reader.check(self._layer, self._expert, stored)
+        if self._buffer is None:
+            return stored
+        return self._reader.decode(self._layer, self._expert, stored, self._buffer)
 
 
 class ExpertReader(ABC):
-    """Gives experts' packed bytes; several threads may read at once. Close it, or use it as a context."""
+    """Gives experts' packed bytes; several threads may read at once. Close it, or use it as a context.
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
+    With `check`, an expert's sha256 is compared with the index's when it is read for the first time.
+    """
+
+    def __init__(self, artifact: Artifact, *, check: bool = False) -> None:
+        self.artifact = artifact
+        self._unchecked = {(e.layer, e.expert) for file in artifact.index.layers for e in file.experts} if check else ()
+
+    @abstractmethod
+    def in_place(self, layer: int, expert: int) -> bool:
+        """Whether the expert needs no buffer: its bytes are used where they lie."""
+
+    @abstractmethod
+    def load(self, layer: int, expert: int, buffer: Tensor | None) -> Load:
+        """Begins to read an expert; nothing is read before the first step. `buffer`, uint8 from `aligned_bytes` of at
+        least the expert's n_bytes, receives it; None where the expert is `in_place`."""
 
     def read(self, layer: int, expert: int) -> Tensor:
-        """The expert's bytes as its packings lay them out, decoded: uint8 [n_bytes]. Treat it as read-only.
+        """The whole expert at once, uint8 [n_bytes], where it lies or in memory of its own. Errors as `Load`."""
+        fits = None if self.in_place(layer, expert) else aligned_bytes(self.artifact.layout(layer, expert).n_bytes)
+        load = self.load(layer, expert, fits)
+        load.step()
+        return load.result()
 
-        Raises DamageError naming file, layer, expert and offset if the file has become shorter or a frame is broken.
-        """
-        entry = self._artifact.entry(layer, expert)
-        stored = self.read_stored(layer, expert)
-        if entry.codec == "none":
-            return stored
-        n_bytes = self._artifact.layout(layer, expert).n_bytes
-        frame = stored.numpy().data
+    @abstractmethod
+    def fetch(self, layer: int, expert: int, place: Tensor, begin: int, end: int) -> None:
+        """Brings the stored bytes [begin, end) of an expert to `place`; OSError or DamageError. For `Load`."""
+
+    def forget(self, layer: int, expert: int) -> None:  # noqa: B027
+        """Gives back the memory of an expert that was used where it lies; nothing to do for one in a buffer."""
+
+    def check(self, layer: int, expert: int, stored: Tensor) -> None:
+        """DamageError if the sha256 of `stored` is wanted and differs."""
+        if (layer, expert) not in self._unchecked:
+            return
+        expected = self.artifact.entry(layer, expert).sha256
+        found = hashlib.sha256(stored.numpy().data).hexdigest()
+        if found != expected:
+            raise DamageError(
+                f"{self.name(layer, expert)}: the sha256 is {found}, the index says {expected}",
+                f"moe-convert verify {self.artifact.folder}",
+            )
+        self._unchecked.discard((layer, expert))  # type: ignore[union-attr]
+
+    def decode(self, layer: int, expert: int, stored: Tensor, buffer: Tensor) -> Tensor:
+        """The expert's bytes of what is stored, in `buffer`."""
+        n_bytes = self.artifact.layout(layer, expert).n_bytes
+        frame, room = stored.numpy().data, buffer[:n_bytes]
         try:
-            # The decompressor allocates whatever a frame says of itself: ask first.
+            # The frame's own word first: a decompressor takes whatever memory it asks for.
             declared = zstandard.get_frame_parameters(frame).content_size
             if declared != n_bytes:
-                place = self._place(layer, expert)
+                place = self.name(layer, expert)
                 raise DamageError(f"{place}: zstd frame of {declared} bytes, the expert takes {n_bytes}")
             decoded = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as e:
-            raise DamageError(f"{self._place(layer, expert)}: broken zstd frame: {e}") from None
-        return torch.frombuffer(bytearray(decoded), dtype=torch.uint8)
+            raise DamageError(f"{self.name(layer, expert)}: broken zstd frame: {e}") from None
+        room.numpy().data[:] = decoded
+        return room
 
-    @abstractmethod
-    def read_stored(self, layer: int, expert: int) -> Tensor:
-        """The expert's bytes as they stand in the file: uint8 [length]. Errors as `read`."""
+    def name(self, layer: int, expert: int) -> str:
+        """File, layer, expert and offset, for messages."""
+        entry = self.artifact.entry(layer, expert)
+        file = self.artifact.folder / self.artifact.index.layers[layer].file
+        return f"{file}: layer {layer} expert {expert} at offset {entry.offset}"
 
     @abstractmethod
     def close(self) -> None:
@@ -57,70 +162,3 @@ class ExpertReader(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _place(self, layer: int, expert: int) -> str:
-        entry = self._artifact.entry(layer, expert)
-        file = self._artifact.folder / self._artifact.index.layers[layer].file
-        return f"{file}: layer {layer} expert {expert} at offset {entry.offset}"
-
-
-class MmapReader(ExpertReader):
-    """Experts as views of maps: no copy, the page cache is the cache.
-
-    A file that is cut while it is mapped kills the process with SIGBUS; `PreadReader` raises instead.
-    """
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(artifact)
-        self._maps: list[Tensor] = []
-        for layer, file in enumerate(artifact.index.layers):
-            descriptor = open_regular(artifact.layer_path(layer))
-            try:
-                if os.fstat(descriptor).st_size != file.size_bytes:
-                    raise DamageError(f"{artifact.folder / file.file}: its size changed since the folder was opened")
-                # A private writable map: torch has no read-only tensors, and a stray write must not reach the file.
-                mapped = mmap.mmap(descriptor, file.size_bytes, access=mmap.ACCESS_COPY)
-            finally:
-                os.close(descriptor)
-            self._maps.append(torch.frombuffer(mapped, dtype=torch.uint8))
-
-    def read_stored(self, layer: int, expert: int) -> Tensor:
-        entry = self._artifact.entry(layer, expert)
-        return self._maps[layer][entry.offset : entry.offset + entry.length]
-
-    def close(self) -> None:
-        self._maps.clear()
-
-
-class PreadReader(ExpertReader):
-    """Experts read into memory of their own, one call an expert."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        super().__init__(artifact)
-        self._descriptors: list[int] = []
-        try:
-            for layer in range(len(artifact.index.layers)):
-                self._descriptors.append(open_regular(artifact.layer_path(layer)))
-        except BaseException:
-            self.close()
-            raise
-
-    def read_stored(self, layer: int, expert: int) -> Tensor:
-        entry = self._artifact.entry(layer, expert)
-        result = torch.empty(entry.length, dtype=torch.uint8)
-        view = result.numpy().data
-        done = 0
-        while done < entry.length:
-            count = os.preadv(self._descriptors[layer], [view[done:]], entry.offset + done)
-            if count == 0:
-                raise DamageError(f"{self._place(layer, expert)}: the file ends after {done} of {entry.length} bytes")
-            done += count
-        return result
-
-    def close(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
-
-
-READERS: dict[str, type[ExpertReader]] = {"mmap": MmapReader, "pread": PreadReader}

@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from loader.growing_cache import growing_layer
-from loader.kernels import PackedMatrix
+from loader.kernels import DTYPES, PackedMatrix
 from loader.listeners import are_heard
 from loader.modules import PackedLinear
-from loader.step_kernels import DTYPES, AttentionStep, AttentionWeights
+from loader.step_kernels import AttentionStep, AttentionWeights
 
 _MULTIPLE = 16
 """Head widths that the native step takes are multiples of it."""
@@ -58,7 +58,7 @@ class PackedAttention(MixtralAttention):  # type: ignore[misc]
         if (
             step is not None
             and step.dtype is dtype
-            and step.weights.q.tiles is self._modules["q_proj"]._buffers["packed"]
+            and step.weights.q.tiles is self._modules["q_proj"]._buffers.get("packed")
         ):
             return step
         projections = self.q_proj, self.k_proj, self.v_proj, self.o_proj

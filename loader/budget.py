@@ -1,12 +1,13 @@
 """Memory budgets: what `auto` means, how many experts a budget holds."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from formats.artifact import Artifact
-from formats.errors import DoesNotFitError
+from formats.errors import DoesNotFitError, RecipeError
 from formats.sizes import parse_size
 
 RESERVE_BYTES = 512 << 20
@@ -33,22 +34,56 @@ def ram_budget(ram_cache: int | str, artifact: Artifact) -> int:
     return max(0, available - artifact.index.trunk.size_bytes - max(RESERVE_BYTES, total // RESERVE_SHARE))
 
 
-def slots_per_layer(budget_bytes: int, artifact: Artifact) -> int:
-    """How many experts of each layer `budget_bytes` hold, at most all.
+def aside_bytes(artifact: Artifact, aside: int) -> int:
+    """What `aside` experts outside of the slots take: as many of each size that there is."""
+    return aside * sum(set(expert_bytes_by_layer(artifact)))
 
-    DoesNotFitError if not even one token's experts fit.
+
+def slots_by_layer(budget_bytes: int, artifact: Artifact, aside: int, *, all_in_place: bool) -> tuple[int, ...]:
+    """How many experts of each layer `budget_bytes` hold, at most all: the same number in each layer, and one more in
+    as many layers, evenly spread, as the rest of the budget allows.
+
+    `aside` more are on their way beside the slots, which the budget holds too; unless all experts fit it and are used
+    where they lie (`all_in_place`). DoesNotFitError if not even those on their way fit.
     """
-    architecture = artifact.architecture
-    slot_bytes = sum(expert_bytes_by_layer(artifact))
-    slots = min(budget_bytes // slot_bytes, architecture.num_local_experts)
-    if slots < architecture.num_experts_per_tok:
-        least = slot_bytes * architecture.num_experts_per_tok
-        need = f"{architecture.num_experts_per_tok} experts in each of {architecture.num_hidden_layers} layers"
+    sizes = expert_bytes_by_layer(artifact)
+    most = artifact.architecture.num_local_experts
+    if all_in_place and budget_bytes >= most * sum(sizes):
+        return (most,) * len(sizes)
+    need = aside_bytes(artifact, aside)
+    left = budget_bytes - need
+    if left < 0:
         raise DoesNotFitError(
-            f"{artifact.folder}: the expert cache of {budget_bytes} bytes must hold {need}: {least} bytes",
-            f"free memory, or give a budget of at least {math.ceil(least / 2**20)}MiB, or convert to fewer bits",
+            f"{artifact.folder}: the expert cache of {budget_bytes} bytes must hold {aside} experts on their way: "
+            f"{need} bytes",
+            f"free memory, or give a budget of at least {math.ceil(need / 2**20)}MiB, or convert to fewer bits",
         )
-    return slots
+    slots = [min(left // sum(sizes), most)] * len(sizes)
+    left -= slots[0] * sum(sizes)
+    if slots[0] < most:
+        for layer in _evenly_spread(len(sizes)):
+            if sizes[layer] <= left:
+                slots[layer] += 1
+                left -= sizes[layer]
+    return tuple(slots)
+
+
+def check_slots(slots: Sequence[int], artifact: Artifact) -> None:
+    """RecipeError unless `slots` has a possible number for each layer."""
+    architecture = artifact.architecture
+    most = architecture.num_local_experts
+    if len(slots) != architecture.num_hidden_layers:
+        raise RecipeError(f"slots: {len(slots)} numbers for {architecture.num_hidden_layers} layers")
+    for layer, count in enumerate(slots):
+        if not 0 <= count <= most:
+            raise RecipeError(f"slots: {count} for layer {layer}; expected is 0 to {most}")
+
+
+def _evenly_spread(count: int) -> list[int]:
+    """0 ... count - 1, so that each beginning of the list is spread over the whole range."""
+    bits = max(1, (count - 1).bit_length())
+    reverse = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
+    return [number for number in reverse if number < count]
 
 
 def available_memory() -> tuple[int, int]:

@@ -1,117 +1,152 @@
-"""Experts' packed bytes in RAM: the same number of slots in each layer, filled from the files on demand."""
+"""Experts' packed bytes in memory: slots in each layer, filled from the files on demand, and ahead of it."""
 
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
-from formats.artifact import Artifact
 from formats.reader import ExpertReader
 from loader.budget import expert_bytes_by_layer
-from loader.policy import LruPolicy, Policy
+from loader.buffers import BufferPool
+from loader.fetcher import Fetcher
+from loader.lease import Lease
+from loader.policy import LrfuPolicy, Policy
+from loader.prefetch import Prefetcher
+from loader.slots import Aside, LayerSlots
 from loader.stats import LayerStats, MoeStats
+from loader.streaming import stream
 
 
 class ExpertSource(Protocol):
     """What the layers ask for experts; `ExpertCache` is the one that there is."""
 
-    slots: int
+    def lease(self, layer: int, experts: Sequence[int]) -> Lease:
+        """One token's different `experts` of `layer`, by rank, for as long as the lease is held."""
 
-    def get(self, layer: int, experts: Sequence[int]) -> dict[int, Tensor]:
-        """The bytes of `experts` of `layer`: uint8 [n_bytes] each."""
+    def wants_to_guess(self, layer: int) -> bool:
+        """Whether `look_ahead` from `layer` can bring anything."""
 
+    def look_ahead(self, layer: int, x: Tensor) -> None:
+        """While a lease is held: x [1, hidden] went into the router of `layer`, guess from it."""
 
-@dataclass
-class _Layer:
-    policy: Policy
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    blobs: dict[int, Tensor] = field(default_factory=dict)
-    stats: LayerStats = field(default_factory=LayerStats)
-    hits: int = 0
-    """Of calls without a miss; the rest is in `stats`."""
+    def stream(self, layer: int, experts: Sequence[int], x: Tensor, *, ascending: bool) -> Iterator[dict[int, Tensor]]:
+        """Many tokens' different `experts` of `layer`, in the order of their last use (loader/streaming.py); the router
+        saw x [T, hidden]."""
 
 
 class ExpertCache:
-    """A cache of `slots` experts a layer over a reader.
+    """A cache over a reader, which it closes: `slots` experts in each layer (one number, or one for each layer), and
+    at most `aside` experts more that are on their way or used once.
 
-    With `keep_views`, what the reader gives is kept as it is; without, it is copied, so that a slot over a map is
-    memory of its own and what is evicted is given back. The masters are the files: eviction costs nothing.
-    Thread safe; a blob stays valid for as long as it is held, also after its eviction.
+    Experts that need no buffer (`ExpertReader.in_place`) are used where they lie; others have buffers, as many as
+    slots and `aside`. Eviction costs nothing: the masters are the files. Thread safe.
+
+    A lease's experts are used by rank, the last one latest. Hits are counted before misses come in, and no expert of a
+    lease makes room for another of it.
     """
 
     def __init__(
         self,
-        artifact: Artifact,
         reader: ExpertReader,
-        slots: int,
+        slots: int | Sequence[int],
         *,
-        keep_views: bool = True,
-        policy: Callable[[], Policy] = LruPolicy,
+        aside: int = 2,
+        policy: Callable[[], Policy] = LrfuPolicy,
     ) -> None:
-        if not 1 <= slots <= artifact.architecture.num_local_experts:
-            raise ValueError(f"{slots} slots for {artifact.architecture.num_local_experts} experts a layer")
-        self.slots = slots
-        self._artifact = artifact
-        self._reader = reader
-        self._keep_views = keep_views
-        self._slot_bytes = slots * sum(expert_bytes_by_layer(artifact))
-        self._layers = [_Layer(policy()) for _ in range(artifact.architecture.num_hidden_layers)]
+        sizes = expert_bytes_by_layer(reader.artifact)
+        experts = reader.artifact.architecture.num_local_experts
+        self.slots = (slots,) * len(sizes) if isinstance(slots, int) else tuple(slots)
+        if len(self.slots) != len(sizes) or not all(0 <= n <= experts for n in self.slots) or aside < 1:
+            raise ValueError(f"{slots} slots and {aside} aside for {experts} experts in each of {len(sizes)} layers")
+        self._experts = experts
+        self._fetcher = Fetcher()
+        self._lock = self._fetcher.lock
+        self._sides = _sides(reader, sizes, self.slots, aside)
+        self._layers = [
+            LayerSlots(layer, count, policy(), self._sides[sizes[layer]], reader, self._fetcher)
+            for layer, count in enumerate(self.slots)
+        ]
+        self._slot_bytes = sum(count * size for count, size in zip(self.slots, sizes, strict=True))
+        self._wait_s = 0.0
+        self.prefetcher: Prefetcher | None = None
+        self.close = weakref.finalize(self, _close, self._fetcher, reader)
+        """Ends the reading threads and closes the files; also when the cache is collected."""
 
-    def get(self, layer: int, experts: Sequence[int]) -> dict[int, Tensor]:
-        """The packed bytes of the different `experts` of `layer`, uint8 [n_bytes] each, read-only; in the order given,
-        the last one being the most recently used. At most `slots` at a time. Errors as `ExpertReader.read`.
+    def lease(self, layer: int, experts: Sequence[int]) -> Lease:
+        """One token's `experts`, at most `aside` more than the layer has slots; what is missing is being read when this
+        returns. Afterwards the slots hold the last of them."""
+        with self._lock:
+            return Lease(self._layers[layer], experts, self._lock, self._drop_guesses, self._waited)
 
-        Hits are counted before misses come in, and no expert of this call makes room for another of it.
-        """
-        if len(experts) > self.slots or len(set(experts)) != len(experts):
-            raise ValueError(f"asked for experts {list(experts)} of a cache with {self.slots} slots a layer")
-        state = self._layers[layer]
-        with state.lock:
-            blobs = state.blobs
-            if all(expert in blobs for expert in experts):
-                # The usual case while decoding, kept short.
-                state.hits += len(experts)
-                for expert in experts:
-                    state.policy.touch(expert)
-                return {expert: blobs[expert] for expert in experts}
-            misses = [expert for expert in experts if expert not in state.blobs]
-            evictions = max(0, len(state.blobs) + len(misses) - self.slots)
-            # First out, then in: the budget holds at every moment.
-            for _ in range(evictions):
-                del state.blobs[state.policy.victim(experts)]
-            state.stats += LayerStats(hits=len(experts) - len(misses), evictions=evictions)
-            for expert in misses:
-                blob = self._read(layer, expert)
-                # Known to the policy at once: if the next read fails, the two must not disagree.
-                state.blobs[expert] = blob
-                state.policy.touch(expert)
-                state.stats += LayerStats(misses=1, bytes_read=self._artifact.entry(layer, expert).length)
+    def stream(self, layer: int, experts: Sequence[int], x: Tensor, *, ascending: bool) -> Iterator[dict[int, Tensor]]:
+        """Many tokens' experts, as many as there are, in parts (loader/streaming.py)."""
+        return stream(
+            self._layers[layer],
+            experts,
+            self._lock,
+            self._drop_guesses,
+            partial(self.look_ahead, layer, x),
+            self._waited,
+            ascending=ascending,
+        )
+
+    def wants_to_guess(self, layer: int) -> bool:
+        """Whether `look_ahead` from `layer` can bring anything."""
+        after = layer + 1
+        return bool(self.prefetcher and after < len(self._layers) and len(self._layers[after].held) < self._experts)
+
+    def look_ahead(self, layer: int, x: Tensor) -> None:
+        """Begins to read what the prefetcher, if there is one, guesses from x [T, hidden], the router's input."""
+        if not self.prefetcher or not self.wants_to_guess(layer):
+            return
+        if guesses := self.prefetcher.guess(layer, x):
+            self.guess(layer + 1, guesses)
+        if layer == 0:
+            self.prefetcher.weigh(self.stats().total)
+
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        """Begins to read those of `experts` that are not there, the first ones first, while there is room aside."""
+        with self._lock:
+            # Guesses for other layers are leftovers of something that was interrupted.
+            self._drop_guesses(but=layer)
             for expert in experts:
-                state.policy.touch(expert)
-            return {expert: state.blobs[expert] for expert in experts}
+                if not self._layers[layer].guess(expert):
+                    break
 
     def stats(self) -> MoeStats:
         """A snapshot of the counters."""
-        return MoeStats(
-            tuple(layer.stats + LayerStats(layer.hits) for layer in self._layers), self.slots, self._slot_bytes
-        )
+        with self._lock:
+            layers = tuple(layer.stats + LayerStats(layer.hits) for layer in self._layers)
+            return MoeStats(layers, self.slots, self._slot_bytes, self._wait_s, self._fetcher.busy_s)
 
     def reset_stats(self) -> None:
         """Sets the counters to zero; the slots keep what they hold."""
-        for layer in self._layers:
-            with layer.lock:
+        with self._lock:
+            for layer in self._layers:
                 layer.stats, layer.hits = LayerStats(), 0
+            self._wait_s = self._fetcher.busy_s = 0.0
 
-    def clear(self) -> None:
-        """Empties all slots."""
-        for layer in self._layers:
-            with layer.lock:
-                for _ in range(len(layer.blobs)):
-                    del layer.blobs[layer.policy.victim(())]
+    def _drop_guesses(self, but: int = -1) -> None:
+        for slots in self._layers:
+            if slots.outside and slots.layer != but:
+                slots.drop_guesses()
 
-    def _read(self, layer: int, expert: int) -> Tensor:
-        blob = self._reader.read(layer, expert)
-        stored_as_is = self._artifact.entry(layer, expert).codec == "none"
-        return blob.clone() if stored_as_is and not self._keep_views else blob
+    def _waited(self, seconds: float) -> None:
+        self._wait_s += seconds
+
+
+def _sides(reader: ExpertReader, sizes: list[int], slots: Sequence[int], aside: int) -> dict[int, Aside]:
+    """Size of an expert -> what the layers with such experts share: the room beside the slots, and the buffers."""
+    in_place = all(reader.in_place(layer, 0) for layer in range(len(sizes)))
+    result = {}
+    for size in set(sizes):
+        count = sum(n for n, other in zip(slots, sizes, strict=True) if other == size)
+        result[size] = Aside(aside, None if in_place else BufferPool(size, count + aside))
+    return result
+
+
+def _close(fetcher: Fetcher, reader: ExpertReader) -> None:
+    fetcher.close()
+    reader.close()

@@ -8,6 +8,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 LEAST_POSITIONS = 256
 
+Kind = tuple[int, int, torch.dtype]
+"""Heads, head width and dtype of a layer's keys and values."""
+
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """transformers' DynamicLayer over memory with room to spare: `keys` and `values` are views of its beginning.
@@ -22,6 +25,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Positions of the memory that are the keys and values; None where those were assigned."""
     _place: tuple[int, int, int] | None = None
     """Addresses of the memory's keys and values, and its capacity, where native code may write one sequence."""
+    _kind: Kind | None = None
+    """What `_place` was checked for."""
 
     @property
     def keys(self) -> Any:
@@ -82,15 +87,23 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             self._shown, self._memory, self._place = None, memory, None
         return memory
 
-    def place(self) -> tuple[int, int, int] | None:
-        """Addresses of the memory's keys and values, and its capacity, if there is room for one position more after
-        the present ones; None where `room` must see to that first."""
+    def place(self, kind: Kind) -> tuple[int, int, int] | None:
+        """Addresses of the memory's keys and values, and its capacity, if it is of `kind` and has room for one position
+        more after the present ones; None where `room` must see to that first."""
         place = self._place
-        return place if place is not None and self._shown is not None and self._shown < place[2] else None
+        if place is None or self._shown is None or self._shown >= place[2] or self._kind != kind:
+            return None
+        return place
 
-    def set_place(self, keys: Tensor, values: Tensor) -> None:
-        """Has `place` give the memory's addresses from now on: the caller has checked what `room` gave."""
+    def set_place(self, keys: Tensor, values: Tensor, kind: Kind) -> tuple[int, int, int]:
+        """Gives the memory's addresses, as `place` does from now on: the caller has checked what `room` gave."""
+        self._kind = kind
         self._place = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        return self._place
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: not the addresses, its memory lies elsewhere."""
+        return {**self.__dict__, "_place": None}
 
     def show(self, length: int) -> None:
         """Makes the first `length` positions of the memory the layer's keys and values."""
@@ -151,3 +164,14 @@ def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
         # Only the methods differ; all state that the layer has stays.
         present.__class__ = GrowingLayer
     return present if type(present) is GrowingLayer else None
+
+
+def growing_layers(cache: Cache | None, count: int) -> list[GrowingLayer] | None:
+    """`growing_layer` of the layers from 0 on, if there are `count` of one length."""
+    found: list[GrowingLayer] = []
+    for number in range(count):
+        layer = growing_layer(cache, number)
+        if layer is None or (found and layer.get_seq_length() != found[0].get_seq_length()):
+            return None
+        found.append(layer)
+    return found

@@ -18,6 +18,8 @@ from loader.native_library import FIX, Expert, Matrix, find, library
 _ISA_IDS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
 _ISA_NAMES = {number: name for name, number in _ISA_IDS.items()}
 _ACCUMULATE, _PARTIAL = 1, 2
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of activations that norm and native steps take, with their numbers in moe_kernels.h."""
 _OUT_OF_MEMORY = 5
 _ERRORS = {
     1: "unknown packing",
@@ -131,6 +133,17 @@ def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"x has {columns} columns, weight has {inputs}")
     y = torch.empty((tokens, rows), dtype=torch.float32)
     _check(library().moe_linear_bf16(weight.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), tokens))
+    return y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of the rows of x [..., columns], dense, fp32 or bf16, by a weight [columns] of x's dtype: like x."""
+    columns = weight.numel()
+    if x.dtype is not weight.dtype or x.dtype not in DTYPES or x.shape[-1:] != (columns,):
+        raise ValueError(f"x of {x.dtype} {tuple(x.shape)}, weight of {weight.dtype} {tuple(weight.shape)}")
+    y = torch.empty_like(x)
+    rows = x.numel() // columns
+    _check(library().moe_rms_norm(DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), eps, columns, rows, y.data_ptr()))
     return y
 
 

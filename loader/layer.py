@@ -6,12 +6,13 @@ and a dozen module calls then cost 0.9 ms a layer (two cores, bfloat16), where t
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from loader.growing_cache import growing_layer
 from loader.layer_step import LayerStep, LayerWeights
-from loader.listeners import are_heard
+from loader.listeners import Watch
 from loader.modules import CachedExperts
 
 
@@ -24,7 +25,7 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
     """
 
     _step: LayerStep | None = None
-    _inside: list[nn.Module] | None = None
+    _watch: Watch | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As MixtralDecoderLayer.forward; hidden_states [batch, tokens, hidden]."""
@@ -41,7 +42,7 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         ):
             # 5.24 calls it cache, earlier versions past_key_values.
             past = growing_layer(kwargs.get("cache", kwargs.get("past_key_values")), attention.layer_idx)
-            step = self._native_step(hidden_states) if past is not None else None
+            step = self.native_step(hidden_states.dtype) if past is not None else None
             if past is not None and step is not None:
                 experts: Any = self._modules["mlp"]._modules["experts"]  # type: ignore[union-attr]
                 cos, sin = position_embeddings
@@ -49,12 +50,14 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         return super().forward(hidden_states, *args, **kwargs)
 
     def _is_heard(self) -> bool:
-        if self._inside is None:
-            self._inside = [module for module in self.modules() if module is not self]
-        return are_heard(self._inside)
+        if self._watch is None:
+            self._watch = Watch(self)
+        return self._watch.is_heard()
 
-    def _native_step(self, x: Tensor) -> LayerStep | None:
-        attention = self.self_attn.native_step(x.dtype)
+    def native_step(self, dtype: torch.dtype) -> LayerStep | None:
+        """The step for activations of `dtype`, or None; made when first needed: loading replaces the weights."""
+        packed: Any = self._modules["self_attn"]
+        attention = packed.native_step(dtype)
         if attention is None:
             return None
         step = self._step
@@ -63,7 +66,7 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         experts, router = self.mlp.experts, self.mlp.gate
         layout = experts.layout if type(experts) is CachedExperts else None
         norms = self.input_layernorm, self.post_attention_layernorm
-        first, second, routing = (_dense(module, x) for module in (*norms, router))
+        first, second, routing = (_dense(module, dtype) for module in (*norms, router))
         if layout is None or first is None or second is None or routing is None:
             return None
         weights = LayerWeights(first, second, routing, norms[0].variance_epsilon)
@@ -71,8 +74,8 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         return self._step
 
 
-def _dense(module: nn.Module, x: Tensor) -> Tensor | None:
+def _dense(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
     weight = module.weight
-    if isinstance(weight, Tensor) and weight.dtype is x.dtype and weight.device.type == "cpu":
+    if isinstance(weight, Tensor) and weight.dtype is dtype and weight.device.type == "cpu":
         return weight.detach().contiguous()
     return None

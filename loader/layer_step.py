@@ -1,7 +1,5 @@
 """One token's way through a whole decoder layer in two native calls, between which the experts are fetched."""
 
-import weakref
-from collections.abc import Callable
 from ctypes import byref, c_char, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -42,7 +40,7 @@ class LayerStep:
             raise ValueError(f"experts for {layout.hidden} values, attention for {hidden}")
         self.attention, self._weights, self._count = attention, weights, experts
         ids = [library().moe_packing_id(packing.name.encode()) for packing in (layout.gate_up, layout.down)]
-        self._layer = Layer(
+        self.structure = Layer(
             attention=attention.structure,
             attention_norm=weights.attention_norm.data_ptr(),
             experts_norm=weights.experts_norm.data_ptr(),
@@ -54,46 +52,45 @@ class LayerStep:
             gate_up_packing=ids[0],
             down_packing=ids[1],
         )
-        self._structure = byref(self._layer)
+        self._at = byref(self.structure)
         self._expert_bytes = kernels.expert_bytes(layout.gate_up.name, layout.down.name, hidden, layout.intermediate)
         self._index, self._scores, self._pointers = c_int64 * top_k, c_float * top_k, c_void_p * experts
         self._buffer = c_char * (hidden * attention.dtype.itemsize)
-        self._past: weakref.ref[GrowingLayer] | Callable[[], None] = lambda: None
-        """The cache layer whose memory has been compared with this layer's sizes."""
         self._begin, self._end = library().moe_layer_begin, library().moe_layer_end
 
     def run(
         self, x: Tensor, cos: Tensor, sin: Tensor, past: GrowingLayer, number: int, experts: ExpertSource
     ) -> Tensor:
         """x [1, 1, hidden], cos and sin [1, 1, head_dim] -> a tensor like x. `past` is one position longer then; the
-        experts are those of layer `number`, asked for by rank. Errors as `ExpertCache.get`; ValueError if a size is
+        experts are those of layer `number`, asked for by rank. Errors as `formats.reader.Load`; ValueError if a size is
         another."""
         length = past.get_seq_length()
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        place = past.place()
-        if place is None or past is not self._past():
-            keys, values = self.attention.room(x, cos, sin, past)
-            place = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-            past.set_place(keys, values)
-            self._past = weakref.ref(past)
-        else:
-            self.attention.check(x, cos, sin)
+        self.attention.check(x, cos, sin)
+        place = past.place(self.attention.kind) or past.set_place(*self.attention.room(past))
         keys_at, values_at, capacity = place
         residual, normed = self._buffer(), self._buffer()
         index, scores, pointers = self._index(), self._scores(), self._pointers()
         error = self._begin(
-            self._structure, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys_at, values_at, capacity,
+            self._at, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys_at, values_at, capacity,
             length, residual, normed, index, scores,
         )  # fmt: skip
         if error:
             raise ValueError(f"native attention: error {error} at position {length} of {capacity}")
-        for expert, blob in (blobs := experts.get(number, list(index))).items():
-            if blob.numel() < self._expert_bytes or not blob.is_contiguous():
-                raise ValueError(f"expert {expert}: {blob.numel()} bytes, {self._expert_bytes} needed")
-            pointers[expert] = blob.data_ptr()
-        out = torch.empty_like(x)
-        error = self._end(pointers, self._structure, index, scores, residual, normed, out.data_ptr())
+        with experts.lease(number, list(index)) as lease:
+            if experts.wants_to_guess(number):
+                experts.look_ahead(number, torch.frombuffer(normed, dtype=x.dtype)[None])
+            for expert, blob in (blobs := lease.all()).items():
+                pointers[expert] = self.address(expert, blob)
+            out = torch.empty_like(x)
+            error = self._end(pointers, self._at, index, scores, residual, normed, out.data_ptr())
         if error:
             raise ValueError(f"native experts: error {error} for {list(blobs)}")
         past.show(length + 1)
         return out
+
+    def address(self, expert: int, blob: Tensor) -> int:
+        """Where the bytes of `expert` lie; ValueError if they are too few."""
+        if blob.numel() < self._expert_bytes or not blob.is_contiguous():
+            raise ValueError(f"expert {expert}: {blob.numel()} bytes, {self._expert_bytes} needed")
+        return blob.data_ptr()

@@ -30,6 +30,27 @@ def are_heard(modules: Sequence[nn.Module]) -> bool:
     return False
 
 
+class Watch:
+    """All modules inside one, as they are now."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._inside = [
+            (parent._modules, name, child)
+            for parent in root.modules()
+            for name, child in parent._modules.items()
+            if child is not None
+        ]
+        self._modules = [child for _, _, child in self._inside]
+
+    def is_heard(self) -> bool:
+        """Whether a forward pass must really call each of them (`are_heard`), one is in training mode, or another
+        module has come in the place of one."""
+        for siblings, name, module in self._inside:
+            if siblings.get(name) is not module or module.__dict__["training"]:
+                return True
+        return are_heard(self._modules)
+
+
 def _matter(hooks: dict[int, Any]) -> bool:
     if output_capturing is None:
         return True

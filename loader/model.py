@@ -1,7 +1,7 @@
 """`from_pretrained` and `load_tokenizer`: a converted folder as a transformers model with its tokenizer."""
 
 import os
-import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -9,10 +9,13 @@ import torch
 from formats import TRUNK_NAME
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError, RecipeError
-from formats.reader import READERS
+from formats.index import Architecture
+from formats.readers import READERS
 from loader.backend import choose_backend
-from loader.budget import ram_budget, slots_per_layer
+from loader.budget import check_slots, ram_budget, slots_by_layer
 from loader.cache import ExpertCache
+from loader.policy import POLICIES
+from loader.prefetch import Prefetcher
 from loader.torch_threads import run_few_tokens_on_one_thread
 
 if TYPE_CHECKING:
@@ -27,7 +30,11 @@ def from_pretrained(
     device: str = "auto",
     dtype: torch.dtype | Literal["auto"] | None = None,
     ram_cache: int | str = "auto",
+    slots: Sequence[int] | None = None,
     io: str = "auto",
+    policy: str = "lrfu",
+    prefetch: int | str = "auto",
+    check: str = "none",
     kernels: str = "auto",
     attn_implementation: str | None = None,
 ) -> "PreTrainedModel":
@@ -35,8 +42,14 @@ def from_pretrained(
 
     device: "auto" or "cpu". dtype: of activations, norms and embeddings; None and "auto" take config.json's.
     ram_cache: what experts may take in memory, bytes or a size such as "6GiB", or "auto" (loader/budget.py).
-    io: "mmap" (the page cache is the cache), "pread" (reads into memory of its own; a file that is cut while it is in
-    use raises instead of killing the process), or "auto": mmap where all experts fit `ram_cache`, else pread.
+    slots: experts in memory for each layer, instead of what `ram_cache` holds spread evenly.
+    io: "direct" (reads into memory of its own, past the page cache), "mmap" (experts where they lie in a map; the page
+    cache is the cache; a file that is cut while it is in use kills the process), or "auto": mmap where all experts fit
+    `ram_cache`, else direct.
+    policy: which expert leaves a full layer: lrfu, lru or lfu (loader/policy.py; docs/traces.md compares them).
+    prefetch: how many experts of the next layer to guess and read ahead, 0 for none; "auto": as many as a token uses.
+    It rests by itself where it does not pay (loader/prefetch.py).
+    check: "none", or "first-touch": compare the sha256 of each expert when it is first read.
     kernels: "native", "torch" (the slow reference), or "auto". attn_implementation: as in transformers.
 
     The model has two methods more: `moe_stats()` gives a `MoeStats`, `reset_moe_stats()` sets the counters to zero.
@@ -45,25 +58,35 @@ def from_pretrained(
     DoesNotFitError if `ram_cache` does not hold one token's experts; RecipeError for an unknown option value.
     """
     _check_device(device)
-    if io != "auto" and io not in READERS:
-        raise RecipeError(f"io: {io!r} is unknown; known are auto, {', '.join(READERS)}")
+    _check_known("io", io, ("auto", *READERS))
+    _check_known("policy", policy, tuple(POLICIES))
+    _check_known("check", check, ("none", "first-touch"))
     backend = choose_backend(kernels)
     artifact = Artifact.open(folder)
-    slots = slots_per_layer(ram_budget(ram_cache, artifact), artifact)
-    all_fit = slots == artifact.architecture.num_local_experts
+    architecture = artifact.architecture
+    guesses = _guesses(prefetch, architecture)
+    aside = max(2, architecture.num_experts_per_tok)
+    if slots is None:
+        slots = _slots(artifact, ram_budget(ram_cache, artifact), io, aside)
+    else:
+        check_slots(slots, artifact)
     if io == "auto":
-        io = "mmap" if all_fit else "pread"
-    reader = READERS[io](artifact)
+        io = "mmap" if min(slots) == architecture.num_local_experts else "direct"
+    reader = READERS[io](artifact, check=check == "first-touch")
     try:
-        cache = ExpertCache(artifact, reader, slots, keep_views=io != "mmap" or all_fit)
-        weakref.finalize(cache, reader.close)
+        cache = ExpertCache(reader, slots, aside=aside, policy=POLICIES[policy])
         from loader.plugin import Parts
+        from loader.token_forward import one_token
 
         model = _load(Parts(artifact, cache, backend), dtype, attn_implementation)
     except BaseException:
         reader.close()
         raise
-    run_few_tokens_on_one_thread(model)
+    if guesses:
+        layers = model.model.layers
+        routers, norms = zip(*((x.mlp.gate.weight, x.post_attention_layernorm.weight) for x in layers), strict=True)
+        cache.prefetcher = Prefetcher(routers, norms, architecture.num_experts_per_tok, guesses)
+    run_few_tokens_on_one_thread(model, one_token)
     model.moe_stats = cache.stats
     model.reset_moe_stats = cache.reset_stats
     return model
@@ -106,6 +129,25 @@ def _load(parts: Any, dtype: Any, attn_implementation: str | None) -> Any:
             if parameter.is_floating_point() and parameter.dtype != model.config.dtype:
                 parameter.data = parameter.data.to(model.config.dtype)
     return model.eval()
+
+
+def _slots(artifact: Artifact, budget_bytes: int, io: str, aside: int) -> tuple[int, ...]:
+    codecs = {entry.codec for layer in artifact.index.layers for entry in layer.experts}
+    return slots_by_layer(budget_bytes, artifact, aside, all_in_place=io != "direct" and codecs == {"none"})
+
+
+def _guesses(prefetch: int | str, architecture: Architecture) -> int:
+    if prefetch == "auto":
+        return architecture.num_experts_per_tok
+    if isinstance(prefetch, int) and 0 <= prefetch <= architecture.num_local_experts:
+        return prefetch
+    most = architecture.num_local_experts
+    raise RecipeError(f"prefetch: {prefetch!r} is not a number of experts; expected is auto or 0 to {most}")
+
+
+def _check_known(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RecipeError(f"{option}: {value!r} is unknown; known are {', '.join(known)}")
 
 
 def _check_device(device: str) -> None:

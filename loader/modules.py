@@ -63,8 +63,8 @@ class CachedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H] in hidden_states' dtype.
 
-        Computed and summed in float32, experts in ascending order whatever the cache holds, so that a cache of any size
-        gives the same bits. Each expert is asked for once.
+        Computed and summed in float32. Each token's sum is in ascending order of the experts, or, where it has two
+        terms at most and the order changes no bit, in that of their arrival: a cache of any size gives the same bits.
         """
         if hidden_states.device.type != "cpu":
             raise MoeConvertError(
@@ -73,18 +73,22 @@ class CachedExperts(nn.Module):
         x = hidden_states.float()
         weights = top_k_weights.float()
         out = torch.zeros_like(x)
-        for experts in self._rounds(top_k_index):
-            blobs = self._cache.get(self.layer, experts)
+        if len(x) == 1:
+            # By rank: the second choice becomes the most recently used (examples/tiny-mixtral/README.md).
+            with self._cache.lease(self.layer, top_k_index[0].tolist()) as lease:
+                self._cache.look_ahead(self.layer, hidden_states)
+                self._backend.experts(lease.all(), self._layouts, x, top_k_index, weights, out)
+            return out.to(hidden_states.dtype)
+        ascending = top_k_index.shape[1] > 2
+        for blobs in self._cache.stream(self.layer, _by_last_use(top_k_index), hidden_states, ascending=ascending):
             self._backend.experts(blobs, self._layouts, x, top_k_index, weights, out)
         return out.to(hidden_states.dtype)
 
-    def _rounds(self, index: Tensor) -> list[list[int]]:
-        """The experts to use, in lists that fit the cache."""
-        if index.shape[0] == 1:
-            # By rank: the second choice becomes the most recently used (examples/tiny-mixtral/README.md).
-            return [index[0].tolist()]
-        used = torch.unique(index).tolist()
-        return [used[i : i + self._cache.slots] for i in range(0, len(used), self._cache.slots)]
-
     def extra_repr(self) -> str:
         return f"layer={self.layer}, experts={len(self._layouts)}"
+
+
+def _by_last_use(index: Tensor) -> list[int]:
+    """The different experts of index [T, k], that of the last token's last rank at the end."""
+    latest = dict.fromkeys(reversed(index.flatten().tolist()))
+    return list(reversed(latest))

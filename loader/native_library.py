@@ -17,7 +17,7 @@ from formats.libraries import library_paths
 
 _log = logging.getLogger(__name__)
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FIX = "install a C++20 compiler (gcc 11, clang 14 or newer) and reinstall: pip install --force-reinstall moe-convert"
 
 
@@ -79,6 +79,41 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Model(ctypes.Structure):
+    """moe_model."""
+
+    _fields_ = [
+        ("layers", c_void_p),
+        ("blobs", c_void_p),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("vocabulary", c_int64),
+        ("head", Matrix),
+        ("eps", c_float),
+        ("count", c_int32),
+    ]
+
+
+class Token(ctypes.Structure):
+    """moe_token."""
+
+    _fields_ = [
+        ("id", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("capacity", c_void_p),
+        ("length", c_int64),
+        ("room", c_void_p),
+        ("index", c_void_p),
+        ("weights", c_void_p),
+        ("out", c_void_p),
+        ("halves_done", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
 _P, _I, _L = c_void_p, c_int32, c_int64
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "moe_abi_version": (_I, []),
@@ -98,6 +133,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "moe_attention_step": (_I, [POINTER(Attention), _P, _P, _P, _P, _P, _L, _L, _P]),
     "moe_layer_begin": (_I, [POINTER(Layer), _P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _P]),
     "moe_layer_end": (_I, [_P, POINTER(Layer), _P, _P, _P, _P, _P]),
+    "moe_rms_norm": (_I, [_I, _P, _P, c_float, _L, _L, _P]),
+    "moe_token_step": (_I, [_P, _P]),
     "moe_stream_sum": (c_uint64, [_P, _I, _L, _L]),
     "moe_empty_region_us": (c_double, [_I]),
 }

@@ -28,9 +28,11 @@ from formats.packing import packing_named
 from loader.attention import PackedAttention
 from loader.backend import Backend
 from loader.cache import ExpertCache
+from loader.generation_inputs import prepare_tokens_in_place
 from loader.head import NativeHead
 from loader.layer import PackedDecoderLayer
 from loader.modules import CachedExperts, PackedLinear
+from loader.norm import NativeNorm
 
 METHOD = "moe_convert"
 
@@ -88,6 +90,7 @@ class MoeConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         parts = _parts()
         with torch.device("meta"):
             _swap_modules(model, parts)
+        prepare_tokens_in_place(model)
         compare_with_trunk(model, parts.artifact)
         # Fillers keep the file free of holes; they are nobody's weights.
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -129,6 +132,8 @@ def _swap_trunk_modules(model: nn.Module, native: bool) -> None:
         elif type(module) is MixtralDecoderLayer and native:
             # Only the method differs; transformers has built all that is inside.
             module.__class__ = PackedDecoderLayer
+        elif name == "model.norm" and native:
+            module.__class__ = NativeNorm
         elif name == "lm_head" and native:
             _replace(model, name, NativeHead(module.in_features, module.out_features, bias=False))
 

@@ -1,6 +1,6 @@
 """What the expert cache counted: hits, misses, evictions and bytes read, by layer and in total."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 
@@ -15,6 +15,16 @@ class LayerStats:
     misses: int = 0
     evictions: int = 0
     bytes_read: int = 0
+    guesses: int = 0
+    """Experts that were read ahead, or begun to be."""
+    useful_guesses: int = 0
+    """Those of them that were asked for; they are among the misses too."""
+    early_bytes: int = 0
+    """What of useful guesses had been read when they were asked for."""
+    wasted_bytes: int = 0
+    """What was read of the other guesses; not in `bytes_read`."""
+    delays: int = 0
+    """Reads on demand that began while a guess was being read."""
 
     @property
     def hit_ratio(self) -> float:
@@ -22,22 +32,27 @@ class LayerStats:
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0
 
+    @property
+    def recall(self) -> float:
+        """Share of the misses that had been guessed, 0.0 where there were none."""
+        return self.useful_guesses / self.misses if self.misses else 0.0
+
     def __add__(self, other: "LayerStats") -> "LayerStats":
-        return LayerStats(
-            self.hits + other.hits,
-            self.misses + other.misses,
-            self.evictions + other.evictions,
-            self.bytes_read + other.bytes_read,
-        )
+        return LayerStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class MoeStats:
-    """A snapshot of a model's cache: `slots` experts a layer fit it, `slot_bytes` are what all slots can hold."""
+    """A snapshot of a model's cache: `slots` experts of each layer fit it, `slot_bytes` are what all slots can hold.
+
+    `wait_s`: seconds in which a forward pass waited for reads. `busy_s`: seconds with a read under way.
+    """
 
     layers: tuple[LayerStats, ...]
-    slots: int
+    slots: tuple[int, ...]
     slot_bytes: int
+    wait_s: float = 0.0
+    busy_s: float = 0.0
 
     @property
     def total(self) -> LayerStats:
@@ -46,11 +61,17 @@ class MoeStats:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON, totals first."""
-        total = self.total
         return {
-            **asdict(total),
-            "hit_ratio": total.hit_ratio,
-            "slots": self.slots,
+            **_values(self.total),
+            "wait_s": self.wait_s,
+            "busy_s": self.busy_s,
+            "slots": sum(self.slots) / len(self.slots),
             "slot_bytes": self.slot_bytes,
-            "layers": [{**asdict(layer), "hit_ratio": layer.hit_ratio} for layer in self.layers],
+            "layers": [
+                {**_values(layer), "slots": slots} for layer, slots in zip(self.layers, self.slots, strict=True)
+            ],
         }
+
+
+def _values(stats: LayerStats) -> dict[str, Any]:
+    return {**asdict(stats), "hit_ratio": stats.hit_ratio, "recall": stats.recall}

@@ -8,12 +8,10 @@ from torch import Tensor
 
 from formats.expert import ExpertLayout
 from loader import kernels
-from loader.growing_cache import GrowingLayer
+from loader.growing_cache import GrowingLayer, Kind
 from loader.native_library import Attention, library
 
 _ACCUMULATE = 1
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes of activations that the native steps take, with their numbers in moe_kernels.h."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class AttentionStep:
     def __init__(self, weights: AttentionWeights, hidden: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
         self.weights = weights
         self.dtype = dtype
-        self.structure = Attention(hidden=hidden, head_dim=head_dim, scale=scale, dtype=DTYPES[dtype])
-        self._new = (1, weights.k.rows // head_dim, 1, head_dim)
+        self.structure = Attention(hidden=hidden, head_dim=head_dim, scale=scale, dtype=kernels.DTYPES[dtype])
+        self.kind: Kind = (weights.k.rows // head_dim, head_dim, dtype)
         for name in ("q", "k", "v", "o"):
             matrix: kernels.PackedMatrix = getattr(weights, name)
             columns = weights.q.rows if name == "o" else hidden
@@ -51,7 +49,8 @@ class AttentionStep:
         """
         length = layer.get_seq_length()
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        keys, values = self.room(x, cos, sin, layer)
+        self.check(x, cos, sin)
+        keys, values, _ = self.room(layer)
         out = torch.empty_like(x)
         error = self._run(
             byref(self.structure), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(),
@@ -62,21 +61,21 @@ class AttentionStep:
         layer.show(length + 1)
         return out
 
-    def room(self, x: Tensor, cos: Tensor, sin: Tensor, layer: GrowingLayer) -> tuple[Tensor, Tensor]:
-        """`layer`'s memory with room for one token; ValueError if anything is not as the native code takes it."""
-        self.check(x, cos, sin)
-        new = x.new_empty(self._new)
+    def room(self, layer: GrowingLayer) -> tuple[Tensor, Tensor, Kind]:
+        """`layer`'s memory with room for one token; ValueError if it is not as the native code takes it."""
+        heads, width, _ = self.kind
+        new = torch.empty((1, heads, 1, width), dtype=self.dtype)
         keys, values = layer.room(new, new)
-        shape = (1, self._new[1], keys.shape[2], self._new[3])
+        shape = (1, heads, keys.shape[2], width)
         for memory in (keys, values):
             if memory.dtype is not self.dtype or memory.shape != shape or not memory.is_contiguous():
                 raise ValueError(f"cache of {self.dtype} {shape}: got {tuple(memory.shape)} {memory.dtype}")
-        return keys, values
+        return keys, values, self.kind
 
     def check(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         """ValueError if these, dense, are not one token's."""
         if not (x.dtype is cos.dtype is sin.dtype is self.dtype) or not (
-            x.numel() == self.structure.hidden and cos.numel() == sin.numel() == self._new[3]
+            x.numel() == self.structure.hidden and cos.numel() == sin.numel() == self.structure.head_dim
         ):
             raise ValueError(
                 f"one token of {self.dtype}: got x {tuple(x.shape)} {x.dtype}, cos {tuple(cos.shape)} {cos.dtype}, "

@@ -7,7 +7,7 @@ second thread could speed up: the work is in our own calls.
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 FEW_TOKENS = 8
+
+Shortcut = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _State(threading.local):
@@ -60,12 +62,17 @@ def torch_threads_for(tokens: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def run_few_tokens_on_one_thread(model: nn.Module) -> None:
+def run_few_tokens_on_one_thread(model: nn.Module, first: Shortcut | None = None) -> None:
     """Puts `torch_threads_for` around the model's forward: by a method of the instance, since its class is
-    transformers' own, and since torch's hooks do not run after a KeyboardInterrupt."""
+    transformers' own, and since torch's hooks do not run after a KeyboardInterrupt.
+
+    `first`(model, args, kwargs) is asked before, outside of it; what it gives, unless None, is the result.
+    """
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if first is not None and (result := first(self, args, kwargs)) is not None:
+            return result
         with torch_threads_for(_tokens(args, kwargs)):
             return type(self).forward(self, *args, **kwargs)
 

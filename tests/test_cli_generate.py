@@ -6,7 +6,7 @@ import pytest
 import loader
 from converter.cli.main import main
 from formats.artifact import Artifact
-from loader.budget import expert_bytes_by_layer
+from loader.budget import aside_bytes
 
 PROMPT = "So Jonah arose, and went to Nineveh, according to"
 
@@ -66,13 +66,13 @@ def test_stats_go_to_stderr(run, expected):
 
 
 def test_a_small_cache_gives_the_same_text(run, expected, converted):
-    least = 2 * sum(expert_bytes_by_layer(Artifact.open(converted("2bit"))))
-    for reading in ("mmap", "pread"):
+    least = least_bytes(Artifact.open(converted("2bit")))
+    for reading in ("mmap", "direct"):
         assert run("--prompt", PROMPT, "--ram-cache", str(least), "--io", reading)[1] == expected + "\n"
 
 
 def test_too_small_a_cache_exits_4_and_names_the_least(run, converted):
-    least = 2 * sum(expert_bytes_by_layer(Artifact.open(converted("2bit"))))
+    least = least_bytes(Artifact.open(converted("2bit")))
     code, out, err = run("--prompt", PROMPT, "--ram-cache", "100kB")
     assert code == 4
     assert out == ""
@@ -110,3 +110,7 @@ def test_an_ordinary_checkpoint_is_refused_with_the_next_step(run, example_folde
     code, _, err = run("--prompt", "x", path=example_folder)
     assert code != 0
     assert "moe_index.json" in err
+
+
+def least_bytes(artifact):
+    return aside_bytes(artifact, 2)

@@ -1,7 +1,11 @@
 """Readers: the suite that every implementation inherits, and what is particular to one."""
 
+import errno
+import fcntl
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +14,10 @@ from bad_folders import copy_of_good
 from make_vectors import CONFIG, expert_blob, write_folder
 
 from formats.artifact import Artifact
+from formats.direct_reader import DirectReader
 from formats.errors import DamageError
-from formats.reader import ExpertReader, MmapReader, PreadReader
+from formats.mmap_reader import MmapReader
+from formats.reader import ExpertReader, aligned_bytes
 
 LAYER = "experts/layer-000.safetensors"
 
@@ -86,6 +92,64 @@ class ReaderSuite:
         with self.kind(artifact) as reader, pytest.raises(DamageError, match="broken zstd frame"):
             reader.read(0, 1)
 
+    def test_expert_comes_in_pieces_that_can_be_interrupted(self, tmp_path: Path) -> None:
+        artifact = Artifact.open(write_folder(tmp_path / "f", packings=("tile32-q4-g64-s8", "tile32-q4-g64-s8")))
+        layout = artifact.layout(0, 1)
+        with self.kind(artifact) as reader:
+            buffer = None if reader.in_place(0, 1) else aligned_bytes(layout.n_bytes)
+            load = reader.load(0, 1, buffer)
+            assert load.step(1) == 4096
+            assert load.remaining == layout.n_bytes - 4096
+            load.step()
+            assert not load.remaining
+            assert torch.equal(load.result(), expert_blob(layout, 1))
+
+    def test_refused_read_is_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        artifact = Artifact.open(copy_of_good(tmp_path))
+        with self.kind(artifact) as reader:
+            failing = iter([OSError(5, "Input/output error"), None])
+            fetch = reader.fetch
+
+            def sometimes(*arguments: Any) -> None:
+                if error := next(failing):
+                    raise error
+                fetch(*arguments)
+
+            monkeypatch.setattr(reader, "fetch", sometimes)
+            assert torch.equal(reader.read(0, 1), expert_blob(artifact.layout(0, 1), 1))
+
+    def test_read_that_stays_refused_names_the_expert(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("formats.reader._PAUSES_S", (0.0, 0.0))
+        asked = []
+
+        def never(*arguments: Any) -> None:
+            asked.append(arguments)
+            raise OSError(5, "Input/output error")
+
+        with self.kind(Artifact.open(copy_of_good(tmp_path))) as reader:
+            monkeypatch.setattr(reader, "fetch", never)
+            with pytest.raises(DamageError, match="expert 1 at offset 12288: cannot be read: Input/output error"):
+                reader.read(0, 1)
+        assert len(asked) == 3
+
+    def test_wrong_bytes_are_found_at_the_first_touch_if_asked_for(self, tmp_path: Path) -> None:
+        folder = copy_of_good(tmp_path)
+        artifact = Artifact.open(folder)
+        flip(folder / LAYER, artifact.entry(0, 1).offset + 100)
+        with self.kind(artifact) as careless, self.kind(artifact, check=True) as careful:
+            careless.read(0, 1)
+            careful.read(0, 0)
+            with pytest.raises(DamageError, match=r"layer 0 expert 1 .*: the sha256 is"):
+                careful.read(0, 1)
+
+    def test_hash_is_compared_once(self, tmp_path: Path) -> None:
+        folder = copy_of_good(tmp_path)
+        artifact = Artifact.open(folder)
+        with self.kind(artifact, check=True) as reader:
+            reader.read(0, 1)
+            flip(folder / LAYER, artifact.entry(0, 1).offset + 100)
+            reader.read(0, 1)
+
 
 class TestMmapReader(ReaderSuite):
     """Reads over maps."""
@@ -99,15 +163,59 @@ class TestMmapReader(ReaderSuite):
         with pytest.raises(DamageError, match=f"{LAYER}: its size changed"):
             MmapReader(artifact)
 
+    def test_expert_is_used_where_it_lies(self, tmp_path: Path) -> None:
+        with MmapReader(Artifact.open(copy_of_good(tmp_path))) as reader:
+            assert reader.read(0, 1).data_ptr() == reader.read(0, 1).data_ptr()
 
-class TestPreadReader(ReaderSuite):
+    def test_forgotten_expert_has_its_bytes_again(self, tmp_path: Path) -> None:
+        artifact = Artifact.open(copy_of_good(tmp_path))
+        with MmapReader(artifact) as reader:
+            before = reader.read(0, 1)
+            reader.forget(0, 1)
+            assert torch.equal(before, expert_blob(artifact.layout(0, 1), 1))
+
+
+class TestDirectReader(ReaderSuite):
     """Reads by calls."""
 
-    kind = PreadReader
+    kind = DirectReader
+
+    def test_short_reads_go_on_where_they_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        artifact = Artifact.open(copy_of_good(tmp_path))
+        real = os.preadv
+
+        def short(descriptor: int, views: list[memoryview], offset: int) -> int:
+            return real(descriptor, [views[0][:4096]], offset)
+
+        monkeypatch.setattr(os, "preadv", short)
+        with DirectReader(artifact) as reader:
+            assert torch.equal(reader.read(0, 1), expert_blob(artifact.layout(0, 1), 1))
+
+    def test_file_system_without_direct_reads_is_read_through_the_cache(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        artifact = Artifact.open(copy_of_good(tmp_path))
+        real = os.preadv
+
+        def refusing(descriptor: int, views: list[memoryview], offset: int) -> int:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return real(descriptor, views, offset)
+
+        monkeypatch.setattr(os, "preadv", refusing)
+        with DirectReader(artifact) as reader:
+            assert torch.equal(reader.read(0, 1), expert_blob(artifact.layout(0, 1), 1))
+
+    def test_file_that_ends_within_a_page_is_reported(self, tmp_path: Path) -> None:
+        folder = copy_of_good(tmp_path)
+        with DirectReader(Artifact.open(folder)) as reader:
+            cut(folder / LAYER, 17000)
+            with pytest.raises(DamageError, match=r"layer 0 expert 1 at offset 12288: .* after 4712 of 8064"):
+                reader.read(0, 1)
 
     def test_file_cut_while_open_is_reported_with_layer_expert_and_offset(self, tmp_path: Path) -> None:
         folder = copy_of_good(tmp_path)
-        with PreadReader(Artifact.open(folder)) as reader:
+        with DirectReader(Artifact.open(folder)) as reader:
             cut(folder / LAYER, 16384)
             reader.read(0, 0)
             with pytest.raises(DamageError, match=f"{LAYER}: layer 0 expert 1 at offset 12288: .* after 4096 of 8064"):
@@ -115,7 +223,7 @@ class TestPreadReader(ReaderSuite):
 
     def test_file_cut_before_an_expert_is_reported(self, tmp_path: Path) -> None:
         folder = copy_of_good(tmp_path)
-        with PreadReader(Artifact.open(folder)) as reader:
+        with DirectReader(Artifact.open(folder)) as reader:
             cut(folder / LAYER, 0)
             with pytest.raises(
                 DamageError, match="layer 0 expert 0 at offset 4096: the file ends after 0 of 8064 bytes"

@@ -18,7 +18,7 @@ from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.index import Architecture
 from formats.packing import PACKINGS, dequantize, pack, unpack
-from formats.reader import READERS
+from formats.readers import READERS
 from formats.safetensors_header import read_header
 from formats.verify import verify_folder
 

@@ -6,7 +6,7 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, RecipeError
 from formats.sizes import parse_size
 from loader import budget
-from loader.budget import expert_bytes_by_layer, ram_budget, slots_per_layer
+from loader.budget import aside_bytes, check_slots, expert_bytes_by_layer, ram_budget, slots_by_layer
 
 
 @pytest.mark.parametrize(
@@ -33,21 +33,50 @@ def test_nonsense_is_no_size_and_is_named(text):
         parse_size(text, "ram_cache")
 
 
-def test_budget_is_shared_by_all_layers(converted):
+def slots_of(budget_bytes, artifact, all_in_place=True):
+    return slots_by_layer(budget_bytes, artifact, 2, all_in_place=all_in_place)
+
+
+def test_budget_is_shared_by_all_layers_and_what_is_on_its_way(converted):
     artifact = Artifact.open(converted("2bit"))
-    one_expert_a_layer = sum(expert_bytes_by_layer(artifact))
-    assert slots_per_layer(3 * one_expert_a_layer, artifact) == 3
-    assert slots_per_layer(3 * one_expert_a_layer - 1, artifact) == 2
-    assert slots_per_layer(10**12, artifact) == 8
+    three = 3 * sum(expert_bytes_by_layer(artifact)) + aside_bytes(artifact, 2)
+    assert slots_of(three, artifact) == (3,) * 8
+    assert slots_of(10**12, artifact) == slots_of(10**12, artifact, all_in_place=False) == (8,) * 8
+
+
+def test_what_is_left_gives_some_layers_one_more_evenly_spread(converted):
+    artifact = Artifact.open(converted("2bit"))
+    sizes = expert_bytes_by_layer(artifact)
+    three = 3 * sum(sizes) + aside_bytes(artifact, 2)
+    assert slots_of(three + sizes[0], artifact) == (4, 3, 3, 3, 3, 3, 3, 3)
+    assert slots_of(three + 2 * sizes[0], artifact) == (4, 3, 3, 3, 4, 3, 3, 3)
+    assert slots_of(three + 4 * sizes[0] + 1, artifact) == (4, 3, 4, 3, 4, 3, 4, 3)
+    assert slots_of(three - 1, artifact) == (3, 3, 3, 3, 3, 3, 3, 2)
+
+
+def test_experts_that_all_fit_where_they_lie_need_nothing_beside_them(converted):
+    artifact = Artifact.open(converted("2bit"))
+    everything = 8 * sum(expert_bytes_by_layer(artifact))
+    assert slots_of(everything, artifact) == (8,) * 8
+    assert sum(slots_of(everything, artifact, all_in_place=False)) == 62
 
 
 def test_too_small_budget_names_the_least_that_works(converted):
     artifact = Artifact.open(converted("2bit"))
-    least = 2 * sum(expert_bytes_by_layer(artifact))
+    least = 2 * expert_bytes_by_layer(artifact)[0]
     with pytest.raises(DoesNotFitError, match=str(least)) as e:
-        slots_per_layer(least - 1, artifact)
+        slots_of(least - 1, artifact)
     assert e.value.exit_code == 4
-    assert slots_per_layer(least, artifact) == 2
+    assert slots_of(least, artifact) == (0,) * 8
+
+
+@pytest.mark.parametrize(
+    ("slots", "part"),
+    [([2] * 7, "7 numbers for 8"), ([2] * 7 + [-1], "-1 for layer 7"), ([9] + [2] * 7, "9 for layer 0")],
+)
+def test_impossible_slots_are_refused(converted, slots, part):
+    with pytest.raises(RecipeError, match=part):
+        check_slots(slots, Artifact.open(converted("2bit")))
 
 
 def test_auto_leaves_the_reserve_and_the_trunk_free(converted, monkeypatch):

@@ -11,6 +11,7 @@ from loader import kernels
 from loader.attention import PackedAttention
 from loader.layer import PackedDecoderLayer
 from loader.layer_step import LayerStep
+from loader.token_forward import TokenForward
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 
@@ -20,6 +21,12 @@ IDS = torch.arange(7, 47)[None]
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def model(converted, request):
     return loader.from_pretrained(converted("2bit"), kernels="native", dtype=request.param)
+
+
+@pytest.fixture(autouse=True)
+def layers_one_by_one(monkeypatch):
+    """No native call for a whole token (test_loader_token.py)."""
+    monkeypatch.setattr(TokenForward, "__call__", lambda self, args, kwargs: None)
 
 
 @pytest.fixture

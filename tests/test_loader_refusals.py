@@ -139,8 +139,8 @@ def test_what_is_no_folder_is_refused(tmp_path):
         loader.load_tokenizer(tmp_path / "nowhere")
 
 
-def test_a_file_cut_during_use_is_reported_by_pread(converted_copy):
-    model = loader.from_pretrained(converted_copy, kernels="torch", io="pread")
+def test_a_file_cut_during_use_is_reported_by_direct_reads(converted_copy):
+    model = loader.from_pretrained(converted_copy, kernels="torch", io="direct")
     for layer in range(8):
         with open(converted_copy / f"experts/layer-{layer:03d}.safetensors", "rb+") as f:
             f.truncate(4096)

@@ -28,7 +28,11 @@ Examples:
 @click.option("--seed", type=int, help="Seed of the sampling.")
 @click.option("--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB.")
 @click.option(
-    "--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", show_default=True, help="How to read experts."
+    "--io",
+    type=click.Choice(["auto", "mmap", "direct"]),
+    default="auto",
+    show_default=True,
+    help="How to read experts.",
 )
 @click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
 @click.option("--stats", is_flag=True, help="Show cache hits, bytes read and speed on stderr.")

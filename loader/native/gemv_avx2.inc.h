@@ -94,7 +94,8 @@ inline void gemv_q2(const uint8_t* p, int q, int r, const ActBlock& x, Sums* sum
   });
 }
 
-// Two i (four vectors) of 3-bit codes, 8 rows: 16-bit sums a[v], planes 1 and 3 times 4. p at the first i.
+// Two i (four vectors) of 3-bit codes, 8 rows: 16-bit sums a[v]. p at the first i. Planes 1 and 3 are summed times 4;
+// without the factor a sum has room for sixteen vectors (7 * 127 * 2 * 16 = 28448).
 inline void gemv_q3_four(const uint8_t* p, const int8_t* x, int plane, bool first, I* a) {
   const I m3 = _mm256_set1_epi8(3), m4 = _mm256_set1_epi8(4), m12 = _mm256_set1_epi8(12), m16 = _mm256_set1_epi8(16);
   unrolled<2>([&](auto i) MOE_INLINE {
@@ -113,42 +114,38 @@ inline void gemv_q3_four(const uint8_t* p, const int8_t* x, int plane, bool firs
       });
     });
   });
+  a[1] = _mm256_srai_epi16(a[1], 2);
+  a[3] = _mm256_srai_epi16(a[3], 2);
 }
 
 // 128 columns of q3-g32, rows 8 * part .. of the tile.
 inline void gemv_q3_g32(const uint8_t* p, int q, int part, const ActBlock& x, Sums* sums) {
   const uint8_t* rows = p + 192 * (part / 2) + 32 * (part % 2);
-  const I sm = load(p + 1536 + 32 * part), nibble = _mm256_set1_epi8(15);
+  I a[4], b[4];
+  gemv_q3_four(rows, x.x + 128 * q, 32, part == 0, a);
+  gemv_q3_four(rows + 768, x.x + 128 * q + 16, 32, part == 0, b);
+  const uint8_t* ps = p + 1536 + 32 * part;
+  asm volatile("" : "+r"(ps));  // not before the codes: see touch
+  const I sm = load(ps), nibble = _mm256_set1_epi8(15);
   const I s = _mm256_and_si256(sm, nibble), m = _mm256_and_si256(_mm256_srli_epi16(sm, 4), nibble);
-  const I sv[4] = {pair_of_byte(s, 0), pair_of_byte(s, 1), pair_of_byte(s, 2), pair_of_byte(s, 3)};
-  I once[2] = {zero(), zero()}, four[2] = {zero(), zero()};
-#pragma GCC unroll 2
-  for (int i = 0; i < 4; i += 2) {
-    I a[4];
-    gemv_q3_four(rows + 384 * i, x.x + 128 * q + 8 * i, 32, part == 0, a);
-    unrolled<2>([&](auto h) MOE_INLINE {
-      once[h] = _mm256_add_epi32(once[h], _mm256_madd_epi16(a[2 * h], sv[2 * h]));
-      four[h] = _mm256_add_epi32(four[h], _mm256_madd_epi16(a[2 * h + 1], sv[2 * h + 1]));
-    });
-  }
+  unrolled<4>([&](auto v) MOE_INLINE { a[v] = _mm256_madd_epi16(_mm256_add_epi16(a[v], b[v]), pair_of_byte(s, v)); });
   unrolled<2>([&](auto h) MOE_INLINE {
-    sums[part].add(_mm256_add_epi32(once[h], _mm256_srai_epi32(four[h], 2)),
+    sums[part].add(_mm256_add_epi32(a[2 * h], a[2 * h + 1]),
                    _mm256_madd_epi16(two_bytes(m, 2 * h, 2 * h + 1), broadcast4(x.s32 + 4 * q + 2 * h)), x.d[2 * q + h]); });
 }
 
 inline void gemv_q3_g64(const uint8_t* p, int part, const ActBlock& x, Sums* sums) {
   const uint8_t* rows = p + 192 * (part / 2) + 32 * (part % 2);
-  const I ones = _mm256_set1_epi16(1);
   I dot[4] = {zero(), zero(), zero(), zero()};
 #pragma GCC unroll 1
   for (int i = 0; i < 8; i += 2) {
     I a[4];
     gemv_q3_four(rows + 384 * i, x.x + 8 * i, 64, part == 0, a);
-    unrolled<4>([&](auto v) MOE_INLINE { dot[v] = _mm256_add_epi32(dot[v], _mm256_madd_epi16(a[v], ones)); });
+    unrolled<4>([&](auto v) MOE_INLINE { dot[v] = _mm256_add_epi16(dot[v], a[v]); });
   }
   const uint8_t* ps = p + 3072 + 128 * (part / 2) + 8 * (part % 2);
   unrolled<4>([&](auto v) MOE_INLINE {
-    sums[part].add64(v % 2 ? _mm256_srai_epi32(dot[v], 2) : dot[v], _mm256_cvtepi32_ps(bytes8_u(ps + 16 * v)),
+    sums[part].add64(_mm256_madd_epi16(dot[v], _mm256_set1_epi16(1)), _mm256_cvtepi32_ps(bytes8_u(ps + 16 * v)),
                      _mm256_cvtepi32_ps(bytes8_i(ps + 64 + 16 * v)), x.d[v], x.u[v]); });
 }
 

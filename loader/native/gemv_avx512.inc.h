@@ -5,10 +5,10 @@
 typedef __m512i I;
 typedef __m512 F;
 
-// The empty asm keeps gcc from folding one load of codes into four memory operands.
+// The empty asm keeps gcc from folding one load into four memory operands, and loads from changing places.
 inline I load_codes(const uint8_t* p) {
   I v = _mm512_loadu_si512(p);
-  asm("" : "+v"(v));
+  asm volatile("" : "+v"(v));
   return v;
 }
 inline I broadcast4(const void* p) {
@@ -43,6 +43,13 @@ struct Sums {  // one half of one token
   }
 };
 
+// The 16 outputs of one half.
+inline void finish(const uint8_t* tile, int r, const Sums& a, float* y) {
+  const F ds = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(tile + 64 * r)));
+  const F dm = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(tile + 64 * r + 32)));
+  _mm512_storeu_ps(y, _mm512_fmsub_ps(ds, a.s, _mm512_mul_ps(dm, a.m)));
+}
+
 // 64 columns of q2-g16: p at the quad, q its number, r0 the first half.
 template <int kScaleBits, int T, int R>
 MOE_INLINE inline void gemv_q2_quad(const uint8_t* p, int q, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
@@ -64,7 +71,7 @@ MOE_INLINE inline void gemv_q2_quad(const uint8_t* p, int q, int r0, const ActBl
   unrolled<R>([&](auto r) MOE_INLINE {
     const uint8_t* ps = p + 512 + kScaleBytes * (r0 + r);
     I s02, s13, m02, m13;
-    const I sv = _mm512_loadu_si512(ps);
+    const I sv = load_codes(ps);
     if constexpr (kScaleBits == 4) {
       const I nibble = _mm512_set1_epi32(0x000f000f);
       s02 = _mm512_and_si512(sv, nibble);
@@ -72,7 +79,7 @@ MOE_INLINE inline void gemv_q2_quad(const uint8_t* p, int q, int r0, const ActBl
       s13 = _mm512_and_si512(_mm512_srli_epi16(sv, 8), nibble);
       m13 = _mm512_srli_epi16(sv, 12);
     } else {
-      const I mv = _mm512_loadu_si512(ps + 64);
+      const I mv = load_codes(ps + 64);
       s02 = _mm512_and_si512(sv, _mm512_set1_epi32(0x00ff00ff));
       s13 = _mm512_srli_epi16(sv, 8);
       m02 = _mm512_srai_epi16(_mm512_slli_epi16(mv, 8), 8);
@@ -137,7 +144,7 @@ MOE_INLINE inline void gemv_q3_g32(const uint8_t* p, int q, int r0, const ActBlo
   const I index23 = _mm512_broadcast_i32x4(
     _mm_setr_epi8(2, -128, 3, -128, 6, -128, 7, -128, 10, -128, 11, -128, 14, -128, 15, -128));
   unrolled<R>([&](auto r) MOE_INLINE {
-    const I sm = _mm512_loadu_si512(p + 1536 + 64 * (r0 + r));
+    const I sm = load_codes(p + 1536 + 64 * (r0 + r));
     const I s = _mm512_and_si512(sm, bytes(15)), m = _mm512_and_si512(_mm512_srli_epi16(sm, 4), bytes(15));
     const I s01 = _mm512_shuffle_epi8(s, index01), s23 = _mm512_shuffle_epi8(s, index23);
     const I m01 = _mm512_shuffle_epi8(m, index01), m23 = _mm512_shuffle_epi8(m, index23);
@@ -244,12 +251,7 @@ void tile_gemv(const uint8_t* tile, int64_t blocks, Activations x, float* y) {
   const uint8_t* p = tile + kHeadBytes;
   for (int64_t b = 0; b < blocks; ++b, p += kPackingInfo[P].block_bytes)
     unrolled<2 / R>([&](auto part) MOE_INLINE { gemv_block<P, T, R>(p, part, x.at + b * x.stride, sums[part]); });
-  for (int r = 0; r < 2; ++r) {
-    const F ds = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(tile + 64 * r)));
-    const F dm = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(tile + 64 * r + 32)));
-    for (int t = 0; t < T; ++t) {
-      const Sums& a = sums[R == 2 ? 0 : r][t][R == 2 ? r : 0];
-      _mm512_storeu_ps(y + kTileRows * t + kHalfRows * r, _mm512_fmsub_ps(ds, a.s, _mm512_mul_ps(dm, a.m)));
-    }
-  }
+  for (int r = 0; r < 2; ++r)
+    for (int t = 0; t < T; ++t)
+      finish(tile, r, sums[R == 2 ? 0 : r][t][R == 2 ? r : 0], y + kTileRows * t + kHalfRows * r);
 }

@@ -7,7 +7,7 @@
 namespace moe {
 
 inline constexpr int kActCols = 64;        // input columns that share one activation scale
-inline constexpr int kMaxTokens = 96;      // tokens of one tile call: unpacked once for all; their sums take 96 x 32 x 2 floats = 24 KiB
+inline constexpr int kMaxTokens = 96;      // tokens of one tile call; their sums take 96 x 32 x 2 floats = 24 KiB
 
 // 256 quantized columns of one token. Zero where the row is padded.
 struct alignas(64) ActBlock {

@@ -20,9 +20,9 @@
 extern "C" {
 #endif
 
-#define MOE_ABI_VERSION 2
+#define MOE_ABI_VERSION 3
 
-enum { MOE_OK = 0, MOE_E_PACKING = 1, MOE_E_SIZE = 2, MOE_E_ISA = 3, MOE_E_INDEX = 4, MOE_E_MEMORY = 5 };
+enum { MOE_OK = 0, MOE_E_PACKING = 1, MOE_E_SIZE = 2, MOE_E_ISA = 3, MOE_E_INDEX = 4, MOE_E_MEMORY = 5, MOE_MISSING = 6 };
 enum { MOE_ISA_AUTO = -1, MOE_ISA_PORTABLE = 0, MOE_ISA_AVX2 = 1, MOE_ISA_AVX512 = 2 };
 
 /* One packed matrix: y[tokens, rows] = x[tokens, columns] * W^T. */
@@ -116,6 +116,39 @@ MOE_API int32_t moe_layer_begin(const moe_layer* layer, const void* x, const voi
                                 int64_t* index, float* weights);
 MOE_API int32_t moe_layer_end(const uint8_t* const* blobs, const moe_layer* layer, const int64_t* index,
                               const float* weights, const void* residual, const void* normed, void* out);
+
+/* RMSNorm of rows of `dtype` as in moe_layer_begin: x, y [tokens, columns], weight [columns]. */
+MOE_API int32_t moe_rms_norm(int32_t dtype, const void* x, const void* weight, float eps, int64_t columns, int64_t tokens,
+                             void* y);
+
+/* A whole model for one token: embedding row, layers, final norm, head. All layers have one hidden size, dtype, top_k and
+ * number of experts; embedding [vocabulary, hidden] and norm [hidden] have that dtype. */
+enum { MOE_HEAD_BF16 = -1 };
+typedef struct {
+  const moe_layer* const* layers; /* [count] */
+  const uint8_t* const* blobs;    /* [count, experts]; null: not at hand */
+  const void *embedding, *norm;
+  int64_t vocabulary;
+  moe_matrix head; /* y is not used; packing MOE_HEAD_BF16: tiles are bf16 [rows, hidden]; tiles null: no head */
+  float eps;
+  int32_t count;
+} moe_model;
+typedef struct {
+  int64_t id;            /* the token, a row of the embedding */
+  const void *cos, *sin; /* as in moe_layer_begin, which also says what follows; by layer [count] */
+  void *const *keys, *const *values;
+  const int64_t* capacity;
+  int64_t length;
+  void* room;            /* [3, hidden] */
+  int64_t* index;        /* [count, top_k] */
+  float* weights;        /* [count, top_k] */
+  void* out;             /* [head.rows] logits, without a head the normed [hidden]; of the dtype */
+  int32_t halves_done;   /* 0 at first; a layer has two: up to its router, its experts */
+  int32_t reserved;
+} moe_token;
+/* MOE_MISSING: layer halves_done / 2 has chosen experts without a blob; once they are in `blobs`, the same call with the
+ * same token goes on from there. After an error the positions from `length` on in the caches are undefined. */
+MOE_API int32_t moe_token_step(const moe_model* model, moe_token* token);
 
 /* Sum of the 64-bit words of `bytes` bytes, read once front to back by the pool: the memory bound that
  * bench/decode.py compares with. */

@@ -1,6 +1,6 @@
 #include "pool.h"
 
-#include <cstdlib>
+#include <new>
 #include <set>
 #include <string>
 #include <system_error>
@@ -47,6 +47,9 @@ inline void wake_all(std::atomic<uint32_t>& word) {
   word.notify_all();
 #endif
 }
+
+constexpr std::align_val_t kAlignment{64};  // not aligned_alloc, which Windows lacks
+void release(void* memory) { ::operator delete(memory, kAlignment); }
 
 std::atomic<Pool*> g_pool{nullptr};
 std::atomic<int> g_threads{0};
@@ -195,10 +198,10 @@ void Pool::run(int64_t items, RegionFn fn, void* context) {
 
 void* Pool::scratch(int slot, size_t bytes) {
   if (bytes > slot_bytes_[slot]) {
-    std::free(slots_[slot]);
+    release(slots_[slot]);
     slot_bytes_[slot] = 0;
     const size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    slots_[slot] = std::aligned_alloc(64, rounded);
+    slots_[slot] = ::operator new(rounded, kAlignment, std::nothrow);
     if (!slots_[slot]) return nullptr;
     slot_bytes_[slot] = rounded;
   }
@@ -208,7 +211,7 @@ void* Pool::scratch(int slot, size_t bytes) {
 void Pool::trim() {
   for (int i = 0; i < 4; ++i) {
     if (slot_bytes_[i] <= kKeepBytes) continue;
-    std::free(slots_[i]);
+    release(slots_[i]);
     slots_[i] = nullptr;
     slot_bytes_[i] = 0;
   }

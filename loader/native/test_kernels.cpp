@@ -1,6 +1,7 @@
 // For the sanitizers: every packing on every instruction set over odd sizes, in heap buffers of their exact size, at
 // odd addresses, down to one row, one column and one token; threads; and all paths must give the same bits.
 // Values are checked by tests/test_loader_kernels.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -164,6 +165,32 @@ struct Written {
 };
 
 template <class T>
+void whole_token(const Shape& s, const moe_layer& layer, const uint8_t* const* blobs, const std::vector<T>& x,
+                 const void* cos, const void* sin, int64_t capacity, int64_t length, Written<T> w, const Written<T>& first) {
+  const auto check = [&](bool ok, const char* what) { expect(ok, what, -1, s.hidden, int64_t(sizeof(T)), length); };
+  std::vector<T> embedding(3 * x.size()), room(3 * x.size()), normed(x.size()), out(x.size()), logits(5);
+  std::copy(x.begin(), x.end(), embedding.begin() + 2 * int64_t(x.size()));
+  const auto head = narrow<uint16_t>(5 * s.hidden);
+  const uint8_t* missing[8] = {};
+  const moe_layer* layers[] = {&layer};
+  moe_model model = {layers, missing, embedding.data(), layer.attention_norm, 3, {}, 1e-5f, 1};
+  void *keys[] = {w.keys.data()}, *values[] = {w.values.data()};
+  moe_token token = {2, cos, sin, keys, values, &capacity, length, room.data(), w.index.data(), w.weights.data(),
+                     out.data(), 0, 0};
+  check(moe_token_step(&model, &token) == MOE_MISSING && token.halves_done == 1, "experts are asked for");
+  check(same(w.index, first.index) && same(w.keys, first.keys) && same(w.values, first.values), "up to the router");
+  model.blobs = blobs;
+  check(moe_token_step(&model, &token) == MOE_OK, "token goes on");
+  check(moe_rms_norm(layer.attention.dtype, first.out.data(), layer.attention_norm, 1e-5f, s.hidden, 1, normed.data()) ==
+            MOE_OK && same(out, normed), "token without a head");
+  model.head = {reinterpret_cast<const uint8_t*>(head.data()), 5, nullptr, MOE_HEAD_BF16, 0};
+  token.out = logits.data();
+  check(moe_token_step(&model, &token) == MOE_OK && finite(logits), "token with a head");
+  token.id = 3, token.halves_done = 0;
+  check(moe_token_step(&model, &token) == MOE_E_INDEX, "token outside of the vocabulary refused");
+}
+
+template <class T>
 void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int64_t length) {
   constexpr int32_t kQ4 = moe::kQ4G64S8;
   const int64_t wide = s.heads * s.dim, kv = s.kv_heads * s.dim, cached = kv * capacity;
@@ -245,6 +272,7 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   bad.top_k = s.experts + 1;
   refused(bad, capacity, MOE_E_SIZE, "top_k refused");
   if (!first) return;
+  whole_token<T>(s, layer, blobs, x, cos.data(), sin.data(), capacity, length, {s, capacity, length, keys, vals}, *first);
   blobs[first->index[0]] = nullptr;
   const auto before = first->out;
   check(moe_layer_end(blobs, &layer, first->index.data(), first->weights.data(), first->residual.data(),

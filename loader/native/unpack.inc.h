@@ -1,6 +1,6 @@
 // One superblock (32 rows x 256 columns) from its packed bytes to one byte a code, scales as lanes: the front half of
-// every kernel for several tokens, and of the portable path. GCC vector extensions: the same source gives AVX-512,
-// AVX2, SSE2 and NEON; kVector is the native width (gcc splits a wider one badly: AVX2 took 1.7x the time at 2 tokens), and the 64
+// AVX2's kernel for several tokens, and of the portable path. GCC vector extensions: the same source gives AVX2, SSE2
+// and NEON; kVector is the native width (gcc splits a wider one badly: AVX2 took 1.7x the time at 2 tokens), and the 64
 // bytes of a vector are done in pieces of it, `at` bytes in. Included inside an anonymous namespace (see
 // elementwise.inc.h).
 
@@ -9,14 +9,13 @@ typedef uint32_t Words __attribute__((vector_size(kVector)));
 typedef int32_t Ints __attribute__((vector_size(kVector)));
 
 enum class ScaleMode {
-  kFold,  // S multiplied into the codes: S * q <= 105 fits a byte where S has 4 bits
   kLow,   // s lane = S
   kPair,  // s lane = S in both 16-bit halves, for a multiply of two 16-bit sums
 };
 
 struct alignas(64) Unpacked {
   uint8_t codes[64][2][64];   // [column / 4][half][4 * row + column % 4]
-  int32_t s[4][2][4][16];     // [64 columns][half][group of 16 (g16) or 32 (g32)][row]; unused by g64 and kFold
+  int32_t s[4][2][4][16];     // [64 columns][half][group of 16 (g16) or 32 (g32)][row]; unused by g64
   int32_t m[4][2][2][16];     // pairs of 16-bit M: g16 (M0, M2) and (M1, M3), g32 (M0, M1); unused by g64
   float sf[4][2][16];         // g64 only
   float mf[4][2][16];         // g64 only
@@ -33,11 +32,6 @@ inline void store_as(void* p, V v) {
   __builtin_memcpy(p, &v, kVector);
 }
 
-template <ScaleMode kMode>
-inline void store_codes(Unpacked& u, int k4, int r, int at, Halves code, Words s) {
-  if constexpr (kMode == ScaleMode::kFold) code *= Halves(s | (s << 16));
-  store_as(u.codes[k4][r] + at, code);
-}
 template <ScaleMode kMode>
 inline void store_s(int32_t* p, Words s) {
   if constexpr (kMode == ScaleMode::kLow) store_as(p, s);
@@ -73,7 +67,7 @@ inline void unpack_q2_g16(const uint8_t* p, Unpacked& u) {
         unrolled<4>([&](auto j) MOE_INLINE {
           const Halves w = load_as<Halves>(p + 64 * (2 * j + r) + at);
           unrolled<4>([&](auto v) MOE_INLINE {
-            store_codes<kMode>(u, 16 * q + 4 * v + j, r, at, (w >> (2 * v)) & 0x0303, s[v]);
+            store_as(u.codes[16 * q + 4 * v + j][r] + at, (w >> (2 * v)) & 0x0303);
           });
         });
       }
@@ -106,7 +100,7 @@ inline void unpack_q3_g32(const uint8_t* p, Unpacked& u) {
           unrolled<2>([&](auto o) MOE_INLINE {
             const Halves w = load_as<Halves>(c + 64 * o);
             unrolled<4>([&](auto v) MOE_INLINE {
-              store_codes<kMode>(u, 32 * q + 8 * v + 2 * i + o, r, at, code3(w, high, v, o), s[v]);
+              store_as(u.codes[32 * q + 8 * v + 2 * i + o][r] + at, code3(w, high, v, o));
             });
           });
         });

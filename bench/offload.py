@@ -1,0 +1,216 @@
+"""Decoding with less memory than the experts take: our engine, the same without prefetch, and a map left to the kernel.
+
+Each run is a process of its own in a memory control group (page cache included) of `share` of the experts' bytes plus
+what the rest of the process takes, with the folder's page cache dropped before. All three decode the same tokens from
+the same random prompt. Reported: tokens a second, bytes read from the disk per token, that over what the cache's
+misses alone take (1 without prefetch: what is more was guessed wrongly), the share of the time in which a read was
+under way, and the rate then over the disk's limit (direct reads of whole experts, in the same run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loader
+from formats.artifact import Artifact
+from formats.direct_reader import DirectReader
+from formats.reader import aligned_bytes
+
+REST_BYTES = 320 << 20
+"""Python, torch, transformers and the activations, beside the trunk."""
+MODES: dict[str, dict[str, Any]] = {
+    "engine": {"io": "direct"},
+    "no prefetch": {"io": "direct", "prefetch": 0},
+    "kernel's map": {"io": "mmap", "prefetch": 0, "ram_cache": "1TiB"},
+}
+
+
+def main() -> None:
+    """Runs all combinations, prints a table, and with --json one object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a converted folder")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=2, help="repetitions of each triple, in turn")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(options.folder, **json.loads(options.child))))
+        return
+    result = measure(options)
+    print(json.dumps(result) if options.json else table(result))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All runs: share -> mode -> list of what `child` measured."""
+    artifact = Artifact.open(options.folder)
+    expert_bytes = sum(e.length for layer in artifact.index.layers for e in layer.experts)
+    rest = artifact.index.trunk.size_bytes + REST_BYTES
+    runs: dict[str, dict[str, list[Any]]] = {}
+    for share in options.shares:
+        found: dict[str, list[Any]] = {mode: [] for mode in options.modes}
+        budget = int(share * expert_bytes)
+        for _ in range(options.rounds):
+            for mode in options.modes:
+                drop_page_cache(options.folder)
+                with memory_group(budget + rest) as enter:
+                    task = {"options": {"ram_cache": budget, **MODES[mode]}, "tokens": options.tokens}
+                    found[mode].append(run(options.folder, {**task, "prompt": options.prompt}, enter))
+        runs[f"{share:g}"] = found
+    drop_page_cache(options.folder)
+    return {
+        "folder": options.folder.name,
+        "expert_bytes": expert_bytes,
+        "rest_bytes": rest,
+        "limited": memory_is_limited(),
+        "disk_gb_s": disk_gb_s(artifact),
+        "runs": runs,
+    }
+
+
+def child(folder: Path, options: dict[str, Any], tokens: int, prompt: int) -> dict[str, Any]:
+    """One run in this process: the prompt first, then the decoding that is measured."""
+    model = loader.from_pretrained(folder, **options)
+    ids = torch.randint(5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    clock = Clock(model)
+    with torch.inference_mode():
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens + 1, max_new_tokens=tokens + 1,
+            do_sample=False, pad_token_id=0, streamer=clock,
+        )  # fmt: skip
+    seconds, read = time.perf_counter() - clock.begin_s, disk_bytes() - clock.begin_bytes
+    total = model.moe_stats()
+    counted = total.total
+    return {
+        "tokens_per_s": tokens / seconds,
+        "bytes_per_token": read / tokens,
+        "missed_bytes_per_token": counted.bytes_read / tokens,
+        "wasted_bytes_per_token": counted.wasted_bytes / tokens,
+        "hit_ratio": counted.hit_ratio,
+        "recall": counted.recall,
+        "busy_share": total.busy_s / seconds,
+        "wait_share": total.wait_s / seconds,
+        "busy_gb_s": (counted.bytes_read + counted.wasted_bytes) / max(total.busy_s, 1e-9) / 1e9,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+class Clock:
+    """A streamer that begins to measure when the prompt has been computed."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._calls = model, 0
+        self.begin_s, self.begin_bytes = 0.0, 0
+
+    def put(self, value: Any) -> None:
+        """Called with the prompt, then with each token."""
+        self._calls += 1
+        if self._calls == 2:
+            self._model.reset_moe_stats()
+            self.begin_s, self.begin_bytes = time.perf_counter(), disk_bytes()
+
+    def end(self) -> None:
+        """Called last."""
+
+
+def run(folder: Path, task: dict[str, Any], enter: Any) -> dict[str, Any]:
+    """`child` in a process that has gone through `enter` first."""
+    command = [sys.executable, __file__, os.fspath(folder), "--child", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter, check=False)
+    if done.returncode:
+        raise SystemExit(f"{task}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+_GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+
+
+def memory_is_limited() -> bool:
+    """Whether this user may make memory control groups here."""
+    return any(os.access(root, os.W_OK) for root in _GROUPS)
+
+
+@contextmanager
+def memory_group(limit_bytes: int) -> Iterator[Any]:
+    """A control group with that much memory, page cache included: gives what a child calls to enter it."""
+    if not memory_is_limited():
+        yield None
+        return
+    old = os.access(_GROUPS[0], os.W_OK)
+    group = _GROUPS[0 if old else 1] / f"moe-offload-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(limit_bytes))
+        yield lambda: (group / ("tasks" if old else "cgroup.procs")).write_text(str(os.getpid()))
+    finally:
+        group.rmdir()
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Of the folder's files; needs no rights."""
+    for file in folder.rglob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def disk_gb_s(artifact: Artifact, experts: int = 40) -> float:
+    """Direct reads of whole experts, one after the other."""
+    buffer = aligned_bytes(max(e.length for layer in artifact.index.layers for e in layer.experts))
+    places = [(e.layer, e.expert) for layer in artifact.index.layers for e in layer.experts][:experts]
+    with DirectReader(artifact) as reader:
+        begin_s = time.perf_counter()
+        for place in places:
+            reader.load(*place, buffer).step()
+        seconds = time.perf_counter() - begin_s
+    return sum(artifact.entry(*place).length for place in places) / seconds / 1e9
+
+
+def disk_bytes() -> int:
+    """What this process has read from disks, maps included."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far, mapped files included."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def table(result: dict[str, Any]) -> str:
+    """The runs as a table; medians over the rounds."""
+    lines = [
+        f"{result['folder']}: experts {result['expert_bytes'] / 1e9:.2f} GB, disk {result['disk_gb_s']:.2f} GB/s"
+        + ("" if result["limited"] else ", memory not limited (no rights to control groups)"),
+        f"{'share':>6} {'':13} {'tok/s':>7} {'MB/token':>9} {'x misses':>9} {'hits':>6} {'busy':>6} {'x disk':>7}",
+    ]
+    for share, modes in result["runs"].items():
+        for mode, found in modes.items():
+            m = {key: sorted(run[key] for run in found)[len(found) // 2] for key in found[0]}
+            ours = mode != "kernel's map"
+            excess = f"{m['bytes_per_token'] / max(m['missed_bytes_per_token'], 1):9.2f}" if ours else f"{'':9}"
+            busy = f"{m['busy_share']:6.2f} {m['busy_gb_s'] / result['disk_gb_s']:7.2f}" if ours else ""
+            hits = f"{m['hit_ratio']:6.3f}" if ours else f"{'':6}"
+            rate, read = m["tokens_per_s"], m["bytes_per_token"] / 1e6
+            lines.append(f"{share:>6} {mode:13} {rate:7.2f} {read:9.1f} {excess} {hits} {busy}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+// One token through a whole model, for as long as its experts are at hand.
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "moe_kernels.h"
+#include "rounding.h"
+
+using namespace moe;
+
+namespace {
+
+// Logits of one row, summed in fp32 and rounded to T.
+template <class T>
+int32_t head(const moe_model& model, const T* x, T* logits) {
+  const int64_t hidden = model.layers[0]->attention.hidden;
+  std::vector<float> room(size_t(hidden + model.head.rows));
+  float* const y = room.data() + hidden;
+  for (int64_t i = 0; i < hidden; ++i) room[size_t(i)] = to_float(x[i]);
+  const int32_t error =
+      model.head.packing == MOE_HEAD_BF16
+          ? moe_linear_bf16(reinterpret_cast<const uint16_t*>(model.head.tiles), model.head.rows, hidden, room.data(), y,
+                            1)
+          : moe_linear(model.head.packing, model.head.tiles, model.head.rows, hidden, room.data(), y, 1);
+  if (error == MOE_OK)
+    for (int64_t i = 0; i < model.head.rows; ++i) round_to(y[i], logits + i);
+  return error;
+}
+
+template <class T>
+int32_t step(const moe_model& model, moe_token& token) {
+  const int64_t hidden = model.layers[0]->attention.hidden;
+  T* const x = static_cast<T*>(token.room);
+  T* const residual = x + hidden;
+  T* const normed = residual + hidden;
+  if (token.halves_done == 0)
+    std::memcpy(x, static_cast<const T*>(model.embedding) + token.id * hidden, size_t(hidden) * sizeof(T));
+  for (; token.halves_done < 2 * model.count; ++token.halves_done) {
+    const int32_t number = token.halves_done / 2;
+    const moe_layer& layer = *model.layers[number];
+    int64_t* const index = token.index + number * layer.top_k;
+    float* const weights = token.weights + number * layer.top_k;
+    int32_t error;
+    if (token.halves_done % 2 == 0) {
+      error = moe_layer_begin(&layer, x, token.cos, token.sin, token.keys[number], token.values[number],
+                              token.capacity[number], token.length, residual, normed, index, weights);
+    } else {
+      const uint8_t* const* blobs = model.blobs + number * layer.experts;
+      for (int k = 0; k < layer.top_k; ++k)
+        if (!blobs[index[k]]) return MOE_MISSING;
+      error = moe_layer_end(blobs, &layer, index, weights, residual, normed, x);
+    }
+    if (error) return error;
+  }
+  rms_norm_row(x, static_cast<const T*>(model.norm), model.eps, hidden, normed);
+  if (model.head.tiles) return head(model, normed, static_cast<T*>(token.out));
+  std::memcpy(token.out, normed, size_t(hidden) * sizeof(T));
+  return MOE_OK;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t moe_token_step(const moe_model* model, moe_token* token) {
+  if (model->count <= 0 || token->halves_done < 0) return MOE_E_SIZE;
+  if (token->id < 0 || token->id >= model->vocabulary) return MOE_E_INDEX;
+  try {
+    if (model->layers[0]->attention.dtype == MOE_BF16) return step<uint16_t>(*model, *token);
+    if (model->layers[0]->attention.dtype == MOE_F32) return step<float>(*model, *token);
+  } catch (const std::bad_alloc&) {
+    return MOE_E_MEMORY;
+  }
+  return MOE_E_SIZE;
+}
+
+int32_t moe_rms_norm(int32_t dtype, const void* x, const void* weight, float eps, int64_t columns, int64_t tokens,
+                     void* y) {
+  if (columns <= 0 || tokens < 0) return MOE_E_SIZE;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (dtype == MOE_BF16)
+      rms_norm_row(static_cast<const uint16_t*>(x) + t * columns, static_cast<const uint16_t*>(weight), eps, columns,
+                   static_cast<uint16_t*>(y) + t * columns);
+    else if (dtype == MOE_F32)
+      rms_norm_row(static_cast<const float*>(x) + t * columns, static_cast<const float*>(weight), eps, columns,
+                   static_cast<float*>(y) + t * columns);
+    else
+      return MOE_E_SIZE;
+  }
+  return MOE_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,81 @@
+"""A reader without files for tests of the cache: gives one byte, the expert's number, when the test lets it."""
+
+import threading
+from types import SimpleNamespace
+
+from formats.errors import DamageError
+
+EXPERT_BYTES = 8192
+
+
+class SlowReader:
+    """Notes what was asked for. With `held`, each step waits until its turn is given by `let`.
+
+    `fails` are (layer, expert) whose reads raise DamageError.
+    """
+
+    def __init__(self, layers=8, experts=8, held=False):
+        layout = SimpleNamespace(n_bytes=EXPERT_BYTES)
+        entry = SimpleNamespace(length=EXPERT_BYTES)
+        self.artifact = SimpleNamespace(
+            architecture=SimpleNamespace(num_local_experts=experts, num_hidden_layers=layers),
+            layout=lambda layer, expert: layout,
+            entry=lambda layer, expert: entry,
+        )
+        self.asked = []
+        self.fails = set()
+        self.buffers = set()
+        self.closed = False
+        self._held = held
+        self._turns = {}
+        self._lock = threading.Condition()
+
+    def in_place(self, layer, expert):
+        return False
+
+    def load(self, layer, expert, buffer):
+        self.buffers.add(buffer.data_ptr())
+        return SlowLoad(self, layer, expert, buffer)
+
+    def let(self, layer, expert, steps=100):
+        """Gives the reads of an expert so many steps more; returns when a waiting one has taken its first."""
+        with self._lock:
+            self._turns[layer, expert] = self._turns.get((layer, expert), 0) + steps
+            self._lock.notify_all()
+
+    def turn(self, layer, expert):
+        with self._lock:
+            self.asked.append((layer, expert))
+            self._lock.notify_all()
+            if self._held:
+                assert self._lock.wait_for(lambda: self._turns.get((layer, expert), 0) > 0, timeout=60)
+                self._turns[layer, expert] -= 1
+
+    def wait_until_asked(self, layer, expert, times=1):
+        with self._lock:
+            assert self._lock.wait_for(lambda: self.asked.count((layer, expert)) >= times, timeout=60)
+
+    def close(self):
+        self.closed = True
+
+
+class SlowLoad:
+    """A load of two steps if it is a guess, of one if it is not."""
+
+    def __init__(self, reader, layer, expert, buffer):
+        self._reader, self._layer, self._expert, self._buffer = reader, layer, expert, buffer
+        self.done = 0
+
+    @property
+    def remaining(self):
+        return EXPERT_BYTES - self.done
+
+    def step(self, at_most=None):
+        self._reader.turn(self._layer, self._expert)
+        if (self._layer, self._expert) in self._reader.fails:
+            raise DamageError(f"layer {self._layer} expert {self._expert}: cut")
+        self.done = EXPERT_BYTES if at_most is None else min(EXPERT_BYTES, self.done + EXPERT_BYTES // 2)
+
+    def result(self):
+        self._buffer[0] = self._expert
+        return self._buffer[:1]
