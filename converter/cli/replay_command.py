@@ -1,0 +1,131 @@
+"""`moe-convert replay`: cache policies, slots and guesses over a routing trace."""
+
+from pathlib import Path
+
+import click
+
+from converter.cli.output import Output, output_options
+from converter.cli.replay_plot import PLOT_SUFFIXES, plot_replay
+from converter.cli.replay_tables import tables_of
+
+GB = 10**9
+
+
+def _numbers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
+    try:
+        return value if value is None else sorted({int(part) for part in value.split(",")})
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected numbers with commas between, such as 2,4,6") from None
+
+
+def _policies(_ctx: click.Context, _param: click.Parameter, value: str) -> list[str]:
+    from loader.policy import POLICIES
+
+    names = list(dict.fromkeys(value.split(",")))
+    if unknown := [name for name in names if name not in (*POLICIES, "fixed")]:
+        raise click.BadParameter(f"{unknown[0]!r} is unknown; known are {', '.join(POLICIES)}, fixed")
+    return names
+
+
+@click.command(
+    "replay",
+    epilog="""\b
+Examples:
+  moe-convert replay trace.zst
+  moe-convert replay trace.zst --policy lru --slots 4 --by-layer
+  moe-convert replay trace.zst --disk 3.5 --compute-ms 2 --guesses 0,1,2
+  moe-convert replay new.zst --policy lru,fixed --choose-from old.zst --shares chosen
+  moe-convert replay trace.zst --plot replay.svg""",
+)
+@click.argument("trace", type=click.Path(path_type=Path))
+@click.option(
+    "--policy", "policies", callback=_policies, metavar="NAME,...", default="lru,lfu,lrfu", show_default=True,
+    help="Which experts leave first; fixed keeps those that --choose-from used most.",
+)  # fmt: skip
+@click.option(
+    "--slots",
+    callback=_numbers,
+    metavar="N,...",
+    help="Experts a layer in the cache, e.g. 2,4,6; else every possible number.",
+)
+@click.option(
+    "--shares", type=click.Choice(["equal", "chosen"]), default="equal", show_default=True,
+    help="Slots of the layers: the same for each, or as --choose-from would have read least, with the same total.",
+)  # fmt: skip
+@click.option(
+    "--choose-from", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TRACE",
+    help="A trace of another text, for --policy fixed and --shares chosen.",
+)  # fmt: skip
+@click.option(
+    "--guesses",
+    callback=_numbers,
+    metavar="N,...",
+    default="0,1,2",
+    show_default=True,
+    help="Experts to prefetch a layer, at most.",
+)
+@click.option(
+    "--norm", type=click.Choice(["this", "next"]), default="next", show_default=True,
+    help="Whose norm weight the guesses have: the layer's that guesses, or the next one's.",
+)  # fmt: skip
+@click.option("--disk", type=click.FloatRange(min=0, min_open=True), metavar="GB/s", help="Misses come at this speed.")
+@click.option("--link", type=click.FloatRange(min=0, min_open=True), metavar="GB/s", help="The same, e.g. of PCIe.")
+@click.option(
+    "--compute-ms", type=click.FloatRange(min=0), default=0.0, show_default=True,
+    help="Milliseconds that a layer computes.",
+)  # fmt: skip
+@click.option("--by-layer", is_flag=True, help="Show the hit ratio and recall of each layer.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg|png",
+    help="Draw hit ratio against slots and recall against guesses (needs the extra plots).",
+)  # fmt: skip
+@output_options
+def command(
+    trace: Path,
+    policies: list[str],
+    slots: list[int] | None,
+    shares: str,
+    choose_from: Path | None,
+    guesses: list[int],
+    norm: str,
+    disk: float | None,
+    link: float | None,
+    compute_ms: float,
+    by_layer: bool,
+    plot: Path | None,
+    output: Output,
+) -> None:
+    """Replay a TRACE through caches: what would have hit, what guesses would have read, and how fast that allows.
+
+    Every combination of --policy, --slots and --guesses; belady is the optimum, which knows the future. The cache is
+    empty at the beginning and kept over the whole trace. Tokens a second are those that the bytes allow, one token at a
+    time: each layer waits for its missing experts; while it computes, the next layer's guesses are read.
+    """
+    if choose_from is None and (shares == "chosen" or "fixed" in policies):
+        raise click.UsageError("--policy fixed and --shares chosen need --choose-from, a trace of another text")
+    if plot and plot.suffix not in PLOT_SUFFIXES:
+        raise click.UsageError(f"--plot {plot}: the name must end with {' or '.join(PLOT_SUFFIXES)}")
+    from loader.replay_report import Settings, replay_trace
+    from loader.trace import read_trace
+
+    read = read_trace(trace)
+    chosen, count = read.experts.shape[2], read.header.architecture.num_local_experts
+    possible = range(chosen, count + 1)
+    numbers = list(possible)[:-1] or [count] if slots is None else slots
+    if wrong := [n for n in numbers if n not in possible]:
+        raise click.UsageError(f"--slots {wrong[0]}: this model takes {chosen} to {count} a layer")
+    if wrong := [n for n in guesses if not 0 <= n <= read.header.guesses]:
+        raise click.UsageError(f"--guesses {wrong[0]}: the trace has 0 to {read.header.guesses}")
+    speeds = {name: value * GB for name, value in (("disk", disk), ("link", link)) if value}
+    other = read_trace(choose_from) if choose_from else None
+    if other and other.header.architecture != read.header.architecture:
+        raise click.UsageError(f"--choose-from {choose_from}: a trace of another model than {trace}")
+    settings = Settings(
+        policies=policies, slots=numbers, guesses=guesses, next_norm=norm == "next",
+        bytes_per_s=speeds, compute_s=compute_ms / 1000,
+        choose_from=other, equal_shares=shares == "equal",
+    )  # fmt: skip
+    report = replay_trace(read, settings, progress=output.note)
+    if plot:
+        plot_replay(report, plot)
+    output.result({"trace": str(trace), **report}, tables_of(report, list(speeds), by_layer=by_layer))

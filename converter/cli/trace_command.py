@@ -1,0 +1,99 @@
+"""`moe-convert trace`: which experts a text or prompts use, written to a file for `replay`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter import __version__
+from converter.cli.output import Output, gigabytes, output_options
+
+_FILES = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+@click.command(
+    "trace",
+    epilog="""\b
+Examples:
+  moe-convert trace mixtral-2bit --text a.txt --text b.txt -o trace.zst
+  moe-convert trace mixtral-2bit --prompts questions.txt --max-new-tokens 200 -o trace.zst
+  moe-convert replay trace.zst""",
+)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--text", "texts", type=_FILES, multiple=True, help="A UTF-8 text; give the option again for more.")
+@click.option("--prompts", type=_FILES, multiple=True, help="A UTF-8 file with one prompt a line, in place of --text.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The trace to write.")
+@click.option(
+    "--window", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a window, BOS included."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Of each text, in whole windows, at least one.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Greedy, after each prompt."
+)
+@click.option("--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB.")
+@click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
+@output_options
+def command(
+    path: Path,
+    texts: tuple[Path, ...],
+    prompts: tuple[Path, ...],
+    out: Path,
+    window: int,
+    batch: int,
+    max_tokens: int | None,
+    max_new_tokens: int,
+    ram_cache: str,
+    kernels: str,
+    output: Output,
+) -> None:
+    """Record the routing of the model in PATH, a converted folder or an ordinary checkpoint.
+
+    For each token and layer: the experts with their weights, and what a prefetcher would have guessed for the next
+    layer. A --text runs in windows that do not overlap, as in eval, and counts as decoded in reading order; each of
+    --prompts is continued. docs/traces.md describes the file; it holds no text.
+    """
+    if bool(texts) == bool(prompts):
+        raise click.UsageError("give either --text or --prompts")
+    import transformers
+
+    import loader
+    from loader.checkpoint import is_converted, load_checkpoint
+    from loader.trace import write_trace
+    from loader.tracing import TracedModel, trace_prompts, trace_texts
+
+    transformers.utils.logging.disable_progress_bar()
+    described = TracedModel.of_folder(path)
+    model: Any = (
+        loader.from_pretrained(path, ram_cache=ram_cache, kernels=kernels)
+        if is_converted(path)
+        else load_checkpoint(path)
+    )
+    tokenizer = loader.load_tokenizer(path)
+    producer = f"moe-convert {__version__}"
+
+    def note(name: str, done: int, total: int) -> None:
+        if done == total:
+            output.note(f"{name}: {total} {'windows' if texts else 'prompts'}")
+
+    if texts:
+        trace = trace_texts(
+            model, tokenizer, described, producer, texts,
+            window=window, batch=batch, max_tokens=max_tokens, progress=note,
+        )  # fmt: skip
+    else:
+        trace = trace_prompts(
+            model, tokenizer, described, producer, prompts, max_new_tokens=max_new_tokens, progress=note
+        )
+    write_trace(out, trace)
+    size = out.stat().st_size
+    result = {
+        "out": str(out),
+        "bytes": size,
+        "tokens": trace.header.tokens,
+        "prompt_tokens": sum(s.prompt_tokens for s in trace.header.sequences),
+        "sequences": len(trace.header.sequences),
+    }
+    output.result(
+        result, f"{trace.header.tokens} tokens in {len(trace.header.sequences)} sequences: {out}, {gigabytes(size)}"
+    )

@@ -1,0 +1,103 @@
+"""Listens to a Mixtral's routers: which experts they choose, and what the next layer's router would have guessed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from formats.errors import MoeConvertError
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing of some tokens, as the arrays of `Trace`."""
+
+    experts: NDArray[np.uint8]
+    weights: NDArray[np.float16]
+    guesses: NDArray[np.uint8]
+    guesses_next_norm: NDArray[np.uint8]
+
+
+class RoutingRecorder:
+    """While it is entered, records every forward pass of `model` (a transformers MixtralForCausalLM).
+
+    A guess at layer l is the next layer's router on layer l's router input; with the next norm, on the same residual
+    normed with layer l + 1's weight. In float32, best first, `guesses` of them. The hooks make packed layers take
+    transformers' code: slower, the same arithmetic for many tokens (docs/numerics.md).
+    """
+
+    def __init__(self, model: Any, guesses: int) -> None:
+        self._layers = list(getattr(getattr(model, "model", None), "layers", []))
+        if not self._layers or not all(hasattr(getattr(layer, "mlp", None), "gate") for layer in self._layers):
+            raise MoeConvertError(f"{type(model).__name__} has no routers to listen to", "name a Mixtral")
+        self._guesses = guesses
+        self._handles: list[Any] = []
+        self._residual: Tensor | None = None
+        self._found: list[dict[str, list[Tensor]]] = []
+
+    def __enter__(self) -> "RoutingRecorder":
+        self._found = [{} for _ in self._layers]
+        for number, layer in enumerate(self._layers):
+            norm, router = layer.post_attention_layernorm, layer.mlp.gate
+            self._handles.append(norm.register_forward_pre_hook(self._keep_residual))
+            self._handles.append(
+                router.register_forward_hook(
+                    lambda _, inputs, output, number=number: self._note(number, inputs, output)
+                )
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._residual = [], None
+
+    def take(self) -> Routing:
+        """What was recorded since the last call, in the order of the forward passes; batches row by row."""
+        found, self._found = self._found, [{} for _ in self._layers]
+
+        def stacked(name: str, layers: list[dict[str, list[Tensor]]], width: int) -> Any:
+            if not layers:
+                return np.zeros((len(found[0]["experts"][0]), 0, width), np.uint8)
+            return torch.stack([torch.cat(layer[name]) for layer in layers], 1).numpy()
+
+        guessing = found[:-1]
+        return Routing(
+            stacked("experts", found, 0),
+            stacked("weights", found, 0),
+            stacked("guesses", guessing, self._guesses),
+            stacked("guesses_next_norm", guessing, self._guesses),
+        )
+
+    def _keep_residual(self, _module: Any, inputs: tuple[Tensor, ...]) -> None:
+        self._residual = inputs[0]
+
+    def _note(self, number: int, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        """One router's call: it answers with (logits, weights [T, chosen], experts [T, chosen])."""
+        found = self._found[number]
+        _, weights, experts = output
+        self._add(found, "experts", experts.to(torch.uint8))
+        self._add(found, "weights", weights.to(torch.float16))
+        if number + 1 < len(self._layers):
+            following = self._layers[number + 1]
+            x = inputs[0]
+            self._add(found, "guesses", self._best(x, following))
+            if self._residual is None:
+                raise MoeConvertError(f"layer {number}: the router ran without its norm")
+            norm = following.post_attention_layernorm
+            residual = self._residual.float()
+            normed = functional.rms_norm(residual, residual.shape[-1:], norm.weight.float(), norm.variance_epsilon)
+            self._add(found, "guesses_next_norm", self._best(normed, following))
+
+    def _best(self, x: Tensor, layer: Any) -> Tensor:
+        weight = layer.mlp.gate.weight.float()
+        logits = functional.linear(x.reshape(-1, weight.shape[1]).float(), weight)
+        return logits.topk(self._guesses, dim=-1).indices.to(torch.uint8)
+
+    @staticmethod
+    def _add(found: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
+        found.setdefault(name, []).append(value.detach().cpu())

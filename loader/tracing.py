@@ -1,0 +1,151 @@
+"""Runs text or prompts through a model and gives the routing as a `Trace`."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from formats.artifact import Artifact
+from formats.errors import MoeConvertError
+from formats.index import Architecture
+from formats.paths import read_small
+from formats.strict_json import parse
+from loader.checkpoint import is_converted
+from loader.perplexity import Progress, read_text, windows_of
+from loader.routing_recorder import Routing, RoutingRecorder
+from loader.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
+
+GUESSES = 4
+"""Guesses kept a token and layer (all experts, if they are fewer): twice what a prefetcher of a top-2 model reads."""
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """What a trace says of its model; see `TraceHeader`."""
+
+    name: str
+    architecture: Architecture
+    expert_bytes: tuple[int, ...]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "TracedModel":
+        """Of a converted folder, or of an ordinary checkpoint, whose experts count at 2 bytes a weight (4 where
+        config.json says float32)."""
+        if is_converted(folder):
+            index = Artifact.open(folder).index
+            sizes = tuple(max(expert.length for expert in layer.experts) for layer in index.layers)
+            return cls(folder.resolve().name, index.architecture, sizes)
+        where = str(folder / "config.json")
+        config = parse(read_small(folder, "config.json", str(folder)), where)
+        if not isinstance(config, dict):
+            raise MoeConvertError(f"{where}: not an object")
+        architecture = Architecture.from_config(config, where, error=MoeConvertError)
+        bytes_per_weight = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+        size = 3 * architecture.hidden_size * architecture.intermediate_size * bytes_per_weight
+        return cls(folder.resolve().name, architecture, (size,) * architecture.num_hidden_layers)
+
+
+@torch.inference_mode()
+def trace_texts(
+    model: Any,
+    tokenizer: Any,
+    described: TracedModel,
+    producer: str,
+    texts: Sequence[Path],
+    *,
+    window: int = 256,
+    batch: int = 4,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """The routing of UTF-8 files in windows as in `measure_perplexity`.
+
+    Teacher-forced in reading order, which routes as decoding the same text would: no token counts as a prompt's.
+
+    max_tokens: at most so many of each text, in whole windows, but one window at least. MoeConvertError if a text is
+    shorter than a window.
+    """
+    most = None if max_tokens is None else max(1, max_tokens // window)
+
+    def run(number: int, path: Path) -> Iterator[TracedSequence]:
+        windows = windows_of(tokenizer, read_text(path), window, most)
+        if not len(windows):
+            raise MoeConvertError(
+                f"{path}: shorter than a window of {window} tokens", "give a longer text or a smaller window"
+            )
+        for begin in range(0, len(windows), batch):
+            # The head's logits are not needed.
+            model.model(input_ids=windows[begin : begin + batch], use_cache=False)
+            if progress:
+                progress(path.name, min(begin + batch, len(windows)), len(windows))
+        yield from (TracedSequence(number, window, 0) for _ in windows)
+
+    return _trace(model, described, producer, texts, run)
+
+
+@torch.inference_mode()
+def trace_prompts(
+    model: Any,
+    tokenizer: Any,
+    described: TracedModel,
+    producer: str,
+    prompts: Sequence[Path],
+    *,
+    max_new_tokens: int = 64,
+    progress: Progress | None = None,
+) -> Trace:
+    """The routing of prompts (UTF-8 files, one prompt a line) with greedy continuations of up to `max_new_tokens`.
+
+    The last new token does not go through the model and is not in the trace. MoeConvertError if a file has no prompt.
+    """
+
+    def run(number: int, path: Path) -> Iterator[TracedSequence]:
+        lines = [line for line in read_text(path).splitlines() if line.strip()]
+        if not lines:
+            raise MoeConvertError(f"{path}: no prompts", "write one prompt a line")
+        for done, line in enumerate(lines, 1):
+            inputs = tokenizer(line, return_tensors="pt")
+            ids = model.generate(
+                **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+                max_new_tokens=max_new_tokens,
+                do_sample=False, temperature=None, top_p=None, top_k=None,
+                pad_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+            if progress:
+                progress(path.name, done, len(lines))
+            yield TracedSequence(number, ids.shape[1] - 1, inputs["input_ids"].shape[1])
+
+    return _trace(model, described, producer, prompts, run)
+
+
+def _trace(
+    model: Any,
+    described: TracedModel,
+    producer: str,
+    files: Sequence[Path],
+    run: Callable[[int, Path], Iterator[TracedSequence]],
+) -> Trace:
+    guesses = min(GUESSES, described.architecture.num_local_experts)
+    sequences: list[TracedSequence] = []
+    parts: list[Routing] = []
+    with RoutingRecorder(model, guesses) as recorder:
+        for number, path in enumerate(files):
+            sequences.extend(run(number, path))
+            parts.append(recorder.take())
+    header = TraceHeader(
+        format=TRACE_FORMAT,
+        format_version=TRACE_VERSION,
+        producer=producer,
+        model=described.name,
+        architecture=described.architecture,
+        expert_bytes=list(described.expert_bytes),
+        guesses=guesses,
+        texts=[TracedText(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files],
+        sequences=sequences,
+    )
+    names = ("experts", "weights", "guesses", "guesses_next_norm")
+    return Trace(header, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
