@@ -1,8 +1,7 @@
 """A source checkpoint: its config and shards, opened strictly, and its weights by (layer, expert, projection)."""
 
-import hashlib
-import os
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.hub_model import HubModel
+from converter.hub_shards import HubShards
 from converter.names import ExpertTensor, FusedTensor, role
+from converter.shards import FolderShards, Shards, cut_off
+from converter.source_files import INDEX_NAME, read_config, shard_names
 from formats.errors import DamageError, FormatError, SourceError
 from formats.index import Architecture
-from formats.paths import check_name, locate, open_regular, read_small
-from formats.safetensors_header import Header, read_header
-from formats.strict_json import parse
+from formats.safetensors_header import Header
 from formats.trunk import packable_linears, plain_tensors
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -49,17 +45,19 @@ class Weight:
 
 
 class Checkpoint:
-    """A Mixtral checkpoint in a local folder. Close it, or use it as a context.
+    """A Mixtral checkpoint in a local folder or a Hub repository. Close it, or use it as a context.
 
     Raises SourceError for anything that this release does not convert: no Mixtral, no safetensors, missing, extra,
-    misshapen or cut tensors; PathError for unsafe names. Nothing is written and no weight is read.
+    misshapen or cut tensors; PathError for unsafe names; HubError. Nothing is written and no weight is read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = _read_config(folder)
-        self.architecture = Architecture.from_config(self.config, str(folder / "config.json"), error=SourceError)
-        self._descriptors: dict[str, int] = {}
+    def __init__(self, source: Path | HubModel) -> None:
+        self.hub = source if isinstance(source, HubModel) else None
+        self.folder = source.folder if isinstance(source, HubModel) else source
+        """Has config.json, tokenizer and the other small files."""
+        self.config = read_config(self.folder)
+        self.architecture = Architecture.from_config(self.config, str(self.folder / "config.json"), error=SourceError)
+        self._shards: Shards = HubShards(source) if isinstance(source, HubModel) else FolderShards(source)
         self.experts: dict[ExpertTensor, Weight] = {}
         self.trunk: dict[str, Weight] = {}
         try:
@@ -76,14 +74,55 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self._shards.close()
+
+    @property
+    def name(self) -> str:
+        """What the source is called: its folder's name, or owner/model."""
+        return self.hub.repo.repo if self.hub else self.folder.resolve().name
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that it is pinned to, if it is in a Hub repository."""
+        return self.hub.repo.commit if self.hub else None
+
+    @property
+    def stop(self) -> threading.Event:
+        """Once set, reads that would have to wait raise Stopped."""
+        return self._shards.stop
 
     @property
     def shards(self) -> dict[str, int]:
         """Name -> size in bytes, in the order of their names."""
-        return {name: os.fstat(d).st_size for name, d in sorted(self._descriptors.items())}
+        return {name: self._shards.size(name) for name in sorted(self._headers)}
+
+    @property
+    def fetch_bytes(self) -> int:
+        """How much disk shards may take that are fetched for a conversion."""
+        return self._shards.disk_bytes() if isinstance(self._shards, HubShards) else 0
+
+    def fetch_into(self, folder: Path) -> None:
+        """Shards of a Hub repository are kept in `folder` from here on, while they are needed."""
+        if isinstance(self._shards, HubShards):
+            self._shards.fetch_into(folder)
+
+    def expect(self, keys: Iterable[tuple[Any, ...]], *, by_layer: bool) -> None:
+        """The work that will be done, in order: ("expert", layer, expert), ("linear", module), ("tensor", name).
+
+        by_layer: whether each piece of work in a layer may read all of that layer, as calibration does.
+        DoesNotFitError if that is more than may be on disk at once.
+        """
+        needs = [(key, self._shards_of(key)) for key in keys]
+        if by_layer:
+            layers: dict[int | None, frozenset[str]] = {}
+            for key, names in needs:
+                layers[layer_of(key)] = layers.get(layer_of(key), frozenset()) | names
+            needs = [(key, names if layer_of(key) is None else layers[layer_of(key)]) for key, names in needs]
+        self._shards.expect(needs)
+
+    def done(self, key: tuple[Any, ...]) -> None:
+        """A piece of work that was expected is done."""
+        self._shards.done(key)
 
     @property
     def n_bytes(self) -> int:
@@ -98,14 +137,8 @@ class Checkpoint:
         row_bytes = weight.n_bytes // weight.shape[0]
         data = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
         view = memoryview(data.numpy())  # type: ignore[arg-type]
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._descriptors[weight.shard], [view[done:]], weight.offset + begin * row_bytes + done)
-            if count == 0:
-                raise SourceError(
-                    f"{self.folder / weight.shard}: cut off inside tensor {weight.name}", "get the shard again"
-                )
-            done += count
+        if self._shards.read_into(weight.shard, weight.offset + begin * row_bytes, view) < len(view):
+            raise cut_off(self._shards.where, weight.shard, weight.name)
         return data.view(TORCH_DTYPES[weight.dtype]).view(end - begin, *weight.shape[1:])
 
     def check_finite(self, weight: Weight, begin: int, rows: Tensor) -> None:
@@ -115,36 +148,40 @@ class Checkpoint:
             first = bad.nonzero()[0].tolist()
             first[0] += begin
             raise SourceError(
-                f"{self.folder / weight.shard}: tensor {weight.name} has {int(bad.sum())} NaN or infinite values,"
-                f" the first at {first}",
+                f"{self._shards.where}/{weight.shard}: tensor {weight.name} has {int(bad.sum())} NaN or infinite"
+                f" values, the first at {first}",
                 "the checkpoint is damaged or its training diverged; get it again or choose another one",
             )
 
     def shard_sha256(self, name: str, stop: threading.Event | None = None) -> str:
         """The sha256 of a whole shard, in hex: what the Hub calls its LFS object id; worthless once `stop` is set."""
-        digest = hashlib.sha256()
-        position = 0
-        while (chunk := os.pread(self._descriptors[name], 4 << 20, position)) and not (stop and stop.is_set()):
-            digest.update(chunk)
-            position += len(chunk)
-        return digest.hexdigest()
+        return self._shards.sha256(name, stop)
 
     def shard_sample(self, name: str) -> str:
-        """A hash of a shard's header, size and samples of its data: cheap, and another model's differs."""
-        descriptor = self._descriptors[name]
-        size = os.fstat(descriptor).st_size
-        digest = hashlib.sha256(f"{size} {self._headers[name].sha256}".encode())
-        for i in range(_SAMPLES):
-            digest.update(os.pread(descriptor, _SAMPLE_BYTES, size * i // _SAMPLES))
-        return digest.hexdigest()
+        """What another model's shard of that name does not have; cheap."""
+        return self._shards.identity(name, self._headers[name])
+
+    def place(self, key: tuple[Any, ...]) -> tuple[str, int]:
+        """Where the last tensor begins that a piece of work reads: work in this order needs few shards at once."""
+        return max((weight.shard, weight.offset) for weight in self._weights_of(key))
+
+    def _shards_of(self, key: tuple[Any, ...]) -> frozenset[str]:
+        """The shards that a piece of work reads."""
+        return frozenset(weight.shard for weight in self._weights_of(key))
+
+    def _weights_of(self, key: tuple[Any, ...]) -> list[Weight]:
+        if key[0] == "expert":
+            return [self.experts[ExpertTensor(key[1], key[2], projection)] for projection in ("gate", "up", "down")]
+        return [self.trunk[f"{key[1]}.weight" if key[0] == "linear" else key[1]]]
 
     def _open_shards(self) -> dict[str, Header]:
         headers = {}
-        names, weight_map = _shard_names(self.folder)
+        there = self.hub.repo.files if self.hub else [p.name for p in self.folder.iterdir()]
+        names, weight_map = shard_names(self.folder, there)
         for name in names:
             try:
-                self._descriptors[name] = open_regular(locate(self.folder, name, str(self.folder)))
-                headers[name] = read_header(self._descriptors[name], str(self.folder / name))
+                self._shards.open(name)
+                headers[name] = self._shards.header(name)
             except DamageError as e:
                 raise SourceError(e.message, "get the shard again") from None
             except FormatError as e:
@@ -225,7 +262,7 @@ class Checkpoint:
         where[key] = weight
 
     def _check(self, weight: Weight, shape: tuple[int, ...]) -> None:
-        place = f"{self.folder / weight.shard}: tensor {weight.name}"
+        place = f"{self._shards.where}/{weight.shard}: tensor {weight.name}"
         if weight.shape != shape:
             raise SourceError(f"{place} has shape {list(weight.shape)}, config.json says {list(shape)}")
         if weight.dtype not in TORCH_DTYPES:
@@ -234,61 +271,11 @@ class Checkpoint:
             )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise SourceError(
-            f"{folder} is not a folder", f"if it is a Hub repository, fetch it: hf download {folder} --local-dir model"
-        )
-    where = str(folder / "config.json")
-    try:
-        config = parse(read_small(folder, "config.json", str(folder)), where, error=SourceError)
-    except DamageError as e:
-        raise SourceError(e.message, "name the folder that holds the checkpoint's config.json") from None
-    if not isinstance(config, dict):
-        raise SourceError(f"{where}: not an object")
-    if "auto_map" in config:
-        raise SourceError(
-            f"{where}: has auto_map: the model needs code of its own, which is never run", "use a plain Mixtral"
-        )
-    kind, classes = config.get("model_type"), config.get("architectures")
-    if kind != "mixtral" or classes not in (None, ["MixtralForCausalLM"]):
-        raise SourceError(
-            f"{where}: model_type {kind!r}, architectures {classes!r}; read is 'mixtral' with ['MixtralForCausalLM']",
-            "use a Mixtral checkpoint (8x7B, 8x22B or a fine-tune of them)",
-        )
-    if (act := config.get("hidden_act", "silu")) != "silu":
-        raise SourceError(f"{where}: hidden_act is {act!r}; supported is 'silu'")
-    if "quantization_config" in config:
-        raise SourceError(
-            f"{where}: is quantized already (quantization_config)", "use the original bf16 or fp16 checkpoint"
-        )
-    return config
-
-
-def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The names of the shards, and the weight map (empty where there is only one file)."""
-    if (folder / INDEX_NAME).exists():
-        where = str(folder / INDEX_NAME)
-        index = parse(
-            read_small(folder, INDEX_NAME, str(folder), max_bytes=64 << 20),
-            where,
-            max_bytes=64 << 20,
-            error=SourceError,
-        )
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise SourceError(f"{where}: field weight_map is not a filled object")
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str):
-                raise SourceError(f"{where}: weight_map[{tensor!r}] is {name!r}, not a file name")
-            check_name(name, f"{where}: weight_map[{tensor!r}]")
-        return sorted(set(weight_map.values())), weight_map
-    if os.path.lexists(folder / SINGLE_NAME):
-        return [SINGLE_NAME], {}
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise SourceError(
-            f"{folder}: has only pickled weights ({pickles[0]}), which can run code and are never read",
-            "use a safetensors version of the model, or save it with safe_serialization in a sandbox",
-        )
-    raise SourceError(f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there", "name the folder of the checkpoint")
+def layer_of(key: tuple[Any, ...]) -> int | None:
+    """The layer that a piece of work is done with: the first for embeddings; None for the last norm and the head."""
+    if key[0] == "expert":
+        return int(key[1])
+    if key[1] == "model.embed_tokens.weight":
+        return 0
+    parts = str(key[1]).split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else None

@@ -56,6 +56,12 @@ class OutputError(MoeConvertError):
     """An output folder that is not ours, is in use, or holds another conversion."""
 
 
+class HubError(MoeConvertError):
+    """A Hub that does not give what was asked for, or a line to it that stays broken."""
+
+    default_hint = "try again; what was fetched before is kept"
+
+
 class DoesNotFitError(MoeConvertError):
     """Not enough disk or memory; the message has both numbers."""
 

@@ -29,8 +29,8 @@ def locate(folder: Path, name: str, where: str) -> Path:
     """The real path of the regular file `name` in `folder`.
 
     Raises PathError for an unsafe name, for a symbolic link that leaves the folder (links of a Hub cache from
-    `snapshots/<revision>` into its `blobs` are taken), and for anything but a regular file; DamageError if there is
-    no such file.
+    `snapshots/<revision>` into its `blobs`, its own or those that repositories share, are taken), and for anything but
+    a regular file; DamageError if there is no such file.
     """
     check_name(name, where)
     root = Path(os.path.realpath(folder))
@@ -75,5 +75,14 @@ def read_small(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20
 
 
 def _in_blobs_of_cache(root: Path, path: Path) -> bool:
-    """Whether `root` is a snapshot of a Hub cache and `path` lies in that cache entry's blobs."""
-    return root.parent.name == "snapshots" and path.parent == root.parent.parent / "blobs"
+    """Whether `root` is a snapshot of a Hub cache and `path` lies in that cache entry's blobs, or in the cache's.
+
+    huggingface_hub 2 keeps what several repositories have as `<cache>/blobs/<2 digits>/<64 digits>`.
+    """
+    if root.parent.name != "snapshots":
+        return False
+    entry = root.parent.parent
+    if path.parent == entry / "blobs":
+        return True
+    shared = path.relative_to(entry.parent / "blobs") if path.is_relative_to(entry.parent / "blobs") else None
+    return shared is not None and re.fullmatch("([0-9a-f]{2})/\\1[0-9a-f]{62}", shared.as_posix()) is not None

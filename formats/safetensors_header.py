@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -58,20 +59,24 @@ def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
 
 
 def read_header(descriptor: int, where: str) -> Header:
-    """The header of the open file `descriptor`.
+    """The header of the open file `descriptor`; raises what `header_from` raises."""
+    return header_from(lambda offset, length: os.pread(descriptor, length, offset), os.fstat(descriptor).st_size, where)
+
+
+def header_from(read: Callable[[int, int], bytes], size: int, where: str) -> Header:
+    """The header of a file of `size` bytes, of which read(offset, length) gives parts (fewer bytes past its end).
 
     FormatError naming `where` for what the safetensors specification forbids, including what its package lets pass
     (duplicate keys, leading white space), for holes and overlaps, and for dtypes that are not whole bytes;
     DamageError if the file is shorter or longer than its header says.
     """
-    size = os.fstat(descriptor).st_size
-    prefix = os.pread(descriptor, 8, 0)
+    prefix = read(0, 8)
     if len(prefix) < 8:
         raise DamageError(f"{where}: {size} bytes, too short for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES:
         raise FormatError(f"{where}: header of {length} bytes, allowed are {MAX_HEADER_BYTES}; not a safetensors file?")
-    text = os.pread(descriptor, min(length, size), 8)
+    text = read(8, min(length, size))
     if len(text) < length:
         raise DamageError(f"{where}: cut off inside its header: {size} bytes, the header ends at {8 + length}")
     if not text.startswith(b"{"):

@@ -1,6 +1,10 @@
 """moe-convert inspect"""
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,20 +16,46 @@ from converter.cli.output import Output, gigabytes, output_options, table
 @click.option(
     "--experts", "show_experts", is_flag=True, help="List every expert: file, offset, length, packings, sha256."
 )
+@click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
+@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
 @output_options
-def command(path: Path, show_experts: bool, output: Output) -> None:
-    """Show what the converted folder PATH holds, from its index and headers; no weights are read.
+def command(path: Path, show_experts: bool, revision: str | None, token: str | None, output: Output) -> None:
+    """Show what the converted folder or Hub repository PATH holds, from its index and headers; no weights are read.
 
     \b
     moe-convert inspect ./my-mixtral-2bit
+    moe-convert inspect owner/my-mixtral-2bit
     moe-convert inspect ./my-mixtral-2bit --json --experts
     """
+    with _opened(path, revision, token) as (artifact, repository):
+        facts, text = _described(artifact, show_experts, output)
+    if repository:
+        facts, text = {"repository": repository} | facts, f"{repository}\n{text}"
+    output.result(facts, text)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, revision: str | None, token: str | None) -> Iterator[tuple[Any, str | None]]:
+    """The artifact, and repository@commit if it is on the Hub; a folder goes before a repository of the same name."""
+    from formats.artifact import Artifact
+    from formats.hub import HubRepo, is_repo_name
+    from formats.remote_artifact import open_remote
+
+    if path.exists() or not is_repo_name(str(path)):
+        yield Artifact.open(path), None
+        return
+    repo = HubRepo.open(str(path), revision, token)
+    with tempfile.TemporaryDirectory(prefix="moe-convert-") as folder:
+        yield open_remote(repo, Path(folder)), f"{repo.repo}@{repo.commit}"
+
+
+def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[str, Any], str]:
+    """The facts, and the same as text."""
     import msgspec
 
-    from formats.artifact import Artifact
+    from formats.quality import read_quality
     from formats.trunk import attention_linears
 
-    artifact = Artifact.open(path)
     index, a = artifact.index, artifact.architecture
     linears = attention_linears(a)
     attention = sum(e.n_bytes for e in artifact.trunk_header().entries.values() if e.name.rsplit(".", 1)[0] in linears)
@@ -34,7 +64,7 @@ def command(path: Path, show_experts: bool, output: Output) -> None:
     stored = sum(entry.length for entry in entries)
     weights = len(entries) * 3 * a.hidden_size * a.intermediate_size
     total = index.trunk.size_bytes + sum(layer.size_bytes for layer in index.layers)
-    facts = {
+    facts: dict[str, Any] = {
         "format_version": index.format_version,
         "producer": msgspec.to_builtins(index.producer),
         "source": {"name": index.source.name, "revision": index.source.revision},
@@ -69,6 +99,12 @@ def command(path: Path, show_experts: bool, output: Output) -> None:
         ("everything else", gigabytes(index.trunk.size_bytes)),
         ("total", gigabytes(total)),
     ]
+    quality = read_quality(artifact.folder)
+    if quality and (evaluation := quality.evaluation):
+        facts["evaluation"] = msgspec.to_builtins(evaluation)
+        found = evaluation.overall
+        fields = f"KL {found.kl:.5f}, perplexity ratio {found.ratio:.4f}, {found.tokens} tokens"
+        rows.append((f"against {evaluation.original}", fields))
     text = table(rows, left=2)
     if show_experts:
         lines: list[tuple[str, ...]] = [("file", "expert", "offset", "length", "gate and up", "down", "sha256")]
@@ -78,4 +114,4 @@ def command(path: Path, show_experts: bool, output: Output) -> None:
                 for e in layer.experts
             ]
         text += "\n\n" + table(lines)
-    output.result(facts, text)
+    return facts, text

@@ -1,0 +1,81 @@
+"""moe-convert download"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.output import Output, gigabytes, output_options
+
+
+@click.command("download", epilog="Exit code 3 if anything is damaged.")
+@click.argument("repo", metavar="OWNER/MODEL")
+@click.option(
+    "--local-dir", type=click.Path(path_type=Path), help="Where to put the files [default: the cache of the Hub]."
+)
+@click.option("--revision", help="Branch, tag or commit [default: main].")
+@click.option(
+    "--include", multiple=True, metavar="PATTERN", help="Only files that match, such as '*.json'; repeatable."
+)
+@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@output_options
+def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output: Output, **options: Any) -> None:
+    """Fetch the converted model OWNER/MODEL from the Hub, and check every byte of it.
+
+    Files that are there already are not fetched again; an interrupted download goes on when it is run again.
+
+    \b
+    moe-convert download owner/my-mixtral-2bit
+    moe-convert download owner/my-mixtral-2bit --local-dir my-mixtral-2bit
+    """
+    from formats import INDEX_NAME
+    from formats.hub import HubRepo
+
+    source = HubRepo.open(repo, options["revision"], options["token"])
+    patterns = list(include) or None
+    folder = source.snapshot(patterns, local_dir=local_dir, bars=not output.quiet)
+    files = source.matching(patterns)
+    if patterns is None and INDEX_NAME in source.files:
+        problems = _against_index(folder, output)
+    else:
+        problems = _against_hub(folder, files, output)
+    n_bytes = sum(file.size for file in files)
+    facts = {
+        "repository": f"{source.repo}@{source.commit}",
+        "folder": str(folder),
+        "files": len(files),
+        "bytes": n_bytes,
+        "ok": not problems,
+        "problems": problems,
+    }
+    text = f"{folder}\nok: {len(files)} files, {gigabytes(n_bytes)}, all read and compared"
+    output.result(facts, "\n".join([*problems, f"{len(problems)} problems"]) if problems else text)
+    if problems:
+        sys.exit(3)
+
+
+def _against_index(folder: Path, output: Output) -> list[str]:
+    """What is wrong with a converted folder."""
+    from formats.verify import verify_folder
+
+    progress = output.progress()
+    report = verify_folder(folder, read_data=True, progress=lambda done, total: progress("verifying", done, total))
+    hint = "  next: delete what is damaged (in the cache: the file that it links to), and run the same command again"
+    return [*(problem.message for problem in report.problems), hint] if report.problems else []
+
+
+def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
+    """Which of some files have another hash than the Hub says."""
+    progress, done, total = output.progress(), 0, sum(file.size for file in files)
+    problems = []
+    for file in files:
+        hasher = file.hasher()
+        with open(folder / file.name, "rb") as f:
+            while chunk := f.read(4 << 20):
+                hasher.update(chunk)
+        if hasher.hexdigest() != file.etag:
+            problems.append(f"{folder / file.name}: its hash is not the Hub's, {file.etag}; delete it and run again")
+        done += file.size
+        progress("verifying", done, total)
+    return problems

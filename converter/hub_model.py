@@ -1,0 +1,65 @@
+"""A checkpoint in a Hub repository, pinned to a commit for the whole conversion."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.journal import read_pin
+from converter.source_files import COPIED, INDEX_NAME
+from formats.errors import SourceError
+from formats.hub import HubRepo
+from formats.ranges import Retries
+
+_MAX_SMALL_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model in a repository. `folder` has its small files: the cache's folder of the commit."""
+
+    repo: HubRepo
+    folder: Path
+    asked: str | None
+    """The revision that the user named."""
+    stop: threading.Event
+    """Once set, waits between attempts end."""
+    keep: bool = True
+    """Whether shards are kept on disk while they are needed; else they are read by ranges, and cannot be hashed."""
+    max_disk_bytes: int | None = None
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        revision: str | None = None,
+        token: str | None = None,
+        *,
+        keep: bool = True,
+        max_disk_bytes: int | None = None,
+        resume: Path | None = None,
+    ) -> "HubModel":
+        """Resolves the revision, or takes the commit at which an unfinished conversion in folder `resume` was begun.
+
+        Fetches config, tokenizer, licence and the like into the user's cache. Raises HubError, SourceError.
+        """
+        stop = threading.Event()
+        pin = read_pin(resume) if resume else None
+        same = pin is not None and (pin.get("repo"), pin.get("asked")) == (name, revision)
+        commit = str(pin["commit"]) if pin and same else revision
+        repo = HubRepo.open(name, commit, token, Retries(wait=stop.wait))
+        return cls(repo, _small_files(repo), revision, stop, keep, max_disk_bytes)
+
+    @property
+    def pin(self) -> dict[str, str | None]:
+        """What a journal records, by which a resume finds the same commit."""
+        return {"repo": self.repo.repo, "asked": self.asked, "commit": self.repo.commit}
+
+
+def _small_files(repo: HubRepo) -> Path:
+    """The cache's folder of the commit, with everything in it that a conversion reads besides the shards."""
+    patterns = ["config.json", INDEX_NAME, *COPIED]
+    if "config.json" not in repo.files:
+        raise SourceError(f"{repo.repo}@{repo.commit[:12]}: file config.json is missing", "name a model's repository")
+    if (size := sum(file.size for file in repo.matching(patterns))) > _MAX_SMALL_BYTES:
+        raise SourceError(f"{repo.repo}: tokenizer, licence and other small files have {size} bytes; no ordinary model")
+    return repo.snapshot(patterns)

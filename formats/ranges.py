@@ -1,0 +1,232 @@
+"""Byte ranges of files on a Hub: exactly the bytes that were asked for, or a HubError.
+
+huggingface_hub's file system object takes what a server sends, also where that ignores the range. Here the status must
+be 206 (200 for a whole file), Content-Range and length must be those asked for, and what the first host says of the
+file (commit, ETag, size) must be what is known of it. The bytes' hash is for the caller to check.
+"""
+
+import contextlib
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from formats.errors import HubError
+
+MAX_REDIRECTS = 5
+PROGRESS_BYTES = 1 << 20
+"""An attempt that got so far before the line broke does not count as a failed one."""
+AGAIN_HINT = "run the same command again: it goes on where it stopped"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository at a commit. `etag` is the sha256 of an LFS file, git's sha1 of another."""
+
+    name: str
+    url: str
+    """Of the file at the commit, on the host that may have the token."""
+    repo: str
+    commit: str
+    size: int
+    etag: str
+
+    @property
+    def sha256(self) -> str | None:
+        """The file's sha256 in hex, if the Hub knows it."""
+        return self.etag if re.fullmatch("[0-9a-f]{64}", self.etag) else None
+
+    def hasher(self) -> Any:
+        """A new hash object; given the whole file, its hexdigest is `etag`."""
+        return hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size)
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit[:12]}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often and how long. Waits double from `first_s`; a server's Retry-After is kept to, up to `longest_s`."""
+
+    attempts: int = 6
+    first_s: float = 1.0
+    longest_s: float = 300.0
+    wait: Callable[[float], object] = time.sleep
+
+    def pause(self, failures: int, asked_s: float | None) -> None:
+        """Waits after the failure of this number, counted from 1."""
+        self.wait(min(self.longest_s, self.first_s * 2 ** (failures - 1)) if asked_s is None else asked_s)
+
+
+class _Failed(Exception):
+    """An answer that may be better next time; `asked_s` is how long the server wants to be left alone."""
+
+    def __init__(self, what: str, asked_s: float | None = None) -> None:
+        super().__init__(what)
+        self.asked_s = asked_s
+
+
+class RangeReader:
+    """Reads ranges; safe to use from several threads.
+
+    session() gives the HTTP client (huggingface_hub.get_session: an httpx client, whichever version); `headers` go only
+    to the host of a file's own URL, and so does the token in them; `transport_errors` are what the client raises when
+    the line breaks or times out.
+    """
+
+    def __init__(
+        self,
+        session: Callable[[], Any],
+        headers: Mapping[str, str],
+        transport_errors: tuple[type[Exception], ...],
+        *,
+        timeout_s: float = 10.0,
+        retries: Retries | None = None,
+    ) -> None:
+        self._session, self._headers, self._transport_errors = session, dict(headers), transport_errors
+        self._timeout_s, self._retries = timeout_s, retries or Retries()
+        self._locations: dict[str, str] = {}
+
+    def read(self, file: RemoteFile, begin: int, end: int) -> bytes:
+        """Bytes begin..end (exclusive) of `file`. Raises HubError; never returns other or fewer bytes."""
+        return b"".join(self.chunks(file, begin, end))
+
+    def read_into(self, file: RemoteFile, begin: int, view: memoryview) -> None:
+        """Fills `view` with the bytes from `begin` on. Errors as `read`; `view` may be filled in part then."""
+        position = 0
+        for chunk in self.chunks(file, begin, begin + len(view)):
+            view[position : position + len(chunk)] = chunk
+            position += len(chunk)
+
+    def chunks(self, file: RemoteFile, begin: int, end: int) -> Iterator[bytes]:
+        """The bytes begin..end (exclusive) in order, in pieces; after a break it goes on with what is missing."""
+        if not 0 <= begin <= end <= file.size:
+            raise HubError(f"{file}: bytes {begin} to {end} asked for, it has {file.size}")
+        position = kept = begin
+        failures = 0
+        while position < end:
+            failed = None
+            try:
+                with self._answer(file, position, end) as answer:
+                    for chunk in answer.iter_raw():
+                        if position + len(chunk) > end:
+                            raise _Failed("more bytes than were asked for")
+                        position += len(chunk)
+                        yield chunk
+                if position < end:
+                    failed = _Failed(f"{end - position} bytes too few")
+            except _Failed as e:
+                failed = e
+            except self._transport_errors as e:
+                failed = _Failed(f"{type(e).__name__}: {e}")
+            if failed is None:
+                continue
+            # Outside of the except clauses, so that no request with its headers hangs on to the error.
+            failures = 1 if position - kept >= PROGRESS_BYTES else failures + 1
+            kept = position
+            self._after_failure(file, failed, failures)
+
+    def _after_failure(self, file: RemoteFile, failed: _Failed, failures: int) -> None:
+        if failures >= self._retries.attempts:
+            raise HubError(f"{file}: {failed}; gave up after {failures} attempts", AGAIN_HINT)
+        if (failed.asked_s or 0) > self._retries.longest_s:
+            raise HubError(f"{file}: {failed}; the server asks for a pause of {failed.asked_s:.0f} s", AGAIN_HINT)
+        _log.info("%s: %s; trying again", file, failed)
+        self._retries.pause(failures, failed.asked_s)
+
+    @contextlib.contextmanager
+    def _answer(self, file: RemoteFile, begin: int, end: int) -> Iterator[Any]:
+        """The checked answer to a request for a range, after redirects."""
+        # A whole file is asked for without a range: not every cache in front of small files knows ranges.
+        whole = (begin, end) == (0, file.size)
+        ranges = {"Accept-Encoding": "identity"} | ({} if whole else {"Range": f"bytes={begin}-{end - 1}"})
+        url = self._locations.get(file.url, file.url)
+        for _ in range(MAX_REDIRECTS):
+            home = _origin(url) == _origin(file.url)
+            headers = self._headers | ranges if home else ranges
+            with self._session().stream(
+                "GET", url, headers=headers, follow_redirects=False, timeout=self._timeout_s
+            ) as answer:
+                if home:
+                    _check_identity(answer, file)
+                if answer.status_code not in (301, 302, 303, 307, 308):
+                    self._check_status(answer, file, home, 200 if whole else 206)
+                    _check_range(answer, file, begin, end)
+                    yield answer
+                    return
+                target = urljoin(url, answer.headers.get("Location", ""))
+            scheme = urlsplit(target).scheme
+            if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
+                raise HubError(f"{file}: redirected to a {scheme or 'nameless'} address, which is not followed")
+            url = target
+            if _origin(url) != _origin(file.url):
+                self._locations[file.url] = url
+        raise HubError(f"{file}: more than {MAX_REDIRECTS} redirects")
+
+    def _check_status(self, answer: Any, file: RemoteFile, home: bool, expected: int) -> None:
+        status = answer.status_code
+        if status == expected:
+            return
+        if not home:
+            # Signed addresses expire: ask the Hub for another one.
+            self._locations.pop(file.url, None)
+        if status in (408, 429) or status >= 500 or not home or status == 200:
+            what = "status 200, the range was ignored" if status == 200 else f"status {status}"
+            raise _Failed(what, _asked_pause(answer.headers))
+        hints = {
+            401: "give a token that may read it: hf auth login, or --token",
+            403: "accept the model's terms on its page, and give a token that may read it: hf auth login, or --token",
+            404: "check the names of repository, revision and file",
+        }
+        raise HubError(
+            f"{file}: status {status} {answer.headers.get('X-Error-Code', '')}".rstrip(), hints.get(status, "")
+        )
+
+
+def _check_identity(answer: Any, file: RemoteFile) -> None:
+    """HubError if the file's own host speaks of another commit, content or size than the one that is known."""
+    if answer.status_code >= 400:
+        return
+    of_content = answer.headers.get("ETag") if answer.status_code in (200, 206) else None
+    etag = answer.headers.get("X-Linked-Etag") or of_content
+    found = {
+        "commit": (answer.headers.get("X-Repo-Commit"), file.commit),
+        "ETag": (etag.removeprefix("W/").strip('"') if etag else None, file.etag),
+        "size": (answer.headers.get("X-Linked-Size"), str(file.size)),
+    }
+    for what, (there, known) in found.items():
+        if there is not None and there != known:
+            raise HubError(
+                f"{file}: the Hub now says {what} {there}, it said {known} before",
+                "the file was replaced, or the Hub is a faulty mirror; try again, or use another HF_ENDPOINT",
+            )
+
+
+def _check_range(answer: Any, file: RemoteFile, begin: int, end: int) -> None:
+    headers = answer.headers
+    wanted = f"bytes {begin}-{end - 1}/{file.size}"
+    if answer.status_code == 206 and (found := headers.get("Content-Range")) != wanted:
+        raise _Failed(f"Content-Range {found!r}, expected {wanted!r}")
+    if (length := headers.get("Content-Length")) not in (None, str(end - begin)):
+        raise _Failed(f"{length} bytes announced, {end - begin} asked for")
+    if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
+        raise _Failed(f"Content-Encoding {encoding!r}, asked for was identity")
+
+
+def _asked_pause(headers: Mapping[str, str]) -> float | None:
+    """Seconds that Retry-After or the Hub's rate limit header ask for; None for neither (or a date)."""
+    if re.fullmatch(r"\d{1,9}", after := headers.get("Retry-After", "").strip()):
+        return float(after)
+    limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})", headers.get("RateLimit", ""))
+    return float(limit[1]) if limit else None
+
+
+def _origin(url: str) -> tuple[str, str | None, int]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)

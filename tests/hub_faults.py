@@ -1,0 +1,85 @@
+"""What can go wrong between the loopback Hub and its client, on demand."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Fault:
+    """One thing that goes wrong, for the next `times` requests whose URL path contains `path` (-1: for all).
+
+    `body` faults concern answers that carry a file's bytes; the others any request.
+    """
+
+    kind: str
+    path: str = ""
+    times: int = 1
+    number: int = 0
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    action: Callable[[], object] | None = None
+
+
+class Faults:
+    """The faults that are still to come; each method adds one. Paths are parts of URL paths; "" is any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._faults: list[Fault] = []
+
+    def drop(self, path: str = "", *, after: int = 0, times: int = 1) -> None:
+        """The connection breaks after `after` bytes of the body."""
+        self._add(Fault("drop", path, times, after))
+
+    def ignore_range(self, path: str = "", *, times: int = 1) -> None:
+        """The whole file with status 200, whatever range was asked for."""
+        self._add(Fault("ignore_range", path, times))
+
+    def short(self, path: str = "", *, missing: int = 1, times: int = 1) -> None:
+        """A complete answer whose Content-Range says what was asked for, with `missing` bytes too few."""
+        self._add(Fault("short", path, times, missing))
+
+    def shift(self, path: str = "", *, by: int = 1, times: int = 1) -> None:
+        """Another range than asked for, and a Content-Range that says so."""
+        self._add(Fault("shift", path, times, by))
+
+    def damage(self, path: str = "", *, at: int = 0, times: int = 1) -> None:
+        """One byte of the body, `at` bytes from its beginning, is another; the headers are right."""
+        self._add(Fault("damage", path, times, at))
+
+    def change_etag(self, path: str = "", *, times: int = 1) -> None:
+        """Another ETag than the file's, as if it had been replaced."""
+        self._add(Fault("etag", path, times))
+
+    def status(self, code: int, path: str = "", *, times: int = 1, **headers: str) -> None:
+        """An answer with this status; headers as keywords: `Retry_After="7"`."""
+        self._add(
+            Fault("status", path, times, status=code, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        )
+
+    def redirect(self, location: str, path: str = "", *, times: int = 1) -> None:
+        """A redirect (302) to `location`."""
+        self._add(Fault("status", path, times, status=302, headers={"Location": location}))
+
+    def before(self, path: str, action: Callable[[], object], *, times: int = 1) -> None:
+        """Calls `action` before the request is answered: to commit, to count, to wait for an event."""
+        self._add(Fault("before", path, times, action=action))
+
+    def take(self, kind: str, path: str) -> Fault | None:
+        """The first fault of this kind for a request of `path`, used up once."""
+        with self._lock:
+            for fault in self._faults:
+                if fault.kind == kind and fault.path in path and fault.times:
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def clear(self) -> None:
+        """Nothing goes wrong any more."""
+        with self._lock:
+            self._faults.clear()
+
+    def _add(self, fault: Fault) -> None:
+        with self._lock:
+            self._faults.append(fault)
