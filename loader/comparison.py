@@ -1,140 +1,146 @@
-"""How far a model's predictions are from another's: KL, perplexity ratio, agreement of the first choice."""
+"""How far a model's predictions are from another's: KL, perplexity ratio, agreement of first choice and of routers."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from formats.errors import MoeConvertError
-from loader.perplexity import Progress, windows_of
+from formats.quality import Comparison
+from loader.perplexity import Progress
+
+Prediction = tuple[Callable[[int, int], Tensor], Tensor]
+"""Of one window: a function (begin, end) → logits, float32 [end - begin, vocabulary], of these positions; and the
+experts that the routers chose, int64 [layers, window, k]."""
+
+POSITIONS_AT_ONCE = 256
+"""Whose logits are in memory: 33 MB a model for a vocabulary of 32000."""
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One text's result, over windows; each `_error` is the standard error of the number before it.
-
-    kl: mean over tokens of KL(original || model), nats. log_ratio: of the perplexities. agreement: share of tokens at
-    which both have the same first choice. routers: per layer, share of the original's experts that the model chooses
-    too; None where either does not tell.
-    """
+class Text:
+    """A text's name, the sha256 of its bytes, and its windows, int64 [n, window]."""
 
     name: str
-    tokens: int
-    kl: float
-    kl_error: float
-    log_ratio: float
-    log_ratio_error: float
-    agreement: float
-    routers: list[float] | None
-
-    @property
-    def ratio(self) -> float:
-        """The model's perplexity over the original's."""
-        return math.exp(self.log_ratio)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "ratio": self.ratio}
+    sha256: str
+    windows: Tensor
 
 
 @torch.inference_mode()
-def compare_models(
-    original: Any,
-    model: Any,
-    tokenizer: Any,
-    texts: Iterable[tuple[str, str]],
-    *,
-    window: int = 256,
-    max_windows: int | None = None,
-    progress: Progress | None = None,
-) -> list[Comparison]:
-    """A `Comparison` for each (name, text), and one called "overall"; windows as in `measure_perplexity`.
+def model_predictions(model: Any, windows: Tensor, batch: int) -> Iterator[Prediction]:
+    """The predictions of a Mixtral of transformers for each of `windows` (int64 [n, window]), computed `batch` at a
+    time: its experts are read once for these."""
+    for ids in torch.split(windows, batch):
+        with _Choices(model) as choices:
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        # [layers, windows, window, k]: the routers see the windows of a batch one after the other.
+        routers = torch.stack(choices.found)
+        routers = routers.view(len(routers), *ids.shape, -1)
+        for row in range(len(ids)):
+            yield partial(_logits, model.lm_head, hidden[row]), routers[:, row]
+
+
+@torch.inference_mode()
+def compare(
+    original: Iterable[Prediction], model: Iterable[Prediction], texts: list[Text], progress: Progress | None = None
+) -> tuple[list[Comparison], Comparison]:
+    """(of each text, of all together, by the name "overall"). `original` and `model` predict the texts' windows, in
+    order. All but the first token of a window are scored.
 
     The KL is summed from differences of log-probabilities in float32, never as a difference of two large sums.
-    MoeConvertError if the vocabularies differ, or a text is shorter than a window.
+    MoeConvertError if a prediction is not finite.
     """
-    parts: list[tuple[str, Tensor, list[Tensor]]] = []
-    with _Choices(original) as first, _Choices(model) as second:
-        for name, text in texts:
-            windows = windows_of(tokenizer, text, window, max_windows)
-            if not len(windows):
-                raise MoeConvertError(
-                    f"{name}: shorter than a window of {window} tokens", "give a longer text or a smaller window"
-                )
-            rows, routers = [], []
-            for number, ids in enumerate(windows):
-                p, q = (_log_probabilities(m, ids) for m in (original, model))
-                if p.shape != q.shape:
-                    raise MoeConvertError(
-                        f"the original has a vocabulary of {p.shape[1]}, the model of {q.shape[1]}",
-                        "name the checkpoint that was converted",
-                    )
-                wanted = ids[1:, None]
-                rows.append(
-                    torch.stack(
-                        [
-                            (p.exp() * (p - q)).sum(1).mean(),
-                            (p.gather(1, wanted) - q.gather(1, wanted)).mean(),
-                            (p.argmax(1) == q.argmax(1)).float().mean(),
-                        ]
-                    )
-                )
-                routers.append(_overlap(first.take(), second.take()))
-                if progress:
-                    progress(name, number + 1, len(windows))
-            parts.append((name, torch.stack(rows).double(), [r for r in routers if r is not None]))
-    whole = ("overall", torch.cat([rows for _, rows, _ in parts]), [r for _, _, routers in parts for r in routers])
-    return [_summary(*part, window - 1) for part in (*parts, whole)]
-
-
-def _summary(name: str, rows: Tensor, routers: list[Tensor], tokens: int) -> Comparison:
-    n = len(rows)
-    mean = rows.mean(0).tolist()
-    error = (rows.std(0) / n**0.5).tolist() if n > 1 else [math.nan] * 3
-    shared = torch.stack(routers).mean(0).tolist() if len(routers) == n else None
-    return Comparison(name, n * tokens, mean[0], error[0], mean[1], error[1], mean[2], shared)
-
-
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
-    """float32 [tokens - 1, vocabulary]"""
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    return torch.log_softmax(logits.float(), -1)
-
-
-def _overlap(original: list[Tensor], model: list[Tensor]) -> Tensor | None:
-    """Per layer, the share of the original's experts among the model's; None where they cannot be compared."""
-    if not original or [o.shape for o in original] != [m.shape for m in model]:
-        return None
     pairs = zip(original, model, strict=True)
-    return torch.stack([(o[:, :, None] == m[:, None, :]).any(2).float().mean() for o, m in pairs])
+    found: list[tuple[Tensor, Tensor]] = []
+    for text in texts:
+        rows, routers = [], []
+        for number, ids in enumerate(text.windows):
+            ours, theirs = next(pairs)
+            rows.append(_window(ours[0], theirs[0], ids))
+            routers.append((ours[1].sort(-1).values == theirs[1].sort(-1).values).all(-1).double().mean(-1))
+            if not bool(torch.isfinite(rows[-1]).all()):
+                raise MoeConvertError(
+                    f"{text.name}, window {number}: the predictions of one of the models are infinite or NaN",
+                    "check the folders with moe-convert verify --read-data",
+                )
+            if progress:
+                progress(text.name, number + 1, len(text.windows))
+        found.append((torch.stack(rows), torch.stack(routers)))
+    single = [_summary(t.name, t.sha256, *f, t.windows.shape[1] - 1) for t, f in zip(texts, found, strict=True)]
+    rows_of_all, routers_of_all = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return single, _summary("overall", None, rows_of_all, routers_of_all, texts[0].windows.shape[1] - 1)
+
+
+def _window(original: Callable[[int, int], Tensor], model: Callable[[int, int], Tensor], ids: Tensor) -> Tensor:
+    """Means over a window's scored tokens: KL, both negative log-likelihoods, agreement; float64 [4]."""
+    sums, scored = torch.zeros(4, dtype=torch.float64), len(ids) - 1
+    for begin in range(0, scored, POSITIONS_AT_ONCE):
+        end = min(begin + POSITIONS_AT_ONCE, scored)
+        p, q = (torch.log_softmax(logits(begin, end), -1) for logits in (original, model))
+        wanted = ids[begin + 1 : end + 1, None]
+        sums += torch.stack(
+            [
+                (p.exp() * (p - q)).sum(-1).double().sum(),
+                -p.gather(-1, wanted).double().sum(),
+                -q.gather(-1, wanted).double().sum(),
+                (p.argmax(-1) == q.argmax(-1)).double().sum(),
+            ]
+        )
+    return sums / scored
+
+
+def _summary(name: str, sha256: str | None, rows: Tensor, routers: Tensor, tokens: int) -> Comparison:
+    n = len(rows)
+    kl, original, model, agreement = rows.mean(0).tolist()
+    logs = rows[:, 2] - rows[:, 1]
+    errors = [float(x.std()) / math.sqrt(n) if n > 1 else None for x in (logs, rows[:, 0])]
+    return Comparison(
+        name=name,
+        windows=n,
+        tokens=n * tokens,
+        perplexity=_exp(name, model),
+        original_perplexity=_exp(name, original),
+        ratio=_exp(name, float(logs.mean())),
+        ratio_error=errors[0],
+        kl=kl,
+        kl_error=errors[1],
+        agreement=agreement,
+        routers=routers.mean(0).tolist(),
+        sha256=sha256,
+    )
+
+
+def _exp(name: str, x: float) -> float:
+    if x > 700:
+        raise MoeConvertError(f"{name}: a mean log-likelihood is {x:.0f} nats off: one of the models is broken")
+    return math.exp(x)
+
+
+def _logits(head: Any, hidden: Tensor, begin: int, end: int) -> Tensor:
+    logits: Tensor = head(hidden[begin:end])
+    return logits.float()
 
 
 class _Choices:
-    """The experts that each layer's router chooses, int64 [tokens, chosen], of calls since the last `take`."""
+    """Collects the experts that each layer's router chooses, int64 [tokens, k], in `found`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._found: list[Tensor] = []
+        self.found: list[Tensor] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> "_Choices":
-        for name, module in self._model.named_modules():
-            if name.endswith(".mlp.gate"):
-                self._handles.append(module.register_forward_hook(self._hook))
+        for layer in self._model.model.layers:
+            self._handles.append(layer.mlp.gate.register_forward_hook(self._hook))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def take(self) -> list[Tensor]:
-        """What was chosen, layer by layer."""
-        found, self._found = self._found, []
-        return found
-
     def _hook(self, _module: Any, _inputs: Any, output: Any) -> None:
-        if isinstance(output, tuple) and output[-1].dtype == torch.int64:
-            self._found.append(output[-1])
+        self.found.append(output[-1])

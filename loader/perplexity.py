@@ -79,6 +79,16 @@ def windows_of(tokenizer: Any, text: str, window: int, max_windows: int | None =
     return functional.pad(body, (1, 0), value=bos)
 
 
+def named_windows(tokenizer: Any, name: str, text: str, window: int, max_windows: int | None = None) -> Tensor:
+    """As `windows_of`; MoeConvertError naming the text if it is shorter than a window."""
+    windows = windows_of(tokenizer, text, window, max_windows)
+    if not len(windows):
+        raise MoeConvertError(
+            f"{name}: shorter than a window of {window} tokens", "give a longer text or a smaller window"
+        )
+    return windows
+
+
 @torch.inference_mode()
 def measure_perplexity(
     model: Any,
@@ -98,11 +108,7 @@ def measure_perplexity(
     """
     results = []
     for name, text in texts:
-        windows = windows_of(tokenizer, text, window, max_windows)
-        if not len(windows):
-            raise MoeConvertError(
-                f"{name}: shorter than a window of {window} tokens", "give a longer text or a smaller window"
-            )
+        windows = named_windows(tokenizer, name, text, window, max_windows)
         losses: list[float] = []
         for begin in range(0, len(windows), batch):
             ids = windows[begin : begin + batch]

@@ -1,11 +1,13 @@
-"""`moe-convert eval`: perplexity of a converted folder or of an ordinary checkpoint, alone or against the original."""
+"""`moe-convert eval`: perplexity of a model, alone or against the original, and benchmarks by lm-eval."""
 
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from converter.cli.output import Output, output_options, table
+from formats.quality import Evaluation
 
 
 @click.command(
@@ -15,16 +17,24 @@ Examples:
   moe-convert eval mixtral-2bit --text examples/text/english.txt
   moe-convert eval ./Mixtral-8x7B-v0.1 --text a.txt --text b.txt --window 512 --json
   moe-convert eval mixtral-2bit --text a.txt --max-windows 4      (a quick look)
-  moe-convert eval mixtral-2bit --text a.txt --against ./Mixtral-8x7B-v0.1""",
+  moe-convert eval mixtral-2bit --text a.txt --against ./Mixtral-8x7B-v0.1 --save
+  moe-convert eval mixtral-2bit --tasks arc_easy,winogrande --limit 100""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--text", "texts", type=click.Path(path_type=Path, exists=True, dir_okay=False), multiple=True, required=True,
+    "--text", "texts", type=click.Path(path_type=Path, exists=True, dir_okay=False), multiple=True,
     help="A UTF-8 text; give the option again for more.",
 )  # fmt: skip
 @click.option(
     "--against", type=click.Path(path_type=Path), metavar="ORIGINAL",
-    help="Compare with the model in this folder, which must fit in memory beside it: perplexity ratio, KL, agreement.",
+    help="Compare with the checkpoint in this folder, layer by layer: it need not fit in memory.",
+)  # fmt: skip
+@click.option("--save", is_flag=True, help="With --against: put the result into PATH/quality.json.")
+@click.option("--tasks", metavar="NAME,...", help="Benchmarks of lm-eval, instead of texts.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many documents of each task.")
+@click.option(
+    "--task-folder", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="More task definitions (YAML; they may run Python code from there).",
 )  # fmt: skip
 @click.option(
     "--window", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a window, BOS included."
@@ -33,7 +43,11 @@ Examples:
 @click.option("--max-windows", type=click.IntRange(min=1), help="Only the first windows of each text.")
 @click.option("--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB.")
 @click.option(
-    "--io", type=click.Choice(["auto", "mmap", "pread"]), default="auto", show_default=True, help="How to read experts."
+    "--io",
+    type=click.Choice(["auto", "mmap", "direct"]),
+    default="auto",
+    show_default=True,
+    help="How experts come in.",
 )
 @click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
 @output_options
@@ -41,6 +55,10 @@ def command(
     path: Path,
     texts: tuple[Path, ...],
     against: Path | None,
+    save: bool,
+    tasks: str | None,
+    limit: int | None,
+    task_folder: Path | None,
     window: int,
     batch: int,
     max_windows: int | None,
@@ -54,9 +72,11 @@ def command(
     Each text is tokenized whole and cut into windows that do not overlap; each begins with BOS and all its other tokens
     are scored; perplexity is exp of the mean negative log-likelihood a token. Compare numbers of one --window only.
 
-    With --against, instead: the perplexity ratio, the mean KL divergence from the original's predictions (nats a
-    token), how often both have the same first choice, and the share of the experts chosen alike, with standard errors
-    over windows.
+    With --against, also: the original's perplexity and the ratio, the mean KL divergence from the original's
+    predictions (nats a token), how often both have the same first choice, and for what share of the tokens a router
+    chooses the same experts, with standard errors over windows. Checkpoints are computed in float32 then.
+
+    With --tasks, instead: benchmarks by lm-eval, which pip install 'moe-convert[eval]' brings.
     """
     import transformers
 
@@ -64,8 +84,8 @@ def command(
     from loader.checkpoint import is_converted, load_checkpoint
     from loader.perplexity import measure_perplexity, read_text
 
+    _check_options(texts=texts, against=against, save=save, tasks=tasks, limit=limit, task_folder=task_folder)
     transformers.utils.logging.disable_progress_bar()
-    named = [(text.name, read_text(text)) for text in texts]
 
     def load(folder: Path) -> Any:
         if is_converted(folder):
@@ -76,19 +96,38 @@ def command(
         if done == total:
             output.note(f"{name}: {total} windows")
 
-    if against is not None:
-        from loader.comparison import compare_models
+    if tasks:
+        from loader.tasks import run_tasks
 
-        compared = compare_models(
-            load(against), load(path), loader.load_tokenizer(path), named,
-            window=window, max_windows=max_windows, progress=note,
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        found = run_tasks(
+            load(path), loader.load_tokenizer(path), names, batch=batch, limit=limit, folder=task_folder
         )  # fmt: skip
-        result = {"path": str(path), "against": str(against), "window": window}
-        output.result(result | {"texts": [c.as_dict() for c in compared]}, _compared(compared))
+        lines = [(task, name, f"{value:.4f}") for task, metrics in found.items() for name, value in metrics.items()]
+        output.result({"path": str(path), "tasks": found}, table([("task", "metric", "value"), *lines], left=2))
         return
-    model = load(path)
+    named = [(text.name, read_text(text)) for text in texts]
+    if against:
+        from converter.cli.against_original import compare_with_original
+        from formats.quality import read_quality, save_evaluation
+        from loader.backend import choose_backend
+
+        converted = is_converted(path)
+        if save and not converted:
+            raise click.UsageError("--save: PATH is no converted folder")
+        if save:
+            read_quality(path)  # what is wrong with the file shows before the work
+        evaluation = compare_with_original(
+            path, against, named, load, window=window, batch=batch, max_windows=max_windows,
+            versions={"kernels": choose_backend(kernels).name} if converted else {}, output=output, progress=note,
+        )  # fmt: skip
+        if save:
+            save_evaluation(path, evaluation)
+            output.note(f"saved in {path / 'quality.json'}")
+        output.result({"path": str(path), **msgspec.to_builtins(evaluation)}, evaluation_table(evaluation))
+        return
     report = measure_perplexity(
-        model,
+        load(path),
         loader.load_tokenizer(path),
         named,
         window=window,
@@ -101,14 +140,33 @@ def command(
     output.result({"path": str(path), **report.as_dict()}, table(rows))
 
 
-def _compared(compared: Any) -> str:
-    rows: list[tuple[str, ...]] = [("text", "tokens", "ratio", "±", "KL", "±", "same first", "same experts")]
-    for c in compared:
-        routers = f"{sum(c.routers) / len(c.routers):.3f}" if c.routers else "-"
+def _check_options(*, texts: Any, against: Any, save: bool, tasks: Any, limit: Any, task_folder: Any) -> None:
+    if bool(texts) == bool(tasks):
+        raise click.UsageError("give either --text or --tasks")
+    if against and tasks:
+        raise click.UsageError("--against compares on texts: give --text instead of --tasks")
+    if save and not against:
+        raise click.UsageError("--save needs --against")
+    if (limit or task_folder) and not tasks:
+        raise click.UsageError("--limit and --task-folder need --tasks")
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """A comparison for people: a line a text, then what each layer's router agrees in."""
+
+    def error(value: float | None) -> str:
+        return "-" if value is None else f"{value:.5f}"
+
+    rows: list[tuple[str, ...]] = [
+        ("text", "tokens", "perplexity", "original", "ratio", "±", "KL", "±", "same first", "same experts")
+    ]
+    for c in (*evaluation.texts, evaluation.overall):
         rows.append(
             (
-                c.name, str(c.tokens), f"{c.ratio:.4f}", f"{c.log_ratio_error:.4f}", f"{c.kl:.5f}", f"{c.kl_error:.5f}",
-                f"{c.agreement:.3f}", routers,
+                c.name, str(c.tokens), f"{c.perplexity:.3f}", f"{c.original_perplexity:.3f}", f"{c.ratio:.4f}",
+                error(c.ratio_error), f"{c.kl:.5f}", error(c.kl_error), f"{c.agreement:.3f}",
+                f"{sum(c.routers) / len(c.routers):.3f}",
             )
         )  # fmt: skip
-    return table(rows)
+    by_layer = " ".join(f"{share:.3f}" for share in evaluation.overall.routers)
+    return f"{table(rows)}\n\nsame experts by layer: {by_layer}"

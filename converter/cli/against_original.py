@@ -1,0 +1,123 @@
+"""A comparison of a model with its original: what must be alike is checked before the long work begins."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from converter import __version__
+from converter.cli.output import Output
+from converter.source import Checkpoint
+from converter.streamed_model import StreamedModel
+from formats.artifact import Artifact
+from formats.errors import MoeConvertError
+from formats.index import Architecture
+from formats.quality import Evaluation
+
+if TYPE_CHECKING:
+    from loader.comparison import Prediction, Text
+
+
+def compare_with_original(
+    path: Path,
+    against: Path,
+    named: list[tuple[str, str]],
+    load: Callable[[Path], Any],
+    *,
+    window: int,
+    batch: int,
+    max_windows: int | None,
+    versions: dict[str, str],
+    output: Output,
+    progress: Callable[[str, int, int], None],
+) -> Evaluation:
+    """Compares the model in `path` with the checkpoint in `against` on (name, text) pairs.
+
+    A checkpoint goes through layer by layer; `load` gives a model for a converted folder, once the original's turn is
+    over, so that its cache can have the memory. SourceError, FormatError, MoeConvertError as docs/quality.md says.
+    """
+    import transformers
+
+    from loader.checkpoint import is_converted
+    from loader.comparison import compare, model_predictions
+
+    with ExitStack() as opened:
+        original = opened.enter_context(Checkpoint(against))
+        converted = is_converted(path)
+        ours: Any = Artifact.open(path) if converted else opened.enter_context(Checkpoint(path))
+        _check_alike(original.architecture, against, ours.architecture, path)
+        texts = _texts(path, against, named, window, max_windows)
+        windows = torch.cat([text.windows for text in texts])
+
+        def streamed(checkpoint: Checkpoint) -> "Iterator[Prediction]":
+            model = StreamedModel(checkpoint, windows)
+            model.run(lambda done, total: output.note(f"{checkpoint.name}: layer {done} of {total}"))
+            return model.predictions()
+
+        of_original = streamed(original)
+        of_model = model_predictions(load(path), windows, batch) if converted else streamed(ours)
+        results, overall = compare(of_original, of_model, texts, progress)
+    return Evaluation(
+        original=original.name,
+        window=window,
+        versions={
+            "moe-convert": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            **versions,
+        },
+        texts=results,
+        overall=overall,
+    )
+
+
+def _check_alike(original: Architecture, against: Path, ours: Architecture, path: Path) -> None:
+    for name in Architecture.__struct_fields__:
+        theirs, our = getattr(original, name), getattr(ours, name)
+        if theirs != our:
+            raise MoeConvertError(
+                f"{against}: {name} is {theirs}, in {path} it is {our}", "name the checkpoint that was converted"
+            )
+
+
+def _texts(
+    path: Path, against: Path, named: list[tuple[str, str]], window: int, max_windows: int | None
+) -> "list[Text]":
+    """The texts' windows, which the tokenizers of both folders must agree on."""
+    from loader.comparison import Text
+    from loader.perplexity import named_windows
+
+    tokenizers = [_tokenizer(folder) for folder in (against, path)]
+    texts = []
+    for name, text in named:
+        theirs, ours = (named_windows(t, name, text, window, max_windows) for t in tokenizers)
+        short = min(theirs.numel(), ours.numel())
+        differ = (theirs.flatten()[:short] != ours.flatten()[:short]).nonzero()
+        if len(differ):
+            place = int(differ[0])
+            raise MoeConvertError(
+                f"{name}: token {place} is {int(theirs.flatten()[place])} by the tokenizer in {against},"
+                f" {int(ours.flatten()[place])} by that in {path}",
+                "name the checkpoint that was converted, with its own tokenizer",
+            )
+        if theirs.shape != ours.shape:
+            raise MoeConvertError(
+                f"{name}: {len(theirs)} windows by the tokenizer in {against}, {len(ours)} by that in {path}",
+                "name the checkpoint that was converted, with its own tokenizer",
+            )
+        texts.append(Text(name, hashlib.sha256(text.encode()).hexdigest(), ours))
+    return texts
+
+
+def _tokenizer(folder: Path) -> Any:
+    import loader
+
+    try:
+        return loader.load_tokenizer(folder)
+    except (OSError, ValueError) as e:
+        raise MoeConvertError(
+            f"{folder}: transformers cannot load its tokenizer: {e}", "get the folder again, with its tokenizer files"
+        ) from e
