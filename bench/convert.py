@@ -2,12 +2,14 @@
 
     python bench/make_checkpoint.py /tmp/mixtral-1 --layers 1
     python bench/convert.py /tmp/mixtral-1 --max-workers 2
+    python bench/convert.py /tmp/mixtral-1 --solver feedback --no-package
 
 The conversion is the command itself, seen from outside (/proc); --drop-cache empties the page cache before (root).
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -31,11 +33,12 @@ def anonymous_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
-def convert(model: Path, recipe: str, workers: int) -> dict[str, float]:
+def convert(model: Path, recipe: str, solver: str, workers: int) -> dict[str, float]:
     """Converts into a temporary folder beside the model."""
     with tempfile.TemporaryDirectory(dir=model.parent) as out:
         command = [sys.executable, "-m", "converter", "convert", str(model), "-o", f"{out}/out", "--recipe", recipe]
-        started_s = time.perf_counter()
+        command += ["--solver", solver]
+        started_s, cpu_before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(
             [*command, "--json", "-q", "--max-workers", str(workers)], stdout=subprocess.PIPE, text=True
         )
@@ -44,6 +47,8 @@ def convert(model: Path, recipe: str, workers: int) -> dict[str, float]:
             peak = max(peak, anonymous_bytes(process.pid))
             time.sleep(0.01)
         seconds = time.perf_counter() - started_s
+        cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s = cpu.ru_utime + cpu.ru_stime - cpu_before.ru_utime - cpu_before.ru_stime
         if process.returncode:
             sys.exit(process.returncode)
         assert process.stdout
@@ -51,6 +56,8 @@ def convert(model: Path, recipe: str, workers: int) -> dict[str, float]:
     weights = facts["source_bytes"] / 2
     return {
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_s, 2),
+        "mweights_per_cpu_second": round(weights / cpu_s / 1e6, 1),
         "source_bytes": facts["source_bytes"],
         "read_mb_per_s": round(facts["source_bytes"] / seconds / 1e6),
         "mweights_per_s": round(weights / seconds / 1e6, 1),
@@ -80,6 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--recipe", default="2bit")
+    parser.add_argument("--solver", default="hqq", help="hqq, refit or feedback (with the builtin text)")
+    parser.add_argument("--no-package", action="store_true", help="leave the hqq package out")
     parser.add_argument("--packing", default="tile32-q2-g16-s4", help="for the hqq package")
     parser.add_argument("--max-workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
@@ -91,20 +100,24 @@ def main() -> None:
         if options.drop_cache:
             subprocess.run(["sync"], check=True)
             Path("/proc/sys/vm/drop_caches").write_text("1")
-        runs.append(convert(options.model, options.recipe, options.max_workers))
-        rival.append(package(options.model, options.packing))
+        runs.append(convert(options.model, options.recipe, options.solver, options.max_workers))
+        rival.append(0.0 if options.no_package else package(options.model, options.packing))
     best = max(runs, key=lambda run: run["mweights_per_s"])
-    ratio = round(best["mweights_per_s_and_core"] / max(rival), 1)
+    ratio = round(best["mweights_per_s_and_core"] / max(rival), 1) if max(rival) else None
     if options.json:
         print(json.dumps({"conversion": runs, "hqq_package_mweights_per_s_and_core": rival, "ratio": ratio}))
         return
     for run, package_rate in zip(runs, rival, strict=True):
         print(
-            f"{run['seconds']:.1f} s, {run['mweights_per_s_and_core']:.0f} Mweights/s and core,"
+            f"{run['seconds']:.1f} s, {run['cpu_seconds']:.1f} s of CPU time,"
+            f" {run['mweights_per_cpu_second']:.1f} Mweights a CPU second,"
+            f" {run['mweights_per_s_and_core']:.1f} Mweights/s and core,"
             f" reads {run['read_mb_per_s']:.0f} MB/s, peak anonymous memory"
-            f" {run['peak_anonymous_bytes'] / 2**20:.0f} MiB; hqq package {package_rate:.1f} Mweights/s and core"
+            f" {run['peak_anonymous_bytes'] / 2**20:.0f} MiB"
+            + (f"; hqq package {package_rate:.1f} Mweights/s and core" if package_rate else "")
         )
-    print(f"ratio, best runs: {ratio}")
+    if ratio:
+        print(f"ratio, best runs: {ratio}")
 
 
 if __name__ == "__main__":

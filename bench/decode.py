@@ -4,7 +4,7 @@ cold     fused two-expert calls over gigabytes of distinct 8x7B experts against 
          pass by pass in turn: medians of GB/s, and of the share of each pair
 isa      the same calls through AVX2 against AVX-512, in turn
 prompt   GMAC/s at 32, 128 and 512 tokens an expert
-tokens   ms of one expert against 1..64 tokens: no cliff between the two kernels
+tokens   ms of one expert against 1..128 tokens: no cliff between the two kernels; --plot draws it
 """
 
 from __future__ import annotations
@@ -148,6 +148,26 @@ def prompt(experts: Experts, threads: int, tokens: int, repeats: int) -> dict[st
     return {"packing": experts.packing, "threads": threads, "tokens": tokens, "ms_per_expert": ms, "gmac_s": rate}
 
 
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """An SVG of the rows of part "tokens": ms of one expert against tokens, one line a packing. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "decode"}
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for row in rows:
+        times = row["ms_per_expert"]
+        axes.plot([int(tokens) for tokens in times], list(times.values()), marker=".", label=row["packing"])
+    threads = rows[0]["threads"]
+    axes.set(xlabel="tokens", ylabel=f"ms of one expert, {threads} thread{'s' if threads > 1 else ''}")
+    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def give_back_memory() -> None:
     """Return freed pages before the next packing is built."""
     if sys.platform == "linux":
@@ -165,6 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="small experts, 0.2 GB, few pairs: a smoke test, no result"
     )
+    parser.add_argument("--plot", metavar="FILE.svg", help="draw part tokens (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     hidden, intermediate = (1024, 2048) if options.quick else (4096, 14336)
@@ -173,6 +194,8 @@ def main() -> None:
     kernels.set_threads(0)
     threads = [int(t) for t in options.threads.split(",") if t] or sorted({1, kernels.threads()}, reverse=True)
     parts = options.parts.split(",")
+    if options.plot and "tokens" not in parts:
+        parser.error("--plot draws part tokens: add it to --parts")
     result: dict[str, Any] = {"kernels": kernels.describe(), "shape": [hidden, intermediate]}
     result |= {part: [] for part in parts}
 
@@ -193,11 +216,42 @@ def main() -> None:
                     note("prompt", prompt(experts, n, tokens, max(2, 400 // tokens)))
         if "tokens" in parts:
             kernels.set_threads(threads[0])
-            counts = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 20, 24, 25, 32, 40, 48, 49, 56, 63, 64]
+            counts = [
+                1,
+                2,
+                3,
+                4,
+                5,
+                6,
+                7,
+                8,
+                9,
+                10,
+                12,
+                13,
+                16,
+                20,
+                24,
+                25,
+                32,
+                40,
+                48,
+                49,
+                56,
+                63,
+                64,
+                80,
+                96,
+                97,
+                112,
+                128,
+            ]
             ms = {str(t): round(one_expert_ms(experts, t, 7), 3) for t in counts}
             note("tokens", {"packing": packing, "threads": threads[0], "ms_per_expert": ms})
         del experts
         give_back_memory()
+    if options.plot:
+        plot(result["tokens"], options.plot)
     if options.json:
         print(json.dumps(result))
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
 from formats.artifact import Artifact
+from formats.direct_reader import DirectReader
 from formats.expert import dequantize_expert
 from formats.packing import dequantize, packing_named, unpack
-from formats.reader import PreadReader
 from loader.checkpoint import load_checkpoint
 from loader.model import load_tokenizer
 from loader.perplexity import windows_of
@@ -96,7 +96,7 @@ def put_converted(model: Any, folder: Path) -> None:
             packing = packing_named(linear.packing)
             matrix = unpack(trunk.get_tensor(f"{module}.packed"), packing, linear.rows, linear.columns)
             parameters[f"{module}.weight"].data.copy_(dequantize(matrix, packing.group_size))
-    with PreadReader(artifact) as reader:
+    with DirectReader(artifact) as reader:
         for layer in range(a.num_hidden_layers):
             for expert in range(a.num_local_experts):
                 gate, up, down = dequantize_expert(artifact.layout(layer, expert), reader.read(layer, expert))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from converter import feedback_native, solver_native
+from converter.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
 from converter.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
 from converter.solver import SquaredError
 from converter.statistics import InputStatistics
@@ -26,15 +27,18 @@ class ReferenceRefit:
 class ReferenceFeedback(ReferenceRefit):
     """`feedback` in torch."""
 
-    version = "feedback reference 1"
+    version = "feedback reference 2"
 
     def solve_calibrated(
         self, weight: Tensor, packing: Packing, tiles: Tensor, statistics: InputStatistics
     ) -> SquaredError:
         """As `CalibratedSolver.solve_calibrated`."""
-        hessian = statistics.hessian
-        factor = statistics.derived("factor", lambda: factorize(hessian))
-        matrix, error = feedback_rows(weight, packing, hessian, factor)
+        order, hessian = _in_order(statistics, weight.shape[1], packing.group_size)
+        factor = statistics.derived(("factor", packing.group_size), lambda: factorize(hessian))
+        moved = weight if order is None else weight[:, columns_in_order(order, packing.group_size)]
+        matrix, error = feedback_rows(moved, packing, hessian, factor)
+        if order is not None:
+            matrix = matrix_in_place(matrix, order, packing.group_size)
         tiles.copy_(pack(matrix, packing))
         return error
 
@@ -61,19 +65,30 @@ class NativeFeedback(NativeRefit):
         self, weight: Tensor, packing: Packing, tiles: Tensor, statistics: InputStatistics
     ) -> SquaredError:
         """As `CalibratedSolver.solve_calibrated`."""
-        hessian = statistics.hessian
+        size = packing.group_size
+        order, hessian = _in_order(statistics, weight.shape[1], size)
         try:
-            factor = statistics.derived("factor", lambda: _factor(hessian))
+            factor = statistics.derived(("factor", size), lambda: _factor(hessian))
         except feedback_native.SingularHessianError:
             raise SingularStatisticsError from None
         metric = None
         if len(hessian) == 1 and hessian.shape[1] > feedback_native.EXACT_GAIN_COLUMNS:
-            metric = statistics.derived("metric", lambda: feedback_native.gain_metric(factor[0]))
+            metric = statistics.derived(("metric", size), lambda: feedback_native.gain_metric(factor[0]))
         flat, stride_tiles = _flat(tiles)
         error = feedback_native.quantize_feedback(
-            weight, packing.name, flat, factor, hessian, metric=metric, stride_tiles=stride_tiles
+            weight, packing.name, flat, factor, hessian, order=order, metric=metric, stride_tiles=stride_tiles
         )
         return SquaredError(error.sum_squared_error, error.sum_squares)
+
+
+def _in_order(statistics: InputStatistics, columns: int, group_size: int) -> tuple[Tensor | None, Tensor]:
+    """The groups' order, and the Hessian of the columns in it."""
+
+    def make() -> tuple[Tensor | None, Tensor]:
+        order = group_order(statistics.hessian, columns, group_size)
+        return order, hessian_in_order(statistics.hessian, order, group_size)
+
+    return statistics.derived(("order", group_size), make)
 
 
 def _factor(hessian: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ RANDOM_WEIGHT = 0.25
 
 BUILTIN = "calibration.txt.zst"
 _MOST_TEXT_BYTES = 64 << 20
+_MOST_UNKNOWN = 0.25
+"""Of a text's tokens."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,12 @@ def _encode(checkpoint: Checkpoint, where: str, text: str) -> Tensor:
         raise SourceError(
             f"{checkpoint.folder}: the tokenizer gives {int(result.max())}, the model has {vocabulary} embeddings",
             "--calibrate random needs no tokenizer",
+        )
+    unknown = tokenizer.unk_token_id
+    if len(ids) and unknown is not None and (share := float((result == unknown).float().mean())) > _MOST_UNKNOWN:
+        raise SourceError(
+            f"{checkpoint.folder}: to the tokenizer {share:.0%} of {where} is unknown",
+            "give a text in the model's languages, or --calibrate random",
         )
     return result
 

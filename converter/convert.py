@@ -13,19 +13,22 @@ from typing import Any
 
 import torch
 
-from converter import __version__, calibration
+from converter import calibration
 from converter.calibration_text import CalibrationTokens, calibration_tokens
-from converter.identity import Progress, calibration_version, check_complete, fingerprint
+from converter.hub_model import HubModel
+from converter.identity import Progress, check_complete, fingerprint
+from converter.index_assembly import assemble_index
 from converter.journal import Journal
-from converter.output_folder import OutputFolder
-from converter.side_files import copy_files, source_name, write_card, write_config, write_quality
+from converter.output_folder import SOURCE_FOLDER, OutputFolder
+from converter.shards import Stopped
+from converter.side_files import copy_files, write_card, write_config, write_quality
 from converter.sizes import OutputPlan, check_disk, plan_output
 from converter.solvers import choose_solver
-from converter.source import Checkpoint
-from converter.workers import Stopped, Worker
-from formats import INDEX_NAME, TRUNK_NAME, WRITTEN_VERSION
+from converter.source import Checkpoint, layer_of
+from converter.workers import Worker
+from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import RecipeError
-from formats.index import CODECS, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk
+from formats.index import CODECS, Recipe
 from formats.layer_file import layer_file_name, partial_path
 from formats.strict_json import dump
 from formats.writer import LayerWriter, PlacedFile, write_file
@@ -67,18 +70,23 @@ class Converted:
 
 
 def convert_checkpoint(
-    source: Path, out: Path, recipe: Recipe, options: ConvertOptions | None = None, progress: Progress | None = None
+    source: Path | HubModel,
+    out: Path,
+    recipe: Recipe,
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
-    """Converts the checkpoint in folder `source` into folder `out`; goes on where an earlier run was stopped.
+    """Converts the checkpoint in a folder or Hub repository into folder `out`; goes on where an earlier run stopped.
 
     Memory stays bounded by workers × one expert, and with calibration by the activations of its tokens. The result
     depends on weights, recipe, calibration text, codec and code version only.
-    Raises SourceError, OutputError, PathError, DoesNotFitError; after any of them nothing that was converted is lost.
+    Raises SourceError, HubError, OutputError, PathError, DoesNotFitError; after any of them nothing that was converted
+    is lost.
     """
     options = options or ConvertOptions()
     with Checkpoint(source) as checkpoint:
         plan = plan_output(checkpoint, recipe)
-        check_disk(plan, out, options.codec)
+        check_disk(plan, out, options.codec, checkpoint.fetch_bytes)
         folder = OutputFolder(out, force=options.force)
         try:
             if options.force or not options.resume:
@@ -87,6 +95,7 @@ def convert_checkpoint(
                 calibrated = _calibration(checkpoint, recipe, options)
                 check_complete(folder.path, checkpoint, recipe, options.codec, calibrated, progress)
                 return Converted("already complete", plan, checkpoint.n_bytes, {})
+            checkpoint.fetch_into(folder.path / SOURCE_FOLDER)
             with _one_torch_thread():
                 job = _Job(checkpoint, plan, recipe, folder.path, options, progress)
                 quality = job.run()
@@ -113,7 +122,7 @@ class _Job:
         self._journal = Journal(out, made_from)
         self._pool = ThreadPoolExecutor(options.max_workers, initializer=torch.set_num_threads, initargs=(1,))
         self._records = {_key(r): r for r in self._journal.records}
-        self._stop = threading.Event()
+        self._stop = checkpoint.stop
         self._worker = Worker(checkpoint, plan, self._solver, self._stop)
         if self._tokens:
             self._worker.calibration = calibration.CalibrationPass(
@@ -151,20 +160,14 @@ class _Job:
 
     def _units(self, writers: dict[int, LayerWriter], trunk: PlacedFile) -> Iterator[Unit]:
         """(key, source bytes, work) of every unit, in the order in which checkpoints store them."""
-        experts, weights = self._checkpoint.experts, self._checkpoint.trunk
+        weights = self._checkpoint.trunk
+        if not self._options.part:
+            yield from self._tensors(trunk, "model.embed_tokens.")
         for layer in self._layers:
-            layouts = self._plan.layouts[layer]
             writer = self._open_layer(layer)
             if writer:
                 writers[layer] = writer
-            for module in self._plan.packed:
-                if module.startswith(f"model.layers.{layer}."):
-                    size = weights[f"{module}.weight"].n_bytes
-                    yield ("linear", module), size, partial(self._worker.linear, trunk, module)
-            for expert in range(len(layouts)):
-                size = sum(w.n_bytes for key, w in experts.items() if (key.layer, key.expert) == (layer, expert))
-                # Without a writer the layer is complete, and the unit is only counted.
-                yield ("expert", layer, expert), size, partial(self._worker.expert, writer, layer, expert)  # type: ignore[arg-type]
+            yield from sorted(self._layer_units(layer, writer, trunk), key=lambda unit: self._checkpoint.place(unit[0]))
         if not self._options.part:
             if "lm_head" in self._plan.packed:
                 yield (
@@ -172,10 +175,28 @@ class _Job:
                     weights["lm_head.weight"].n_bytes,
                     partial(self._worker.linear, trunk, "lm_head"),
                 )
-            for entry in self._plan.trunk_entries:
-                if entry.name in weights:
-                    work = partial(self._worker.tensor, trunk, entry.name)
-                    yield ("tensor", entry.name), weights[entry.name].n_bytes, work
+            yield from self._tensors(trunk, "lm_head.")
+            yield from self._tensors(trunk, "model.norm.")
+
+    def _layer_units(self, layer: int, writer: LayerWriter | None, trunk: PlacedFile) -> Iterator[Unit]:
+        experts, weights = self._checkpoint.experts, self._checkpoint.trunk
+        for module in self._plan.packed:
+            if module.startswith(f"model.layers.{layer}."):
+                size = weights[f"{module}.weight"].n_bytes
+                yield ("linear", module), size, partial(self._worker.linear, trunk, module)
+        yield from self._tensors(trunk, f"model.layers.{layer}.")
+        for expert in range(len(self._plan.layouts[layer])):
+            size = sum(w.n_bytes for key, w in experts.items() if (key.layer, key.expert) == (layer, expert))
+            # Without a writer the layer is complete, and the unit is only counted.
+            yield ("expert", layer, expert), size, partial(self._worker.expert, writer, layer, expert)  # type: ignore[arg-type]
+
+    def _tensors(self, trunk: PlacedFile, prefix: str) -> Iterator[Unit]:
+        """The units of the tensors that are copied as they are and whose names begin so."""
+        weights = self._checkpoint.trunk
+        for entry in self._plan.trunk_entries:
+            if entry.name in weights and entry.name.startswith(prefix):
+                work = partial(self._worker.tensor, trunk, entry.name)
+                yield ("tensor", entry.name), weights[entry.name].n_bytes, work
 
     def _run_units(self, units: list[Unit], writers: dict[int, LayerWriter]) -> None:
         self._total_bytes = sum(size for _, size, _ in units)
@@ -185,11 +206,12 @@ class _Job:
             self._finish_layer(layer, writers)
         todo = [unit for unit in units if unit[0] not in self._records]
         passes = self._worker.calibration
+        self._checkpoint.expect([key for key, _, _ in todo], by_layer=passes is not None)
         if passes is None:
             self._run_todo(todo, writers)
             return
         # Layer by layer: the statistics of one layer at a time are in memory.
-        for of_layer, group in groupby(todo, key=lambda unit: _layer_of(unit[0])):
+        for of_layer, group in groupby(todo, key=lambda unit: layer_of(unit[0])):
             if of_layer is None:
                 rest = list(group)
                 if any(key == ("linear", "lm_head") for key, _, _ in rest):
@@ -234,6 +256,7 @@ class _Job:
     def _record(self, record: dict[str, Any]) -> None:
         self._journal.append(record)
         self._records[_key(record)] = record
+        self._checkpoint.done(_key(record))
 
     def _finish_layer(self, layer: int, writers: dict[int, LayerWriter]) -> None:
         """Once all experts of a layer are there: gives its file its name and records where they lie."""
@@ -304,57 +327,25 @@ class _Job:
         files = [write_config(self._checkpoint, recipe, out), *copy_files(self._checkpoint.folder, out)]
         quality = write_quality(list(self._records.values()), out)
         write_card(self._checkpoint, recipe, self._plan, quality, out)
-        with open(out / TRUNK_NAME, "rb") as f:
-            trunk_sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        layouts = self._plan.layouts
-        used = {p.name for layer in layouts for layout in layer for p in (layout.gate_up, layout.down)}
-        used |= {linear.packing for linear in self._plan.packed.values()}
-        versions = {"solver": self._solver.version}
-        if self._tokens:
-            versions["calibration"] = calibration_version(self._tokens)
-        index = Index(
-            format="moe-convert",
-            format_version=WRITTEN_VERSION,
-            producer=Producer("moe-convert", __version__, versions),
-            source=_source_record(self._checkpoint, self._shard_sha256),
-            architecture=self._checkpoint.architecture,
-            recipe=recipe,
-            packings=sorted(used),
-            trunk=Trunk(
-                file=TRUNK_NAME,
-                size_bytes=trunk.size_bytes,
-                header_sha256=hashlib.sha256(trunk.header).hexdigest(),
-                sha256=trunk_sha256,
-                packed=self._plan.packed,
-            ),
-            layers=[self._layer_file(layer) for layer in range(len(layouts))],
-            files=files,
+        index = assemble_index(
+            self._checkpoint,
+            self._shard_sha256,
+            recipe,
+            self._plan,
+            self._options.codec,
+            self._solver,
+            self._tokens,
+            trunk,
+            [self._records["layer", layer] for layer in range(len(self._plan.layouts))],
+            files,
         )
         write_file(out / INDEX_NAME, dump(index))
         return quality
-
-    def _layer_file(self, layer: int) -> LayerFile:
-        record = self._records["layer", layer]
-        layouts = self._plan.layouts[layer]
-        entries = [
-            ExpertEntry(
-                layer, e, offset, length, sha256, layouts[e].gate_up.name, layouts[e].down.name, self._options.codec
-            )
-            for e, (offset, length, sha256) in enumerate(record["places"])
-        ]
-        return LayerFile(layer_file_name(layer), record["size_bytes"], record["header_sha256"], entries)
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     """What a record is about; a later record of the same key replaces an earlier one."""
     return tuple(record[name] for name in ("unit", "module", "name", "layer", "expert") if name in record)
-
-
-def _layer_of(key: tuple[Any, ...]) -> int | None:
-    """The layer whose statistics a unit needs; None for the rest of the trunk."""
-    if key[0] == "expert":
-        return int(key[1])
-    return int(key[1].split(".")[2]) if key[0] == "linear" and key[1] != "lm_head" else None
 
 
 def _calibration(checkpoint: Checkpoint, recipe: Recipe, options: ConvertOptions) -> CalibrationTokens | None:
@@ -363,11 +354,6 @@ def _calibration(checkpoint: Checkpoint, recipe: Recipe, options: ConvertOptions
     if kind is None or not isinstance(tokens, int):
         return None
     return calibration_tokens(checkpoint, str(kind), tokens, options.calibration_file)
-
-
-def _source_record(checkpoint: Checkpoint, sha256: dict[str, str]) -> Source:
-    shards = [Shard(name, size, sha256[name]) for name, size in checkpoint.shards.items()]
-    return Source(source_name(checkpoint.folder), None, shards)
 
 
 def _keep_first_error(running: dict[Future[dict[str, Any]], int]) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from converter import solver_native
 from formats.errors import MoeConvertError
 
-DAMPING = 0.05
-"""Added to the diagonal of a Hessian, in parts of its mean; between 0.01 and 0.2 it matters little."""
+DAMPING = 0.01
+"""Added to the diagonal of a Hessian, in parts of its mean: docs/quality.md has what others do."""
 
 
 GAIN_RANK = 32
@@ -143,6 +143,7 @@ def quantize_feedback_tiles(
     tile_begin: int = 0,
     tile_end: int | None = None,
     stride_tiles: int = 1,
+    order: Tensor | None = None,
     exact_gain: bool | None = None,
     metric: GainMetric | None = None,
     static: bool = False,
@@ -153,6 +154,8 @@ def quantize_feedback_tiles(
     weight, out, tile_begin, tile_end, stride_tiles, isa: as in `solver_native.quantize_tiles`; same errors.
     factor, hessian: as `factorize(hessian, damping)` gave it, float32 [columns, columns], or [blocks, B, B] with
     B a multiple of 256.
+    order: int32 [groups], in which order the groups are taken (converter/feedback_order.py); factor, hessian and metric
+    are then of the columns in that order.
     exact_gain: each row's gain in the metric of the whole Hessian, which costs as much again as the feedback. Else by
     `metric`, which is `gain_metric(factor)`: pass it where a matrix is quantized in several calls, or gate and up
     share it. Default: in blocks of up to EXACT_GAIN_COLUMNS, so that only wider ones need a metric.
@@ -172,6 +175,8 @@ def quantize_feedback_tiles(
     errors = torch.zeros(place.count, 4, dtype=torch.float64)
     if not place.count:
         return errors
+    if order is not None and (order.dtype != torch.int32 or order.shape != (columns // place.packing.group_size,)):
+        raise ValueError(f"order is {order.dtype} {tuple(order.shape)}")
     squares = blocks.diagonal(dim1=1, dim2=2).reshape(-1)[:columns].double().square()
     unit = float(squares.mean())
     added = torch.tensor([_damping_of(one, damping) for one in hessians], dtype=torch.float64)
@@ -190,6 +195,7 @@ def quantize_feedback_tiles(
         importance=(squares / unit).float(),
         factor=factor,
         factor_block=block,
+        order=order,
         damping=added / unit,
         **gain,
         static=static,
@@ -208,6 +214,7 @@ def quantize_feedback(
     *,
     damping: float = DAMPING,
     stride_tiles: int = 1,
+    order: Tensor | None = None,
     exact_gain: bool | None = None,
     metric: GainMetric | None = None,
     static: bool = False,
@@ -222,6 +229,7 @@ def quantize_feedback(
         hessian,
         damping=damping,
         stride_tiles=stride_tiles,
+        order=order,
         exact_gain=exact_gain,
         metric=metric,
         static=static,

@@ -17,14 +17,16 @@ from converter.solver_package import FP16_MAX, FP16_TINY
 from formats.errors import SourceError
 from formats.packing import Packing, QuantizedMatrix, dequantize
 
-DAMPING = 0.05
-"""Of the mean diagonal. 0.01 to 0.2 make little difference (shared notes and bench/quality.py)."""
+DAMPING = 0.01
+"""Of the mean diagonal (docs/quality.md)."""
 
 _SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
 _LEAST_SQUARES_STEPS = 3
 _DS_PARTS = tuple(1.0 - i / 24 for i in range(12))
 _DM_PARTS = tuple(1.0 - i / 16 for i in range(6))
 _MAX_GAIN = 1.5
+_ROOM = 1.06
+"""Row scales are fitted to the weights as they are; the errors carried to a group widen it."""
 
 
 class SingularStatisticsError(SourceError, ValueError):
@@ -84,7 +86,8 @@ def feedback_rows(
     size = packing.group_size
     # What a column's error costs after the columns to its right have made up for it: 1 / U²  (GPTQ's loss).
     importance = factor.diagonal(dim1=1, dim2=2).reshape(-1)[:columns].square().reciprocal()
-    ds, dm = _row_scales(_Groups.of(weight, importance, packing), packing)
+    found = _row_scales(_Groups.of(weight, importance, packing), packing)
+    ds, dm = ((scale * _ROOM).clamp(max=FP16_MAX).half().float() for scale in found)
     codes = torch.empty(rows, columns)
     n_groups = -(-columns // size)
     s, m = torch.empty(rows, n_groups), torch.empty(rows, n_groups)

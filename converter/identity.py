@@ -29,7 +29,10 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What must be the same for a resume."""
     calibrated = {"calibration": calibration_version(tokens)} if tokens else {}
-    return calibrated | {
+    pinned = {"hub": checkpoint.hub.pin} if checkpoint.hub else {}
+    return {
+        **calibrated,
+        **pinned,
         "source": {name: checkpoint.shard_sample(name) for name in checkpoint.shards},
         "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
         "recipe": msgspec.to_builtins(recipe),

@@ -64,6 +64,16 @@ class Journal:
                 )
 
 
+def read_pin(folder: Path) -> dict[str, Any] | None:
+    """Repository, revision and commit that an unfinished conversion in `folder` was begun from; None if from no Hub."""
+    try:
+        with open(folder / JOURNAL_NAME, "rb") as f:
+            pin = json.loads(f.readline(1 << 20)).get("hub")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return pin if isinstance(pin, dict) and isinstance(pin.get("commit"), str) else None
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 300 else text[:297] + "..."

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 from converter.calibration import discard_state
@@ -10,6 +11,8 @@ from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.errors import OutputError
 
 LOCK_NAME = ".moe-convert.lock"
+SOURCE_FOLDER = ".moe-convert.source"
+"""Holds a Hub repository's shards while they are needed."""
 
 
 class OutputFolder:
@@ -40,17 +43,21 @@ class OutputFolder:
         """Forgets what was converted: index first, then journal, experts and partial files. Other files stay."""
         for name in (INDEX_NAME, JOURNAL_NAME):
             (self.path / name).unlink(missing_ok=True)
-        discard_state(self.path)
+        self._discard_state()
         for file in (*self.path.glob(f"{EXPERTS_FOLDER}/layer-*"), *self.path.glob("trunk.safetensors*")):
             file.unlink()
 
     def close(self) -> None:
         """Gives the lock up; a complete conversion has neither journal nor lock beside it."""
         if self.complete:
-            discard_state(self.path)
+            self._discard_state()
             for name in (JOURNAL_NAME, LOCK_NAME):
                 (self.path / name).unlink(missing_ok=True)
         os.close(self._lock)
+
+    def _discard_state(self) -> None:
+        discard_state(self.path)
+        shutil.rmtree(self.path / SOURCE_FOLDER, ignore_errors=True)
 
     def _ours(self) -> bool:
         return any((self.path / name).exists() for name in (INDEX_NAME, JOURNAL_NAME, LOCK_NAME))

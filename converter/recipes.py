@@ -1,7 +1,11 @@
 """Recipes: which packing and solver for which weights. Data, not code; a user may combine their own."""
 
+import functools
+import logging
+
 from msgspec.structs import replace
 
+from converter import solver_native
 from converter.calibration_text import DEFAULT_TOKENS, FEWEST_TOKENS, KINDS
 from converter.solvers import SOLVERS
 from formats.errors import RecipeError
@@ -11,18 +15,25 @@ from formats.packing import PACKINGS
 UNPACKED = "none"
 """Attention or head stored as in the source."""
 
+DEFAULT_RECIPE = "2bit"
+CALIBRATED_SOLVER = "feedback"
+UNCALIBRATED_SOLVER = "refit"
+_CALIBRATION: dict[str, Option] = {"calibrate": "builtin", "calibration_tokens": DEFAULT_TOKENS}
+_ATTENTION = "tile32-q4-g64-s8"
+
 RECIPES: dict[str, Recipe] = {
-    name: Recipe(name, experts, experts, "tile32-q4-g64-s8", "hqq")
+    name: Recipe(name, experts, experts, _ATTENTION, CALIBRATED_SOLVER, UNPACKED, _CALIBRATION)
     for name, experts in {
         "2bit": "tile32-q2-g16-s4",
         "3bit": "tile32-q3-g32-s4",
         "4bit": "tile32-q4-g64-s8",
-        "paper-2bit": "tile32-q2-g16-s8",
-        "paper-3bit": "tile32-q3-g64-s8",
     }.items()
+} | {
+    name: Recipe(name, experts, experts, _ATTENTION, "hqq")
+    for name, experts in {"paper-2bit": "tile32-q2-g16-s8", "paper-3bit": "tile32-q3-g64-s8"}.items()
 }
-DEFAULT_RECIPE = "2bit"
-CALIBRATED_SOLVER = "feedback"
+
+_log = logging.getLogger(__name__)
 
 _BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
 
@@ -43,8 +54,10 @@ def make_recipe(
     """The named recipe with what the options change: expert bits and group size, or packings by name.
 
     `attn_bits` and `head_bits` are 4, or 16 for as in the source. `calibrate` is a key of
-    `converter.calibration_text.KINDS`; calibration and the solver feedback imply each other, and where only the solver
-    is given, the text is the builtin one. RecipeError names the option and what there is.
+    `converter.calibration_text.KINDS`; calibration and the solver feedback imply each other, where only the solver
+    is given, the text is the builtin one, and without calibration the solver is refit (the paper's recipes keep hqq).
+    Where the native library is missing, a recipe that would calibrate by itself takes hqq. RecipeError names the
+    option and what there is.
     """
     if name not in RECIPES:
         raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}")
@@ -52,8 +65,7 @@ def make_recipe(
     experts = _experts_packing(bits, group_size, base.gate_up)
     attention = _trunk_packing("--attn-bits", attn_bits, base.attention)
     head = _trunk_packing("--head-bits", head_bits, base.head)
-    calibrated = calibrate not in (None, "none")
-    chosen_solver = solver or (CALIBRATED_SOLVER if calibrated else base.solver)
+    chosen_solver = solver or _solver(base.solver, calibrate, calibration_tokens)
     if chosen_solver not in SOLVERS:
         raise RecipeError(f"solver {chosen_solver!r} is unknown; known are {', '.join(SOLVERS)}")
     options = _calibration_options(chosen_solver, calibrate, calibration_tokens)
@@ -62,6 +74,29 @@ def make_recipe(
         if packing not in PACKINGS:
             raise RecipeError(f"packing {packing!r} is unknown; known are {', '.join(PACKINGS)}")
     return chosen if chosen == base else _named_by_contents(chosen)
+
+
+def _solver(default: str, calibrate: str | None, tokens: int | None) -> str:
+    """The solver where none is asked for."""
+    if calibrate not in (None, "none"):
+        return CALIBRATED_SOLVER
+    if default != CALIBRATED_SOLVER:
+        return default
+    if calibrate == "none":
+        return UNCALIBRATED_SOLVER
+    if tokens is None and not solver_native.available():
+        _say_once()
+        return "hqq"
+    return default
+
+
+@functools.cache
+def _say_once() -> None:
+    _log.warning(
+        "%s; quantizing by hqq without calibration, which does worse. --solver feedback calibrates in torch, many times"
+        " slower",
+        solver_native.describe(),
+    )
 
 
 def _calibration_options(solver: str, calibrate: str | None, tokens: int | None) -> dict[str, Option]:
@@ -99,8 +134,12 @@ def _experts_packing(bits: int | None, group_size: int | None, default: str) -> 
 
 
 def _named_by_contents(recipe: Recipe) -> Recipe:
-    """A recipe that equals a named one has its name; any other is called custom."""
+    """A recipe of a named one's packings has its name, the paper's only with its solver; any other is called custom."""
     for known in RECIPES.values():
-        if replace(recipe, name=known.name) == known:
-            return known
+        named = replace(recipe, name=known.name)
+        by_paper = known.solver != CALIBRATED_SOLVER
+        if replace(named, solver=known.solver, options=known.options) == known and (
+            not by_paper or recipe.solver == known.solver
+        ):
+            return named
     return replace(recipe, name="custom")

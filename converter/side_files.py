@@ -9,16 +9,12 @@ from converter import __version__
 from converter.sizes import OutputPlan
 from converter.solver import SquaredError
 from converter.source import Checkpoint
+from converter.source_files import COPIED
 from converter.workers import PROJECTIONS
 from formats import WRITTEN_VERSION
 from formats.index import CopiedFile, Recipe
 from formats.paths import locate
 from formats.writer import write_file
-
-_COPIED = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFile:
@@ -34,7 +30,7 @@ def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFil
 
 def copy_files(source: Path, out: Path) -> list[CopiedFile]:
     """Copies tokenizer, generation config, chat template and licence byte for byte."""
-    names = sorted({p.name for pattern in _COPIED for p in source.glob(pattern) if not p.is_dir()})
+    names = sorted({p.name for pattern in COPIED for p in source.glob(pattern) if not p.is_dir()})
     return [_write(out, name, locate(source, name, str(source)).read_bytes()) for name in names]
 
 
@@ -131,7 +127,7 @@ def write_card(checkpoint: Checkpoint, recipe: Recipe, plan: OutputPlan, quality
     a = checkpoint.architecture
     plain = sum(w.n_bytes // w.item_bytes for w in checkpoint.trunk.values())
     card = _CARD.format(
-        name=source_name(checkpoint.folder),
+        name=checkpoint.name,
         recipe=recipe.name,
         expert_bits=plan.expert_bits,
         attention_bits=plan.attention_bits,
@@ -164,8 +160,3 @@ def _calibration_line(recipe: Recipe) -> str:
 def _write(out: Path, name: str, data: bytes) -> CopiedFile:
     write_file(out / name, data)
     return CopiedFile(name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def source_name(folder: Path) -> str:
-    """What the source is called: its folder's name."""
-    return folder.resolve().name

@@ -9,6 +9,7 @@ from converter.calibration import calibration_memory_bytes
 from converter.recipes import UNPACKED
 from converter.solver import Solver
 from converter.source import Checkpoint
+from formats import INDEX_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
 from formats.index import PackedLinear, Recipe
@@ -98,18 +99,22 @@ def plan_output(checkpoint: Checkpoint, recipe: Recipe) -> OutputPlan:
     )
 
 
-def check_disk(plan: OutputPlan, out: Path, codec: str) -> None:
-    """DoesNotFitError, with both numbers, if the disk of `out` lacks room for what is still to be written."""
+def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) -> None:
+    """DoesNotFitError, with both numbers, if the disk of `out` lacks room for what is still to be written.
+
+    fetch_bytes: what shards may take that are fetched for the conversion, unless it is complete.
+    """
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     present = sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()) if out.exists() else 0
-    needed = plan.total_bytes + _SMALL_FILES_BYTES
+    needed = plan.total_bytes + _SMALL_FILES_BYTES + (0 if (out / INDEX_NAME).exists() else fetch_bytes)
     if codec == "zstd":
         needed += 2 * max(plan.layer_bytes)
     if needed - present > free:
         raise DoesNotFitError(
             f"{out}: the conversion needs {needed - present} bytes more, free are {free}",
-            "free some space, or choose another disk",
+            "free some space, or choose another disk"
+            + ("; or lower --max-disk, or add --no-keep" if fetch_bytes else ""),
         )
 
 

@@ -15,7 +15,7 @@ from formats.libraries import library_paths
 from formats.packing import PACKINGS, Packing, packing_named, tiles_of
 
 LIBRARY = "libmoe_solver.so"
-ABI = 2  # moe_solver_abi() of converter/native/solver.cpp
+ABI = 3  # moe_solver_abi() of converter/native/solver.cpp
 
 ISAS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -189,6 +189,7 @@ def refit_tiles(
     importance: Tensor | None = None,
     factor: Tensor | None = None,
     factor_block: int = 0,
+    order: Tensor | None = None,
     diagonal: Tensor | None = None,
     pairing: Tensor | None = None,
     low_rank: Tensor | None = None,
@@ -214,6 +215,7 @@ def refit_tiles(
         *place.arguments(weight, out),
         address(factor),
         factor_block,
+        address(order),
         address(importance),
         address(diagonal),
         address(pairing),
@@ -320,7 +322,7 @@ def _load() -> ctypes.CDLL | str:
     pointer, i32, i64, u32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint32
     common: list[Any] = [i32, i32, pointer, i64, i64, i64, i64, pointer, i64]
     library.moe_quantize.argtypes = [*common, u32, i32, pointer, pointer]
-    metric: list[Any] = [pointer, i64, pointer, pointer, pointer, pointer, i64, pointer]
+    metric: list[Any] = [pointer, i64, pointer, pointer, pointer, pointer, pointer, i64, pointer]
     library.moe_refit.argtypes = [*common, *metric, u32, i32, pointer, pointer]
     library.moe_hqq.argtypes = [i32, i32, i32, pointer, i64, i64, u32, i32, pointer, pointer, pointer]
     return library

@@ -63,12 +63,20 @@ def second_moment(x: Tensor, weights: Tensor, run_all: RunAll) -> Tensor:
     return result
 
 
-def block_moments(x: Tensor, weights: Tensor, width: int) -> Tensor:
-    """As `second_moment`, but only blocks of `width` columns: float32 [ceil(columns / width), width, width]."""
+def block_moments(x: Tensor, weights: Tensor, width: int, other: Tensor | None = None) -> Tensor:
+    """As `second_moment`, but only blocks of `width` columns: float32 [ceil(columns / width), width, width].
+
+    With `other`, of the shape of x, Σ w·x·otherᵀ.
+    """
     tokens, columns = x.shape
     blocks = -(-columns // width)
-    padded = torch.nn.functional.pad(x, (0, blocks * width - columns)).view(tokens, blocks, width).transpose(0, 1)
-    return torch.bmm((padded * weights[:, None]).transpose(1, 2), padded)
+
+    def in_blocks(values: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(values, (0, blocks * width - columns))
+        return padded.view(tokens, blocks, width).transpose(0, 1)
+
+    own = in_blocks(x)
+    return torch.bmm((own * weights[:, None]).transpose(1, 2), own if other is None else in_blocks(other))
 
 
 def effective_tokens(weights: Tensor) -> float:

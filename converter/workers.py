@@ -9,23 +9,21 @@ from typing import Any
 import torch
 
 from converter.calibration import CalibrationPass
+from converter.down_correction import DownCorrection
 from converter.feedback_reference import SingularStatisticsError
 from converter.names import ExpertTensor
+from converter.shards import Stopped
 from converter.sizes import OutputPlan, chunk_rows
 from converter.solver import CalibratedSolver, NonFiniteWeightsError, Solver, SquaredError
 from converter.source import Checkpoint, Weight
 from converter.statistics import InputStatistics
 from formats.expert import split
-from formats.packing import TILE_ROWS, Packing, packing_named, tiles_of
+from formats.packing import TILE_ROWS, Packing, dequantize, packing_named, tiles_of, unpack
 from formats.writer import LayerWriter, PlacedFile
 
 PROJECTIONS = ("gate", "up", "down")
 
 _log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """The conversion is being stopped; the unit was given up."""
 
 
 class Worker:
@@ -45,14 +43,21 @@ class Worker:
         layout = self._plan.layouts[layer][expert]
         blob = torch.empty(layout.n_bytes, dtype=torch.uint8)
         errors, fallback, found = {}, [], {}
+        statistics: InputStatistics | None = None
+        correction: DownCorrection | None = None
+        gate_tiles, up_tiles, down_tiles = split(layout, blob)
         if self.calibration:
             self._check_stop()
-            gate_up, down, found["calibration_tokens"] = self.calibration.expert(expert)
-        for projection, tiles in zip(PROJECTIONS, split(layout, blob), strict=True):
+            statistics, found["calibration_tokens"] = self.calibration.layer.of_gate_up(expert)
+        for projection, tiles in zip(PROJECTIONS, (gate_tiles, up_tiles, down_tiles), strict=True):
             weight = self._checkpoint.experts[ExpertTensor(layer, expert, projection)]
             packing = layout.down if projection == "down" else layout.gate_up
-            statistics = (down if projection == "down" else gate_up) if self.calibration else None
-            error, calibrated = self._quantize(weight, packing, tiles, statistics)
+            if projection == "down" and self.calibration:
+                self._check_stop()
+                hidden = weight.shape[0]
+                gate, up = (partial(_rows, t, layout.gate_up, hidden) for t in (gate_tiles, up_tiles))
+                statistics, correction = self.calibration.layer.of_down(expert, gate, up)
+            error, calibrated = self._quantize(weight, packing, tiles, statistics, correction)
             errors[projection] = [error.error, error.total]
             if statistics and not calibrated:
                 fallback.append(projection)
@@ -89,17 +94,25 @@ class Worker:
         return {"unit": "tensor", "name": name}
 
     def _quantize(
-        self, weight: Weight, packing: Packing, tiles: torch.Tensor, statistics: InputStatistics | None
+        self,
+        weight: Weight,
+        packing: Packing,
+        tiles: torch.Tensor,
+        statistics: InputStatistics | None,
+        correction: DownCorrection | None = None,
     ) -> tuple[SquaredError, bool]:
-        """Fills `tiles` (uint8 [tiles, tile_bytes], may be a strided view) with the packed weight.
+        """Fills `tiles` (uint8 [tiles, tile_bytes], may be a strided view) with the packed weight, or a corrected one.
 
         Also returns whether it was with calibration. Where statistics cannot be used, the whole matrix is without.
         """
         if statistics and isinstance(self._solver, CalibratedSolver):
+            calibrated = partial(self._solver.solve_calibrated, statistics=statistics)
+
+            def solve(block: torch.Tensor, packing: Packing, tiles: torch.Tensor) -> SquaredError:
+                return calibrated(correction.apply(block) if correction else block, packing, tiles)
+
             try:
-                return self._in_chunks(
-                    weight, packing, tiles, partial(self._solver.solve_calibrated, statistics=statistics)
-                ), True
+                return self._in_chunks(weight, packing, tiles, solve), True
             except SingularStatisticsError as e:
                 _log.warning("%s: %s; quantized without calibration", weight.name, e.message)
         return self._in_chunks(weight, packing, tiles, self._solver.solve), False
@@ -124,3 +137,9 @@ class Worker:
     def _check_stop(self) -> None:
         if self._stop.is_set():
             raise Stopped
+
+
+def _rows(tiles: torch.Tensor, packing: Packing, columns: int, begin: int, end: int) -> torch.Tensor:
+    """Rows begin..end (exclusive; begin a multiple of 32) of packed tiles, float32 [rows, columns]."""
+    some = tiles[begin // TILE_ROWS : tiles_of(end)].contiguous()
+    return dequantize(unpack(some, packing, end - begin, columns), packing.group_size)

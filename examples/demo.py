@@ -21,7 +21,7 @@ def moe_convert(*args: str) -> str:
 
 
 def main() -> None:
-    print(moe_convert("convert", str(SOURCE), "-o", str(OUT), "--recipe", "2bit"))
+    print(moe_convert("convert", str(SOURCE), "-o", str(OUT), "--recipe", "2bit", "--force"))
     print(moe_convert("verify", str(OUT), "--read-data"))
     # Half of the experts have room in the cache.
     cache = [

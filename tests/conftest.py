@@ -2,11 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small matrices on few cores: torch's workers spin longer than they compute, and stall when another job runs.
@@ -32,7 +33,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def folder_of(recipe: str = "2bit") -> Path:
         folder = root / recipe
         if not folder.exists():
-            convert_checkpoint(EXAMPLE, folder, make_recipe(recipe))
+            convert_checkpoint(EXAMPLE, folder, make_recipe(recipe, solver="hqq"))
         return folder
 
     return folder_of
@@ -42,3 +43,11 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def converted_copy(converted: Callable[[str], Path], tmp_path: Path) -> Path:
     """A copy of the example at 2 bits, to be broken."""
     return Path(shutil.copytree(converted("2bit"), tmp_path / "copy"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on the loopback interface that huggingface_hub in this process talks to, with an empty cache."""
+    with HubServer() as server:
+        server.connect(tmp_path / "hf-home", monkeypatch)
+        yield server

@@ -1,24 +1,26 @@
 """Converts in a forked child on each line of standard input: a warm interpreter for tests that kill conversions.
 
-    python kill_server.py SOURCE OUT WORKERS
+    python kill_server.py SOURCE OUT WORKERS RECIPE      (RECIPE: what make_recipe takes beside the name, as JSON)
 
 Prints the child's pid, then its exit status. Imports torch once and never computes in the parent, so a fork is safe.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import hqq.core.quantize  # noqa: F401
+import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
 
-source, out, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+source, out, workers, recipe = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 for _line in sys.stdin:
     pid = os.fork()
     if pid == 0:
-        done = convert_checkpoint(source, out, make_recipe("2bit"), ConvertOptions(workers))
+        done = convert_checkpoint(source, out, make_recipe("2bit", **recipe), ConvertOptions(workers))
         os._exit(0 if done.done == "converted" else 7)
     print(pid, flush=True)
     print(os.waitpid(pid, 0)[1], flush=True)

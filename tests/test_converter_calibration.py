@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from test_converter_convert import Interruption, hashes, stop_after
 
 import converter.calibration as calibration_module
 from converter import calibrated_solvers
-from converter.calibration import DOWN_BLOCK, STATE_FOLDER, CalibrationPass
+from converter.calibration import STATE_FOLDER, CalibrationPass
 from converter.calibration_text import CalibrationTokens, calibration_tokens
 from converter.convert import ConvertOptions, convert_checkpoint
+from converter.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from formats.errors import OutputError, RecipeError, SourceError
@@ -62,6 +64,12 @@ def moment(x: torch.Tensor) -> torch.Tensor:
     return x.T @ x / len(x)
 
 
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_module, "fast_products", lambda _: torch.float32)
+
+
+@pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("layer", [0, 2])
 def test_statistics_are_those_of_the_transformers_model(source: Path, tmp_path: Path, layer: int) -> None:
     from transformers import AutoModelForCausalLM
@@ -83,20 +91,25 @@ def test_statistics_are_those_of_the_transformers_model(source: Path, tmp_path: 
             *_, chosen = block.mlp.gate(inputs["mlp"])
             here = (chosen == 1).any(1)
             x = inputs["mlp"][here]
-            gate_up, down, count = passes.expert(1)
+            gate_up, count = passes.layer.of_gate_up(1)
             assert count == len(x)
-            prior = calibration_module.PRIOR_SHARE * 64
+            prior = PRIOR_SHARE * 64
             expected = (len(x) * moment(x) + prior * moment(inputs["mlp"])) / (len(x) + prior)
             torch.testing.assert_close(gate_up.hessian[0], expected)
-            gate, up = (x @ block.mlp.experts.gate_up_proj[1].T).chunk(2, 1)
+            rows = block.mlp.experts.gate_up_proj[1].split(96)
+            gate, up = (x @ part.T for part in rows)
             h = torch.nn.functional.silu(gate) * up
+            down, correction = passes.layer.of_down(1, *(lambda b, e, part=part: part[b:e] for part in rows))
+            assert correction is not None
+            assert float(correction.factor.abs().max()) < 0.01  # nothing is lost, but for bfloat16
         assert down.hessian.shape == (1, DOWN_BLOCK, DOWN_BLOCK)
-        share = len(h) / (len(h) + calibration_module.PRIOR_SHARE * DOWN_BLOCK)
-        pooled = passes._layer.down.hessian if passes._layer else None
+        share = len(h) / (len(h) + PRIOR_SHARE * DOWN_BLOCK)
+        pooled = passes.layer.down.hessian
         torch.testing.assert_close(down.hessian[0, :96, :96], share * moment(h) + (1 - share) * pooled[0, :96, :96])
         assert not down.hessian[0, 96:].any()
 
 
+@pytest.mark.usefixtures("float32_products")
 def test_the_pass_ends_where_the_model_does(source: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -107,6 +120,20 @@ def test_the_pass_ends_where_the_model_does(source: Path, tmp_path: Path) -> Non
         passes.prepare_head()
         expected = moment(model.model(input_ids=tokens.windows, use_cache=False).last_hidden_state.flatten(0, 1))
         torch.testing.assert_close(passes.linear("lm_head").hessian[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_products_give_nearly_the_same_statistics(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(calibration_module, "fast_products", lambda _, dtype=dtype: dtype)
+        with Checkpoint(source) as checkpoint:
+            passes = passing(source, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint)
+            passes.prepare(2)
+            found.append([passes.layer.of_gate_up(0)[0].hessian, passes.layer.down.hessian])
+    for exact, near in zip(*found, strict=True):
+        assert 0 < float((near - exact).norm() / exact.norm()) < 0.02
 
 
 @pytest.mark.parametrize("workers", [2, 5])
@@ -256,11 +283,11 @@ def test_expert_that_no_token_reached_gets_its_layers_statistics(source: Path, t
     with Checkpoint(folder) as checkpoint:
         passes = passing(folder, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint)
         passes.prepare(0)
-        layer = passes._layer
-        assert layer
-        layer.experts[0] = calibration_module._ExpertInputs(torch.empty(0, dtype=torch.int64), layer.experts[0].down)
-        gate_up, down, count = passes.expert(0)
-        assert (count, gate_up.hessian is layer.gate_up.hessian, down.hessian is layer.down.hessian) == (0, True, True)
+        layer = passes.layer
+        layer.experts[0] = ExpertInputs(torch.empty(0, dtype=torch.int64), torch.empty(0, 96, dtype=torch.bfloat16))
+        gate_up, count = layer.of_gate_up(0)
+        down, correction = layer.of_down(0, lambda begin, end: torch.ones(end - begin, 64), lambda *_: torch.ones(0))
+        assert (count, gate_up is layer.gate_up, down is layer.down, correction) == (0, True, True, None)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +311,28 @@ def test_checkpoint_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"tokenizer(?s:.*)--calibrate random"):
         convert(folder, tmp_path / "out", {"calibrate": "builtin"})
     assert convert(folder, tmp_path / "out2", {"calibrate": "random"}) == "converted"
+
+
+def test_text_that_is_unknown_to_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder, text = tmp_path / "mini", tmp_path / "text.txt"
+    make_checkpoint(folder, SHAPES["mini"], 1)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    unknown = tokenizer["model"]["vocab"]["<unk>"]
+    tokenizer["model"] |= {"byte_fallback": False, "unk_token": "<unk>", "fuse_unk": False}
+    tokenizer["model"]["vocab"] = {t: i for t, i in tokenizer["model"]["vocab"].items() if t.isascii() or i <= unknown}
+    tokenizer["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text.write_text("漢字かな" * 3000)
+    with pytest.raises(SourceError, match=r"% of .*text.txt is unknown"):
+        convert(folder, tmp_path / "out", {"calibrate": "file"}, calibration_file=text)
+
+
+def test_builtin_text_is_in_the_source_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = pytest.importorskip("scikit_build_core.build")
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with tarfile.open(tmp_path / build.build_sdist(str(tmp_path))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"converter/data/calibration.txt.zst", "converter/data/README.md"} <= names
 
 
 def test_builtin_text_is_enough_for_the_default_and_has_several_kinds(example_folder: Path) -> None:

@@ -25,9 +25,9 @@ from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from converter.workers import Worker
 from formats.artifact import Artifact
+from formats.direct_reader import DirectReader
 from formats.errors import DoesNotFitError, OutputError, RecipeError, SourceError
 from formats.expert import dequantize_expert
-from formats.reader import PreadReader
 from formats.verify import verify_folder
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,8 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def convert(source: Path, out: Path, recipe: str = "2bit", **options: Any) -> str:
-    return convert_checkpoint(source, out, make_recipe(recipe), ConvertOptions(**options)).done
+    """By the solver that takes no time; test_converter_calibration.py has the other."""
+    return convert_checkpoint(source, out, make_recipe(recipe, solver="hqq"), ConvertOptions(**options)).done
 
 
 def hashes(out: Path, *, without_source: bool = False) -> dict[str, str]:
@@ -165,14 +166,21 @@ def test_damaged_line_of_the_journal_is_refused(source: Path, tmp_path: Path, mo
         convert(source, out)
 
 
-def test_twenty_kills_at_random_moments_do_not_change_a_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layers", "recipe", "wanted"),
+    [(12, {"solver": "hqq"}, 20), (6, {"calibrate": "random", "calibration_tokens": 1024}, 8)],
+    ids=["hqq", "calibrated"],
+)
+def test_kills_at_random_moments_do_not_change_a_byte(
+    tmp_path: Path, layers: int, recipe: dict[str, Any], wanted: int
+) -> None:
     source, out, whole = tmp_path / "mini", tmp_path / "out", tmp_path / "whole"
-    make_checkpoint(source, SHAPES["mini"], 12, shards=3)
+    make_checkpoint(source, SHAPES["mini"], layers, shards=3)
     started = time.monotonic()
-    convert(source, whole)
+    convert_checkpoint(source, whole, make_recipe("2bit", **recipe))
     seconds = time.monotonic() - started
     server = subprocess.Popen(
-        [sys.executable, Path(__file__).parent / "kill_server.py", source, out, "2"],
+        [sys.executable, Path(__file__).parent / "kill_server.py", source, out, "2", json.dumps(recipe)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert server.stdin and server.stdout
@@ -184,7 +192,7 @@ def test_twenty_kills_at_random_moments_do_not_change_a_byte(tmp_path: Path) -> 
         return int(server.stdout.readline())
 
     try:
-        while kills < 20:
+        while kills < wanted:
             pid = start()
             time.sleep(moments.uniform(0, seconds / 12))
             with contextlib.suppress(ProcessLookupError):  # it was done before
@@ -372,7 +380,7 @@ def test_ctrl_c_ends_cleanly_and_is_resumed(source: Path, reference: dict[str, s
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(source, out, make_recipe("2bit"), ConvertOptions(2), progress)
+        convert_checkpoint(source, out, make_recipe("2bit", solver="hqq"), ConvertOptions(2), progress)
     assert threading.active_count() == threads
     convert(source, out)
     assert hashes(out) == reference
@@ -384,7 +392,7 @@ def test_zstd_folder_decodes_to_the_same_experts(source: Path, tmp_path: Path, m
     convert(source, tmp_path / "zstd", codec="zstd")
     assert verify_folder(tmp_path / "zstd", read_data=True).problems == []
     raw, compressed = Artifact.open(tmp_path / "raw"), Artifact.open(tmp_path / "zstd")
-    with PreadReader(raw) as one, PreadReader(compressed) as other:
+    with DirectReader(raw) as one, DirectReader(compressed) as other:
         for layer in range(3):
             for expert in range(4):
                 assert torch.equal(one.read(layer, expert), other.read(layer, expert))
@@ -395,7 +403,7 @@ def test_converted_weights_are_near_the_source_and_quality_says_how_near(source:
     convert(source, out, "4bit")
     artifact = Artifact.open(out)
     quality = json.loads((out / "quality.json").read_text())
-    with Checkpoint(source) as checkpoint, PreadReader(artifact) as reader:
+    with Checkpoint(source) as checkpoint, DirectReader(artifact) as reader:
         got = dict(
             zip(("gate", "up", "down"), dequantize_expert(artifact.layout(2, 3), reader.read(2, 3)), strict=True)
         )
@@ -431,7 +439,7 @@ def test_bad_options_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_head_is_packed_where_the_recipe_says_so(source: Path, tmp_path: Path) -> None:
-    convert_checkpoint(source, tmp_path / "out", make_recipe("4bit", head_bits=4))
+    convert_checkpoint(source, tmp_path / "out", make_recipe("4bit", head_bits=4, solver="hqq"))
     artifact = Artifact.open(tmp_path / "out")
     assert artifact.index.trunk.packed["lm_head"].rows == SHAPES["mini"].vocabulary
     assert artifact.index.recipe.name == "custom"
@@ -442,4 +450,4 @@ def test_head_is_packed_where_the_recipe_says_so(source: Path, tmp_path: Path) -
 def test_tied_head_cannot_be_packed(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "mini", SHAPES["mini"], 1, tied=True)
     with pytest.raises(RecipeError, match="tie_word_embeddings"):
-        convert_checkpoint(tmp_path / "mini", tmp_path / "out", make_recipe("4bit", head_bits=4))
+        convert_checkpoint(tmp_path / "mini", tmp_path / "out", make_recipe("4bit", head_bits=4, solver="hqq"))

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from converter import feedback_native, solver_native
 from converter.feedback_native import FeedbackError, SingularHessianError, factorize, quantize_feedback
+from converter.feedback_order import columns_in_order, group_order, hessian_in_order
 from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
 
 pytestmark = pytest.mark.skipif(not solver_native.available(), reason=solver_native.describe())
 
 PACKING_NAMES = list(PACKINGS)
 ISAS = ["portable", "avx2", "avx512"]
+ROOM = 1.06  # kRoom of converter/native/refit.h
 SHAPES = [(33, 192), (16, 384), (1, 16), (40, 300), (5, 7), (31, 257), (130, 40)]
 
 
@@ -194,6 +196,7 @@ def reference(weight: Tensor, name: str, metric: Tensor, damping: float) -> Quan
     rounded = ds[:, None] * (a / torch.where(ds > 0, ds, torch.inf)[:, None]).round().clamp(0, p.max_s)
     total = torch.stack([group_at(begin, w).h.sum() for begin in starts])
     dm = search_super_scale(b + (rounded - a) * mean, total, p.min_m, p.max_m, b.abs().amax(1) / p.max_m)
+    ds, dm = ((scale.float() * ROOM).half().to(scale) for scale in (ds, dm))
     s, m = torch.zeros_like(a), torch.zeros_like(a)
     codes, error = torch.zeros_like(w), torch.zeros_like(w)
     normal = v / v.diagonal()
@@ -252,14 +255,14 @@ def test_feedback_lowers_the_error_of_outputs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
-def test_feedback_with_the_identity_is_refit(name: str) -> None:
+def test_static_feedback_with_the_identity_is_refit(name: str) -> None:
     for shape in SHAPES:
         w = weights(shape)
         plain, error = refit(w, name)
-        out, same = feedback(w, name, torch.eye(shape[1]))
+        out, same = feedback(w, name, torch.eye(shape[1]), static=True)
         assert torch.equal(out, plain)
         assert same.sum_squared_error == error.sum_squared_error
-        in_blocks = feedback(w, name, blocks_of(torch.eye(shape[1])))[0]
+        in_blocks = feedback(w, name, blocks_of(torch.eye(shape[1])), static=True)[0]
         assert torch.equal(in_blocks, plain)
 
 
@@ -376,7 +379,7 @@ def test_dead_inputs_disturb_nothing(name: str, damping: float) -> None:
 @pytest.mark.parametrize("name", PACKING_NAMES)
 def test_a_hessian_of_nothing_is_as_none(name: str) -> None:
     w = weights((32, 300))
-    assert torch.equal(feedback(w, name, torch.zeros(300, 300))[0], refit(w, name)[0])
+    assert torch.equal(feedback(w, name, torch.zeros(300, 300), static=True)[0], refit(w, name)[0])
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
@@ -460,3 +463,30 @@ def test_wrong_tensors_are_refused() -> None:
         solver_native.quantize_matrix(w, name, out, importance=torch.ones(512))
     with pytest.raises(ValueError):
         refit(w, name, importance=torch.ones(511))
+
+
+@pytest.mark.parametrize(("name", "columns", "width"), [("tile32-q2-g16-s4", 384, 256), ("tile32-q3-g32-s4", 192, 192)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_groups_in_another_order_are_those_of_moved_columns(name: str, columns: int, width: int, isa: str) -> None:
+    weight, size = weights((40, columns)), PACKINGS[name].group_size
+    metric = blocks_of(hessian(columns), width)
+    order = group_order(metric, columns, size)
+    ordered, moved = hessian_in_order(metric, order, size), columns_in_order(order, size)
+    assert not torch.equal(moved, torch.arange(columns))
+    try:
+        out, error = feedback(weight, name, ordered, order=order, isa=isa)
+    except solver_native.NativeSolverError:
+        pytest.skip(f"no {isa}")
+    other, same = feedback(weight[:, moved].contiguous(), name, ordered, isa=isa)
+    found, expected = (
+        dequantize(unpack(bytes_.view(2, -1), PACKINGS[name], 40, columns), size) for bytes_ in (out, other)
+    )
+    assert torch.equal(found[:, moved], expected)
+    assert error.sum_hessian_error == pytest.approx(same.sum_hessian_error)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 3, 2, 4, 4], [0, 1, 2, 3, 4, 6], [4, 1, 2, 3, 0, 5]])
+def test_order_that_is_none_or_crosses_a_block_is_refused(order: list[int]) -> None:
+    metric = blocks_of(hessian(384))
+    with pytest.raises(ValueError, match="refused"):
+        feedback(weights((5, 384)), "tile32-q4-g64-s8", metric, order=torch.tensor(order, dtype=torch.int32))

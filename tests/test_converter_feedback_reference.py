@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from converter.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
 from converter.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
 from converter.solver import NonFiniteWeightsError
 from converter.solver_package import quantize_rows
@@ -106,3 +107,23 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     w[0, 0] = torch.inf
     with pytest.raises(NonFiniteWeightsError):
         refit_rows(w, PACKINGS["tile32-q2-g16-s4"])
+
+
+@every_packing
+def test_strongest_groups_go_first_and_end_where_they_were(packing: object) -> None:
+    w, x = weights(), inputs()
+    x[:, 320:] *= 100
+    size = packing.group_size  # type: ignore[attr-defined]
+    h = hessian(x, 384)
+    order = group_order(h, 384, size)
+    assert order is not None
+    assert int(order[0]) >= 320 // size
+    ordered = hessian_in_order(h, order, size)
+    moved, _ = feedback_rows(w[:, columns_in_order(order, size)], packing, ordered, factorize(ordered))  # type: ignore[arg-type]
+    plain, _ = feedback_rows(w, packing, h, factorize(h))  # type: ignore[arg-type]
+    matrix = matrix_in_place(moved, order, size)
+    assert output_error(w, matrix, packing, x) < 0.8 * output_error(w, plain, packing, x)
+
+
+def test_columns_that_fill_no_group_are_taken_as_they_stand() -> None:
+    assert group_order(torch.ones(1, 200, 200), 200, 64) is None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from converter import recipes, solver_native
 from converter.recipes import RECIPES, make_recipe
 from formats.errors import RecipeError
 
@@ -16,6 +17,41 @@ def test_named_recipes_use_the_packings_of_the_design() -> None:
         "paper-3bit": "tile32-q3-g64-s8",
     }
     assert {recipe.attention for recipe in RECIPES.values()} == {"tile32-q4-g64-s8"}
+
+
+def test_plain_recipes_calibrate_and_the_papers_do_not() -> None:
+    assert {name: (recipe.solver, recipe.options.get("calibrate")) for name, recipe in RECIPES.items()} == {
+        "2bit": ("feedback", "builtin"),
+        "3bit": ("feedback", "builtin"),
+        "4bit": ("feedback", "builtin"),
+        "paper-2bit": ("hqq", None),
+        "paper-3bit": ("hqq", None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "calibrate", "solver"),
+    [("2bit", "none", "refit"), ("paper-2bit", "none", "hqq"), ("2bit", "random", "feedback")],
+)
+def test_calibration_chooses_the_solver(name: str, calibrate: str, solver: str) -> None:
+    assert make_recipe(name, calibrate=calibrate).solver == solver
+
+
+def test_without_the_native_library_the_default_is_hqq_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(solver_native, "available", lambda: False)
+    recipes._say_once.cache_clear()
+    chosen = [make_recipe("2bit"), make_recipe("3bit")]
+    assert [(recipe.solver, recipe.options) for recipe in chosen] == [("hqq", {})] * 2
+    assert caplog.text.count("without calibration") == 1
+    assert make_recipe("2bit", solver="feedback").solver == "feedback"
+
+
+def test_name_of_a_recipe_is_that_of_its_packings() -> None:
+    assert make_recipe("2bit", solver="hqq").name == "2bit"
+    assert make_recipe("2bit", calibrate="random").name == "2bit"
+    assert make_recipe("paper-2bit", solver="refit").name == "custom"
 
 
 def test_bits_choose_the_packing() -> None:

@@ -21,12 +21,16 @@ from formats.errors import DoesNotFitError
 @click.option("--group-size", type=int, help="Weights that share a scale: 16, 32 or 64, where a packing has it.")
 @click.option("--gate-up", help="Packing of the experts' gate and up, by name.")
 @click.option("--down", help="Packing of the experts' down, by name.")
-@click.option("--solver", help="hqq, refit, feedback (needs calibration), or hqq-package (slow; the oracle).")
+@click.option(
+    "--solver",
+    help="feedback (calibrated), refit (without), hqq (quickest), or hqq-package (slow; the oracle)"
+    " [default: feedback; hqq in the paper's recipes].",
+)
 @click.option(
     "--calibrate",
     metavar="none|random|builtin|FILE",
     help="Tokens by whose activations the solver feedback weighs errors: random ones, a text that is shipped, or"
-    " a UTF-8 text of several kinds.",
+    " a UTF-8 text of several kinds [default: builtin with feedback].",
 )
 @click.option("--calibration-tokens", type=int, help="How many [default: 8192].")
 @click.option(
@@ -35,6 +39,16 @@ from formats.errors import DoesNotFitError
     default="none",
     show_default=True,
     help="Compress each expert; saves a few per cent, for archives and slow links.",
+)
+@click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
+@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@click.option(
+    "--max-disk",
+    metavar="SIZE",
+    help="Most that fetched shards may take, such as 12GB [default: four shards]; each goes when it is done.",
+)
+@click.option(
+    "--no-keep", is_flag=True, help="Read the Hub's shards by ranges and keep nothing; no hash can be checked."
 )
 @click.option("--max-workers", type=click.IntRange(1), help="Threads [default: the processors, as memory allows].")
 @click.option("--max-memory", help="Upper limit for the process, such as 2GiB; lowers the number of workers.")
@@ -46,10 +60,14 @@ from formats.errors import DoesNotFitError
 @click.option("--force", is_flag=True, help="Write to a folder that is not ours, or replace a complete conversion.")
 @output_options
 def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -> None:  # fmt: skip
-    """Quantize the Mixtral checkpoint in folder MODEL and write it in the expert-addressable format.
+    """Quantize the Mixtral checkpoint MODEL and write it in the expert-addressable format.
+
+    MODEL is a folder, or owner/name of a repository on the Hub: its shards are fetched as they are needed and deleted
+    when they are done; those in the cache of huggingface_hub are used where they are.
 
     \b
     moe-convert convert ./Mixtral-8x7B-Instruct-v0.1
+    moe-convert convert mistralai/Mixtral-8x7B-Instruct-v0.1 --max-disk 12GB
     moe-convert convert ./my-finetune -o out --recipe 3bit --max-workers 4
     moe-convert convert ./my-finetune --calibrate builtin
     moe-convert convert ./my-finetune --dry-run
@@ -78,20 +96,21 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
         },
         calibrate=calibrate,
     )
-    out = out_dir or model.resolve().with_name(f"{model.resolve().name}-{recipe.name}")
-    with Checkpoint(model) as checkpoint:
+    source, out = _source(model, out_dir, recipe.name, options)
+    with Checkpoint(source) as checkpoint:
         plan = plan_output(checkpoint, recipe)
-        source_bytes = checkpoint.n_bytes
-        check_disk(plan, out, options["codec"])
+        source_bytes, fetch_bytes = checkpoint.n_bytes, checkpoint.fetch_bytes
+        pinned = {"source": f"{checkpoint.name}@{checkpoint.revision}"} if checkpoint.hub else {}
+        check_disk(plan, out, options["codec"], fetch_bytes)
     solver = choose_solver(recipe.solver)
     workers = _workers(plan, solver, options["max_workers"], options["max_memory"])
-    facts = _facts(plan, recipe, source_bytes, out)
+    facts = pinned | _facts(plan, recipe, source_bytes, out)
     if options["dry_run"]:
-        facts |= _needs(plan, solver, workers, out)
+        facts |= _needs(plan, solver, workers, out) | ({"fetched_disk_bytes": fetch_bytes} if pinned else {})
         output.result(facts, _text(facts))
         return
     done = convert_checkpoint(
-        model,
+        source,
         out,
         recipe,
         ConvertOptions(
@@ -108,6 +127,32 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     if done.quality:
         facts["weight_error"] = {name: done.quality["totals"][name] for name in ("experts", "attention")}
     output.result(facts, _text(facts))
+
+
+def _source(model: Path, out: Path | None, recipe: str, options: dict[str, Any]) -> tuple[Any, Path]:
+    """(folder or HubModel, out folder): a folder goes before a repository of the same name."""
+    from converter.hub_model import HubModel
+    from formats.hub import is_repo_name
+    from formats.sizes import parse_size
+
+    name = str(model)
+    remote = [f"--{o.replace('_', '-')}" for o in ("revision", "token", "max_disk", "no_keep") if options[o]]
+    if model.exists() or not is_repo_name(name):
+        if remote:
+            raise click.UsageError(
+                f"{', '.join(remote)}: only for a repository on the Hub, and {name} is a folder's name"
+            )
+        return model, out or model.resolve().with_name(f"{model.resolve().name}-{recipe}")
+    out = out or Path(f"{model.name}-{recipe}")
+    source = HubModel.open(
+        name,
+        options["revision"],
+        options["token"],
+        keep=not options["no_keep"],
+        max_disk_bytes=parse_size(options["max_disk"], "--max-disk") if options["max_disk"] else None,
+        resume=None if options["no_resume"] or options["force"] else out,
+    )
+    return source, out
 
 
 def _facts(plan: Any, recipe: Any, source_bytes: int, out: Path) -> dict[str, Any]:

@@ -12,9 +12,12 @@ from formats.errors import MoeConvertError
 COMMANDS = {
     "convert": "Quantize a Mixtral checkpoint and write it in the expert-addressable format.",
     "inspect": "Show what a converted folder holds, from its index and headers.",
+    "download": "Fetch a converted model from the Hub, and check every byte.",
     "verify": "Check a converted folder: structure, and on request every byte.",
     "generate": "Generate text with a converted model.",
     "eval": "Measure perplexity of a converted folder or an ordinary checkpoint.",
+    "trace": "Record which experts a text or prompts use.",
+    "replay": "Replay a trace: cache policies, slots and prefetch, and what is possible at best.",
     "env": "Show versions and which kernels are in use.",
 }
 

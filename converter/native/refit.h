@@ -14,22 +14,28 @@ namespace moe {
 namespace {
 
 constexpr double kMaxGain = 1.5;
+// Super-scales are fitted to the weights as they are; the errors carried to a group widen it. Without it KL .0066 against
+// .0063 on tiny-mixtral at 2 bits, .0077 against .0074 on its outlier variant.
+constexpr float kRoom = 1.06f;
 
-// The batch's weights into job.w, lanes past the matrix's end 0. False: a weight too large for any packing.
+// The batch's weights into job.w, groups in the order of feedback, lanes past the matrix's end 0. False: a weight too
+// large for any packing.
 template <class S>
 bool load_batch(const RefitJob& job, const RowBatch<S>& batch, float* w) {
   using F = typename S::F;
   const F none = S::set(0.0f);
   F most = none;
+  alignas(64) float loaded[kBlockCols * kLanes];
+  const int64_t groups_of_block = kBlockCols / job.group_size;
   for (int64_t block = 0; block < job.blocks; ++block) {
-    float* at = w + block * kBlockCols * kLanes;
     const int columns = batch.columns_of(block);
-    if (columns < kBlockCols) __builtin_memset(at, 0, sizeof(float) * kBlockCols * kLanes);
-    batch.load_block(block, at);
-    for (int c = 0; c < columns; ++c) {
-      const F x = S::select(batch.valid, S::load(at + kLanes * c), none);
+    if (columns < kBlockCols) __builtin_memset(loaded, 0, sizeof loaded);
+    batch.load_block(block, loaded);
+    for (int c = 0; c < kBlockCols; ++c) {
+      const F x = c < columns ? S::select(batch.valid, S::load(loaded + kLanes * c), none) : none;
       most = S::max(S::from_bits(S::and_u(S::bits(x), S::set_u(0x7fffffffu))), most);
-      S::store(at + kLanes * c, x);
+      const int64_t to = job.position[block * groups_of_block + c / job.group_size] * job.group_size + c % job.group_size;
+      S::store(w + kLanes * to, x);
     }
   }
   return !S::any(S::greater(most, S::set(kTooLarge)));
@@ -63,7 +69,13 @@ void fit_batch(const RefitJob& job, int batch, uint16_t* half_s, uint16_t* half_
   S::store(start_s, S::div(most_a, S::set(steps.s_max)));
   S::store(start_m, S::div(most_b, S::set(steps.m_max)));
   search_super_scales<S>({job.a, job.b, job.mean, job.spread, job.total, job.groups}, steps, start_s, start_m, half_s, half_m);
-  if (job.factor != nullptr && job.dynamic) return;
+  if (job.factor != nullptr && job.dynamic) {
+    for (int l = 0; l < 16; ++l) {
+      half_s[l] = super_scale(half_to_float(half_s[l]) * kRoom);
+      half_m[l] = super_scale(half_to_float(half_m[l]) * kRoom);
+    }
+    return;
+  }
   const BatchScales<S> scales(half_s, half_m);
   const int64_t stride = 16 * (job.padded / job.group_size);
   for (int64_t g = 0; g < job.groups; ++g) {
@@ -111,14 +123,15 @@ void write_half(const RefitJob& job, int batch, int count, int r, const uint16_t
     typename S::D squared_error = S::zero_d(), squares = S::zero_d();
     for (int64_t g0 = begin; g0 < end; g0 += job.group_size) {
       const int64_t g1 = g0 + job.group_size < end ? g0 + job.group_size : end, g = g0 / job.group_size;
-      const F s_of = S::load(job.s + batch * group_stride + 16 * g), m_of = S::load(job.m + batch * group_stride + 16 * g);
+      const int64_t p = job.position[g], moved = (p - g) * job.group_size;
+      const F s_of = S::load(job.s + batch * group_stride + 16 * p), m_of = S::load(job.m + batch * group_stride + 16 * p);
       const F step = S::mul(scales.ds, s_of), offset = S::mul(scales.dm, m_of);
       S::store_u(s + kLanes * ((g0 - begin) / job.group_size), to_integer<S>(s_of));
       S::store_u(m + kLanes * ((g0 - begin) / job.group_size), to_integer<S>(m_of));
       for (int64_t k = g0; k < g1; ++k) {
-        const typename S::U code = S::load_bytes(job.codes + batch * stride + 16 * k);
+        const typename S::U code = S::load_bytes(job.codes + batch * stride + 16 * (k + moved));
         S::store_u(codes + kLanes * (k - begin), code);
-        const F w = S::load(job.w + batch * stride + 16 * k);
+        const F w = S::load(job.w + batch * stride + 16 * (k + moved));
         squared_error = S::add_square(squared_error, S::sub(w, S::sub(S::mul(step, S::to_float(code)), offset)));
         squares = S::add_square(squares, w);
       }

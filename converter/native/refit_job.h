@@ -29,6 +29,7 @@ struct RefitJob : SolverJob {
   bool dynamic;             // S and M of a group once the errors before it are known
   int64_t padded;           // columns rounded up to 256
   int64_t groups;           // of a row
+  const int32_t* position;  // [padded / group_size]: where a group stands in the order of feedback; all of the above is in it
   // Scratch: of kPanelBatches batches
   float* w;                 // [padded][16] a batch
   float* e;                 // same: correction of a column, then its error w - w'

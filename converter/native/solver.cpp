@@ -13,7 +13,7 @@ namespace {
 
 using namespace moe;
 
-constexpr int32_t kAbi = 2;
+constexpr int32_t kAbi = 3;
 // Sizes are products of these, and must fit in 63 bits.
 constexpr int64_t kMaxRows = int64_t{1} << 31, kMaxColumns = int64_t{1} << 24;
 
@@ -97,6 +97,7 @@ class Scratch {
 
 struct ColumnCopies {
   float *inverse, *importance, *diagonal, *pairing, *low_rank;
+  int32_t* position;
 };
 
 ColumnCopies place(RefitJob* job, Scratch* scratch) {
@@ -116,7 +117,23 @@ ColumnCopies place(RefitJob* job, Scratch* scratch) {
   job->low_w = scratch->take<float>(all * job->rank);
   job->low_e = scratch->take<float>(all * job->rank);
   return {scratch->take<float>(padded), scratch->take<float>(padded), scratch->take<float>(padded),
-          scratch->take<float>(padded), scratch->take<float>(job->rank * padded)};
+          scratch->take<float>(padded), scratch->take<float>(job->rank * padded), scratch->take<int32_t>(groups)};
+}
+
+// The places of groups from their order; false if that is none, or crosses a factor block.
+bool place_groups(const RefitJob& job, const int32_t* order, int32_t* position) {
+  const int64_t all = job.padded / job.group_size;
+  for (int64_t g = 0; g < all; ++g) position[g] = (int32_t)g;
+  if (order == nullptr) return true;
+  if (job.factor == nullptr || job.columns % job.group_size != 0) return false;
+  for (int64_t g = 0; g < job.groups; ++g) position[g] = -1;
+  for (int64_t i = 0; i < job.groups; ++i) {
+    const int64_t g = order[i];
+    if (g < 0 || g >= job.groups || position[g] != -1) return false;
+    if (g * job.group_size / job.factor_block != i * job.group_size / job.factor_block) return false;
+    position[g] = (int32_t)i;
+  }
+  return true;
 }
 
 }  // namespace
@@ -163,7 +180,7 @@ int32_t moe_quantize(int32_t packing, int32_t dtype, const void* weights, int64_
 
 int32_t moe_refit(int32_t packing, int32_t dtype, const void* weights, int64_t rows, int64_t columns, int64_t tile_begin,
                   int64_t tile_end, uint8_t* out, int64_t tile_stride_bytes, const float* factor, int64_t factor_block,
-                  const float* importance, const float* diagonal, const float* pairing, const float* low_rank,
+                  const int32_t* order, const float* importance, const float* diagonal, const float* pairing, const float* low_rank,
                   int64_t rank, const double* damping, uint32_t flags, int32_t isa, double* errors,
                   int64_t* non_finite) {
   if (packing < 0 || packing >= kPackings || !good_matrix(dtype, weights, rows, columns) || tile_begin < 0 ||
@@ -198,6 +215,8 @@ int32_t moe_refit(int32_t packing, int32_t dtype, const void* weights, int64_t r
   if (memory == nullptr) return MOE_NO_MEMORY;
   Scratch scratch(memory.get());
   const ColumnCopies copies = place(&job, &scratch);
+  if (!place_groups(job, order, copies.position)) return MOE_BAD_ARGUMENT;
+  job.position = copies.position;
   for (int64_t k = 0; k < job.padded; ++k) {
     const bool inside = k < columns;
     copies.importance[k] = !inside ? 0.0f : importance != nullptr ? importance[k] : 1.0f;

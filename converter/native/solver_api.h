@@ -49,6 +49,9 @@ MOE_API int32_t moe_quantize(int32_t packing, int32_t dtype, const void* weights
 // (refit.h), and, where there is a factor, with each column's error carried to the columns after it (feedback.h).
 //   factor        [blocks][factor_block][factor_block] fp32, V upper triangular with H = V * V^T, one H for each
 //                 factor_block columns: a multiple of 256, or the number of columns; or null
+//   order         [columns / group_size]: the groups in the order in which errors are carried, factor blocks each for
+//                 themselves; factor, importance, diagonal, pairing and low_rank are of the columns in that order. Or
+//                 null, for the order in which they stand. Only whole groups can be ordered.
 //   importance    [columns] fp32: weights of the squared errors by which S, M, ds and dm are chosen; with a factor the
 //                 squared diagonals of V in some unit. Null: all 1.
 //   diagonal, pairing, low_rank: null for each row's gain <w, w> / <w, w'> by the whole of H, twice the work. Else
@@ -59,7 +62,8 @@ MOE_API int32_t moe_quantize(int32_t packing, int32_t dtype, const void* weights
 //   errors        [tile_end - tile_begin][4] doubles: as above; then sums over rows of e^T H e and w^T H w in that unit
 MOE_API int32_t moe_refit(int32_t packing, int32_t dtype, const void* weights, int64_t rows, int64_t columns,
                           int64_t tile_begin, int64_t tile_end, uint8_t* out, int64_t tile_stride_bytes,
-                          const float* factor, int64_t factor_block, const float* importance, const float* diagonal,
+                          const float* factor, int64_t factor_block, const int32_t* order,
+                          const float* importance, const float* diagonal,
                           const float* pairing, const float* low_rank, int64_t rank, const double* damping,
                           uint32_t flags, int32_t isa, double* errors, int64_t* non_finite);
 

@@ -87,7 +87,7 @@ std::vector<float> factor_of(long columns, long block) {
   return factor;
 }
 
-enum Kind { kPlain, kImportance, kExactGain, kDiagonalGain, kLowRankGain, kBlocks, kStatic, kKinds };
+enum Kind { kPlain, kImportance, kExactGain, kDiagonalGain, kLowRankGain, kBlocks, kStatic, kOrdered, kKinds };
 
 void check_refit(int packing, int dtype, long rows, long columns, long gap) {
   const int64_t tiles = moe::tiles_of(rows), tile_bytes = moe::tile_bytes((moe::Packing)packing, columns);
@@ -100,10 +100,16 @@ void check_refit(int packing, int dtype, long rows, long columns, long gap) {
     const long block = kind == kBlocks ? 256 : columns;
     const std::vector<float> factor = kind < kExactGain ? std::vector<float>() : factor_of(columns, block);
     const std::vector<double> damping((size_t)((columns + block - 1) / block), 0.05);
+    // Whole groups only, from right to left.
+    const int32_t size = moe::kPackingInfo[packing].group_size, groups = (int32_t)(columns / size);
+    if (kind == kOrdered && columns % size != 0) continue;
+    std::vector<int32_t> order((size_t)groups);
+    for (int32_t g = 0; g < groups; ++g) order[(size_t)g] = groups - 1 - g;
     const bool estimated = kind == kDiagonalGain || kind == kLowRankGain;
     const auto run = [&](int isa, int64_t begin, std::vector<uint8_t>* out, std::vector<double>* errors, int64_t* non_finite) {
       return moe_refit(packing, dtype, weights.data(), rows, columns, begin, tiles, out->data(), stride,
                        factor.empty() ? nullptr : factor.data(), factor.empty() ? 0 : block,
+                       kind == kOrdered ? order.data() : nullptr,
                        kind == kPlain ? nullptr : importance.data(), estimated ? diagonal.data() : nullptr,
                        estimated ? pairing.data() : nullptr, kind == kLowRankGain ? low_rank.data() : nullptr,
                        kind == kLowRankGain ? rank : 0, factor.empty() ? nullptr : damping.data(),
@@ -165,7 +171,7 @@ void check_extremes() {
             const std::vector<float> factor = factor_of(77, 77), importance(77, 1.0f);
             for (int with = 0; with < 2; ++with) {
               const int32_t refit = moe_refit(packing, MOE_FP32, weights.data(), 7, 77, 0, 1, out.data(), (int64_t)out.size(),
-                                              with != 0 ? factor.data() : nullptr, 77, importance.data(), nullptr, nullptr,
+                                              with != 0 ? factor.data() : nullptr, 77, nullptr, importance.data(), nullptr, nullptr,
                                               nullptr, 0, nullptr, 0, isa, errors.data(), nullptr);
               expect(refit == MOE_NO_ISA || (refit == MOE_NON_FINITE) == !finite, "refit's extremes", packing, with, fill,
                      (long)refit, isa);

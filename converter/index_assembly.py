@@ -1,0 +1,66 @@
+"""The index of a complete conversion, from its plan and its journal."""
+
+import hashlib
+from typing import Any
+
+from converter import __version__
+from converter.calibration_text import CalibrationTokens
+from converter.identity import calibration_version
+from converter.sizes import OutputPlan
+from converter.solver import Solver
+from converter.source import Checkpoint
+from formats import TRUNK_NAME, WRITTEN_VERSION
+from formats.expert import ExpertLayout
+from formats.index import CopiedFile, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk
+from formats.layer_file import layer_file_name
+from formats.writer import PlacedFile
+
+
+def assemble_index(
+    checkpoint: Checkpoint,
+    shard_sha256: dict[str, str],
+    recipe: Recipe,
+    plan: OutputPlan,
+    codec: str,
+    solver: Solver,
+    tokens: CalibrationTokens | None,
+    trunk: PlacedFile,
+    layers: list[dict[str, Any]],
+    files: list[CopiedFile],
+) -> Index:
+    """`trunk` is finished; `layers` are the journal's records of the layer files, in order; `files` the copied ones."""
+    layouts = plan.layouts
+    used = {p.name for layer in layouts for layout in layer for p in (layout.gate_up, layout.down)}
+    used |= {linear.packing for linear in plan.packed.values()}
+    versions = {"solver": solver.version}
+    if tokens:
+        versions["calibration"] = calibration_version(tokens)
+    with open(trunk.path, "rb") as f:
+        trunk_sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    shards = [Shard(name, size, shard_sha256[name]) for name, size in checkpoint.shards.items()]
+    return Index(
+        format="moe-convert",
+        format_version=WRITTEN_VERSION,
+        producer=Producer("moe-convert", __version__, versions),
+        source=Source(checkpoint.name, checkpoint.revision, shards),
+        architecture=checkpoint.architecture,
+        recipe=recipe,
+        packings=sorted(used),
+        trunk=Trunk(
+            file=TRUNK_NAME,
+            size_bytes=trunk.size_bytes,
+            header_sha256=hashlib.sha256(trunk.header).hexdigest(),
+            sha256=trunk_sha256,
+            packed=plan.packed,
+        ),
+        layers=[_layer_file(layer, record, layouts[layer], codec) for layer, record in enumerate(layers)],
+        files=files,
+    )
+
+
+def _layer_file(layer: int, record: dict[str, Any], layouts: list[ExpertLayout], codec: str) -> LayerFile:
+    entries = [
+        ExpertEntry(layer, e, offset, length, sha256, layouts[e].gate_up.name, layouts[e].down.name, codec)
+        for e, (offset, length, sha256) in enumerate(record["places"])
+    ]
+    return LayerFile(layer_file_name(layer), record["size_bytes"], record["header_sha256"], entries)

@@ -1,0 +1,80 @@
+"""What calibration knows of one layer: its linears' statistics, some computed when an expert's turn comes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.down_correction import DownCorrection
+from converter.layer_forward import ROWS_AT_ONCE, inner_activations
+from converter.statistics import InputStatistics, block_moments, effective_tokens, second_moment
+
+DOWN_BLOCK = 256
+"""Columns of a block of down's statistics; full width would take 822 MB an expert of 8x7B."""
+PRIOR_SHARE = 0.25
+"""An expert's statistics are shrunk towards its layer's by this many tokens per column of a block."""
+
+Rows = Callable[[int, int], Tensor]
+"""Rows begin..end (exclusive) of a matrix."""
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """What reached one expert: which tokens (int64 [n]), and its down inputs, bfloat16 [n, intermediate]."""
+
+    tokens: Tensor
+    inner: Tensor
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """linears: of attention's projections, by name. inputs: float32 [tokens, hidden], the experts'; weights: float32
+    [tokens]. gate_up and down are of all experts together. products: in what weights are multiplied."""
+
+    linears: dict[str, InputStatistics]
+    inputs: Tensor
+    weights: Tensor
+    experts: list[ExpertInputs]
+    gate_up: InputStatistics
+    down: InputStatistics
+    products: torch.dtype
+
+    def of_gate_up(self, expert: int) -> tuple[InputStatistics, int]:
+        """Of an expert's gate and up, and how many tokens reached it."""
+        tokens = self.experts[expert].tokens
+        weights = self.weights[tokens]
+        if not len(weights):
+            return self.gate_up, 0
+        moment = second_moment(self.inputs[tokens], weights, _one_by_one) / float(weights.double().sum())
+        own = InputStatistics(moment[None], effective_tokens(weights))
+        return own.shrunk(self.gate_up, PRIOR_SHARE * moment.shape[0]), len(weights)
+
+    def of_down(self, expert: int, gate: Rows, up: Rows) -> tuple[InputStatistics, DownCorrection | None]:
+        """Of an expert's down, given its quantized gate and up, and how to correct its weights for their errors."""
+        reached = self.experts[expert]
+        weights = self.weights[reached.tokens]
+        if not len(weights):
+            return self.down, None
+        x = self.inputs[reached.tokens].to(self.products)
+        columns = reached.inner.shape[1]
+        moment = torch.zeros(-(-columns // DOWN_BLOCK), DOWN_BLOCK, DOWN_BLOCK)
+        difference = torch.zeros_like(moment)
+        for begin in range(0, columns, ROWS_AT_ONCE):
+            end = min(begin + ROWS_AT_ONCE, columns)
+            found = inner_activations(x, gate(begin, end).to(self.products), up(begin, end).to(self.products))
+            missing = reached.inner[:, begin:end].float() - found
+            blocks = slice(begin // DOWN_BLOCK, -(-end // DOWN_BLOCK))
+            moment[blocks] = block_moments(found, weights, DOWN_BLOCK)
+            difference[blocks] = block_moments(missing, weights, DOWN_BLOCK, found)
+        total, effective = float(weights.double().sum()), effective_tokens(weights)
+        prior = PRIOR_SHARE * DOWN_BLOCK
+        shrunk = InputStatistics(moment / total, effective).shrunk(self.down, prior)
+        # The layer's moments are those of the original, which lacks nothing.
+        share = effective / (effective + prior)
+        return shrunk, DownCorrection.of(difference * (share / total), shrunk.hessian)
+
+
+def _one_by_one(tasks: Any) -> list[Any]:
+    return [task() for task in tasks]
