@@ -104,7 +104,7 @@ class ExpertCache:
         if guesses := self.prefetcher.guess(layer, x):
             self.guess(layer + 1, guesses)
         if layer == 0:
-            self.prefetcher.weigh(self.stats().total)
+            self.prefetcher.weigh([slots.stats for slots in self._layers])
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Begins to read those of `experts` that are not there, the first ones first, while there is room aside."""

@@ -2,6 +2,7 @@
 
 from ctypes import byref, c_char, c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from formats.expert import ExpertLayout
 from loader import kernels
 from loader.cache import ExpertSource
 from loader.growing_cache import GrowingLayer
+from loader.lease import Lease
 from loader.native_library import Layer, library
 from loader.step_kernels import AttentionStep
 
@@ -39,7 +41,8 @@ class LayerStep:
         if layout.hidden != hidden:
             raise ValueError(f"experts for {layout.hidden} values, attention for {hidden}")
         self.attention, self._weights, self._count = attention, weights, experts
-        ids = [library().moe_packing_id(packing.name.encode()) for packing in (layout.gate_up, layout.down)]
+        self._packings = layout.gate_up.name, layout.down.name
+        ids = [library().moe_packing_id(name.encode()) for name in self._packings]
         self.structure = Layer(
             attention=attention.structure,
             attention_norm=weights.attention_norm.data_ptr(),
@@ -53,7 +56,7 @@ class LayerStep:
             down_packing=ids[1],
         )
         self._at = byref(self.structure)
-        self._expert_bytes = kernels.expert_bytes(layout.gate_up.name, layout.down.name, hidden, layout.intermediate)
+        self._expert_bytes = kernels.expert_bytes(*self._packings, hidden, layout.intermediate)
         self._index, self._scores, self._pointers = c_int64 * top_k, c_float * top_k, c_void_p * experts
         self._buffer = c_char * (hidden * attention.dtype.itemsize)
         self._begin, self._end = library().moe_layer_begin, library().moe_layer_end
@@ -70,7 +73,7 @@ class LayerStep:
         place = past.place(self.attention.kind) or past.set_place(*self.attention.room(past))
         keys_at, values_at, capacity = place
         residual, normed = self._buffer(), self._buffer()
-        index, scores, pointers = self._index(), self._scores(), self._pointers()
+        index, scores = self._index(), self._scores()
         error = self._begin(
             self._at, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys_at, values_at, capacity,
             length, residual, normed, index, scores,
@@ -80,14 +83,39 @@ class LayerStep:
         with experts.lease(number, list(index)) as lease:
             if experts.wants_to_guess(number):
                 experts.look_ahead(number, torch.frombuffer(normed, dtype=x.dtype)[None])
-            for expert, blob in (blobs := lease.all()).items():
-                pointers[expert] = self.address(expert, blob)
-            out = torch.empty_like(x)
-            error = self._end(pointers, self._at, index, scores, residual, normed, out.data_ptr())
-        if error:
-            raise ValueError(f"native experts: error {error} for {list(blobs)}")
+            if lease.is_complete or len(index) > 2:
+                out = self._finish(lease.all(), index, scores, residual, normed, x)
+            else:
+                out = self._finish_in_parts(lease, index, scores, residual, normed, x)
         past.show(length + 1)
         return out
+
+    def _finish(
+        self, blobs: dict[int, Tensor], index: Any, scores: Any, residual: Any, normed: Any, x: Tensor
+    ) -> Tensor:
+        pointers = self._pointers()
+        for expert, blob in blobs.items():
+            pointers[expert] = self.address(expert, blob)
+        out = torch.empty_like(x)
+        error = self._end(pointers, self._at, index, scores, residual, normed, out.data_ptr())
+        if error:
+            raise ValueError(f"native experts: error {error} for {list(blobs)}")
+        return out
+
+    def _finish_in_parts(self, lease: Lease, index: Any, scores: Any, residual: Any, normed: Any, x: Tensor) -> Tensor:
+        """The bits of `_finish`, while experts arrive: of two terms the order changes nothing (docs/numerics.md)."""
+        sizes = self.structure
+        table = kernels.ExpertTable(sizes.experts, sizes.attention.hidden, sizes.intermediate, *self._packings)
+        chosen, weights = torch.frombuffer(index, dtype=torch.int64), torch.frombuffer(scores, dtype=torch.float32)
+        inputs = torch.frombuffer(normed, dtype=x.dtype).float()[None]
+        total = torch.zeros_like(inputs)
+        for blobs in lease.parts():
+            for expert, blob in blobs.items():
+                table.set(expert, blob)
+            table.run(inputs, chosen[None], weights[None], total, partial=True)
+            for expert in blobs:
+                table.set(expert, None)
+        return (torch.frombuffer(residual, dtype=x.dtype) + total.to(x.dtype)).view_as(x)
 
     def address(self, expert: int, blob: Tensor) -> int:
         """Where the bytes of `expert` lie; ValueError if they are too few."""

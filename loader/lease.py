@@ -39,23 +39,33 @@ class Lease:
             slots.drop_guesses()
         self._held = found
         self.ready: dict[int, Tensor] = {entry.expert: entry.blob for entry in found if entry.blob is not None}
-        """Those that are there already: uint8 [n_bytes] each, read-only."""
+        """Those that were there at once: uint8 [n_bytes] each, read-only."""
 
-    def rest(self) -> dict[int, Tensor]:
-        """Waits for those that are not `ready`, and gives them. Errors as `formats.reader.Load`."""
+    def parts(self) -> Iterator[dict[int, Tensor]]:
+        """What is `ready`, if anything, then the others as they arrive. Errors as `formats.reader.Load`."""
+        if self.ready:
+            yield self.ready
         missing = [entry for entry in self._held if entry.expert not in self.ready]
-        if not missing:
-            return {}
-        begin_s = time.perf_counter()
-        with self._lock:
-            self._lock.wait_for(lambda: not any(entry.job for entry in missing))
-            self._waited(time.perf_counter() - begin_s)
-        return {entry.expert: blob_of(entry) for entry in missing}
+        while missing:
+            begin_s = time.perf_counter()
+            with self._lock:
+                while not (part := [entry for entry in missing if not entry.job]):
+                    self._lock.wait()
+                self._waited(time.perf_counter() - begin_s)
+            missing = [entry for entry in missing if entry not in part]
+            yield {entry.expert: blob_of(entry) for entry in part}
 
     def all(self) -> dict[int, Tensor]:
-        """Waits for what is missing, and gives all, by rank."""
-        rest = self.rest()
-        return {**self.ready, **rest} if rest else self.ready
+        """Waits for what is missing, and gives all, by rank. Errors as `parts`."""
+        if self.is_complete:
+            return self.ready
+        found = {expert: blob for part in self.parts() for expert, blob in part.items()}
+        return {entry.expert: found[entry.expert] for entry in self._held}
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all were ready."""
+        return len(self.ready) == len(self._held)
 
     def __enter__(self) -> "Lease":
         return self

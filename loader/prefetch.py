@@ -8,10 +8,10 @@ from torch import Tensor
 from formats.reader import PIECE_BYTES
 from loader.stats import LayerStats
 
-TRIAL_GUESSES = 64
-"""Guesses after which gain and loss are compared."""
-REST_LAYERS = 2000
-"""Layers without guesses after a trial that did not pay: some 60 tokens of a model with 32 layers."""
+TRIAL_GUESSES = 32
+"""A layer's guesses after which gain and loss are compared."""
+REST_TOKENS = 64
+"""Tokens for which a layer is not guessed after a trial that did not pay."""
 
 
 class Prefetcher:
@@ -19,20 +19,21 @@ class Prefetcher:
     next layer's weight, which predicts a little better (examples/tiny-mixtral/README.md).
 
     A right guess gains what had been read of it when it was asked for. A wrong one costs, where a read on demand comes
-    meanwhile, the rest of the piece that is being read.
+    meanwhile, the rest of the piece that is being read. Whether it pays differs by layer: the first ones are hard to
+    guess (docs/traces.md).
     """
 
     def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], top_k: int, guesses: int) -> None:
         """routers [experts, hidden] and norms [hidden] of each layer; at most `guesses` experts for one token."""
         self._top_k, self._guesses = top_k, guesses
         self._routers = [_renormed(*layer) for layer in zip(routers[1:], norms[1:], norms[:-1], strict=True)]
-        self._rest = 0
-        self._trial_begin = LayerStats()
+        self._rest = [0] * len(routers)
+        self._trial_begin = [LayerStats()] * len(routers)
 
     def guess(self, layer: int, x: Tensor) -> list[int]:
         """Experts of layer + 1, the likeliest first, from what the router of `layer` saw, x [T, hidden]; [] at rest."""
-        if self._rest:
-            self._rest -= 1
+        if self._rest[layer + 1]:
+            self._rest[layer + 1] -= 1
             return []
         router = self._routers[layer]
         logits = x.to(router.dtype) @ router.T
@@ -43,18 +44,19 @@ class Prefetcher:
         used = torch.bincount(chosen, minlength=len(router))
         return used.argsort(descending=True, stable=True)[: int((used > 0).sum())].tolist()  # type: ignore[no-any-return]
 
-    def weigh(self, total: LayerStats) -> None:
-        """Compares gain and loss once there were TRIAL_GUESSES since the last time. `total` is of all layers."""
-        before = self._trial_begin
-        guesses = total.guesses - before.guesses
-        if 0 <= guesses < TRIAL_GUESSES:
-            return
-        gain = total.early_bytes - before.early_bytes
-        # On the mean half of a piece is left, while two reads share the disk.
-        loss = (total.delays - before.delays) * PIECE_BYTES // 2
-        if guesses > 0 and gain <= loss:
-            self._rest = REST_LAYERS
-        self._trial_begin = total
+    def weigh(self, layers: Sequence[LayerStats]) -> None:
+        """Compares gain and loss of each layer that has had TRIAL_GUESSES since the last time."""
+        for number, now in enumerate(layers):
+            before = self._trial_begin[number]
+            guesses = now.guesses - before.guesses
+            if 0 <= guesses < TRIAL_GUESSES:
+                continue
+            # At a random moment half of a piece is left, while two reads share the disk.
+            loss = (now.delays - before.delays) * PIECE_BYTES // 2
+            # Less than none: the counters were reset.
+            if guesses > 0 and now.early_bytes - before.early_bytes <= loss:
+                self._rest[number] = REST_TOKENS
+            self._trial_begin[number] = now
 
 
 def _renormed(router: Tensor, norm: Tensor, norm_before: Tensor) -> Tensor:

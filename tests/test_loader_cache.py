@@ -1,4 +1,5 @@
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,28 +195,32 @@ def test_what_is_there_is_ready_while_the_rest_is_read():
     get(cache, 0, [0])
     with cache.lease(0, [1, 0]) as lease:
         assert list(lease.ready) == [0]
+        parts = lease.parts()
+        assert list(next(parts)) == [0]
         reader.let(0, 1)
-        assert list(lease.rest()) == [1]
-        assert list(lease.all()) == [0, 1]
+        assert [list(part) for part in parts] == [[1]]
+        assert list(lease.all()) == [1, 0]
 
 
-def test_two_missing_experts_are_read_together():
+def test_two_missing_experts_are_read_together_and_come_as_they_arrive():
     reader = SlowReader(held=True)
     cache = ExpertCache(reader, 2, policy=LruPolicy)
     with cache.lease(0, [0, 1]) as lease:
         reader.wait_until_asked(0, 0)
         reader.wait_until_asked(0, 1)
+        parts = lease.parts()
         reader.let(0, 1)
+        assert list(next(parts)) == [1]
         reader.let(0, 0)
-        assert set(lease.rest()) == {0, 1}
+        assert list(next(parts)) == [0]
 
 
 def test_an_interrupted_lease_leaves_the_cache_usable(monkeypatch):
     reader = SlowReader(held=True)
     cache = ExpertCache(reader, 2, policy=LruPolicy)
     with pytest.raises(KeyboardInterrupt), cache.lease(0, [0, 1]) as lease, monkeypatch.context() as patch:
-        patch.setattr(cache._lock, "wait_for", interrupt)
-        lease.rest()
+        patch.setattr("loader.lease.time", SimpleNamespace(perf_counter=interrupt))
+        lease.all()
     for expert in range(4):
         reader.let(0, expert)
     # What was on its way comes in, and leaves again like any other.

@@ -4,7 +4,7 @@ from slow_reader import EXPERT_BYTES, SlowReader
 
 from formats.reader import PIECE_BYTES
 from loader.cache import ExpertCache
-from loader.prefetch import REST_LAYERS, TRIAL_GUESSES, Prefetcher
+from loader.prefetch import REST_TOKENS, TRIAL_GUESSES, Prefetcher
 from loader.stats import LayerStats
 
 HALF = EXPERT_BYTES // 2
@@ -169,13 +169,22 @@ def test_a_weight_of_zero_in_the_norm_is_no_infinity():
     ("early", "delays", "rests"),
     [(PIECE_BYTES * 50, 10, False), (PIECE_BYTES * 4, 10, True), (0, 0, True), (PIECE_BYTES, 0, False)],
 )
-def test_it_rests_where_the_loss_is_the_greater_one(early, delays, rests):
+def test_a_layer_rests_where_the_loss_is_the_greater_one(early, delays, rests):
     guesser = prefetcher()[0]
     x = torch.randn(1, 16)
-    guesser.weigh(LayerStats(guesses=TRIAL_GUESSES - 1, early_bytes=0, delays=1000))
-    assert guesser.guess(0, x)
-    guesser.weigh(LayerStats(guesses=TRIAL_GUESSES, early_bytes=early, delays=delays))
-    assert (guesser.guess(0, x) == []) == rests
-    for _ in range(REST_LAYERS - 1):
-        guesser.guess(0, x)
+    none = LayerStats()
+    guesser.weigh([none, none, LayerStats(guesses=TRIAL_GUESSES - 1, early_bytes=0, delays=1000)])
+    assert guesser.guess(1, x)
+    guesser.weigh([none, none, LayerStats(guesses=TRIAL_GUESSES, early_bytes=early, delays=delays)])
+    assert (guesser.guess(1, x) == []) == rests
     assert guesser.guess(0, x) != []
+    for _ in range(REST_TOKENS - 1):
+        guesser.guess(1, x)
+    assert guesser.guess(1, x) != []
+
+
+def test_counters_that_were_reset_begin_a_new_trial():
+    guesser = prefetcher()[0]
+    guesser.weigh([LayerStats(), LayerStats(guesses=10 * TRIAL_GUESSES, early_bytes=10**9), LayerStats()])
+    guesser.weigh([LayerStats()] * 3)
+    assert guesser.guess(0, torch.randn(1, 16)) != []
