@@ -25,6 +25,9 @@ class ExpertSource(Protocol):
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
         """One token's different `experts` of `layer`, by rank, for as long as the lease is held."""
 
+    def used_again(self, layer: int, experts: int) -> None:
+        """So many experts of an earlier lease were used, in a layer that none ever leaves."""
+
     def wants_to_guess(self, layer: int) -> bool:
         """Whether `look_ahead` from `layer` can bring anything."""
 
@@ -79,6 +82,12 @@ class ExpertCache:
         returns. Afterwards the slots hold the last of them."""
         with self._lock:
             return Lease(self._layers[layer], experts, self._lock, self._drop_guesses, self._waited)
+
+    def used_again(self, layer: int, experts: int) -> None:
+        """So many experts of an earlier lease were used where they lie: hits. Only in a layer with a slot for each of
+        its experts, which none ever leaves."""
+        with self._lock:
+            self._layers[layer].hits += experts
 
     def stream(self, layer: int, experts: Sequence[int], x: Tensor, *, ascending: bool) -> Iterator[dict[int, Tensor]]:
         """Many tokens' experts, as many as there are, in parts (loader/streaming.py)."""

@@ -133,7 +133,11 @@ class TokenStep:
         """Asks for the chosen experts of layers [begin, end) and keeps those that are new; gives `end`."""
         top_k, held = self._top_k, self._held
         for number in range(begin, end):
-            with experts.lease(number, index[number * top_k : (number + 1) * top_k]) as lease:
+            chosen = index[number * top_k : (number + 1) * top_k]
+            if all((number, expert) in held for expert in chosen):
+                experts.used_again(number, top_k)
+                continue
+            with experts.lease(number, chosen) as lease:
                 for expert, blob in lease.all().items():
                     if (number, expert) not in held:
                         address = self._layers[number].address(expert, blob)
