@@ -26,9 +26,8 @@ import loader
 from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
 from formats.reader import aligned_bytes
+from loader.plan import PROCESS_BYTES
 
-REST_BYTES = 320 << 20
-"""Python, torch, transformers and the activations, beside the trunk."""
 MODES: dict[str, dict[str, Any]] = {
     "engine": {"io": "direct"},
     "no prefetch": {"io": "direct", "prefetch": 0},
@@ -59,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All runs: share -> mode -> list of what `child` measured."""
     artifact = Artifact.open(options.folder)
     expert_bytes = sum(e.length for layer in artifact.index.layers for e in layer.experts)
-    rest = artifact.index.trunk.size_bytes + REST_BYTES
+    rest = artifact.index.trunk.size_bytes + PROCESS_BYTES
     runs: dict[str, dict[str, list[Any]]] = {}
     for share in options.shares:
         found: dict[str, list[Any]] = {mode: [] for mode in options.modes}

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, RecipeError
+from formats.expert import ExpertLayout
+from formats.index import Architecture
 from formats.sizes import parse_size
 
 RESERVE_BYTES = 512 << 20
@@ -18,7 +21,27 @@ the reference arithmetic's dequantized weights (under 200 MB), and whoever else 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def expert_bytes_by_layer(artifact: Artifact) -> list[int]:
+class SizedExperts(Protocol):
+    """A converted folder (`Artifact`), or what a recipe would make of a checkpoint."""
+
+    @property
+    def folder(self) -> Path:
+        """Its name, for messages."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's numbers."""
+
+    def layout(self, layer: int, expert: int) -> ExpertLayout:
+        """The layout of an expert in memory."""
+
+
+def experts_aside(architecture: Architecture) -> int:
+    """How many experts are outside of the slots at most: those of one token, two at least."""
+    return max(2, architecture.num_experts_per_tok)
+
+
+def expert_bytes_by_layer(artifact: SizedExperts) -> list[int]:
     """The bytes in memory of the largest expert of each layer."""
     experts = range(artifact.architecture.num_local_experts)
     layers = range(artifact.architecture.num_hidden_layers)
@@ -34,12 +57,12 @@ def ram_budget(ram_cache: int | str, artifact: Artifact) -> int:
     return max(0, available - artifact.index.trunk.size_bytes - max(RESERVE_BYTES, total // RESERVE_SHARE))
 
 
-def aside_bytes(artifact: Artifact, aside: int) -> int:
+def aside_bytes(artifact: SizedExperts, aside: int) -> int:
     """What `aside` experts outside of the slots take: as many of each size that there is."""
     return aside * sum(set(expert_bytes_by_layer(artifact)))
 
 
-def slots_by_layer(budget_bytes: int, artifact: Artifact, aside: int, *, all_in_place: bool) -> tuple[int, ...]:
+def slots_by_layer(budget_bytes: int, artifact: SizedExperts, aside: int, *, all_in_place: bool) -> tuple[int, ...]:
     """How many experts of each layer `budget_bytes` hold, at most all: the same number in each layer, and one more in
     as many layers, evenly spread, as the rest of the budget allows.
 
@@ -66,6 +89,17 @@ def slots_by_layer(budget_bytes: int, artifact: Artifact, aside: int, *, all_in_
                 slots[layer] += 1
                 left -= sizes[layer]
     return tuple(slots)
+
+
+def slots_of_folder(artifact: Artifact, budget_bytes: int, io: str) -> tuple[int, ...]:
+    """The slots of a folder that is read by `io` ("auto", "mmap" or "direct"). Errors as `slots_by_layer`."""
+    all_in_place = io != "direct" and can_lie_in_place(artifact)
+    return slots_by_layer(budget_bytes, artifact, experts_aside(artifact.architecture), all_in_place=all_in_place)
+
+
+def can_lie_in_place(artifact: Artifact) -> bool:
+    """Whether experts can be used where their files are mapped."""
+    return all(entry.codec == "none" for layer in artifact.index.layers for entry in layer.experts)
 
 
 def check_slots(slots: Sequence[int], artifact: Artifact) -> None:

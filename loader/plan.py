@@ -1,53 +1,113 @@
-"""What fits where within a budget, and the tokens per second to expect: numbers of the index only, nothing is read."""
+"""What fits where within a budget, and the tokens per second to expect: numbers of index and headers only."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
-from formats.index import Index
+from formats.index import Architecture
+from formats.safetensors_header import DTYPE_BYTES, TensorEntry
+from loader.budget import (
+    SizedExperts,
+    aside_bytes,
+    can_lie_in_place,
+    expert_bytes_by_layer,
+    experts_aside,
+    slots_by_layer,
+)
 from loader.policy import Policy
 from loader.slot_shares import miss_bytes
 from loader.trace import Trace
 
-WORKSPACE_BYTES = 256 << 20
-"""For activations, staging and what Python and torch take beyond the weights, where nothing better is known."""
+PROCESS_BYTES = 320 << 20
+"""Python, torch and transformers, and what one token's forward pass takes beside weights, cache and keys. Measured:
+302 MiB of anonymous memory after a prompt of 16 tokens and 16 more (torch 2.13 on CPU, transformers 5.24)."""
+
+EFFICIENCY = 0.75
+"""The low end of the expected speed, as a share of what disk and memory allow where nothing overlaps. Measured over
+four 8x7B-shaped layers at 2 bits on two cores: 0.8 with all experts in memory, 0.98 to 1.1 with fewer."""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """What one token reads and keeps, in bytes.
 
-    trunk: everything in memory that is not an expert. trunk_read: what of it a token reads (embeddings give one row).
-    experts: the largest expert of each layer. kv_per_position: keys and values of all layers. chosen, count: experts a
-    token and layer, and a layer.
+    experts: their sizes in memory. stored: of an expert of each layer in its file, on the mean. trunk: everything in
+    memory that is not an expert. trunk_read: what of it a token reads (embeddings give one row). kv_per_position: keys
+    and values of all layers. in_place: whether experts in memory can be used where the file is mapped.
     """
 
+    experts: SizedExperts
+    stored: tuple[float, ...]
     trunk: int
     trunk_read: int
-    experts: tuple[int, ...]
     kv_per_position: int
-    chosen: int
-    count: int
+    in_place: bool
 
     @classmethod
-    def of_index(cls, index: Index, *, activation_bytes: int = 2) -> "ModelSizes":
-        """From a converted folder's index; `activation_bytes` is the size of one embedding's or key's number."""
-        a = index.architecture
-        embeddings = 0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size * activation_bytes
+    def of_folder(cls, artifact: Artifact) -> "ModelSizes":
+        """Of a converted folder."""
+        layers = artifact.index.layers
+        stored = tuple(sum(entry.length for entry in layer.experts) / len(layer.experts) for layer in layers)
+        return cls.of_parts(artifact, artifact.trunk_header().entries.values(), stored, can_lie_in_place(artifact))
+
+    @classmethod
+    def of_parts(
+        cls,
+        experts: SizedExperts,
+        trunk: Iterable[TensorEntry],
+        stored: tuple[float, ...] | None = None,
+        in_place: bool = True,
+    ) -> "ModelSizes":
+        """Of a trunk's tensors; `stored` is as in memory if not given."""
+        a = experts.architecture
+        tensors = {entry.name: entry for entry in trunk}
+        whole = sum(entry.n_bytes for entry in tensors.values())
+        embeddings = tensors["model.embed_tokens.weight"]
         return cls(
-            trunk=index.trunk.size_bytes,
-            trunk_read=max(0, index.trunk.size_bytes - embeddings),
-            experts=tuple(max(expert.length for expert in layer.experts) for layer in index.layers),
-            kv_per_position=2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * activation_bytes,
-            chosen=a.num_experts_per_tok,
-            count=a.num_local_experts,
+            experts=experts,
+            stored=stored or tuple(map(float, expert_bytes_by_layer(experts))),
+            trunk=whole,
+            trunk_read=whole if a.tie_word_embeddings else whole - embeddings.n_bytes,
+            kv_per_position=2
+            * a.num_hidden_layers
+            * a.num_key_value_heads
+            * a.head_dim
+            * DTYPE_BYTES[embeddings.dtype],
+            in_place=in_place,
         )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's numbers."""
+        return self.experts.architecture
+
+    @property
+    def all_experts(self) -> int:
+        """Bytes of all experts in memory."""
+        return self.architecture.num_local_experts * sum(expert_bytes_by_layer(self.experts))
+
+    def workspace(self, prompt: int) -> int:
+        """What the process takes beside weights, cache and keys for a prompt of so many tokens: PROCESS_BYTES, and the
+        activations of an expert and of attention in float32."""
+        return PROCESS_BYTES + 4 * prompt * (
+            2 * self.architecture.intermediate_size + 4 * self.architecture.hidden_size
+        )
+
+    def fixed(self, context: int, prompt: int) -> int:
+        """What the process takes beside experts."""
+        return self.trunk + self.kv_per_position * context + self.workspace(prompt)
+
+    @property
+    def aside(self) -> int:
+        """Bytes of experts on their way: the least that a cache takes."""
+        return aside_bytes(self.experts, experts_aside(self.architecture))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes a second of one processor's memory, and of where missed experts come from."""
+    """Bytes a second of this machine's memory, and of where missed experts come from."""
 
     memory_bytes_per_s: float
     disk_bytes_per_s: float
@@ -57,24 +117,27 @@ class Machine:
 class Plan:
     """What takes how many bytes, and what to expect.
 
-    slots: experts of each layer in memory; expert_bytes: all of them. miss_ratio: of the experts that a token needs.
-    read_bytes_per_token: from the disk. tokens_per_s: (low, high) without and with perfect overlap of reading and
-    computing, one sequence, at the end of the context.
+    ram_bytes: the budget. cache_bytes: what of it experts get (`ram_cache` of `from_pretrained`). aside_bytes: of
+    experts on their way, slot_bytes: of those in slots, together at most cache_bytes. slots: of each layer. miss_ratio:
+    of the experts that a token needs. read_bytes_per_token: from the disk. tokens_per_s: (low, high) of one sequence at
+    the end of the context: without overlap of reading and computing, at EFFICIENCY, and with perfect overlap.
     """
 
+    ram_bytes: int
     trunk_bytes: int
     kv_bytes: int
     workspace_bytes: int
-    expert_bytes: int
+    cache_bytes: int
+    aside_bytes: int
+    slot_bytes: int
     slots: tuple[int, ...]
     miss_ratio: float
     read_bytes_per_token: float
     tokens_per_s: tuple[float, float]
 
-    @property
-    def total_bytes(self) -> int:
-        """The memory that the process takes."""
-        return self.trunk_bytes + self.kv_bytes + self.workspace_bytes + self.expert_bytes
+
+MissRatios = Sequence[Mapping[int, float]]
+"""For each layer: slots -> the share of the needed experts that are not there."""
 
 
 def plan_memory(
@@ -83,50 +146,76 @@ def plan_memory(
     ram_bytes: int,
     *,
     context: int,
-    miss_ratios: Mapping[int, float] | None = None,
-    workspace_bytes: int = WORKSPACE_BYTES,
+    prompt: int,
+    miss_ratios: MissRatios | None = None,
 ) -> Plan:
-    """The plan for `ram_bytes`, a context of `context` positions, and equal slots in each layer.
+    """The plan for a process of `ram_bytes`, a context of `context` positions of which `prompt` come at once.
 
-    miss_ratios: slots -> share of misses, of a trace (`traced_miss_ratios`); None assumes that every expert is equally
-    likely. DoesNotFitError with the least budget if trunk, KV cache, workspace and one token's experts do not fit.
+    miss_ratios: of a trace (`traced_miss_ratios`); None assumes that every expert is equally likely. DoesNotFitError
+    with the least budget if not even trunk, KV cache, workspace and one token's experts fit.
     """
-    fixed = sizes.trunk + sizes.kv_per_position * context + workspace_bytes
-    slot_bytes = sum(sizes.experts)
-    slots = min(sizes.count, (ram_bytes - fixed) // slot_bytes)
-    if slots < sizes.chosen:
-        least = fixed + sizes.chosen * slot_bytes
+    architecture, fixed = sizes.architecture, sizes.fixed(context, prompt)
+    cache_bytes = ram_bytes - fixed
+    if cache_bytes < sizes.aside:
         raise DoesNotFitError(
-            f"{ram_bytes} bytes: the trunk, {context} positions of KV cache and {sizes.chosen} experts in each layer"
-            f" take {least}",
-            f"give at least {math.ceil(least / 2**20)}MiB, or a shorter context, or convert to fewer bits",
+            f"{ram_bytes} bytes: the trunk takes {sizes.trunk}, {context} positions of KV cache"
+            f" {sizes.kv_per_position * context}, the process {sizes.workspace(prompt)}, experts on their way"
+            f" {sizes.aside}: {fixed + sizes.aside} in all",
+            f"give at least {math.ceil((fixed + sizes.aside) / 2**20)}MiB, or a shorter context or prompt, or convert"
+            " to fewer bits",
         )
-    ratio = (uniform_miss_ratios(sizes) if miss_ratios is None else miss_ratios)[slots]
-    chosen_bytes = sizes.chosen * slot_bytes
-    read = ratio * chosen_bytes
-    disk_s = read / machine.disk_bytes_per_s
-    memory_s = (sizes.trunk_read + chosen_bytes + sizes.kv_per_position * context) / machine.memory_bytes_per_s
+    slots = slots_by_layer(cache_bytes, sizes.experts, experts_aside(architecture), all_in_place=sizes.in_place)
+    ratios = uniform_miss_ratios(architecture) if miss_ratios is None else miss_ratios
+    missed = [layer[n] * architecture.num_experts_per_tok for layer, n in zip(ratios, slots, strict=True)]
+    read = sum(count * size for count, size in zip(missed, sizes.stored, strict=True))
+    in_memory = expert_bytes_by_layer(sizes.experts)
+    used = sizes.trunk_read + architecture.num_experts_per_tok * sum(in_memory) + sizes.kv_per_position * context
+    disk_s, memory_s = read / machine.disk_bytes_per_s, used / machine.memory_bytes_per_s
     return Plan(
+        ram_bytes=ram_bytes,
         trunk_bytes=sizes.trunk,
         kv_bytes=sizes.kv_per_position * context,
-        workspace_bytes=workspace_bytes,
-        expert_bytes=slots * slot_bytes,
-        slots=(slots,) * len(sizes.experts),
-        miss_ratio=ratio,
+        workspace_bytes=sizes.workspace(prompt),
+        cache_bytes=cache_bytes,
+        aside_bytes=0 if sizes.in_place and cache_bytes >= sizes.all_experts else sizes.aside,
+        slot_bytes=sum(n * size for n, size in zip(slots, in_memory, strict=True)),
+        slots=slots,
+        miss_ratio=sum(missed) / (architecture.num_experts_per_tok * len(slots)),
         read_bytes_per_token=read,
-        tokens_per_s=(1 / (disk_s + memory_s), 1 / max(disk_s, memory_s)),
+        tokens_per_s=(EFFICIENCY / (disk_s + memory_s), 1 / max(disk_s, memory_s)),
     )
 
 
-def uniform_miss_ratios(sizes: ModelSizes) -> dict[int, float]:
-    """Slots -> share of misses where each expert is equally likely at each token: 1 - slots / experts, for any policy
-    that does not know the future."""
-    return {slots: 1 - slots / sizes.count for slots in range(sizes.chosen, sizes.count + 1)}
+def plan_shares(
+    sizes: ModelSizes,
+    machine: Machine,
+    shares: Sequence[float],
+    *,
+    context: int,
+    prompt: int,
+    miss_ratios: MissRatios | None = None,
+) -> list[Plan]:
+    """Plans for the least budget that works, and for those where experts get each of `shares` of what all take."""
+    caches = [sizes.aside, *(math.ceil(share * sizes.all_experts) for share in shares)]
+    fixed = sizes.fixed(context, prompt)
+    return [
+        plan_memory(sizes, machine, fixed + cache, context=context, prompt=prompt, miss_ratios=miss_ratios)
+        for cache in sorted({max(cache, sizes.aside) for cache in caches})
+    ]
 
 
-def traced_miss_ratios(trace: Trace, policies: Sequence[Callable[[], Policy]]) -> dict[int, float]:
-    """Slots a layer -> share of the decoded tokens' expert bytes that missed in `trace`; `policies`: one a layer."""
+def uniform_miss_ratios(architecture: Architecture) -> MissRatios:
+    """Where each expert is equally likely at each token: 1 - slots / experts, for any policy that does not know the
+    future."""
+    count = architecture.num_local_experts
+    return [{slots: 1 - slots / count for slots in range(count + 1)}] * architecture.num_hidden_layers
+
+
+def traced_miss_ratios(trace: Trace, policy: Callable[[], Policy]) -> MissRatios:
+    """Of the decoded tokens of `trace`."""
     decoded = sum(s.tokens - s.prompt_tokens for s in trace.header.sequences)
-    needed = decoded * trace.experts.shape[2] * sum(trace.header.expert_bytes)
-    layers = miss_bytes(trace, policies)
-    return {slots: sum(layer[slots] for layer in layers) / needed for slots in layers[0]}
+    layers = miss_bytes(trace, [policy] * trace.experts.shape[1])
+    return [
+        {slots: n_bytes / max(1, decoded * trace.experts.shape[2] * size) for slots, n_bytes in layer.items()}
+        for layer, size in zip(layers, trace.header.expert_bytes, strict=True)
+    ]

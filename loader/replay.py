@@ -1,7 +1,7 @@
 """Replays a trace: what a cache with a given policy and number of slots would have hit, and what guesses would have
 read. The policies are the engine's own objects, asked in the engine's order."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,18 @@ from numpy.typing import NDArray
 from loader.policy import Policy
 from loader.trace import Trace
 
-Request = tuple[int, list[int]]
-"""The number of a decoded token, or -1 for a prompt, and the experts that a layer asks for at once."""
+
+@dataclass(frozen=True)
+class Request:
+    """What a layer is asked for at once: its different `experts`, in the order of their last use.
+
+    prompt_tokens: 0 for a decoded token, whose number is `token`; else `token` is the number of the first one behind
+    the prompt.
+    """
+
+    token: int
+    experts: list[int]
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,7 @@ class LayerReplay:
 
     missed bool [tokens, chosen]: which of a decoded token's experts, by rank, were not in the cache; False for tokens
     of prompts. resident bool [tokens, experts]: what was in the cache before the token; for a token of a prompt, before
-    that prompt. prompt_misses: experts read for prompts, each once a prompt and layer where the slots suffice.
+    that prompt. prompt_misses: experts read for prompts, each at most once a prompt.
     """
 
     missed: NDArray[np.bool_]
@@ -29,40 +39,46 @@ class LayerReplay:
 
 
 class BeladyPolicy:
-    """Gives up what will be used last: no policy that sees the same requests misses less (Belady, IBM Systems Journal
-    5(2), 1966). It must be touched in exactly the order of `uses`, from which it knows the future."""
+    """Gives up what will be asked for last: no policy that sees the same requests misses less (Belady, IBM Systems
+    Journal 5(2), 1966). `advance` is to be called before each of `requests`."""
 
-    def __init__(self, uses: Sequence[int]) -> None:
-        following: dict[int, int] = {}
-        self._following = [0] * len(uses)
-        for at in range(len(uses) - 1, -1, -1):
-            self._following[at] = following.get(uses[at], len(uses))
-            following[uses[at]] = at
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._asked = [request.experts for request in requests]
         self._at = 0
-        self._present: dict[int, int] = {}
+        self._upcoming: dict[int, list[int]] = {}
+        """Expert -> the numbers of the requests that will ask for it, the next one at the end."""
+        for number in range(len(requests) - 1, -1, -1):
+            for expert in requests[number].experts:
+                self._upcoming.setdefault(expert, [len(requests)]).append(number)
+        self._present: set[int] = set()
 
-    def touch(self, expert: int) -> None:
-        self._present[expert] = self._following[self._at]
+    def advance(self) -> None:
+        """The next request comes."""
+        for expert in self._asked[self._at]:
+            self._upcoming[expert].pop()
         self._at += 1
 
-    def victim(self, pinned: Iterable[int]) -> int:
-        expert = max((e for e in self._present if e not in pinned), key=self._present.__getitem__)
-        del self._present[expert]
+    def touch(self, expert: int) -> None:
+        self._present.add(expert)
+
+    def victim(self, pinned: Collection[int]) -> int:
+        # Of equals the highest number, so that the choice does not depend on a set's order.
+        expert = max((e for e in self._present if e not in pinned), key=lambda e: (self._upcoming[e][-1], e))
+        self._present.remove(expert)
         return expert
 
 
-def requests_of(trace: Trace, layer: int, slots: int) -> list[Request]:
-    """What `layer` asks a cache of `slots` experts for, in order: a decoded token for its experts by rank; a prompt for
-    all that its tokens use, ascending, at most `slots` at a time."""
-    experts = trace.experts[:, layer]
+def requests_of(trace: Trace, layer: int) -> list[Request]:
+    """What `layer` is asked for, in order: a decoded token's experts by rank; a prompt's all at once."""
+    experts = trace.experts[:, layer].tolist()
     requests: list[Request] = []
     begin = 0
     for sequence in trace.header.sequences:
-        first = begin + sequence.prompt_tokens
-        end = begin + sequence.tokens
-        used = np.unique(experts[begin:first]).tolist()
-        requests += [(-1, used[i : i + slots]) for i in range(0, len(used), slots)]
-        requests += zip(range(first, end), experts[first:end].tolist(), strict=True)
+        first, end = begin + sequence.prompt_tokens, begin + sequence.tokens
+        if first > begin:
+            latest = dict.fromkeys(e for token in reversed(experts[begin:first]) for e in reversed(token))
+            requests.append(Request(first, list(reversed(latest)), sequence.prompt_tokens))
+        requests += [Request(token, experts[token]) for token in range(first, end)]
         begin = end
     return requests
 
@@ -70,46 +86,77 @@ def requests_of(trace: Trace, layer: int, slots: int) -> list[Request]:
 def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Policy] | None) -> LayerReplay:
     """Replays one layer over an empty cache; None as `policy` is Belady's.
 
-    ValueError if `slots` do not hold one token's experts.
-
-    Hits are counted before misses come in, and no expert of a request makes room for another of it.
+    ValueError for more slots than there are experts, or fewer than none.
     """
     tokens, _, chosen = trace.experts.shape
     count = trace.header.architecture.num_local_experts
-    if not chosen <= slots <= count:
-        raise ValueError(f"{slots} slots: a token has {chosen} experts, a layer {count}")
-    requests = requests_of(trace, layer, slots)
-    order = BeladyPolicy([e for _, experts in requests for e in experts]) if policy is None else policy()
-    touch, victim = order.touch, order.victim
-    present: set[int] = set()
+    if not 0 <= slots <= count:
+        raise ValueError(f"{slots} slots: a layer has {count} experts")
+    requests = requests_of(trace, layer)
+    belady = BeladyPolicy(requests) if policy is None else None
+    cache = _Slots(slots, belady or policy())  # type: ignore[misc]
     missed = np.zeros((tokens, chosen), bool)
-    came: list[tuple[int, int]] = []
-    went: list[tuple[int, int]] = []
-    prompt_misses, upcoming = 0, 0
-    for token, experts in requests:
-        misses = [e for e in experts if e not in present]
-        if misses:
-            if token < 0:
-                prompt_misses += len(misses)
-                at = upcoming
-            else:
-                missed[token] = [e not in present for e in experts]
-                at = token + 1
-            for _ in range(len(present) + len(misses) - slots):
-                out = victim(experts)
-                present.remove(out)
-                went.append((at, out))
-            present.update(misses)
-            came.extend((at, e) for e in misses)
-        if token >= 0:
-            upcoming = token + 1
-        for e in experts:
-            touch(e)
-    change = np.zeros((tokens + 1, count), np.int8)
-    for events, step in ((came, 1), (went, -1)):
-        if events:
-            np.add.at(change, tuple(np.array(events).T), step)
+    changes: list[tuple[int, int, int]] = []
+    prompt_misses = 0
+    for request in requests:
+        if belady:
+            belady.advance()
+        misses = [expert not in cache.present for expert in request.experts]
+        if request.prompt_tokens:
+            prompt_misses += sum(misses)
+        else:
+            missed[request.token] = misses
+        row = request.token + (request.prompt_tokens == 0)
+        before = set(cache.present) if any(misses) else cache.present
+        if request.prompt_tokens > 1:
+            cache.stream(request.experts)
+        else:
+            cache.lease(request.experts)
+        changes += [(row, expert, 1) for expert in cache.present - before]
+        changes += [(row, expert, -1) for expert in before - cache.present]
+    change = np.zeros((tokens + 2, count), np.int8)
+    if changes:
+        rows, experts, steps = np.array(changes).T
+        np.add.at(change, (rows, experts), steps.astype(np.int8))
     return LayerReplay(missed, np.cumsum(change, axis=0, dtype=np.int8)[:tokens].astype(bool), prompt_misses)
+
+
+class _Slots:
+    """Which experts are in a layer's slots, as `loader.slots.LayerSlots` decides it."""
+
+    def __init__(self, slots: int, policy: Policy) -> None:
+        self.slots, self._policy = slots, policy
+        self.present: set[int] = set()
+
+    def lease(self, experts: Sequence[int]) -> None:
+        """One token, by rank: no expert makes room for a later one, unless there are fewer slots than experts; then the
+        last ones stay."""
+        self._bring_in(experts, experts)
+        for number, expert in enumerate(experts):
+            if expert not in self.present:
+                self._bring_in([expert], experts[number + 1 :])
+            if expert in self.present:
+                self._policy.touch(expert)
+
+    def stream(self, experts: Sequence[int]) -> None:
+        """Many tokens: the last used stay; of the others, those that were there count as used."""
+        keep = experts[max(0, len(experts) - self.slots) :]
+        for expert in sorted(self.present.intersection(experts).difference(keep)):
+            self._policy.touch(expert)
+        self._bring_in(keep, keep)
+        for expert in keep:
+            self._policy.touch(expert)
+
+    def _bring_in(self, experts: Iterable[int], pinned: Sequence[int]) -> None:
+        """Those of `experts` for which one that is not `pinned` can leave."""
+        for expert in experts:
+            if expert in self.present:
+                continue
+            if len(self.present) >= self.slots:
+                if self.present.issubset(pinned):
+                    return
+                self.present.remove(self._policy.victim(pinned))
+            self.present.add(expert)
 
 
 def uses_guess(trace: Trace, layer: int, guesses: NDArray[np.uint8]) -> NDArray[np.bool_]:

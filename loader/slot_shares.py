@@ -5,24 +5,38 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from formats.artifact import Artifact
+from formats.errors import RecipeError
+from loader.budget import expert_bytes_by_layer, slots_of_folder
 from loader.policy import Policy
 from loader.replay import replay_layer
 from loader.trace import Trace
 
 
-def choose_slots(trace: Trace, total: int, policies: Sequence[Callable[[], Policy]]) -> list[int]:
-    """Slots of each layer, `total` in all, that read the least bytes for the decoded tokens of `trace` under
-    `policies`, one a layer; each layer has at least num_experts_per_tok and at most all experts.
+def slots_from_trace(
+    trace: Trace, artifact: Artifact, budget_bytes: int, policy: Callable[[], Policy], *, io: str = "auto"
+) -> list[int]:
+    """Slots of each layer for from_pretrained: as many in all as `budget_bytes` hold when they are spread evenly
+    (fewer where those of larger experts would take more), divided as `trace` would have read least.
 
-    ValueError if `total` cannot be divided so.
+    RecipeError if the trace is of another model; DoesNotFitError as `slots_by_layer`.
     """
-    return least_cost_slots(miss_bytes(trace, policies), total)
+    if trace.header.architecture != artifact.architecture:
+        raise RecipeError(f"a trace of another model than {artifact.folder}", "trace this one, or its original")
+    sizes = expert_bytes_by_layer(artifact)
+
+    def taken(slots: Sequence[int]) -> int:
+        return sum(count * size for count, size in zip(slots, sizes, strict=True))
+
+    even = slots_of_folder(artifact, budget_bytes, io)
+    costs = miss_bytes(trace, [policy] * len(even))
+    possible = (least_cost_slots(costs, total) for total in range(sum(even), -1, -1))
+    return next(slots for slots in possible if taken(slots) <= taken(even))
 
 
 def miss_bytes(trace: Trace, policies: Sequence[Callable[[], Policy]]) -> list[dict[int, int]]:
-    """For each layer: slots -> bytes missed by the decoded tokens, for every possible number of slots."""
-    architecture = trace.header.architecture
-    possible = range(architecture.num_experts_per_tok, architecture.num_local_experts + 1)
+    """For each layer: slots -> bytes missed by the decoded tokens, for every possible number of slots, 0 included."""
+    possible = range(trace.header.architecture.num_local_experts + 1)
     return [
         {slots: size * int(replay_layer(trace, layer, slots, policy).missed.sum()) for slots in possible}
         for layer, (policy, size) in enumerate(zip(policies, trace.header.expert_bytes, strict=True))

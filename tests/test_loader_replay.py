@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 from made_traces import random_experts, trace_of
+from slow_reader import SlowReader
 
+from loader.cache import ExpertCache
 from loader.checkpoint import load_checkpoint
 from loader.model import from_pretrained, load_tokenizer
 from loader.policy import POLICIES, LrfuPolicy, LruPolicy
-from loader.replay import decoded_tokens, recall, replay_layer, requests_of
+from loader.replay import Request, decoded_tokens, recall, replay_layer, requests_of
 from loader.routing_recorder import RoutingRecorder
 from loader.tracing import TracedModel, trace_texts
 
@@ -18,7 +20,7 @@ def hits_of_a_recency_list(tokens, slots):
     """LRU by examples/tiny-mixtral/README.md, written down independently."""
     recent, hits = [], []
     for experts in tokens:
-        hits.append([e in recent[-slots:] for e in experts])
+        hits.append([e in recent[len(recent) - slots :] if len(recent) > slots else e in recent for e in experts])
         for e in experts:
             recent = [r for r in recent if r != e] + [e]
     return hits
@@ -90,19 +92,73 @@ def test_misses_are_what_was_not_resident(policy):
     assert replay.resident.sum(1).max() == 4
 
 
-def test_a_prompt_asks_for_each_expert_once_and_its_tokens_are_not_decoded():
+def test_a_prompt_asks_for_each_expert_once_in_the_order_of_last_use_and_its_tokens_are_not_decoded():
     trace = trace_of([[[0, 1]], [[5, 1]], [[2, 0]], [[4, 3]], [[3, 4]]], prompts=[(3, 2), (2, 1)])
-    assert requests_of(trace, 0, 8) == [(-1, [0, 1, 5]), (2, [2, 0]), (-1, [3, 4]), (4, [3, 4])]
-    assert requests_of(trace, 0, 2)[:2] == [(-1, [0, 1]), (-1, [5])]
+    assert requests_of(trace, 0) == [
+        Request(2, [0, 5, 1], prompt_tokens=2),
+        Request(2, [2, 0]),
+        Request(4, [4, 3], prompt_tokens=1),
+        Request(4, [3, 4]),
+    ]
     assert decoded_tokens(trace).tolist() == [False, False, True, False, True]
     replay = replay_layer(trace, 0, 8, LruPolicy)
     assert replay.prompt_misses == 5
     assert replay.missed.tolist() == [[False] * 2] * 2 + [[True, False]] + [[False] * 2] * 2
+    assert [np.flatnonzero(row).tolist() for row in replay.resident] == [
+        [],
+        [],
+        [0, 1, 5],
+        [0, 1, 2, 5],
+        [0, 1, 2, 3, 4, 5],
+    ]
 
 
-def test_slots_must_hold_a_token():
+@pytest.mark.parametrize("policy", [*POLICIES.values(), None], ids=[*POLICIES, "belady"])
+def test_after_a_long_prompt_the_last_used_are_there(policy):
+    trace = trace_of([[[0, 1]], [[2, 3]], [[4, 5]], [[4, 2]], [[0, 5]]], prompts=[(5, 4)])
+    assert np.flatnonzero(replay_layer(trace, 0, 3, policy).resident[4]).tolist() == [2, 4, 5]
+
+
+MIXED = [(40, 9), (30, 0), (1, 1), (60, 33), (25, 1), (44, 2)]
+
+
+@pytest.mark.parametrize("slots", [(4, 4, 4), (3, 8, 5), (2, 7, 6), (1, 0, 2)])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_the_cache_misses_what_the_replay_says(policy, slots):
+    trace = trace_of(random_experts(8, 200, layers=3), prompts=MIXED)
+    cache = ExpertCache(SlowReader(layers=3), slots, policy=policy)
+    requests = [requests_of(trace, layer) for layer in range(3)]
+    before = cache.stats().layers
+    missed = np.zeros((2, 3), int)
+    for of_layers in zip(*requests, strict=True):
+        for layer, request in enumerate(of_layers):
+            use(cache, layer, request)
+        after = cache.stats().layers
+        missed[int(request.prompt_tokens > 0)] += [b.misses - a.misses for a, b in zip(before, after, strict=True)]
+        before = after
+    replays = [replay_layer(trace, layer, slots[layer], policy) for layer in range(3)]
+    assert missed.tolist() == [[r.missed.sum() for r in replays], [r.prompt_misses for r in replays]]
+
+
+def use(cache, layer, request):
+    if request.prompt_tokens > 1:
+        for _ in cache.stream(layer, request.experts, torch.zeros(request.prompt_tokens, 1), ascending=False):
+            pass
+    else:
+        with cache.lease(layer, request.experts) as lease:
+            lease.all()
+
+
+@pytest.mark.parametrize("slots", range(3))
+def test_a_layer_may_have_fewer_slots_than_a_token_has_experts(slots):
+    trace = trace_of([[[0, 1, 2]], [[2, 1, 0]], [[0, 4, 1]]], count=5)
+    missed = replay_layer(trace, 0, slots, LruPolicy).missed
+    assert (~missed).tolist() == hits_of_a_recency_list(trace.experts[:, 0].tolist(), slots)
+
+
+def test_a_layer_has_no_more_slots_than_experts():
     trace = trace_of(random_experts(0, 3))
-    for slots in (1, 9):
+    for slots in (-1, 9):
         with pytest.raises(ValueError, match=f"{slots} slots"):
             replay_layer(trace, 0, slots, LruPolicy)
 

@@ -39,14 +39,14 @@ Examples:
 )
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
-    "--policy", "policies", callback=_policies, metavar="NAME,...", default="lru,lfu,lrfu", show_default=True,
+    "--policy", "policies", callback=_policies, metavar="NAME,...", default="lrfu,lru,lfu", show_default=True,
     help="Which experts leave first; fixed keeps those that --choose-from used most.",
 )  # fmt: skip
 @click.option(
     "--slots",
     callback=_numbers,
     metavar="N,...",
-    help="Experts a layer in the cache, e.g. 2,4,6; else every possible number.",
+    help="Experts a layer in the cache, e.g. 2,4,6; else every number that holds a token's, but not all.",
 )
 @click.option(
     "--shares", type=click.Choice(["equal", "chosen"]), default="equal", show_default=True,
@@ -110,10 +110,9 @@ def command(
 
     read = read_trace(trace)
     chosen, count = read.experts.shape[2], read.header.architecture.num_local_experts
-    possible = range(chosen, count + 1)
-    numbers = list(possible)[:-1] or [count] if slots is None else slots
-    if wrong := [n for n in numbers if n not in possible]:
-        raise click.UsageError(f"--slots {wrong[0]}: this model takes {chosen} to {count} a layer")
+    numbers = list(range(chosen, count)) or [count] if slots is None else slots
+    if wrong := [n for n in numbers if not 0 <= n <= count]:
+        raise click.UsageError(f"--slots {wrong[0]}: this model has {count} experts a layer")
     if wrong := [n for n in guesses if not 0 <= n <= read.header.guesses]:
         raise click.UsageError(f"--guesses {wrong[0]}: the trace has 0 to {read.header.guesses}")
     speeds = {name: value * GB for name, value in (("disk", disk), ("link", link)) if value}

@@ -1,0 +1,60 @@
+"""What `plan` can look at: a converted model or a checkpoint, in a folder or on the Hub, or a config.json alone."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from formats.artifact import Artifact
+    from loader.plan import ModelSizes
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """Sizes, the recipe's name, and the files with weights that are here. converted: the folder, if it can be run."""
+
+    sizes: "ModelSizes"
+    recipe: str
+    files: list[Path]
+    converted: Path | None = None
+
+
+def open_source(path: Path, recipe: str, revision: str | None, token: str | None) -> PlanSource:
+    """A folder goes before a repository of the same name, of which index and headers or config.json are fetched.
+
+    `recipe` is for what is not converted yet. Raises HubError, SourceError, and what Artifact.open raises."""
+    from formats import INDEX_NAME
+    from formats.artifact import Artifact
+    from formats.hub import HubRepo, is_repo_name
+    from formats.remote_artifact import open_remote
+    from loader.checkpoint import is_converted
+
+    if path.exists() or not is_repo_name(str(path)):
+        folder = path.parent if path.name == "config.json" and path.is_file() else path
+        files = sorted(folder.rglob("*.safetensors"))
+        if is_converted(folder):
+            return _of_artifact(Artifact.open(folder), files, folder)
+        return _of_checkpoint(folder, recipe, files)
+    repo = HubRepo.open(str(path), revision, token)
+    if INDEX_NAME in repo.files:
+        with tempfile.TemporaryDirectory(prefix="moe-convert-") as temporary:
+            return _of_artifact(open_remote(repo, Path(temporary)), [], None)
+    from converter.hub_model import HubModel
+
+    return _of_checkpoint(HubModel.open(repo.repo, repo.commit, token).folder, recipe, [])
+
+
+def _of_artifact(artifact: "Artifact", files: list[Path], folder: Path | None) -> PlanSource:
+    from loader.plan import ModelSizes
+
+    return PlanSource(ModelSizes.of_folder(artifact), artifact.index.recipe.name, files, folder)
+
+
+def _of_checkpoint(folder: Path, recipe: str, files: list[Path]) -> PlanSource:
+    from converter.outline import PlannedFolder
+    from converter.recipes import make_recipe
+    from loader.plan import ModelSizes
+
+    planned = PlannedFolder.of(folder, make_recipe(recipe))
+    return PlanSource(ModelSizes.of_parts(planned, planned.trunk), recipe, files)

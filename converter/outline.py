@@ -1,0 +1,57 @@
+"""A checkpoint as its config.json describes it, and what a recipe would make of it: no shard is opened."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.sizes import plan_output
+from converter.source import Weight
+from converter.source_files import read_config
+from formats.errors import SourceError
+from formats.expert import ExpertLayout
+from formats.index import Architecture, Recipe
+from formats.safetensors_header import TensorEntry
+from formats.trunk import packable_linears, plain_tensors
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Architecture, and the tensors that are not experts, in config.json's dtype (bfloat16 if it names none)."""
+
+    architecture: Architecture
+    trunk: dict[str, Weight]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Outline":
+        """From config.json in `folder`; SourceError unless it is a Mixtral's that this release converts."""
+        config = read_config(folder)
+        where = str(folder / "config.json")
+        architecture = Architecture.from_config(config, where, error=SourceError)
+        name = config.get("dtype", config.get("torch_dtype", "bfloat16"))
+        if name not in _DTYPES:
+            raise SourceError(f"{where}: dtype is {name!r}; read are {', '.join(_DTYPES)}")
+        shapes: dict[str, tuple[int, ...]] = dict(plain_tensors(architecture))
+        shapes |= {f"{module}.weight": shape for module, shape in packable_linears(architecture).items()}
+        return cls(architecture, {key: Weight(key, "", _DTYPES[name], shape, 0) for key, shape in shapes.items()})
+
+
+@dataclass(frozen=True)
+class PlannedFolder:
+    """What a conversion would write: the layouts of the experts, layers[layer][expert], and the trunk's tensors."""
+
+    folder: Path
+    architecture: Architecture
+    layers: list[list[ExpertLayout]]
+    trunk: list[TensorEntry]
+
+    @classmethod
+    def of(cls, folder: Path, recipe: Recipe) -> "PlannedFolder":
+        """Of the checkpoint in `folder` by `recipe`. SourceError as `Outline.of_folder`."""
+        outline = Outline.of_folder(folder)
+        plan = plan_output(outline, recipe)
+        return cls(folder, outline.architecture, plan.layouts, plan.trunk_entries)
+
+    def layout(self, layer: int, expert: int) -> ExpertLayout:
+        """The sizes of an expert."""
+        return self.layers[layer][expert]

@@ -1,0 +1,74 @@
+"""How fast this machine reads its memory and a disk, measured within a second each."""
+
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from formats import ALIGNMENT_BYTES
+from formats.errors import MoeConvertError
+from formats.reader import aligned_bytes
+from loader import kernels
+
+_MEMORY_BYTES = 256 << 20
+"""More than processors' caches hold."""
+
+
+def memory_bytes_per_s(seconds: float = 0.5) -> float:
+    """Sums 256 MiB again and again for that long, by the kernels' own threads where they are there."""
+    buffer = aligned_bytes(_MEMORY_BYTES).fill_(1)
+    native = kernels.available()
+    done_bytes, begin_s, now_s = 0, time.perf_counter(), 0.0
+    while now_s - begin_s < seconds:
+        if native:
+            kernels.stream_sum([buffer])
+        else:
+            buffer.view(torch.int64).sum()
+        done_bytes += _MEMORY_BYTES
+        now_s = time.perf_counter()
+    return done_bytes / (now_s - begin_s)
+
+
+def disk_bytes_per_s(files: Sequence[Path], block_bytes: int, seconds: float = 1.0) -> float:
+    """Reads blocks of that size, one after the other, from places spread over `files`, past the page cache.
+
+    MoeConvertError if no file has so many bytes.
+    """
+    block_bytes = -(-block_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    places = [(file, begin) for file in files for begin in range(0, file.stat().st_size - block_bytes + 1, block_bytes)]
+    if not places:
+        raise MoeConvertError(f"no file has {block_bytes} bytes to measure the disk with", "say how fast it is: --disk")
+    # Neighbours may come from a cache of the disk's.
+    random.Random(0).shuffle(places)
+    view = memoryview(aligned_bytes(block_bytes).numpy())  # type: ignore[arg-type]
+    done_bytes, begin_s, now_s = 0, time.perf_counter(), 0.0
+    for file, begin in places:
+        done_bytes += _read_past_cache(file, begin, view)
+        if (now_s := time.perf_counter()) - begin_s >= seconds:
+            break
+    return done_bytes / (now_s - begin_s)
+
+
+def _read_past_cache(file: Path, begin: int, view: memoryview) -> int:
+    """Reads [begin, begin + len(view)): with O_DIRECT, or where the file system has none, after the page cache has been
+    asked to forget."""
+    for flag in (getattr(os, "O_DIRECT", 0), 0):
+        try:
+            descriptor = os.open(file, os.O_RDONLY | flag)
+        except OSError:
+            if not flag:
+                raise
+            continue
+        try:
+            if not flag and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, begin, len(view), os.POSIX_FADV_DONTNEED)
+            return os.preadv(descriptor, [view], begin)
+        except OSError:
+            if not flag:
+                raise
+        finally:
+            os.close(descriptor)
+    raise AssertionError("the last turn returns or raises")

@@ -1,0 +1,61 @@
+"""A few tokens with a converted folder, to compare with what a plan expects."""
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loader.model import from_pretrained
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """Of `tokens` decoded tokens: tokens a second, the cache's hit ratio, and the bytes that misses read for each."""
+
+    tokens: int
+    tokens_per_s: float
+    hit_ratio: float
+    read_bytes_per_token: float
+
+
+def try_out(folder: Path, cache_bytes: int, *, prompt: int, tokens: int = 32, policy: str = "lrfu") -> TrialRun:
+    """Greedy tokens after a prompt of random ones, which fills the slots first. Errors as `from_pretrained`."""
+    try:
+        return _decode(folder, cache_bytes, prompt, tokens, policy)
+    finally:
+        # A model's modules hold each other: its cache would stay beside the next one's.
+        gc.collect()
+
+
+def _decode(folder: Path, cache_bytes: int, prompt: int, tokens: int, policy: str) -> TrialRun:
+    model: Any = from_pretrained(folder, ram_cache=cache_bytes, policy=policy)
+    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    clock = _Clock(model)
+    with torch.inference_mode():
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens + 1, max_new_tokens=tokens + 1,
+            do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=0, streamer=clock,
+        )  # fmt: skip
+    seconds, total = time.perf_counter() - clock.begin_s, model.moe_stats().total
+    return TrialRun(tokens, tokens / seconds, total.hit_ratio, total.bytes_read / tokens)
+
+
+class _Clock:
+    """A streamer that begins to count when the first new token is there."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._calls = 0
+        self.begin_s = 0.0
+
+    def put(self, value: Any) -> None:
+        self._calls += 1
+        if self._calls == 2:  # the first brings the prompt
+            self._model.reset_moe_stats()
+            self.begin_s = time.perf_counter()
+
+    def end(self) -> None:
+        pass
