@@ -1,9 +1,12 @@
-"""KL against bits per expert weight, from what bench/quality.py --json wrote: a panel a file, a line a solver.
+"""KL against bits per expert weight, from what bench/quality.py --json wrote: a panel a model, a line a solver; mixed
+bits have lines of their own.
 
 pip install 'moe-convert[plots]'
 python bench/quality.py --recipe 2bit --recipe 3bit --recipe 4bit --json plain.json
 python bench/quality.py --outliers --recipe 2bit --recipe 3bit --recipe 4bit --json outliers.json
-python bench/plot_quality.py plain.json outliers.json -o docs/quality.svg
+python bench/plot_quality.py plain.json outliers.json -o docs/quality-kl.svg
+
+Several files of one model share its panel.
 """
 
 import argparse
@@ -12,21 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from make_checkpoint import SHAPES
-
-from converter.recipes import make_recipe
-from formats.packing import packing_named
-
 MARKERS = "osD^vPX"
-
-
-def expert_bits(recipe: str) -> float:
-    """Bits per expert weight at the sizes of 8x7B: a small model's columns do not fill the blocks."""
-    chosen, shape = make_recipe(recipe), SHAPES["8x7b"]
-    rows, columns = shape.intermediate, shape.hidden
-    gate_up = packing_named(chosen.gate_up).matrix_bytes(rows, columns)
-    down = packing_named(chosen.down).matrix_bytes(columns, rows)
-    return 8 * (2 * gate_up + down) / (3 * rows * columns)
 
 
 def plot_quality(records: list[dict[str, Any]], out: Path) -> None:
@@ -38,33 +27,45 @@ def plot_quality(records: list[dict[str, Any]], out: Path) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "moe-convert", "font.size": 9})
     from matplotlib import pyplot
 
+    models: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        models.setdefault(record["model"], []).extend(record["steps"])
     figure, panels = pyplot.subplots(
-        1, len(records), figsize=(1 + 3.7 * len(records), 3.8), sharey=True, squeeze=False, layout="constrained"
+        1, len(models), figsize=(1 + 3.7 * len(models), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
-    bits = {step["recipe"]: expert_bits(step["recipe"]) for record in records for step in record["steps"]}
-    order = list(dict.fromkeys(step["solver"] for record in records for step in record["steps"]))
-    for panel, record in zip(panels[0], records, strict=True):
-        for number, solver in enumerate(order):
-            steps = sorted((s for s in record["steps"] if s["solver"] == solver), key=lambda s: bits[s["recipe"]])
+    every = [step for steps in models.values() for step in steps]
+    uniform = {step["recipe"]: step["bits"] for step in every if _line(step) == step["solver"].replace(":", ", ")}
+    order = list(dict.fromkeys(map(_line, every)))
+    for panel, (model, found) in zip(panels[0], models.items(), strict=True):
+        for number, line in enumerate(order):
+            steps = sorted((s for s in found if _line(s) == line), key=lambda s: s["bits"])
             panel.errorbar(
-                [bits[s["recipe"]] for s in steps],
+                [s["bits"] for s in steps],
                 [s["kl"] for s in steps],
                 yerr=[2 * s["kl_error"] for s in steps],
-                label=solver.replace(":", ", "),
+                label=line,
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=4,
                 linewidth=1,
                 capsize=2,
             )
-        panel.set_xticks(list(bits.values()), [f"{value:.2f}\n{name}" for name, value in bits.items()])
+        panel.set_xticks(list(uniform.values()), [f"{value:.2f}\n{name}" for name, value in uniform.items()])
         panel.set_yscale("log")
-        panel.set_title(record["model"])
+        panel.set_title(model)
         panel.set_xlabel("bits per expert weight (8x7B)")
         panel.grid(True, which="major", linewidth=0.3)
     panels[0][0].set_ylabel("mean KL to the original, nats a token")
     panels[0][0].legend(frameon=False)
     figure.savefig(out, format="svg", metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _line(step: dict[str, Any]) -> str:
+    """The line that a step belongs to."""
+    recipe, solver = step["recipe"], step["solver"].replace(":", ", ")
+    if recipe.endswith("bpw"):
+        return f"{solver}: mixed by target"
+    return f"{solver}: down has more bits" if "down" in recipe else solver
 
 
 def main() -> None:

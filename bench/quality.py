@@ -2,6 +2,10 @@
 
     python bench/quality.py --text a.txt --text b.txt --calibrate broad.txt --json out.json
     python bench/quality.py --outliers                                            (the same on the outlier variant)
+    python bench/quality.py --recipe 2.7bpw --recipe 2bit/down=3bit --solver feedback:builtin         (mixed bits)
+
+Bits a weight are those that the packings take at the sizes of 8x7B, also in targets: a small model's columns do not
+fill the blocks.
 
 Weights are compared, not kernels: the converted weights are dequantized into the original model, in float32. For each
 window the mean over tokens of KL(original || converted) is computed from differences of log-probabilities; the table
@@ -19,16 +23,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from make_checkpoint import SHAPES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from converter.bit_rules import rules_of
 from converter.convert import ConvertOptions, convert_checkpoint
+from converter.outline import Outline
 from converter.recipes import make_recipe
+from converter.sizes import plan_output
 from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
-from formats.expert import dequantize_expert
+from formats.expert import ExpertLayout, dequantize_expert
+from formats.index import Recipe
 from formats.packing import dequantize, packing_named, unpack
 from loader.checkpoint import load_checkpoint
 from loader.model import load_tokenizer
@@ -47,7 +57,8 @@ class Step:
 
     recipe: str
     solver: str
-    expert_bits: float
+    bits: float
+    rules: list[str]
     kl: float
     kl_error: float
     ratio: float
@@ -84,6 +95,31 @@ def make_outliers(source: Path, out: Path, seed: int = 0) -> None:
             elif kind == "w2":
                 weight[:, inner] /= factor.to(weight)
         save_file(tensors, out / file.name, {"format": "pt"})
+
+
+def expert_bits(layouts: list[list[ExpertLayout]]) -> float:
+    """Bits per expert weight of the packings in `layouts` at the sizes of 8x7B."""
+    shape = SHAPES["8x7b"]
+    rows, columns = shape.intermediate, shape.hidden
+    each = [
+        2 * layout.gate_up.matrix_bytes(rows, columns) + layout.down.matrix_bytes(columns, rows)
+        for layer in layouts
+        for layout in layer
+    ]
+    return 8 * sum(each) / (3 * rows * columns * len(each))
+
+
+def recipe_of(name: str, source: Path, solver: str, calibrate: str | None, down_width: str | None = None) -> Recipe:
+    """The recipe called RECIPE, RECIPE/RULE,RULE (rules for all layers begin at their projection), or NUMBERbpw."""
+    settings: dict[str, Any] = {"solver": solver, "calibrate": calibrate}
+    if down_width:
+        settings["down_width"] = int(down_width) if down_width.isdecimal() else down_width
+    if name.endswith("bpw"):
+        plain = [plan_output(Outline.of_folder(source), make_recipe(r, solver="hqq")) for r in ("2bit", "3bit", "4bit")]
+        at = [expert_bits(plan.layouts) for plan in plain], [plan.expert_bits for plan in plain]
+        return make_recipe(**settings, target_bpw=float(numpy.interp(float(name.removesuffix("bpw")), *at)))
+    base, _, rules = name.partition("/")
+    return make_recipe(base, **settings, rules=[f"*/{rules}"] if rules else [])
 
 
 def put_converted(model: Any, folder: Path) -> None:
@@ -153,6 +189,7 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="[default: 2bit and 3bit]")
     parser.add_argument("--solver", action="append", help=f"solver[:calibration] [default: {', '.join(SOLVERS)}]")
     parser.add_argument("--calibrate", type=Path, help="a text for one more step, feedback:FILE")
+    parser.add_argument("--down-width", help="as of convert, for feedback")
     parser.add_argument("--text", type=Path, action="append", help="[default: examples/text]")
     parser.add_argument("--skip", type=int, default=0, help="characters at the beginning of each text to leave out")
     parser.add_argument("--half", type=int, choices=[1, 2], help="only the first or second half of each text")
@@ -184,16 +221,17 @@ def main() -> None:
                 done = convert_checkpoint(
                     source,
                     out,
-                    make_recipe(recipe, solver=solver, calibrate=calibrate or None),
+                    recipe_of(recipe, source, solver, calibrate or None, options.down_width),
                     ConvertOptions(options.workers, calibration_file=options.calibrate),
                 )
                 seconds = time.perf_counter() - begin
                 put_converted(model, out)
-                step = Step(recipe, name, done.plan.expert_bits, **compare(original, model, batches), seconds=seconds)
+                bits, rules = expert_bits(done.plan.layouts), [rule.text for rule in rules_of(done.recipe)]
+                step = Step(recipe, name, bits, rules, **compare(original, model, batches), seconds=seconds)
                 shutil.rmtree(out)
                 steps.append(step)
                 print(
-                    f"{recipe:7} {name:18} {step.expert_bits:.3f}  {step.kl:.5f} ± {step.kl_error:.5f}"
+                    f"{recipe:7} {name:18} {step.bits:.3f}  {step.kl:.5f} ± {step.kl_error:.5f}"
                     f"  {step.ratio:.4f} ± {step.ratio_error:.4f}  {step.agreement:.3f}  {seconds:.1f}",
                     flush=True,
                 )

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from converter.calibration_text import CalibrationTokens
-from converter.layer_forward import ROWS_AT_ONCE, LayerForward, fast_products
-from converter.layer_statistics import DOWN_BLOCK, ExpertInputs, LayerStatistics
+from converter.layer_forward import LayerForward, fast_products
+from converter.layer_statistics import DOWN_BLOCK, ExpertInputs, LayerStatistics, rows_at_once
 from converter.source import Checkpoint
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens, second_moment
 from formats.errors import SourceError
-from formats.index import Architecture
+from formats.index import Architecture, Recipe
 from formats.writer import write_file
 
 VERSION = 2
@@ -46,11 +46,19 @@ class CalibrationPass:
 
     `prepare(layer)`, then from any thread `linear` and `layer`, then `finish(layer)`, which stores the activations in
     `folder` for a resume. `identity` is what they must have been computed from. run_all runs tasks on the workers.
+    down_width: columns of a block of down's statistics.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, tokens: CalibrationTokens, folder: Path, identity: Any, run_all: RunAll
+        self,
+        checkpoint: Checkpoint,
+        tokens: CalibrationTokens,
+        folder: Path,
+        identity: Any,
+        run_all: RunAll,
+        down_width: int = DOWN_BLOCK,
     ) -> None:
+        self._down_width = down_width
         self._checkpoint = checkpoint
         self._products = fast_products(checkpoint)
         self._model = LayerForward(checkpoint, self._products)
@@ -147,8 +155,9 @@ class CalibrationPass:
         *_, scores, chosen = router(inputs)
         after, experts, pooled = residual.flatten(0, 1), [], torch.zeros(self._down_shape())
         n_experts = self._checkpoint.architecture.num_local_experts
-        for begin in range(0, n_experts, _EXPERTS_AT_ONCE):
-            reached = {e: torch.where(chosen == e) for e in range(begin, min(begin + _EXPERTS_AT_ONCE, n_experts))}
+        at_once = _experts_at_once(self._down_width)
+        for begin in range(0, n_experts, at_once):
+            reached = {e: torch.where(chosen == e) for e in range(begin, min(begin + at_once, n_experts))}
             parts = [
                 (e, tokens, place)
                 for e, pair in reached.items()
@@ -200,22 +209,23 @@ class CalibrationPass:
     ) -> tuple[Tensor, Tensor]:
         """One expert's outputs [n, hidden] for `tokens`, and the sums of its down inputs' moments; fills `inner` with
         these inputs, and without it sums nothing."""
-        moments, weights = torch.zeros(self._down_shape()), self._weights[tokens]
+        moments, weights, width = torch.zeros(self._down_shape()), self._weights[tokens], self._down_width
 
         def add(column: int, found: Tensor) -> None:
             assert inner is not None
             inner[:, column : column + found.shape[1]] = found
-            # A slice of the expert's rows is a multiple of DOWN_BLOCK.
-            blocks = slice(column // DOWN_BLOCK, -(-(column + found.shape[1]) // DOWN_BLOCK))
-            moments[blocks] = block_moments(found, weights, DOWN_BLOCK)
+            blocks = slice(column // width, -(-(column + found.shape[1]) // width))
+            moments[blocks] = block_moments(found, weights, width)
 
-        return self._model.expert(layer, expert, inputs[tokens], None if inner is None else add), moments
+        visit = None if inner is None else add
+        return self._model.expert(layer, expert, inputs[tokens], visit, rows_at_once(width)), moments
 
     def _inner(self, tokens: int) -> Tensor:
         return torch.empty(tokens, self._checkpoint.architecture.intermediate_size, dtype=torch.bfloat16)
 
     def _down_shape(self) -> tuple[int, int, int]:
-        return -(-self._checkpoint.architecture.intermediate_size // DOWN_BLOCK), DOWN_BLOCK, DOWN_BLOCK
+        width = self._down_width
+        return -(-self._checkpoint.architecture.intermediate_size // width), width, width
 
     def _full(self, what: str, x: Tensor) -> InputStatistics:
         moment = second_moment(x, self._weights, self._run_all) / self._weights.double().sum()
@@ -231,21 +241,35 @@ class CalibrationPass:
             )
 
 
-def calibration_memory_bytes(architecture: Architecture, tokens: int) -> tuple[int, int]:
+def down_width(recipe: Recipe, architecture: Architecture) -> int:
+    """Columns of a block of down's statistics: what the recipe says, at most all, in whole superblocks."""
+    asked = recipe.options.get("down_width", DOWN_BLOCK)
+    most = -(-architecture.intermediate_size // DOWN_BLOCK) * DOWN_BLOCK
+    return min(asked, most) if isinstance(asked, int) else most
+
+
+def calibration_memory_bytes(architecture: Architecture, tokens: int, width: int) -> tuple[int, int]:
     """Peak memory, estimated: (of the pass, of each worker in addition); nothing for no tokens."""
     if not tokens:
         return 0, 0
     a = architecture
     hidden, attention = a.hidden_size, a.num_attention_heads * a.head_dim
     activations = tokens * 4 * (5 * hidden + 2 * attention + a.num_experts_per_tok * hidden)
-    at_once = min(_EXPERTS_AT_ONCE, a.num_local_experts)
+    at_once = min(_experts_at_once(width), a.num_local_experts)
     parts = at_once + at_once * a.num_experts_per_tok * tokens // (a.num_local_experts * _TOKENS_AT_ONCE)
-    moments = 4 * (2 * hidden**2 + attention**2 + (2 + parts) * a.intermediate_size * DOWN_BLOCK)
+    moments = 4 * (2 * hidden**2 + attention**2 + (2 + parts) * a.intermediate_size * width)
     moments += 2 * tokens * a.num_experts_per_tok * a.intermediate_size
     weights = 4 * hidden * attention * 4
-    slices = 4 * (3 * ROWS_AT_ONCE * hidden + min(tokens, _TOKENS_AT_ONCE) * (a.intermediate_size + 2 * hidden))
+    slices = 4 * (3 * rows_at_once(width) * hidden + min(tokens, _TOKENS_AT_ONCE) * (a.intermediate_size + 2 * hidden))
     factors = 4 * 7 * hidden**2 + tokens * hidden * 4
-    return activations + moments + weights, max(slices, factors)
+    # Down's correction solves in float64; counted as blocks of float32.
+    correction = 4 * 15 * a.intermediate_size * width
+    return activations + moments + weights, max(slices, factors, correction)
+
+
+def _experts_at_once(width: int) -> int:
+    """As many whose moments take no more memory than those of _EXPERTS_AT_ONCE in blocks of DOWN_BLOCK, if any."""
+    return max(1, _EXPERTS_AT_ONCE * DOWN_BLOCK // width)
 
 
 def discard_state(folder: Path) -> None:

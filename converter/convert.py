@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -14,21 +14,24 @@ from typing import Any
 import torch
 
 from converter import calibration
+from converter.bit_budget import TARGET
 from converter.calibration_text import CalibrationTokens, calibration_tokens
 from converter.hub_model import HubModel
 from converter.identity import Progress, check_complete, fingerprint
 from converter.index_assembly import assemble_index
 from converter.journal import Journal
+from converter.model_card import write_card
 from converter.output_folder import SOURCE_FOLDER, OutputFolder
 from converter.shards import Stopped
-from converter.side_files import copy_files, write_card, write_config, write_quality
+from converter.side_files import copy_files, write_config, write_quality
 from converter.sizes import OutputPlan, check_disk, plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint, layer_of
-from converter.workers import Worker
+from converter.target_bits import with_chosen_bits
+from converter.workers import Worker, run_all
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import RecipeError
-from formats.index import CODECS, Recipe
+from formats.index import CODECS, Recipe, read_index
 from formats.layer_file import layer_file_name, partial_path
 from formats.strict_json import dump
 from formats.writer import LayerWriter, PlacedFile, write_file
@@ -67,6 +70,8 @@ class Converted:
     plan: OutputPlan
     source_bytes: int
     quality: dict[str, Any]
+    recipe: Recipe
+    """With the rules of bits that were chosen for its target, if it has one."""
 
 
 def convert_checkpoint(
@@ -94,12 +99,16 @@ def convert_checkpoint(
             if folder.complete:
                 calibrated = _calibration(checkpoint, recipe, options)
                 check_complete(folder.path, checkpoint, recipe, options.codec, calibrated, progress)
-                return Converted("already complete", plan, checkpoint.n_bytes, {})
+                recipe = read_index(folder.path).recipe
+                return Converted("already complete", plan_output(checkpoint, recipe), checkpoint.n_bytes, {}, recipe)
             checkpoint.fetch_into(folder.path / SOURCE_FOLDER)
             with _one_torch_thread():
+                if TARGET in recipe.options and (tokens := _calibration(checkpoint, recipe, options)):
+                    recipe = with_chosen_bits(checkpoint, recipe, tokens, out, options.max_workers, progress)
+                    plan = plan_output(checkpoint, recipe)
                 job = _Job(checkpoint, plan, recipe, folder.path, options, progress)
                 quality = job.run()
-            return Converted("converted" if quality else "part", plan, checkpoint.n_bytes, quality or {})
+            return Converted("converted" if quality else "part", plan, checkpoint.n_bytes, quality or {}, recipe)
         finally:
             folder.close()
 
@@ -126,7 +135,12 @@ class _Job:
         self._worker = Worker(checkpoint, plan, self._solver, self._stop)
         if self._tokens:
             self._worker.calibration = calibration.CalibrationPass(
-                checkpoint, self._tokens, out, made_from, self._run_all
+                checkpoint,
+                self._tokens,
+                out,
+                made_from,
+                partial(run_all, self._pool),
+                calibration.down_width(recipe, checkpoint.architecture),
             )
         self._done_bytes = 0
         n, (i, parts) = len(plan.layouts), options.part or (1, 1)
@@ -243,16 +257,6 @@ class _Job:
             _keep_first_error(running)
             raise
 
-    def _run_all(self, tasks: Iterable[Callable[[], Any]]) -> list[Any]:
-        """Results of calibration's tasks, run by the workers, in the tasks' order."""
-        futures = [self._pool.submit(task) for task in tasks]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-
     def _record(self, record: dict[str, Any]) -> None:
         self._journal.append(record)
         self._records[_key(record)] = record
@@ -326,7 +330,6 @@ class _Job:
         out, recipe = self._out, self._recipe
         files = [write_config(self._checkpoint, recipe, out), *copy_files(self._checkpoint.folder, out)]
         quality = write_quality(list(self._records.values()), out)
-        write_card(self._checkpoint, recipe, self._plan, quality, out)
         index = assemble_index(
             self._checkpoint,
             self._shard_sha256,
@@ -339,6 +342,7 @@ class _Job:
             [self._records["layer", layer] for layer in range(len(self._plan.layouts))],
             files,
         )
+        write_card(out, index)
         write_file(out / INDEX_NAME, dump(index))
         return quality
 

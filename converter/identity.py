@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from converter import __version__, calibration
+from converter.bit_budget import TARGET
+from converter.bit_rules import without_rules
 from converter.calibration_text import CalibrationTokens
 from converter.sizes import CHUNK_WEIGHTS
 from converter.solver import Solver
@@ -56,9 +59,13 @@ def check_complete(
     def refuse(what: str, there: Any, now: Any) -> None:
         raise OutputError(f"{out} holds a complete conversion with another {what}: {there!r} there, {now!r} now", hint)
 
+    found = index.recipe
+    if TARGET in recipe.options:
+        # Its rules were chosen for it; the same would be chosen again.
+        found = replace(found, options=without_rules(found))
     for field in recipe.__struct_fields__:
-        if getattr(index.recipe, field) != getattr(recipe, field):
-            refuse(f"recipe ({field})", getattr(index.recipe, field), getattr(recipe, field))
+        if getattr(found, field) != getattr(recipe, field):
+            refuse(f"recipe ({field})", getattr(found, field), getattr(recipe, field))
     if index.layers[0].experts[0].codec != codec:
         refuse("codec", index.layers[0].experts[0].codec, codec)
     there, now = index.producer.versions.get("calibration"), calibration_version(tokens) if tokens else None

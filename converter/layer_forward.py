@@ -15,7 +15,7 @@ from converter.names import ExpertTensor
 from converter.source import Checkpoint, Weight
 
 ROWS_AT_ONCE = 1024
-"""Of an expert's matrix; a multiple of the blocks of its statistics (calibration.DOWN_BLOCK)."""
+"""Of an expert's matrix."""
 VOCABULARY_AT_ONCE = 4096
 """Rows of the embeddings and of the head."""
 
@@ -83,15 +83,23 @@ class LayerForward:
 
         return run
 
-    def expert(self, layer: int, expert: int, x: Tensor, visit: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def expert(
+        self,
+        layer: int,
+        expert: int,
+        x: Tensor,
+        visit: Callable[[int, Tensor], None] | None = None,
+        rows_at_once: int | None = None,
+    ) -> Tensor:
         """An expert's output, float32 [n, hidden], of its inputs x (float32 [n, hidden]), not yet weighted.
 
-        `visit` is called with the first column, and the columns from there on, of every slice of down's inputs.
+        `visit` is called with the first column, and the columns from there on, of every slice of down's inputs:
+        `rows_at_once` of them, if that is given.
         """
         gate, up, down = (self._checkpoint.experts[ExpertTensor(layer, expert, p)] for p in ("gate", "up", "down"))
         x = x.to(self._products)
         inner = torch.empty(len(x), gate.shape[0], dtype=self._products)
-        for begin, gate_rows in self._slices(gate, ROWS_AT_ONCE, self._products):
+        for begin, gate_rows in self._slices(gate, rows_at_once or ROWS_AT_ONCE, self._products):
             end = begin + len(gate_rows)
             up_rows = self._checkpoint.read_rows(up, begin, end).to(self._products)
             part = inner_activations(x, gate_rows, up_rows)

@@ -12,7 +12,7 @@ from converter.layer_forward import ROWS_AT_ONCE, inner_activations
 from converter.statistics import InputStatistics, block_moments, effective_tokens, second_moment
 
 DOWN_BLOCK = 256
-"""Columns of a block of down's statistics; full width would take 822 MB an expert of 8x7B."""
+"""Columns of a block of down's statistics, if nothing else is asked for; full width takes 822 MB an expert of 8x7B."""
 PRIOR_SHARE = 0.25
 """An expert's statistics are shrunk towards its layer's by this many tokens per column of a block."""
 
@@ -59,21 +59,28 @@ class LayerStatistics:
             return self.down, None
         x = self.inputs[reached.tokens].to(self.products)
         columns = reached.inner.shape[1]
-        moment = torch.zeros(-(-columns // DOWN_BLOCK), DOWN_BLOCK, DOWN_BLOCK)
+        width = self.down.hessian.shape[1]
+        step = rows_at_once(width)
+        moment = torch.zeros(-(-columns // width), width, width)
         difference = torch.zeros_like(moment)
-        for begin in range(0, columns, ROWS_AT_ONCE):
-            end = min(begin + ROWS_AT_ONCE, columns)
+        for begin in range(0, columns, step):
+            end = min(begin + step, columns)
             found = inner_activations(x, gate(begin, end).to(self.products), up(begin, end).to(self.products))
             missing = reached.inner[:, begin:end].float() - found
-            blocks = slice(begin // DOWN_BLOCK, -(-end // DOWN_BLOCK))
-            moment[blocks] = block_moments(found, weights, DOWN_BLOCK)
-            difference[blocks] = block_moments(missing, weights, DOWN_BLOCK, found)
+            blocks = slice(begin // width, -(-end // width))
+            moment[blocks] = block_moments(found, weights, width)
+            difference[blocks] = block_moments(missing, weights, width, found)
         total, effective = float(weights.double().sum()), effective_tokens(weights)
-        prior = PRIOR_SHARE * DOWN_BLOCK
+        prior = PRIOR_SHARE * width
         shrunk = InputStatistics(moment / total, effective).shrunk(self.down, prior)
         # The layer's moments are those of the original, which lacks nothing.
         share = effective / (effective + prior)
         return shrunk, DownCorrection.of(difference * (share / total), shrunk.hessian)
+
+
+def rows_at_once(width: int) -> int:
+    """How many rows of gate and up are used at once: whole blocks of `width` columns of down."""
+    return width * max(1, ROWS_AT_ONCE // width)
 
 
 def _one_by_one(tasks: Any) -> list[Any]:

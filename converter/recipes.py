@@ -2,11 +2,16 @@
 
 import functools
 import logging
+import math
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
 from converter import solver_native
+from converter.bit_budget import TARGET
+from converter.bit_rules import BY_BITS, parse_rules, rule_options, rules_of
 from converter.calibration_text import DEFAULT_TOKENS, FEWEST_TOKENS, KINDS
+from converter.layer_statistics import DOWN_BLOCK
 from converter.solvers import SOLVERS
 from formats.errors import RecipeError
 from formats.index import Option, Recipe
@@ -22,20 +27,19 @@ _CALIBRATION: dict[str, Option] = {"calibrate": "builtin", "calibration_tokens":
 _ATTENTION = "tile32-q4-g64-s8"
 
 RECIPES: dict[str, Recipe] = {
-    name: Recipe(name, experts, experts, _ATTENTION, CALIBRATED_SOLVER, UNPACKED, _CALIBRATION)
-    for name, experts in {
-        "2bit": "tile32-q2-g16-s4",
-        "3bit": "tile32-q3-g32-s4",
-        "4bit": "tile32-q4-g64-s8",
-    }.items()
+    name: Recipe(name, BY_BITS[gate_up], BY_BITS[down], _ATTENTION, CALIBRATED_SOLVER, UNPACKED, _CALIBRATION)
+    for name, gate_up, down in (
+        ("2bit", 2, 2),
+        ("2bit-down3", 2, 3),
+        ("3bit", 3, 3),
+        ("4bit", 4, 4),
+    )
 } | {
     name: Recipe(name, experts, experts, _ATTENTION, "hqq")
     for name, experts in {"paper-2bit": "tile32-q2-g16-s8", "paper-3bit": "tile32-q3-g64-s8"}.items()
 }
 
 _log = logging.getLogger(__name__)
-
-_BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
 
 
 def make_recipe(
@@ -50,26 +54,36 @@ def make_recipe(
     solver: str | None = None,
     calibrate: str | None = None,
     calibration_tokens: int | None = None,
+    rules: Sequence[str] = (),
+    target_bpw: float | None = None,
+    down_width: int | str | None = None,
 ) -> Recipe:
     """The named recipe with what the options change: expert bits and group size, or packings by name.
 
     `attn_bits` and `head_bits` are 4, or 16 for as in the source. `calibrate` is a key of
     `converter.calibration_text.KINDS`; calibration and the solver feedback imply each other, where only the solver
     is given, the text is the builtin one, and without calibration the solver is refit (the paper's recipes keep hqq).
-    Where the native library is missing, a recipe that would calibrate by itself takes hqq. RecipeError names the
-    option and what there is.
+    Where the native library is missing, a recipe that would calibrate by itself takes hqq. `rules` as
+    converter/bit_rules.py has them; with `target_bpw` calibration chooses them. `down_width` is "full", or a multiple
+    of 256: columns of down that make up for each other's errors. RecipeError names the option and what there is.
     """
     if name not in RECIPES:
         raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}")
     base = RECIPES[name]
-    experts = _experts_packing(bits, group_size, base.gate_up)
+    own = base.gate_up, base.down
+    of_gate_up, of_down = (_experts_packing(bits, group_size, packing) for packing in own)
     attention = _trunk_packing("--attn-bits", attn_bits, base.attention)
     head = _trunk_packing("--head-bits", head_bits, base.head)
     chosen_solver = solver or _solver(base.solver, calibrate, calibration_tokens)
     if chosen_solver not in SOLVERS:
         raise RecipeError(f"solver {chosen_solver!r} is unknown; known are {', '.join(SOLVERS)}")
     options = _calibration_options(chosen_solver, calibrate, calibration_tokens)
-    chosen = Recipe(name, gate_up or experts, down or experts, attention, chosen_solver, head, options)
+    options |= rule_options([rule for text in rules for rule in parse_rules(text)])
+    if target_bpw is not None:
+        options |= _target(target_bpw, chosen_solver, rules)
+    if down_width is not None:
+        options |= _down_width(down_width, chosen_solver)
+    chosen = Recipe(name, gate_up or of_gate_up, down or of_down, attention, chosen_solver, head, options)
     for packing in (chosen.gate_up, chosen.down):
         if packing not in PACKINGS:
             raise RecipeError(f"packing {packing!r} is unknown; known are {', '.join(PACKINGS)}")
@@ -115,6 +129,28 @@ def _calibration_options(solver: str, calibrate: str | None, tokens: int | None)
     return {"calibrate": calibrate or "builtin", "calibration_tokens": tokens}
 
 
+def _target(bits: float, solver: str, rules: Sequence[str]) -> dict[str, Option]:
+    if not (math.isfinite(bits) and bits > 0):
+        raise RecipeError(f"target-bpw {bits}: expected are bits a weight, such as 2.7")
+    if rules:
+        raise RecipeError("target-bpw and rules of bits: give one of them", "target-bpw chooses the rules itself")
+    if solver != CALIBRATED_SOLVER:
+        raise RecipeError(
+            f"target-bpw: the solver {solver} has no calibration to choose bits by", f"use --solver {CALIBRATED_SOLVER}"
+        )
+    return {TARGET: float(bits)}
+
+
+def _down_width(width: int | str, solver: str) -> dict[str, Option]:
+    if solver != CALIBRATED_SOLVER:
+        raise RecipeError(
+            f"down-width: the solver {solver} makes up for no errors", f"use --solver {CALIBRATED_SOLVER}"
+        )
+    if width != "full" and not (isinstance(width, int) and width > 0 and width % 256 == 0):
+        raise RecipeError(f"down-width {width}: expected is a multiple of 256, or full")
+    return {} if width == DOWN_BLOCK else {"down_width": width}
+
+
 def _trunk_packing(option: str, bits: int | None, default: str) -> str:
     if bits not in (None, 4, 16):
         raise RecipeError(f"{option} {bits}: there are 4 bits, or 16 for as it is in the source")
@@ -129,12 +165,17 @@ def _experts_packing(bits: int | None, group_size: int | None, default: str) -> 
     if not fitting:
         known = ", ".join(f"{p.nbits} bits in groups of {p.group_size}" for p in PACKINGS.values())
         raise RecipeError(f"no packing has {bits} bits in groups of {group_size}; there are {known}")
-    preferred = _BY_BITS[bits]
+    preferred = BY_BITS[bits]
     return preferred if any(p.name == preferred for p in fitting) else fitting[0].name
 
 
 def _named_by_contents(recipe: Recipe) -> Recipe:
-    """A recipe of a named one's packings has its name, the paper's only with its solver; any other is called custom."""
+    """A recipe of a named one's packings has its name, the paper's only with its solver; any other is called custom,
+    and one with a target by that."""
+    if TARGET in recipe.options:
+        return replace(recipe, name=f"{recipe.options[TARGET]:g}bpw")
+    if rules_of(recipe):
+        return replace(recipe, name="custom")
     for known in RECIPES.values():
         named = replace(recipe, name=known.name)
         by_paper = known.solver != CALIBRATED_SOLVER

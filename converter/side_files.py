@@ -1,12 +1,10 @@
-"""Everything in the output that holds no weights: config.json, copied files, quality.json, the model card."""
+"""Everything in the output that holds no weights: config.json, copied files, quality.json."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from converter import __version__
-from converter.sizes import OutputPlan
 from converter.solver import SquaredError
 from converter.source import Checkpoint
 from converter.source_files import COPIED
@@ -82,79 +80,6 @@ def write_quality(records: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     quality = quality_of(records)
     write_file(out / "quality.json", json.dumps(quality, indent=1).encode() + b"\n")
     return quality
-
-
-_CARD = """---
-library_name: moe-convert
-pipeline_tag: text-generation
-tags:
-- mixtral
-- moe
-- quantized
-- moe-convert
----
-
-# {name}, {recipe}
-
-{name} with its experts quantized to {expert_bits:.3f} bits a weight ({gate_up} for gate and up, {down} for down) and
-its attention to {attention_bits:.3f} bits, in the expert-addressable format of moe-convert {version}. It runs within
-the memory that there is: experts are served from disk through a cache.
-
-```python
-import loader
-model = loader.from_pretrained("PATH")
-tokenizer = loader.load_tokenizer("PATH")
-```
-
-| | |
-|---|---|
-| layers × experts | {layers} × {experts}, {used} used a token |
-| one expert | {one_expert:,} bytes |
-| all experts | {all_experts:,} bytes |
-| everything else | {trunk:,} bytes |
-| parameters | {parameters:,} |
-| solver | {solver} |
-| calibration | {calibration} |
-| relative weight error, experts | {error_experts} |
-| relative weight error, attention | {error_attention} |
-
-`quality.json` has the errors of every projection; `moe-convert verify` checks every byte.
-"""
-
-
-def write_card(checkpoint: Checkpoint, recipe: Recipe, plan: OutputPlan, quality: dict[str, Any], out: Path) -> None:
-    """README.md, the model card."""
-    a = checkpoint.architecture
-    plain = sum(w.n_bytes // w.item_bytes for w in checkpoint.trunk.values())
-    card = _CARD.format(
-        name=checkpoint.name,
-        recipe=recipe.name,
-        expert_bits=plan.expert_bits,
-        attention_bits=plan.attention_bits,
-        gate_up=recipe.gate_up,
-        down=recipe.down,
-        version=__version__,
-        layers=a.num_hidden_layers,
-        experts=a.num_local_experts,
-        used=a.num_experts_per_tok,
-        one_expert=plan.layouts[0][0].n_bytes,
-        all_experts=plan.expert_bytes,
-        trunk=plan.trunk_bytes,
-        parameters=plan.expert_weights + plain,
-        solver=recipe.solver,
-        calibration=_calibration_line(recipe),
-        error_experts=quality["totals"]["experts"],
-        error_attention=quality["totals"]["attention"],
-    )
-    write_file(out / "README.md", card.encode())
-
-
-def _calibration_line(recipe: Recipe) -> str:
-    kind = {"builtin": "the text that moe-convert ships", "file": "a text of the converter's choice"}
-    name = str(recipe.options.get("calibrate", "none"))
-    if name == "none":
-        return "none"
-    return f"{recipe.options['calibration_tokens']} tokens, {kind.get(name, 'random')}"
 
 
 def _write(out: Path, name: str, data: bytes) -> CopiedFile:

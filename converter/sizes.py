@@ -4,15 +4,18 @@ import shutil
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
-from converter.calibration import calibration_memory_bytes
+from converter.bit_budget import likely_bits
+from converter.bit_rules import packings_by_expert
+from converter.calibration import calibration_memory_bytes, down_width
 from converter.recipes import UNPACKED
 from converter.solver import Solver
-from converter.source import Checkpoint
+from converter.source import Weight
 from formats import INDEX_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
-from formats.index import PackedLinear, Recipe
+from formats.index import Architecture, PackedLinear, Recipe
 from formats.layer_file import raw_entries
 from formats.packing import packing_named, tiles_of
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
@@ -26,6 +29,18 @@ _BASE_MEMORY_BYTES = 300 << 20
 
 _SMALL_FILES_BYTES = 16 << 20
 """Tokenizer, index, quality.json and so on, generously."""
+
+
+class Sized(Protocol):
+    """A `Checkpoint`, or an `Outline` of one."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's numbers."""
+
+    @property
+    def trunk(self) -> dict[str, Weight]:
+        """Every tensor that is not an expert."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,10 @@ class OutputPlan:
         return sum(layout.n_bytes for layer in self.layouts for layout in layer)
 
     @property
+    def largest_expert_bytes(self) -> int:
+        return max(layout.n_bytes for layer in self.layouts for layout in layer)
+
+    @property
     def total_bytes(self) -> int:
         return self.trunk_bytes + sum(self.layer_bytes)
 
@@ -65,16 +84,21 @@ class OutputPlan:
 
     def memory_bytes(self, workers: int, solver: Solver) -> int:
         """Peak anonymous memory with `workers` workers, estimated."""
-        largest = max(layout.n_bytes for layer in self.layouts for layout in layer)
         whole, each = self.calibration_bytes
-        return _BASE_MEMORY_BYTES + whole + workers * (each + solver.bytes_a_weight * CHUNK_WEIGHTS + largest)
+        return (
+            _BASE_MEMORY_BYTES
+            + whole
+            + workers * (each + solver.bytes_a_weight * CHUNK_WEIGHTS + self.largest_expert_bytes)
+        )
 
 
-def plan_output(checkpoint: Checkpoint, recipe: Recipe) -> OutputPlan:
-    """The plan for `checkpoint` by `recipe`."""
+def plan_output(checkpoint: Sized, recipe: Recipe) -> OutputPlan:
+    """The plan for `checkpoint` by `recipe`; where its rules of bits are not chosen yet, for likely ones."""
     a = checkpoint.architecture
-    layout = ExpertLayout.of(a, recipe.gate_up, recipe.down, "recipe")
-    layouts = [[layout] * a.num_local_experts for _ in range(a.num_hidden_layers)]
+    layouts = [
+        [ExpertLayout.of(a, gate_up, down, "recipe") for gate_up, down in layer]
+        for layer in packings_by_expert(likely_bits(recipe, a), a)
+    ]
     linears = attention_linears(a)
     packed: dict[str, PackedLinear] = {}
     if recipe.attention != UNPACKED:
@@ -95,7 +119,9 @@ def plan_output(checkpoint: Checkpoint, recipe: Recipe) -> OutputPlan:
         attention_bytes=sum(e.n_bytes for e in attention),
         trunk_bytes=entries[-1].end,
         layer_bytes=[raw_entries(n, layer)[-1].end for n, layer in enumerate(layouts)],
-        calibration_bytes=calibration_memory_bytes(a, int(recipe.options.get("calibration_tokens", 0))),
+        calibration_bytes=calibration_memory_bytes(
+            a, int(recipe.options.get("calibration_tokens", 0)), down_width(recipe, a)
+        ),
     )
 
 
@@ -123,7 +149,7 @@ def chunk_rows(columns: int) -> int:
     return max(32, CHUNK_WEIGHTS // columns // 32 * 32)
 
 
-def _trunk_entries(checkpoint: Checkpoint, packed: dict[str, PackedLinear]) -> list[TensorEntry]:
+def _trunk_entries(checkpoint: Sized, packed: dict[str, PackedLinear]) -> list[TensorEntry]:
     """Packed matrices first, whose sizes are multiples of 128, then everything else, by dtype size and name."""
     shapes: list[tuple[str, str, tuple[int, ...]]] = []
     for module, linear in packed.items():

@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,17 @@ from formats.writer import LayerWriter, PlacedFile
 PROJECTIONS = ("gate", "up", "down")
 
 _log = logging.getLogger(__name__)
+
+
+def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Results of calibration's tasks, run by the pool's threads, in the tasks' order."""
+    futures = [pool.submit(task) for task in tasks]
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
 
 
 class Worker:

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from quality import compare, log_probabilities, make_outliers
+from quality import compare, expert_bits, log_probabilities, make_outliers, recipe_of
 from safetensors.torch import load_file
 
+from converter.bit_budget import likely_bits
+from converter.outline import Outline
+from converter.sizes import plan_output
 from loader.checkpoint import load_checkpoint
 
 
@@ -37,3 +40,15 @@ def test_measure_is_zero_for_the_original_and_counts_by_window(example_folder: P
     assert compare([log_probabilities(load_checkpoint(example_folder).float(), b) for b in batches], model, batches)[
         "kl"
     ] == pytest.approx(0.4, abs=0.4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits"),
+    [("2bit", 2.506), ("4bit", 4.256), ("2bit-down3", 2.756), ("2bit/down=4bit", 3.09), ("3bpw", 3.0)],
+)
+def test_bits_are_those_of_the_recipe_at_the_sizes_of_8x7b(example_folder: Path, recipe: str, bits: float) -> None:
+    outline = Outline.of_folder(example_folder)
+    chosen = likely_bits(recipe_of(recipe, example_folder, "feedback", "builtin"), outline.architecture)
+    assert expert_bits(plan_output(outline, chosen).layouts) == pytest.approx(
+        bits, abs=0.05 if "bpw" in recipe else 0.001
+    )

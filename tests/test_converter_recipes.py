@@ -9,8 +9,11 @@ from formats.errors import RecipeError
 
 def test_named_recipes_use_the_packings_of_the_design() -> None:
     experts = {name: recipe.gate_up for name, recipe in RECIPES.items()}
+    assert {name for name, recipe in RECIPES.items() if recipe.down != recipe.gate_up} == {"2bit-down3"}
+    assert RECIPES["2bit-down3"].down == RECIPES["3bit"].down
     assert experts == {
         "2bit": "tile32-q2-g16-s4",
+        "2bit-down3": "tile32-q2-g16-s4",
         "3bit": "tile32-q3-g32-s4",
         "4bit": "tile32-q4-g64-s8",
         "paper-2bit": "tile32-q2-g16-s8",
@@ -22,6 +25,7 @@ def test_named_recipes_use_the_packings_of_the_design() -> None:
 def test_plain_recipes_calibrate_and_the_papers_do_not() -> None:
     assert {name: (recipe.solver, recipe.options.get("calibrate")) for name, recipe in RECIPES.items()} == {
         "2bit": ("feedback", "builtin"),
+        "2bit-down3": ("feedback", "builtin"),
         "3bit": ("feedback", "builtin"),
         "4bit": ("feedback", "builtin"),
         "paper-2bit": ("hqq", None),
@@ -64,8 +68,8 @@ def test_options_that_add_up_to_a_named_recipe_get_its_name() -> None:
 
 
 def test_down_may_have_a_packing_of_its_own() -> None:
-    recipe = make_recipe("2bit", down="tile32-q3-g32-s4")
-    assert (recipe.name, recipe.gate_up, recipe.down) == ("custom", "tile32-q2-g16-s4", "tile32-q3-g32-s4")
+    recipe = make_recipe("2bit", down="tile32-q4-g64-s8")
+    assert (recipe.name, recipe.gate_up, recipe.down) == ("custom", "tile32-q2-g16-s4", "tile32-q4-g64-s8")
 
 
 @pytest.mark.parametrize(

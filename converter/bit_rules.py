@@ -1,0 +1,131 @@
+"""Rules of a recipe that give layers, experts or projections other bits than the rest.
+
+As text: `0-3,28/down=3bit`, which is LAYERS[:EXPERTS][/PROJECTION]=BITS. Layers and experts are numbers and ranges
+(both ends included), or `*`; a projection is gate_up or down, both if none is named; bits are 2bit, 3bit, 4bit, or a
+packing by name. Several rules are separated by commas, and of several that fit, the last counts. A recipe has each as
+an option `rule.N`: the index needs no field for them.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from formats.errors import RecipeError
+from formats.index import Architecture, Option, Recipe
+from formats.packing import PACKINGS
+
+BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
+"""What so many bits are where no packing is named."""
+
+PROJECTIONS = ("gate_up", "down")
+_OPTION = "rule."
+_MOST_CHARACTERS = 512
+"""Of a string in the index."""
+_NUMBERS = r"\*|\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?)*"
+_RULE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}))?(?:/(\w+))?=([\w-]+)", re.ASCII)
+_HINT = "such as 0-3/down=3bit: LAYERS[:EXPERTS][/gate_up or /down]=2bit, 3bit, 4bit or a packing"
+
+
+@dataclass(frozen=True)
+class BitRule:
+    """Which packing some projections have. layers, experts: pairs of first and last; none for all. text: as above,
+    with the packing's name."""
+
+    layers: tuple[tuple[int, int], ...]
+    experts: tuple[tuple[int, int], ...]
+    projections: tuple[str, ...]
+    packing: str
+    text: str
+
+    def fits(self, layer: int, expert: int, projection: str) -> bool:
+        """Whether it is about this one."""
+        return projection in self.projections and _among(layer, self.layers) and _among(expert, self.experts)
+
+
+def parse_rules(text: str) -> list[BitRule]:
+    """The rules in `text`, separated by commas. RecipeError names the rule that is none."""
+    rules, begin = [], 0
+    while True:
+        match = _RULE.match(text, begin)
+        if not match or text[match.end() : match.end() + 1] not in ("", ","):
+            raise RecipeError(f"{text[begin:][:100]!r} is no rule of bits", _HINT)
+        rules.append(_rule(match))
+        if match.end() == len(text):
+            return rules
+        begin = match.end() + 1
+
+
+def rule_options(rules: Iterable[BitRule]) -> dict[str, Option]:
+    """As a recipe's options have them."""
+    return {f"{_OPTION}{number}": rule.text for number, rule in enumerate(rules, 1)}
+
+
+def without_rules(recipe: Recipe) -> dict[str, Option]:
+    """A recipe's other options."""
+    return {name: value for name, value in recipe.options.items() if not name.startswith(_OPTION)}
+
+
+def rules_of(recipe: Recipe) -> list[BitRule]:
+    """The rules among a recipe's options."""
+    names = [name for name in recipe.options if name.startswith(_OPTION)]
+    names.sort(key=lambda name: int(name.removeprefix(_OPTION)))
+    return [rule for name in names for rule in parse_rules(str(recipe.options[name]))]
+
+
+def packings_by_expert(recipe: Recipe, architecture: Architecture) -> list[list[tuple[str, str]]]:
+    """(gate_up, down) of each expert of each layer. RecipeError for a rule about something that there is not."""
+    rules = rules_of(recipe)
+    layers, experts = architecture.num_hidden_layers, architecture.num_local_experts
+    for rule in rules:
+        for what, ranges, count in (("layer", rule.layers, layers), ("expert", rule.experts, experts)):
+            if ranges and (last := max(end for _, end in ranges)) >= count:
+                raise RecipeError(f"rule {rule.text}: there is no {what} {last}, the last is {count - 1}")
+
+    def packing(layer: int, expert: int, projection: str) -> str:
+        found: str = getattr(recipe, projection)
+        return next((r.packing for r in reversed(rules) if r.fits(layer, expert, projection)), found)
+
+    return [
+        [(packing(layer, expert, "gate_up"), packing(layer, expert, "down")) for expert in range(experts)]
+        for layer in range(layers)
+    ]
+
+
+def as_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as a rule has them: 0-3,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _rule(match: re.Match[str]) -> BitRule:
+    layers, experts, projection, bits = match.groups()
+    packing = {f"{n}bit": name for n, name in BY_BITS.items()}.get(bits, bits)
+    if packing not in PACKINGS:
+        raise RecipeError(f"rule {match[0]}: {bits!r} is unknown; known are 2bit, 3bit, 4bit, {', '.join(PACKINGS)}")
+    if projection not in (None, *PROJECTIONS):
+        raise RecipeError(f"rule {match[0]}: projection {projection!r} is none of {', '.join(PROJECTIONS)}")
+    text = f"{match[0].rpartition('=')[0]}={packing}"
+    if len(text) > _MOST_CHARACTERS:
+        raise RecipeError(f"rule {text[:60]}…: {len(text)} characters, at most {_MOST_CHARACTERS}", "make two of it")
+    projections = (projection,) if projection else PROJECTIONS
+    return BitRule(_ranges(layers, match[0]), _ranges(experts, match[0]), projections, packing, text)
+
+
+def _ranges(text: str | None, rule: str) -> tuple[tuple[int, int], ...]:
+    if text in (None, "*"):
+        return ()
+    assert text
+    pairs = [(int(a), int(b or a)) for a, _, b in (part.partition("-") for part in text.split(","))]
+    for first, last in pairs:
+        if first > last:
+            raise RecipeError(f"rule {rule}: the range {first}-{last} is empty")
+    return tuple(pairs)
+
+
+def _among(number: int, ranges: tuple[tuple[int, int], ...]) -> bool:
+    return not ranges or any(first <= number <= last for first, last in ranges)

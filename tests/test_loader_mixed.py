@@ -1,0 +1,98 @@
+"""Folders whose bits differ by layer, projection or expert: the logits of their weights, fast where layers allow."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_loader_model import apart, dequantized, load, logits, slots_budget
+from test_loader_token import NAME
+from transformers import DynamicCache
+
+from converter.convert import convert_checkpoint
+from converter.recipes import make_recipe
+from formats.artifact import Artifact
+from loader import kernels
+from loader.budget import expert_bytes_by_layer
+from loader.layer_step import LayerStep
+from loader.token_step import TokenStep
+
+RULES = {
+    "by layer": "0=4bit,2-3/down=3bit,6/gate_up=3bit,7=tile32-q2-g16-s8",
+    "by expert": "1:0-3=3bit,5:7/down=4bit",
+}
+IDS = torch.arange(7, 47)[None]
+native = pytest.mark.skipif(not kernels.available(), reason="not built")
+
+
+@pytest.fixture(scope="module")
+def mixed(example_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("mixed")
+    for name, rules in RULES.items():
+        convert_checkpoint(example_folder, root / name, make_recipe(rules=[rules], solver="hqq"))
+    return {name: root / name for name in RULES}
+
+
+def token_by_token(model: Any) -> torch.Tensor:
+    cache = DynamicCache()
+    with torch.inference_mode():
+        return torch.cat([model(i, **{NAME: cache}, use_cache=True).logits for i in IDS.split(1, 1)], 1)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_logits_are_those_of_the_dequantized_weights(mixed: dict[str, Path], rules: str) -> None:
+    assert apart(logits(load(mixed[rules]), IDS), logits(dequantized(mixed[rules]), IDS)) < 1e-3
+
+
+@native
+@pytest.mark.parametrize("rules", RULES)
+def test_native_logits_differ_by_the_rounding_of_activations_only(mixed: dict[str, Path], rules: str) -> None:
+    exact = logits(dequantized(mixed[rules]), IDS)
+    model = load(mixed[rules], kernels="native", ram_cache="1GiB")
+    for found in (logits(model, IDS), token_by_token(model)):
+        assert ((found - exact).square().mean().sqrt() / exact.std()).item() < 0.05
+
+
+@native
+def test_one_token_is_one_native_call_where_each_layer_has_one_layout(
+    mixed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, run = [0], TokenStep.run
+
+    def counted(self: TokenStep, *args: Any) -> torch.Tensor:
+        count[0] += 1
+        return run(self, *args)
+
+    monkeypatch.setattr(TokenStep, "run", counted)
+    token_by_token(load(mixed["by layer"], kernels="native", ram_cache="1GiB"))
+    assert count[0] == IDS.shape[1]
+
+
+@native
+def test_layers_of_one_layout_keep_their_native_step_beside_layers_of_several(
+    mixed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers, run = [], LayerStep.run
+
+    def counted(self: LayerStep, *args: Any) -> torch.Tensor:
+        numbers.append(args[4])
+        return run(self, *args)
+
+    monkeypatch.setattr(LayerStep, "run", counted)
+    token_by_token(load(mixed["by expert"], kernels="native", ram_cache="1GiB"))
+    assert set(numbers) == {0, 2, 3, 4, 6, 7}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_a_small_cache_gives_the_same_bits(mixed: dict[str, Path], rules: str) -> None:
+    folder = mixed[rules]
+    whole, small = load(folder, ram_cache="1GiB"), load(folder, ram_cache=slots_budget(folder, 3))
+    assert torch.equal(logits(small, IDS), logits(whole, IDS))
+    assert torch.equal(token_by_token(small), token_by_token(whole))
+
+
+def test_slots_have_the_size_of_the_layers_largest_expert(mixed: dict[str, Path]) -> None:
+    artifact = Artifact.open(mixed["by expert"])
+    sizes = expert_bytes_by_layer(artifact)
+    assert sizes[1] == artifact.layout(1, 0).n_bytes > artifact.layout(1, 4).n_bytes
+    assert sizes[5] == artifact.layout(5, 7).n_bytes > sizes[0]
