@@ -43,8 +43,26 @@ class FetchedShards:
         self._threads: list[threading.Thread] = []
 
     def expect(self, needs: Iterable[tuple[object, frozenset[str]]]) -> None:
-        """Begins to fetch what the work needs, in its order. DoesNotFitError if the limit is less than one piece's."""
-        self._needs = list(needs)
+        """Begins to fetch what the work needs, in its order, instead of what was expected before. DoesNotFitError if
+        the limit is less than one piece's."""
+        with self._changed:
+            self._plan(list(needs))
+            for name in list(self._files):
+                self._drop_if_idle(name)
+            self._changed.notify_all()
+        if self._threads:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._take_over()
+        for _ in range(_CONNECTIONS):
+            thread = threading.Thread(target=self._work, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _plan(self, needs: list[tuple[object, frozenset[str]]]) -> None:
+        self._needs = needs
+        self._positions.clear()
+        self._left.clear()
         for position, (key, names) in enumerate(self._needs):
             self._positions[key] = position
             for name in names:
@@ -54,12 +72,6 @@ class FetchedShards:
                     f"--max-disk {self._max_bytes}: {len(names)} shards are needed at once, {size} bytes",
                     f"allow {size}, or add --no-keep to read without keeping anything",
                 )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._take_over()
-        for _ in range(_CONNECTIONS):
-            thread = threading.Thread(target=self._work, daemon=True)
-            self._threads.append(thread)
-            thread.start()
 
     def done(self, key: object) -> None:
         """The work is done; shards that were needed for it alone are deleted."""

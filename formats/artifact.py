@@ -29,10 +29,13 @@ class Artifact:
     config: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> "Artifact":
-        """Opens `folder`. Raises the first problem that the checks of docs/format.md find, as a FormatError."""
+    def open(cls, folder: str | os.PathLike[str], index_name: str = INDEX_NAME) -> "Artifact":
+        """Opens `folder`. Raises the first problem that the checks of docs/format.md find, as a FormatError.
+
+        index_name: of a folder that is still being filled and must not look complete to anybody else.
+        """
         path = Path(folder)
-        index, config = read_head(path)
+        index, config = read_head(path, index_name)
         for _, problem in structure_problems(path, index):
             raise problem
         return cls(path, index, config)
@@ -59,11 +62,11 @@ class Artifact:
         return _header(self.folder, self.index.trunk.file)
 
 
-def read_head(folder: Path) -> tuple[Index, dict[str, Any]]:
+def read_head(folder: Path, index_name: str = INDEX_NAME) -> tuple[Index, dict[str, Any]]:
     """Index and config.json of `folder`, compared with each other and with what this release supports."""
     if not folder.is_dir():
         raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote")
-    index = read_index(folder)
+    index = read_index(folder, index_name)
     where = str(folder / "config.json")
     config = parse(read_small(folder, "config.json", str(folder)), where)
     if not isinstance(config, dict):

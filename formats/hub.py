@@ -24,6 +24,20 @@ def is_repo_name(text: str) -> bool:
     return len(text) <= 96 and _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
 
 
+def is_offline() -> bool:
+    """Whether huggingface_hub was told not to use the network."""
+    from huggingface_hub import constants
+
+    return bool(constants.is_offline_mode())
+
+
+def lazy_root() -> Path:
+    """Where models are kept of which a part is there: beside huggingface_hub's cache, HF_HOME/moe-convert."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME, "moe-convert")
+
+
 @dataclass(frozen=True)
 class HubRepo:
     """`repo` at `commit`; nothing that happens to a branch later is seen."""

@@ -162,12 +162,13 @@ class Index(_Part, frozen=True):
     files: list[CopiedFile]
 
 
-def read_index(folder: Path) -> Index:
-    """The index of `folder`: typed and of a version that this release reads; not yet compared with any other file.
+def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
+    """The index of `folder`, its file `name`: typed and of a version that this release reads; not yet compared with any
+    other file.
 
     Raises DamageError if there is none (the conversion was not completed), FormatError naming the field, VersionError.
     """
-    return parse_index(read_small(folder, INDEX_NAME, str(folder)), str(folder / INDEX_NAME))
+    return parse_index(read_small(folder, name, str(folder)), str(folder / name))
 
 
 def parse_index(data: bytes, where: str) -> Index:

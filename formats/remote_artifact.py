@@ -16,18 +16,18 @@ _MAX_SMALL_BYTES = 16 << 20
 _FIRST_BYTES = 4096
 
 
-def open_remote(repo: HubRepo, folder: Path) -> Artifact:
+def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Artifact:
     """The artifact in `repo`, all of whose structure was checked as `Artifact.open` checks a folder's.
 
     `folder` gets index, config.json and quality.json, and the weight files with their headers: of the right size, but
     with holes where the weights would be. Raises what Artifact.open raises, and HubError; DamageError where the Hub's
     hash or size differs.
     """
-    data = _small(repo, INDEX_NAME)
+    data = read_small_file(repo, INDEX_NAME)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "quality.json"):
         if name in repo.files:
-            write_file(folder / name, _small(repo, name))
+            write_file(folder / name, read_small_file(repo, name))
     where = f"{repo.repo}@{repo.commit[:12]}"
     index = parse_index(data, f"{where}: {INDEX_NAME}")
     for file, size in ((index.trunk.file, index.trunk.size_bytes), *((f.file, f.size_bytes) for f in index.layers)):
@@ -39,8 +39,8 @@ def open_remote(repo: HubRepo, folder: Path) -> Artifact:
         with open(path, "wb") as f:
             f.write(read_head_bytes(repo, name))
             f.truncate(size)
-    write_file(folder / INDEX_NAME, data)
-    return Artifact.open(folder)
+    write_file(folder / index_name, data)
+    return Artifact.open(folder, index_name)
 
 
 def read_head_bytes(repo: HubRepo, name: str) -> bytes:
@@ -55,7 +55,7 @@ def read_head_bytes(repo: HubRepo, name: str) -> bytes:
     return first[:end] + repo.read(name, len(first), end) if end > len(first) else first[:end]
 
 
-def _small(repo: HubRepo, name: str) -> bytes:
+def read_small_file(repo: HubRepo, name: str) -> bytes:
     """A whole small file, compared with the Hub's hash."""
     file = repo.file(name)
     if file.size > _MAX_SMALL_BYTES:

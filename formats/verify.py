@@ -6,15 +6,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from typing import TypeVar
 
 from formats import ALIGNMENT_BYTES, INDEX_NAME
 from formats.artifact import Artifact, read_head, structure_problems
-from formats.errors import DamageError, MoeConvertError
-from formats.index import Index
+from formats.errors import DamageError, FormatError, MoeConvertError
+from formats.index import ExpertEntry, Index
 from formats.paths import locate, open_regular
 
 Progress = Callable[[int, int], None]
 """Called with (done bytes, total bytes)."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A share (0 to 1) of what has a sha256 of its own: experts, trunk, copied files; another one for each seed."""
+
+    share: float
+    seed: int
+
+    def of(self, units: list[T]) -> list[T]:
+        """At least one of `units`, in their order."""
+        count = max(1, round(self.share * len(units))) if units else 0
+        return [units[i] for i in sorted(Random(self.seed).sample(range(len(units)), count))]
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,11 @@ class Report:
     checked_bytes: int
 
 
-def verify_folder(folder: Path, *, read_data: bool = False, progress: Progress | None = None) -> Report:
-    """Checks structure, sizes and header hashes of `folder`; with `read_data` also sha256 and fillers.
+def verify_folder(
+    folder: Path, *, read_data: bool = False, sample: Sample | None = None, progress: Progress | None = None
+) -> Report:
+    """Checks structure, sizes and header hashes of `folder`; with `read_data` also sha256 and fillers, of everything or
+    of a `sample`.
 
     Collects problems instead of raising them; raises only where nothing can be checked (no folder).
     """
@@ -52,7 +72,11 @@ def verify_folder(folder: Path, *, read_data: bool = False, progress: Progress |
             raise
         return Report([Problem(_blamed(INDEX_NAME, folder, e), e.message, e.hint)], 0, 0, 0, 0)
     found = [*structure_problems(folder, index), *_changed_files(folder, index)]
-    problems = [Problem(_blamed(file, folder, e), e.message, e.hint) for file, e in found]
+    problems = []
+    for file, error in found:
+        blamed = _blamed(file, folder, error)
+        problems.append(Problem(blamed, error.message, _hint(blamed, folder, index, error)))
+        problems += _lost_experts(folder, index, blamed)
     total = (
         index.trunk.size_bytes
         + sum(layer.size_bytes for layer in index.layers)
@@ -60,7 +84,8 @@ def verify_folder(folder: Path, *, read_data: bool = False, progress: Progress |
     )
     checked = 0
     if read_data:
-        checked = _read_data(Artifact(folder, index, config), {file for file, _ in found}, problems, progress)
+        artifact = Artifact(folder, index, config)
+        checked = _read_data(artifact, {file for file, _ in found}, problems, sample, progress)
     files = 2 + len(index.layers) + len(index.files)
     return Report(problems, files, sum(len(layer.experts) for layer in index.layers), total, checked)
 
@@ -77,63 +102,88 @@ def _changed_files(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvert
             yield file.file, e
 
 
-def _read_data(artifact: Artifact, broken: set[str], problems: list[Problem], progress: Progress | None) -> int:
+def _read_data(
+    artifact: Artifact, broken: set[str], problems: list[Problem], sample: Sample | None, progress: Progress | None
+) -> int:
     """Hashes experts, fillers, trunk and copied files; leaves out files whose structure is broken already."""
-    index = artifact.index
-    layers = [n for n, layer in enumerate(index.layers) if layer.file not in broken]
-    whole = [(index.trunk.file, index.trunk.size_bytes, index.trunk.sha256)]
-    whole += [(f.file, f.size_bytes, f.sha256) for f in index.files]
-    whole = [item for item in whole if item[0] not in broken]
-    total = sum(e.length for n in layers for e in index.layers[n].experts) + sum(size for _, size, _ in whole)
+    index, folder = artifact.index, artifact.folder
+    mend = repair_command(folder, index)
+    whole = {index.trunk.file: (index.trunk.size_bytes, index.trunk.sha256)}
+    whole |= {f.file: (f.size_bytes, f.sha256) for f in index.files}
+    whole = {file: facts for file, facts in whole.items() if file not in broken}
+    units: list[ExpertEntry | str] = [e for layer in index.layers if layer.file not in broken for e in layer.experts]
+    units += whole
+    if sample:
+        units = sample.of(units)
+    sizes = [whole[unit][0] if isinstance(unit, str) else unit.length for unit in units]
     done = 0
-
-    def advance(n_bytes: int) -> None:
-        nonlocal done
-        done += n_bytes
+    for unit, size in zip(units, sizes, strict=True):
+        file = unit if isinstance(unit, str) else index.layers[unit.layer].file
+        with _unreadable(file, problems, mend):
+            if isinstance(unit, str):
+                found, expected = _file_sha256(folder, unit), whole[unit][1]
+                if found != expected:
+                    message = f"{folder / unit}: its sha256 is {found}, the index says {expected}"
+                    problems.append(Problem(unit, message, mend))
+            else:
+                problems += _expert_problems(artifact, unit, mend)
+        done += size
         if progress:
-            progress(done, total)
-
-    for n in layers:
-        with _unreadable(index.layers[n].file, problems):
-            _check_layer(artifact, n, problems, advance)
-    for name, size, sha256 in whole:
-        with _unreadable(name, problems):
-            found = _file_sha256(artifact.folder, name)
-            if found != sha256:
-                message = f"{artifact.folder / name}: its sha256 is {found}, the index says {sha256}"
-                problems.append(Problem(name, message, "get the file again"))
-        advance(size)
+            progress(done, sum(sizes))
     return done
 
 
 @contextmanager
-def _unreadable(file: str, problems: list[Problem]) -> Iterator[None]:
+def _unreadable(file: str, problems: list[Problem], hint: str) -> Iterator[None]:
     """Turns a file that cannot be read (a failing disk, one deleted meanwhile) into a problem: the rest goes on."""
     try:
         yield
     except (OSError, MoeConvertError) as e:
-        problems.append(Problem(file, f"{file}: cannot be read: {e}", "get the file again"))
+        problems.append(Problem(file, f"{file}: cannot be read: {e}", hint))
 
 
-def _check_layer(artifact: Artifact, layer: int, problems: list[Problem], advance: Callable[[int], None]) -> None:
-    file = artifact.index.layers[layer]
-    descriptor = open_regular(artifact.layer_path(layer))
+def _expert_problems(artifact: Artifact, entry: ExpertEntry, hint: str) -> Iterator[Problem]:
+    """What is wrong with an expert's bytes and the filler behind them."""
+    file = artifact.index.layers[entry.layer].file
+    place, at = _place(artifact.folder, file, entry)
+    descriptor = open_regular(artifact.layer_path(entry.layer))
     try:
-        for entry in file.experts:
-            data = os.pread(descriptor, entry.length, entry.offset)
-            place = f"{artifact.folder / file.file}: layer {layer} expert {entry.expert} at offset {entry.offset}"
-            at = {"layer": layer, "expert": entry.expert, "offset": entry.offset}
-            hint = "get the file again, or convert again"
-            found = hashlib.sha256(data).hexdigest()
-            if found != entry.sha256:
-                message = f"{place}: its sha256 is {found}, the index says {entry.sha256}"
-                problems.append(Problem(file.file, message, hint, **at))
-            end = entry.offset + entry.length
-            if any(os.pread(descriptor, -end % ALIGNMENT_BYTES, end)):
-                problems.append(Problem(file.file, f"{place}: the filler behind it is not zero", hint, **at))
-            advance(entry.length)
+        found = hashlib.sha256(os.pread(descriptor, entry.length, entry.offset)).hexdigest()
+        if found != entry.sha256:
+            yield Problem(file, f"{place}: its sha256 is {found}, the index says {entry.sha256}", hint, **at)
+        end = entry.offset + entry.length
+        if any(os.pread(descriptor, -end % ALIGNMENT_BYTES, end)):
+            yield Problem(file, f"{place}: the filler behind it is not zero", hint, **at)
     finally:
         os.close(descriptor)
+
+
+def _lost_experts(folder: Path, index: Index, file: str) -> Iterator[Problem]:
+    """The experts of a layer's file that are not there, because it is cut off or missing."""
+    size = (folder / file).stat().st_size if (folder / file).is_file() else 0
+    for layer in index.layers:
+        for entry in layer.experts if layer.file == file else ():
+            if entry.offset + entry.length > size:
+                place, at = _place(folder, file, entry)
+                yield Problem(file, f"{place}: is not there", repair_command(folder, index), **at)
+
+
+def _place(folder: Path, file: str, entry: ExpertEntry) -> tuple[str, dict[str, int]]:
+    place = f"{folder / file}: layer {entry.layer} expert {entry.expert} at offset {entry.offset}"
+    return place, {"layer": entry.layer, "expert": entry.expert, "offset": entry.offset}
+
+
+def repair_command(folder: Path, index: Index) -> str:
+    """The command that mends weights: from where the folder was published, or from what it was made of."""
+    source = index.source.name if index.source.revision else "SOURCE"
+    where = "OWNER/MODEL: where it was published" if source == "SOURCE" else "or where it was published"
+    return f"moe-convert repair {folder} --from {source} ({'the checkpoint; or ' if source == 'SOURCE' else ''}{where})"
+
+
+def _hint(file: str, folder: Path, index: Index, error: MoeConvertError) -> str:
+    if file == INDEX_NAME:
+        return f"moe-convert repair {folder} --index, or --from OWNER/MODEL: where it was published"
+    return repair_command(folder, index) if isinstance(error, FormatError) and file != "config.json" else error.hint
 
 
 def _file_sha256(folder: Path, name: str) -> str:

@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from formats import TRUNK_NAME
-from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError, RecipeError
 from formats.index import Architecture
 from formats.readers import READERS
 from loader.backend import choose_backend
-from loader.budget import check_slots, ram_budget, slots_by_layer
+from loader.budget import check_slots, experts_aside, ram_budget, slots_of_folder
 from loader.cache import ExpertCache
 from loader.policy import POLICIES
 from loader.prefetch import Prefetcher
+from loader.repository import Folder, Progress, open_model, small_files
 from loader.torch_threads import run_few_tokens_on_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Folder = str | os.PathLike[str]
 
 
 def from_pretrained(
@@ -37,9 +35,17 @@ def from_pretrained(
     check: str = "none",
     kernels: str = "auto",
     attn_implementation: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    lazy: bool = False,
+    progress: Progress | None = None,
 ) -> "PreTrainedModel":
     """A transformers `MixtralForCausalLM` whose experts come from `folder` when tokens need them.
 
+    folder: one that moe-convert wrote, or owner/model on the Hub, at `revision` (None: main), with `token` (None:
+    huggingface_hub's). A repository is fetched whole into huggingface_hub's cache and used there. With `lazy` all but
+    the experts is fetched first; each expert comes when it is needed, compared with its sha256, the others meanwhile;
+    they stay in HF_HOME/moe-convert, and a later start goes on. progress gets (stage, bytes there, bytes of all).
     device: "auto" or "cpu". dtype: of activations, norms and embeddings; None and "auto" take config.json's.
     ram_cache: what experts may take in memory, bytes or a size such as "6GiB", or "auto" (loader/budget.py).
     slots: experts in memory for each layer, instead of what `ram_cache` holds spread evenly.
@@ -62,19 +68,20 @@ def from_pretrained(
     _check_known("policy", policy, tuple(POLICIES))
     _check_known("check", check, ("none", "first-touch"))
     backend = choose_backend(kernels)
-    artifact = Artifact.open(folder)
+    opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
+    artifact = opened.artifact
     architecture = artifact.architecture
+    io = opened.io(io)
     guesses = _guesses(prefetch, architecture)
-    aside = max(2, architecture.num_experts_per_tok)
     if slots is None:
-        slots = _slots(artifact, ram_budget(ram_cache, artifact), io, aside)
+        slots = slots_of_folder(artifact, ram_budget(ram_cache, artifact), io)
     else:
         check_slots(slots, artifact)
     if io == "auto":
         io = "mmap" if min(slots) == architecture.num_local_experts else "direct"
-    reader = READERS[io](artifact, check=check == "first-touch")
+    reader = opened.reader(io, check=check == "first-touch")
     try:
-        cache = ExpertCache(reader, slots, aside=aside, policy=POLICIES[policy])
+        cache = ExpertCache(reader, slots, aside=experts_aside(architecture), policy=POLICIES[policy])
         from loader.plugin import Parts
         from loader.token_forward import one_token
 
@@ -92,13 +99,14 @@ def from_pretrained(
     return model
 
 
-def load_tokenizer(folder: Folder) -> "PreTrainedTokenizerBase":
-    """The tokenizer in `folder`; code in the folder is never run."""
+def load_tokenizer(
+    folder: Folder, *, revision: str | None = None, token: str | None = None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer in `folder`, or in the repository of that name on the Hub; code from there is never run."""
     from transformers import AutoTokenizer
 
-    if not os.path.isdir(folder):
-        raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote")
-    return AutoTokenizer.from_pretrained(os.fspath(folder), trust_remote_code=False, local_files_only=True)
+    path = small_files(folder, revision, token)
+    return AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False, local_files_only=True)
 
 
 def _load(parts: Any, dtype: Any, attn_implementation: str | None) -> Any:
@@ -129,11 +137,6 @@ def _load(parts: Any, dtype: Any, attn_implementation: str | None) -> Any:
             if parameter.is_floating_point() and parameter.dtype != model.config.dtype:
                 parameter.data = parameter.data.to(model.config.dtype)
     return model.eval()
-
-
-def _slots(artifact: Artifact, budget_bytes: int, io: str, aside: int) -> tuple[int, ...]:
-    codecs = {entry.codec for layer in artifact.index.layers for entry in layer.experts}
-    return slots_by_layer(budget_bytes, artifact, aside, all_in_place=io != "direct" and codecs == {"none"})
 
 
 def _guesses(prefetch: int | str, architecture: Architecture) -> int:

@@ -31,6 +31,7 @@ TOKEN = "hf_me"
 """The one token that the server knows: of user "me", who may do everything."""
 
 _CHUNK = 1 << 20
+_BURST_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class HubServer:
         self.faults = Faults()
         self.requests: list[Request] = []
         self.bytes_per_s: float | None = None
+        """Of all connections together."""
+        self._line, self._line_free_s = threading.Lock(), 0.0
         self._servers = [_Server(("127.0.0.1", 0), self, name) for name in ("hub", "cdn")]
         self.url, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
@@ -101,6 +104,16 @@ class HubServer:
         """What was sent of them, as (begin, end), in order."""
         return [(r.begin, r.end) for r in list(self.requests) if path in r.path and r.end > r.begin]
 
+    def wait_for_line(self, n_bytes: int) -> None:
+        """Waits until so many bytes are through at `bytes_per_s`, behind those of other connections."""
+        if self.bytes_per_s:
+            with self._line:
+                # What was not used a moment ago is made up for: a client takes its time over each piece.
+                recently_s = time.monotonic() - _BURST_S
+                self._line_free_s = max(self._line_free_s, recently_s) + n_bytes / self.bytes_per_s
+                free_s = self._line_free_s
+            time.sleep(max(0.0, free_s - time.monotonic()))
+
     def environ(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """Environment variables by which a process uses this Hub."""
         with_token = {"HF_TOKEN": token} if token else {}
@@ -124,12 +137,14 @@ class HubServer:
             patch.delenv("HF_TOKEN", raising=False)
         patch.setattr(constants, "ENDPOINT", self.url)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(constants, "HF_HOME", str(home))
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(hf_api.api, "endpoint", self.url)
-        patch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(self.url)}))
+        if hasattr(_http, "_HUB_ORIGINS"):  # from huggingface_hub 2 on
+            patch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(self.url)}))
 
 
 class _Server(ThreadingHTTPServer):
@@ -231,8 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         damage = hub.faults.take("damage", path)
         for position in range(begin, end, _CHUNK):
             data = blob.read(position, min(position + _CHUNK, end))
-            if hub.bytes_per_s:
-                time.sleep(len(data) / hub.bytes_per_s)
+            hub.wait_for_line(len(data))
             self.wfile.write(_damaged(data, damage, position - begin))
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:

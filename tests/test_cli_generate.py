@@ -1,12 +1,20 @@
 import io
 import json
+import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from made_traces import random_experts, trace_of
+from msgspec.structs import replace
 
 import loader
+from converter.cli.generation_stats import Clock
 from converter.cli.main import main
 from formats.artifact import Artifact
-from loader.budget import aside_bytes
+from loader.budget import aside_bytes, expert_bytes_by_layer
+from loader.stats import LayerStats
+from loader.trace import Trace, write_trace
 
 PROMPT = "So Jonah arose, and went to Nineveh, according to"
 
@@ -18,7 +26,15 @@ def run(converted, capsys):
     def run(*arguments, path=None):
         with pytest.raises(SystemExit) as exit_:
             main(
-                ["generate", str(path or converted("2bit")), "--kernels", "torch", "--max-new-tokens", "6", *arguments]
+                [
+                    "generate",
+                    str(path or converted("2bit")),
+                    "--kernels",
+                    "torch",
+                    "--max-new-tokens",
+                    "6",
+                    *map(str, arguments),
+                ]
             )
         return exit_.value.code, *capsys.readouterr()
 
@@ -63,6 +79,71 @@ def test_stats_go_to_stderr(run, expected):
     assert out == expected + "\n"
     assert "hit ratio" in err
     assert "tokens/s" in err
+
+
+def test_stats_show_guesses_waits_and_what_was_wasted(run, converted):
+    budget = str(4 * least_bytes(Artifact.open(converted("2bit"))))
+    _, out, err = run("--prompt", PROMPT, "--ram-cache", budget, "--stats", "--json")
+    cache = json.loads(out)["cache"]
+    assert cache["guesses"] > 0
+    assert 0 < cache["wait_share"] < 1 and 0 < cache["busy_share"] < 1
+    assert {"recall", "useful", "wasted"} <= set(err.splitlines()[0].split())
+    total = next(line for line in err.splitlines() if line.startswith("all ")).split()
+    assert total[1:4] == [f"{cache['slots']:g}", str(cache["hits"]), str(cache["misses"])]
+    assert "waited for reads" in err and "the disk was busy" in err
+    for options in (["--no-prefetch"], ["--prefetch", "0"], ["--prefetch", "2", "--no-prefetch"]):
+        out = run("--prompt", PROMPT, "--ram-cache", budget, "--json", *options)[1]
+        assert json.loads(out)["cache"]["guesses"] == 0
+
+
+def test_the_live_line_stays_below_the_text_and_goes_at_the_end(monkeypatch):
+    pyte = pytest.importorskip("pyte")
+    screen = pyte.Screen(30, 4)
+    terminal = pyte.Stream(screen)
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True, write=terminal.feed, flush=lambda: None))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 4)))
+    total = LayerStats(hits=3, misses=1, bytes_read=2_000_000)
+    model = SimpleNamespace(moe_stats=lambda: SimpleNamespace(total=total))
+    text = SimpleNamespace(put=terminal.feed, end=lambda: terminal.feed("\r\n"))
+    clock = Clock(text, model, live=True)
+    for number, token in enumerate(["", "one ", "two ", "of a line that is longer than ", "it is wide\r\n", "\r\nend"]):
+        clock.put(token)
+        if number:
+            assert screen.display[screen.cursor.y + 1].startswith(f"{number} tokens, ")
+            assert sum("tokens, " in line for line in screen.display) == 1
+    clock.end()
+    assert [line.rstrip() for line in screen.display] == ["er than it is wide", "", "end", ""]
+
+
+def test_a_pipe_gets_no_live_line(run):
+    assert "\x1b" not in run("--prompt", PROMPT, "--stats")[2]
+
+
+@pytest.mark.parametrize("options", [["--policy", "lru"], ["--check", "first-touch"], ["--prefetch", "1"]])
+def test_cache_options_change_no_token(run, expected, converted, options):
+    budget = str(4 * least_bytes(Artifact.open(converted("2bit"))))
+    assert run("--prompt", PROMPT, "--ram-cache", budget, *options)[1] == expected + "\n"
+
+
+def test_a_trace_divides_the_slots(run, expected, converted, tmp_path):
+    artifact = Artifact.open(converted("2bit"))
+    skew = np.arange(8)[:, None]
+    trace = trace_of(random_experts(1, 300, layers=8, skew=skew), expert_bytes=expert_bytes_by_layer(artifact))
+    header = replace(trace.header, architecture=artifact.architecture)
+    write_trace(tmp_path / "x", Trace(header, trace.experts, trace.weights, trace.guesses, trace.guesses_next_norm))
+    budget = str(least_bytes(artifact) + 4 * sum(expert_bytes_by_layer(artifact)))
+    _, out, _ = run("--prompt", PROMPT, "--ram-cache", budget, "--trace", tmp_path / "x", "--json")
+    result = json.loads(out)
+    slots = [layer["slots"] for layer in result["cache"]["layers"]]
+    assert result["text"] == expected
+    assert sum(slots) == 32 and slots[0] > 4 > slots[-1]
+
+
+def test_a_trace_of_another_model_divides_nothing(run, tmp_path):
+    write_trace(tmp_path / "x", trace_of(random_experts(1, 9, layers=2)))
+    code, _, err = run("--prompt", PROMPT, "--trace", tmp_path / "x")
+    assert code == 2
+    assert "another model" in err
 
 
 def test_a_small_cache_gives_the_same_text(run, expected, converted):

@@ -166,3 +166,17 @@ def test_a_waiter_ends_when_stopped(repo: HubRepo, hub: HubServer, tmp_path: Pat
 def test_less_room_than_one_piece_of_work_needs_is_refused(repo: HubRepo, tmp_path: Path) -> None:
     with pytest.raises(DoesNotFitError, match="2 shards are needed at once, 2000 bytes"):
         Store(repo, tmp_path / "s", 1).expect("A", "BC")
+
+
+def test_other_work_may_be_expected_later_and_what_it_does_not_need_goes(
+    repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]
+) -> None:
+    stores.append(store := Store(repo, tmp_path / "s", 2))
+    store.expect("A", "B", "C")
+    store.work(0, "A")
+    store.work(1, "B")
+    store.expect("A", "C")
+    store.work(0, "A")
+    store.work(1, "C")
+    assert "".join(sorted(set(served(hub)))) == "ABC"
+    assert not list((tmp_path / "s").iterdir())

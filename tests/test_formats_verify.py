@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
-from bad_folders import copy_of_good, spoil
+from bad_folders import VECTORS, copy_of_good, spoil
 from make_vectors import CONFIG, write_folder
 from test_formats_reader import cut, flip
 
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
-from formats.verify import Problem, verify_folder
+from formats.verify import Problem, Sample, verify_folder
 
 LAYER = "experts/layer-000.safetensors"
 
@@ -108,8 +108,11 @@ def test_missing_file_is_reported_and_the_rest_is_checked(tmp_path: Path, name: 
     folder = copy_of_good(tmp_path)
     (folder / name).unlink()
     report = verify_folder(folder, read_data=read_data)
-    assert [p.file for p in report.problems] == [name]
+    assert {p.file for p in report.problems} == {name}
     assert f"file {name} is missing" in report.problems[0].message
+    experts = [(p.layer, p.expert, p.offset) for p in report.problems if p.expert is not None]
+    index = Artifact.open(VECTORS / "folder").index
+    assert experts == [(e.layer, e.expert, e.offset) for e in index.layers[0].experts if name == LAYER]
     assert (report.checked_bytes > 0) == read_data
 
 
@@ -129,7 +132,7 @@ def test_every_problem_is_reported_not_only_the_first(tmp_path: Path) -> None:
     (folder / "LICENSE").unlink()
     found = [(p.file, p.expert) for p in problems(folder)]
     layer_1 = "experts/layer-001.safetensors"
-    assert found == [(LAYER, None), ("LICENSE", None), (layer_1, 0), (layer_1, 1)]
+    assert found == [(LAYER, None), (LAYER, 0), (LAYER, 1), ("LICENSE", None), (layer_1, 0), (layer_1, 1)]
 
 
 def test_problem_of_the_index_is_blamed_on_the_index(tmp_path: Path) -> None:
@@ -156,3 +159,35 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     )
     assert calls[-1] == (report.checked_bytes, report.checked_bytes)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+
+
+def test_experts_behind_a_cut_are_named(tmp_path: Path) -> None:
+    folder = copy_of_good(tmp_path)
+    entry = Artifact.open(folder).entry(0, 1)
+    cut(folder / LAYER, entry.offset + 100)
+    first, second = problems(folder, read_data=False)
+    assert first.expert is None
+    assert (second.layer, second.expert, second.offset) == (0, 1, entry.offset)
+    assert f"layer 0 expert 1 at offset {entry.offset}: is not there" in second.message
+
+
+def test_damage_comes_with_the_command_that_mends_it(tmp_path: Path) -> None:
+    folder = copy_of_good(tmp_path)
+    flip(folder / LAYER, 5000)
+    (problem,) = problems(folder)
+    assert problem.hint.startswith(f"moe-convert repair {folder} --from ")
+
+
+def test_a_sample_is_the_same_for_the_same_seed_and_all_seeds_see_everything(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "f", config={**CONFIG, "num_hidden_layers": 4})
+    flip(folder / LAYER, 5000)
+
+    def run(seed: int) -> tuple[int, int]:
+        report = verify_folder(folder, read_data=True, sample=Sample(0.2, seed))
+        return len(report.problems), report.checked_bytes
+
+    whole = verify_folder(folder, read_data=True).checked_bytes
+    runs = [run(seed) for seed in range(40)]
+    assert runs == [run(seed) for seed in range(40)]
+    assert {n for n, _ in runs} == {0, 1}
+    assert all(0 < checked < whole for _, checked in runs)

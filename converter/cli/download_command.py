@@ -37,7 +37,7 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
     folder = source.snapshot(patterns, local_dir=local_dir, bars=not output.quiet)
     files = source.matching(patterns)
     if patterns is None and INDEX_NAME in source.files:
-        problems = _against_index(folder, output)
+        problems = _against_index(folder, f"moe-convert repair {folder} --from {repo}" if local_dir else None, output)
     else:
         problems = _against_hub(folder, files, output)
     n_bytes = sum(file.size for file in files)
@@ -55,14 +55,14 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
         sys.exit(3)
 
 
-def _against_index(folder: Path, output: Output) -> list[str]:
-    """What is wrong with a converted folder."""
+def _against_index(folder: Path, mend: str | None, output: Output) -> list[str]:
+    """What is wrong with a converted folder, and the command that mends it; None in the cache, which stays as it is."""
     from formats.verify import verify_folder
 
     progress = output.progress()
     report = verify_folder(folder, read_data=True, progress=lambda done, total: progress("verifying", done, total))
-    hint = "  next: delete what is damaged (in the cache: the file that it links to), and run the same command again"
-    return [*(problem.message for problem in report.problems), hint] if report.problems else []
+    again = "delete the files that the damaged ones link to, and run the same command again"
+    return [*(problem.message for problem in report.problems), f"  next: {mend or again}"] if report.problems else []
 
 
 def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:

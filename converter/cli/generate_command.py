@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from converter.cli.output import Output, gigabytes, output_options, table
+from converter.cli.generation_stats import Clock, stats_table, with_shares
+from converter.cli.output import Output, gigabytes, output_options
 from formats.errors import MoeConvertError
 
 
@@ -16,7 +17,8 @@ from formats.errors import MoeConvertError
 Examples:
   moe-convert generate mixtral-2bit --prompt "Once upon a time" --max-new-tokens 64
   moe-convert generate mixtral-2bit --prompt - --ram-cache 6GiB --stats < question.txt
-  moe-convert generate mixtral-2bit --prompt "Hello" --temperature 0.8 --seed 1""",
+  moe-convert generate mixtral-2bit --prompt "Hello" --temperature 0.8 --seed 1
+  moe-convert generate owner/mixtral-2bit --lazy --prompt "Hello"   (experts come when they are needed)""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to go on from; - reads it from stdin.")
@@ -34,8 +36,28 @@ Examples:
     show_default=True,
     help="How to read experts.",
 )
+@click.option(
+    "--policy", type=click.Choice(["lrfu", "lru", "lfu"]), default="lrfu", show_default=True,
+    help="Which expert leaves a full layer.",
+)  # fmt: skip
+@click.option(
+    "--prefetch", type=click.Choice(["auto", "0", "1", "2"]), default="auto", show_default=True,
+    help="Experts of the next layer to guess and read ahead; auto: as many as a token uses.",
+)  # fmt: skip
+@click.option("--no-prefetch", is_flag=True, help="The same as --prefetch 0.")
+@click.option(
+    "--check", type=click.Choice(["none", "first-touch"]), default="none", show_default=True,
+    help="first-touch: compare the sha256 of each expert when it is first read.",
+)  # fmt: skip
+@click.option(
+    "--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Divide --ram-cache among the layers as this routing trace would have read least, instead of evenly.",
+)  # fmt: skip
 @click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
-@click.option("--stats", is_flag=True, help="Show cache hits, bytes read and speed on stderr.")
+@click.option("--lazy", is_flag=True, help="Of a Hub repository: begin before all experts are there.")
+@click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
+@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@click.option("--stats", is_flag=True, help="Show cache hits, guesses, bytes read, waits and speed on stderr.")
 @output_options
 def command(
     path: Path,
@@ -46,33 +68,38 @@ def command(
     seed: int | None,
     ram_cache: str,
     io: str,
+    prefetch: str,
+    no_prefetch: bool,
+    trace: Path | None,
     kernels: str,
     stats: bool,
     output: Output,
+    **options: Any,
 ) -> None:
-    """Generate text with the converted model in PATH.
+    """Generate text with the converted model in PATH, a folder or owner/name of a repository on the Hub.
 
     Greedy, unless --temperature or --top-p is given. The text streams to stdout.
     """
-    import time
-
     import torch
     import transformers
 
     import loader
 
     transformers.utils.logging.disable_progress_bar()
-    model = loader.from_pretrained(path, ram_cache=ram_cache, io=io, kernels=kernels)
-    tokenizer = loader.load_tokenizer(path)
+    there = _There(output)
+    if trace:
+        options["slots"] = _slots(trace, path, ram_cache, io, options["policy"])
+    options["prefetch"] = 0 if no_prefetch else int(prefetch) if prefetch.isdigit() else prefetch
+    model = loader.from_pretrained(path, ram_cache=ram_cache, io=io, kernels=kernels, progress=there, **options)
+    # What was loaded, wherever that is: a branch may have moved meanwhile.
+    tokenizer = loader.load_tokenizer(model.name_or_path)
     inputs = tokenizer(sys.stdin.read() if prompt == "-" else prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise MoeConvertError("the prompt is empty and the tokenizer adds no BOS token", "give a prompt")
     if seed is not None:
         torch.manual_seed(seed)
-    clock = _Clock(
-        None if output.as_json else transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    )
-    started_s = time.perf_counter()
+    text = None if output.as_json else transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    clock = Clock(text, model, live=stats and not output.quiet)
     with torch.inference_mode():
         ids = model.generate(
             input_ids=inputs["input_ids"],
@@ -85,43 +112,58 @@ def command(
         )
     prompt_tokens = inputs["input_ids"].shape[1]
     new_ids = ids[0, prompt_tokens:]
+    times = clock.times(len(new_ids))
     result = {
         "text": tokenizer.decode(new_ids, skip_special_tokens=True),
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(new_ids),
-        **clock.times(started_s, len(new_ids)),
-        "cache": model.moe_stats().as_dict(),
+        **times,
+        "cache": with_shares(model.moe_stats().as_dict(), times["seconds"]),
+        **there.facts(),
     }
     if output.as_json:
         output.result(result, "")
     if stats:
-        click.echo(_stats_table(result), err=True)
+        click.echo(stats_table(result), err=True)
+    there.say()
 
 
-class _Clock:
-    """A streamer that notes when tokens come and passes them on."""
+def _slots(trace: Path, path: Path, ram_cache: str, io: str, policy: str) -> list[int]:
+    """Slots of each layer that would have read least for `trace`."""
+    from formats.artifact import Artifact
+    from loader.budget import ram_budget
+    from loader.policy import POLICIES
+    from loader.slot_shares import slots_from_trace
+    from loader.trace import read_trace
 
-    def __init__(self, streamer: Any) -> None:
-        self._streamer = streamer
-        self._at_s: list[float] = []
+    if not path.is_dir():
+        raise click.UsageError(f"--trace: only for a folder, and {path} is none")
+    artifact = Artifact.open(path)
+    return slots_from_trace(read_trace(trace), artifact, ram_budget(ram_cache, artifact), POLICIES[policy], io=io)
 
-    def put(self, value: Any) -> None:
-        import time
 
-        self._at_s.append(time.perf_counter())
-        if self._streamer:
-            self._streamer.put(value)
+class _There:
+    """How much of a lazily loaded model is there: a bar until it is loaded, then a line at the end."""
 
-    def end(self) -> None:
-        if self._streamer:
-            self._streamer.end()
+    def __init__(self, output: Output) -> None:
+        self._output, self._bar = output, output.progress()
+        self._experts: tuple[int, int] | None = None
 
-    def times(self, started_s: float, new_tokens: int) -> dict[str, float | None]:
-        """Seconds to the first new token, and tokens a second after it (None where there was one only)."""
-        # The first call brings the prompt.
-        first_s, last_s = self._at_s[1], self._at_s[-1]
-        rate = (new_tokens - 1) / (last_s - first_s) if new_tokens > 1 else None
-        return {"first_token_s": first_s - started_s, "tokens_per_s": rate}
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "experts":
+            # Over the text that is being written a bar would only disturb.
+            self._experts = done, total
+        else:
+            self._bar(stage, done, total)
+
+    def facts(self) -> dict[str, int]:
+        return dict(zip(("experts_there_bytes", "experts_bytes"), self._experts, strict=True)) if self._experts else {}
+
+    def say(self) -> None:
+        if self._experts:
+            done, total = self._experts
+            text = f"{gigabytes(done)} of {gigabytes(total)} of the experts are there ({100 * done // total} %)"
+            self._output.note(text)
 
 
 def _sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
@@ -137,26 +179,3 @@ def _pad_token(model: Any, tokenizer: Any) -> int | None:
         if found is not None:
             return int(found)
     return None
-
-
-def _stats_table(result: dict[str, Any]) -> str:
-    cache = result["cache"]
-    rows: list[tuple[str, ...]] = [("layer", "hits", "misses", "hit ratio", "evictions", "read")]
-    for name, layer in [*enumerate(cache["layers"]), ("all", cache)]:
-        rows.append(
-            (
-                str(name),
-                str(layer["hits"]),
-                str(layer["misses"]),
-                f"{layer['hit_ratio']:.3f}",
-                str(layer["evictions"]),
-                gigabytes(layer["bytes_read"]),
-            )
-        )
-    rate = f"{result['tokens_per_s']:.2f} tokens/s" if result["tokens_per_s"] else "one token"
-    return (
-        f"{table(rows)}\n"
-        f"{result['prompt_tokens']} prompt tokens, first token after {result['first_token_s']:.2f} s;"
-        f" {result['new_tokens']} new tokens, {rate}\n"
-        f"{cache['slots']} experts a layer fit the cache ({gigabytes(cache['slot_bytes'])})"
-    )

@@ -2,7 +2,8 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def _opened(path: Path, revision: str | None, token: str | None) -> Iterator[tup
         yield open_remote(repo, Path(folder)), f"{repo.repo}@{repo.commit}"
 
 
+def _packings(names: Iterable[str]) -> str:
+    """The packings of experts, and where there are several, how many experts have each."""
+    counts = Counter(names)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({counts[name]} of {counts.total()} experts)" for name in sorted(counts))
+
+
 def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[str, Any], str]:
     """The facts, and the same as text."""
     import msgspec
@@ -85,8 +94,8 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         ("format", f"moe-convert {index.format_version}, by {index.producer.name} {index.producer.version}"),
         ("source", index.source.name + (f" at {index.source.revision}" if index.source.revision else "")),
         ("recipe", f"{index.recipe.name} (solver {index.recipe.solver})"),
-        ("gate and up", index.recipe.gate_up),
-        ("down", index.recipe.down),
+        ("gate and up", _packings(entry.gate_up for entry in entries)),
+        ("down", _packings(entry.down for entry in entries)),
         ("attention", index.recipe.attention),
         ("head", index.recipe.head),
         ("codec", entries[0].codec),
@@ -94,7 +103,7 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         ("hidden, intermediate", f"{a.hidden_size}, {a.intermediate_size}"),
         ("bits per expert weight", f"{8 * stored / weights:.3f}"),
         ("bits per attention weight", f"{attention_bits:.3f}"),
-        ("one expert", gigabytes(entries[0].length)),
+        ("largest expert", gigabytes(max(entry.length for entry in entries))),
         ("all experts", gigabytes(stored)),
         ("everything else", gigabytes(index.trunk.size_bytes)),
         ("total", gigabytes(total)),

@@ -12,8 +12,11 @@ from formats.errors import MoeConvertError
 COMMANDS = {
     "convert": "Quantize a Mixtral checkpoint and write it in the expert-addressable format.",
     "inspect": "Show what a converted folder holds, from its index and headers.",
+    "upload": "Publish a converted folder on the Hub, with a model card, in one commit.",
     "download": "Fetch a converted model from the Hub, and check every byte.",
     "verify": "Check a converted folder: structure, and on request every byte.",
+    "repair": "Mend what verify finds, from a repository or the source: only the damaged experts.",
+    "plan": "Show what fits where within a memory budget, and the speed to expect.",
     "generate": "Generate text with a converted model.",
     "eval": "Measure perplexity of a converted folder or an ordinary checkpoint.",
     "trace": "Record which experts a text or prompts use.",

@@ -1,8 +1,11 @@
 """moe-convert verify"""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
+from random import SystemRandom
+from typing import Any
 
 import click
 
@@ -12,28 +15,60 @@ from converter.cli.output import Output, gigabytes, output_options
 @click.command("verify", epilog="Exit code 3 if anything is damaged.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--read-data", is_flag=True, help="Read everything and compare every sha256.")
+@click.option(
+    "--read-data-subset", metavar="N%",
+    help="Read such a share of experts and files, drawn anew each time: so that runs together see everything.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), help="Draw the same subset as the run that named this seed.")
 @output_options
-def command(path: Path, read_data: bool, output: Output) -> None:
+def command(path: Path, read_data: bool, read_data_subset: str | None, seed: int | None, output: Output) -> None:
     """Check the converted folder PATH: structure, sizes and headers; with --read-data every byte.
+
+    Each damaged or missing expert is named with file, layer, expert and offset, and the command that mends it.
 
     \b
     moe-convert verify ./my-mixtral-2bit
     moe-convert verify ./my-mixtral-2bit --read-data
+    moe-convert verify ./my-mixtral-2bit --read-data-subset 5%
     """
     from formats.verify import verify_folder
 
+    sample = _sample(read_data, read_data_subset, seed)
     progress = output.progress()
-    report = verify_folder(path, read_data=read_data, progress=lambda done, total: progress("verifying", done, total))
-    lines = [f"{p.message}" + (f"\n  next: {p.hint}" if p.hint else "") for p in report.problems]
+    report = verify_folder(
+        path,
+        read_data=read_data or sample is not None,
+        sample=sample,
+        progress=lambda done, total: progress("verifying", done, total),
+    )
+    lines = [p.message for p in report.problems]
     if report.problems:
         lines.append(f"{len(report.problems)} problems")
+        lines += [f"  next: {hint}" for hint in dict.fromkeys(p.hint for p in report.problems) if hint]
     else:
-        how = (
-            f"{gigabytes(report.checked_bytes)} read and compared"
-            if read_data
-            else "structure only; --read-data reads every byte"
-        )
+        how = "structure only; --read-data reads every byte"
+        if read_data or sample:
+            how = f"{gigabytes(report.checked_bytes)} read and compared"
         lines.append(f"ok: {report.files} files, {report.experts} experts, {gigabytes(report.total_bytes)} ({how})")
-    output.result(dataclasses.asdict(report) | {"ok": not report.problems}, "\n".join(lines))
+    drawn = {"seed": sample.seed} if sample else {}
+    if sample:
+        lines.append(f"the subset of --seed {sample.seed}")
+    output.result(dataclasses.asdict(report) | drawn | {"ok": not report.problems}, "\n".join(lines))
     if report.problems:
         sys.exit(3)
+
+
+def _sample(read_data: bool, share: str | None, seed: int | None) -> Any:
+    """The Sample that the options ask for, if they do."""
+    from formats.verify import Sample
+
+    if share is None:
+        if seed is not None:
+            raise click.UsageError("--seed: only with --read-data-subset")
+        return None
+    if read_data:
+        raise click.UsageError("--read-data reads everything: give no --read-data-subset with it")
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", share)
+    if not match or not 0 < float(match[1]) <= 100:
+        raise click.BadParameter(f"{share!r} is not a share such as 5%", param_hint="--read-data-subset")
+    return Sample(float(match[1]) / 100, SystemRandom().randrange(10**6) if seed is None else seed)

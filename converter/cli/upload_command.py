@@ -1,0 +1,77 @@
+"""moe-convert upload"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.output import Output, gigabytes, output_options
+
+
+@click.command("upload", epilog="Exit code 3 if the folder is incomplete or damaged: nothing is sent then.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="OWNER/MODEL")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of writing to the branch.")
+@click.option("--revision", help="The branch to write to, made if need be [default: main].")
+@click.option(
+    "--license", "license_id", metavar="ID",
+    help="The weights' licence as the Hub calls it, such as apache-2.0; needed where the source has no licence file.",
+)  # fmt: skip
+@click.option("--base-model", metavar="OWNER/MODEL", help="What was converted, where it was a local folder.")
+@click.option("--token", help="That may write [default: the one of hf auth login, or HF_TOKEN].")
+@click.option(
+    "--dry-run", is_flag=True, help="Check the folder and the card, say what would be sent, and send nothing."
+)
+@output_options
+def command(path: Path, repo: str, dry_run: bool, output: Output, **options: Any) -> None:
+    """Verify the converted folder PATH and publish it as OWNER/MODEL on the Hub, with a model card.
+
+    One commit makes the whole model visible; files that the repository has already are not sent again. A README.md
+    that you wrote is kept; the one that moe-convert wrote is made anew.
+
+    \b
+    moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --private
+    moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --license apache-2.0 --dry-run
+    """
+    facts, text = upload(path, repo, output, dry_run=dry_run, **options)
+    output.result(facts, text)
+    if not facts["ok"]:
+        sys.exit(3)
+
+
+def upload(
+    path: Path, repo: str, output: Output, *, dry_run: bool = False, **options: Any
+) -> tuple[dict[str, Any], str]:
+    """Verifies and publishes; the facts, of which `ok` says whether the folder was good, and the same as text."""
+    from converter.publish import PublishOptions, publish_folder
+    from formats.verify import verify_folder
+
+    if options.get("create_pr") and options.get("revision"):
+        raise click.UsageError("--create-pr opens a pull request against main: give no --revision")
+    progress = output.progress()
+    report = verify_folder(path, read_data=True, progress=lambda done, total: progress("verifying", done, total))
+    if report.problems:
+        problems = [problem.message for problem in report.problems]
+        lines = [*problems, f"{len(problems)} problems: nothing was sent", f"  next: {report.problems[0].hint}"]
+        return {"ok": False, "problems": problems}, "\n".join(lines)
+    license_id = options.pop("license_id", None)
+    done = publish_folder(
+        path, PublishOptions(repo, license=license_id, **options), dry_run=dry_run, bars=not output.quiet
+    )
+    facts = {
+        "ok": True,
+        "repository": repo,
+        "commit": done.commit,
+        "url": done.url,
+        "sent_files": done.sent,
+        "sent_bytes": sum(done.sent.values()),
+        "unchanged_files": done.unchanged,
+        "deleted_files": done.deleted,
+    }
+    sizes = f"{len(done.sent)} files, {gigabytes(sum(done.sent.values()))}"
+    what = f"would send {sizes}" if dry_run else f"sent {sizes}"
+    lines = [f"{name}  {gigabytes(size)}" for name, size in done.sent.items()] if dry_run else []
+    lines.append(f"{what}; {len(done.unchanged)} files are there already, {len(done.deleted)} deleted")
+    return facts, "\n".join([*lines, *([done.url] if done.url else [])])

@@ -1,0 +1,203 @@
+"""The index written again from the files, where something that it says of them was lost or changed.
+
+From the files come: layers (place, length, sha256, packings and codec of each expert), the trunk's entry, the
+architecture. Only an index has: producer, source, recipe, and the hashes of copied files; without a readable one they
+cannot be made up, and the rebuild is refused naming them. Hashes are taken of what is there: it cannot tell damage.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from formats import ALIGNMENT_BYTES, INDEX_NAME, TRUNK_NAME, WRITTEN_VERSION
+from formats.artifact import Artifact
+from formats.errors import FormatError, MoeConvertError
+from formats.expert import ExpertLayout
+from formats.index import (
+    CODECS,
+    Architecture,
+    CopiedFile,
+    ExpertEntry,
+    Index,
+    LayerFile,
+    PackedLinear,
+    Producer,
+    Recipe,
+    Source,
+    Trunk,
+)
+from formats.layer_file import (
+    FILLER_PREFIX,
+    expert_prefix,
+    layer_file_name,
+    layer_metadata,
+    partial_path,
+    raw_entries,
+    zstd_entries,
+)
+from formats.packing import PACKINGS, tiles_of
+from formats.paths import locate, open_regular, read_small
+from formats.safetensors_header import Header, TensorEntry, build_header, read_header
+from formats.strict_json import dump, parse, typed
+from formats.trunk import packable_linears
+from formats.writer import fsync_folder, write_file
+
+_ONLY_IN_INDEX: dict[str, Any] = {"producer": Producer, "source": Source, "recipe": Recipe, "files": list[CopiedFile]}
+_HINT = "get the index from where the folder was published: moe-convert repair PATH --from OWNER/MODEL"
+
+
+def rebuild_index(folder: Path) -> Index:
+    """Writes the index of `folder` again. FormatError naming what cannot be known; the old index then stays.
+
+    An expert whose bytes differ from a sha256 that the old index has is damage, and refused.
+    """
+    where = str(folder / INDEX_NAME)
+    old = _old(folder, where)
+    kept = {name: typed(old[name], kind, f"{where}: {name}") for name, kind in _ONLY_IN_INDEX.items()}
+    config = parse(read_small(folder, "config.json", str(folder)), str(folder / "config.json"))
+    architecture = Architecture.from_config(config, str(folder / "config.json"))
+    layers = [_layer(folder, n, architecture) for n in range(architecture.num_hidden_layers)]
+    _compare(old, layers, folder)
+    trunk = _trunk(folder, architecture, old)
+    used = {name for layer in layers for e in layer.experts for name in (e.gate_up, e.down)}
+    used |= {linear.packing for linear in trunk.packed.values()}
+    index = Index(
+        format="moe-convert",
+        format_version=WRITTEN_VERSION,
+        architecture=architecture,
+        packings=sorted(used),
+        trunk=trunk,
+        layers=layers,
+        **kept,
+    )
+    before = (folder / INDEX_NAME).read_bytes()
+    write_file(folder / INDEX_NAME, dump(index))
+    try:
+        Artifact.open(folder)
+    except MoeConvertError:
+        write_file(folder / INDEX_NAME, before)
+        raise
+    return index
+
+
+def _old(folder: Path, where: str) -> dict[str, Any]:
+    """What is left of the index: an object that has at least what no other file has."""
+    what = ", ".join(_ONLY_IN_INDEX)
+    try:
+        old = parse(read_small(folder, INDEX_NAME, str(folder)), where)
+    except MoeConvertError as e:
+        raise FormatError(f"{e.message}; and no other file says {what}", _HINT) from None
+    missing = [name for name in _ONLY_IN_INDEX if not isinstance(old, dict) or name not in old]
+    if missing:
+        raise FormatError(f"{where}: has no {', '.join(missing)}, and no other file says it", _HINT)
+    return dict(old)
+
+
+def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
+    name = layer_file_name(number)
+    header, size = _header(folder, name)
+    path = folder / name
+    missing = [key for key in ("gate_up", "down", "codec") if key not in header.metadata]
+    if missing:
+        raise FormatError(
+            f"{path}: its metadata has no {', '.join(missing)}: which packing it is cannot be known of the sizes alone",
+            "get the file again, or mend it by an index: moe-convert repair PATH, or --from OWNER/MODEL",
+        )
+    codec = header.metadata["codec"]
+    packings = [header.metadata[key].split(",") for key in ("gate_up", "down")]
+    if codec not in CODECS or any(len(names) != architecture.num_local_experts for names in packings):
+        raise FormatError(f"{path}: its metadata is of {len(packings[0])} experts and codec {codec!r}", _HINT)
+    layouts = [ExpertLayout.of(architecture, gate_up, down, str(path)) for gate_up, down in zip(*packings, strict=True)]
+    tensors = [_tensors(header, number, expert, codec, str(path)) for expert in range(len(layouts))]
+    if codec == "zstd":
+        expected = zstd_entries(number, [first.n_bytes for first, *_ in tensors])
+    else:
+        expected = raw_entries(number, layouts)
+    if header.data_offset % ALIGNMENT_BYTES or list(header.entries.values()) != expected:
+        _lay_out(path, header, expected, layer_metadata(number, layouts, codec))
+        return _layer(folder, number, architecture)
+    entries = []
+    with open(path, "rb") as f:
+        for expert, (layout, found) in enumerate(zip(layouts, tensors, strict=True)):
+            begin, end = header.data_offset + found[0].begin, header.data_offset + found[-1].end
+            f.seek(begin)
+            sha256 = hashlib.sha256(f.read(end - begin)).hexdigest()
+            names = layout.gate_up.name, layout.down.name
+            entries.append(ExpertEntry(number, expert, begin, end - begin, sha256, *names, codec))
+    return LayerFile(name, size, header.sha256, entries)
+
+
+def _tensors(header: Header, layer: int, expert: int, codec: str, where: str) -> list[TensorEntry]:
+    """The tensors of an expert, in the order of its bytes."""
+    names = ["zstd"] if codec == "zstd" else ["gate_up", "down"]
+    found = [header.entries.get(f"{expert_prefix(layer, expert)}.{name}") for name in names]
+    if None in found:
+        raise FormatError(f"{where}: tensors of expert {expert} are missing", _HINT)
+    return [entry for entry in found if entry]
+
+
+def _lay_out(path: Path, header: Header, expected: list[TensorEntry], metadata: dict[str, str]) -> None:
+    """Writes a layer's file again whose tensors were moved: each where it belongs, under another name first."""
+    new = build_header(expected, metadata)
+    with open(path, "rb") as old, open(partial_path(path), "wb") as out:
+        out.write(new)
+        for entry in expected:
+            if entry.name.startswith(FILLER_PREFIX):
+                continue
+            there = header.entries[entry.name]
+            if there.n_bytes != entry.n_bytes:
+                raise FormatError(f"{path}: tensor {entry.name!r} has {there.n_bytes} bytes, expected {entry.n_bytes}")
+            old.seek(header.data_offset + there.begin)
+            out.seek(len(new) + entry.begin)
+            out.write(old.read(there.n_bytes))
+        out.truncate(len(new) + expected[-1].end)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(partial_path(path), path)
+    fsync_folder(path.parent)
+
+
+def _compare(old: dict[str, Any], layers: list[LayerFile], folder: Path) -> None:
+    """FormatError if an expert that the old index has a sha256 of has another one now."""
+    for n, layer in enumerate(layers):
+        for entry in layer.experts:
+            before = _dig(old, "layers", n, "experts", entry.expert, "sha256")
+            if isinstance(before, str) and before != entry.sha256:
+                raise FormatError(
+                    f"{folder / layer.file}: layer {entry.layer} expert {entry.expert} at offset {entry.offset}: its"
+                    f" sha256 is {entry.sha256}, the index says {before}: either is damaged",
+                    f"moe-convert repair {folder} --from OWNER/MODEL, or --from SOURCE",
+                )
+
+
+def _trunk(folder: Path, architecture: Architecture, old: dict[str, Any]) -> Trunk:
+    header, size = _header(folder, TRUNK_NAME)
+    packed = {}
+    for module, (rows, columns) in packable_linears(architecture).items():
+        if entry := header.entries.get(f"{module}.packed"):
+            fitting = [p.name for p in PACKINGS.values() if entry.shape == (tiles_of(rows), p.tile_bytes(columns))]
+            before = _dig(old, "trunk", "packed", module, "packing")
+            if before not in fitting and len(fitting) != 1:
+                what = " or ".join(fitting) or "none that is known"
+                raise FormatError(f"{folder / TRUNK_NAME}: the packing of {module} may be {what}", _HINT)
+            packed[module] = PackedLinear(before if before in fitting else fitting[0], rows, columns)
+    with open(folder / TRUNK_NAME, "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    return Trunk(TRUNK_NAME, size, header.sha256, sha256, packed)
+
+
+def _dig(value: Any, *path: str | int) -> Any:
+    """What stands at a place of damaged JSON; None where there is no such place."""
+    for part in path:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _header(folder: Path, name: str) -> tuple[Header, int]:
+    path = locate(folder, name, str(folder))
+    with open(open_regular(path), "rb") as f:
+        return read_header(f.fileno(), str(folder / name)), path.stat().st_size

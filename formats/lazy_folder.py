@@ -1,0 +1,170 @@
+"""A model from the Hub of which a part is there: a folder in the artifact's layout, and a record of its experts.
+
+Until all experts are there the index has another name, so that nobody takes the holes for weights. Afterwards it is an
+ordinary converted folder.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from formats import INDEX_NAME
+from formats.artifact import Artifact
+from formats.errors import DoesNotFitError, HubError
+from formats.hub import HubRepo, is_offline, lazy_root
+from formats.hub_files import fetch_file
+from formats.index import Index
+from formats.ranges import Retries
+from formats.remote_artifact import open_remote
+from formats.writer import fsync_folder
+
+PENDING_NAME = "moe_index.json.partial"
+"""The index while experts are missing; there once everything else is."""
+RECORD_NAME = ".moe-convert.fetched"
+"""One byte for each expert, by layer: 1 once its bytes are there, durably and with the index's sha256."""
+_UNCHECKED_NAME = "moe_index.json.unchecked"
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done bytes, total bytes)."""
+
+
+@dataclass
+class LazyFolder:
+    """A repository's model at one commit, in `lazy_root`. repo: None offline."""
+
+    path: Path
+    artifact: Artifact
+    repo: HubRepo | None
+    stop: threading.Event
+    """Once set, waits between attempts end."""
+    _record: bytearray
+    _descriptor: int = -1
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def open(
+        cls, name: str, revision: str | None = None, token: str | None = None, *, progress: Progress | None = None,
+        retries: Retries | None = None,
+    ) -> "LazyFolder":  # fmt: skip
+        """Fetches index, headers, trunk and tokenizer of repository `name`, unless they are there.
+
+        Raises HubError, DamageError where something has another hash, DoesNotFitError where the disk has no room for
+        the whole model, and what Artifact.open raises.
+        """
+        stop = threading.Event()
+        root = lazy_root() / name.replace("/", "--")
+        repo = None if is_offline() else HubRepo.open(name, revision, token, retries or Retries(wait=stop.wait))
+        commit = _commit(root, name, revision, repo)
+        path = root / commit
+        with _locked(root, commit):
+            if repo and not any((path / index).exists() for index in (INDEX_NAME, PENDING_NAME)):
+                _prepare(path, repo, progress or (lambda stage, done, total: None))
+            complete = (path / INDEX_NAME).exists()
+            artifact = Artifact.open(path, INDEX_NAME if complete else PENDING_NAME)
+            return cls(path, artifact, repo, stop, _read_record(path, artifact, complete))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert is there."""
+        return all(self._record)
+
+    def has(self, layer: int, expert: int) -> bool:
+        """Whether the expert's bytes are there and were compared with the index."""
+        return bool(self._record[self._place(layer, expert)])
+
+    def record(self, experts: Iterable[tuple[int, int]]) -> None:
+        """These experts (layer, expert), whose bytes were compared and are durable, are there. The last one makes an
+        ordinary converted folder."""
+        with self._lock:
+            if self._descriptor < 0:
+                self._descriptor = os.open(self.path / RECORD_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            for layer, expert in experts:
+                place = self._place(layer, expert)
+                os.pwrite(self._descriptor, b"\1", place)
+                self._record[place] = 1
+            os.fsync(self._descriptor)
+            if self.complete:
+                self._finish()
+
+    def close(self) -> None:
+        """Gives up the record's file."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _place(self, layer: int, expert: int) -> int:
+        return layer * self.artifact.architecture.num_local_experts + expert
+
+    def _finish(self) -> None:
+        with _locked(self.path.parent, self.path.name):
+            # Another process may have been quicker.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self.path / PENDING_NAME, self.path / INDEX_NAME)
+            fsync_folder(self.path)
+            (self.path / RECORD_NAME).unlink(missing_ok=True)
+
+
+def _commit(root: Path, name: str, revision: str | None, repo: HubRepo | None) -> str:
+    """The repository's commit; offline the one that the revision meant when it was last looked up."""
+    ref = root / "refs" / quote(revision or "main", safe="")
+    if repo:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(repo.commit)
+        return repo.commit
+    commit = ref.read_text() if ref.is_file() else revision or ""
+    if not re.fullmatch("[0-9a-f]{40}", commit) or not (root / commit).is_dir():
+        raise HubError(f"{name}: offline (HF_HUB_OFFLINE), and nothing of it is in {root}", "go online")
+    return commit
+
+
+def _prepare(path: Path, repo: HubRepo, progress: Progress) -> None:
+    """Everything but experts; at the end the index appears under PENDING_NAME."""
+    artifact = open_remote(repo, path, _UNCHECKED_NAME)
+    index = artifact.index
+    _check_room(path, index)
+    for file in index.files:
+        fetch_file(repo, file.file, file.sha256, path / file.file, lambda done, total: None)
+    fetch_file(
+        repo, index.trunk.file, index.trunk.sha256, path / index.trunk.file,
+        lambda done, total: progress("fetching all but experts", done, total),
+    )  # fmt: skip
+    (path / RECORD_NAME).unlink(missing_ok=True)
+    os.replace(path / _UNCHECKED_NAME, path / PENDING_NAME)
+    fsync_folder(path)
+
+
+def _check_room(path: Path, index: Index) -> None:
+    needed = index.trunk.size_bytes + sum(layer.size_bytes for layer in index.layers)
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise DoesNotFitError(
+            f"{path}: the whole model takes {needed} bytes, free are {free}", "free some space, or set HF_HOME"
+        )
+
+
+def _read_record(path: Path, artifact: Artifact, complete: bool) -> bytearray:
+    count = artifact.architecture.num_hidden_layers * artifact.architecture.num_local_experts
+    if complete:
+        return bytearray(b"\1" * count)
+    data = (path / RECORD_NAME).read_bytes() if (path / RECORD_NAME).is_file() else b""
+    return bytearray(byte == 1 for byte in data[:count].ljust(count, b"\0"))
+
+
+@contextlib.contextmanager
+def _locked(root: Path, commit: str) -> Iterator[None]:
+    """One process at a time."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root / f".{commit}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

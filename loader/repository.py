@@ -1,0 +1,77 @@
+"""What to load: a folder here, or a repository on the Hub, whole or as it is needed."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats import INDEX_NAME
+from formats.artifact import Artifact
+from formats.errors import FormatError, MoeConvertError, RecipeError
+from formats.hub import HubRepo, is_repo_name
+from formats.hub_reader import HubReader
+from formats.lazy_folder import LazyFolder
+from formats.reader import ExpertReader
+from formats.readers import READERS
+
+Folder = str | os.PathLike[str]
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, bytes there, bytes of all), from any thread."""
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A converted model whose structure was checked. lazy: of one whose experts are not all there."""
+
+    artifact: Artifact
+    lazy: LazyFolder | None = None
+    progress: Progress | None = None
+
+    def io(self, wish: str) -> str:
+        """How to read: what is not there cannot be mapped."""
+        if self.lazy and wish == "mmap":
+            raise RecipeError("io: 'mmap' needs all experts, and with lazy they are still coming", "use io='direct'")
+        return "direct" if self.lazy else wish
+
+    def reader(self, io: str, *, check: bool) -> ExpertReader:
+        """A reader of the experts, by the name in READERS."""
+        if self.lazy:
+            return HubReader(self.lazy, check=check, progress=self.progress)
+        return READERS[io](self.artifact, check=check)
+
+
+def open_model(
+    folder: Folder, revision: str | None, token: str | None, *, lazy: bool, progress: Progress | None
+) -> OpenModel:
+    """Opens a folder, or a repository of that name where there is no such folder. Raises HubError, RecipeError for
+    options that only repositories have, and what Artifact.open raises."""
+    if not _is_repo(folder):
+        if revision or lazy:
+            raise RecipeError(f"revision, lazy: only for a repository on the Hub, and {folder} is a folder's name")
+        return OpenModel(Artifact.open(folder))
+    if not lazy:
+        return OpenModel(Artifact.open(_snapshot(os.fspath(folder), revision, token, None)))
+    opened = LazyFolder.open(os.fspath(folder), revision, token, progress=progress)
+    return OpenModel(opened.artifact, None if opened.complete else opened, progress)
+
+
+def small_files(folder: Folder, revision: str | None, token: str | None) -> Path:
+    """The folder, or one in huggingface_hub's cache with everything of the repository but weights."""
+    if os.path.isdir(folder):
+        return Path(folder)
+    if not _is_repo(folder):
+        raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote, or owner/model")
+    return _snapshot(os.fspath(folder), revision, token, ["*.json", "tokenizer*", "*.txt", "chat_template*"])
+
+
+def _is_repo(folder: Folder) -> bool:
+    return not os.path.exists(folder) and is_repo_name(os.fspath(folder))
+
+
+def _snapshot(name: str, revision: str | None, token: str | None, patterns: list[str] | None) -> Path:
+    repo = HubRepo.open(name, revision, token)
+    if INDEX_NAME not in repo.files and not repo.offline:
+        raise FormatError(
+            f"{name} on the Hub has no {INDEX_NAME}: it was not made by moe-convert", f"moe-convert convert {name}"
+        )
+    return repo.snapshot(patterns, bars=True)
