@@ -23,11 +23,9 @@ def moe_convert(*args: str) -> str:
 def main() -> None:
     print(moe_convert("convert", str(SOURCE), "-o", str(OUT), "--recipe", "2bit", "--force"))
     print(moe_convert("verify", str(OUT), "--read-data"))
-    # Half of the experts have room in the cache.
-    cache = [
-        "--ram-cache",
-        str(4 * 8 * json.loads((OUT / "moe_index.json").read_text())["layers"][0]["experts"][0]["length"]),
-    ]
+    # Room for half of the experts, 4 in each of 8 layers, and for 2 on their way.
+    expert_bytes = json.loads((OUT / "moe_index.json").read_text())["layers"][0]["experts"][0]["length"]
+    cache = ["--ram-cache", str((4 * 8 + 2) * expert_bytes)]
     generated = json.loads(
         moe_convert("generate", str(OUT), "--prompt", PROMPT, "--max-new-tokens", "40", "--json", *cache)
     )
