@@ -66,9 +66,9 @@ class ExpertCache:
         self._experts = experts
         self._fetcher = Fetcher()
         self._lock = self._fetcher.lock
-        self._sides = _sides(reader, sizes, self.slots, aside)
+        sides = _sides(reader, sizes, self.slots, aside)
         self._layers = [
-            LayerSlots(layer, count, policy(), self._sides[sizes[layer]], reader, self._fetcher)
+            LayerSlots(layer, count, policy(), sides[sizes[layer]], reader, self._fetcher)
             for layer, count in enumerate(self.slots)
         ]
         self._slot_bytes = sum(count * size for count, size in zip(self.slots, sizes, strict=True))

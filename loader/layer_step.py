@@ -40,7 +40,7 @@ class LayerStep:
                 raise ValueError(f"expected dense {shape} of {attention.dtype}, got {tensor.shape} {tensor.dtype}")
         if layout.hidden != hidden:
             raise ValueError(f"experts for {layout.hidden} values, attention for {hidden}")
-        self.attention, self._weights, self._count = attention, weights, experts
+        self.attention, self._weights = attention, weights
         self._packings = layout.gate_up.name, layout.down.name
         ids = [library().moe_packing_id(name.encode()) for name in self._packings]
         self.structure = Layer(

@@ -74,8 +74,8 @@ class Lease:
         with self._lock:
             for entry in self._held:
                 # With fewer slots than experts, the last ones stay.
-                if self._slots.settle(entry, (entry.expert,)):
-                    self._slots.end(entry)
+                self._slots.keep(entry, (entry.expert,))
+                self._slots.end(entry)
             self._lock.notify_all()
 
 

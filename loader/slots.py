@@ -84,14 +84,11 @@ class LayerSlots:
         held = self._start(expert)
         return self._put_into_slot(held) if into_slot else self._put_aside(held)
 
-    def settle(self, held: Held, keep: Collection[int]) -> bool:
-        """After a use of what `take` gave: if it is one of `keep`, it stays in a slot, pinned; else the use ends."""
-        if not held.in_slot and held.pins == 1 and held.expert in keep and self._can_free(keep):
+    def keep(self, held: Held, keep: Collection[int]) -> None:
+        """Before a use of what `take` gave ends: one of `keep` that is aside comes into a slot, if one can be freed."""
+        # One whose read failed is nowhere any more.
+        if self.outside.get(held.expert) is held and held.pins == 1 and self._can_free(keep):
             self._move_in(held, keep)
-        if held.in_slot and held.expert in keep:
-            return True
-        self.end(held)
-        return False
 
     def end(self, held: Held) -> None:
         """Ends a use, the latest of its layer so far; what has no slot leaves with its last one."""
@@ -107,8 +104,7 @@ class LayerSlots:
             return True
         if self._aside.used >= self._aside.room:
             return False
-        held = self._put_aside(self._start(expert, guess=True))
-        held.guess = True
+        self._put_aside(self._start(expert, guess=True))
         self.count(guesses=1)
         return True
 
@@ -151,7 +147,7 @@ class LayerSlots:
     def _start(self, expert: int, guess: bool = False) -> Held:
         in_place = self._reader.in_place(self.layer, expert)
         buffer = None if in_place or self._aside.pool is None else self._aside.pool.take()
-        held = Held(expert, buffer)
+        held = Held(expert, buffer, guess=guess)
         load = self._reader.load(self.layer, expert, buffer)
         held.job = Job(load, not guess, partial(self._finished, held))
         if not guess:

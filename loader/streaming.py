@@ -29,7 +29,7 @@ def stream(
     `make_room` is called where nothing moves, with the lock held; `look_ahead` before the last part, when the disk has
     no more to do for this layer. Errors as `formats.reader.Load`.
     """
-    keep = frozenset(experts[-slots.slots :])
+    keep = frozenset(experts[max(0, len(experts) - slots.slots) :])
     todo, held = sorted(experts), dict[int, Held]()
     kept: list[Held] = []
     try:
@@ -58,8 +58,12 @@ def stream(
                 # What leaves first: it makes room for what stays.
                 for expert in sorted(part, key=keep.__contains__):
                     entry = held.pop(expert)
-                    if slots.settle(entry, keep):
+                    if expert in keep:
+                        slots.keep(entry, keep)
+                    if expert in keep and entry.in_slot:
                         kept.append(entry)
+                    else:
+                        slots.end(entry)
                 lock.notify_all()
     finally:
         with lock:

@@ -176,6 +176,17 @@ def test_a_failed_read_leaves_the_cache_usable():
         assert get(cache, 0, experts) == {e: e for e in experts}
 
 
+def test_a_failed_read_with_fewer_slots_than_experts_is_raised_as_it_is():
+    reader = SlowReader()
+    cache = ExpertCache(reader, 1, policy=LruPolicy)
+    get(cache, 0, [0, 1])
+    reader.fails = {(0, 3)}
+    with pytest.raises(DamageError, match="expert 3"):
+        get(cache, 0, [2, 3])
+    reader.fails = set()
+    assert get(cache, 0, [2, 3]) == {2: 2, 3: 3}
+
+
 def test_buffers_are_no_more_than_slots_and_those_aside():
     reader = SlowReader()
     cache = ExpertCache(reader, 2, aside=2, policy=LruPolicy)
