@@ -4,7 +4,7 @@ Each run is a process of its own in a memory control group (page cache included)
 what the rest of the process takes, with the folder's page cache dropped before. All three decode the same tokens from
 the same random prompt. Reported: tokens a second, bytes read from the disk per token, that over what the cache's
 misses alone take (1 without prefetch: what is more was guessed wrongly), the share of the time in which a read was
-under way, and the rate then over the disk's limit (direct reads of whole experts, in the same run).
+under way, and the rate then over the disk's limit (direct reads of whole experts for two seconds, in the same run).
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from end_to_end import Clock
+from memory_groups import memory_group
 
 import loader
 from formats.artifact import Artifact
-from formats.direct_reader import DirectReader
-from formats.reader import aligned_bytes
+from loader.machine import disk_bytes_per_s
 from loader.plan import PROCESS_BYTES
 
 MODES: dict[str, dict[str, Any]] = {
@@ -60,6 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     expert_bytes = sum(e.length for layer in artifact.index.layers for e in layer.experts)
     rest = artifact.index.trunk.size_bytes + PROCESS_BYTES
     runs: dict[str, dict[str, list[Any]]] = {}
+    limited = False
     for share in options.shares:
         found: dict[str, list[Any]] = {mode: [] for mode in options.modes}
         budget = int(share * expert_bytes)
@@ -67,16 +67,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for mode in options.modes:
                 drop_page_cache(options.folder)
                 with memory_group(budget + rest) as enter:
+                    limited = enter is not None
                     task = {"options": {"ram_cache": budget, **MODES[mode]}, "tokens": options.tokens}
                     found[mode].append(run(options.folder, {**task, "prompt": options.prompt}, enter))
         runs[f"{share:g}"] = found
-    drop_page_cache(options.folder)
+    files = [artifact.layer_path(layer) for layer in range(len(artifact.index.layers))]
     return {
         "folder": options.folder.name,
         "expert_bytes": expert_bytes,
         "rest_bytes": rest,
-        "limited": memory_is_limited(),
-        "disk_gb_s": disk_gb_s(artifact),
+        "limited": limited,
+        "disk_gb_s": disk_bytes_per_s(files, artifact.entry(0, 0).length, seconds=2.0) / 1e9,
         "runs": runs,
     }
 
@@ -85,13 +86,18 @@ def child(folder: Path, options: dict[str, Any], tokens: int, prompt: int) -> di
     """One run in this process: the prompt first, then the decoding that is measured."""
     model = loader.from_pretrained(folder, **options)
     ids = torch.randint(5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
-    clock = Clock(model)
+    begin: dict[str, Any] = {}
+
+    def begin_to_measure() -> None:
+        model.reset_moe_stats()
+        begin.update(s=time.perf_counter(), bytes=disk_bytes())
+
     with torch.inference_mode():
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens + 1, max_new_tokens=tokens + 1,
-            do_sample=False, pad_token_id=0, streamer=clock,
+            do_sample=False, pad_token_id=0, streamer=Clock(begin_to_measure),
         )  # fmt: skip
-    seconds, read = time.perf_counter() - clock.begin_s, disk_bytes() - clock.begin_bytes
+    seconds, read = time.perf_counter() - begin["s"], disk_bytes() - begin["bytes"]
     total = model.moe_stats()
     counted = total.total
     return {
@@ -108,24 +114,6 @@ def child(folder: Path, options: dict[str, Any], tokens: int, prompt: int) -> di
     }
 
 
-class Clock:
-    """A streamer that begins to measure when the prompt has been computed."""
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._calls = model, 0
-        self.begin_s, self.begin_bytes = 0.0, 0
-
-    def put(self, value: Any) -> None:
-        """Called with the prompt, then with each token."""
-        self._calls += 1
-        if self._calls == 2:
-            self._model.reset_moe_stats()
-            self.begin_s, self.begin_bytes = time.perf_counter(), disk_bytes()
-
-    def end(self) -> None:
-        """Called last."""
-
-
 def run(folder: Path, task: dict[str, Any], enter: Any) -> dict[str, Any]:
     """`child` in a process that has gone through `enter` first."""
     command = [sys.executable, __file__, os.fspath(folder), "--child", json.dumps(task)]
@@ -135,30 +123,6 @@ def run(folder: Path, task: dict[str, Any], enter: Any) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-_GROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-
-
-def memory_is_limited() -> bool:
-    """Whether this user may make memory control groups here."""
-    return any(os.access(root, os.W_OK) for root in _GROUPS)
-
-
-@contextmanager
-def memory_group(limit_bytes: int) -> Iterator[Any]:
-    """A control group with that much memory, page cache included: gives what a child calls to enter it."""
-    if not memory_is_limited():
-        yield None
-        return
-    old = os.access(_GROUPS[0], os.W_OK)
-    group = _GROUPS[0 if old else 1] / f"moe-offload-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(limit_bytes))
-        yield lambda: (group / ("tasks" if old else "cgroup.procs")).write_text(str(os.getpid()))
-    finally:
-        group.rmdir()
-
-
 def drop_page_cache(folder: Path) -> None:
     """Of the folder's files; needs no rights."""
     for file in folder.rglob("*.safetensors"):
@@ -166,18 +130,6 @@ def drop_page_cache(folder: Path) -> None:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-
-
-def disk_gb_s(artifact: Artifact, experts: int = 40) -> float:
-    """Direct reads of whole experts, one after the other."""
-    buffer = aligned_bytes(max(e.length for layer in artifact.index.layers for e in layer.experts))
-    places = [(e.layer, e.expert) for layer in artifact.index.layers for e in layer.experts][:experts]
-    with DirectReader(artifact) as reader:
-        begin_s = time.perf_counter()
-        for place in places:
-            reader.load(*place, buffer).step()
-        seconds = time.perf_counter() - begin_s
-    return sum(artifact.entry(*place).length for place in places) / seconds / 1e9
 
 
 def disk_bytes() -> int:

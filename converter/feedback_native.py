@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,33 +207,7 @@ def quantize_feedback_tiles(
 
 
 def quantize_feedback(
-    weight: Tensor,
-    packing: str,
-    out: Tensor,
-    factor: Tensor,
-    hessian: Tensor,
-    *,
-    damping: float = DAMPING,
-    stride_tiles: int = 1,
-    order: Tensor | None = None,
-    exact_gain: bool | None = None,
-    metric: GainMetric | None = None,
-    static: bool = False,
-    isa: str = "auto",
+    weight: Tensor, packing: str, out: Tensor, factor: Tensor, hessian: Tensor, **options: Any
 ) -> FeedbackError:
     """Quantizes a whole matrix into `out` on this thread; arguments and errors as in `quantize_feedback_tiles`."""
-    errors = quantize_feedback_tiles(
-        weight,
-        packing,
-        out,
-        factor,
-        hessian,
-        damping=damping,
-        stride_tiles=stride_tiles,
-        order=order,
-        exact_gain=exact_gain,
-        metric=metric,
-        static=static,
-        isa=isa,
-    )
-    return FeedbackError.total([errors])
+    return FeedbackError.total([quantize_feedback_tiles(weight, packing, out, factor, hessian, **options)])

@@ -48,7 +48,7 @@ class HubReader(DirectReader):
         self._reads, self._last_layer = 0, -1
         self._filling: Key | None = None
         self._fills, self._awaited, self._stopped = fill, False, False
-        self._writers = [os.open(self.artifact.layer_path(n), os.O_RDWR) for n in range(len(self._descriptors))]
+        self._writers = [os.open(self.artifact.layer_path(n), os.O_RDWR) for n in range(len(self._files))]
         self._thread = threading.Thread(target=self._work, name="moe-fill", daemon=True)
         self._thread.start()
 

@@ -1,6 +1,5 @@
 """How fast this machine reads its memory and a disk, measured within a second each."""
 
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from formats import ALIGNMENT_BYTES
+from formats.direct_file import DirectFile
 from formats.errors import MoeConvertError
 from formats.reader import aligned_bytes
 from loader import kernels
@@ -43,32 +43,15 @@ def disk_bytes_per_s(files: Sequence[Path], block_bytes: int, seconds: float = 1
         raise MoeConvertError(f"no file has {block_bytes} bytes to measure the disk with", "say how fast it is: --disk")
     # Neighbours may come from a cache of the disk's.
     random.Random(0).shuffle(places)
-    view = memoryview(aligned_bytes(block_bytes).numpy())  # type: ignore[arg-type]
-    done_bytes, begin_s, now_s = 0, time.perf_counter(), 0.0
-    for file, begin in places:
-        done_bytes += _read_past_cache(file, begin, view)
-        if (now_s := time.perf_counter()) - begin_s >= seconds:
-            break
+    view = aligned_bytes(block_bytes).numpy().data
+    opened = {file: DirectFile(file) for file in files}
+    try:
+        done_bytes, begin_s, now_s = 0, time.perf_counter(), 0.0
+        for file, begin in places:
+            done_bytes += opened[file].read(begin, view, 0, block_bytes)
+            if (now_s := time.perf_counter()) - begin_s >= seconds:
+                break
+    finally:
+        for direct in opened.values():
+            direct.close()
     return done_bytes / (now_s - begin_s)
-
-
-def _read_past_cache(file: Path, begin: int, view: memoryview) -> int:
-    """Reads [begin, begin + len(view)): with O_DIRECT, or where the file system has none, after the page cache has been
-    asked to forget."""
-    for flag in (getattr(os, "O_DIRECT", 0), 0):
-        try:
-            descriptor = os.open(file, os.O_RDONLY | flag)
-        except OSError:
-            if not flag:
-                raise
-            continue
-        try:
-            if not flag and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, begin, len(view), os.POSIX_FADV_DONTNEED)
-            return os.preadv(descriptor, [view], begin)
-        except OSError:
-            if not flag:
-                raise
-        finally:
-            os.close(descriptor)
-    raise AssertionError("the last turn returns or raises")

@@ -1,5 +1,8 @@
+import os
+
 import pytest
 
+from formats.direct_file import DirectFile
 from formats.errors import MoeConvertError
 from loader import machine
 
@@ -13,18 +16,23 @@ def test_each_block_of_all_files_is_read_at_most_once(tmp_path, monkeypatch):
     for file in files:
         file.write_bytes(bytes(5 * 4096 + 1))
     read = []
-    real = machine._read_past_cache
-    monkeypatch.setattr(machine, "_read_past_cache", lambda *place: read.append(place[:2]) or real(*place))
+    real = DirectFile.read
+
+    def noted(self, offset, *place):
+        read.append((self.path, offset))
+        return real(self, offset, *place)
+
+    monkeypatch.setattr(DirectFile, "read", noted)
     # Blocks of whole pages: two in each file.
     assert machine.disk_bytes_per_s(files, 5000, seconds=60) > 0
     assert sorted(read) == [(file, begin) for file in files for begin in (0, 8192)]
 
 
 def test_a_block_is_read_without_direct_reads_too(tmp_path, monkeypatch):
-    monkeypatch.delattr(machine.os, "O_DIRECT", raising=False)
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
     (tmp_path / "a").write_bytes(bytes(4096) + b"x" * 4096)
     view = memoryview(bytearray(4096))
-    assert machine._read_past_cache(tmp_path / "a", 4096, view) == 4096
+    assert DirectFile(tmp_path / "a").read(4096, view, 0, 4096) == 4096
     assert bytes(view) == b"x" * 4096
 
 

@@ -18,7 +18,7 @@ VERSIONS = (
 def memory_group(limit_bytes: int) -> Iterator[Callable[[], None] | None]:
     """Gives what a child process calls to enter a group of that much memory; None where none can be made."""
     for parent, limit, processes in VERSIONS:
-        group = parent / f"moe-test-{uuid4().hex[:8]}"
+        group = parent / f"moe-{uuid4().hex[:8]}"
         try:
             group.mkdir()
         except OSError:
