@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from converter.cli import shared_options
 from converter.cli.output import Output, gigabytes, output_options, table
 from formats.errors import DoesNotFitError
 
@@ -76,8 +77,8 @@ _OF_RECIPE = (
     show_default=True,
     help="Compress each expert; saves a few per cent, for archives and slow links.",
 )
-@click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
-@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@shared_options.revision
+@shared_options.token
 @click.option(
     "--max-disk",
     metavar="SIZE",

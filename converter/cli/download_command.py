@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from converter.cli import shared_options
 from converter.cli.output import Output, gigabytes, output_options
 
 
@@ -18,7 +19,7 @@ from converter.cli.output import Output, gigabytes, output_options
 @click.option(
     "--include", multiple=True, metavar="PATTERN", help="Only files that match, such as '*.json'; repeatable."
 )
-@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@shared_options.token
 @output_options
 def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output: Output, **options: Any) -> None:
     """Fetch the converted model OWNER/MODEL from the Hub, and check every byte of it.

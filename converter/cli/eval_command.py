@@ -6,6 +6,7 @@ from typing import Any
 import click
 import msgspec
 
+from converter.cli import shared_options
 from converter.cli.output import Output, output_options, table
 from formats.quality import Evaluation
 
@@ -36,20 +37,12 @@ Examples:
     "--task-folder", type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="More task definitions (YAML; they may run Python code from there).",
 )  # fmt: skip
-@click.option(
-    "--window", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a window, BOS included."
-)
+@shared_options.window
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time.")
 @click.option("--max-windows", type=click.IntRange(min=1), help="Only the first windows of each text.")
-@click.option("--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB.")
-@click.option(
-    "--io",
-    type=click.Choice(["auto", "mmap", "direct"]),
-    default="auto",
-    show_default=True,
-    help="How experts come in.",
-)
-@click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
+@shared_options.ram_cache
+@shared_options.io
+@shared_options.kernels
 @output_options
 def command(
     path: Path,

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from converter.cli import shared_options
 from converter.cli.generation_stats import Clock, stats_table, with_shares
 from converter.cli.output import Output, gigabytes, output_options
 from formats.errors import MoeConvertError
@@ -28,14 +29,8 @@ Examples:
     "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the tokens with this total probability."
 )
 @click.option("--seed", type=int, help="Seed of the sampling.")
-@click.option("--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB.")
-@click.option(
-    "--io",
-    type=click.Choice(["auto", "mmap", "direct"]),
-    default="auto",
-    show_default=True,
-    help="How to read experts.",
-)
+@shared_options.ram_cache
+@shared_options.io
 @click.option(
     "--policy", type=click.Choice(["lrfu", "lru", "lfu"]), default="lrfu", show_default=True,
     help="Which expert leaves a full layer.",
@@ -53,10 +48,10 @@ Examples:
     "--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Divide --ram-cache among the layers as this routing trace would have read least, instead of evenly.",
 )  # fmt: skip
-@click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
+@shared_options.kernels
 @click.option("--lazy", is_flag=True, help="Of a Hub repository: begin before all experts are there.")
-@click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
-@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@shared_options.revision
+@shared_options.token
 @click.option("--stats", is_flag=True, help="Show cache hits, guesses, bytes read, waits and speed on stderr.")
 @output_options
 def command(

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from converter.cli import shared_options
 from converter.cli.output import Output, gigabytes, output_options, table
 
 
@@ -17,8 +18,8 @@ from converter.cli.output import Output, gigabytes, output_options, table
 @click.option(
     "--experts", "show_experts", is_flag=True, help="List every expert: file, offset, length, packings, sha256."
 )
-@click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
-@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@shared_options.revision
+@shared_options.token
 @output_options
 def command(path: Path, show_experts: bool, revision: str | None, token: str | None, output: Output) -> None:
     """Show what the converted folder or Hub repository PATH holds, from its index and headers; no weights are read.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converter.cli import shared_options
 from converter.cli.output import Output, output_options
 from converter.cli.plan_sources import open_source
 from converter.cli.plan_tables import text_of
@@ -52,8 +53,8 @@ Exit code 4: not even the least fits; the message says how much is needed. GPU m
 @click.option(
     "--recipe", "recipe_name", default="2bit", show_default=True, help="For a checkpoint that is not converted yet."
 )
-@click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
-@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@shared_options.revision
+@shared_options.token
 @click.option("--verify", is_flag=True, help="Decode 32 tokens with each budget, and compare.")
 @output_options
 def command(path: Path, ram: str | None, output: Output, **options: Any) -> None:

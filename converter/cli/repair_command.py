@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from converter.cli import shared_options
 from converter.cli.output import Output, output_options
 
 
@@ -20,7 +21,7 @@ from converter.cli.output import Output, output_options
 @click.option("--index", "index_too", is_flag=True, help="Write the index again from the files' headers and hashes.")
 @click.option("--calibration-file", type=click.Path(path_type=Path), help="The text, if the recipe's was one of yours.")
 @click.option("--revision", help="Branch, tag or commit of OWNER/MODEL [default: main, or what was converted].")
-@click.option("--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].")
+@shared_options.token
 @output_options
 def command(
     path: Path, origin: str | None, index_too: bool, calibration_file: Path | None, output: Output, **remote: str | None

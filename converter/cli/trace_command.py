@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from converter import __version__
+from converter.cli import shared_options
 from converter.cli.output import Output, gigabytes, output_options
 
 _FILES = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -23,16 +24,14 @@ Examples:
 @click.option("--text", "texts", type=_FILES, multiple=True, help="A UTF-8 text; give the option again for more.")
 @click.option("--prompts", type=_FILES, multiple=True, help="A UTF-8 file with one prompt a line, in place of --text.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The trace to write.")
-@click.option(
-    "--window", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a window, BOS included."
-)
+@shared_options.window
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Of each text, in whole windows, at least one.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Greedy, after each prompt."
 )
-@click.option("--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB.")
-@click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
+@shared_options.ram_cache
+@shared_options.kernels
 @output_options
 def command(
     path: Path,

@@ -1,0 +1,22 @@
+"""Options that several commands have, each said once."""
+
+import click
+
+revision = click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
+token = click.option(
+    "--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN]."
+)
+ram_cache = click.option(
+    "--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB."
+)
+io = click.option(
+    "--io",
+    type=click.Choice(["auto", "mmap", "direct"]),
+    default="auto",
+    show_default=True,
+    help="How to read experts.",
+)
+kernels = click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
+window = click.option(
+    "--window", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a window, BOS included."
+)
