@@ -23,6 +23,16 @@ def example_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint of three layers in two shards. Tests only read it."""
+    from make_checkpoint import SHAPES, make_checkpoint
+
+    folder = tmp_path_factory.mktemp("source") / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 3, shards=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Recipe name -> folder of the converted example. Tests only read it."""
     from converter.convert import convert_checkpoint

@@ -32,13 +32,6 @@ def reference_solver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "mini"
-    make_checkpoint(folder, SHAPES["mini"], 3, shards=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrated_solvers, "NativeFeedback", calibrated_solvers.ReferenceFeedback)

@@ -1,15 +1,16 @@
 """Conversions whose bits differ by layer: the same bytes by every way, the choice recorded, sizes those of files."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hub_server import HubServer
-from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from test_converter_convert import Interruption, hashes, interrupted
+from torch import Tensor
 
 from converter.bit_rules import rules_of
 from converter.bit_sensitivity import BitSensitivity
@@ -25,13 +26,6 @@ RULES = "1=3bit,2:0,2/down=4bit"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "mini"
-    make_checkpoint(folder, SHAPES["mini"], 3, shards=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("reference") / "out"
     to_target(source, out)
@@ -41,6 +35,18 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def to_target(source: Path | HubModel, out: Path, target: float = 10.0, **options: Any) -> Converted:
     recipe = make_recipe(target_bpw=target, solver="feedback", calibrate="random", calibration_tokens=1024)
     return convert_checkpoint(source, out, recipe, ConvertOptions(**options))
+
+
+def with_changed_tensors(source: Path, folder: Path, change: Callable[[str, Tensor], Tensor]) -> Path:
+    """A copy of a checkpoint, each tensor as `change` (of its name and itself) gives it."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix == ".safetensors":
+            tensors = {name: change(name, tensor) for name, tensor in load_file(file).items()}
+            save_file(tensors, folder / file.name, {"format": "pt"})
+        else:
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
 def by_rules(source: Path, out: Path, rules: str = RULES, **options: Any) -> Converted:
@@ -147,33 +153,22 @@ def test_another_target_is_another_conversion(source: Path, tmp_path: Path) -> N
 
 def test_the_layer_whose_error_is_largest_gets_the_bits(source: Path, tmp_path: Path) -> None:
     """Its output is what is added to a stream that the others hardly change."""
-    loud = tmp_path / "loud"
-    loud.mkdir()
-    for file in source.iterdir():
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-            for name, tensor in tensors.items():
-                if name.endswith(".w2.weight") and ".layers.1." not in name:
-                    tensors[name] = tensor * 2.0**-10
-            save_file(tensors, loud / file.name, {"format": "pt"})
-        else:
-            (loud / file.name).write_bytes(file.read_bytes())
+    loud = with_changed_tensors(
+        source,
+        tmp_path / "loud",
+        lambda name, tensor: tensor * 2.0**-10 if name.endswith(".w2.weight") and ".layers.1." not in name else tensor,
+    )
     rules = rules_in(to_target(loud, tmp_path / "out").recipe)
     assert {rule.partition("/")[0] for rule in rules} == {"1"}
 
 
 def test_activations_that_are_nan_name_the_layer(source: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in source.iterdir():
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-            for name, tensor in tensors.items():
-                if name == "model.layers.1.post_attention_layernorm.weight":
-                    tensors[name] = torch.full_like(tensor, float("inf"))
-            save_file(tensors, broken / file.name, {"format": "pt"})
-        else:
-            (broken / file.name).write_bytes(file.read_bytes())
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    broken = with_changed_tensors(
+        source,
+        tmp_path / "broken",
+        lambda name, tensor: torch.full_like(tensor, float("inf")) if name == norm else tensor,
+    )
     with pytest.raises(SourceError, match=r"layer 1: .*infinite or NaN"):
         to_target(broken, tmp_path / "out")
 
