@@ -1,0 +1,137 @@
+"""Compiles the kernels for a GPU with NVRTC, which torch's CUDA wheels bring: no compiler, no CUDA toolkit needed."""
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from formats.errors import MoeConvertError
+
+KERNELS = Path(__file__).parent / "kernels"
+_MAIN = "moe_kernels.cu"
+OPTIONS = ("--std=c++17", "--fmad=false")
+"""Without --fmad=false a product and a sum would become one fma, and the bits would not be the CPU's."""
+
+
+def compile_kernels(arch: str, cache: Path | None = None) -> bytes:
+    """The kernels' cubin for `arch`, such as "sm_86". In `cache`, a folder, it is kept for the next time.
+
+    MoeConvertError if NVRTC is not there, does not know `arch`, or refuses the source (with its log).
+    """
+    nvrtc = _library()
+    sources = {path.name: path.read_bytes() for path in sorted(KERNELS.iterdir())}
+    key = hashlib.sha256(repr((arch, OPTIONS, _version(nvrtc), sources)).encode()).hexdigest()
+    kept = cache / f"kernels-{arch}-{key[:32]}.cubin" if cache else None
+    if kept and (found := _read_kept(kept)):
+        return found
+    cubin = _compile(nvrtc, sources, arch)
+    if kept:
+        _keep(kept, cubin)
+    return cubin
+
+
+def is_available() -> bool:
+    """Whether NVRTC is there."""
+    try:
+        _library()
+    except MoeConvertError:
+        return False
+    return True
+
+
+def _compile(nvrtc: ctypes.CDLL, sources: dict[str, bytes], arch: str) -> bytes:
+    headers = {name: text for name, text in sources.items() if name != _MAIN}
+    strings = ctypes.c_char_p * len(headers)
+    program = ctypes.c_void_p()
+    _check(
+        nvrtc,
+        nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program), sources[_MAIN], _MAIN.encode(), len(headers), strings(*headers.values()),
+            strings(*(name.encode() for name in headers)),
+        ),
+        "nvrtcCreateProgram",
+    )  # fmt: skip
+    try:
+        options = [f"--gpu-architecture={arch}".encode(), *(option.encode() for option in OPTIONS)]
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        if failed:
+            log = _bytes(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+            raise MoeConvertError(f"NVRTC cannot compile the kernels for {arch}: {log[:4000]}", "use device='cpu'")
+        return _bytes(nvrtc, program, "CUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _bytes(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)), what)
+    room = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, room), what)
+    return room.raw
+
+
+def _check(nvrtc: ctypes.CDLL, error: int, what: str) -> None:
+    if error:
+        raise MoeConvertError(f"{what}: {nvrtc.nvrtcGetErrorString(error).decode()}", "use device='cpu'")
+
+
+def _version(nvrtc: ctypes.CDLL) -> tuple[int, int]:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
+    return major.value, minor.value
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    tried = []
+    for name in _candidates():
+        try:
+            nvrtc = ctypes.CDLL(name)
+        except OSError as e:
+            tried.append(str(e))
+            continue
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        for function in ("nvrtcGetProgramLogSize", "nvrtcGetProgramLog", "nvrtcGetCUBINSize", "nvrtcGetCUBIN"):
+            getattr(nvrtc, function).argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        nvrtc.nvrtcCompileProgram.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+        return nvrtc
+    raise MoeConvertError(
+        f"NVRTC, which compiles the GPU kernels, is not here: {'; '.join(tried[:3])}",
+        "install torch from a CUDA wheel, or nvidia-cuda-nvrtc of torch's CUDA version",
+    )
+
+
+def _candidates() -> list[str]:
+    """Files and names to try: what torch's wheels brought first, of torch's CUDA version before others."""
+    found: list[str] = []
+    for package in importlib.metadata.distributions():
+        if (package.metadata["Name"] or "").startswith("nvidia-cuda-nvrtc"):
+            found += [str(package.locate_file(f)) for f in package.files or () if f.name.startswith("libnvrtc.so")]
+    major = (torch.version.cuda or "").split(".")[0]
+    found.sort(key=lambda name: not (major and name.endswith(f".so.{major}")))
+    return [*found, *([f"libnvrtc.so.{major}"] if major else []), "libnvrtc.so"]
+
+
+def _read_kept(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, cubin = content[:32], content[32:]
+    return cubin if hashlib.sha256(cubin).digest() == digest else None
+
+
+def _keep(path: Path, cubin: bytes) -> None:
+    """Best effort: a folder that cannot be written costs the next start some seconds."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(cubin).digest() + cubin)
+        os.replace(file.name, path)
+    except OSError:
+        return
