@@ -1,9 +1,9 @@
 """Rules of a recipe that give layers, experts or projections other bits than the rest.
 
 As text: `0-3,28/down=3bit`, which is LAYERS[:EXPERTS][/PROJECTION]=BITS. Layers and experts are numbers and ranges
-(both ends included), or `*`; a projection is gate_up or down, both if none is named; bits are 2bit, 3bit, 4bit, or a
-packing by name. Several rules are separated by commas, and of several that fit, the last counts. A recipe has each as
-an option `rule.N`: the index needs no field for them.
+(both ends included), or `*`; a projection is gate_up or down, both if none is named; bits are 2bit, 3bit, 4bit, 16bit
+(as in the source), or a packing by name. Several rules are separated by commas, and of several that fit, the last
+counts. A recipe has each as an option `rule.N`: the index needs no field for them.
 """
 
 import re
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 
 from formats.errors import RecipeError
 from formats.index import Architecture, Option, Recipe
-from formats.packing import PACKINGS
+from formats.packing import ALL_PACKINGS
 
 BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
 """What so many bits are where no packing is named."""
+
+UNPACKED = "none"
+"""In place of a packing: stored as in the source."""
 
 PROJECTIONS = ("gate_up", "down")
 _OPTION = "rule."
@@ -23,13 +26,13 @@ _MOST_CHARACTERS = 512
 """Of a string in the index."""
 _NUMBERS = r"\*|\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?)*"
 _RULE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}))?(?:/(\w+))?=([\w-]+)", re.ASCII)
-_HINT = "such as 0-3/down=3bit: LAYERS[:EXPERTS][/gate_up or /down]=2bit, 3bit, 4bit or a packing"
+_HINT = "such as 0-3/down=3bit: LAYERS[:EXPERTS][/gate_up or /down]=2bit, 3bit, 4bit, 16bit or a packing"
 
 
 @dataclass(frozen=True)
 class BitRule:
-    """Which packing some projections have. layers, experts: pairs of first and last; none for all. text: as above,
-    with the packing's name."""
+    """Which packing (or UNPACKED) some projections have. layers, experts: pairs of first and last; none for all. text:
+    as above, with the packing's name."""
 
     layers: tuple[tuple[int, int], ...]
     experts: tuple[tuple[int, int], ...]
@@ -73,7 +76,10 @@ def rules_of(recipe: Recipe) -> list[BitRule]:
 
 
 def packings_by_expert(recipe: Recipe, architecture: Architecture) -> list[list[tuple[str, str]]]:
-    """(gate_up, down) of each expert of each layer. RecipeError for a rule about something that there is not."""
+    """(gate_up, down) of each expert of each layer, packings or UNPACKED.
+
+    RecipeError for a rule about something that there is not.
+    """
     rules = rules_of(recipe)
     layers, experts = architecture.num_hidden_layers, architecture.num_local_experts
     for rule in rules:
@@ -104,12 +110,14 @@ def as_ranges(numbers: Sequence[int]) -> str:
 
 def _rule(match: re.Match[str]) -> BitRule:
     layers, experts, projection, bits = match.groups()
-    packing = {f"{n}bit": name for n, name in BY_BITS.items()}.get(bits, bits)
-    if packing not in PACKINGS:
-        raise RecipeError(f"rule {match[0]}: {bits!r} is unknown; known are 2bit, 3bit, 4bit, {', '.join(PACKINGS)}")
+    named = {f"{n}bit": name for n, name in BY_BITS.items()} | {"16bit": UNPACKED}
+    known = (*named, *ALL_PACKINGS)
+    if bits not in known:
+        raise RecipeError(f"rule {match[0]}: {bits!r} is unknown; known are {', '.join(known)}")
+    packing = named.get(bits, bits)
     if projection not in (None, *PROJECTIONS):
         raise RecipeError(f"rule {match[0]}: projection {projection!r} is none of {', '.join(PROJECTIONS)}")
-    text = f"{match[0].rpartition('=')[0]}={packing}"
+    text = f"{match[0].rpartition('=')[0]}={bits if packing == UNPACKED else packing}"
     if len(text) > _MOST_CHARACTERS:
         raise RecipeError(f"rule {text[:60]}…: {len(text)} characters, at most {_MOST_CHARACTERS}", "make two of it")
     projections = (projection,) if projection else PROJECTIONS

@@ -29,7 +29,7 @@ from converter.solver import CalibratedSolver
 from converter.source import Checkpoint
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens
 from formats.errors import SourceError
-from formats.packing import TILE_ROWS, dequantize, packing_named, tiles_of, unpack
+from formats.packing import TILE_ROWS, tile_packing_named
 from formats.writer import write_file
 
 VERSION = 1
@@ -183,13 +183,13 @@ class BitSensitivity:
         """Some rows, quantized, float32."""
         if not len(rows):
             return rows.float()
-        packing = packing_named(name)
-        tiles = torch.empty(tiles_of(len(rows)), packing.tile_bytes(rows.shape[1]), dtype=torch.uint8)
+        packing = tile_packing_named(name)
+        tiles = torch.empty(packing.stored_shape(*rows.shape), dtype=torch.uint8)
         try:
             self._solver.solve_calibrated(rows.contiguous(), packing, tiles, statistics)
         except SingularStatisticsError:
             self._solver.solve(rows.contiguous(), packing, tiles)
-        return dequantize(unpack(tiles, packing, *rows.shape), packing.group_size)
+        return packing.weights(tiles, *rows.shape)
 
 
 def _statistics(x: Tensor, weights: Tensor) -> InputStatistics:

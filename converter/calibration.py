@@ -73,14 +73,17 @@ class CalibrationPass:
         self._layer: LayerStatistics | None = None
         self._head: InputStatistics | None = None
 
-    def prepare(self, layer: int) -> None:
-        """Gathers the statistics of `layer`, after passing through the layers before it where need be."""
+    def prepare(self, layer: int, *, gather: bool = True) -> None:
+        """Gathers the statistics of `layer`, after passing through the layers before it where need be.
+
+        Without `gather` it only goes through: nothing of the layer is quantized.
+        """
         if self._activations is None or self._position > layer:
             self._restore(layer)
         while self._position < layer:
             self._after = self._forward(self._position, gather=False)
             self._step()
-        self._after = self._forward(layer, gather=True)
+        self._after = self._forward(layer, gather=gather)
 
     def finish(self, layer: int) -> None:
         """Everything of `layer` is quantized: forgets its statistics and stores where the pass stands."""

@@ -97,13 +97,13 @@ def convert_checkpoint(
             if options.force or not options.resume:
                 folder.discard()
             if folder.complete:
-                calibrated = _calibration(checkpoint, recipe, options)
+                calibrated = _calibration(checkpoint, recipe, plan, options)
                 check_complete(folder.path, checkpoint, recipe, options.codec, calibrated, progress)
                 recipe = read_index(folder.path).recipe
                 return Converted("already complete", plan_output(checkpoint, recipe), checkpoint.n_bytes, {}, recipe)
             checkpoint.fetch_into(folder.path / SOURCE_FOLDER)
             with _one_torch_thread():
-                if TARGET in recipe.options and (tokens := _calibration(checkpoint, recipe, options)):
+                if TARGET in recipe.options and (tokens := _calibration(checkpoint, recipe, plan, options)):
                     recipe = with_chosen_bits(checkpoint, recipe, tokens, out, options.max_workers, progress)
                     plan = plan_output(checkpoint, recipe)
                 job = _Job(checkpoint, plan, recipe, folder.path, options, progress)
@@ -126,7 +126,7 @@ class _Job:
         self._checkpoint, self._plan, self._recipe = checkpoint, plan, recipe
         self._out, self._options, self._progress = out, options, progress or (lambda stage, done, total: None)
         self._solver = choose_solver(recipe.solver)
-        self._tokens = _calibration(checkpoint, recipe, options)
+        self._tokens = _calibration(checkpoint, recipe, plan, options)
         made_from = fingerprint(checkpoint, recipe, options.codec, self._solver, self._tokens)
         self._journal = Journal(out, made_from)
         self._pool = ThreadPoolExecutor(options.max_workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -231,8 +231,10 @@ class _Job:
                 if any(key == ("linear", "lm_head") for key, _, _ in rest):
                     passes.prepare_head()
                 self._run_todo(rest, writers)
+            elif of_layer > self._plan.last_quantized_layer:
+                self._run_todo(list(group), writers)
             else:
-                passes.prepare(of_layer)
+                passes.prepare(of_layer, gather=self._plan.quantizes(of_layer))
                 self._run_todo(list(group), writers)
                 passes.finish(of_layer)
 
@@ -328,7 +330,10 @@ class _Job:
                 self._record({"unit": "shard", "name": name, "sha256": self._shard_sha256[name]})
         trunk.finish()
         out, recipe = self._out, self._recipe
-        files = [write_config(self._checkpoint, recipe, out), *copy_files(self._checkpoint.folder, out)]
+        files = [
+            write_config(self._checkpoint, recipe, self._plan.format_version, out),
+            *copy_files(self._checkpoint.folder, out),
+        ]
         quality = write_quality(list(self._records.values()), out)
         index = assemble_index(
             self._checkpoint,
@@ -352,10 +357,12 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("unit", "module", "name", "layer", "expert") if name in record)
 
 
-def _calibration(checkpoint: Checkpoint, recipe: Recipe, options: ConvertOptions) -> CalibrationTokens | None:
-    """The tokens by which `recipe` calibrates, if it does."""
+def _calibration(
+    checkpoint: Checkpoint, recipe: Recipe, plan: OutputPlan, options: ConvertOptions
+) -> CalibrationTokens | None:
+    """The tokens by which `recipe` calibrates, if it does and there is something to."""
     kind, tokens = recipe.options.get("calibrate"), recipe.options.get("calibration_tokens")
-    if kind is None or not isinstance(tokens, int):
+    if kind is None or not isinstance(tokens, int) or plan.last_quantized_layer < 0:
         return None
     return calibration_tokens(checkpoint, str(kind), tokens, options.calibration_file)
 

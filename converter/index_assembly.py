@@ -9,7 +9,7 @@ from converter.identity import calibration_version
 from converter.sizes import OutputPlan
 from converter.solver import Solver
 from converter.source import Checkpoint
-from formats import TRUNK_NAME, WRITTEN_VERSION
+from formats import TRUNK_NAME
 from formats.expert import ExpertLayout
 from formats.index import CopiedFile, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk
 from formats.layer_file import layer_file_name
@@ -30,8 +30,6 @@ def assemble_index(
 ) -> Index:
     """`trunk` is finished; `layers` are the journal's records of the layer files, in order; `files` the copied ones."""
     layouts = plan.layouts
-    used = {p.name for layer in layouts for layout in layer for p in (layout.gate_up, layout.down)}
-    used |= {linear.packing for linear in plan.packed.values()}
     versions = {"solver": solver.version}
     if tokens:
         versions["calibration"] = calibration_version(tokens)
@@ -40,12 +38,12 @@ def assemble_index(
     shards = [Shard(name, size, shard_sha256[name]) for name, size in checkpoint.shards.items()]
     return Index(
         format="moe-convert",
-        format_version=WRITTEN_VERSION,
+        format_version=plan.format_version,
         producer=Producer("moe-convert", __version__, versions),
         source=Source(checkpoint.name, checkpoint.revision, shards),
         architecture=checkpoint.architecture,
         recipe=recipe,
-        packings=sorted(used),
+        packings=plan.packings,
         trunk=Trunk(
             file=TRUNK_NAME,
             size_bytes=trunk.size_bytes,

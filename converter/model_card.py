@@ -8,7 +8,7 @@ from pathlib import Path
 
 from formats.hub import is_repo_name
 from formats.index import Index, Recipe
-from formats.packing import packing_named
+from formats.packing import PACKINGS, tile_packing_named
 from formats.quality import Comparison, Quality, read_quality
 from formats.trunk import attention_linears, packable_linears, plain_tensors
 from formats.writer import write_file
@@ -49,13 +49,15 @@ def card_text(index: Index, quality: Quality | None, options: CardOptions) -> st
     entries = [entry for layer in index.layers for entry in layer.experts]
     gate_up, down = (" and ".join(sorted({getattr(e, name) for e in entries})) for name in ("gate_up", "down"))
     attention_text = f"quantized to {attention:.3f} bits" if attention else "as in the source"
+    quantized = any(name in PACKINGS for e in entries for name in (e.gate_up, e.down))
+    experts_text = f"quantized to {experts:.3f} bits a weight" if quantized else "as in the source"
     lines = [
         *_metadata(base, options),
         MARK,
         "",
         f"# {title}",
         "",
-        f"{link} with its experts quantized to {experts:.3f} bits a weight ({gate_up} for gate and up,"
+        f"{link} with its experts {experts_text} ({gate_up} for gate and up,"
         f" {down} for down) and its attention {attention_text}, in the expert-addressable format of"
         f" {index.producer.name}. It runs within the memory that there is: experts come from disk through a cache.",
         "",
@@ -120,7 +122,7 @@ def _bits(index: Index) -> tuple[float, float]:
         for name, shape in attention_linears(a).items()
         if name in index.trunk.packed
     }
-    n_bytes = sum(packing_named(packing).matrix_bytes(*shape) for shape, packing in packed.values())
+    n_bytes = sum(tile_packing_named(packing).matrix_bytes(*shape) for shape, packing in packed.values())
     return experts, 8 * n_bytes / max(1, sum(prod(shape) for shape, _ in packed.values()))
 
 

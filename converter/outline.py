@@ -17,10 +17,12 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Outline:
-    """Architecture, and the tensors that are not experts, in config.json's dtype (bfloat16 if it names none)."""
+    """Architecture, the tensors that are not experts, and the experts' dtype: config.json's (bfloat16 if it names none)
+    for all of them."""
 
     architecture: Architecture
     trunk: dict[str, Weight]
+    expert_dtypes: set[str]
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Outline":
@@ -33,7 +35,8 @@ class Outline:
             raise SourceError(f"{where}: dtype is {name!r}; read are {', '.join(_DTYPES)}")
         shapes: dict[str, tuple[int, ...]] = dict(plain_tensors(architecture))
         shapes |= {f"{module}.weight": shape for module, shape in packable_linears(architecture).items()}
-        return cls(architecture, {key: Weight(key, "", _DTYPES[name], shape, 0) for key, shape in shapes.items()})
+        dtype = _DTYPES[name]
+        return cls(architecture, {key: Weight(key, "", dtype, shape, 0) for key, shape in shapes.items()}, {dtype})
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,13 @@ from msgspec.structs import replace
 
 from converter import solver_native
 from converter.bit_budget import TARGET
-from converter.bit_rules import BY_BITS, parse_rules, rule_options, rules_of
+from converter.bit_rules import BY_BITS, UNPACKED, parse_rules, rule_options, rules_of
 from converter.calibration_text import DEFAULT_TOKENS, FEWEST_TOKENS, KINDS
 from converter.layer_statistics import DOWN_BLOCK
-from converter.solvers import SOLVERS
+from converter.solvers import NO_SOLVER, SOLVERS
 from formats.errors import RecipeError
 from formats.index import Option, Recipe
-from formats.packing import PACKINGS
-
-UNPACKED = "none"
-"""Attention or head stored as in the source."""
+from formats.packing import ALL_PACKINGS, PACKINGS
 
 DEFAULT_RECIPE = "2bit"
 CALIBRATED_SOLVER = "feedback"
@@ -38,6 +35,7 @@ RECIPES: dict[str, Recipe] = {
     name: Recipe(name, experts, experts, _ATTENTION, "hqq")
     for name, experts in {"paper-2bit": "tile32-q2-g16-s8", "paper-3bit": "tile32-q3-g64-s8"}.items()
 }
+RECIPES["16bit"] = Recipe("16bit", UNPACKED, UNPACKED, UNPACKED, NO_SOLVER, UNPACKED)
 
 _log = logging.getLogger(__name__)
 
@@ -60,10 +58,11 @@ def make_recipe(
 ) -> Recipe:
     """The named recipe with what the options change: expert bits and group size, or packings by name.
 
-    `attn_bits` and `head_bits` are 4, or 16 for as in the source. `calibrate` is a key of
+    `attn_bits` and `head_bits` are 4; these and `bits` may be 16, for as in the source. `calibrate` is a key of
     `converter.calibration_text.KINDS`; calibration and the solver feedback imply each other, where only the solver
     is given, the text is the builtin one, and without calibration the solver is refit (the paper's recipes keep hqq).
-    Where the native library is missing, a recipe that would calibrate by itself takes hqq. `rules` as
+    Where the native library is missing, a recipe that would calibrate by itself takes hqq; where all experts are as in
+    the source, none calibrates by itself, and where everything is, there is no solver. `rules` as
     converter/bit_rules.py has them; with `target_bpw` calibration chooses them. `down_width` is "full", or a multiple
     of 256: columns of down that make up for each other's errors. RecipeError names the option and what there is.
     """
@@ -74,34 +73,44 @@ def make_recipe(
     of_gate_up, of_down = (_experts_packing(bits, group_size, packing) for packing in own)
     attention = _trunk_packing("--attn-bits", attn_bits, base.attention)
     head = _trunk_packing("--head-bits", head_bits, base.head)
-    chosen_solver = solver or _solver(base.solver, calibrate, calibration_tokens)
-    if chosen_solver not in SOLVERS:
-        raise RecipeError(f"solver {chosen_solver!r} is unknown; known are {', '.join(SOLVERS)}")
-    options = _calibration_options(chosen_solver, calibrate, calibration_tokens)
-    options |= rule_options([rule for text in rules for rule in parse_rules(text)])
+    parsed = [rule for text in rules for rule in parse_rules(text)]
+    packings = gate_up or of_gate_up, down or of_down
+    for packing in packings:
+        if packing not in (UNPACKED, *ALL_PACKINGS):
+            raise RecipeError(f"packing {packing!r} is unknown; known are {', '.join(ALL_PACKINGS)}")
+    quantized = not PACKINGS.keys().isdisjoint((*packings, *(rule.packing for rule in parsed)))
+    if solver not in (None, NO_SOLVER, *SOLVERS):
+        raise RecipeError(f"solver {solver!r} is unknown; known are {', '.join(SOLVERS)}")
+    if calibrate not in (None, *KINDS):
+        raise RecipeError(f"--calibrate {calibrate}: known are {', '.join(KINDS)}")
+    options: dict[str, Option] = {}
+    if not quantized and attention == head == UNPACKED:
+        chosen_solver = NO_SOLVER
+    else:
+        chosen_solver = solver or _solver(base.solver, quantized, calibrate, calibration_tokens)
+        options = _calibration_options(chosen_solver, calibrate, calibration_tokens)
+    options |= rule_options(parsed)
     if target_bpw is not None:
-        options |= _target(target_bpw, chosen_solver, rules)
+        options |= _target(target_bpw, chosen_solver, rules, packings)
     if down_width is not None:
         options |= _down_width(down_width, chosen_solver)
-    chosen = Recipe(name, gate_up or of_gate_up, down or of_down, attention, chosen_solver, head, options)
-    for packing in (chosen.gate_up, chosen.down):
-        if packing not in PACKINGS:
-            raise RecipeError(f"packing {packing!r} is unknown; known are {', '.join(PACKINGS)}")
+    chosen = Recipe(name, *packings, attention, chosen_solver, head, options)
     return chosen if chosen == base else _named_by_contents(chosen)
 
 
-def _solver(default: str, calibrate: str | None, tokens: int | None) -> str:
-    """The solver where none is asked for."""
+def _solver(of_recipe: str, experts: bool, calibrate: str | None, tokens: int | None) -> str:
+    """The solver where none is asked for; experts: whether some are quantized."""
     if calibrate not in (None, "none"):
         return CALIBRATED_SOLVER
-    if default != CALIBRATED_SOLVER:
-        return default
+    if of_recipe not in (CALIBRATED_SOLVER, NO_SOLVER):
+        return of_recipe
     if calibrate == "none":
         return UNCALIBRATED_SOLVER
     if tokens is None and not solver_native.available():
         _say_once()
         return "hqq"
-    return default
+    # For attention alone the passes through all experts are not worth their time.
+    return CALIBRATED_SOLVER if experts or tokens is not None else UNCALIBRATED_SOLVER
 
 
 @functools.cache
@@ -115,8 +124,8 @@ def _say_once() -> None:
 
 def _calibration_options(solver: str, calibrate: str | None, tokens: int | None) -> dict[str, Option]:
     """What the recipe says about calibration; nothing where there is none."""
-    if calibrate is not None and calibrate not in KINDS:
-        raise RecipeError(f"--calibrate {calibrate}: known are {', '.join(KINDS)}")
+    if solver == NO_SOLVER:
+        raise RecipeError("the solver none quantizes nothing", "choose another, or 16 bits of everything")
     if solver != CALIBRATED_SOLVER:
         if calibrate not in (None, "none") or tokens is not None:
             raise RecipeError(f"the solver {solver} uses no calibration", f"--solver {CALIBRATED_SOLVER} does")
@@ -129,7 +138,9 @@ def _calibration_options(solver: str, calibrate: str | None, tokens: int | None)
     return {"calibrate": calibrate or "builtin", "calibration_tokens": tokens}
 
 
-def _target(bits: float, solver: str, rules: Sequence[str]) -> dict[str, Option]:
+def _target(bits: float, solver: str, rules: Sequence[str], packings: tuple[str, str]) -> dict[str, Option]:
+    if not PACKINGS.keys() >= set(packings):
+        raise RecipeError("target-bpw: gives more bits to layers of quantized experts, not to 16", "begin with 2bit")
     if not (math.isfinite(bits) and bits > 0):
         raise RecipeError(f"target-bpw {bits}: expected are bits a weight, such as 2.7")
     if rules:
@@ -160,11 +171,13 @@ def _trunk_packing(option: str, bits: int | None, default: str) -> str:
 def _experts_packing(bits: int | None, group_size: int | None, default: str) -> str:
     if bits is None and group_size is None:
         return default
-    bits = bits or PACKINGS[default].nbits
+    bits = bits or (16 if default == UNPACKED else PACKINGS[default].nbits)
+    if bits == 16 and group_size is None:
+        return UNPACKED
     fitting = [p for p in PACKINGS.values() if p.nbits == bits and group_size in (None, p.group_size)]
     if not fitting:
         known = ", ".join(f"{p.nbits} bits in groups of {p.group_size}" for p in PACKINGS.values())
-        raise RecipeError(f"no packing has {bits} bits in groups of {group_size}; there are {known}")
+        raise RecipeError(f"no packing has {bits} bits in groups of {group_size}; there are {known}, and 16 without")
     preferred = BY_BITS[bits]
     return preferred if any(p.name == preferred for p in fitting) else fitting[0].name
 

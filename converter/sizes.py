@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from converter.bit_budget import likely_bits
-from converter.bit_rules import packings_by_expert
+from converter.bit_rules import UNPACKED, packings_by_expert
 from converter.calibration import calibration_memory_bytes, down_width
-from converter.recipes import UNPACKED
+from converter.plain_rows import plain_packing_for
 from converter.solver import Solver
 from converter.source import Weight
 from formats import INDEX_NAME
@@ -17,7 +17,7 @@ from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
 from formats.index import Architecture, PackedLinear, Recipe
 from formats.layer_file import raw_entries
-from formats.packing import packing_named, tiles_of
+from formats.packing import PACKINGS, packing_named, tile_packing_named, version_of
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.trunk import attention_linears
 
@@ -42,6 +42,10 @@ class Sized(Protocol):
     def trunk(self) -> dict[str, Weight]:
         """Every tensor that is not an expert."""
 
+    @property
+    def expert_dtypes(self) -> set[str]:
+        """In what the experts are stored, as safetensors calls it."""
+
 
 @dataclass(frozen=True)
 class OutputPlan:
@@ -55,6 +59,28 @@ class OutputPlan:
     attention_bytes: int
     trunk_bytes: int
     layer_bytes: list[int]
+
+    @property
+    def packings(self) -> list[str]:
+        """All that entries of the index use, ascending, each once."""
+        used = {p.name for layer in self.layouts for layout in layer for p in (layout.gate_up, layout.down)}
+        return sorted(used | {linear.packing for linear in self.packed.values()})
+
+    @property
+    def format_version(self) -> int:
+        """Of the folder."""
+        return version_of(packing_named(name) for name in self.packings)
+
+    @property
+    def last_quantized_layer(self) -> int:
+        """The last of which something is quantized, the number of layers if the head is; -1 if nothing is."""
+        n = len(self.layouts)
+        return n if "lm_head" in self.packed else max(filter(self.quantizes, range(n)), default=-1)
+
+    def quantizes(self, layer: int) -> bool:
+        """Whether something of `layer` is quantized."""
+        experts = (p.name in PACKINGS for layout in self.layouts[layer] for p in (layout.gate_up, layout.down))
+        return any(experts) or any(module.startswith(f"model.layers.{layer}.") for module in self.packed)
 
     @property
     def expert_bytes(self) -> int:
@@ -95,8 +121,9 @@ class OutputPlan:
 def plan_output(checkpoint: Sized, recipe: Recipe) -> OutputPlan:
     """The plan for `checkpoint` by `recipe`; where its rules of bits are not chosen yet, for likely ones."""
     a = checkpoint.architecture
+    stored = {UNPACKED: plain_packing_for(checkpoint.expert_dtypes)}
     layouts = [
-        [ExpertLayout.of(a, gate_up, down, "recipe") for gate_up, down in layer]
+        [ExpertLayout.of(a, stored.get(gate_up, gate_up), stored.get(down, down), "recipe") for gate_up, down in layer]
         for layer in packings_by_expert(likely_bits(recipe, a), a)
     ]
     linears = attention_linears(a)
@@ -153,8 +180,8 @@ def _trunk_entries(checkpoint: Sized, packed: dict[str, PackedLinear]) -> list[T
     """Packed matrices first, whose sizes are multiples of 128, then everything else, by dtype size and name."""
     shapes: list[tuple[str, str, tuple[int, ...]]] = []
     for module, linear in packed.items():
-        packing = packing_named(linear.packing)
-        shapes.append((f"{module}.packed", "U8", (tiles_of(linear.rows), packing.tile_bytes(linear.columns))))
+        packing = tile_packing_named(linear.packing)
+        shapes.append((f"{module}.packed", packing.dtype, packing.stored_shape(linear.rows, linear.columns)))
     rest = [
         (name, weight.dtype, weight.shape)
         for name, weight in checkpoint.trunk.items()

@@ -12,7 +12,7 @@ from torch import Tensor
 from converter.solver import NonFiniteWeightsError, SquaredError
 from formats.errors import MoeConvertError, SourceError
 from formats.libraries import library_paths
-from formats.packing import PACKINGS, Packing, packing_named, tiles_of
+from formats.packing import PACKINGS, Packing, tile_packing_named, tiles_of
 
 LIBRARY = "libmoe_solver.so"
 ABI = 3  # moe_solver_abi() of converter/native/solver.cpp
@@ -160,7 +160,7 @@ def check_place(
     weight: Tensor, packing: str, out: Tensor, tile_begin: int, tile_end: int | None, stride_tiles: int
 ) -> TilePlace:
     """The place, or ValueError as `quantize_tiles` says."""
-    layout = packing_named(packing)
+    layout = tile_packing_named(packing)
     _check_weight(weight)
     rows, columns = weight.shape
     tile_bytes = layout.tile_bytes(columns)

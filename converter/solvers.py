@@ -4,7 +4,11 @@ import functools
 import logging
 
 from converter import solver_native
+from converter.plain_rows import NoSolver
 from converter.solver import Solver
+
+NO_SOLVER = "none"
+"""Of recipes that quantize nothing."""
 
 SOLVERS = {
     "hqq": "HQQ without calibration, natively where the library is built, else by the hqq package",
@@ -22,7 +26,9 @@ def _warn_once() -> None:
 
 
 def choose_solver(name: str) -> Solver:
-    """The solver that a recipe calls `name` (a key of SOLVERS), as it can run here."""
+    """The solver that a recipe calls `name` (a key of SOLVERS, or NO_SOLVER), as it can run here."""
+    if name == NO_SOLVER:
+        return NoSolver()
     if name in ("refit", "feedback"):
         from converter import calibrated_solvers as solvers
 

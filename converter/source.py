@@ -125,6 +125,11 @@ class Checkpoint:
         self._shards.done(key)
 
     @property
+    def expert_dtypes(self) -> set[str]:
+        """In what the experts are stored, as safetensors calls it."""
+        return {weight.dtype for weight in self.experts.values()}
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of all weights that a conversion reads."""
         return sum(w.n_bytes for w in (*self.experts.values(), *self.trunk.values()))

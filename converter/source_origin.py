@@ -43,7 +43,7 @@ class SourceOrigin(Origin):
         self._prepared = -1
         self._threads = torch.get_num_threads()
         kind, tokens = (index.recipe.options.get(name) for name in ("calibrate", "calibration_tokens"))
-        if kind is not None and isinstance(tokens, int):
+        if kind is not None and isinstance(tokens, int) and self._plan.last_quantized_layer >= 0:
             drawn = calibration_tokens(self._checkpoint, str(kind), tokens, calibration_file)
             scratch = Path(self._scratch.name)
             width = down_width(index.recipe, self._checkpoint.architecture)
@@ -109,7 +109,7 @@ class SourceOrigin(Origin):
         raise self._other(TRUNK_NAME, found, sha256)
 
     def _prepare(self, layer: int) -> None:
-        if self._worker.calibration and self._prepared != layer:
+        if self._worker.calibration and self._prepared != layer and self._plan.quantizes(layer):
             self._worker.calibration.prepare(layer)
             self._prepared = layer
 

@@ -13,13 +13,15 @@ from converter.calibration import CalibrationPass
 from converter.down_correction import DownCorrection
 from converter.feedback_reference import SingularStatisticsError
 from converter.names import ExpertTensor
+from converter.plain_rows import store_rows
 from converter.shards import Stopped
 from converter.sizes import OutputPlan, chunk_rows
 from converter.solver import CalibratedSolver, NonFiniteWeightsError, Solver, SquaredError
 from converter.source import Checkpoint, Weight
 from converter.statistics import InputStatistics
 from formats.expert import split
-from formats.packing import TILE_ROWS, Packing, dequantize, packing_named, tiles_of, unpack
+from formats.packing import AnyPacking, Packing, tile_packing_named
+from formats.plain_packing import PlainPacking
 from formats.writer import LayerWriter, PlacedFile
 
 PROJECTIONS = ("gate", "up", "down")
@@ -51,25 +53,29 @@ class Worker:
         self._stop = stop
 
     def expert(self, writer: LayerWriter, layer: int, expert: int) -> dict[str, Any]:
-        """Quantizes an expert and writes it durably."""
+        """Quantizes an expert, or copies what stays as it is, and writes it durably."""
         layout = self._plan.layouts[layer][expert]
         blob = torch.empty(layout.n_bytes, dtype=torch.uint8)
         errors, fallback, found = {}, [], {}
         statistics: InputStatistics | None = None
         correction: DownCorrection | None = None
-        gate_tiles, up_tiles, down_tiles = split(layout, blob)
-        if self.calibration:
+        gate_stored, up_stored, down_stored = split(layout, blob)
+        if self.calibration and isinstance(layout.gate_up, Packing):
             self._check_stop()
             statistics, found["calibration_tokens"] = self.calibration.layer.of_gate_up(expert)
-        for projection, tiles in zip(PROJECTIONS, (gate_tiles, up_tiles, down_tiles), strict=True):
+        for projection, stored in zip(PROJECTIONS, (gate_stored, up_stored, down_stored), strict=True):
             weight = self._checkpoint.experts[ExpertTensor(layer, expert, projection)]
             packing = layout.down if projection == "down" else layout.gate_up
+            if isinstance(packing, PlainPacking):
+                error = self._in_chunks(weight, packing, stored, store_rows)
+                errors[projection] = [error.error, error.total]
+                continue
             if projection == "down" and self.calibration:
                 self._check_stop()
                 hidden = weight.shape[0]
-                gate, up = (partial(_rows, t, layout.gate_up, hidden) for t in (gate_tiles, up_tiles))
+                gate, up = (partial(_rows, t, layout.gate_up, hidden) for t in (gate_stored, up_stored))
                 statistics, correction = self.calibration.layer.of_down(expert, gate, up)
-            error, calibrated = self._quantize(weight, packing, tiles, statistics, correction)
+            error, calibrated = self._quantize(weight, packing, stored, statistics, correction)
             errors[projection] = [error.error, error.total]
             if statistics and not calibrated:
                 fallback.append(projection)
@@ -80,9 +86,8 @@ class Worker:
     def linear(self, trunk: PlacedFile, module: str) -> dict[str, Any]:
         """Quantizes a matrix of the trunk and writes it durably."""
         linear = self._plan.packed[module]
-        packing = packing_named(linear.packing)
-        tiles = torch.empty(packing.matrix_bytes(linear.rows, linear.columns), dtype=torch.uint8)
-        tiles = tiles.view(-1, packing.tile_bytes(linear.columns))
+        packing = tile_packing_named(linear.packing)
+        tiles = torch.empty(packing.stored_shape(linear.rows, linear.columns), dtype=torch.uint8)
         statistics = self.calibration.linear(module) if self.calibration else None
         weight = self._checkpoint.trunk[f"{module}.weight"]
         error, calibrated = self._quantize(weight, packing, tiles, statistics)
@@ -130,7 +135,7 @@ class Worker:
         return self._in_chunks(weight, packing, tiles, self._solver.solve), False
 
     def _in_chunks(
-        self, weight: Weight, packing: Packing, tiles: torch.Tensor, solve: Callable[..., SquaredError]
+        self, weight: Weight, packing: AnyPacking, stored: torch.Tensor, solve: Callable[..., SquaredError]
     ) -> SquaredError:
         rows, columns = weight.shape
         step = chunk_rows(columns)
@@ -138,9 +143,8 @@ class Worker:
         for begin in range(0, rows, step):
             self._check_stop()
             block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
-            first, n_tiles = begin // TILE_ROWS, tiles_of(len(block))
             try:
-                total += solve(block, packing, tiles[first : first + n_tiles])
+                total += solve(block, packing, _part(stored, packing, begin, begin + len(block)))
             except NonFiniteWeightsError:
                 self._checkpoint.check_finite(weight, begin, block)
                 raise
@@ -151,7 +155,11 @@ class Worker:
             raise Stopped
 
 
-def _rows(tiles: torch.Tensor, packing: Packing, columns: int, begin: int, end: int) -> torch.Tensor:
-    """Rows begin..end (exclusive; begin a multiple of 32) of packed tiles, float32 [rows, columns]."""
-    some = tiles[begin // TILE_ROWS : tiles_of(end)].contiguous()
-    return dequantize(unpack(some, packing, end - begin, columns), packing.group_size)
+def _rows(stored: torch.Tensor, packing: AnyPacking, columns: int, begin: int, end: int) -> torch.Tensor:
+    """Rows begin..end (exclusive; begin a multiple of 32) of a stored matrix, float32 [rows, columns]."""
+    return packing.weights(_part(stored, packing, begin, end).contiguous(), end - begin, columns)
+
+
+def _part(stored: torch.Tensor, packing: AnyPacking, begin: int, end: int) -> torch.Tensor:
+    """What holds the matrix's rows begin..end (exclusive; begin a multiple of 32)."""
+    return stored[begin // packing.rows_each : -(-end // packing.rows_each)]

@@ -1,9 +1,9 @@
 """The expert-addressable format of moe-convert: packings, files, index, checks (docs/format.md)."""
 
 OLDEST_READABLE_VERSION = 1
-NEWEST_READABLE_VERSION = 1
-WRITTEN_VERSION = 1
-"""Format versions: what this release reads (oldest to newest, inclusive) and what it writes."""
+NEWEST_READABLE_VERSION = 2
+"""Format versions that this release reads. It writes the lowest that has all that a folder uses
+(`formats.packing.version_of`)."""
 
 INDEX_NAME = "moe_index.json"
 TRUNK_NAME = "trunk.safetensors"

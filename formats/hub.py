@@ -31,8 +31,8 @@ def is_offline() -> bool:
     return bool(constants.is_offline_mode())
 
 
-def lazy_root() -> Path:
-    """Where models are kept of which a part is there: beside huggingface_hub's cache, HF_HOME/moe-convert."""
+def kept_root() -> Path:
+    """Where we keep things (models of which a part is there): HF_HOME/moe-convert, beside huggingface_hub's cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME, "moe-convert")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from formats import INDEX_NAME, NEWEST_READABLE_VERSION, OLDEST_READABLE_VERSION, WRITTEN_VERSION
+from formats import INDEX_NAME, NEWEST_READABLE_VERSION, OLDEST_READABLE_VERSION
 from formats.errors import FormatError, VersionError
 from formats.paths import read_small
 from formats.strict_json import parse, typed
@@ -88,7 +88,7 @@ class Producer(_Part, frozen=True):
 
 
 class Recipe(_Part, frozen=True):
-    """How the weights were quantized. `attention` and `head` are packings or "none" (as in the source)."""
+    """How the weights were quantized. What has no packing but "none" is as in the source."""
 
     name: Label
     gate_up: Label
@@ -188,6 +188,6 @@ def check_version(version: Any, where: str) -> None:
         newer = version > NEWEST_READABLE_VERSION
         raise VersionError(
             f"{where}: format_version is {version}; this release reads {OLDEST_READABLE_VERSION}"
-            f" to {NEWEST_READABLE_VERSION} and writes {WRITTEN_VERSION}",
+            f" to {NEWEST_READABLE_VERSION}",
             "update moe-convert" if newer else "convert the source again",
         )

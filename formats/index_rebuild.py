@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from formats import ALIGNMENT_BYTES, INDEX_NAME, TRUNK_NAME, WRITTEN_VERSION
+from formats import ALIGNMENT_BYTES, INDEX_NAME, TRUNK_NAME
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError
 from formats.expert import ExpertLayout
@@ -36,7 +36,7 @@ from formats.layer_file import (
     raw_entries,
     zstd_entries,
 )
-from formats.packing import PACKINGS, tiles_of
+from formats.packing import PACKINGS, packing_named, version_of
 from formats.paths import locate, open_regular, read_small
 from formats.safetensors_header import Header, TensorEntry, build_header, read_header
 from formats.strict_json import dump, parse, typed
@@ -64,7 +64,7 @@ def rebuild_index(folder: Path) -> Index:
     used |= {linear.packing for linear in trunk.packed.values()}
     index = Index(
         format="moe-convert",
-        format_version=WRITTEN_VERSION,
+        format_version=version_of(map(packing_named, used)),
         architecture=architecture,
         packings=sorted(used),
         trunk=trunk,
@@ -176,7 +176,7 @@ def _trunk(folder: Path, architecture: Architecture, old: dict[str, Any]) -> Tru
     packed = {}
     for module, (rows, columns) in packable_linears(architecture).items():
         if entry := header.entries.get(f"{module}.packed"):
-            fitting = [p.name for p in PACKINGS.values() if entry.shape == (tiles_of(rows), p.tile_bytes(columns))]
+            fitting = [p.name for p in PACKINGS.values() if entry.shape == p.stored_shape(rows, columns)]
             before = _dig(old, "trunk", "packed", module, "packing")
             if before not in fitting and len(fitting) != 1:
                 what = " or ".join(fitting) or "none that is known"

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, WRITTEN_VERSION
+from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER
 from formats.expert import ExpertLayout
+from formats.packing import version_of
 from formats.safetensors_header import TensorEntry
 
 FILLER_PREFIX = "__pad__."
@@ -32,8 +33,8 @@ def raw_entries(layer: int, layouts: list[ExpertLayout]) -> list[TensorEntry]:
         prefix = expert_prefix(layer, expert)
         begin = entries[-1].end if entries else 0
         middle, end = begin + layout.gate_up_bytes, begin + layout.n_bytes
-        entries.append(TensorEntry(f"{prefix}.gate_up", "U8", layout.gate_up_shape, begin, middle))
-        entries.append(TensorEntry(f"{prefix}.down", "U8", layout.down_shape, middle, end))
+        entries.append(TensorEntry(f"{prefix}.gate_up", layout.gate_up.dtype, layout.gate_up_shape, begin, middle))
+        entries.append(TensorEntry(f"{prefix}.down", layout.down.dtype, layout.down_shape, middle, end))
         entries.extend(_filler(expert, end))
     return entries
 
@@ -52,7 +53,7 @@ def layer_metadata(layer: int, layouts: list[ExpertLayout], codec: str) -> dict[
     """The header's metadata: what is needed, with the tensors, to write the index again."""
     return {
         "format": "moe-convert",
-        "format_version": str(WRITTEN_VERSION),
+        "format_version": str(version_of(p for layout in layouts for p in (layout.gate_up, layout.down))),
         "layer": str(layer),
         "gate_up": ",".join(layout.gate_up.name for layout in layouts),
         "down": ",".join(layout.down.name for layout in layouts),

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from formats import INDEX_NAME
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, HubError
-from formats.hub import HubRepo, is_offline, lazy_root
+from formats.hub import HubRepo, is_offline, kept_root
 from formats.hub_files import fetch_file
 from formats.index import Index
 from formats.ranges import Retries
@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class LazyFolder:
-    """A repository's model at one commit, in `lazy_root`. repo: None offline."""
+    """A repository's model at one commit, in `kept_root`. repo: None offline."""
 
     path: Path
     artifact: Artifact
@@ -59,7 +59,7 @@ class LazyFolder:
         the whole model, and what Artifact.open raises.
         """
         stop = threading.Event()
-        root = lazy_root() / name.replace("/", "--")
+        root = kept_root() / name.replace("/", "--")
         repo = None if is_offline() else HubRepo.open(name, revision, token, retries or Retries(wait=stop.wait))
         commit = _commit(root, name, revision, repo)
         path = root / commit

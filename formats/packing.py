@@ -1,11 +1,13 @@
-"""The tile packings (docs/format.md, "Packings"): pack, unpack, dequantize. The reference for every kernel."""
+"""The tile packings (docs/format.md, "Tiles"): pack, unpack, dequantize. The reference for every kernel."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from formats.errors import FormatError
+from formats.plain_packing import PLAIN_PACKINGS, PlainPacking
 
 TILE_ROWS = 32
 HALF_ROWS = 16
@@ -29,6 +31,12 @@ class Packing:
     chunks: int
     row_major_scales: bool
     """Whether S and M stand at 4·row + plane, or at 16·plane + row."""
+
+    dtype = "U8"
+    torch_dtype = torch.uint8
+    rows_each = TILE_ROWS
+    """Rows of the matrix in one row of the tensor that holds it."""
+    format_version = 1
 
     @property
     def planes(self) -> int:
@@ -68,6 +76,14 @@ class Packing:
         """Bytes of a packed [rows, columns] matrix."""
         return tiles_of(rows) * self.tile_bytes(columns)
 
+    def stored_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the tensor that holds a [rows, columns] matrix: [tiles, tile bytes]."""
+        return tiles_of(rows), self.tile_bytes(columns)
+
+    def weights(self, stored: Tensor, rows: int, columns: int) -> Tensor:
+        """float32 [rows, columns] of tiles (uint8 [tiles, tile_bytes]); FormatError if the sizes do not fit."""
+        return dequantize(unpack(stored, self, rows, columns), self.group_size)
+
 
 PACKINGS: dict[str, Packing] = {
     p.name: p
@@ -79,6 +95,10 @@ PACKINGS: dict[str, Packing] = {
         Packing("tile32-q4-g64-s8", 4, 64, 8, chunks=2, row_major_scales=False),
     )
 }
+
+AnyPacking = Packing | PlainPacking
+ALL_PACKINGS: dict[str, AnyPacking] = {**PACKINGS, **PLAIN_PACKINGS}
+"""What experts may have; the trunk's packed matrices are tiles."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +115,27 @@ class QuantizedMatrix:
     dm: Tensor
 
 
-def packing_named(name: str, where: str = "packing") -> Packing:
+def packing_named(name: str, where: str = "packing") -> AnyPacking:
     """The packing called `name`; FormatError naming `where` if there is none."""
-    try:
-        return PACKINGS[name]
-    except KeyError:
-        known = ", ".join(PACKINGS)
-        raise FormatError(f"{where}: packing {name!r} is unknown; known are {known}", "update moe-convert") from None
+    if name not in ALL_PACKINGS:
+        raise _unknown(name, ALL_PACKINGS, where)
+    return ALL_PACKINGS[name]
+
+
+def tile_packing_named(name: str, where: str = "packing") -> Packing:
+    """The tile packing called `name`; FormatError naming `where` if there is none."""
+    if name not in PACKINGS:
+        raise _unknown(name, PACKINGS, where)
+    return PACKINGS[name]
+
+
+def version_of(packings: Iterable[AnyPacking]) -> int:
+    """The lowest format version that has all of these."""
+    return max(packing.format_version for packing in packings)
+
+
+def _unknown(name: str, known: Iterable[str], where: str) -> FormatError:
+    return FormatError(f"{where}: packing {name!r} is unknown; known are {', '.join(known)}", "update moe-convert")
 
 
 def tiles_of(rows: int) -> int:

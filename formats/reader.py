@@ -4,6 +4,7 @@ import hashlib
 import mmap
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from types import TracebackType
 
 import torch
@@ -45,6 +46,9 @@ class Load:
         self._length = reader.artifact.entry(layer, expert).length
         self.done = 0
 
+    at_once = queued = False
+    """Other loads than these (loader/reader.py) only queue a copy, and give bytes that are still on their way."""
+
     @property
     def remaining(self) -> int:
         """Stored bytes that have not been read."""
@@ -82,6 +86,9 @@ class Load:
             return stored
         return self._reader.decode(self._layer, self._expert, stored, self._buffer)
 
+    def close(self) -> None:
+        """Nothing: it holds no more than its memory."""
+
 
 class ExpertReader(ABC):
     """Gives experts' packed bytes; several threads may read at once. Close it, or use it as a context.
@@ -113,8 +120,21 @@ class ExpertReader(ABC):
     def fetch(self, layer: int, expert: int, place: Tensor, begin: int, end: int) -> None:
         """Brings the stored bytes [begin, end) of an expert to `place`; OSError or DamageError. For `Load`."""
 
+    def moved_bytes(self, layer: int, expert: int) -> int:
+        """What bringing an expert moves: its stored bytes."""
+        return self.artifact.entry(layer, expert).length
+
     def forget(self, layer: int, expert: int) -> None:  # noqa: B027
         """Gives back the memory of an expert that was used where it lies; nothing to do for one in a buffer."""
+
+    def before_use(self, blobs: Iterable[Tensor]) -> None:  # noqa: B027
+        """Nothing: bytes in RAM are there when they are given (loader/reader.py)."""
+
+    def after_use(self, blobs: Iterable[Tensor]) -> None:  # noqa: B027
+        """Nothing: what used them is over."""
+
+    def before_free(self, memory: Tensor) -> None:  # noqa: B027
+        """Nothing: no copy is under way."""
 
     def check(self, layer: int, expert: int, stored: Tensor) -> None:
         """DamageError if the sha256 of `stored` is wanted and differs."""

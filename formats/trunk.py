@@ -2,7 +2,7 @@
 
 from formats.errors import FormatError
 from formats.index import Architecture, PackedLinear
-from formats.packing import packing_named, tiles_of
+from formats.packing import tile_packing_named
 from formats.safetensors_header import TensorEntry
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
@@ -59,8 +59,8 @@ def check_trunk(
                 raise FormatError(
                     f"{where}: {module} is [{entry.rows}, {entry.columns}], config.json says [{rows}, {columns}]"
                 )
-            packing = packing_named(entry.packing, f"{where}: {module}")
-            expected[f"{module}.packed"] = ((tiles_of(rows), packing.tile_bytes(columns)), ("U8",))
+            packing = tile_packing_named(entry.packing, f"{where}: {module}")
+            expected[f"{module}.packed"] = (packing.stored_shape(rows, columns), (packing.dtype,))
         else:
             expected[f"{module}.weight"] = ((rows, columns), FLOAT_DTYPES)
     if unknown := sorted(packed.keys() - linears.keys()):

@@ -8,18 +8,17 @@ from torch.nn import functional
 
 from formats.errors import RecipeError
 from formats.expert import ExpertLayout, split
-from formats.packing import TILE_ROWS, Packing, dequantize, unpack
+from formats.packing import AnyPacking, Packing
+from loader.torch_product import product
 
 KERNELS = ("auto", "torch", "native")
 
-CHUNK_WEIGHTS = 1 << 22
-"""Weights that are dequantized at a time: 16 MiB as float32, some 80 MiB with the steps in between."""
-
 
 class Backend(Protocol):
-    """Products of packed weights. All tensors on the CPU; x and results float32, weights as in docs/format.md."""
+    """Products of packed weights, x and results float32, all tensors but `index` on `torch_device`."""
 
     name: str
+    torch_device: torch.device
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
         """x [T, columns] · Wᵀ of the [rows, columns] matrix W in `tiles` (uint8 [tiles, tile_bytes]): [T, rows]."""
@@ -36,9 +35,9 @@ class Backend(Protocol):
         """Adds to `out` [T, hidden], for every expert in `blobs` (uint8 [n_bytes] each) in ascending order, weight ·
         down(silu(gate(x)) · up(x)) of the tokens that chose it.
 
-        x [T, hidden]; index int64 [T, k] and weights float32 [T, k] are the router's answer. With one token, `blobs`
-        are all its experts. With more, a choice that is not in `blobs` adds nothing, so that consecutive calls over
-        parts, in ascending order, give the bits of one call.
+        x [T, hidden]; index int64 [T, k], on the CPU, and weights float32 [T, k] are the router's answer. With one
+        token, `blobs` are all its experts. With more, a choice that is not in `blobs` adds nothing, so that consecutive
+        calls over parts, in ascending order, give the bits of one call.
         """
 
 
@@ -46,15 +45,11 @@ class TorchBackend:
     """The reference: dequantizes what is used, then float32 products."""
 
     name = "torch"
+    torch_device = torch.device("cpu")
 
-    def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
-        step = max(1, CHUNK_WEIGHTS // (TILE_ROWS * columns))
-        parts = []
-        for begin in range(0, tiles.shape[0], step):
-            part_rows = min(step * TILE_ROWS, rows - begin * TILE_ROWS)
-            matrix = unpack(tiles[begin : begin + step], packing, part_rows, columns)
-            parts.append(functional.linear(x, dequantize(matrix, packing.group_size)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    def linear(self, tiles: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor) -> Tensor:
+        """As `Backend.linear`; also of plain rows, [rows, columns] of the packing's dtype in the place of tiles."""
+        return product(tiles, packing, rows, columns, x)
 
     def experts(
         self,

@@ -67,7 +67,7 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         layout = experts.layout if type(experts) is CachedExperts else None
         norms = self.input_layernorm, self.post_attention_layernorm
         first, second, routing = (_dense(module, dtype) for module in (*norms, router))
-        if layout is None or first is None or second is None or routing is None:
+        if layout is None or not layout.is_tiled or first is None or second is None or routing is None:
             return None
         weights = LayerWeights(first, second, routing, norms[0].variance_epsilon)
         self._step = LayerStep(attention, weights, layout, router.top_k)

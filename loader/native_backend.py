@@ -1,11 +1,14 @@
 """The backend over the native kernels (loader/kernels.py)."""
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
 from formats.expert import ExpertLayout
 from formats.packing import Packing
 from loader import kernels
+from loader.plain_experts import PlainExperts
 from loader.step_kernels import ExpertsStep
 
 
@@ -13,9 +16,11 @@ class NativeBackend:
     """Products straight from packed bytes; activations are rounded to int8 in groups (docs/numerics.md)."""
 
     name = "native"
+    torch_device = torch.device("cpu")
 
     def __init__(self) -> None:
         self._steps: dict[int, tuple[dict[int, ExpertLayout], ExpertsStep | None]] = {}
+        self._plain = PlainExperts()
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
         return kernels.linear(x.contiguous(), tiles, packing.name, rows)
@@ -34,20 +39,28 @@ class NativeBackend:
         if x.shape[0] == 1 and (step := self._step(layouts)):
             step.add(blobs, x, index, weights, out)
             return
-        calls = []
-        for expert in sorted(blobs):
-            token, rank = torch.where(index == expert)
-            layout = layouts[expert]
-            names = layout.gate_up.name, layout.down.name
-            calls.append(kernels.ExpertCall(blobs[expert], *names, token.to(torch.int32), weights[token, rank]))
-        kernels.experts(x, calls, next(iter(layouts.values())).intermediate, out)
+        # Runs of one kind, so that the sum stays in ascending order.
+        for tiled, run in groupby(sorted(blobs), key=lambda expert: layouts[expert].is_tiled):
+            calls = []
+            for expert in run:
+                token, rank = torch.where(index == expert)
+                layout, score = layouts[expert], weights[token, rank]
+                if tiled:
+                    names = layout.gate_up.name, layout.down.name
+                    calls.append(kernels.ExpertCall(blobs[expert], *names, token.to(torch.int32), score))
+                else:
+                    result = self._plain.run(layout, blobs[expert], x[token])
+                    out.index_add_(0, token, result * score[:, None])
+            if calls:
+                kernels.experts(x, calls, layout.intermediate, out)
 
     def _step(self, layouts: dict[int, ExpertLayout]) -> ExpertsStep | None:
-        """The step for experts that all have one layout, else None; made once for each dict of layouts."""
+        """The step for experts that all have one layout of tiles, else None; made once for each dict of layouts."""
         known = self._steps.get(id(layouts))
         if known is None or known[0] is not layouts:
             kinds = set(layouts.values())
-            step = ExpertsStep(kinds.pop(), len(layouts)) if len(kinds) == 1 else None
+            layout = kinds.pop() if len(kinds) == 1 else None
+            step = ExpertsStep(layout, len(layouts)) if layout and layout.is_tiled else None
             # With the dict itself: while it is here, nothing else has its id.
             known = self._steps[id(layouts)] = layouts, step
         return known[1]

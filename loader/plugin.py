@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError
-from formats.packing import packing_named
+from formats.packing import tile_packing_named
 from loader.attention import PackedAttention
 from loader.backend import Backend
 from loader.cache import ExpertCache
@@ -118,7 +118,7 @@ def _swap_modules(model: nn.Module, parts: Parts) -> None:
     artifact = parts.artifact
     _swap_trunk_modules(model, parts.backend.name == "native")
     for name, linear in artifact.index.trunk.packed.items():
-        packing = packing_named(linear.packing, name)
+        packing = tile_packing_named(linear.packing, name)
         _replace(model, name, PackedLinear(packing, linear.rows, linear.columns, parts.backend))
     for layer in range(artifact.architecture.num_hidden_layers):
         layouts = {e: artifact.layout(layer, e) for e in range(artifact.architecture.num_local_experts)}

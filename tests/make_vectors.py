@@ -30,7 +30,7 @@ from formats.index import (
     Trunk,
 )
 from formats.layer_file import FILLER_PREFIX, aligned, layer_file_name
-from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, tiles_of
+from formats.packing import PACKINGS, AnyPacking, Packing, QuantizedMatrix, dequantize, pack, tiles_of
 from formats.safetensors_header import TensorEntry
 from formats.strict_json import dump
 from formats.trunk import attention_linears, plain_tensors
@@ -136,8 +136,10 @@ def write_folder(
     packings: tuple[str, str] = ("tile32-q2-g16-s4", "tile32-q2-g16-s4"),
     codec: str = "none",
     config: dict[str, Any] = CONFIG,
+    version: int = 1,
 ) -> Path:
-    """A whole converted folder of seeded codes, written by formats' own writer; gives `folder`."""
+    """A whole converted folder of seeded codes or weights, written by formats' own writer; gives `folder`."""
+    config = {**config, "quantization_config": {**config["quantization_config"], "format_version": version}}
     (folder / "experts").mkdir(parents=True)
     architecture = Architecture.from_config(config, "config")
     layout = ExpertLayout.of(architecture, *packings)
@@ -148,11 +150,11 @@ def write_folder(
     write_file(folder / "config.json", dump(config))
     index = Index(
         format="moe-convert",
-        format_version=1,
+        format_version=version,
         producer=Producer("moe-convert", "0", {}),
         source=Source("seeded", None, [Shard("model.safetensors", 0, hashlib.sha256(b"").hexdigest())]),
         architecture=architecture,
-        recipe=Recipe("2bit", *packings, "tile32-q4-g64-s8", "none"),
+        recipe=Recipe("2bit" if version == 1 else "custom", *packings, "tile32-q4-g64-s8", "none"),
         packings=sorted({*packings, "tile32-q4-g64-s8"}),
         trunk=trunk,
         layers=layers,
@@ -166,11 +168,15 @@ def expert_blob(layout: ExpertLayout, seed: int) -> torch.Tensor:
     """A seeded expert's bytes, uint8 [n_bytes]."""
     hidden, intermediate = layout.hidden, layout.intermediate
 
-    def tiles(packing: str, rows: int, columns: int, part: int) -> torch.Tensor:
-        return pack(quantized(random_matrix(packing, rows, columns, 10 * seed + part)), PACKINGS[packing])
+    def stored(packing: AnyPacking, rows: int, columns: int, part: int) -> torch.Tensor:
+        if isinstance(packing, Packing):
+            return pack(quantized(random_matrix(packing.name, rows, columns, 10 * seed + part)), packing)
+        rng = random.Random(10 * seed + part)
+        values = [[rng.randint(-128, 127) / 64 for _ in range(columns)] for _ in range(rows)]
+        return torch.tensor(values, dtype=packing.torch_dtype)
 
-    gate, up = (tiles(layout.gate_up.name, intermediate, hidden, part) for part in (1, 2))
-    return assemble(layout, gate, up, tiles(layout.down.name, hidden, intermediate, 3))
+    gate, up = (stored(layout.gate_up, intermediate, hidden, part) for part in (1, 2))
+    return assemble(layout, gate, up, stored(layout.down, hidden, intermediate, 3))
 
 
 def _write_layer(folder: Path, layer: int, architecture: Architecture, layout: ExpertLayout, codec: str) -> LayerFile:
@@ -300,11 +306,12 @@ def write_vectors(folder: Path) -> None:
     """Everything that is generated."""
     write_tiles(folder / "tiles")
     write_folder(folder / "folder")
+    write_folder(folder / "folder-rows", packings=("rows-bf16", "rows-f16"), version=2)
     write_bad_headers(folder / "bad-headers")
 
 
 if __name__ == "__main__":
-    for part in ("tiles", "folder", "bad-headers"):
+    for part in ("tiles", "folder", "folder-rows", "bad-headers"):
         shutil.rmtree(VECTORS / part, ignore_errors=True)
     write_vectors(VECTORS)
     print(f"wrote {VECTORS}", file=sys.stderr)

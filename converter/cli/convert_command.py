@@ -32,9 +32,17 @@ _OF_RECIPE = (
     "recipe_name",
     default="2bit",
     show_default=True,
-    help="2bit, 2bit-down3 (down with 3 bits), 3bit, 4bit, paper-2bit, paper-3bit, or a FILE.json.",
+    help="2bit, 2bit-down3 (down with 3 bits), 3bit, 4bit, 16bit (all as in the source), paper-2bit, paper-3bit, or a"
+    " FILE.json.",
 )
-@click.option("-b", "--bits", type=int, help="Bits of the experts instead of the recipe's: 2, 3 or 4.")
+@click.option(
+    "-b",
+    "--bits",
+    "--expert-bits",
+    "bits",
+    type=int,
+    help="Bits of the experts instead of the recipe's: 2, 3, 4, or 16 for as in the source.",
+)
 @click.option("--attn-bits", type=int, help="Bits of attention: 4, or 16 for as in the source.")
 @click.option("--head-bits", type=int, help="Bits of the output head: 4, or 16 for as in the source [default: 16].")
 @click.option("--group-size", type=int, help="Weights that share a scale: 16, 32 or 64, where a packing has it.")
@@ -110,6 +118,7 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     moe-convert convert mistralai/Mixtral-8x7B-Instruct-v0.1 --max-disk 12GB
     moe-convert convert ./my-finetune -o out --recipe 3bit --max-workers 4
     moe-convert convert ./my-finetune --target-bpw 2.7
+    moe-convert convert ./my-finetune --bits 16 --attn-bits 16
     moe-convert convert ./my-finetune --dry-run
     """
     from converter.convert import ConvertOptions, convert_checkpoint
