@@ -52,7 +52,7 @@ def card_text(index: Index, quality: Quality | None, options: CardOptions) -> st
     quantized = any(name in PACKINGS for e in entries for name in (e.gate_up, e.down))
     experts_text = f"quantized to {experts:.3f} bits a weight" if quantized else "as in the source"
     lines = [
-        *_metadata(base, options),
+        *_metadata(base, options, quantized or attention > 0),
         MARK,
         "",
         f"# {title}",
@@ -93,13 +93,14 @@ def write_card(out: Path, index: Index) -> None:
     write_file(out / CARD_NAME, card_text(index, read_quality(out), CardOptions("PATH")).encode())
 
 
-def _metadata(base: str | None, options: CardOptions) -> Iterator[str]:
+def _metadata(base: str | None, options: CardOptions, quantized: bool) -> Iterator[str]:
     yield "---"
     yield "library_name: moe-convert"
     yield "pipeline_tag: text-generation"
     if base:
         yield f"base_model: {json.dumps(base)}"
-        yield "base_model_relation: quantized"
+        if quantized:
+            yield "base_model_relation: quantized"
     if options.license:
         yield f"license: {json.dumps(options.license)}"
         if options.license == "other" and options.license_file:
@@ -107,7 +108,7 @@ def _metadata(base: str | None, options: CardOptions) -> Iterator[str]:
         if options.license_file:
             yield f"license_link: {json.dumps(options.license_file)}"
     yield "tags:"
-    yield from (f"- {tag}" for tag in ("mixtral", "moe", "quantized", "moe-convert"))
+    yield from (f"- {tag}" for tag in ("mixtral", "moe", *(["quantized"] if quantized else []), "moe-convert"))
     yield "---"
     yield ""
 
