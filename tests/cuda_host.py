@@ -15,16 +15,18 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 @cache
-def host_library():
-    """The library; built when its sources are new. Tests that use it need a C++ compiler."""
+def host_library(*defines):
+    """The library, built with these macros when its sources are new. Tests that use it need a C++ compiler."""
     sources = sorted([*HERE.iterdir(), *KERNELS.iterdir()])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join([*(path.read_bytes() for path in sources), repr(defines).encode()]))
+    digest = digest.hexdigest()[:16]
     built = Path(tempfile.gettempdir()) / f"moe-cuda-host-{os.getuid()}-{digest}.so"
     if not built.exists():
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder) / "host.so"
             subprocess.run(
                 [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{HERE}",
+                 *(f"-D{name}" for name in defines),
                  *HERE.glob("*.cpp"), "-o", fresh],
                 check=True,
             )  # fmt: skip
@@ -35,14 +37,14 @@ def host_library():
     return library
 
 
-def launch_on_host(kernel, grid, threads, args, shared_bytes=0, order=0):
+def launch_on_host(kernel, grid, threads, args, shared_bytes=0, order=0, defines=()):
     """As `loader.cuda.device.Device.launch`, at once, over CPU tensors. order: of threads between barriers (0, 1, 2).
 
     RuntimeError for an unknown kernel, and for a barrier or warp operation to which not all threads come.
     """
     from loader.cuda.device import kernel_argument
 
-    library = host_library()
+    library = host_library(*defines)
     values = [kernel_argument(value) for value in args]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     library.host_set_order(order)

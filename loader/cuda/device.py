@@ -51,6 +51,9 @@ class Device(Protocol):
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes; what torch's allocator holds without using it is free."""
 
+    def release(self) -> None:
+        """Gives back to the system what torch's allocator holds without using it."""
+
     def new_stream(self) -> Any:
         """A stream of its own, for copies."""
 
@@ -75,8 +78,9 @@ class Device(Protocol):
         self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,
         reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = (),
     ) -> Callable[[], None]:  # fmt: skip
-        """What launches `kernel` on the compute stream each time it is called. ctypes values among `args` may be
-        changed between calls. reads, writes: memory that other streams write or read, for stand-ins that check."""
+        """What launches `kernel` on the compute stream each time it is called. ctypes values among `args`, and a list
+        of reads, may be changed between calls. reads, writes: memory that other streams write or read, for stand-ins
+        that check."""
 
     def launch(
         self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,

@@ -48,7 +48,6 @@ class CudaDevice:
         return free + held, total
 
     def release(self) -> None:
-        """Gives back what torch's allocator holds without using it."""
         with torch.cuda.device(self.index):
             torch.cuda.empty_cache()
 

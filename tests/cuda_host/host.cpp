@@ -46,7 +46,7 @@ host_switch:
 
 void begin(Fiber& fiber) {
   uintptr_t top = (uintptr_t(fiber.stack) + kStackBytes) & ~uintptr_t(63);
-  void** at = reinterpret_cast<void**>(top) - 2;  // a function finds its stack 8 bytes off 16
+  void** at = reinterpret_cast<void**>(top) - 1;  // a function finds its stack 8 bytes off 16
   *at = nullptr;
   *--at = reinterpret_cast<void*>(&enter);
   for (int i = 0; i < 6; ++i) *--at = nullptr;

@@ -14,7 +14,7 @@
 #include <vector>
 
 #define MOE_DEVICE inline
-#define MOE_KERNEL(threads) static void
+#define MOE_KERNEL(...) static void
 #define MOE_SHARED static
 #define MOE_DYNAMIC_SHARED(name) unsigned char* const name = host::dynamic_shared()
 

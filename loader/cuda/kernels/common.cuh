@@ -19,7 +19,7 @@ typedef unsigned long long uint64_t;
 #include <stdint.h>
 #endif
 #define MOE_DEVICE __device__ __forceinline__
-#define MOE_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define MOE_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define MOE_SHARED __shared__
 #define MOE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif

@@ -1,3 +1,10 @@
 // All kernels, one translation unit: what loader/cuda compiles for the GPU it finds.
 #include "common.cuh"
+#include "attention.cuh"
+#include "experts.cuh"
+#include "gemm.cuh"
+#include "gemv.cuh"
+#include "head.cuh"
+#include "norm.cuh"
 #include "quantize.cuh"
+#include "router.cuh"

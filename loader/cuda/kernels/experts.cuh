@@ -1,0 +1,93 @@
+// One token's experts: gate and up with SwiGLU and the quantization of h in one launch, down in another.
+#pragma once
+#include "gemv.cuh"
+
+namespace moe {
+
+constexpr int kMostExperts = 8;  // of one launch
+
+struct Experts {
+  const uint8_t* blob[kMostExperts];
+  int64_t rank[kMostExperts];  // place of the expert's weight
+};
+
+// h [expert][blocks64(intermediate)]. Grid (blocks64(intermediate), experts): a block makes 64 columns of h, of two
+// tile pairs (gate 0, up 0, gate 1, up 1), which lie side by side.
+template <int P>
+MOE_DEVICE void gate_up_token(const Experts& experts, int64_t hidden, int64_t intermediate, const ActBlock* acts,
+                              ActBlock* h) {
+  MOE_SHARED float y[4][kTileRows];
+  const int64_t first = 4 * int64_t(blockIdx.x), tiles = 2 * tiles_of(intermediate);
+  struct Work {
+    const uint8_t* first_tile;
+    const ActBlock* acts;
+    float (*y)[kTileRows];
+    int64_t bytes;
+    int last;  // tiles past the end: the last one again
+    MOE_DEVICE const uint8_t* tile(int, int chain) const { return first_tile + (chain < last ? chain : last) * bytes; }
+    MOE_DEVICE const ActBlock* x(int, int) const { return acts; }
+    MOE_DEVICE void finish(int, int chain, int, int row, float v) { y[chain][row] = v; }
+  };
+  const int64_t bytes = tile_bytes<P>(hidden);
+  if (first < tiles) {
+    Work work = {experts.blob[blockIdx.y] + first * bytes, acts, y, bytes, int(tiles - 1 - first)};
+    folded_products<P, 1, 8, 4>(work, superblocks(hidden), 1);
+  }
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  const int lane = int(threadIdx.x) % 16;
+  float v[4];
+  for (int i = 0; i < 4; ++i) {
+    const int row = 4 * lane + i, pair = row / kTileRows * 2;
+    const bool inside = kActCols * int64_t(blockIdx.x) + row < intermediate;
+    v[i] = inside ? silu_mul(y[pair][row % kTileRows], y[pair + 1][row % kTileRows]) : 0.0f;
+  }
+  quantize_by_16(v, lane, threadIdx.x < 16 ? h + blockIdx.y * blocks64(intermediate) + blockIdx.x : nullptr);
+}
+
+constexpr int kDownWarps = 12;  // down has few tiles; 16 warps leave too few registers
+
+// out [hidden] = (first: 0, else out) + weights[rank] · down(h), experts in order. Grid: tiles of down.
+template <int P>
+MOE_DEVICE void down_token(const Experts& experts, int64_t count, int64_t down_offset, int64_t hidden,
+                           int64_t intermediate, const ActBlock* h, const float* weights, int64_t first, float* out) {
+  struct Work {
+    const Experts& experts;
+    const ActBlock* h;
+    const float* weights;
+    float* out;
+    int64_t offset, h_blocks, row0, hidden;
+    bool overwrite;
+    MOE_DEVICE const uint8_t* tile(int segment, int) const { return experts.blob[segment] + offset; }
+    MOE_DEVICE const ActBlock* x(int segment, int) const { return h + segment * h_blocks; }
+    MOE_DEVICE void finish(int segment, int, int, int row, float v) {
+      if (row0 + row >= hidden) return;
+      const float weighted = weights[experts.rank[segment]] * v;
+      float* to = out + row0 + row;
+      *to = (overwrite && segment == 0 ? 0.0f : *to) + weighted;
+    }
+  } work = {experts, h, weights, out, down_offset + int64_t(blockIdx.x) * tile_bytes<P>(intermediate),
+            blocks64(intermediate), int64_t(blockIdx.x) * kTileRows, hidden, first != 0};
+  folded_products<P, 1, kDownWarps, 1>(work, superblocks(intermediate), int(count));
+}
+
+}  // namespace moe
+
+#define MOE_TOKEN_EXPERTS(name, packing)                                                                       \
+  MOE_KERNEL(256, 2)                                                                                           \
+  gate_up_token_##name(MOE_STRUCT moe::Experts experts, int64_t hidden, int64_t intermediate,                  \
+                       const moe::ActBlock* acts, moe::ActBlock* h) {                                          \
+    moe::gate_up_token<moe::packing>(experts, hidden, intermediate, acts, h);                                  \
+  }                                                                                                            \
+  MOE_KERNEL(384)                                                                                              \
+  down_token_##name(MOE_STRUCT moe::Experts experts, int64_t count, int64_t down_offset, int64_t hidden,       \
+                    int64_t intermediate, const moe::ActBlock* h, const float* weights, int64_t first,         \
+                    float* out) {                                                                              \
+    moe::down_token<moe::packing>(experts, count, down_offset, hidden, intermediate, h, weights, first, out);  \
+  }
+MOE_TOKEN_EXPERTS(q2_g16_s4, kQ2G16S4)
+MOE_TOKEN_EXPERTS(q2_g16_s8, kQ2G16S8)
+MOE_TOKEN_EXPERTS(q3_g32_s4, kQ3G32S4)
+MOE_TOKEN_EXPERTS(q3_g64_s8, kQ3G64S8)
+MOE_TOKEN_EXPERTS(q4_g64_s8, kQ4G64S8)
+#undef MOE_TOKEN_EXPERTS

@@ -1,0 +1,163 @@
+// The tile packings (docs/format.md, "Packings") as a thread of a GPU reads them, in place.
+// tests/test_loader_cuda_products.py compares the constants with formats/packing.py.
+#pragma once
+#include "common.cuh"
+
+// A structure among a kernel's parameters: read where it lies, also by a computed index.
+#if defined(MOE_ON_HOST)
+#define MOE_STRUCT const
+#else
+#define MOE_STRUCT const __grid_constant__
+#endif
+
+namespace moe {
+
+constexpr int kTileRows = 32;
+constexpr int kBlockCols = 256;
+constexpr int kHeadBytes = 128;
+
+enum Packing { kQ2G16S4, kQ2G16S8, kQ3G32S4, kQ3G64S8, kQ4G64S8 };
+
+// chunk: the columns whose codes share bytes; plane: a group of it, side by side with the others in each byte.
+template <int kBits_, int kGroup_, int kScaleBits_, int kBlockBytes_, int kChunks_>
+struct LayoutOf {
+  static constexpr int kBits = kBits_, kGroup = kGroup_, kScaleBits = kScaleBits_, kBlockBytes = kBlockBytes_;
+  static constexpr int kChunks = kChunks_, kPlanes = kBlockCols / kGroup / kChunks, kChunkBytes = kBlockBytes / kChunks;
+  static constexpr int kQuads = kGroup / 16;                 // code vectors of one plane, by fours: 16 columns
+  static constexpr int kChunkBlocks = 4 / kChunks;           // blocks of 64 columns
+  static constexpr int kCodeBytes = kBlockCols * kTileRows * kBits / 8 / kChunks;  // then S and M
+};
+template <int P>
+struct Layout;
+template <> struct Layout<kQ2G16S4> : LayoutOf<2, 16, 4, 2560, 4> {};
+template <> struct Layout<kQ2G16S8> : LayoutOf<2, 16, 8, 3072, 4> {};
+template <> struct Layout<kQ3G32S4> : LayoutOf<3, 32, 4, 3328, 2> {};
+template <> struct Layout<kQ3G64S8> : LayoutOf<3, 64, 8, 3328, 1> {};
+template <> struct Layout<kQ4G64S8> : LayoutOf<4, 64, 8, 4352, 2> {};
+
+MOE_DEVICE int superblocks(int64_t columns) { return int((columns + kBlockCols - 1) / kBlockCols); }
+MOE_DEVICE int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+template <int P>
+MOE_DEVICE int64_t tile_bytes(int64_t columns) {
+  return kHeadBytes + int64_t(superblocks(columns)) * Layout<P>::kBlockBytes;
+}
+
+struct alignas(16) Words4 { uint32_t w[4]; };
+
+// Packed weights are read once: past the first cache, which is left to the activations.
+MOE_DEVICE uint32_t stream_word(const uint8_t* p) {
+#if defined(MOE_ON_HOST)
+  return *reinterpret_cast<const uint32_t*>(p);
+#else
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+#endif
+}
+MOE_DEVICE Words4 stream_words(const uint8_t* p) {
+#if defined(MOE_ON_HOST)
+  return *reinterpret_cast<const Words4*>(p);
+#else
+  Words4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+  return v;
+#endif
+}
+// What an earlier launch wrote.
+MOE_DEVICE Words4 cached_words(const void* p) {
+#if defined(MOE_ON_HOST)
+  return *static_cast<const Words4*>(p);
+#else
+  Words4 v;
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+  return v;
+#endif
+}
+
+// c + four unsigned bytes times four signed ones.
+MOE_DEVICE int32_t dot4(uint32_t codes, uint32_t x, int32_t c) {
+#if defined(MOE_ON_HOST)
+  for (int i = 0; i < 4; ++i) c += int32_t(codes >> (8 * i) & 255) * int8_t(x >> (8 * i));
+  return c;
+#else
+  int32_t d;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(codes), "r"(x), "r"(c));
+  return d;
+#endif
+}
+// c + two signed 16-bit halves times bytes 0, 1 (kHigh: 2, 3) of `bytes`.
+template <bool kHigh, bool kSignedBytes>
+MOE_DEVICE int32_t dot2(uint32_t halves, uint32_t bytes, int32_t c) {
+#if defined(MOE_ON_HOST)
+  for (int i = 0; i < 2; ++i) {
+    const int byte = int(bytes >> (8 * (i + 2 * kHigh)) & 255);
+    c += int16_t(halves >> (16 * i)) * (kSignedBytes ? int8_t(byte) : byte);
+  }
+  return c;
+#else
+  int32_t d;
+  if (kHigh && kSignedBytes) asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(halves), "r"(bytes), "r"(c));
+  if (kHigh && !kSignedBytes) asm("dp2a.hi.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(halves), "r"(bytes), "r"(c));
+  if (!kHigh && kSignedBytes) asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(halves), "r"(bytes), "r"(c));
+  if (!kHigh && !kSignedBytes) asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(halves), "r"(bytes), "r"(c));
+  return d;
+#endif
+}
+MOE_DEVICE uint32_t pair16(int32_t low, int32_t high) { return (uint32_t(low) & 0xffffu) | uint32_t(high) << 16; }
+
+// An integer below 2^22 that was summed from kFloatBits on, as a float: one addition, where a conversion is slow.
+constexpr int32_t kFloatBits = 0x4b400000;  // kRound's
+MOE_DEVICE float summed(int32_t v) { return float_of(uint32_t(v)) - kRound; }
+
+MOE_DEVICE int32_t byte_of(uint32_t word, int i) { return int32_t(word >> (8 * i) & 255); }
+MOE_DEVICE int32_t signed_byte_of(uint32_t word, int i) { return int8_t(word >> (8 * i)); }
+
+// 3-bit codes of plane v: two low bits from w, the top one from `high`, whose bits are vector 0's (shift those of
+// vector 1 right by one). They come out times 2^plane_shift<3>(v).
+MOE_DEVICE uint32_t codes3(uint32_t w, uint32_t high, int v) {
+  if (v == 3) return (w >> 6 & 0x03030303u) | (high << 2 & 0x04040404u);
+  return (w & 0x03030303u << 2 * v) | (high & 0x04040404u << 2 * v);
+}
+// Planes are taken by AND alone where that is exact; the factor leaves with the sum.
+template <int kBits>
+MOE_DEVICE int plane_shift(int v) {
+  if (kBits == 4) return 4 * v;
+  return kBits == 3 && v == 3 ? 0 : 2 * v;
+}
+
+// S and M of the four groups (bytes 0..3) of a row, of packings with several groups in 64 columns.
+template <int kScaleBits>
+struct GroupScales {
+  uint32_t s, m;
+  static constexpr bool kSigned = kScaleBits == 8;
+  MOE_DEVICE static GroupScales of(uint32_t first, uint32_t second) {
+    if (kScaleBits == 8) return {first, second};
+    return {first & 0x0f0f0f0fu, first >> 4 & 0x0f0f0f0fu};
+  }
+  // Sum of M · (sum of x) over 64 columns from `sums` (two halves a word), from kFloatBits on. kGroup 32: of bytes
+  // 2 · block and 2 · block + 1 only.
+  template <int kGroup>
+  MOE_DEVICE int32_t zero_term(uint32_t sum01, uint32_t sum23, int block) const {
+    uint32_t each = m;
+    if (kGroup == 32) {
+      each = m >> 16 * block;
+      each = (each & 0xffu) * 0x101u | (each >> 8 & 0xffu) * 0x1010000u;
+    }
+    return dot2<true, kSigned>(sum23, each, dot2<false, kSigned>(sum01, each, kFloatBits));
+  }
+};
+
+// ds and dm of one row.
+struct Head { float ds, dm; };
+MOE_DEVICE Head head_of(const uint8_t* tile, int row) {
+  const uint16_t* p = reinterpret_cast<const uint16_t*>(tile + 64 * (row / 16)) + row % 16;
+  return {half_to_float(p[0]), half_to_float(p[16])};
+}
+MOE_DEVICE float combine(Head head, float s, float m) {
+  const float zero = head.dm * m;
+  return fmaf(head.ds, s, -zero);
+}
+
+}  // namespace moe
