@@ -8,8 +8,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 LEAST_POSITIONS = 256
 
-Kind = tuple[int, int, torch.dtype]
-"""Heads, head width and dtype of a layer's keys and values."""
+Kind = tuple[int, int, torch.dtype, torch.device]
+"""Heads, head width, dtype and device of a layer's keys and values."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -87,23 +87,48 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             self._shown, self._memory, self._place = None, memory, None
         return memory
 
-    def place(self, kind: Kind) -> tuple[int, int, int] | None:
-        """Addresses of the memory's keys and values, and its capacity, if it is of `kind` and has room for one position
-        more after the present ones; None where `room` must see to that first."""
+    def place(self, kind: Kind) -> tuple[int, int, int]:
+        """Addresses of the memory's keys and values, and its capacity, with room for one position more than the present
+        ones. ValueError if the memory is of another kind, or of several sequences."""
         place = self._place
         if place is None or self._shown is None or self._shown >= place[2] or self._kind != kind:
-            return None
+            place = self._place = self._checked_place(kind)
+            self._kind = kind
         return place
 
-    def set_place(self, keys: Tensor, values: Tensor, kind: Kind) -> tuple[int, int, int]:
-        """Gives the memory's addresses, as `place` does from now on: the caller has checked what `room` gave."""
-        self._kind = kind
-        self._place = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-        return self._place
+    def _checked_place(self, kind: Kind) -> tuple[int, int, int]:
+        heads, width, dtype, device = kind
+        new = torch.empty((1, heads, 1, width), dtype=dtype, device=device)
+        keys, values = self.room(new, new)
+        shape = (1, heads, keys.shape[2], width)
+        for memory in (keys, values):
+            if (memory.dtype, memory.device) != (dtype, device) or memory.shape != shape or not memory.is_contiguous():
+                raise ValueError(
+                    f"cache of {dtype} {shape} on {device}: got {tuple(memory.shape)} {memory.dtype} on {memory.device}"
+                )
+        return keys.data_ptr(), values.data_ptr(), keys.shape[2]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes over: not the addresses, its memory lies elsewhere."""
         return {**self.__dict__, "_place": None}
+
+    def place_of_one(self, kind: Kind) -> tuple[int, int, int]:
+        """As `place`, after making room for one token where there is none. ValueError if the memory is of another kind,
+        or of several sequences."""
+        if place := self.place(kind):
+            return place
+        heads, width, dtype, device = kind
+        new = torch.empty((1, heads, 1, width), dtype=dtype, device=device)
+        keys, values = self.room(new, new)
+        shape = (1, heads, keys.shape[2], width)
+        for memory in (keys, values):
+            if (memory.dtype, memory.device) != (dtype, device) or memory.shape != shape or not memory.is_contiguous():
+                raise ValueError(
+                    f"cache of {dtype} {shape} on {device}: got {tuple(memory.shape)} {memory.dtype} on {memory.device}"
+                )
+        self._kind = kind
+        self._place = keys.data_ptr(), values.data_ptr(), keys.shape[2]
+        return self._place
 
     def show(self, length: int) -> None:
         """Makes the first `length` positions of the memory the layer's keys and values."""

@@ -70,8 +70,7 @@ class LayerStep:
         length = past.get_seq_length()
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         self.attention.check(x, cos, sin)
-        place = past.place(self.attention.kind) or past.set_place(*self.attention.room(past))
-        keys_at, values_at, capacity = place
+        keys_at, values_at, capacity = past.place(self.attention.kind)
         residual, normed = self._buffer(), self._buffer()
         index, scores = self._index(), self._scores()
         error = self._begin(

@@ -24,25 +24,32 @@ class Prefetcher:
     """
 
     def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], top_k: int, guesses: int) -> None:
-        """routers [experts, hidden] and norms [hidden] of each layer; at most `guesses` experts for one token."""
-        self._top_k, self._guesses = top_k, guesses
+        """routers [experts, hidden] and norms [hidden] of each layer; `guesses` experts for one token."""
+        self._top_k, self.guesses = top_k, guesses
         self._routers = [_renormed(*layer) for layer in zip(routers[1:], norms[1:], norms[:-1], strict=True)]
         self._rest = [0] * len(routers)
         self._trial_begin = [LayerStats()] * len(routers)
 
     def guess(self, layer: int, x: Tensor) -> list[int]:
         """Experts of layer + 1, the likeliest first, from what the router of `layer` saw, x [T, hidden]; [] at rest."""
-        if self._rest[layer + 1]:
-            self._rest[layer + 1] -= 1
+        router = self.router(layer)
+        if router is None:
             return []
-        router = self._routers[layer]
         logits = x.to(router.dtype) @ router.T
         if len(x) == 1:
-            return logits[0].topk(self._guesses).indices.tolist()  # type: ignore[no-any-return]
+            return logits[0].topk(self.guesses).indices.tolist()  # type: ignore[no-any-return]
         # The experts of most tokens first.
         chosen = logits.topk(self._top_k, dim=-1).indices.flatten()
         used = torch.bincount(chosen, minlength=len(router))
         return used.argsort(descending=True, stable=True)[: int((used > 0).sum())].tolist()  # type: ignore[no-any-return]
+
+    def router(self, layer: int) -> Tensor | None:
+        """What ranks the experts of layer + 1, [experts, hidden], of which the `guesses` first are worth reading; asked
+        for once a token. None at rest."""
+        if self._rest[layer + 1]:
+            self._rest[layer + 1] -= 1
+            return None
+        return self._routers[layer]
 
     def weigh(self, layers: Sequence[LayerStats]) -> None:
         """Compares gain and loss of each layer that has had TRIAL_GUESSES since the last time."""

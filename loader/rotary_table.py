@@ -44,7 +44,9 @@ class RotaryTable:
         return (*block, row)
 
     def _computed(self, number: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(number * POSITIONS, (number + 1) * POSITIONS)[None]
+        device = self._frequencies.device
+        positions = torch.arange(number * POSITIONS, (number + 1) * POSITIONS, device=device)[None]
         with torch.no_grad():
-            cos, sin = type(self._rotary).forward(self._rotary, torch.empty(1, dtype=self.dtype), positions)
+            like = torch.empty(1, dtype=self.dtype, device=device)
+            cos, sin = type(self._rotary).forward(self._rotary, like, positions)
         return cos.contiguous(), sin.contiguous()

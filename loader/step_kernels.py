@@ -31,7 +31,7 @@ class AttentionStep:
         self.weights = weights
         self.dtype = dtype
         self.structure = Attention(hidden=hidden, head_dim=head_dim, scale=scale, dtype=kernels.DTYPES[dtype])
-        self.kind: Kind = (weights.k.rows // head_dim, head_dim, dtype)
+        self.kind: Kind = (weights.k.rows // head_dim, head_dim, dtype, torch.device("cpu"))
         for name in ("q", "k", "v", "o"):
             matrix: kernels.PackedMatrix = getattr(weights, name)
             columns = weights.q.rows if name == "o" else hidden
@@ -50,27 +50,16 @@ class AttentionStep:
         length = layer.get_seq_length()
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         self.check(x, cos, sin)
-        keys, values, _ = self.room(layer)
+        keys_at, values_at, capacity = layer.place(self.kind)
         out = torch.empty_like(x)
         error = self._run(
-            byref(self.structure), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            keys.shape[2], length, out.data_ptr(),
+            byref(self.structure), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys_at, values_at, capacity, length,
+            out.data_ptr(),
         )  # fmt: skip
         if error:
-            raise ValueError(f"native attention: error {error} at position {length} of {keys.shape[2]}")
+            raise ValueError(f"native attention: error {error} at position {length} of {capacity}")
         layer.show(length + 1)
         return out
-
-    def room(self, layer: GrowingLayer) -> tuple[Tensor, Tensor, Kind]:
-        """`layer`'s memory with room for one token; ValueError if it is not as the native code takes it."""
-        heads, width, _ = self.kind
-        new = torch.empty((1, heads, 1, width), dtype=self.dtype)
-        keys, values = layer.room(new, new)
-        shape = (1, heads, keys.shape[2], width)
-        for memory in (keys, values):
-            if memory.dtype is not self.dtype or memory.shape != shape or not memory.is_contiguous():
-                raise ValueError(f"cache of {self.dtype} {shape}: got {tuple(memory.shape)} {memory.dtype}")
-        return keys, values, self.kind
 
     def check(self, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         """ValueError if these, dense, are not one token's."""

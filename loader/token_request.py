@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 _ONE = torch.Size((1, 1))
+_CPU = torch.device("cpu")
 _RECORDED = "output_router_logits", "output_hidden_states", "output_attentions", "_output_attentions"
 
 
 @dataclass(slots=True)
 class TokenRequest:
-    """One token of one sequence over a plain DynamicCache. `ids` int64 [1, 1]; positions: int64, one number each."""
+    """One token of one sequence over a plain DynamicCache. `ids` int64 [1, 1]; positions: int64, one number each; all
+    on one device."""
 
     ids: Tensor
     cache: DynamicCache
@@ -22,10 +24,13 @@ class TokenRequest:
     positions: list[Tensor]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any, layers: int) -> "TokenRequest | None":
-        """What these arguments of MixtralForCausalLM.forward ask for, None if it is more or something else."""
+    def of(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any, layers: int, device: torch.device = _CPU
+    ) -> "TokenRequest | None":
+        """What these arguments of MixtralForCausalLM.forward ask for, None if it is more or something else, or if they
+        are not on `device`."""
         ids: Any = args[0] if args else kwargs.get("input_ids")
-        if len(args) > 1 or not is_numbers(ids) or ids.shape != _ONE or not _is_plain(config, layers):
+        if len(args) > 1 or not is_numbers(ids, device) or ids.shape != _ONE or not _is_plain(config, layers):
             return None
         mask, positions, caches, use_cache = None, [], [], None
         for name, value in kwargs.items():
@@ -52,28 +57,38 @@ class TokenRequest:
             or type(caches[0]) is not DynamicCache
             or not (_settings(config).get("use_cache") if use_cache is None else use_cache)
             or not (kwargs.get("return_dict") or _settings(config).get("return_dict"))
-            or not (mask is None or type(mask) is Tensor)
-            or not all(is_numbers(number) and number.numel() == 1 for number in positions)
+            or not (mask is None or (type(mask) is Tensor and mask.device == device))
+            or not all(is_numbers(number, device) and number.numel() == 1 for number in positions)
         ):
             return None
         return cls(ids, caches[0], mask, positions)
 
-    def token_at(self, length: int) -> tuple[int, bool]:
-        """The token, and whether it simply follows `length` positions that are all attended to."""
-        follows = all(_number(position) == length for position in self.positions)
-        mask = self.mask
-        if follows and mask is not None:
-            follows = mask.shape == (1, length + 1) and mask.device.type == "cpu" and bool(mask.all())
-        return _number(self.ids), follows
+    def token_after(self, length: int) -> int | None:
+        """The token, if it simply follows `length` positions that are all attended to."""
+        if self.mask is not None and self.mask.shape != (1, length + 1):
+            return None
+        token, attended, *positions = self._numbers() if self.ids.device.type == "cpu" else self._copied_numbers()
+        return token if attended and all(position == length for position in positions) else None
+
+    def _numbers(self) -> list[int]:
+        """The token, whether the mask attends to everything, and the positions."""
+        attended = self.mask is None or bool(self.mask.all())
+        return [_number(self.ids), int(attended), *(_number(position) for position in self.positions)]
+
+    def _copied_numbers(self) -> list[int]:
+        """The same from a GPU, in one copy: the one time that a token makes the host wait for more than experts."""
+        attended = self.ids.new_ones(1) if self.mask is None else self.mask.all()
+        parts = [one.reshape(1).to(torch.int64) for one in (self.ids, attended, *self.positions)]
+        return torch.cat(parts).tolist()  # type: ignore[no-any-return]
 
 
-def is_numbers(value: Any) -> bool:
-    """Whether `value` is a plain int64 tensor on the CPU."""
-    return type(value) is Tensor and value.dtype is torch.int64 and value.device.type == "cpu"
+def is_numbers(value: Any, device: torch.device = _CPU) -> bool:
+    """Whether `value` is a plain int64 tensor on `device`."""
+    return type(value) is Tensor and value.dtype is torch.int64 and value.device == device
 
 
 def _number(one: Tensor) -> int:
-    """The number in a tensor of one; without torch's dispatcher, which costs 10 times as much."""
+    """The number in a tensor of one, on the CPU; without torch's dispatcher, which costs 10 times as much."""
     return c_int64.from_address(one.data_ptr()).value
 
 

@@ -20,7 +20,7 @@ _HEAD_BF16 = -1
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """The weights outside of the layers, dense, on the CPU: embedding [vocabulary, hidden] and norm [hidden] of the
+    """The weights outside of the layers, dense: embedding [vocabulary, hidden] and norm [hidden] of the
     activations' dtype, RMSNorm's eps; the head bfloat16 [rows, hidden], packed, or None: it stays outside."""
 
     embedding: Tensor
@@ -28,11 +28,11 @@ class ModelWeights:
     eps: float
     head: Tensor | PackedMatrix | None
 
-    def fit(self, dtype: torch.dtype) -> bool:
-        """Whether they are as said above."""
+    def fit(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether they are as said above, and on `device`."""
         parts = self._tensors()
         return self.embedding.dtype is self.norm.dtype is dtype and all(
-            part.is_contiguous() and part.device.type == "cpu" for part in parts
+            part.is_contiguous() and part.device == device for part in parts
         )
 
     def addresses(self) -> list[int]:
@@ -98,17 +98,12 @@ class TokenStep:
     def run(
         self, token: int, cos: Tensor, sin: Tensor, row: int, past: Sequence[GrowingLayer], experts: ExpertSource
     ) -> Tensor:
-        """Logits [1, 1, rows] of the dtype; where the head stays outside, what it takes: [1, 1, hidden].
-
-        cos and sin [1, positions, head_dim], of which `row` is the token's. `past`, one for each layer and all of one
-        length, are one position longer then. Experts are asked for by rank, in the order of layers, with room for all
-        of them: each is used where it first was. Errors as `formats.reader.Load`; ValueError if a size is another.
-        """
+        """As `loader.token_forward.Step.run`. Experts are asked for by rank, in the order of layers, with room for all
+        of them: each is used where it first was."""
         count, length = len(self._layers), past[0].get_seq_length()
         keys, values, capacity = self._pointers(), self._pointers(), self._sizes()
         for number, (layer, step) in enumerate(zip(past, self._layers, strict=True)):
-            place = layer.place(step.attention.kind) or layer.set_place(*step.attention.room(layer))
-            keys[number], values[number], capacity[number] = place
+            keys[number], values[number], capacity[number] = layer.place(step.attention.kind)
         width = self._layers[0].attention.structure.head_dim
         if not (cos.dtype is sin.dtype is self.dtype and cos.shape == sin.shape and cos.shape[-1] == width):
             raise ValueError(f"rotary embedding of {self.dtype} [{width}]: got {cos.dtype} {tuple(cos.shape)}")

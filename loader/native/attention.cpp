@@ -1,7 +1,6 @@
 // One token's way through a layer's attention: what transformers does in some forty small operations.
 #include "attention.h"
 
-#include <cmath>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -82,7 +81,7 @@ struct Step {
       for (int64_t i = 0; i < dim; ++i) out[h * dim + i] = 0.0f;
       for (int64_t s = 0; s < spans; ++s) {
         const int64_t at = s * heads + h;
-        const float share = spans == 1 ? 1.0f : std::exp(top[at] - most);
+        const float share = spans == 1 ? 1.0f : exp_of_negative(top[at] - most);
         sum += total[at] * share;
         for (int64_t i = 0; i < dim; ++i) out[h * dim + i] += acc[at * dim + i] * share;
       }

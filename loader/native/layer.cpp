@@ -34,7 +34,7 @@ void route(const T* x, const T* router, int64_t hidden, int experts, int top_k, 
     p[size_t(e)] = rounded<T>(dot(router + e * hidden, wide.data(), hidden));
     most = p[size_t(e)] > most ? p[size_t(e)] : most;
   }
-  for (float& v : p) sum += v = std::exp(v - most);
+  for (float& v : p) sum += v = exp_of_negative(v - most);
   for (int k = 0; k < top_k; ++k) {
     int best = -1;
     for (int e = 0; e < experts; ++e) {

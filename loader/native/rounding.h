@@ -1,4 +1,5 @@
-// fp32 and bf16 activations, and RMSNorm with transformers' rounding.
+// fp32 and bf16 activations, exp, and RMSNorm with transformers' rounding: correctly rounded operations only, whose bits
+// the GPU kernels repeat.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,6 +21,21 @@ float rounded(float v) {
   T narrow;
   round_to(v, &narrow);
   return to_float(narrow);
+}
+
+// exp(x) within a few ulp for x <= 0, not below exp(-87); NaN stays NaN. One lane of exp16 (attention.inc.h).
+inline float exp_of_negative(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = r * (1.0f / 720.0f) + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) << 23) + 0x3f800000u);
 }
 
 template <class T>
