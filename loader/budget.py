@@ -48,13 +48,15 @@ def expert_bytes_by_layer(artifact: SizedExperts) -> list[int]:
     return [max(artifact.layout(layer, expert).n_bytes for expert in experts) for layer in layers]
 
 
-def ram_budget(ram_cache: int | str, artifact: Artifact) -> int:
+def ram_budget(ram_cache: int | str, artifact: Artifact, *, trunk_in_ram: bool = True) -> int:
     """The bytes that experts may take in RAM. `ram_cache` is a size for `parse_size`, or "auto": the memory that is
-    available now, less the trunk that is loaded next, less a reserve (RESERVE_BYTES, RESERVE_SHARE)."""
+    available now, less the trunk that is loaded next if it stays there, less a reserve (RESERVE_BYTES,
+    RESERVE_SHARE)."""
     if ram_cache != "auto":
         return parse_size(ram_cache, "ram_cache")
     available, total = available_memory()
-    return max(0, available - artifact.index.trunk.size_bytes - max(RESERVE_BYTES, total // RESERVE_SHARE))
+    trunk = artifact.index.trunk.size_bytes if trunk_in_ram else 0
+    return max(0, available - trunk - max(RESERVE_BYTES, total // RESERVE_SHARE))
 
 
 def aside_bytes(artifact: SizedExperts, aside: int) -> int:
@@ -62,25 +64,20 @@ def aside_bytes(artifact: SizedExperts, aside: int) -> int:
     return aside * sum(set(expert_bytes_by_layer(artifact)))
 
 
-def slots_by_layer(budget_bytes: int, artifact: SizedExperts, aside: int, *, all_in_place: bool) -> tuple[int, ...]:
-    """How many experts of each layer `budget_bytes` hold, at most all: the same number in each layer, and one more in
-    as many layers, evenly spread, as the rest of the budget allows.
+def slots_by_layer(
+    budget_bytes: int, artifact: SizedExperts, aside: int, *, all_in_place: bool, layers: slice = slice(None)
+) -> tuple[int, ...]:
+    """How many experts of each layer (of each of `layers`) `budget_bytes` hold, at most all: the same number in each
+    layer, and one more in as many layers, evenly spread, as the rest of the budget allows.
 
     `aside` more are on their way beside the slots, which the budget holds too; unless all experts fit it and are used
     where they lie (`all_in_place`). DoesNotFitError if not even those on their way fit.
     """
-    sizes = expert_bytes_by_layer(artifact)
+    sizes = expert_bytes_by_layer(artifact)[layers]
     most = artifact.architecture.num_local_experts
     if all_in_place and budget_bytes >= most * sum(sizes):
         return (most,) * len(sizes)
-    need = aside_bytes(artifact, aside)
-    left = budget_bytes - need
-    if left < 0:
-        raise DoesNotFitError(
-            f"{artifact.folder}: the expert cache of {budget_bytes} bytes must hold {aside} experts on their way: "
-            f"{need} bytes",
-            f"free memory, or give a budget of at least {math.ceil(need / 2**20)}MiB, or convert to fewer bits",
-        )
+    left = budget_bytes - _checked_aside(budget_bytes, artifact, aside, sizes)
     slots = [min(left // sum(sizes), most)] * len(sizes)
     left -= slots[0] * sum(sizes)
     if slots[0] < most:
@@ -89,6 +86,29 @@ def slots_by_layer(budget_bytes: int, artifact: SizedExperts, aside: int, *, all
                 slots[layer] += 1
                 left -= sizes[layer]
     return tuple(slots)
+
+
+def tier_counts(budget_bytes: int, artifact: SizedExperts, aside: int) -> dict[int, int]:
+    """How many experts of each size (`expert_bytes_by_layer`) a tier of `budget_bytes` holds for all layers together:
+    all, or of each size the same share, `aside` at least. DoesNotFitError if not even those fit."""
+    sizes = expert_bytes_by_layer(artifact)
+    counts = {size: sizes.count(size) * artifact.architecture.num_local_experts for size in sorted(set(sizes))}
+    if (total := sum(size * count for size, count in counts.items())) <= budget_bytes:
+        return counts
+    least = _checked_aside(budget_bytes, artifact, aside, sizes)
+    left, wanted = budget_bytes - least, total - least
+    return {size: aside + left * (count - aside) // wanted for size, count in counts.items()}
+
+
+def _checked_aside(budget_bytes: int, artifact: SizedExperts, aside: int, sizes: Sequence[int]) -> int:
+    need = aside * sum(set(sizes))
+    if budget_bytes < need:
+        raise DoesNotFitError(
+            f"{artifact.folder}: the expert cache of {budget_bytes} bytes must hold {aside} experts on their way: "
+            f"{need} bytes",
+            f"free memory, or give a budget of at least {math.ceil(need / 2**20)}MiB, or convert to fewer bits",
+        )
+    return need
 
 
 def slots_of_folder(artifact: Artifact, budget_bytes: int, io: str) -> tuple[int, ...]:

@@ -1,4 +1,7 @@
-"""Memory for packed experts: a fixed number of equal buffers, taken and given back."""
+"""Memory for packed experts: a fixed number of equal buffers, taken and given back, in pieces that can be given up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,21 +14,85 @@ def buffer_bytes(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Where buffers come from: `allocate` gives uint8 [n_bytes] on a page boundary; at most `piece_bytes` at a time, if
+    a buffer is not larger; None: all at once. With `lazy`, each piece when its first buffer is taken."""
+
+    allocate: Callable[[int], Tensor]
+    piece_bytes: int | None = None
+    lazy: bool = False
+
+
+RAM = Memory(aligned_bytes)
+"""The system backs it when it is first written."""
+
+
+@dataclass(eq=False)
+class Piece:
+    """One allocation: its `count` buffers, of which `free` are not taken."""
+
+    memory: Tensor
+    count: int
+    free: list[Tensor] = field(default_factory=list)
+
+
 class BufferPool:
-    """`count` page-aligned buffers for experts of up to `n_bytes`; the system backs them when they are first written.
+    """`count` page-aligned buffers for experts of up to `n_bytes`. Errors as `Memory.allocate`.
 
     Not thread safe: its owner has a lock.
     """
 
-    def __init__(self, n_bytes: int, count: int) -> None:
-        size = buffer_bytes(n_bytes)
-        memory = aligned_bytes(size * count)
-        self._free = [memory[begin : begin + size] for begin in range(0, size * count, size)]
+    def __init__(self, n_bytes: int, count: int, memory: Memory = RAM) -> None:
+        self.buffer_bytes = buffer_bytes(n_bytes)
+        self.pieces: list[Piece] = []
+        self._piece_of: dict[int, Piece] = {}
+        """By address of the buffer."""
+        self._memory, self._unallocated = memory, count
+        self._free = 0
+        while self._unallocated and not memory.lazy:
+            self._add_piece()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no buffer is left."""
+        return not self._free and not self._unallocated
 
     def take(self) -> Tensor:
         """A buffer, uint8; IndexError if none is left, which its owner's counting rules out."""
-        return self._free.pop()
+        if not self._free:
+            self._add_piece()
+        self._free -= 1
+        # From the fullest one, so that others become empty.
+        return min((piece for piece in self.pieces if piece.free), key=lambda piece: len(piece.free)).free.pop()
 
     def give_back(self, buffer: Tensor) -> None:
         """Ends the use of a buffer."""
-        self._free.append(buffer)
+        self._free += 1
+        self._piece_of[buffer.data_ptr()].free.append(buffer)
+
+    def piece_of(self, buffer: Tensor) -> Piece:
+        """The piece that the buffer is of."""
+        return self._piece_of[buffer.data_ptr()]
+
+    def drop(self, piece: Piece) -> None:
+        """Gives up a piece of which no buffer is taken; its memory is free when the caller drops it too."""
+        if len(piece.free) != piece.count:
+            raise ValueError(f"{piece.count - len(piece.free)} buffers of the piece are in use")
+        for buffer in piece.free:
+            del self._piece_of[buffer.data_ptr()]
+        self._free -= piece.count
+        piece.free.clear()
+        self.pieces.remove(piece)
+
+    def _add_piece(self) -> None:
+        if not self._unallocated:
+            raise IndexError("no buffer is left")
+        size, most = self.buffer_bytes, self._memory.piece_bytes
+        count = self._unallocated if most is None else min(self._unallocated, max(1, most // size))
+        piece = Piece(self._memory.allocate(size * count), count)
+        piece.free = [piece.memory[begin : begin + size] for begin in range(0, size * count, size)]
+        self._piece_of.update((buffer.data_ptr(), piece) for buffer in piece.free)
+        self.pieces.append(piece)
+        self._unallocated -= count
+        self._free += count

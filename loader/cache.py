@@ -1,19 +1,21 @@
 """Experts' packed bytes in memory: slots in each layer, filled from the files on demand, and ahead of it."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
-from formats.reader import ExpertReader
 from loader.budget import expert_bytes_by_layer
-from loader.buffers import BufferPool
+from loader.buffers import RAM, BufferPool, Memory
 from loader.fetcher import Fetcher
+from loader.giving_up import give_up
 from loader.lease import Lease
+from loader.pinned_tier import PinnedTier
 from loader.policy import LrfuPolicy, Policy
 from loader.prefetch import Prefetcher
+from loader.reader import Reader
 from loader.slots import Aside, LayerSlots
 from loader.stats import LayerStats, MoeStats
 from loader.streaming import stream
@@ -34,6 +36,13 @@ class ExpertSource(Protocol):
     def look_ahead(self, layer: int, x: Tensor) -> None:
         """While a lease is held: x [1, hidden] went into the router of `layer`, guess from it."""
 
+    def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
+        """What `look_ahead` from `layer` would rank by, for who ranks elsewhere, asked for once a token: the router,
+        and how many of its first experts `guess` is to be given for layer + 1. None where that would bring nothing."""
+
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        """While a lease is held: begin to read those of `experts` that are not there, the first ones first."""
+
     def stream(self, layer: int, experts: Sequence[int], x: Tensor, *, ascending: bool) -> Iterator[dict[int, Tensor]]:
         """Many tokens' different `experts` of `layer`, in the order of their last use (loader/streaming.py); the router
         saw x [T, hidden]."""
@@ -44,7 +53,9 @@ class ExpertCache:
     at most `aside` experts more that are on their way or used once.
 
     Experts that need no buffer (`ExpertReader.in_place`) are used where they lie; others have buffers, as many as
-    slots and `aside`. Eviction costs nothing: the masters are the files. Thread safe.
+    slots and `aside`, which come from `memory` (of each layer; layers with the same one share what is aside). Eviction
+    costs nothing: the masters are the files. `tier` is where a GPU's reader gets its bytes, for the counters. Thread
+    safe.
 
     A lease's experts are used by rank, the last one latest. Hits are counted before misses come in, and no expert of a
     lease makes room for another of it.
@@ -52,36 +63,44 @@ class ExpertCache:
 
     def __init__(
         self,
-        reader: ExpertReader,
+        reader: Reader,
         slots: int | Sequence[int],
         *,
         aside: int = 2,
         policy: Callable[[], Policy] = LrfuPolicy,
+        memory: Sequence[Memory] | None = None,
+        tier: PinnedTier | None = None,
     ) -> None:
         sizes = expert_bytes_by_layer(reader.artifact)
         experts = reader.artifact.architecture.num_local_experts
-        self.slots = (slots,) * len(sizes) if isinstance(slots, int) else tuple(slots)
-        if len(self.slots) != len(sizes) or not all(0 <= n <= experts for n in self.slots) or aside < 1:
+        counts = (slots,) * len(sizes) if isinstance(slots, int) else tuple(slots)
+        if len(counts) != len(sizes) or not all(0 <= n <= experts for n in counts) or aside < 1:
             raise ValueError(f"{slots} slots and {aside} aside for {experts} experts in each of {len(sizes)} layers")
         self._experts = experts
         self._fetcher = Fetcher()
         self._lock = self._fetcher.lock
-        sides = _sides(reader, sizes, self.slots, aside)
+        self._memories = memory or [RAM] * len(sizes)
+        sides = _sides(reader, sizes, counts, aside, self._memories)
         self._layers = [
-            LayerSlots(layer, count, policy(), sides[sizes[layer]], reader, self._fetcher)
-            for layer, count in enumerate(self.slots)
+            LayerSlots(layer, count, policy(), side, reader, self._fetcher)
+            for layer, (count, side) in enumerate(zip(counts, sides, strict=True))
         ]
-        self._slot_bytes = sum(count * size for count, size in zip(self.slots, sizes, strict=True))
+        self._sizes, self._reader, self._tier = sizes, reader, tier
         self._wait_s = 0.0
         self.prefetcher: Prefetcher | None = None
         self.close = weakref.finalize(self, _close, self._fetcher, reader)
         """Ends the reading threads and closes the files; also when the cache is collected."""
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How many each layer has now."""
+        return tuple(layer.slots for layer in self._layers)
+
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
         """One token's `experts`, at most `aside` more than the layer has slots; what is missing is being read when this
         returns. Afterwards the slots hold the last of them."""
         with self._lock:
-            return Lease(self._layers[layer], experts, self._lock, self._drop_guesses, self._waited)
+            return Lease(self._layers[layer], experts, self._lock, self._make_room, self._waited)
 
     def used_again(self, layer: int, experts: int) -> None:
         """So many experts of an earlier lease were used where they lie: hits. Only in a layer with a slot for each of
@@ -95,7 +114,7 @@ class ExpertCache:
             self._layers[layer],
             experts,
             self._lock,
-            self._drop_guesses,
+            self._make_room,
             partial(self.look_ahead, layer, x),
             self._waited,
             ascending=ascending,
@@ -115,6 +134,15 @@ class ExpertCache:
         if layer == 0:
             self.prefetcher.weigh([slots.stats for slots in self._layers])
 
+    def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
+        """As `ExpertSource.router_ahead`; the router as the prefetcher holds it."""
+        if not self.prefetcher or not self.wants_to_guess(layer):
+            return None
+        if layer == 0:
+            self.prefetcher.weigh([slots.stats for slots in self._layers])
+        router = self.prefetcher.router(layer)
+        return None if router is None else (router, self.prefetcher.guesses)
+
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Begins to read those of `experts` that are not there, the first ones first, while there is room aside."""
         with self._lock:
@@ -124,11 +152,38 @@ class ExpertCache:
                 if not self._layers[layer].guess(expert):
                     break
 
+    def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those of `experts` that are neither there nor on their way."""
+        slots = self._layers[layer]
+        with self._lock:
+            return [expert for expert in experts if expert not in slots.held and expert not in slots.outside]
+
+    def fill(self, layer: int, expert: int) -> None:
+        """An expert that was missing was computed elsewhere: it is brought into a slot when nothing else moves, one at
+        a time; what comes meanwhile is only counted."""
+        with self._lock:
+            self._layers[layer].fill(expert)
+
+    def shrink(self, n_bytes: int, layer: int = 0) -> int:
+        """Gives up slots of the layers whose memory is that of `layer`, evenly, until so many bytes are free, in whole
+        allocations; how many are. What is in use stays, and what is aside; nothing is waited for."""
+        with self._lock:
+            layers = [
+                slots
+                for slots, memory in zip(self._layers, self._memories, strict=True)
+                if memory is self._memories[layer]
+            ]
+            freed = give_up(layers, n_bytes, self._reader.before_free)
+            self._lock.notify_all()
+            return freed
+
     def stats(self) -> MoeStats:
         """A snapshot of the counters."""
         with self._lock:
             layers = tuple(layer.stats + LayerStats(layer.hits) for layer in self._layers)
-            return MoeStats(layers, self.slots, self._slot_bytes, self._wait_s, self._fetcher.busy_s)
+            slot_bytes = sum(count * size for count, size in zip(self.slots, self._sizes, strict=True))
+            ram = self._tier.stats() if self._tier else None
+            return MoeStats(layers, self.slots, slot_bytes, self._wait_s, self._fetcher.busy_s, ram)
 
     def reset_stats(self) -> None:
         """Sets the counters to zero; the slots keep what they hold."""
@@ -136,8 +191,15 @@ class ExpertCache:
             for layer in self._layers:
                 layer.stats, layer.hits = LayerStats(), 0
             self._wait_s = self._fetcher.busy_s = 0.0
+        if self._tier:
+            self._tier.reset_stats()
 
-    def _drop_guesses(self, but: int = -1) -> None:
+    def _make_room(self) -> None:
+        for slots in self._layers:
+            if slots.outside:
+                slots.drop_guesses(fills=True)
+
+    def _drop_guesses(self, but: int) -> None:
         for slots in self._layers:
             if slots.outside and slots.layer != but:
                 slots.drop_guesses()
@@ -146,16 +208,20 @@ class ExpertCache:
         self._wait_s += seconds
 
 
-def _sides(reader: ExpertReader, sizes: list[int], slots: Sequence[int], aside: int) -> dict[int, Aside]:
-    """Size of an expert -> what the layers with such experts share: the room beside the slots, and the buffers."""
+def _sides(
+    reader: Reader, sizes: Sequence[int], slots: Sequence[int], aside: int, memory: Sequence[Memory]
+) -> list[Aside]:
+    """What each layer shares with those of the same memory and expert size: the room beside the slots, the buffers."""
     in_place = all(reader.in_place(layer, 0) for layer in range(len(sizes)))
-    result = {}
-    for size in set(sizes):
-        count = sum(n for n, other in zip(slots, sizes, strict=True) if other == size)
-        result[size] = Aside(aside, None if in_place else BufferPool(size, count + aside))
-    return result
+    kinds = [(id(place), size) for place, size in zip(memory, sizes, strict=True)]
+    sides: dict[tuple[int, int], Aside] = {}
+    for place, size, kind in zip(memory, sizes, kinds, strict=True):
+        if kind not in sides:
+            count = sum(n for n, other in zip(slots, kinds, strict=True) if other == kind)
+            sides[kind] = Aside(aside, None if in_place else BufferPool(size, count + aside, place))
+    return [sides[kind] for kind in kinds]
 
 
-def _close(fetcher: Fetcher, reader: ExpertReader) -> None:
+def _close(fetcher: Fetcher, reader: Reader) -> None:
     fetcher.close()
     reader.close()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from formats.reader import PIECE_BYTES, Load
+from formats.reader import PIECE_BYTES
+from loader.reader import Load
 
 THREADS = 2
 """Reads at a time: as many as a token misses in a layer. One alone reaches the limit of most disks."""

@@ -1,15 +1,15 @@
 """One layer's experts in memory: those in slots, and those aside, on their way or used once. Its owner has a lock."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
-from formats.reader import ExpertReader
-from loader.buffers import BufferPool
+from loader.buffers import BufferPool, Piece
 from loader.fetcher import Fetcher, Job
 from loader.policy import Policy
+from loader.reader import Load, Reader
 from loader.stats import LayerStats
 
 
@@ -26,27 +26,38 @@ class Held:
     in_slot: bool = False
     guess: bool = False
     """Read ahead, and not yet asked for."""
+    fill: bool = False
+    """Was computed elsewhere, and comes into a slot for the next time."""
+    queued: bool = False
+    """`blob` is there for whoever waits in the reader's way (`Reader.before_use`); not used until now."""
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether its memory is in use."""
+        return bool(self.pins or self.job)
 
 
 class Aside:
-    """How many experts of one size may be outside of the slots, over all layers, and how many are."""
+    """How many experts of one size may be outside of the slots, over all layers that share them, and how many are."""
 
     def __init__(self, room: int, pool: BufferPool | None) -> None:
         self.room, self.pool, self.used = room, pool, 0
+        self.filling: Held | None = None
+        """The latest fill."""
 
 
 class LayerSlots:
     """Slots of one layer. An expert in a slot leaves it only for another one, chosen by `policy`."""
 
-    def __init__(self, layer: int, slots: int, policy: Policy, aside: Aside, reader: ExpertReader, fetcher: Fetcher):
-        self.layer, self.slots = layer, slots
+    def __init__(self, layer: int, slots: int, policy: Policy, aside: Aside, reader: Reader, fetcher: Fetcher):
+        self.layer, self.slots, self.aside = layer, slots, aside
         self.held: dict[int, Held] = {}
         """In slots. An expert whose read fails leaves."""
         self.outside: dict[int, Held] = {}
         self.stats = LayerStats()
         self.hits = 0
         """Experts that were in slots when they were asked for; the other counters are in `stats`."""
-        self._policy, self._aside, self._reader, self._fetcher = policy, aside, reader, fetcher
+        self._policy, self._reader, self._fetcher = policy, reader, fetcher
         self._experts = reader.artifact.architecture.num_local_experts
 
     def count(self, **counts: int) -> None:
@@ -56,13 +67,13 @@ class LayerSlots:
     @property
     def most(self) -> int:
         """How many experts can be here at the same time, where no other layer has any on their way."""
-        return self.slots + self._aside.room
+        return self.slots + self.aside.room
 
     def has_room_for(self, experts: Collection[int]) -> bool:
         """Whether all of `experts` can be here at the same time, now."""
         free = self.slots - len(self._fixed().union(expert for expert in experts if expert in self.held))
         missing = [expert for expert in experts if expert not in self.held]
-        aside = self._aside.room - self._aside.used + sum(expert in self.outside for expert in missing)
+        aside = self.aside.room - self.aside.used + sum(expert in self.outside for expert in missing)
         return len(missing) - free <= aside
 
     def take(self, expert: int, keep: Collection[int]) -> Held | None:
@@ -76,13 +87,19 @@ class LayerSlots:
             if into_slot:
                 self._move_in(held, keep)
             return held
-        if not into_slot and self._aside.used >= self._aside.room:
+        if not into_slot and self.aside.used >= self.aside.room:
             return None
         # Out before in: the memory is bounded at every moment.
         if into_slot:
             self._free_slot(keep)
         held = self._start(expert)
-        return self._put_into_slot(held) if into_slot else self._put_aside(held)
+        if into_slot:
+            self._put_into_slot(held)
+        else:
+            self._put_aside(held)
+        if held.error:
+            self._leave(held)
+        return held
 
     def keep(self, held: Held, keep: Collection[int]) -> None:
         """Before a use of what `take` gave ends: one of `keep` that is aside comes into a slot, if one can be freed."""
@@ -93,6 +110,7 @@ class LayerSlots:
     def end(self, held: Held) -> None:
         """Ends a use, the latest of its layer so far; what has no slot leaves with its last one."""
         held.pins -= 1
+        held.queued = False
         if held.blob is not None and held.in_slot:
             self._policy.touch(held.expert)
         elif held.blob is not None and not held.pins:
@@ -102,23 +120,71 @@ class LayerSlots:
         """Reads ahead if the expert is not there and there is room aside; whether there was."""
         if expert in self.held or expert in self.outside:
             return True
-        if self._aside.used >= self._aside.room:
+        if self.aside.used >= self.aside.room:
             return False
-        self._put_aside(self._start(expert, guess=True))
+        held = self._start(expert, urgent=False)
+        held.guess = True
+        self._put_aside(held)
         self.count(guesses=1)
         return True
 
-    def drop_guesses(self) -> None:
-        """Ends the guesses that nobody asked for."""
-        for held in [held for held in self.outside.values() if held.guess]:
+    def fill(self, expert: int) -> None:
+        """An expert that was missing was computed elsewhere. Brings it into a slot, unless another one is on its way
+        so, or there is no room aside; what is urgent comes first."""
+        self.count(misses=1, cpu_experts=1)
+        busy = self.aside.filling and self.aside.filling.job
+        if busy or expert in self.held or expert in self.outside or self.aside.used >= self.aside.room:
+            return
+        self.aside.filling = held = self._start(expert, urgent=False)
+        held.fill = True
+        self._put_aside(held)
+
+    def drop_guesses(self, fills: bool = False) -> None:
+        """Ends the guesses that nobody asked for, and with `fills` what comes in without hurry."""
+        for held in [held for held in self.outside.values() if held.guess or (fills and held.fill)]:
             if held.job:
                 self._fetcher.cancel(held.job)
             else:
-                self.count(wasted_bytes=self._reader.artifact.entry(self.layer, held.expert).length)
+                self.count(wasted_bytes=self._reader.moved_bytes(self.layer, held.expert))
                 self._leave(held)
 
+    def before_use(self, blobs: Iterable[Tensor]) -> None:
+        """As `Reader.before_use`."""
+        self._reader.before_use(blobs)
+
+    def after_use(self, entries: Iterable[Held]) -> None:
+        """As `Reader.after_use`; of those that are there."""
+        self._reader.after_use([held.blob for held in entries if held.blob is not None])
+
+    def lower(self) -> bool:
+        """Gives up a slot, the policy's choice; False if all are in use."""
+        if not self.slots or not self._can_free(()):
+            return False
+        self._free_slot(())
+        self.slots -= 1
+        return True
+
+    def clear(self, piece: Piece) -> None:
+        """Gives up the experts in `piece`, none of which is in use; the slots stay."""
+        for held in [held for held in self.held.values() if self._is_in(piece, held)]:
+            self._evict(self.held.keys() - {held.expert})
+            self.count(evictions=1)
+
+    def uses(self, piece: Piece) -> bool:
+        """Whether memory of `piece` is in use."""
+        return any(held.is_fixed and self._is_in(piece, held) for held in (*self.held.values(), *self.outside.values()))
+
+    @property
+    def most_to_lower(self) -> int:
+        """How often `lower` would succeed."""
+        return self.slots - len(self._fixed())
+
+    def _is_in(self, piece: Piece, held: Held) -> bool:
+        pool = self.aside.pool
+        return held.buffer is not None and pool is not None and pool.piece_of(held.buffer) is piece
+
     def _fixed(self) -> set[int]:
-        return {expert for expert, held in self.held.items() if held.pins or held.job}
+        return {expert for expert, held in self.held.items() if held.is_fixed}
 
     def _can_free(self, wanted: Collection[int]) -> bool:
         return len(self.held) < self.slots or len(self._fixed().union(wanted) & self.held.keys()) < len(self.held)
@@ -130,74 +196,98 @@ class LayerSlots:
 
     def _move_in(self, held: Held, wanted: Collection[int]) -> None:
         del self.outside[held.expert]
-        self._aside.used -= 1
+        self.aside.used -= 1
         self._free_slot(wanted)
         self._put_into_slot(held)
 
-    def _put_into_slot(self, held: Held) -> Held:
+    def _put_into_slot(self, held: Held) -> None:
         held.in_slot = True
         self.held[held.expert] = held
-        return held
 
     def _evict(self, wanted: Collection[int]) -> None:
         held = self.held.pop(self._policy.victim(self._fixed().union(wanted)))
         held.in_slot = False
         self._release(held)
 
-    def _start(self, expert: int, guess: bool = False) -> Held:
+    def _start(self, expert: int, urgent: bool = True) -> Held:
         in_place = self._reader.in_place(self.layer, expert)
-        buffer = None if in_place or self._aside.pool is None else self._aside.pool.take()
-        held = Held(expert, buffer, guess=guess)
+        buffer = None if in_place or self.aside.pool is None else self.aside.pool.take()
+        held = Held(expert, buffer)
         load = self._reader.load(self.layer, expert, buffer)
-        held.job = Job(load, not guess, partial(self._finished, held))
-        if not guess:
+        if urgent:
             self._count_miss(expert)
             self.count(delays=self._fetcher.guess_is_running)
-        self._fetcher.submit(held.job)
+        if urgent and load.at_once:
+            self._queue(held, load)
+        else:
+            held.job = Job(load, urgent, partial(self._finished, held))
+            self._fetcher.submit(held.job)
         return held
 
+    def _queue(self, held: Held, load: Load) -> None:
+        # Here: waking a thread that does it would take longer.
+        try:
+            load.step()
+            held.blob, held.queued = load.result(), load.queued
+        except BaseException as e:
+            held.error = e
+        load.close()
+
     def _count_miss(self, expert: int) -> None:
-        self.count(misses=1, bytes_read=self._reader.artifact.entry(self.layer, expert).length)
+        self.count(misses=1, bytes_read=self._reader.moved_bytes(self.layer, expert))
 
     def _ask_for(self, held: Held) -> None:
-        """A guess was right."""
-        if not held.guess:
-            return
-        held.guess = False
-        entry = self._reader.artifact.entry(self.layer, held.expert)
-        self._count_miss(held.expert)
-        self.count(useful_guesses=1, early_bytes=held.job.load.done if held.job else entry.length)
+        """A guess was right, or a fill came too late."""
+        if held.guess or held.fill:
+            self._count_miss(held.expert)
+        if held.guess:
+            moved = held.job.load.done if held.job else self._reader.moved_bytes(self.layer, held.expert)
+            self.count(useful_guesses=1, early_bytes=moved)
+        held.guess = held.fill = False
         if held.job:
             self._fetcher.promote(held.job)
 
-    def _put_aside(self, held: Held) -> Held:
-        self._aside.used += 1
+    def _put_aside(self, held: Held) -> None:
+        self.aside.used += 1
         self.outside[held.expert] = held
-        return held
 
     def _finished(self, held: Held, blob: Tensor | None, error: BaseException | None) -> None:
         job, held.job = held.job, None
         held.blob, held.error = blob, error
+        if job:
+            held.queued = job.load.queued
+            job.load.close()
         if blob is None:
-            if held.guess and job:
+            if job and (held.guess or held.fill):
                 self.count(wasted_bytes=job.load.done)
             self._leave(held)
+        elif held.fill:
+            held.fill = False
+            self._fill_slot(held)
         elif held.in_slot and not held.pins:
             # Whoever asked for it was interrupted.
             self._policy.touch(held.expert)
         elif not held.in_slot and not held.pins and not held.guess:
             self._leave(held)
 
+    def _fill_slot(self, held: Held) -> None:
+        self.count(bytes_read=self._reader.moved_bytes(self.layer, held.expert))
+        if self._can_free(()):
+            self._move_in(held, ())
+            self._policy.touch(held.expert)
+        else:
+            self._leave(held)
+
     def _leave(self, held: Held) -> None:
         if held.in_slot:
             del self.held[held.expert]
         elif self.outside.pop(held.expert, None) is held:
-            self._aside.used -= 1
+            self.aside.used -= 1
         self._release(held)
 
     def _release(self, held: Held) -> None:
         if held.buffer is None and self.slots < self._experts:
             self._reader.forget(self.layer, held.expert)
-        elif held.buffer is not None and self._aside.pool:
-            self._aside.pool.give_back(held.buffer)
+        elif held.buffer is not None and self.aside.pool:
+            self.aside.pool.give_back(held.buffer)
         held.buffer = held.blob = None

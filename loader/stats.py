@@ -25,6 +25,8 @@ class LayerStats:
     """What was read of the other guesses; not in `bytes_read`."""
     delays: int = 0
     """Reads on demand that began while a guess was being read."""
+    cpu_experts: int = 0
+    """Of a GPU's misses: experts that the CPU computed where they lay in RAM."""
 
     @property
     def hit_ratio(self) -> float:
@@ -42,10 +44,24 @@ class LayerStats:
 
 
 @dataclass(frozen=True)
+class TierStats:
+    """What a GPU's RAM tier of `buffer_bytes` counted: a hit or miss is one expert that the GPU's slots lacked;
+    `bytes_read` are the stored bytes of the misses, read from the files."""
+
+    buffer_bytes: int
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    bytes_read: int = 0
+
+
+@dataclass(frozen=True)
 class MoeStats:
     """A snapshot of a model's cache: `slots` experts of each layer fit it, `slot_bytes` are what all slots can hold.
 
-    `wait_s`: seconds in which a forward pass waited for reads. `busy_s`: seconds with a read under way.
+    `wait_s`: seconds in which a forward pass waited for reads. `busy_s`: seconds with a read under way. On a GPU the
+    layers' bytes are those that went over its link, and copies that are only queued take none of these seconds; `ram`
+    is the tier between the files and the GPU.
     """
 
     layers: tuple[LayerStats, ...]
@@ -53,6 +69,7 @@ class MoeStats:
     slot_bytes: int
     wait_s: float = 0.0
     busy_s: float = 0.0
+    ram: TierStats | None = None
 
     @property
     def total(self) -> LayerStats:
@@ -60,18 +77,21 @@ class MoeStats:
         return sum(self.layers, LayerStats())
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values for JSON, totals first."""
+        """The same as plain values for JSON, totals first; what only a GPU has only if it is one."""
         return {
-            **_values(self.total),
+            **self._values(self.total),
             "wait_s": self.wait_s,
             "busy_s": self.busy_s,
             "slots": sum(self.slots) / len(self.slots),
             "slot_bytes": self.slot_bytes,
             "layers": [
-                {**_values(layer), "slots": slots} for layer, slots in zip(self.layers, self.slots, strict=True)
+                {**self._values(layer), "slots": slots} for layer, slots in zip(self.layers, self.slots, strict=True)
             ],
+            **({"ram": asdict(self.ram)} if self.ram else {}),
         }
 
-
-def _values(stats: LayerStats) -> dict[str, Any]:
-    return {**asdict(stats), "hit_ratio": stats.hit_ratio, "recall": stats.recall}
+    def _values(self, stats: LayerStats) -> dict[str, Any]:
+        values = {**asdict(stats), "hit_ratio": stats.hit_ratio, "recall": stats.recall}
+        if not self.ram:
+            del values["cpu_experts"]
+        return values

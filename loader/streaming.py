@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from threading import Condition
 
 from torch import Tensor
 
-from loader.lease import blob_of
+from loader.lease import arrived, blob_of
 from loader.slots import Held, LayerSlots
 
 
@@ -22,9 +23,10 @@ def stream(
 ) -> Iterator[dict[int, Tensor]]:
     """The different `experts`, in the order of their last use, in parts: number -> uint8 [n_bytes].
 
-    A part is valid until the next one is asked for. Parts come as experts arrive, or with `ascending` in ascending
-    order over all. Each expert is read at most once. Afterwards the slots hold the last used, as if the tokens had come
-    one by one (with `ascending` as far as no expert has to leave before its turn).
+    A part is valid until the next one is asked for, and then for what the caller's stream had been given. Parts come as
+    experts arrive, or with `ascending` in ascending order over all; where copies are queued, one by one, so that the
+    next ones go on while one is used. Each expert is read at most once. Afterwards the slots hold the last used, as if
+    the tokens had come one by one (with `ascending` as far as no expert has to leave before its turn).
 
     `make_room` is called where nothing moves, with the lock held; `look_ahead` before the last part, when the disk has
     no more to do for this layer. Errors as `formats.reader.Load`.
@@ -46,6 +48,9 @@ def stream(
                     if not any(entry.job for entry in held.values()):
                         make_room()
                         _begin_reads(slots, todo, held, keep, ascending)
+                        # What is only queued is there at once, and nobody will tell.
+                        if part := _part(todo, held, ascending):
+                            break
                     lock.wait()
                     _begin_reads(slots, todo, held, keep, ascending)
                 waited(time.perf_counter() - begin_s)
@@ -53,8 +58,10 @@ def stream(
             todo = [expert for expert in todo if expert not in part]
             if not todo:
                 look_ahead()
+            slots.before_use(blobs.values())
             yield blobs
             with lock:
+                slots.after_use(held[expert] for expert in part)
                 # What leaves first: it makes room for what stays.
                 for expert in sorted(part, key=keep.__contains__):
                     entry = held.pop(expert)
@@ -67,6 +74,7 @@ def stream(
                 lock.notify_all()
     finally:
         with lock:
+            slots.after_use(held.values())
             for entry in held.values():
                 slots.end(entry)
             for entry in sorted(kept, key=lambda entry: experts.index(entry.expert)):
@@ -95,10 +103,9 @@ def _begin_reads(
 
 def _part(todo: list[int], held: dict[int, Held], ascending: bool) -> list[int]:
     """What can be computed now: experts that are there or failed."""
-    part = []
-    for expert in todo:
-        if expert in held and not held[expert].job:
-            part.append(expert)
-        elif ascending:
-            break
-    return part
+    entries = [held[expert] for expert in todo if expert in held]
+    if ascending:
+        there = takewhile(lambda expert: expert in held and not held[expert].job, todo)
+        entries = [held[expert] for expert in there]
+        entries = list(takewhile(lambda entry: not entry.queued, entries)) or entries[:1]
+    return [entry.expert for entry in arrived(entries)]

@@ -37,6 +37,21 @@ class SlowReader:
         self.buffers.add(buffer.data_ptr())
         return SlowLoad(self, layer, expert, buffer)
 
+    def moved_bytes(self, layer, expert):
+        return EXPERT_BYTES
+
+    def before_use(self, blobs):
+        pass
+
+    def after_use(self, blobs):
+        pass
+
+    def before_free(self, memory):
+        pass
+
+    def forget(self, layer, expert):
+        pass
+
     def let(self, layer, expert, steps=100):
         """Gives the reads of an expert so many steps more; returns when a waiting one has taken its first."""
         with self._lock:
@@ -62,6 +77,8 @@ class SlowReader:
 class SlowLoad:
     """A load of two steps if it is a guess, of one if it is not."""
 
+    at_once = queued = False
+
     def __init__(self, reader, layer, expert, buffer):
         self._reader, self._layer, self._expert, self._buffer = reader, layer, expert, buffer
         self.done = 0
@@ -79,3 +96,6 @@ class SlowLoad:
     def result(self):
         self._buffer[0] = self._expert
         return self._buffer[:1]
+
+    def close(self):
+        pass
