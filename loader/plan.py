@@ -88,16 +88,22 @@ class ModelSizes:
         """Bytes of all experts in memory."""
         return self.architecture.num_local_experts * sum(expert_bytes_by_layer(self.experts))
 
+    def activations(self, prompt: int) -> int:
+        """Those of an expert and of attention in float32, for a prompt of so many tokens."""
+        return 4 * prompt * (2 * self.architecture.intermediate_size + 4 * self.architecture.hidden_size)
+
     def workspace(self, prompt: int) -> int:
-        """What the process takes beside weights, cache and keys for a prompt of so many tokens: PROCESS_BYTES, and the
-        activations of an expert and of attention in float32."""
-        return PROCESS_BYTES + 4 * prompt * (
-            2 * self.architecture.intermediate_size + 4 * self.architecture.hidden_size
-        )
+        """What the process takes beside weights, cache and keys for a prompt of so many tokens."""
+        return PROCESS_BYTES + self.activations(prompt)
 
     def fixed(self, context: int, prompt: int) -> int:
         """What the process takes beside experts."""
         return self.trunk + self.kv_per_position * context + self.workspace(prompt)
+
+    def used_per_token(self, context: int) -> int:
+        """Bytes of weights, keys and values that computing one token reads, at the end of the context."""
+        chosen = self.architecture.num_experts_per_tok
+        return self.trunk_read + chosen * sum(expert_bytes_by_layer(self.experts)) + self.kv_per_position * context
 
     @property
     def aside(self) -> int:
@@ -169,8 +175,8 @@ def plan_memory(
     missed = [layer[n] * architecture.num_experts_per_tok for layer, n in zip(ratios, slots, strict=True)]
     read = sum(count * size for count, size in zip(missed, sizes.stored, strict=True))
     in_memory = expert_bytes_by_layer(sizes.experts)
-    used = sizes.trunk_read + architecture.num_experts_per_tok * sum(in_memory) + sizes.kv_per_position * context
-    disk_s, memory_s = read / machine.disk_bytes_per_s, used / machine.memory_bytes_per_s
+    disk_s = read / machine.disk_bytes_per_s
+    memory_s = sizes.used_per_token(context) / machine.memory_bytes_per_s
     return Plan(
         ram_bytes=ram_bytes,
         trunk_bytes=sizes.trunk,

@@ -94,7 +94,7 @@ def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Poli
         raise ValueError(f"{slots} slots: a layer has {count} experts")
     requests = requests_of(trace, layer)
     belady = BeladyPolicy(requests) if policy is None else None
-    cache = _Slots(slots, belady or policy())  # type: ignore[misc]
+    cache = ReplayedSlots(slots, belady or policy())  # type: ignore[misc]
     missed = np.zeros((tokens, chosen), bool)
     changes: list[tuple[int, int, int]] = []
     prompt_misses = 0
@@ -121,7 +121,7 @@ def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Poli
     return LayerReplay(missed, np.cumsum(change, axis=0, dtype=np.int8)[:tokens].astype(bool), prompt_misses)
 
 
-class _Slots:
+class ReplayedSlots:
     """Which experts are in a layer's slots, as `loader.slots.LayerSlots` decides it."""
 
     def __init__(self, slots: int, policy: Policy) -> None:

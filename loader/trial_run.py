@@ -21,18 +21,30 @@ class TrialRun:
     read_bytes_per_token: float
 
 
-def try_out(folder: Path, cache_bytes: int, *, prompt: int, tokens: int = 32, policy: str = "lrfu") -> TrialRun:
-    """Greedy tokens after a prompt of random ones, which fills the slots first. Errors as `from_pretrained`."""
+def try_out(
+    folder: Path,
+    ram_cache: int,
+    gpu_cache: int | None = None,
+    *,
+    prompt: int,
+    tokens: int = 32,
+    policy: str = "lrfu",
+) -> TrialRun:
+    """Greedy tokens after a prompt of random ones, which fills the slots first; on the GPU with `gpu_cache`, else on
+    the processor. Errors as `from_pretrained`."""
+    options = {"device": "cpu"} if gpu_cache is None else {"device": "cuda", "gpu_cache": gpu_cache}
     try:
-        return _decode(folder, cache_bytes, prompt, tokens, policy)
+        return _decode(folder, prompt, tokens, {**options, "ram_cache": ram_cache, "policy": policy})
     finally:
         # A model's modules hold each other: its cache would stay beside the next one's.
         gc.collect()
 
 
-def _decode(folder: Path, cache_bytes: int, prompt: int, tokens: int, policy: str) -> TrialRun:
-    model: Any = from_pretrained(folder, ram_cache=cache_bytes, policy=policy)
+def _decode(folder: Path, prompt: int, tokens: int, options: dict[str, Any]) -> TrialRun:
+    model: Any = from_pretrained(folder, **options)
     ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    ids = ids.to(model.device)
     clock = _Clock(model)
     with torch.inference_mode():
         model.generate(

@@ -1,5 +1,6 @@
 """`moe-convert plan`: what fits where within a memory budget, and the tokens per second to expect."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,15 +9,15 @@ import click
 
 from converter.cli import shared_options
 from converter.cli.output import Output, output_options
+from converter.cli.plan_machine import GB, check_options, gpu_machine, has_gpu, ram_machine
 from converter.cli.plan_sources import open_source
 from converter.cli.plan_tables import text_of
 from formats.errors import MoeConvertError
 from formats.sizes import parse_size
 
 if TYPE_CHECKING:
-    from loader.plan import Machine, ModelSizes
+    from loader.plan import ModelSizes, Plan
 
-GB = 10**9
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of the experts in memory, where no budget is given."""
 _SPEED = click.FloatRange(min=0, min_open=True)
@@ -30,12 +31,18 @@ Examples:
   moe-convert plan mixtral-2bit --ram 12GiB --ctx 8192 --trace mine.zst --verify
   moe-convert plan ./Mixtral-8x7B-v0.1 --recipe 3bit --ram 16GB
   moe-convert plan mistralai/Mixtral-8x7B-v0.1 --ram 16GB --disk 3.5
-Exit code 4: not even the least fits; the message says how much is needed. GPU memory cannot be planned yet.""",
+  moe-convert plan mixtral-2bit --vram 12GiB
+  moe-convert plan mistralai/Mixtral-8x7B-v0.1 --vram 8GiB --ram 16GB --link 12 --gpu-bandwidth 360 --disk 3.5
+Exit code 4: not even the least fits; the message says how much is needed.""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--ram", metavar="SIZE", help="Memory for the whole process, e.g. 12GiB [default: a table over several budgets]."
 )
+@click.option(
+    "--vram", metavar="SIZE",
+    help="GPU memory, e.g. 12GiB: trunk, KV cache and some experts there; without --ram, all experts in RAM.",
+)  # fmt: skip
 @click.option("--ctx", type=click.IntRange(min=1), default=4096, show_default=True, help="Positions of the KV cache.")
 @click.option(
     "--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the longest prompt."
@@ -50,6 +57,10 @@ Exit code 4: not even the least fits; the message says how much is needed. GPU m
 )  # fmt: skip
 @click.option("--disk", type=_SPEED, metavar="GB/s", help="Speed of the disk [default: measured for a second].")
 @click.option("--memory", type=_SPEED, metavar="GB/s", help="Speed of the memory [default: measured].")
+@click.option("--link", type=_SPEED, metavar="GB/s", help="Speed of copies to the GPU [default: measured, on a GPU].")
+@click.option(
+    "--gpu-bandwidth", type=_SPEED, metavar="GB/s", help="Speed of the GPU's memory [default: measured, on a GPU]."
+)
 @click.option(
     "--recipe", "recipe_name", default="2bit", show_default=True, help="For a checkpoint that is not converted yet."
 )
@@ -57,30 +68,26 @@ Exit code 4: not even the least fits; the message says how much is needed. GPU m
 @shared_options.token
 @click.option("--verify", is_flag=True, help="Decode 32 tokens with each budget, and compare.")
 @output_options
-def command(path: Path, ram: str | None, output: Output, **options: Any) -> None:
+def command(path: Path, ram: str | None, vram: str | None, output: Output, **options: Any) -> None:
     """Show what fits where, and the speed to expect, of PATH.
 
     PATH is a converted model or a checkpoint, in a folder or as owner/name on the Hub, or a config.json. Takes the
     numbers of index and headers, and reads some weights to measure the disk. The speed is one sequence's at
     the end of the context: the low end without any overlap of reading and computing, the high end with a perfect one.
+    With --vram the low end assumes half of what the bytes allow: nothing was measured on a GPU (docs/plan.md).
     """
-    from loader.plan import plan_memory, plan_shares
-
+    check_options(options, vram=bool(vram))
     context, prompt = options["ctx"], min(options["prompt"], options["ctx"])
     source = open_source(path, options["recipe_name"], options["revision"], options["token"])
     if options["verify"] and not source.converted:
         raise click.UsageError(f"--verify: {path} is not a converted folder")
+    if options["verify"] and vram and not has_gpu():
+        raise click.UsageError("--verify with --vram: there is no GPU here")
     sizes = source.sizes
-    machine = _machine(sizes, source.files, options)
-    settings: dict[str, Any] = {
-        "context": context,
-        "prompt": prompt,
-        "miss_ratios": _traced(options["trace"], sizes, options["policy"]) if options["trace"] else None,
-    }
-    if ram:
-        plans = [plan_memory(sizes, machine, parse_size(ram, "--ram"), **settings)]
+    if vram:
+        speeds, plans = _gpu_plans(sizes, source.files, vram, ram, context, prompt, options)
     else:
-        plans = plan_shares(sizes, machine, SHARES, **settings)
+        speeds, plans = _plans(sizes, source.files, ram, context, prompt, options)
     result: dict[str, Any] = {
         "path": str(path),
         "recipe": source.recipe,
@@ -90,37 +97,61 @@ def command(path: Path, ram: str | None, output: Output, **options: Any) -> None
         "context": context,
         "prompt": prompt,
         "trace": options["trace"] and str(options["trace"]),
-        **asdict(machine),
+        **speeds,
         "plans": [asdict(plan) for plan in plans],
     }
     if options["verify"] and source.converted:
         _verify(source.converted, result["plans"], prompt, context, options["policy"], output)
-    output.result(result, text_of(result, detailed=bool(ram)))
+    output.result(result, text_of(result, detailed=bool(ram or vram)))
 
 
-def _machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any]) -> "Machine":
-    """As the options say, else measured, the disk over the weights in `files`."""
-    from loader.machine import disk_bytes_per_s, memory_bytes_per_s
-    from loader.plan import Machine
-
-    disk, memory = options["disk"], options["memory"]
-    if not disk and not files:
-        raise click.UsageError("there are no weights here to measure the disk with: say how fast it is, --disk GB/s")
-    return Machine(
-        memory_bytes_per_s=memory * GB if memory else memory_bytes_per_s(),
-        disk_bytes_per_s=disk * GB if disk else disk_bytes_per_s(files, int(max(sizes.stored))),
-    )
-
-
-def _traced(trace: Path, sizes: "ModelSizes", policy: str) -> Any:
-    from loader.plan import traced_miss_ratios
+def _plans(
+    sizes: "ModelSizes", files: list[Path], ram: str | None, context: int, prompt: int, options: dict[str, Any]
+) -> "tuple[dict[str, Any], Sequence[Plan]]":
+    """The speeds, and the plan for `ram`, or several."""
+    from loader.plan import plan_memory, plan_shares, traced_miss_ratios
     from loader.policy import POLICIES
+
+    speeds, trace = ram_machine(sizes, files, options), _traced(options["trace"], sizes)
+    ratios = trace and traced_miss_ratios(trace, POLICIES[options["policy"]])
+    settings: dict[str, Any] = {"context": context, "prompt": prompt, "miss_ratios": ratios}
+    if ram:
+        return asdict(speeds), [plan_memory(sizes, speeds, parse_size(ram, "--ram"), **settings)]
+    return asdict(speeds), plan_shares(sizes, speeds, SHARES, **settings)
+
+
+def _gpu_plans(
+    sizes: "ModelSizes",
+    files: list[Path],
+    vram: str,
+    ram: str | None,
+    context: int,
+    prompt: int,
+    options: dict[str, Any],
+) -> "tuple[dict[str, Any], Sequence[Plan]]":
+    """The speeds, and the plan for `vram` and `ram`."""
+    from loader.gpu_plan import plan_gpu
+    from loader.policy import POLICIES
+    from loader.tier_misses import traced_tier_misses, uniform_tier_misses
+
+    vram_bytes, ram_bytes = parse_size(vram, "--vram"), parse_size(ram, "--ram") if ram else None
+    policy = POLICIES[options["policy"]]
+    trace = _traced(options["trace"], sizes)
+    misses = traced_tier_misses(trace, policy) if trace else uniform_tier_misses(sizes.architecture, policy)
+    speeds = gpu_machine(sizes, files, options, needs_disk=bool(ram))
+    plan = plan_gpu(sizes, speeds, vram_bytes, ram_bytes, context=context, prompt=prompt, tier_misses=misses)
+    return asdict(speeds), [plan]
+
+
+def _traced(path: Path | None, sizes: "ModelSizes") -> Any:
     from loader.trace import read_trace
 
-    read = read_trace(trace)
+    if path is None:
+        return None
+    read = read_trace(path)
     if read.header.architecture != sizes.architecture:
-        raise MoeConvertError(f"{trace}: a trace of another model", "trace this one, or its original")
-    return traced_miss_ratios(read, POLICIES[policy])
+        raise MoeConvertError(f"{path}: a trace of another model", "trace this one, or its original")
+    return read
 
 
 def _verify(folder: Path, plans: list[dict[str, Any]], prompt: int, context: int, policy: str, output: Output) -> None:
@@ -132,5 +163,6 @@ def _verify(folder: Path, plans: list[dict[str, Any]], prompt: int, context: int
     transformers.utils.logging.disable_progress_bar()
     for plan in plans:
         output.note(f"decoding with {plan['ram_bytes'] / GB:.2f} GB")
-        run = try_out(folder, plan["cache_bytes"], prompt=min(prompt, max(1, context - 32)), policy=policy)
+        gpu_cache = plan["gpu"]["cache_bytes"] if "gpu" in plan else None
+        run = try_out(folder, plan["cache_bytes"], gpu_cache, prompt=min(prompt, max(1, context - 32)), policy=policy)
         plan["verified"] = asdict(run)

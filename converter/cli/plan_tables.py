@@ -1,6 +1,6 @@
 """Plans as text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from converter.cli.output import gigabytes, table
@@ -14,26 +14,33 @@ def text_of(result: dict[str, Any], *, detailed: bool) -> str:
     routing = f"hit ratios of {result['trace']}" if result["trace"] else "every expert equally likely"
     heading = (
         f"{result['path']} ({result['recipe']}): {experts}\n"
-        f"disk {result['disk_bytes_per_s'] / GB:.2f} GB/s, memory {result['memory_bytes_per_s'] / GB:.1f} GB/s;"
-        f" {routing}; {result['context']} positions, prompts of {result['prompt']} tokens"
+        f"{_speeds(result)}; {routing}; {result['context']} positions, prompts of {result['prompt']} tokens"
     )
     plans = result["plans"]
-    body = "\n".join(_parts(plans[0], result)) if detailed else _comparison(plans, result)
+    if "gpu" in plans[0]:
+        body = "\n".join(_gpu_parts(plans[0], result))
+    else:
+        body = "\n".join(_parts(plans[0], result)) if detailed else _comparison(plans, result)
     return f"{heading}\n\n{body}"
 
 
+def _speeds(result: dict[str, Any]) -> str:
+    names = {"disk": ".2f", "memory": ".1f", "link": ".1f", "gpu_memory": ".1f"}
+    speeds = ((name, digits, result.get(f"{name}_bytes_per_s")) for name, digits in names.items())
+    return ", ".join(
+        f"{name.replace('gpu_', 'GPU ')} {speed / GB:{digits}} GB/s" for name, digits, speed in speeds if speed
+    )
+
+
 def _parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
-    left = plan["cache_bytes"] - plan["aside_bytes"] - plan["slot_bytes"]
     rows = [
         ("trunk", plan["trunk_bytes"]),
         ("KV cache", plan["kv_bytes"]),
         ("process and activations", plan["workspace_bytes"]),
-        ("experts on their way", plan["aside_bytes"]),
-        (f"experts: {_slots(plan)} of {result['experts']} in each layer", plan["slot_bytes"]),
-        ("left over", left),
+        *_cache_rows(plan, result),
         ("budget", plan["ram_bytes"]),
     ]
-    yield table([(name, gigabytes(n_bytes)) for name, n_bytes in rows])
+    yield _sizes(rows)
     yield ""
     low, high = plan["tokens_per_s"]
     yield (
@@ -47,6 +54,53 @@ def _parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
             f" over {found['tokens']} tokens"
         )
     yield f"run it with --ram-cache {plan['cache_bytes']}"
+
+
+def _gpu_parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
+    gpu = plan["gpu"]
+    rows = [
+        ("on the GPU", None),
+        ("  trunk", gpu["trunk_bytes"]),
+        ("  KV cache", gpu["kv_bytes"]),
+        ("  CUDA context and activations", gpu["workspace_bytes"]),
+        *((f"  {name}", n_bytes) for name, n_bytes in _cache_rows(gpu, result)),
+        ("  budget", gpu["vram_bytes"]),
+        ("in RAM", None),
+        ("  process", plan["workspace_bytes"]),
+        *((f"  {name}", n_bytes) for name, n_bytes in _cache_rows(plan, result)[1:]),
+        ("  budget", plan["ram_bytes"]),
+    ]
+    yield _sizes(rows)
+    yield ""
+    low, high = plan["tokens_per_s"]
+    yield (
+        f"expected: {gpu['copied_bytes_per_token'] / 1e6:.1f} MB copied a token (misses {gpu['miss_ratio']:.3f}),"
+        f" {plan['read_bytes_per_token'] / 1e6:.1f} MB read (misses {plan['miss_ratio']:.3f}),"
+        f" {low:.2f} to {high:.2f} tokens/s"
+    )
+    if found := plan.get("verified"):
+        yield (
+            f"measured: misses {1 - found['hit_ratio']:.3f} on the GPU, {found['tokens_per_s']:.2f} tokens/s"
+            f" over {found['tokens']} tokens"
+        )
+    else:
+        yield "computed, with an efficiency that was measured on no GPU"
+    if plan["cache_bytes"] == result["expert_bytes"]:
+        yield f"with all experts in RAM, which takes {gigabytes(plan['ram_bytes'])}; --ram SIZE plans with less"
+    yield f"run it with --gpu-cache {gpu['cache_bytes']} --ram-cache {plan['cache_bytes']}"
+
+
+def _cache_rows(part: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, int]]:
+    """What becomes of the bytes for experts, in RAM or on the GPU."""
+    return [
+        ("experts on their way", part["aside_bytes"]),
+        (f"experts: {_slots(part)} of {result['experts']} in each layer", part["slot_bytes"]),
+        ("left over", part["cache_bytes"] - part["aside_bytes"] - part["slot_bytes"]),
+    ]
+
+
+def _sizes(rows: Sequence[tuple[str, int | None]]) -> str:
+    return table([(name, "" if n_bytes is None else gigabytes(n_bytes)) for name, n_bytes in rows])
 
 
 def _comparison(plans: list[dict[str, Any]], result: dict[str, Any]) -> str:

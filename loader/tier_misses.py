@@ -1,0 +1,69 @@
+"""How often a GPU's slots miss, and the RAM behind them: routing replayed through both, asked in the engine's order."""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from formats.index import Architecture
+from loader.policy import LrfuPolicy, Policy
+from loader.replay import ReplayedSlots, Request, requests_of
+from loader.trace import Trace
+
+UNIFORM_TOKENS = 4096
+"""Of the made routing."""
+
+TierMisses = Callable[[int, int, int], tuple[float, float]]
+"""(layer, its slots on the GPU, its experts in RAM) -> the shares of the needed experts that are not on the GPU, and
+that are neither there nor in RAM."""
+
+
+def replay_tiers(requests: Iterable[Request], gpu: int, ram: int, policy: Callable[[], Policy]) -> tuple[int, int]:
+    """Misses of decoded tokens in one layer with `gpu` slots, and of those the ones that miss `ram` experts too. RAM is
+    asked for what the GPU misses only, one expert after the other, and keeps it when it goes to the GPU. Both begin
+    empty."""
+    slots, tier = ReplayedSlots(gpu, policy()), ReplayedSlots(ram, LrfuPolicy())
+    misses = tier_misses = 0
+    for request in requests:
+        missed = [expert for expert in request.experts if expert not in slots.present]
+        if request.prompt_tokens > 1:
+            slots.stream(request.experts)
+        else:
+            slots.lease(request.experts)
+        for expert in missed:
+            if not request.prompt_tokens:
+                misses += 1
+                tier_misses += expert not in tier.present
+            tier.lease([expert])
+    return misses, tier_misses
+
+
+def uniform_tier_misses(architecture: Architecture, policy: Callable[[], Policy]) -> TierMisses:
+    """Where each expert is equally likely at each token. On the GPU 1 - slots / experts; what RAM has of the rest
+    depends on what both hold, which made routing says."""
+    count, chosen = architecture.num_local_experts, architecture.num_experts_per_tok
+
+    @functools.cache
+    def misses(gpu: int, ram: int) -> tuple[float, float]:
+        on_gpu = 1 - gpu / count
+        if ram >= count or gpu >= count:
+            return on_gpu, 0.0
+        keys = np.random.default_rng(0).random((UNIFORM_TOKENS, count))
+        routing = np.argsort(keys, axis=1)[:, :chosen].tolist()
+        missed, both = replay_tiers((Request(*item) for item in enumerate(routing)), gpu, ram, policy)
+        return on_gpu, on_gpu * both / missed
+
+    return lambda layer, gpu, ram: misses(gpu, ram)
+
+
+def traced_tier_misses(trace: Trace, policy: Callable[[], Policy]) -> TierMisses:
+    """Of the decoded tokens of `trace`. With all experts in RAM none misses it, the first time included."""
+    count = trace.header.architecture.num_local_experts
+    decoded = sum(sequence.tokens - sequence.prompt_tokens for sequence in trace.header.sequences)
+    needed = max(1, decoded * trace.experts.shape[2])
+
+    def misses(layer: int, gpu: int, ram: int) -> tuple[float, float]:
+        missed, both = replay_tiers(requests_of(trace, layer), gpu, ram, policy)
+        return missed / needed, both / needed if ram < count else 0.0
+
+    return misses
