@@ -45,6 +45,13 @@ class Artifact:
     def architecture(self) -> Architecture:
         return self.index.architecture
 
+    @property
+    def packings(self) -> set[str]:
+        """The names of all that occur, in experts and trunk."""
+        entries = [entry for layer in self.index.layers for entry in layer.experts]
+        packed = self.index.trunk.packed.values()
+        return {name for e in entries for name in (e.gate_up, e.down)} | {linear.packing for linear in packed}
+
     def entry(self, layer: int, expert: int) -> ExpertEntry:
         """The index's entry of an expert; IndexError if there is none."""
         return self.index.layers[layer].experts[expert]

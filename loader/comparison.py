@@ -36,7 +36,7 @@ def model_predictions(model: Any, windows: Tensor, batch: int) -> Iterator[Predi
     time: its experts are read once for these."""
     for ids in torch.split(windows, batch):
         with _Choices(model) as choices:
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
         # [layers, windows, window, k]: the routers see the windows of a batch one after the other.
         routers = torch.stack(choices.found)
         routers = routers.view(len(routers), *ids.shape, -1)
@@ -122,7 +122,7 @@ def _exp(name: str, x: float) -> float:
 
 def _logits(head: Any, hidden: Tensor, begin: int, end: int) -> Tensor:
     logits: Tensor = head(hidden[begin:end])
-    return logits.float()
+    return logits.float().cpu()
 
 
 class _Choices:
@@ -143,4 +143,4 @@ class _Choices:
             handle.remove()
 
     def _hook(self, _module: Any, _inputs: Any, output: Any) -> None:
-        self.found.append(output[-1])
+        self.found.append(output[-1].cpu())

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from formats import TRUNK_NAME
-from formats.errors import FormatError, MoeConvertError, RecipeError
+from formats.artifact import Artifact
+from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.index import Architecture
 from formats.readers import READERS
-from loader.backend import choose_backend
-from loader.budget import check_slots, experts_aside, ram_budget, slots_of_folder
-from loader.cache import ExpertCache
+from loader.cuda.choice import Devices, choose_devices
+from loader.cuda.device import Device
+from loader.cuda.out_of_memory import give_up_slots_for_memory
+from loader.placement import CacheOptions, Placement, place
 from loader.policy import POLICIES
 from loader.prefetch import Prefetcher
 from loader.repository import Folder, Progress, open_model, small_files
@@ -25,13 +27,15 @@ if TYPE_CHECKING:
 def from_pretrained(
     folder: Folder,
     *,
-    device: str = "auto",
+    device: Devices = "auto",
     dtype: torch.dtype | Literal["auto"] | None = None,
+    gpu_cache: int | str = "auto",
     ram_cache: int | str = "auto",
     slots: Sequence[int] | None = None,
     io: str = "auto",
     policy: str = "lrfu",
     prefetch: int | str = "auto",
+    cpu_share: str = "off",
     check: str = "none",
     kernels: str = "auto",
     attn_implementation: str | None = None,
@@ -46,54 +50,51 @@ def from_pretrained(
     huggingface_hub's). A repository is fetched whole into huggingface_hub's cache and used there. With `lazy` all but
     the experts is fetched first; each expert comes when it is needed, compared with its sha256, the others meanwhile;
     they stay in HF_HOME/moe-convert, and a later start goes on. progress gets (stage, bytes there, bytes of all).
-    device: "auto" or "cpu". dtype: of activations, norms and embeddings; None and "auto" take config.json's.
-    ram_cache: what experts may take in memory, bytes or a size such as "6GiB", or "auto" (loader/budget.py).
-    slots: experts in memory for each layer, instead of what `ram_cache` holds spread evenly.
+    device: "cpu", "cuda", "cuda:1", several as "cuda:0,cuda:1" (layers' experts are split between them, all else is on
+    the first), or "auto": a GPU, if there is one that computes what it should (loader/cuda/choice.py).
+    dtype: of activations, norms and embeddings; None and "auto" take config.json's, on GPUs without bfloat16 float16.
+    gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto" (loader/cuda/budget.py).
+    ram_cache: what they may take in RAM, likewise (loader/budget.py); with a GPU page-locked, read by "direct".
+    slots: experts for each layer, on the GPU if there is one, instead of what the budget holds spread evenly.
     io: "direct" (reads into memory of its own, past the page cache), "mmap" (experts where they lie in a map; the page
     cache is the cache; a file that is cut while it is in use kills the process), or "auto": mmap where all experts fit
     `ram_cache`, else direct.
     policy: which expert leaves a full layer: lrfu, lru or lfu (loader/policy.py; docs/traces.md compares them).
     prefetch: how many experts of the next layer to guess and read ahead, 0 for none; "auto": as many as a token uses.
     It rests by itself where it does not pay (loader/prefetch.py).
-    check: "none", or "first-touch": compare the sha256 of each expert when it is first read.
-    kernels: "native", "torch" (the slow reference), or "auto". attn_implementation: as in transformers.
+    cpu_share: "auto": missed experts are computed on the CPU where that is sooner done than copying them to the GPU;
+    "off". check: "none", or "first-touch": compare the sha256 of each expert when it is first read.
+    kernels: on the CPU: "native", "torch" (the slow reference), or "auto". attn_implementation: as in transformers.
 
     The model has two methods more: `moe_stats()` gives a `MoeStats`, `reset_moe_stats()` sets the counters to zero.
 
     Raises FormatError, DamageError or VersionError naming what is wrong with the folder, before any weight is loaded;
-    DoesNotFitError if `ram_cache` does not hold one token's experts; RecipeError for an unknown option value.
+    DoesNotFitError if a budget does not hold one token's experts, or the GPU not what was asked for; RecipeError for an
+    unknown option value.
     """
-    _check_device(device)
+    _check_known("cpu_share", cpu_share, ("off", "auto"))
     _check_known("io", io, ("auto", *READERS))
     _check_known("policy", policy, tuple(POLICIES))
     _check_known("check", check, ("none", "first-touch"))
-    backend = choose_backend(kernels)
     opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
     artifact = opened.artifact
-    architecture = artifact.architecture
-    io = opened.io(io)
-    guesses = _guesses(prefetch, architecture)
-    if slots is None:
-        slots = slots_of_folder(artifact, ram_budget(ram_cache, artifact), io)
-    else:
-        check_slots(slots, artifact)
-    if io == "auto":
-        io = "mmap" if min(slots) == architecture.num_local_experts else "direct"
-    reader = opened.reader(io, check=check == "first-touch")
+    guesses = _guesses(prefetch, artifact.architecture)
+    options = CacheOptions(gpu_cache, ram_cache, slots, io, policy, cpu_share, check, kernels)
+    devices = choose_devices(device, artifact.packings)
+    placement = place(opened, devices, options)
+    cache = placement.cache
     try:
-        cache = ExpertCache(reader, slots, aside=experts_aside(architecture), policy=POLICIES[policy])
-        from loader.plugin import Parts
-        from loader.token_forward import one_token
-
-        model = _load(Parts(artifact, cache, backend), dtype, attn_implementation)
+        model = _load(artifact, placement, _dtype(dtype, artifact, devices), attn_implementation)
     except BaseException:
-        reader.close()
+        cache.close()
         raise
     if guesses:
         layers = model.model.layers
         routers, norms = zip(*((x.mlp.gate.weight, x.post_attention_layernorm.weight) for x in layers), strict=True)
-        cache.prefetcher = Prefetcher(routers, norms, architecture.num_experts_per_tok, guesses)
-    run_few_tokens_on_one_thread(model, one_token)
+        cache.prefetcher = Prefetcher(routers, norms, artifact.architecture.num_experts_per_tok, guesses)
+    run_few_tokens_on_one_thread(model, placement.shortcut)
+    if placement.gpus:
+        give_up_slots_for_memory(model, cache, placement.gpus)
     model.moe_stats = cache.stats
     model.reset_moe_stats = cache.reset_stats
     return model
@@ -109,22 +110,22 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False, local_files_only=True)
 
 
-def _load(parts: Any, dtype: Any, attn_implementation: str | None) -> Any:
+def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from loader.plugin import loading
+    from loader.plugin import Parts, loading
 
-    activation = parts.artifact.config.get("hidden_act", "silu")
+    activation = artifact.config.get("hidden_act", "silu")
     if activation != "silu":
-        raise FormatError(f"{parts.artifact.folder / 'config.json'}: hidden_act is {activation!r}, Mixtral's is 'silu'")
+        raise FormatError(f"{artifact.folder / 'config.json'}: hidden_act is {activation!r}, Mixtral's is 'silu'")
     # The configuration as our strict reader saw it, not as a second parser would.
-    config = MixtralConfig.from_dict({**parts.artifact.config, "transformers_weights": TRUNK_NAME})
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+    config = MixtralConfig.from_dict({**artifact.config, "transformers_weights": TRUNK_NAME})
+    options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with loading(parts):
+    with loading(Parts(artifact, placement.cache, placement.backend, placement.experts)):
         model = MixtralForCausalLM.from_pretrained(
-            os.fspath(parts.artifact.folder),
+            os.fspath(artifact.folder),
             config=config,
             local_files_only=True,
             use_safetensors=True,
@@ -136,7 +137,22 @@ def _load(parts: Any, dtype: Any, attn_implementation: str | None) -> Any:
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point() and parameter.dtype != model.config.dtype:
                 parameter.data = parameter.data.to(model.config.dtype)
-    return model.eval()
+    try:
+        return model.to(placement.device).eval()
+    except torch.OutOfMemoryError as e:
+        raise DoesNotFitError(
+            f"{artifact.folder}: the trunk of {artifact.index.trunk.size_bytes} bytes does not fit {placement.device}"
+            f" beside the experts' slots: {str(e).splitlines()[0]}",
+            "give a smaller gpu_cache, or free GPU memory",
+        ) from None
+
+
+def _dtype(dtype: Any, artifact: Artifact, devices: Sequence[Device]) -> Any:
+    """What transformers is told. GPUs before Ampere have no instructions for bfloat16."""
+    if dtype not in (None, "auto") or all(device.capability >= (8, 0) for device in devices):
+        return "auto" if dtype is None else dtype
+    stored = artifact.config.get("dtype", artifact.config.get("torch_dtype"))
+    return torch.float16 if stored == "bfloat16" else "auto"
 
 
 def _guesses(prefetch: int | str, architecture: Architecture) -> int:
@@ -151,13 +167,3 @@ def _guesses(prefetch: int | str, architecture: Architecture) -> int:
 def _check_known(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise RecipeError(f"{option}: {value!r} is unknown; known are {', '.join(known)}")
-
-
-def _check_device(device: str) -> None:
-    if device in ("auto", "cpu"):
-        return
-    if device.split(":")[0] == "cuda":
-        raise MoeConvertError(
-            f"device {device!r}: GPUs are not supported yet, they come in a later release", "use device='cpu'"
-        )
-    raise RecipeError(f"device: {device!r} is not supported; supported are auto and cpu")

@@ -49,6 +49,11 @@ class CachedExperts(nn.Module):
         self._backend = backend
 
     @property
+    def backend_name(self) -> str:
+        """Which backend computes them."""
+        return self._backend.name
+
+    @property
     def cache(self) -> ExpertSource:
         """Where the bytes come from."""
         return self._cache
@@ -66,23 +71,26 @@ class CachedExperts(nn.Module):
         Computed and summed in float32. Each token's sum is in ascending order of the experts, or, where it has two
         terms at most and the order changes no bit, in that of their arrival: a cache of any size gives the same bits.
         """
-        if hidden_states.device.type != "cpu":
+        here, there = hidden_states.device, self._backend.torch_device
+        if here.type != there.type:
             raise MoeConvertError(
-                f"experts run on the CPU, the input is on {hidden_states.device}", "do not move the model"
+                f"experts run on {there}, the input is on {here}", "do not move the model; load it for another device"
             )
-        x = hidden_states.float()
-        weights = top_k_weights.float()
+        # Of several GPUs, the layer's own.
+        x, weights = (part.to(there, torch.float32) for part in (hidden_states, top_k_weights))
+        # The one time in a layer that the host waits for a GPU.
+        index = top_k_index.cpu()
         out = torch.zeros_like(x)
         if len(x) == 1:
             # By rank: the second choice becomes the most recently used (examples/tiny-mixtral/README.md).
-            with self._cache.lease(self.layer, top_k_index[0].tolist()) as lease:
+            with self._cache.lease(self.layer, index[0].tolist()) as lease:
                 self._cache.look_ahead(self.layer, hidden_states)
-                self._backend.experts(lease.all(), self._layouts, x, top_k_index, weights, out)
-            return out.to(hidden_states.dtype)
-        ascending = top_k_index.shape[1] > 2
-        for blobs in self._cache.stream(self.layer, _by_last_use(top_k_index), hidden_states, ascending=ascending):
-            self._backend.experts(blobs, self._layouts, x, top_k_index, weights, out)
-        return out.to(hidden_states.dtype)
+                self._backend.experts(lease.all(), self._layouts, x, index, weights, out)
+        else:
+            ascending = index.shape[1] > 2
+            for blobs in self._cache.stream(self.layer, _by_last_use(index), hidden_states, ascending=ascending):
+                self._backend.experts(blobs, self._layouts, x, index, weights, out)
+        return out.to(here, hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, experts={len(self._layouts)}"

@@ -111,7 +111,7 @@ def measure_perplexity(
         windows = named_windows(tokenizer, name, text, window, max_windows)
         losses: list[float] = []
         for begin in range(0, len(windows), batch):
-            ids = windows[begin : begin + batch]
+            ids = windows[begin : begin + batch].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits
             # Row by row: the float32 copy of a whole batch of logits would be the largest tensor of all.
             for row, row_ids in zip(logits, ids, strict=True):

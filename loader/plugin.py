@@ -4,7 +4,7 @@ It works from transformers 5.0 on without a copy of modeling code: transformers 
 moves and casts; only the expert and attention modules are ours (docs/design.md, "Loader").
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,11 +39,12 @@ METHOD = "moe_convert"
 
 @dataclass(frozen=True)
 class Parts:
-    """What goes into the model that is being loaded."""
+    """What goes into the model that is being loaded. backend: of the trunk; experts: of each layer's experts."""
 
     artifact: Artifact
     cache: ExpertCache
     backend: Backend
+    experts: Sequence[Backend]
 
 
 _PARTS: ContextVar[Parts | None] = ContextVar("moe_convert_parts", default=None)
@@ -122,7 +123,8 @@ def _swap_modules(model: nn.Module, parts: Parts) -> None:
         _replace(model, name, PackedLinear(packing, linear.rows, linear.columns, parts.backend))
     for layer in range(artifact.architecture.num_hidden_layers):
         layouts = {e: artifact.layout(layer, e) for e in range(artifact.architecture.num_local_experts)}
-        _replace(model, f"model.layers.{layer}.mlp.experts", CachedExperts(layer, layouts, parts.cache, parts.backend))
+        experts = CachedExperts(layer, layouts, parts.cache, parts.experts[layer])
+        _replace(model, f"model.layers.{layer}.mlp.experts", experts)
 
 
 def _swap_trunk_modules(model: nn.Module, native: bool) -> None:

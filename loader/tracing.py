@@ -79,7 +79,7 @@ def trace_texts(
             )
         for begin in range(0, len(windows), batch):
             # The head's logits are not needed.
-            model.model(input_ids=windows[begin : begin + batch], use_cache=False)
+            model.model(input_ids=windows[begin : begin + batch].to(model.device), use_cache=False)
             if progress:
                 progress(path.name, min(begin + batch, len(windows)), len(windows))
         yield from (TracedSequence(number, window, 0) for _ in windows)
@@ -110,7 +110,7 @@ def trace_prompts(
         for done, line in enumerate(lines, 1):
             inputs = tokenizer(line, return_tensors="pt")
             ids = model.generate(
-                **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+                **{name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")},
                 max_new_tokens=max_new_tokens,
                 do_sample=False, temperature=None, top_p=None, top_k=None,
                 pad_token_id=tokenizer.eos_token_id,

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from made_traces import random_experts, trace_of
 from msgspec.structs import replace
 
 import loader
-from converter.cli.generation_stats import Clock
+from converter.cli.generation_stats import Clock, stats_table
 from converter.cli.main import main
 from formats.artifact import Artifact
 from loader.budget import aside_bytes, expert_bytes_by_layer
@@ -158,6 +159,25 @@ def test_too_small_a_cache_exits_4_and_names_the_least(run, converted):
     assert code == 4
     assert out == ""
     assert str(least) in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error_with_the_next_step(run):
+    code, out, err = run("--prompt", PROMPT, "--device", "cuda")
+    assert (code, out) == (1, "")
+    assert "use device='cpu', or install torch for CUDA" in err
+
+
+def test_stats_of_a_gpu_say_what_its_ram_did(run):
+    _, out, _ = run("--prompt", PROMPT, "--json")
+    result = json.loads(out)
+    result["cache"] |= {
+        "cpu_experts": 3,
+        "ram": {"buffer_bytes": 10**9, "hits": 5, "misses": 2, "evictions": 0, "bytes_read": 4 * 10**8},
+    }
+    assert "3 experts computed on the CPU; RAM for 1.0 GB: 5 hits, 2 misses, 400.0 MB from the disk" in stats_table(
+        result
+    )
 
 
 def test_a_seed_gives_the_same_sample_again(run):

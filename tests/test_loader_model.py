@@ -244,9 +244,10 @@ def test_attn_implementation_is_transformers_own_option(converted, ids):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"device": "cuda"}, "later release"),
-        ({"device": "cuda:1"}, "later release"),
-        ({"device": "tpu"}, "not supported"),
+        ({"device": "tpu"}, "'tpu' is unknown; known are auto, cpu, cuda"),
+        ({"device": "cuda:x"}, "'cuda:x' is unknown"),
+        ({"device": []}, "does not name each GPU once"),
+        ({"cpu_share": "half"}, "half"),
         ({"io": "telepathy"}, "telepathy"),
         ({"kernels": "fast"}, "fast"),
         ({"ram_cache": "lots"}, "lots"),
@@ -255,6 +256,13 @@ def test_attn_implementation_is_transformers_own_option(converted, ids):
 def test_unknown_options_are_refused_by_value(converted, options, part):
     with pytest.raises(MoeConvertError, match=part):
         load(converted("2bit"), **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "cuda:0,cuda:1"])
+def test_a_gpu_that_is_not_there_is_refused_with_the_reason(converted, device):
+    with pytest.raises(MoeConvertError, match=rf"device {device.replace(',', ', ')}: torch .*(without CUDA|no GPU)"):
+        load(converted("2bit"), device=device)
 
 
 def test_native_kernels_that_are_not_there_are_refused_with_the_reason(converted, monkeypatch):

@@ -21,6 +21,8 @@ class LetterTokenizer:
 class SuccessorModel:
     """Gives the next letter probability 1/2, and the other 31 tokens the rest in equal shares."""
 
+    device = torch.device("cpu")
+
     def __init__(self):
         self.batches = []
 

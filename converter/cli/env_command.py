@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "transformers", "hqq", "safetensors", "huggingface-hub", "
 @click.command("env")
 @output_options
 def command(output: Output) -> None:
-    """Show versions, and which kernels and solver are in use and why.
+    """Show versions, which kernels and solver are in use and why, and which GPUs there are.
 
     \b
     moe-convert env
@@ -22,8 +22,9 @@ def command(output: Output) -> None:
     """
     from converter import solver_native
     from loader import kernels
+    from loader.cuda.choice import describe_gpus
 
     facts = {"moe-convert": __version__, "python": platform.python_version(), "machine": platform.machine()}
     facts |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    facts |= {"kernels": kernels.describe(), "solver": solver_native.describe()}
+    facts |= {"kernels": kernels.describe(), "solver": solver_native.describe(), "gpu": describe_gpus()}
     output.result(facts, table([(name, value) for name, value in facts.items()], left=2))

@@ -40,6 +40,8 @@ Examples:
 @shared_options.window
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time.")
 @click.option("--max-windows", type=click.IntRange(min=1), help="Only the first windows of each text.")
+@shared_options.device
+@shared_options.gpu_cache
 @shared_options.ram_cache
 @shared_options.io
 @shared_options.kernels
@@ -55,10 +57,8 @@ def command(
     window: int,
     batch: int,
     max_windows: int | None,
-    ram_cache: str,
-    io: str,
-    kernels: str,
     output: Output,
+    **options: Any,
 ) -> None:
     """Measure the perplexity of the model in PATH: a converted folder, or an ordinary checkpoint in its stored dtype.
 
@@ -80,10 +80,14 @@ def command(
     _check_options(texts=texts, against=against, save=save, tasks=tasks, limit=limit, task_folder=task_folder)
     transformers.utils.logging.disable_progress_bar()
 
+    versions: dict[str, str] = {}
+
     def load(folder: Path) -> Any:
-        if is_converted(folder):
-            return loader.from_pretrained(folder, ram_cache=ram_cache, io=io, kernels=kernels)
-        return load_checkpoint(folder)
+        if not is_converted(folder):
+            return load_checkpoint(folder)
+        model: Any = loader.from_pretrained(folder, **options)
+        versions["kernels"] = model.model.layers[0].mlp.experts.backend_name
+        return model
 
     def note(name: str, done: int, total: int) -> None:
         if done == total:
@@ -103,16 +107,14 @@ def command(
     if against:
         from converter.cli.against_original import compare_with_original
         from formats.quality import read_quality, save_evaluation
-        from loader.backend import choose_backend
 
-        converted = is_converted(path)
-        if save and not converted:
+        if save and not is_converted(path):
             raise click.UsageError("--save: PATH is no converted folder")
         if save:
             read_quality(path)  # what is wrong with the file shows before the work
         evaluation = compare_with_original(
             path, against, named, load, window=window, batch=batch, max_windows=max_windows,
-            versions={"kernels": choose_backend(kernels).name} if converted else {}, output=output, progress=note,
+            versions=versions, output=output, progress=note,
         )  # fmt: skip
         if save:
             save_evaluation(path, evaluation)

@@ -19,6 +19,7 @@ Examples:
   moe-convert generate mixtral-2bit --prompt "Once upon a time" --max-new-tokens 64
   moe-convert generate mixtral-2bit --prompt - --ram-cache 6GiB --stats < question.txt
   moe-convert generate mixtral-2bit --prompt "Hello" --temperature 0.8 --seed 1
+  moe-convert generate mixtral-2bit --prompt "Hello" --device cuda --gpu-cache 8GiB --ram-cache 16GiB
   moe-convert generate owner/mixtral-2bit --lazy --prompt "Hello"   (experts come when they are needed)""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
@@ -29,6 +30,8 @@ Examples:
     "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample among the tokens with this total probability."
 )
 @click.option("--seed", type=int, help="Seed of the sampling.")
+@shared_options.device
+@shared_options.gpu_cache
 @shared_options.ram_cache
 @shared_options.io
 @click.option(
@@ -40,6 +43,10 @@ Examples:
     help="Experts of the next layer to guess and read ahead; auto: as many as a token uses.",
 )  # fmt: skip
 @click.option("--no-prefetch", is_flag=True, help="The same as --prefetch 0.")
+@click.option(
+    "--cpu-share", type=click.Choice(["off", "auto"]), default="off", show_default=True,
+    help="With a GPU: auto computes missed experts on the CPU where that is sooner done than copying them.",
+)  # fmt: skip
 @click.option(
     "--check", type=click.Choice(["none", "first-touch"]), default="none", show_default=True,
     help="first-touch: compare the sha256 of each expert when it is first read.",
@@ -97,8 +104,8 @@ def command(
     clock = Clock(text, model, live=stats and not output.quiet)
     with torch.inference_mode():
         ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
             max_new_tokens=max_new_tokens,
             streamer=clock,
             # One prompt has no padding; without an id transformers warns at every call.

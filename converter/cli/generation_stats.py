@@ -107,5 +107,15 @@ def stats_table(result: dict[str, Any]) -> str:
         f" {result['new_tokens']} new tokens, {rate}\n"
         f"{cache['wait_share']:.0%} of {result['seconds']:.2f} s waited for reads, the disk was busy"
         f" {cache['busy_share']:.0%}; the slots hold {gigabytes(cache['slot_bytes'])}\n"
-        "recall: the misses that had been guessed; wasted: read for wrong guesses, beside read"
+        f"{_tier_line(cache)}recall: the misses that had been guessed; wasted: read for wrong guesses, beside read"
+    )
+
+
+def _tier_line(cache: dict[str, Any]) -> str:
+    if not (ram := cache.get("ram")):
+        return ""
+    return (
+        f"slots are on the GPU, read is what was copied there; {cache['cpu_experts']} experts computed on the CPU; RAM"
+        f" for {gigabytes(ram['buffer_bytes'])}: {ram['hits']} hits, {ram['misses']} misses,"
+        f" {gigabytes(ram['bytes_read'])} from the disk\n"
     )

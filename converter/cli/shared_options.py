@@ -9,6 +9,16 @@ token = click.option(
 ram_cache = click.option(
     "--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB."
 )
+device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1; auto: a GPU if there is one that works.",
+)
+gpu_cache = click.option(
+    "--gpu-cache", default="auto", show_default=True, metavar="SIZE", help="GPU memory for experts, e.g. 8GiB."
+)
 io = click.option(
     "--io",
     type=click.Choice(["auto", "mmap", "direct"]),

@@ -1,0 +1,68 @@
+"""Which devices a model runs on: what `device=` means."""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from formats.errors import MoeConvertError, RecipeError
+from formats.hub import kept_root
+from loader.cuda import nvrtc
+from loader.cuda.device import Device
+from loader.cuda.self_check import check_products
+
+_log = logging.getLogger(__name__)
+
+Devices = str | Sequence[str | Device] | Device
+
+
+def choose_devices(wish: Devices, packings: Iterable[str]) -> list[Device]:
+    """The GPUs of `wish`, the trunk on the first one; none where the processor does all.
+
+    wish: "cpu"; "cuda" (torch's present one), "cuda:1", several as "cuda:0,cuda:1" or as a list; "auto": the present
+    GPU, if there is one and it computes small products in `packings` as the reference does, else the processor, with a
+    warning that says why. RecipeError for another word; MoeConvertError if what was named is not there or is wrong.
+    """
+    if isinstance(wish, str):
+        if wish == "cpu":
+            return []
+        if wish == "auto":
+            return _automatic(packings)
+        names: Sequence[str | Device] = [name.strip() for name in wish.split(",")]
+    else:
+        names = wish if isinstance(wish, Sequence) else [wish]
+    known = [name for name in names if isinstance(name, str)]
+    for name in known:
+        kind, _, number = name.partition(":")
+        if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
+            raise RecipeError(f"device: {name!r} is unknown; known are auto, cpu, cuda, cuda:N and several of the last")
+    from loader.cuda.torch_device import cuda_devices
+
+    opened = iter(cuda_devices(known, kept_root() / "gpu-kernels") if known else [])
+    devices: list[Device] = [next(opened) if isinstance(name, str) else name for name in names]
+    if not devices or len({device.name for device in devices}) < len(devices):
+        raise RecipeError(f"device: {wish!r} does not name each GPU once")
+    for device in devices:
+        check_products(device, packings)
+    return devices
+
+
+def describe_gpus() -> str:
+    """The GPUs that torch sees, or why there is none, in one line."""
+    if not torch.cuda.is_available():
+        return f"none: torch {torch.__version__} " + (
+            "is built without CUDA" if torch.version.cuda is None else "finds none"
+        )
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = [f"cuda:{i} {p.name}, {p.total_memory >> 20} MiB, sm_{p.major}{p.minor}" for i, p in enumerate(found)]
+    return "; ".join(names) + ("" if nvrtc.is_available() else "; not used: NVRTC is missing")
+
+
+def _automatic(packings: Iterable[str]) -> list[Device]:
+    if not torch.cuda.is_available():
+        return []
+    try:
+        return choose_devices("cuda", packings)
+    except MoeConvertError as e:
+        _log.warning("the GPU is not used: %s", e)
+        return []
