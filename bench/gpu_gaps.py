@@ -1,0 +1,75 @@
+"""When a GPU does nothing: from the kernels and copies of a profiler's trace, in all and by layer."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+_KINDS = {"kernel": "kernel", "gpu_memcpy": "copy", "gpu_memset": "kernel"}
+"""Categories of torch's traces, and what they are here."""
+
+
+class Interval(NamedTuple):
+    """A kernel, or a copy of any direction. Times in µs."""
+
+    begin: float
+    end: float
+    kind: str
+    name: str
+
+
+def intervals_of(trace: dict[str, Any]) -> list[Interval]:
+    """What ran on the GPU, by begin, of a trace as torch.profiler's export_chrome_trace writes it."""
+    found = [
+        Interval(event["ts"], event["ts"] + event["dur"], _KINDS[event["cat"]], event["name"])
+        for event in trace["traceEvents"]
+        if event.get("ph") == "X" and event.get("cat") in _KINDS
+    ]
+    return sorted(found)
+
+
+def busy_us(intervals: Iterable[Interval], begin: float, end: float) -> float:
+    """µs between begin and end in which at least one of `intervals`, sorted by begin, runs."""
+    busy, at = 0.0, begin
+    for interval in intervals:
+        busy += max(0.0, min(interval.end, end) - max(interval.begin, at))
+        at = max(at, interval.end)
+    return busy
+
+
+def layer_begins(intervals: Sequence[Interval]) -> list[float]:
+    """When each layer of each token begins: with the norm before its attention (loader/cuda/layer_step.py)."""
+    begins, norm = [], None
+    for interval in intervals:
+        if interval.name.startswith("add_norm_"):
+            norm = interval.begin
+        elif interval.name.startswith("attend_") and interval.name != "attend_combine" and norm is not None:
+            begins.append(norm)
+            norm = None
+    return begins
+
+
+def gaps(intervals: Sequence[Interval], layers: int) -> list[dict[str, Any]]:
+    """A row for each layer and one for a whole token, medians over tokens: µs, of these idle (neither kernel nor copy),
+    and the shares in which nothing, a kernel, a copy to the GPU runs. The last layer's has the head, the choice of the
+    token and the way through Python to the next one. Empty if the trace has not whole tokens of the fused path."""
+    begins = layer_begins(intervals)
+    tokens, rest = divmod(len(begins), layers)
+    if rest or tokens < 2:
+        return []
+    kernels = [i for i in intervals if i.kind == "kernel"]
+    to_gpu = [i for i in intervals if i.kind == "copy" and "HtoD" in i.name]
+
+    def row(name: str, first: int, step: int) -> dict[str, Any]:
+        spans = [(begins[t * layers + first], begins[t * layers + first + step]) for t in range(tokens - 1)]
+        parts = [
+            (end - begin, *(busy_us(of, begin, end) for of in (intervals, kernels, to_gpu))) for begin, end in spans
+        ]
+        us = statistics.median(length for length, *_ in parts)
+        idle = statistics.median(length - busy for length, busy, *_ in parts)
+        shares = [statistics.median(part[i] / part[0] for part in parts) for i in (1, 2, 3)]
+        return {
+            "layer": name, "us": us, "idle_us": idle, "idle_share": 1 - shares[0], "kernel_share": shares[1],
+            "copy_share": shares[2],
+        }  # fmt: skip
+
+    return [*(row(str(layer), layer, 1) for layer in range(layers)), row("token", 0, layers)]
