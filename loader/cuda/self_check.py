@@ -39,7 +39,7 @@ def _error(device: Device, packing: Packing, tokens: int) -> float:
     random = torch.Generator().manual_seed(0)
     hidden, intermediate = _SIZES
     layout = ExpertLayout(hidden, intermediate, packing, packing)
-    blob = _random_expert(layout, random)
+    blob = random_expert(layout, random)
     x = torch.randn(tokens, hidden, generator=random)
     index, weights = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
     layouts, expected = {0: layout}, torch.zeros(tokens, hidden)
@@ -49,7 +49,7 @@ def _error(device: Device, packing: Packing, tokens: int) -> float:
     return float((there[3].cpu() - expected).norm() / expected.norm())
 
 
-def _random_expert(layout: ExpertLayout, random: torch.Generator) -> Tensor:
+def random_expert(layout: ExpertLayout, random: torch.Generator) -> Tensor:
     """Random codes and scales below super-scales of a weight's usual size."""
     blob = torch.randint(256, (layout.n_bytes,), generator=random, dtype=torch.uint8)
     sections = blob[: layout.gate_up_bytes], blob[layout.gate_up_bytes :]
