@@ -30,22 +30,21 @@ class ExpertSource(Protocol):
     def used_again(self, layer: int, experts: int) -> None:
         """So many experts of an earlier lease were used, in a layer that none ever leaves."""
 
-    def wants_to_guess(self, layer: int) -> bool:
-        """Whether `look_ahead` from `layer` can bring anything."""
-
-    def look_ahead(self, layer: int, x: Tensor) -> None:
-        """While a lease is held: x [1, hidden] went into the router of `layer`, guess from it."""
+    def ahead(self, layer: int, x: Tensor) -> Tensor | None:
+        """Asked for once a pass: x [T, hidden] went into the router of `layer`; which experts of layer + 1 the tokens
+        may need, as `Prefetcher.ahead`. None where reading ahead would bring nothing."""
 
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
-        """What `look_ahead` from `layer` would rank by, for who ranks elsewhere, asked for once a token: the router,
-        and how many of its first experts `guess` is to be given for layer + 1. None where that would bring nothing."""
+        """As `ahead`, for who ranks elsewhere: the router, and how many of its first experts `guess` is to be given."""
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """While a lease is held: begin to read those of `experts` that are not there, the first ones first."""
 
-    def stream(self, layer: int, experts: Sequence[int], x: Tensor, *, ascending: bool) -> Iterator[dict[int, Tensor]]:
-        """Many tokens' different `experts` of `layer`, in the order of their last use (loader/streaming.py); the router
-        saw x [T, hidden]."""
+    def stream(
+        self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool
+    ) -> Iterator[dict[int, Tensor]]:
+        """Many tokens' different `experts` of `layer`, in the order of their last use (loader/streaming.py); `guesses`
+        are then read for the next one."""
 
 
 class ExpertCache:
@@ -108,43 +107,33 @@ class ExpertCache:
         with self._lock:
             self._layers[layer].hits += experts
 
-    def stream(self, layer: int, experts: Sequence[int], x: Tensor, *, ascending: bool) -> Iterator[dict[int, Tensor]]:
+    def stream(
+        self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool
+    ) -> Iterator[dict[int, Tensor]]:
         """Many tokens' experts, as many as there are, in parts (loader/streaming.py)."""
         return stream(
             self._layers[layer],
             experts,
             self._lock,
             self._make_room,
-            partial(self.look_ahead, layer, x),
+            partial(self.guess, layer + 1, guesses),
             self._waited,
             ascending=ascending,
         )
 
-    def wants_to_guess(self, layer: int) -> bool:
-        """Whether `look_ahead` from `layer` can bring anything."""
-        after = layer + 1
-        return bool(self.prefetcher and after < len(self._layers) and len(self._layers[after].held) < self._experts)
-
-    def look_ahead(self, layer: int, x: Tensor) -> None:
-        """Begins to read what the prefetcher, if there is one, guesses from x [T, hidden], the router's input."""
-        if not self.prefetcher or not self.wants_to_guess(layer):
-            return
-        if guesses := self.prefetcher.guess(layer, x):
-            self.guess(layer + 1, guesses)
-        if layer == 0:
-            self.prefetcher.weigh([slots.stats for slots in self._layers])
+    def ahead(self, layer: int, x: Tensor) -> Tensor | None:
+        """As `ExpertSource.ahead`."""
+        return self.prefetcher.ahead(layer, x) if self.prefetcher and self._weighed(layer) else None
 
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
         """As `ExpertSource.router_ahead`; the router as the prefetcher holds it."""
-        if not self.prefetcher or not self.wants_to_guess(layer):
-            return None
-        if layer == 0:
-            self.prefetcher.weigh([slots.stats for slots in self._layers])
-        router = self.prefetcher.router(layer)
-        return None if router is None else (router, self.prefetcher.guesses)
+        router = self.prefetcher.router(layer) if self.prefetcher and self._weighed(layer) else None
+        return (router, self.prefetcher.guesses) if self.prefetcher and router is not None else None
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Begins to read those of `experts` that are not there, the first ones first, while there is room aside."""
+        if not experts:
+            return
         with self._lock:
             # Guesses for other layers are leftovers of something that was interrupted.
             self._drop_guesses(but=layer)
@@ -193,6 +182,12 @@ class ExpertCache:
             self._wait_s = self._fetcher.busy_s = 0.0
         if self._tier:
             self._tier.reset_stats()
+
+    def _weighed(self, layer: int) -> bool:
+        """Whether the layer after `layer` lacks an expert; before the first layer guesses are weighed."""
+        if layer == 0 and self.prefetcher:
+            self.prefetcher.weigh([slots.stats for slots in self._layers])
+        return layer + 1 < len(self._layers) and len(self._layers[layer + 1].held) < self._experts
 
     def _make_room(self) -> None:
         for slots in self._layers:

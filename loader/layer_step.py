@@ -13,6 +13,7 @@ from loader.cache import ExpertSource
 from loader.growing_cache import GrowingLayer
 from loader.lease import Lease
 from loader.native_library import Layer, library
+from loader.prefetch import in_order
 from loader.step_kernels import AttentionStep
 
 
@@ -80,8 +81,8 @@ class LayerStep:
         if error:
             raise ValueError(f"native attention: error {error} at position {length} of {capacity}")
         with experts.lease(number, list(index)) as lease:
-            if experts.wants_to_guess(number):
-                experts.look_ahead(number, torch.frombuffer(normed, dtype=x.dtype)[None])
+            if (ahead := experts.ahead(number, torch.frombuffer(normed, dtype=x.dtype)[None])) is not None:
+                experts.guess(number + 1, in_order(ahead))
             if lease.is_complete or len(index) > 2:
                 out = self._finish(lease.all(), index, scores, residual, normed, x)
             else:

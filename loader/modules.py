@@ -8,6 +8,7 @@ from formats.expert import ExpertLayout
 from formats.packing import Packing, tiles_of
 from loader.backend import Backend
 from loader.cache import ExpertSource
+from loader.prefetch import in_order
 
 
 class PackedLinear(nn.Module):
@@ -78,19 +79,27 @@ class CachedExperts(nn.Module):
             )
         # Of several GPUs, the layer's own.
         x, weights = (part.to(there, torch.float32) for part in (hidden_states, top_k_weights))
-        # The one time in a layer that the host waits for a GPU.
-        index = top_k_index.cpu()
+        index, guesses = self._chosen(hidden_states, top_k_index)
         out = torch.zeros_like(x)
         if len(x) == 1:
             # By rank: the second choice becomes the most recently used (examples/tiny-mixtral/README.md).
             with self._cache.lease(self.layer, index[0].tolist()) as lease:
-                self._cache.look_ahead(self.layer, hidden_states)
+                self._cache.guess(self.layer + 1, guesses)
                 self._backend.experts(lease.all(), self._layouts, x, index, weights, out)
         else:
             ascending = index.shape[1] > 2
-            for blobs in self._cache.stream(self.layer, _by_last_use(index), hidden_states, ascending=ascending):
+            for blobs in self._cache.stream(self.layer, _by_last_use(index), guesses, ascending=ascending):
                 self._backend.experts(blobs, self._layouts, x, index, weights, out)
         return out.to(here, hidden_states.dtype)
+
+    def _chosen(self, hidden_states: Tensor, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
+        """The router's choice, on the CPU, and the guesses for the next layer: of a GPU in one copy, for which the host
+        waits this one time in a layer."""
+        ahead = self._cache.ahead(self.layer, hidden_states)
+        if ahead is None:
+            return top_k_index.cpu(), []
+        index, ahead = torch.cat([top_k_index, ahead], dim=1).cpu().tensor_split([top_k_index.shape[1]], dim=1)
+        return index.contiguous(), in_order(ahead)
 
     def extra_repr(self) -> str:
         return f"layer={self.layer}, experts={len(self._layouts)}"

@@ -30,18 +30,14 @@ class Prefetcher:
         self._rest = [0] * len(routers)
         self._trial_begin = [LayerStats()] * len(routers)
 
-    def guess(self, layer: int, x: Tensor) -> list[int]:
-        """Experts of layer + 1, the likeliest first, from what the router of `layer` saw, x [T, hidden]; [] at rest."""
+    def ahead(self, layer: int, x: Tensor) -> Tensor | None:
+        """Experts of layer + 1 for each token, the likeliest first, from what the router of `layer` saw, x [T, hidden]:
+        int64 [T, n], where x is; `in_order` says which to read first. None at rest."""
         router = self.router(layer)
         if router is None:
-            return []
+            return None
         logits = x.to(router.dtype) @ router.T
-        if len(x) == 1:
-            return logits[0].topk(self.guesses).indices.tolist()  # type: ignore[no-any-return]
-        # The experts of most tokens first.
-        chosen = logits.topk(self._top_k, dim=-1).indices.flatten()
-        used = torch.bincount(chosen, minlength=len(router))
-        return used.argsort(descending=True, stable=True)[: int((used > 0).sum())].tolist()  # type: ignore[no-any-return]
+        return logits.topk(self.guesses if len(x) == 1 else self._top_k).indices
 
     def router(self, layer: int) -> Tensor | None:
         """What ranks the experts of layer + 1, [experts, hidden], of which the `guesses` first are worth reading; asked
@@ -64,6 +60,14 @@ class Prefetcher:
             if guesses > 0 and now.early_bytes - before.early_bytes <= loss:
                 self._rest[number] = REST_TOKENS
             self._trial_begin[number] = now
+
+
+def in_order(ahead: Tensor) -> list[int]:
+    """What to read first, of `Prefetcher.ahead`, on the CPU: the likeliest, or with several tokens what most need."""
+    if len(ahead) == 1:
+        return ahead[0].tolist()  # type: ignore[no-any-return]
+    used = torch.bincount(ahead.flatten())
+    return used.argsort(descending=True, stable=True)[: int((used > 0).sum())].tolist()  # type: ignore[no-any-return]
 
 
 def _renormed(router: Tensor, norm: Tensor, norm_before: Tensor) -> Tensor:

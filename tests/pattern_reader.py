@@ -112,7 +112,7 @@ class GpuCache:
     def prompt(self, layer, experts, ascending=False):
         """As a prompt's; the experts of each part."""
         parts = []
-        for blobs in self.cache.stream(layer, experts, torch.zeros(3, 1), ascending=ascending):
+        for blobs in self.cache.stream(layer, experts, (), ascending=ascending):
             self.use(layer, blobs)
             parts.append(list(blobs))
         return parts

@@ -6,7 +6,6 @@ import threading
 from itertools import chain
 
 import pytest
-import torch
 from pattern_reader import EXPERT_BYTES, GpuCache
 
 from formats.errors import DamageError
@@ -390,7 +389,7 @@ def test_whatever_is_asked_for_in_whatever_order_finds_its_bytes(seed, order, sl
             if kind < 0.1:
                 gpu.prompt(layer, list(dict.fromkeys(draw(7))), ascending=choose.random() < 0.5)
             elif kind < 0.15:
-                parts = gpu.cache.stream(layer, list(dict.fromkeys(draw(7))), torch.zeros(3, 1), ascending=False)
+                parts = gpu.cache.stream(layer, list(dict.fromkeys(draw(7))), (), ascending=False)
                 gpu.use(layer, next(parts))
                 parts.close()
             elif kind < 0.2:

@@ -49,8 +49,8 @@ def steps(monkeypatch):
             self.wanted = wanted
             return self.experts.lease(layer, wanted)
 
-        def wants_to_guess(self, layer):
-            return False
+        def ahead(self, layer, x):
+            return None
 
     def recorded(self, *args):
         *rest, experts = args

@@ -142,7 +142,7 @@ def test_the_cache_misses_what_the_replay_says(policy, slots):
 
 def use(cache, layer, request):
     if request.prompt_tokens > 1:
-        for _ in cache.stream(layer, request.experts, torch.zeros(request.prompt_tokens, 1), ascending=False):
+        for _ in cache.stream(layer, request.experts, (), ascending=False):
             pass
     else:
         with cache.lease(layer, request.experts) as lease:
