@@ -112,24 +112,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """What a copy takes over: not the addresses, its memory lies elsewhere."""
         return {**self.__dict__, "_place": None}
 
-    def place_of_one(self, kind: Kind) -> tuple[int, int, int]:
-        """As `place`, after making room for one token where there is none. ValueError if the memory is of another kind,
-        or of several sequences."""
-        if place := self.place(kind):
-            return place
-        heads, width, dtype, device = kind
-        new = torch.empty((1, heads, 1, width), dtype=dtype, device=device)
-        keys, values = self.room(new, new)
-        shape = (1, heads, keys.shape[2], width)
-        for memory in (keys, values):
-            if (memory.dtype, memory.device) != (dtype, device) or memory.shape != shape or not memory.is_contiguous():
-                raise ValueError(
-                    f"cache of {dtype} {shape} on {device}: got {tuple(memory.shape)} {memory.dtype} on {memory.device}"
-                )
-        self._kind = kind
-        self._place = keys.data_ptr(), values.data_ptr(), keys.shape[2]
-        return self._place
-
     def show(self, length: int) -> None:
         """Makes the first `length` positions of the memory the layer's keys and values."""
         self._shown = length

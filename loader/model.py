@@ -1,5 +1,6 @@
 """`from_pretrained` and `load_tokenizer`: a converted folder as a transformers model with its tokenizer."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,11 +18,13 @@ from loader.cuda.out_of_memory import give_up_slots_for_memory
 from loader.placement import CacheOptions, Placement, place
 from loader.policy import POLICIES
 from loader.prefetch import Prefetcher
-from loader.repository import Folder, Progress, open_model, small_files
+from loader.repository import Folder, OpenModel, Progress, open_model, small_files
 from loader.torch_threads import run_few_tokens_on_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 def from_pretrained(
@@ -51,7 +54,7 @@ def from_pretrained(
     the experts is fetched first; each expert comes when it is needed, compared with its sha256, the others meanwhile;
     they stay in HF_HOME/moe-convert, and a later start goes on. progress gets (stage, bytes there, bytes of all).
     device: "cpu", "cuda", "cuda:1", several as "cuda:0,cuda:1" (layers' experts are split between them, all else is on
-    the first), or "auto": a GPU, if there is one that computes what it should (loader/cuda/choice.py).
+    the first), or "auto": a GPU, if there is one that computes what it should (loader/cuda/choice.py) and has room.
     dtype: of activations, norms and embeddings; None and "auto" take config.json's, on GPUs without bfloat16 float16.
     gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto" (loader/cuda/budget.py).
     ram_cache: what they may take in RAM, likewise (loader/budget.py); with a GPU page-locked, read by "direct".
@@ -81,13 +84,14 @@ def from_pretrained(
     guesses = _guesses(prefetch, artifact.architecture)
     options = CacheOptions(gpu_cache, ram_cache, slots, io, policy, cpu_share, check, kernels)
     devices = choose_devices(device, artifact.packings)
-    placement = place(opened, devices, options)
-    cache = placement.cache
     try:
-        model = _load(artifact, placement, _dtype(dtype, artifact, devices), attn_implementation)
-    except BaseException:
-        cache.close()
-        raise
+        model, placement = _placed(opened, devices, options, dtype, attn_implementation)
+    except DoesNotFitError as e:
+        if not devices or device != "auto" or gpu_cache != "auto":
+            raise
+        _log.warning("the GPU is not used: %s", e)
+        model, placement = _placed(opened, [], options, dtype, attn_implementation)
+    cache = placement.cache
     if guesses:
         layers = model.model.layers
         routers, norms = zip(*((x.mlp.gate.weight, x.post_attention_layernorm.weight) for x in layers), strict=True)
@@ -108,6 +112,18 @@ def load_tokenizer(
 
     path = small_files(folder, revision, token)
     return AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False, local_files_only=True)
+
+
+def _placed(
+    opened: OpenModel, devices: Sequence[Device], options: CacheOptions, dtype: Any, attn_implementation: str | None
+) -> tuple[Any, Placement]:
+    placement = place(opened, devices, options)
+    try:
+        artifact = opened.artifact
+        return _load(artifact, placement, _dtype(dtype, artifact, devices), attn_implementation), placement
+    except BaseException:
+        placement.cache.close()
+        raise
 
 
 def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None) -> Any:

@@ -178,6 +178,18 @@ def test_auto_leaves_a_gpu_alone_that_computes_something_else(folder, on_cpu, br
     assert generated(model) == on_cpu
 
 
+def test_auto_leaves_a_gpu_alone_that_is_too_small(folder, on_cpu, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    small = RecordingDevice(capacity_bytes=4 << 20)
+    monkeypatch.setattr("loader.cuda.torch_device.cuda_devices", lambda names, kept: [small])
+    with caplog.at_level(logging.WARNING):
+        model = loader.from_pretrained(folder)
+    assert "the GPU is not used: cuda:0: " in caplog.text and "bytes are free" in caplog.text
+    assert generated(model) == on_cpu
+    with pytest.raises(DoesNotFitError):
+        loader.from_pretrained(folder, device="cuda")
+
+
 def test_a_gpu_is_named_once():
     with pytest.raises(MoeConvertError, match="does not name each GPU once"):
         choice.choose_devices([RecordingDevice(), RecordingDevice()], [])
