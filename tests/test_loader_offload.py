@@ -185,7 +185,7 @@ def test_ctrl_c_during_a_read_ends_the_process_and_hangs_nothing(converted):
     assert child.stdout.readline() == "reading\n"
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
-    assert out.splitlines() == ["went on"], err
+    assert out.splitlines()[-1:] == ["went on"], err
     assert "KeyboardInterrupt" in err
     assert child.returncode != 0
 
