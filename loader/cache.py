@@ -30,12 +30,10 @@ class ExpertSource(Protocol):
     def used_again(self, layer: int, experts: int) -> None:
         """So many experts of an earlier lease were used, in a layer that none ever leaves."""
 
-    def ahead(self, layer: int, x: Tensor) -> Tensor | None:
-        """Asked for once a pass: x [T, hidden] went into the router of `layer`; which experts of layer + 1 the tokens
-        may need, as `Prefetcher.ahead`. None where reading ahead would bring nothing."""
-
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
-        """As `ahead`, for who ranks elsewhere: the router, and how many of its first experts `guess` is to be given."""
+        """Asked for once a pass: what ranks the experts of layer + 1 from the input of the router of `layer`
+        (`Prefetcher.router`), and how many of the first ones `guess` is to be given for one token. None where reading
+        ahead would bring nothing."""
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """While a lease is held: begin to read those of `experts` that are not there, the first ones first."""
@@ -121,14 +119,17 @@ class ExpertCache:
             ascending=ascending,
         )
 
-    def ahead(self, layer: int, x: Tensor) -> Tensor | None:
-        """As `ExpertSource.ahead`."""
-        return self.prefetcher.ahead(layer, x) if self.prefetcher and self._weighed(layer) else None
-
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
-        """As `ExpertSource.router_ahead`; the router as the prefetcher holds it."""
-        router = self.prefetcher.router(layer) if self.prefetcher and self._weighed(layer) else None
-        return (router, self.prefetcher.guesses) if self.prefetcher and router is not None else None
+        """As `ExpertSource.router_ahead`."""
+        if not (prefetcher := self.prefetcher):
+            return None
+        if layer == 0:
+            prefetcher.weigh([slots.stats for slots in self._layers])
+        after = layer + 1
+        if after == len(self._layers) or len(self._layers[after].held) == self._experts:
+            return None
+        router = prefetcher.router(layer)
+        return None if router is None else (router, prefetcher.guesses)
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Begins to read those of `experts` that are not there, the first ones first, while there is room aside."""
@@ -182,12 +183,6 @@ class ExpertCache:
             self._wait_s = self._fetcher.busy_s = 0.0
         if self._tier:
             self._tier.reset_stats()
-
-    def _weighed(self, layer: int) -> bool:
-        """Whether the layer after `layer` lacks an expert; before the first layer guesses are weighed."""
-        if layer == 0 and self.prefetcher:
-            self.prefetcher.weigh([slots.stats for slots in self._layers])
-        return layer + 1 < len(self._layers) and len(self._layers[layer + 1].held) < self._experts
 
     def _make_room(self) -> None:
         for slots in self._layers:

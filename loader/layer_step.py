@@ -13,7 +13,7 @@ from loader.cache import ExpertSource
 from loader.growing_cache import GrowingLayer
 from loader.lease import Lease
 from loader.native_library import Layer, library
-from loader.prefetch import in_order
+from loader.prefetch import in_order, ranked
 from loader.step_kernels import AttentionStep
 
 
@@ -81,8 +81,10 @@ class LayerStep:
         if error:
             raise ValueError(f"native attention: error {error} at position {length} of {capacity}")
         with experts.lease(number, list(index)) as lease:
-            if (ahead := experts.ahead(number, torch.frombuffer(normed, dtype=x.dtype)[None])) is not None:
-                experts.guess(number + 1, in_order(ahead))
+            if ahead := experts.router_ahead(number):
+                router, guesses = ahead
+                row = torch.frombuffer(normed, dtype=x.dtype)[None]
+                experts.guess(number + 1, in_order(ranked(router, row, guesses)))
             if lease.is_complete or len(index) > 2:
                 out = self._finish(lease.all(), index, scores, residual, normed, x)
             else:

@@ -95,7 +95,7 @@ def from_pretrained(
     if guesses:
         layers = model.model.layers
         routers, norms = zip(*((x.mlp.gate.weight, x.post_attention_layernorm.weight) for x in layers), strict=True)
-        cache.prefetcher = Prefetcher(routers, norms, artifact.architecture.num_experts_per_tok, guesses)
+        cache.prefetcher = Prefetcher(routers, norms, guesses)
     run_few_tokens_on_one_thread(model, placement.shortcut)
     if placement.gpus:
         give_up_slots_for_memory(model, cache, placement.gpus)

@@ -8,7 +8,7 @@ from formats.expert import ExpertLayout
 from formats.packing import Packing, tiles_of
 from loader.backend import Backend
 from loader.cache import ExpertSource
-from loader.prefetch import in_order
+from loader.prefetch import in_order, ranked
 
 
 class PackedLinear(nn.Module):
@@ -95,10 +95,13 @@ class CachedExperts(nn.Module):
     def _chosen(self, hidden_states: Tensor, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
         """The router's choice, on the CPU, and the guesses for the next layer: of a GPU in one copy, for which the host
         waits this one time in a layer."""
-        ahead = self._cache.ahead(self.layer, hidden_states)
-        if ahead is None:
+        found = self._cache.router_ahead(self.layer)
+        if found is None:
             return top_k_index.cpu(), []
-        index, ahead = torch.cat([top_k_index, ahead], dim=1).cpu().tensor_split([top_k_index.shape[1]], dim=1)
+        router, guesses = found
+        tokens, top_k = top_k_index.shape
+        ahead = ranked(router, hidden_states, guesses if tokens == 1 else top_k)
+        index, ahead = torch.cat([top_k_index, ahead], dim=1).cpu().tensor_split([top_k], dim=1)
         return index.contiguous(), in_order(ahead)
 
     def extra_repr(self) -> str:

@@ -23,21 +23,12 @@ class Prefetcher:
     guess (docs/traces.md).
     """
 
-    def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], top_k: int, guesses: int) -> None:
+    def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], guesses: int) -> None:
         """routers [experts, hidden] and norms [hidden] of each layer; `guesses` experts for one token."""
-        self._top_k, self.guesses = top_k, guesses
+        self.guesses = guesses
         self._routers = [_renormed(*layer) for layer in zip(routers[1:], norms[1:], norms[:-1], strict=True)]
         self._rest = [0] * len(routers)
         self._trial_begin = [LayerStats()] * len(routers)
-
-    def ahead(self, layer: int, x: Tensor) -> Tensor | None:
-        """Experts of layer + 1 for each token, the likeliest first, from what the router of `layer` saw, x [T, hidden]:
-        int64 [T, n], where x is; `in_order` says which to read first. None at rest."""
-        router = self.router(layer)
-        if router is None:
-            return None
-        logits = x.to(router.dtype) @ router.T
-        return logits.topk(self.guesses if len(x) == 1 else self._top_k).indices
 
     def router(self, layer: int) -> Tensor | None:
         """What ranks the experts of layer + 1, [experts, hidden], of which the `guesses` first are worth reading; asked
@@ -62,8 +53,14 @@ class Prefetcher:
             self._trial_begin[number] = now
 
 
+def ranked(router: Tensor, x: Tensor, count: int) -> Tensor:
+    """For each token of x [T, hidden] the `count` experts that router [experts, hidden] puts first, best first: int64
+    [T, count], where x is."""
+    return (x.to(router.dtype) @ router.T).topk(count).indices
+
+
 def in_order(ahead: Tensor) -> list[int]:
-    """What to read first, of `Prefetcher.ahead`, on the CPU: the likeliest, or with several tokens what most need."""
+    """What to read first, of `ranked`, on the CPU: the likeliest, or with several tokens what most of them need."""
     if len(ahead) == 1:
         return ahead[0].tolist()  # type: ignore[no-any-return]
     used = torch.bincount(ahead.flatten())

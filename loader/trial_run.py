@@ -44,7 +44,6 @@ def _decode(folder: Path, prompt: int, tokens: int, options: dict[str, Any]) -> 
     model: Any = from_pretrained(folder, **options)
     ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
-    ids = ids.to(model.device)
     clock = _Clock(model)
     with torch.inference_mode():
         model.generate(

@@ -49,7 +49,7 @@ def steps(monkeypatch):
             self.wanted = wanted
             return self.experts.lease(layer, wanted)
 
-        def ahead(self, layer, x):
+        def router_ahead(self, layer):
             return None
 
     def recorded(self, *args):

@@ -4,7 +4,7 @@ from slow_reader import EXPERT_BYTES, SlowReader
 
 from formats.reader import PIECE_BYTES
 from loader.cache import ExpertCache
-from loader.prefetch import REST_TOKENS, TRIAL_GUESSES, Prefetcher, in_order
+from loader.prefetch import REST_TOKENS, TRIAL_GUESSES, Prefetcher, in_order, ranked
 from loader.stats import LayerStats
 
 HALF = EXPERT_BYTES // 2
@@ -138,21 +138,21 @@ def prefetcher(guesses=2, layers=3):
     torch.manual_seed(0)
     routers = [torch.randn(8, 16) for _ in range(layers)]
     norms = [torch.rand(16) + 0.5 for _ in range(layers)]
-    return Prefetcher(routers, norms, 2, guesses), routers, norms
+    return Prefetcher(routers, norms, guesses), routers, norms
 
 
 def test_guess_is_the_next_router_over_the_next_norm():
     guesser, routers, norms = prefetcher()
     normed = torch.randn(1, 16)
     expected = (routers[2] @ (normed[0] * norms[2])).topk(2).indices.tolist()
-    assert in_order(guesser.ahead(1, normed * norms[1])) == expected
+    assert in_order(ranked(guesser.router(1), normed * norms[1], 2)) == expected
 
 
 def test_many_tokens_guess_what_most_of_them_need():
     guesser, routers, norms = prefetcher()
     normed = torch.randn(5, 16)
     votes = torch.bincount(((normed * norms[1]) @ routers[1].T).topk(2).indices.flatten(), minlength=8)
-    guesses = in_order(guesser.ahead(0, normed * norms[0]))
+    guesses = in_order(ranked(guesser.router(0), normed * norms[0], 2))
     assert sorted(guesses) == votes.nonzero().flatten().tolist()
     assert [int(votes[e]) for e in guesses] == sorted(votes[votes > 0].tolist(), reverse=True)
 
@@ -162,7 +162,7 @@ def test_a_weight_of_zero_in_the_norm_is_no_infinity():
     routers, norms = [torch.randn(8, 4)] * 2, [torch.tensor([0.0, 1, 1, 1]), torch.ones(4)]
     x = torch.randn(1, 4) * norms[0]
     expected = (routers[1] @ x[0]).topk(2).indices.tolist()
-    assert in_order(Prefetcher(routers, norms, 2, 2).ahead(0, x)) == expected
+    assert in_order(ranked(Prefetcher(routers, norms, 2).router(0), x, 2)) == expected
 
 
 @pytest.mark.parametrize(
@@ -171,20 +171,19 @@ def test_a_weight_of_zero_in_the_norm_is_no_infinity():
 )
 def test_a_layer_rests_where_the_loss_is_the_greater_one(early, delays, rests):
     guesser = prefetcher()[0]
-    x = torch.randn(1, 16)
     none = LayerStats()
     guesser.weigh([none, none, LayerStats(guesses=TRIAL_GUESSES - 1, early_bytes=0, delays=1000)])
-    assert guesser.ahead(1, x) is not None
+    assert guesser.router(1) is not None
     guesser.weigh([none, none, LayerStats(guesses=TRIAL_GUESSES, early_bytes=early, delays=delays)])
-    assert (guesser.ahead(1, x) is None) == rests
-    assert guesser.ahead(0, x) is not None
+    assert (guesser.router(1) is None) == rests
+    assert guesser.router(0) is not None
     for _ in range(REST_TOKENS - 1):
-        guesser.ahead(1, x)
-    assert guesser.ahead(1, x) is not None
+        guesser.router(1)
+    assert guesser.router(1) is not None
 
 
 def test_counters_that_were_reset_begin_a_new_trial():
     guesser = prefetcher()[0]
     guesser.weigh([LayerStats(), LayerStats(guesses=10 * TRIAL_GUESSES, early_bytes=10**9), LayerStats()])
     guesser.weigh([LayerStats()] * 3)
-    assert guesser.ahead(0, torch.randn(1, 16)) is not None
+    assert guesser.router(0) is not None
