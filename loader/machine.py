@@ -2,7 +2,8 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,16 +21,19 @@ _MEMORY_BYTES = 256 << 20
 def memory_bytes_per_s(seconds: float = 0.5) -> float:
     """Sums 256 MiB again and again for that long, by the kernels' own threads where they are there."""
     buffer = aligned_bytes(_MEMORY_BYTES).fill_(1)
-    native = kernels.available()
-    done_bytes, begin_s, now_s = 0, time.perf_counter(), 0.0
+    words = buffer.view(torch.int64)
+    call = partial(kernels.stream_sum, [buffer]) if kernels.available() else words.sum
+    return _MEMORY_BYTES * calls_per_s(call, seconds)
+
+
+def calls_per_s(call: Callable[[], object], seconds: float) -> float:
+    """How often `call` ends in a second, tried for that long."""
+    calls, begin_s, now_s = 0, time.perf_counter(), 0.0
     while now_s - begin_s < seconds:
-        if native:
-            kernels.stream_sum([buffer])
-        else:
-            buffer.view(torch.int64).sum()
-        done_bytes += _MEMORY_BYTES
+        call()
+        calls += 1
         now_s = time.perf_counter()
-    return done_bytes / (now_s - begin_s)
+    return calls / (now_s - begin_s)
 
 
 def disk_bytes_per_s(files: Sequence[Path], block_bytes: int, seconds: float = 1.0) -> float:

@@ -33,6 +33,11 @@ LinearMatrix = tuple[Tensor, Packing, int, Tensor]
 """Tiles, their packing, rows, and y: float32 [rows] that the product is written to."""
 
 
+def acts_shape(tokens: int, columns: int) -> tuple[int, int, int]:
+    """Of quantized activations, uint8: [tokens, blocks of 64, 80], whole superblocks."""
+    return tokens, 4 * blocks_of(columns), ACT_BYTES
+
+
 class Products:
     """Products with packed weights in the memory of `device`."""
 
@@ -182,8 +187,7 @@ class Products:
         self._device.launch(f"gemm_{_suffix(packing)}", grid, 128, args, reads=(acts, *tiles), writes=(y,))
 
     def _acts(self, tokens: int, columns: int) -> Tensor:
-        shape = tokens, 4 * blocks_of(columns), ACT_BYTES
-        return torch.empty(shape, dtype=torch.uint8, device=self._device.torch_device)
+        return torch.empty(acts_shape(tokens, columns), dtype=torch.uint8, device=self._device.torch_device)
 
     def _floats(self, tokens: int, rows: int) -> Tensor:
         return torch.empty(tokens, rows, dtype=torch.float32, device=self._device.torch_device)
@@ -201,7 +205,7 @@ class TokenExperts:
     def __init__(
         self, device: Device, layout: ExpertLayout, acts: Tensor, weights: Tensor, out: Tensor, h: Tensor
     ) -> None:
-        self._device, self._layout = device, layout
+        self._device, self._layout, self._n_bytes = device, layout, layout.n_bytes
         self._packings = _tiled(layout)
         self._acts, self._weights, self._out, self._h = acts, weights, out, h
         self._prepared: dict[int, Callable[[Sequence[tuple[int, Tensor]], bool], None]] = {}
@@ -212,7 +216,7 @@ class TokenExperts:
         for rank, blob in blobs:
             if not 0 <= rank < self._weights.numel():
                 raise ValueError(f"rank {rank}: there are {self._weights.numel()} weights")
-            _check_expert(self._layout, blob, self._layout.hidden)
+            size_of("blob", blob, self._n_bytes)
         if first and not blobs:
             self._out.zero_()
         for begin in range(0, len(blobs), MOST_EXPERTS):
@@ -265,8 +269,8 @@ def _suffix(packing: Packing) -> str:
 
 def _tokens(acts: Tensor, columns: int) -> int:
     tokens, *rest = shape_of("acts", acts, torch.uint8, 3)
-    if rest != [4 * blocks_of(columns), ACT_BYTES]:
-        raise ValueError(f"acts: {columns} columns take {[4 * blocks_of(columns), ACT_BYTES]} bytes, got {rest}")
+    if (expected := list(acts_shape(tokens, columns)[1:])) != rest:
+        raise ValueError(f"acts: {columns} columns take {expected} bytes, got {rest}")
     return tokens
 
 

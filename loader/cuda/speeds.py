@@ -1,12 +1,12 @@
 """How fast a GPU is fed and reads its memory, measured within half a second each."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 from formats import ALIGNMENT_BYTES
 from formats.reader import aligned_bytes
 from loader.cuda.device import Device
+from loader.machine import calls_per_s
 
 _BATCH = 8
 """Copies between two waits of the host, so that these cost nothing."""
@@ -40,13 +40,12 @@ def memory_bytes_per_s(device: Device, seconds: float = 0.5) -> float:
 
 def _calls_per_s(call: Callable[[], object], wait: Callable[[], None], seconds: float) -> float:
     """Of `call`, which queues something that `wait` waits for."""
-    call()
-    wait()
-    calls, begin_s, now_s = 0, time.perf_counter(), 0.0
-    while now_s - begin_s < seconds:
+
+    def batch() -> None:
         for _ in range(_BATCH):
             call()
         wait()
-        calls += _BATCH
-        now_s = time.perf_counter()
-    return calls / (now_s - begin_s)
+
+    call()
+    wait()
+    return _BATCH * calls_per_s(batch, seconds)

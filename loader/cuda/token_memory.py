@@ -4,6 +4,7 @@ import weakref
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,10 +12,10 @@ from torch import Tensor
 from formats import ALIGNMENT_BYTES
 from formats.reader import aligned_bytes
 from loader.cuda.device import Device
+from loader.cuda.products import acts_shape
 
 SPAN = 512
 """Positions of the cache that one block of the attention kernel takes (kSpan)."""
-_BLOCK_BYTES = 80
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class TokenMemory:
 
     def new_acts(self, columns: int) -> Tensor:
         """uint8 [1, blocks, 80]: one token's quantized activations."""
-        blocks = -(-columns // 256) * 4
-        return self._device.empty(blocks * _BLOCK_BYTES).view(1, blocks, _BLOCK_BYTES)
+        shape = acts_shape(1, columns)
+        return self._device.empty(prod(shape)).view(shape)
 
     def _views(self, memory: Tensor, ends: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         normed, choice, weights = memory[: ends[0]], memory[ends[0] : ends[1]], memory[ends[1] :]
