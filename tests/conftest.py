@@ -56,6 +56,19 @@ def converted_copy(converted: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs moe-convert in this process, with these arguments: exit code, stdout, stderr."""
+    from converter.cli.main import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        return exit_.value.code, *capsys.readouterr()  # type: ignore[return-value]
+
+    return call
+
+
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub on the loopback interface that huggingface_hub in this process talks to, with an empty cache."""
     with HubServer() as server:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from make_checkpoint import SHAPES, make_checkpoint
 
-from converter.cli.main import COMMANDS, cli, main
+from converter.cli.main import COMMANDS, cli
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +20,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*args: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
+def run(run_command: Any) -> Any:
+    return run_command
 
 
 def test_convert_inspect_verify(run: Any, source: Path, tmp_path: Path) -> None:

@@ -1,21 +1,15 @@
 import json
+from functools import partial
 
 import pytest
-
-from converter.cli.main import main
 
 # examples/tiny-mixtral/README.md: the first 16 windows of 256 of each text, transformers, bf16.
 README_16_WINDOWS = {"english": 64.868, "french": 28.717, "german": 55.723, "python": 58.53, "technical": 69.99}
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main(["eval", *map(str, arguments)])
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
+def run(run_command):
+    return partial(run_command, "eval")
 
 
 @pytest.fixture

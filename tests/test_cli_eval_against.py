@@ -9,17 +9,13 @@ import pytest
 import torch
 from make_checkpoint import SHAPES, Shape, make_checkpoint
 
-from converter.cli.main import main
 from formats.quality import read_quality
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
+def run(run_command: Any) -> Any:
     def call(*arguments: object, command: str = "eval") -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([command, *map(str, arguments)])
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
+        return run_command(command, *arguments)
 
     return call
 

@@ -11,7 +11,6 @@ from msgspec.structs import replace
 
 import loader
 from converter.cli.generation_stats import Clock, stats_table
-from converter.cli.main import main
 from formats.artifact import Artifact
 from loader.budget import aside_bytes, expert_bytes_by_layer
 from loader.stats import LayerStats
@@ -21,23 +20,12 @@ PROMPT = "So Jonah arose, and went to Nineveh, according to"
 
 
 @pytest.fixture
-def run(converted, capsys):
+def run(converted, run_command):
     """Runs `generate` on the converted example; gives exit code, stdout, stderr."""
 
     def run(*arguments, path=None):
-        with pytest.raises(SystemExit) as exit_:
-            main(
-                [
-                    "generate",
-                    str(path or converted("2bit")),
-                    "--kernels",
-                    "torch",
-                    "--max-new-tokens",
-                    "6",
-                    *map(str, arguments),
-                ]
-            )
-        return exit_.value.code, *capsys.readouterr()
+        folder = path or converted("2bit")
+        return run_command("generate", folder, "--kernels", "torch", "--max-new-tokens", "6", *arguments)
 
     return run
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hub_server import HubServer
 
-from converter.cli.main import main
 from formats.artifact import Artifact
 
 REPO = "me/tiny-2bit"
@@ -22,12 +21,10 @@ def filled(hub: HubServer, converted: Callable[[str], Path]) -> HubServer:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run_command: Callable[..., tuple[int, str, str]]) -> Run:
     def call(*args: object) -> tuple[int, dict[str, Any]]:
-        with pytest.raises(SystemExit) as exit_:
-            main(["download", *map(str, args), "--json", "-q"])
-        out = capsys.readouterr().out
-        return int(exit_.value.code or 0), json.loads(out) if out else {}
+        code, out, _ = run_command("download", *args, "--json", "-q")
+        return code, json.loads(out) if out else {}
 
     return call
 

@@ -10,7 +10,6 @@ import pytest
 from hub_server import HubServer
 from test_formats_reader import flip
 
-from converter.cli.main import main
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
 from formats.artifact import Artifact
@@ -22,14 +21,12 @@ Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr("time.sleep", lambda s: None)
 
     def call(command: str, *args: object) -> tuple[int, dict[str, Any], str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([command, *map(str, args), "--json", "-q"])
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), json.loads(out) if out else {}, err
+        code, out, err = run_command(command, *args, "--json", "-q")
+        return code, json.loads(out) if out else {}, err
 
     return call
 

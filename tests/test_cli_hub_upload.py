@@ -13,7 +13,6 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
 from test_formats_reader import flip
 
-from converter.cli.main import main
 from converter.model_card import CardOptions, card_text, parameter_count
 from formats.artifact import Artifact
 from formats.quality import Comparison, Evaluation, read_quality, save_evaluation
@@ -23,14 +22,12 @@ Run = Callable[..., tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(run_command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr("time.sleep", lambda s: None)
 
     def call(command: str, *args: object) -> tuple[int, dict[str, Any]]:
-        with pytest.raises(SystemExit) as exit_:
-            main([command, *map(str, args), "--json", "-q"])
-        out = capsys.readouterr().out
-        return int(exit_.value.code or 0), json.loads(out) if out else {}
+        code, out, _ = run_command(command, *args, "--json", "-q")
+        return code, json.loads(out) if out else {}
 
     return call
 

@@ -1,10 +1,10 @@
 import json
 import shutil
+from functools import partial
 
 import pytest
 from made_traces import random_experts, trace_of
 
-from converter.cli.main import main
 from formats.artifact import Artifact
 from loader.budget import slots_of_folder
 from loader.tracing import TracedModel
@@ -14,13 +14,8 @@ SMALL = ("--ctx", "64", "--prompt", "8")
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main(["plan", *map(str, arguments)])
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
+def run(run_command):
+    return partial(run_command, "plan")
 
 
 def test_without_a_budget_several_are_compared(run, converted):

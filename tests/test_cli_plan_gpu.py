@@ -1,12 +1,12 @@
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
 from made_traces import random_experts, trace_of
 from msgspec.structs import replace
 
-from converter.cli.main import main
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from loader import trial_run
@@ -24,13 +24,8 @@ SOME = ("--ram", "837MiB", "--disk", "2")
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main(["plan", *map(str, arguments)])
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
+def run(run_command):
+    return partial(run_command, "plan")
 
 
 @pytest.fixture

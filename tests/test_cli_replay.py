@@ -1,20 +1,15 @@
 import json
+from functools import partial
 
 import pytest
 from made_traces import random_experts, trace_of
 
-from converter.cli.main import main
 from loader.trace import write_trace
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main(["replay", *map(str, arguments)])
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
+def run(run_command):
+    return partial(run_command, "replay")
 
 
 @pytest.fixture

@@ -1,19 +1,14 @@
 import json
+from functools import partial
 
 import pytest
 
-from converter.cli.main import main
 from loader.trace import read_trace
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            main(["trace", *map(str, arguments)])
-        return exit_.value.code, *capsys.readouterr()
-
-    return run
+def run(run_command):
+    return partial(run_command, "trace")
 
 
 @pytest.fixture
