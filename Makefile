@@ -30,7 +30,7 @@ test-native:
 	build/sanitize/converter/native/moe_solver_test
 
 # The loader's tests on other versions of transformers than the pinned one: the oldest, one between, the newest.
-test-versions: $(addprefix test-transformers-,5.0.0 5.12.0 newest)
+test-versions: $(addprefix test-transformers-,5.3.0 5.12.0 newest)
 
 test-transformers-%:
 	$(PYTHON) -m venv .venv-$*
