@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard CMakeLists.txt formats/native/* loader/native/* converter/native/*)
 
-.PHONY: demo test test-versions test-native lint clean
+.PHONY: demo test test-versions test-native fuzz lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,11 @@ test-native:
 	cmake --build build/sanitize --target test_kernels moe_solver_test
 	build/sanitize/loader/native/test_kernels
 	build/sanitize/converter/native/moe_solver_test
+
+# The parsers under a coverage-guided fuzzer for SECONDS in all: what is found is kept in tests/fuzz/found.
+SECONDS ?= 600
+fuzz: $(VENV)/installed
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
 
 # The loader's tests on other versions of transformers than the pinned one: the oldest, one between, the newest.
 test-versions: $(addprefix test-transformers-,5.3.0 5.12.0 newest)
