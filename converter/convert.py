@@ -275,9 +275,9 @@ class _Job:
         else:
             writer.finish()
             header = writer.header
-            shas = [self._records["expert", layer, expert]["sha256"] for expert in range(n)]
+            experts = [self._records["expert", layer, expert] for expert in range(n)]
             layouts = self._plan.layouts[layer]
-            places = [(writer.offsets[e], layouts[e].n_bytes, shas[e]) for e in range(n)]
+            places = [(writer.offsets[e], layouts[e].n_bytes, r["sha256"], r["xxh3"]) for e, r in enumerate(experts)]
         del writers[layer]
         size = (self._out / layer_file_name(layer)).stat().st_size
         sha256 = hashlib.sha256(header).hexdigest()
@@ -331,7 +331,7 @@ class _Job:
         trunk.finish()
         out, recipe = self._out, self._recipe
         files = [
-            write_config(self._checkpoint, recipe, self._plan.format_version, out),
+            write_config(self._checkpoint, recipe, out),
             *copy_files(self._checkpoint.folder, out),
         ]
         quality = write_quality(list(self._records.values()), out)

@@ -9,7 +9,7 @@ from converter.identity import calibration_version
 from converter.sizes import OutputPlan
 from converter.solver import Solver
 from converter.source import Checkpoint
-from formats import TRUNK_NAME
+from formats import FORMAT_VERSION, TRUNK_NAME
 from formats.expert import ExpertLayout
 from formats.index import CopiedFile, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk
 from formats.layer_file import layer_file_name
@@ -38,7 +38,7 @@ def assemble_index(
     shards = [Shard(name, size, shard_sha256[name]) for name, size in checkpoint.shards.items()]
     return Index(
         format="moe-convert",
-        format_version=plan.format_version,
+        format_version=FORMAT_VERSION,
         producer=Producer("moe-convert", __version__, versions),
         source=Source(checkpoint.name, checkpoint.revision, shards),
         architecture=checkpoint.architecture,
@@ -58,7 +58,7 @@ def assemble_index(
 
 def _layer_file(layer: int, record: dict[str, Any], layouts: list[ExpertLayout], codec: str) -> LayerFile:
     entries = [
-        ExpertEntry(layer, e, offset, length, sha256, layouts[e].gate_up.name, layouts[e].down.name, codec)
-        for e, (offset, length, sha256) in enumerate(record["places"])
+        ExpertEntry(layer, e, offset, length, sha256, xxh3, layouts[e].gate_up.name, layouts[e].down.name, codec)
+        for e, (offset, length, sha256, xxh3) in enumerate(record["places"])
     ]
     return LayerFile(layer_file_name(layer), record["size_bytes"], record["header_sha256"], entries)

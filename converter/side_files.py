@@ -9,16 +9,17 @@ from converter.solver import SquaredError
 from converter.source import Checkpoint
 from converter.source_files import COPIED
 from converter.workers import PROJECTIONS
+from formats import FORMAT_VERSION
 from formats.index import CopiedFile, Recipe
 from formats.paths import locate
 from formats.writer import write_file
 
 
-def write_config(checkpoint: Checkpoint, recipe: Recipe, format_version: int, out: Path) -> CopiedFile:
+def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFile:
     """The source's config.json with the quantization_config by which transformers finds the loader's plugin."""
     quantization = {
         "quant_method": "moe_convert",
-        "format_version": format_version,
+        "format_version": FORMAT_VERSION,
         "recipe": recipe.name,
     }
     config = {**checkpoint.config, "quantization_config": quantization}

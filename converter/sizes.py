@@ -17,7 +17,7 @@ from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
 from formats.index import Architecture, PackedLinear, Recipe
 from formats.layer_file import raw_entries
-from formats.packing import PACKINGS, packing_named, tile_packing_named, version_of
+from formats.packing import PACKINGS, tile_packing_named
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.trunk import attention_linears
 
@@ -65,11 +65,6 @@ class OutputPlan:
         """All that entries of the index use, ascending, each once."""
         used = {p.name for layer in self.layouts for layout in layer for p in (layout.gate_up, layout.down)}
         return sorted(used | {linear.packing for linear in self.packed.values()})
-
-    @property
-    def format_version(self) -> int:
-        """Of the folder."""
-        return version_of(packing_named(name) for name in self.packings)
 
     @property
     def last_quantized_layer(self) -> int:

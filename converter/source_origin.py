@@ -18,6 +18,7 @@ from converter.solvers import choose_solver
 from converter.source import Checkpoint
 from converter.workers import Worker
 from formats import TRUNK_NAME
+from formats.checksums import Checksums
 from formats.errors import MoeConvertError
 from formats.index import ExpertEntry, Index
 from formats.layer_file import partial_path
@@ -128,9 +129,9 @@ class _Made:
 
     data = b""
 
-    def write_expert(self, expert: int, blob: torch.Tensor) -> str:
+    def write_expert(self, expert: int, blob: torch.Tensor) -> Checksums:
         self.data = blob.numpy().tobytes()
-        return ""
+        return Checksums("", "")
 
 
 def _in_turn(tasks: Iterable[Callable[[], Any]]) -> list[Any]:

@@ -79,8 +79,8 @@ class Worker:
             errors[projection] = [error.error, error.total]
             if statistics and not calibrated:
                 fallback.append(projection)
-        sha256 = writer.write_expert(expert, blob)
-        record = {"unit": "expert", "layer": layer, "expert": expert, "sha256": sha256, "errors": errors, **found}
+        sums = writer.write_expert(expert, blob)._asdict()
+        record = {"unit": "expert", "layer": layer, "expert": expert, **sums, "errors": errors, **found}
         return record | ({"uncalibrated": fallback} if fallback else {})
 
     def linear(self, trunk: PlacedFile, module: str) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """The expert-addressable format of moe-convert: packings, files, index, checks (docs/format.md)."""
 
-OLDEST_READABLE_VERSION = 1
-NEWEST_READABLE_VERSION = 2
-"""Format versions that this release reads. It writes the lowest that has all that a folder uses
-(`formats.packing.version_of`)."""
+FORMAT_VERSION = 3
+"""The one format version that this release reads and writes."""
 
 INDEX_NAME = "moe_index.json"
 TRUNK_NAME = "trunk.safetensors"

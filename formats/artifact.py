@@ -12,7 +12,7 @@ from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.index import CODECS, Architecture, ExpertEntry, Index, check_version, read_index
 from formats.layer_file import layer_file_name, layer_metadata, raw_entries, zstd_entries
-from formats.packing import packing_named, version_of
+from formats.packing import packing_named
 from formats.paths import check_name, locate, open_regular, read_small
 from formats.safetensors_header import Header, TensorEntry, read_header
 from formats.strict_json import parse
@@ -127,9 +127,8 @@ def _check_packings(index: Index, where: str) -> None:
     used |= {linear.packing for linear in index.trunk.packed.values()}
     if sorted(used) != index.packings:
         raise FormatError(f"{where}: field packings is {index.packings}, its entries use {sorted(used)}")
-    needed = version_of(packing_named(name, where) for name in used)
-    if needed != index.format_version:
-        raise FormatError(f"{where}: format_version is {index.format_version}, its packings are those of {needed}")
+    for name in used:
+        packing_named(name, where)
 
 
 def _check_layer(folder: Path, index: Index, number: int, where: str) -> None:

@@ -1,6 +1,5 @@
 """Experts that come from the Hub when they are needed, and meanwhile one after the other; each byte once."""
 
-import hashlib
 import logging
 import os
 import threading
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from formats.checksums import sha256_of
 from formats.direct_reader import DirectReader
 from formats.errors import DamageError, DoesNotFitError, HubError, MoeConvertError
 from formats.hub import HubRepo
@@ -32,7 +32,7 @@ class HubReader(DirectReader):
     """
 
     def __init__(
-        self, folder: LazyFolder, *, check: bool = False, fill: bool = True, progress: Progress | None = None
+        self, folder: LazyFolder, *, check: str = "none", fill: bool = True, progress: Progress | None = None
     ) -> None:
         super().__init__(folder.artifact, check=check)
         self.fetched_bytes = 0
@@ -68,12 +68,12 @@ class HubReader(DirectReader):
             super().check(layer, expert, stored)
             return
         with self._expert_locks[key]:
-            found = _sha256(stored)
+            found = sha256_of(stored.numpy().data)
             if found != expected:
                 # Not by the line, whose breaks are seen: by a damaged answer, or a damaged file of ours.
                 self._have[key] = 0
                 self._read_hub(key, stored, 0, len(stored), from_cache=False)
-                found = _sha256(stored)
+                found = sha256_of(stored.numpy().data)
             if found != expected:
                 place = self.name(layer, expert)
                 raise DamageError(
@@ -225,7 +225,3 @@ class HubReader(DirectReader):
         with self._lock:
             missing, first = self._entries.keys() - self._good, self._last_layer + 1
         return min(missing, key=lambda key: ((key[0] - first) % len(self._writers), key[1]), default=None)
-
-
-def _sha256(stored: Tensor) -> str:
-    return hashlib.sha256(stored.numpy().data).hexdigest()

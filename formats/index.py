@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from formats import INDEX_NAME, NEWEST_READABLE_VERSION, OLDEST_READABLE_VERSION
+from formats import FORMAT_VERSION, INDEX_NAME
 from formats.errors import FormatError, VersionError
 from formats.paths import read_small
 from formats.strict_json import parse, typed
@@ -13,6 +13,7 @@ from formats.strict_json import parse, typed
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Label = Annotated[str, Meta(max_length=512)]
 Option = str | int | float | bool
 
@@ -118,13 +119,14 @@ class Trunk(_Part, frozen=True):
 
 
 class ExpertEntry(_Part, frozen=True):
-    """One expert: `offset` (from the start of the file) and `length` are bytes; sha256 is of the stored bytes."""
+    """One expert: `offset` (from the start of the file) and `length` are bytes; checksums are of the stored bytes."""
 
     layer: Natural
     expert: Natural
     offset: Natural
     length: Natural
     sha256: Sha256
+    xxh3: Xxh3
     gate_up: Label
     down: Label
     codec: Label
@@ -184,10 +186,8 @@ def check_version(version: Any, where: str) -> None:
     """Raises FormatError if `version` is no integer, VersionError if this release does not read it."""
     if type(version) is not int:
         raise FormatError(f"{where}: format_version is {repr(version)[:100]}, not an integer")
-    if not OLDEST_READABLE_VERSION <= version <= NEWEST_READABLE_VERSION:
-        newer = version > NEWEST_READABLE_VERSION
+    if version != FORMAT_VERSION:
         raise VersionError(
-            f"{where}: format_version is {version}; this release reads {OLDEST_READABLE_VERSION}"
-            f" to {NEWEST_READABLE_VERSION}",
-            "update moe-convert" if newer else "convert the source again",
+            f"{where}: format_version is {version}; this release reads {FORMAT_VERSION}",
+            "update moe-convert" if version > FORMAT_VERSION else "convert the source again",
         )

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from formats import ALIGNMENT_BYTES, INDEX_NAME, TRUNK_NAME
+from formats import ALIGNMENT_BYTES, FORMAT_VERSION, INDEX_NAME, TRUNK_NAME
 from formats.artifact import Artifact
+from formats.checksums import Checksums
 from formats.errors import FormatError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.index import (
@@ -36,7 +37,7 @@ from formats.layer_file import (
     raw_entries,
     zstd_entries,
 )
-from formats.packing import PACKINGS, packing_named, version_of
+from formats.packing import PACKINGS
 from formats.paths import locate, open_regular, read_small
 from formats.safetensors_header import Header, TensorEntry, build_header, read_header
 from formats.strict_json import dump, parse, typed
@@ -64,7 +65,7 @@ def rebuild_index(folder: Path) -> Index:
     used |= {linear.packing for linear in trunk.packed.values()}
     index = Index(
         format="moe-convert",
-        format_version=version_of(map(packing_named, used)),
+        format_version=FORMAT_VERSION,
         architecture=architecture,
         packings=sorted(used),
         trunk=trunk,
@@ -122,9 +123,9 @@ def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
         for expert, (layout, found) in enumerate(zip(layouts, tensors, strict=True)):
             begin, end = header.data_offset + found[0].begin, header.data_offset + found[-1].end
             f.seek(begin)
-            sha256 = hashlib.sha256(f.read(end - begin)).hexdigest()
+            checksums = Checksums.of(f.read(end - begin))
             names = layout.gate_up.name, layout.down.name
-            entries.append(ExpertEntry(number, expert, begin, end - begin, sha256, *names, codec))
+            entries.append(ExpertEntry(number, expert, begin, end - begin, *checksums, *names, codec))
     return LayerFile(name, size, header.sha256, entries)
 
 

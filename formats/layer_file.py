@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER
+from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, FORMAT_VERSION
 from formats.expert import ExpertLayout
-from formats.packing import version_of
 from formats.safetensors_header import TensorEntry
 
 FILLER_PREFIX = "__pad__."
@@ -53,7 +52,7 @@ def layer_metadata(layer: int, layouts: list[ExpertLayout], codec: str) -> dict[
     """The header's metadata: what is needed, with the tensors, to write the index again."""
     return {
         "format": "moe-convert",
-        "format_version": str(version_of(p for layout in layouts for p in (layout.gate_up, layout.down))),
+        "format_version": str(FORMAT_VERSION),
         "layer": str(layer),
         "gate_up": ",".join(layout.gate_up.name for layout in layouts),
         "down": ",".join(layout.down.name for layout in layouts),

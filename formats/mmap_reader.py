@@ -19,11 +19,13 @@ _POPULATE_READ = 22
 class MmapReader(ExpertReader):
     """Experts as views of maps.
 
-    A file that is cut while it is mapped kills the process with SIGBUS; `DirectReader` raises instead.
+    A file that is cut while it is mapped kills the process with SIGBUS; `DirectReader` raises instead. An expert's
+    checksum is compared when the expert is first used, and again after its memory was given back.
     """
 
-    def __init__(self, artifact: Artifact, *, check: bool = False) -> None:
+    def __init__(self, artifact: Artifact, *, check: str = "none") -> None:
         super().__init__(artifact, check=check)
+        self._compared: set[tuple[int, int]] = set()
         self._maps: list[tuple[mmap.mmap, Tensor]] = []
         self._descriptors: list[int] = []
         try:
@@ -52,7 +54,13 @@ class MmapReader(ExpertReader):
         with contextlib.suppress(OSError, ValueError):
             self._maps[layer][0].madvise(_POPULATE_READ, offset + begin, end - begin)
 
+    def check(self, layer: int, expert: int, stored: Tensor) -> None:
+        if (layer, expert) not in self._compared:
+            super().check(layer, expert, stored)
+            self._compared.add((layer, expert))
+
     def forget(self, layer: int, expert: int) -> None:
+        self._compared.discard((layer, expert))
         entry = self.artifact.entry(layer, expert)
         if hasattr(mmap, "MADV_DONTNEED"):
             self._maps[layer][0].madvise(mmap.MADV_DONTNEED, entry.offset, entry.length)

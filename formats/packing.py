@@ -36,7 +36,6 @@ class Packing:
     torch_dtype = torch.uint8
     rows_each = TILE_ROWS
     """Rows of the matrix in one row of the tensor that holds it."""
-    format_version = 1
 
     @property
     def planes(self) -> int:
@@ -127,11 +126,6 @@ def tile_packing_named(name: str, where: str = "packing") -> Packing:
     if name not in PACKINGS:
         raise _unknown(name, PACKINGS, where)
     return PACKINGS[name]
-
-
-def version_of(packings: Iterable[AnyPacking]) -> int:
-    """The lowest format version that has all of these."""
-    return max(packing.format_version for packing in packings)
 
 
 def _unknown(name: str, known: Iterable[str], where: str) -> FormatError:

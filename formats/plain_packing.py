@@ -18,7 +18,6 @@ class PlainPacking:
 
     nbits = 16
     rows_each = 1
-    format_version = 2
 
     def stored_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Shape of the tensor that holds a [rows, columns] matrix: the same."""

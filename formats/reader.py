@@ -1,6 +1,5 @@
 """Experts' packed bytes from a converted folder, step by step, over maps or by direct reads."""
 
-import hashlib
 import mmap
 import time
 from abc import ABC, abstractmethod
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from formats import ALIGNMENT_BYTES
 from formats.artifact import Artifact
+from formats.checksums import sha256_of, xxh3_of
 from formats.errors import DamageError
+from formats.verify import repair_command
 
 PIECE_BYTES = 4 << 20
 """What is read between two looks at whether something else has become more urgent."""
@@ -78,7 +79,7 @@ class Load:
     def result(self) -> Tensor:
         """The expert's bytes as its packings lay them out: uint8 [n_bytes], read-only by agreement.
 
-        Raises DamageError if a frame is broken, or if the reader checks and the sha256 is not the index's.
+        Raises DamageError if a frame is broken, or if the checksum that the reader compares is not the index's.
         """
         stored = self._place[: self._length]
         self._reader.check(self._layer, self._expert, stored)
@@ -93,12 +94,13 @@ class Load:
 class ExpertReader(ABC):
     """Gives experts' packed bytes; several threads may read at once. Close it, or use it as a context.
 
-    With `check`, an expert's sha256 is compared with the index's when it is read for the first time.
+    check: one of `formats.checksums.CHECKS`: which checksum of an expert is compared with the index's whenever its
+    bytes were read.
     """
 
-    def __init__(self, artifact: Artifact, *, check: bool = False) -> None:
+    def __init__(self, artifact: Artifact, *, check: str = "none") -> None:
         self.artifact = artifact
-        self._unchecked = {(e.layer, e.expert) for file in artifact.index.layers for e in file.experts} if check else ()
+        self._check = check
 
     @abstractmethod
     def in_place(self, layer: int, expert: int) -> bool:
@@ -137,17 +139,18 @@ class ExpertReader(ABC):
         """Nothing: no copy is under way."""
 
     def check(self, layer: int, expert: int, stored: Tensor) -> None:
-        """DamageError if the sha256 of `stored` is wanted and differs."""
-        if (layer, expert) not in self._unchecked:
+        """DamageError if `stored`, an expert's bytes as they were read, have another checksum than the index says."""
+        if self._check == "none":
             return
-        expected = self.artifact.entry(layer, expert).sha256
-        found = hashlib.sha256(stored.numpy().data).hexdigest()
+        entry, fast = self.artifact.entry(layer, expert), self._check == "fast"
+        expected = entry.xxh3 if fast else entry.sha256
+        found = (xxh3_of if fast else sha256_of)(stored.numpy().data)
         if found != expected:
+            kind = "xxh3" if fast else "sha256"
             raise DamageError(
-                f"{self.name(layer, expert)}: the sha256 is {found}, the index says {expected}",
-                f"moe-convert verify {self.artifact.folder}",
+                f"{self.name(layer, expert)}: the {kind} of its bytes is {found}, the index says {expected}",
+                repair_command(self.artifact.folder, self.artifact.index),
             )
-        self._unchecked.discard((layer, expert))  # type: ignore[union-attr]
 
     def decode(self, layer: int, expert: int, stored: Tensor, buffer: Tensor) -> Tensor:
         """The expert's bytes of what is stored, in `buffer`."""

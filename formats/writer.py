@@ -1,6 +1,5 @@
 """Writing: whole files that appear at once, and layer files whose experts come in any order."""
 
-import hashlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +8,7 @@ from typing import Self
 import torch
 import zstandard
 
+from formats.checksums import Checksums
 from formats.errors import OutputError
 from formats.expert import ExpertLayout
 from formats.layer_file import FILLER_PREFIX, expert_prefix, layer_metadata, partial_path, raw_entries, zstd_entries
@@ -16,6 +16,10 @@ from formats.safetensors_header import TensorEntry, build_header
 
 ZSTD_LEVEL = 19
 """Packed codes hardly shrink (docs/format.md); what little there is to win needs the high levels."""
+
+
+Place = tuple[int, int, str, str]
+"""Where an expert's stored bytes lie in its file, and their checksums: offset, length, sha256, xxh3."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -111,38 +115,38 @@ class LayerWriter(PlacedFile):
         self._layouts = layouts
         self.offsets = [self.offset(f"{expert_prefix(layer, expert)}.gate_up") for expert in range(len(layouts))]
 
-    def write_expert(self, expert: int, blob: torch.Tensor) -> str:
-        """Writes expert `expert`'s bytes (uint8 [n_bytes], contiguous) durably; returns their sha256 in hex."""
+    def write_expert(self, expert: int, blob: torch.Tensor) -> Checksums:
+        """Writes expert `expert`'s bytes (uint8 [n_bytes], contiguous) durably; returns their checksums."""
         n_bytes = self._layouts[expert].n_bytes
         if blob.dtype != torch.uint8 or blob.shape != (n_bytes,):
             raise ValueError(f"expert of {blob.dtype} {list(blob.shape)}, its layout takes uint8 [{n_bytes}]")
         data = blob.numpy().data
         _write_at(self._descriptor, data, self.offsets[expert])
         self.sync()
-        return hashlib.sha256(data).hexdigest()
+        return Checksums.of(data)
 
-    def finish_zstd(self) -> tuple[bytes, list[tuple[int, int, str]]]:
-        """Compresses every expert into the final file; returns its header and (offset, length, sha256) an expert."""
+    def finish_zstd(self) -> tuple[bytes, list[Place]]:
+        """Compresses every expert into the final file; returns its header and where each expert lies."""
         lengths: list[int] = []
         compressed = self.path.with_name(self.path.name + ".zstd.partial")
         compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
         # Frames first into a side file: the header before them needs their lengths.
         spool = self.path.with_name(self.path.name + ".frames.partial")
-        digests: list[str] = []
+        checksums: list[Checksums] = []
         with open(spool, "wb+") as frames, open(compressed, "wb") as out:
             for expert in range(len(self._layouts)):
                 frame = compressor.compress(self._read_expert(expert))
                 frames.write(frame)
                 lengths.append(len(frame))
-                digests.append(hashlib.sha256(frame).hexdigest())
+                checksums.append(Checksums.of(frame))
             entries = zstd_entries(self._layer, lengths)
             header = build_header(entries, layer_metadata(self._layer, self._layouts, "zstd"))
             out.write(header)
             frames.seek(0)
-            places: list[tuple[int, int, str]] = []
+            places: list[Place] = []
             for entry in entries:
                 if entry.name.endswith(".zstd"):
-                    places.append((len(header) + entry.begin, entry.n_bytes, digests[len(places)]))
+                    places.append((len(header) + entry.begin, entry.n_bytes, *checksums[len(places)]))
                     out.write(frames.read(entry.n_bytes))
                 else:
                     out.write(bytes(entry.n_bytes))

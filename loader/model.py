@@ -9,6 +9,7 @@ import torch
 
 from formats import TRUNK_NAME
 from formats.artifact import Artifact
+from formats.checksums import CHECKS
 from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.index import Architecture
 from formats.readers import READERS
@@ -39,7 +40,7 @@ def from_pretrained(
     policy: str = "lrfu",
     prefetch: int | str = "auto",
     cpu_share: str = "off",
-    check: str = "none",
+    check: str = "fast",
     kernels: str = "auto",
     attn_implementation: str | None = None,
     revision: str | None = None,
@@ -66,7 +67,9 @@ def from_pretrained(
     prefetch: how many experts of the next layer to guess and read ahead, 0 for none; "auto": as many as a token uses.
     It rests by itself where it does not pay (loader/prefetch.py).
     cpu_share: "auto": missed experts are computed on the CPU where that is sooner done than copying them to the GPU;
-    "off". check: "none", or "first-touch": compare the sha256 of each expert when it is first read.
+    "off". check: "fast": compares the sha256 of config.json (but for the fields that may change at run time) and trunk
+    when the model loads, and the xxh3 of each expert whenever its bytes come from a disk or a network into memory, or
+    are first used in a map; "sha256": compares the experts' sha256 instead; "none".
     kernels: on the CPU: "native", "torch" (the slow reference), or "auto". attn_implementation: as in transformers.
 
     The model has two methods more: `moe_stats()` gives a `MoeStats`, `reset_moe_stats()` sets the counters to zero.
@@ -78,7 +81,7 @@ def from_pretrained(
     _check_known("cpu_share", cpu_share, ("off", "auto"))
     _check_known("io", io, ("auto", *READERS))
     _check_known("policy", policy, tuple(POLICIES))
-    _check_known("check", check, ("none", "first-touch"))
+    _check_known("check", check, CHECKS)
     opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
     artifact = opened.artifact
     guesses = _guesses(prefetch, artifact.architecture)

@@ -58,7 +58,7 @@ def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
         check_slots(slots, artifact)
     if io == "auto":
         io = "mmap" if min(slots) == artifact.architecture.num_local_experts else "direct"
-    reader = opened.reader(io, check=options.check == "first-touch")
+    reader = opened.reader(io, check=options.check)
     try:
         aside = experts_aside(artifact.architecture)
         cache = ExpertCache(reader, slots, aside=aside, policy=POLICIES[options.policy])
@@ -77,7 +77,7 @@ def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions
         raise RecipeError(
             "io: 'mmap' maps pages that are not page-locked, which a GPU copies slowly", "use io='direct'"
         )
-    reader = opened.reader("direct", check=options.check == "first-touch")
+    reader = opened.reader("direct", check=options.check)
     try:
         found = GpuExperts.open(
             opened.artifact, reader, devices, gpu_cache=options.gpu_cache, ram_cache=options.ram_cache,

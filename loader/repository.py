@@ -33,7 +33,7 @@ class OpenModel:
             raise RecipeError("io: 'mmap' needs all experts, and with lazy they are still coming", "use io='direct'")
         return "direct" if self.lazy else wish
 
-    def reader(self, io: str, *, check: bool) -> ExpertReader:
+    def reader(self, io: str, *, check: str) -> ExpertReader:
         """A reader of the experts, by the name in READERS."""
         if self.lazy:
             return HubReader(self.lazy, check=check, progress=self.progress)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from brute_tiles import GROUP_SIZES, brute_pack, ranges
 
+from formats import FORMAT_VERSION
 from formats.expert import ExpertLayout, assemble
 from formats.index import (
     Architecture,
@@ -51,7 +52,7 @@ CONFIG: dict[str, Any] = {
     "head_dim": 16,
     "vocab_size": 8,
     "tie_word_embeddings": False,
-    "quantization_config": {"quant_method": "moe_convert", "format_version": 1},
+    "quantization_config": {"quant_method": "moe_convert", "format_version": FORMAT_VERSION},
 }
 
 
@@ -136,10 +137,8 @@ def write_folder(
     packings: tuple[str, str] = ("tile32-q2-g16-s4", "tile32-q2-g16-s4"),
     codec: str = "none",
     config: dict[str, Any] = CONFIG,
-    version: int = 1,
 ) -> Path:
     """A whole converted folder of seeded codes or weights, written by formats' own writer; gives `folder`."""
-    config = {**config, "quantization_config": {**config["quantization_config"], "format_version": version}}
     (folder / "experts").mkdir(parents=True)
     architecture = Architecture.from_config(config, "config")
     layout = ExpertLayout.of(architecture, *packings)
@@ -150,11 +149,11 @@ def write_folder(
     write_file(folder / "config.json", dump(config))
     index = Index(
         format="moe-convert",
-        format_version=version,
+        format_version=FORMAT_VERSION,
         producer=Producer("moe-convert", "0", {}),
         source=Source("seeded", None, [Shard("model.safetensors", 0, hashlib.sha256(b"").hexdigest())]),
         architecture=architecture,
-        recipe=Recipe("2bit" if version == 1 else "custom", *packings, "tile32-q4-g64-s8", "none"),
+        recipe=Recipe("custom" if "rows-bf16" in packings else "2bit", *packings, "tile32-q4-g64-s8", "none"),
         packings=sorted({*packings, "tile32-q4-g64-s8"}),
         trunk=trunk,
         layers=layers,
@@ -189,7 +188,7 @@ def _write_layer(folder: Path, layer: int, architecture: Architecture, layout: E
             writer.finish()
             header, places = (
                 writer.header,
-                [(o, layout.n_bytes, d) for o, d in zip(writer.offsets, digests, strict=True)],
+                [(o, layout.n_bytes, *d) for o, d in zip(writer.offsets, digests, strict=True)],
             )
         else:
             header, places = writer.finish_zstd()
@@ -306,7 +305,7 @@ def write_vectors(folder: Path) -> None:
     """Everything that is generated."""
     write_tiles(folder / "tiles")
     write_folder(folder / "folder")
-    write_folder(folder / "folder-rows", packings=("rows-bf16", "rows-f16"), version=2)
+    write_folder(folder / "folder-rows", packings=("rows-bf16", "rows-f16"))
     write_bad_headers(folder / "bad-headers")
 
 

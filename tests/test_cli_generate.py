@@ -108,7 +108,7 @@ def test_a_pipe_gets_no_live_line(run):
     assert "\x1b" not in run("--prompt", PROMPT, "--stats")[2]
 
 
-@pytest.mark.parametrize("options", [["--policy", "lru"], ["--check", "first-touch"], ["--prefetch", "1"]])
+@pytest.mark.parametrize("options", [["--policy", "lru"], ["--check", "sha256"], ["--prefetch", "1"]])
 def test_cache_options_change_no_token(run, expected, converted, options):
     budget = str(4 * least_bytes(Artifact.open(converted("2bit"))))
     assert run("--prompt", PROMPT, "--ram-cache", budget, *options)[1] == expected + "\n"

@@ -21,6 +21,7 @@ from converter.recipe_file import recipe_settings
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from converter.source_origin import SourceOrigin
+from formats import FORMAT_VERSION
 from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
 from formats.errors import RecipeError, SourceError
@@ -68,9 +69,9 @@ def test_weights_are_the_sources_to_the_bit(tmp_path: Path, dtype: str, packing:
     assert len(pairs) == 3 * 4 * 3
     assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in pairs)
     index = read_index(out)
-    assert (index.packings, index.format_version) == ([packing], 2)
+    assert (index.packings, index.format_version) == ([packing], FORMAT_VERSION)
     assert (index.recipe.name, index.recipe.solver, index.producer.versions) == ("16bit", "none", {"solver": "none"})
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["format_version"] == FORMAT_VERSION
     assert verify_folder(out, read_data=True).problems == []
 
 

@@ -10,14 +10,12 @@ from make_vectors import CONFIG, expert_blob, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import formats.index
 from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
 from formats.errors import FormatError, VersionError
 from formats.expert import ExpertLayout, assemble, dequantize_expert, gate_and_up, sections, split
-from formats.index import Architecture, read_index
+from formats.index import read_index
 from formats.index_rebuild import rebuild_index
-from formats.layer_file import layer_metadata
 from formats.packing import AnyPacking, packing_named
 from formats.repair import NoOrigin, repair_folder
 from formats.verify import verify_folder
@@ -99,27 +97,24 @@ def test_other_programs_see_matrices() -> None:
 
 def test_experts_begin_at_multiples_of_4096(tmp_path: Path) -> None:
     config = {**CONFIG, "hidden_size": 40, "intermediate_size": 24}
-    index = read_index(write_folder(tmp_path / "f", packings=(BF16, BF16), version=2, config=config))
+    index = read_index(write_folder(tmp_path / "f", packings=(BF16, BF16), config=config))
     assert [(e.offset % 4096, e.length) for e in index.layers[0].experts] == [(0, 3 * 40 * 24 * 2)] * 2
     assert verify_folder(tmp_path / "f", read_data=True).problems == []
 
 
-def test_release_that_knows_version_1_only_names_both_versions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats.index, "NEWEST_READABLE_VERSION", 1)
-    with pytest.raises(VersionError, match="format_version is 2; this release reads 1 to 1") as caught:
+@pytest.mark.parametrize(
+    ("version", "hint"), [(1, "convert the source again"), (2, "convert the source again"), (4, "update moe-convert")]
+)
+def test_folder_of_another_version_is_refused_with_both_versions(folder: Path, version: int, hint: str) -> None:
+    edit(folder, "/format_version", str(version))
+    with pytest.raises(VersionError, match=f"format_version is {version}; this release reads 3") as caught:
         Artifact.open(folder)
-    assert caught.value.hint == "update moe-convert"
+    assert caught.value.hint == hint
 
 
 def edit(folder: Path, pointer: str, raw: str) -> None:
     path = folder / "moe_index.json"
     path.write_bytes(set_json(path.read_bytes(), pointer, raw))
-
-
-def test_rows_in_a_folder_of_version_1_are_refused(folder: Path) -> None:
-    edit(folder, "/format_version", "1")
-    with pytest.raises(FormatError, match="format_version is 1, its packings are those of 2"):
-        Artifact.open(folder)
 
 
 def test_rows_in_the_trunk_are_refused(folder: Path) -> None:
@@ -138,7 +133,6 @@ def test_other_dtype_than_the_indexs_is_refused(folder: Path) -> None:
 def test_index_is_rebuilt_to_the_same_bytes(folder: Path) -> None:
     before = (folder / "moe_index.json").read_bytes()
     edit(folder, "/layers", "[]")
-    edit(folder, "/format_version", "7")
     rebuild_index(folder)
     assert (folder / "moe_index.json").read_bytes() == before
 
@@ -149,10 +143,3 @@ def test_file_that_was_saved_again_gets_its_layout_back(folder: Path) -> None:
     index = read_index(folder)
     assert repair_folder(folder, index, NoOrigin("")).files == [LAYER]
     assert (folder / LAYER).read_bytes() == before
-
-
-def test_layer_without_rows_has_version_1() -> None:
-    architecture = Architecture.from_config(CONFIG, "config")
-    tiles, rows = (ExpertLayout.of(architecture, name, Q2) for name in (Q2, BF16))
-    versions = [layer_metadata(0, layouts, "none")["format_version"] for layouts in ([tiles] * 2, [tiles, rows])]
-    assert versions == ["1", "2"]

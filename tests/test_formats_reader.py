@@ -132,23 +132,28 @@ class ReaderSuite:
                 reader.read(0, 1)
         assert len(asked) == 3
 
-    def test_wrong_bytes_are_found_at_the_first_touch_if_asked_for(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("check", "kind"), [("fast", "xxh3"), ("sha256", "sha256")])
+    def test_wrong_bytes_are_found_as_they_are_read(self, tmp_path: Path, check: str, kind: str) -> None:
         folder = copy_of_good(tmp_path)
         artifact = Artifact.open(folder)
         flip(folder / LAYER, artifact.entry(0, 1).offset + 100)
-        with self.kind(artifact) as careless, self.kind(artifact, check=True) as careful:
+        with self.kind(artifact, check="none") as careless, self.kind(artifact, check=check) as careful:
             careless.read(0, 1)
             careful.read(0, 0)
-            with pytest.raises(DamageError, match=r"layer 0 expert 1 .*: the sha256 is"):
+            with pytest.raises(DamageError, match=rf"{LAYER}: layer 0 expert 1 .*: the {kind} of its bytes is") as e:
                 careful.read(0, 1)
+            assert e.value.hint.startswith(f"moe-convert repair {folder}")
 
-    def test_hash_is_compared_once(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("check", ["fast", "sha256"])
+    def test_bytes_that_turn_wrong_are_found_when_they_are_read_again(self, tmp_path: Path, check: str) -> None:
         folder = copy_of_good(tmp_path)
         artifact = Artifact.open(folder)
-        with self.kind(artifact, check=True) as reader:
+        with self.kind(artifact, check=check) as reader:
             reader.read(0, 1)
+            reader.forget(0, 1)
             flip(folder / LAYER, artifact.entry(0, 1).offset + 100)
-            reader.read(0, 1)
+            with pytest.raises(DamageError, match="layer 0 expert 1 "):
+                reader.read(0, 1)
 
 
 class TestMmapReader(ReaderSuite):

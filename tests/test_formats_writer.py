@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from make_vectors import expert_blob, write_folder
 from safetensors import safe_open
 
@@ -97,9 +98,12 @@ def test_size_and_places_are_known_before_the_first_weight(tmp_path: Path, refer
             assert reference[offset : offset + LAYOUTS[expert].n_bytes] == bytes(BLOBS[expert])
 
 
-def test_hash_of_a_written_expert_is_that_of_its_bytes(tmp_path: Path) -> None:
+def test_checksums_of_a_written_expert_are_those_of_its_bytes(tmp_path: Path) -> None:
     with LayerWriter(tmp_path / "layer.safetensors", 3, LAYOUTS) as writer:
-        assert writer.write_expert(1, BLOBS[1]) == hashlib.sha256(bytes(BLOBS[1])).hexdigest()
+        assert writer.write_expert(1, BLOBS[1]) == (
+            hashlib.sha256(bytes(BLOBS[1])).hexdigest(),
+            xxhash.xxh3_128_hexdigest(bytes(BLOBS[1])),
+        )
 
 
 @pytest.mark.parametrize("blob", [torch.zeros(5, dtype=torch.uint8), torch.zeros(LAYOUTS[0].n_bytes)])

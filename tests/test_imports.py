@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("formats", "converter", "loader")
-OUTSIDE_FOR_FORMATS = {"numpy", "safetensors", "torch", "msgspec", "zstandard"}
+OUTSIDE_FOR_FORMATS = {"numpy", "safetensors", "torch", "msgspec", "zstandard", "xxhash"}
 # Converter and loader both read repositories: tokens, retries and errors stand in one place.
 FOR_THE_HUB = {"formats.hub": {"huggingface_hub"}}
 

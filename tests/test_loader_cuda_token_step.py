@@ -73,7 +73,7 @@ class Gpu:
         before = model.model.layers[0].mlp.experts.cache
         sizes = expert_bytes_by_layer(opened.artifact)
         tier = PinnedTier(
-            opened.reader("direct", check=False), dict.fromkeys(sizes, ram), self.device.pin, self.device.unpin
+            opened.reader("direct", check="none"), dict.fromkeys(sizes, ram), self.device.pin, self.device.unpin
         )
         reader = GpuReader(tier, [self.device] * len(sizes))
         cache = ExpertCache(reader, slots, memory=[Memory(self.device.empty)] * len(sizes), tier=tier)

@@ -87,8 +87,8 @@ def test_a_batch_reads_the_union_of_its_experts_once(converted):
     assert all(layer.hits + layer.misses <= 8 for layer in small.moe_stats().layers)
 
 
-def test_first_touch_finds_what_changed_after_the_folder_was_made(converted_copy):
-    model = loader.from_pretrained(converted_copy, ram_cache=budget(converted_copy, 2), check="first-touch")
+def test_what_changed_after_the_folder_was_opened_is_found_when_it_is_read(converted_copy):
+    model = loader.from_pretrained(converted_copy, ram_cache=budget(converted_copy, 2))
     artifact = Artifact.open(converted_copy)
     with open(artifact.layer_path(3), "r+b") as f:
         for entry in artifact.index.layers[3].experts:
@@ -96,7 +96,7 @@ def test_first_touch_finds_what_changed_after_the_folder_was_made(converted_copy
             byte = f.read(1)
             f.seek(entry.offset + 1000)
             f.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(DamageError, match=r"layer 3 expert \d .*sha256"):
+    with pytest.raises(DamageError, match=r"layer 3 expert \d .*xxh3"):
         outputs(model)
 
 

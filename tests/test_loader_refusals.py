@@ -98,14 +98,14 @@ def test_a_model_with_a_tensor_that_the_trunk_lacks_is_refused(converted):
 
 
 def test_a_newer_format_version_is_refused(converted_copy):
-    edit_json(converted_copy / "moe_index.json", lambda index: index.update(format_version=3))
-    with pytest.raises(VersionError, match="format_version is 3"):
+    edit_json(converted_copy / "moe_index.json", lambda index: index.update(format_version=4))
+    with pytest.raises(VersionError, match="format_version is 4"):
         load(converted_copy)
 
 
 def test_a_newer_version_in_the_config_is_refused(converted_copy):
-    edit_json(converted_copy / "config.json", lambda c: c["quantization_config"].update(format_version=3))
-    with pytest.raises(VersionError, match="format_version is 3"):
+    edit_json(converted_copy / "config.json", lambda c: c["quantization_config"].update(format_version=4))
+    with pytest.raises(VersionError, match="format_version is 4"):
         load(converted_copy)
 
 

@@ -9,6 +9,7 @@ import click
 from converter.cli import shared_options
 from converter.cli.generation_stats import Clock, stats_table, with_shares
 from converter.cli.output import Output, gigabytes, output_options
+from formats.checksums import CHECKS
 from formats.errors import MoeConvertError
 
 
@@ -48,8 +49,8 @@ Examples:
     help="With a GPU: auto computes missed experts on the CPU where that is sooner done than copying them.",
 )  # fmt: skip
 @click.option(
-    "--check", type=click.Choice(["none", "first-touch"]), default="none", show_default=True,
-    help="first-touch: compare the sha256 of each expert when it is first read.",
+    "--check", type=click.Choice(CHECKS), default="fast", show_default=True,
+    help="What is compared with the index as bytes are read: fast, a checksum that costs little; sha256; or none.",
 )  # fmt: skip
 @click.option(
     "--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False),
