@@ -29,6 +29,7 @@ from converter.solver import CalibratedSolver
 from converter.source import Checkpoint
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens
 from formats.errors import SourceError
+from formats.output_file import make_folder
 from formats.packing import TILE_ROWS, tile_packing_named
 from formats.writer import write_file
 
@@ -86,7 +87,7 @@ class BitSensitivity:
             _log.info("measuring what bits are worth: layer %d", layer)
             errors, stream = self._layer(layer, stream)
             found.append(errors)
-            self._file.parent.mkdir(exist_ok=True)
+            make_folder(self._file.parent)
             metadata = {"identity": self._identity, "errors": json.dumps(found)}
             write_file(self._file, safetensors.torch.save({"activations": stream}, metadata))
         return found

@@ -8,7 +8,6 @@ fixed order: the same numbers for any number of workers, and after any interrupt
 import hashlib
 import json
 import logging
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from converter.source import Checkpoint
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens, second_moment
 from formats.errors import SourceError
 from formats.index import Architecture, Recipe
+from formats.output_file import make_folder
 from formats.writer import write_file
 
 VERSION = 2
@@ -91,7 +91,7 @@ class CalibrationPass:
             return
         self._step()
         assert self._activations is not None
-        self._folder.mkdir(exist_ok=True)
+        make_folder(self._folder)
         metadata = {"layer": str(self._position), "identity": self._identity}
         write_file(self._folder / _STATE, safetensors.torch.save({"activations": self._activations}, metadata))
 
@@ -273,8 +273,3 @@ def calibration_memory_bytes(architecture: Architecture, tokens: int, width: int
 def _experts_at_once(width: int) -> int:
     """As many whose moments take no more memory than those of _EXPERTS_AT_ONCE in blocks of DOWN_BLOCK, if any."""
     return max(1, _EXPERTS_AT_ONCE * DOWN_BLOCK // width)
-
-
-def discard_state(folder: Path) -> None:
-    """Removes the stored state of a calibration from an out folder."""
-    shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)

@@ -22,8 +22,10 @@ from converter.index_assembly import assemble_index
 from converter.journal import Journal
 from converter.model_card import write_card
 from converter.output_folder import SOURCE_FOLDER, OutputFolder
+from converter.output_needs import OutputNeeds
+from converter.output_probe import probe_output
 from converter.shards import Stopped
-from converter.side_files import copy_files, write_config, write_quality
+from converter.side_files import copied_names, copy_files, write_config, write_quality
 from converter.sizes import OutputPlan, check_disk, plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint, layer_of
@@ -32,7 +34,9 @@ from converter.workers import Worker, run_all
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import RecipeError
 from formats.index import CODECS, Recipe, read_index
+from formats.io_errors import translated
 from formats.layer_file import layer_file_name, partial_path
+from formats.output_file import remove, rename
 from formats.strict_json import dump
 from formats.writer import LayerWriter, PlacedFile, write_file
 
@@ -88,13 +92,21 @@ def convert_checkpoint(
     Raises SourceError, HubError, OutputError, PathError, DoesNotFitError; after any of them nothing that was converted
     is lost.
     """
-    options = options or ConvertOptions()
+    with translated(out, "used"):
+        return _convert(source, out, recipe, options or ConvertOptions(), progress)
+
+
+def _convert(
+    source: Path | HubModel, out: Path, recipe: Recipe, options: ConvertOptions, progress: Progress | None
+) -> Converted:
     with Checkpoint(source) as checkpoint:
         plan = plan_output(checkpoint, recipe)
+        needs = OutputNeeds.of(checkpoint, plan, copied_names(checkpoint.folder), [options.calibration_file])
+        probe_output(out, needs, force=options.force)
         check_disk(plan, out, options.codec, checkpoint.fetch_bytes)
-        folder = OutputFolder(out, force=options.force)
+        folder = OutputFolder(out, needs, force=options.force)
         try:
-            if options.force or not options.resume:
+            if options.force or not (options.resume or folder.complete):
                 folder.discard()
             if folder.complete:
                 calibrated = _calibration(checkpoint, recipe, plan, options)
@@ -287,14 +299,14 @@ class _Job:
         """Makes a file that has its final name but no record of being complete partial again."""
         final = self._out / file
         if final.exists() and not partial_path(final).exists():
-            final.rename(partial_path(final))
+            rename(final, partial_path(final))
 
     def _open_layer(self, layer: int) -> LayerWriter | None:
         """The layer's writer, or None if its file is complete; forgets experts whose bytes are lost."""
         final = self._out / layer_file_name(layer)
         record = self._records.get(("layer", layer))
         if record and final.exists() and final.stat().st_size == record["size_bytes"]:
-            partial_path(final).unlink(missing_ok=True)
+            remove(partial_path(final))
             return None
         self._records.pop(("layer", layer), None)
         self._reopen(layer_file_name(layer))

@@ -1,9 +1,10 @@
 """Shards of a Hub repository on disk while they are needed, within a limit; fetched ahead, verified, deleted."""
 
 import contextlib
-import errno
 import logging
 import os
+import re
+import stat
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,11 +12,15 @@ from math import inf
 from pathlib import Path
 
 from converter.shards import Stopped
-from formats.errors import DoesNotFitError, MoeConvertError, OutputError, SourceError
+from formats.errors import DoesNotFitError, SourceError
 from formats.hub import HubRepo
+from formats.io_errors import io_error, translated
+from formats.output_file import OutputFile, make_folder, remove, rename
 
 _CONNECTIONS = 2
 _LOOK_EVERY_S = 0.2
+_OURS = re.compile("([0-9a-f]{40}|[0-9a-f]{64})(\\.partial)?")
+"""The names of shards here: the Hub's hashes."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +57,7 @@ class FetchedShards:
             self._changed.notify_all()
         if self._threads:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         self._take_over()
         for _ in range(_CONNECTIONS):
             thread = threading.Thread(target=self._work, daemon=True)
@@ -134,14 +139,14 @@ class FetchedShards:
 
     def _drop(self, name: str) -> None:
         os.close(self._files.pop(name))
-        self._path(name).unlink(missing_ok=True)
+        remove(self._path(name))
         _log.info("deleted %s", name)
 
     def _path(self, name: str) -> Path:
         return self._folder / self._repo.file(name).etag
 
     def _take_over(self) -> None:
-        """Opens what an earlier run left and this one will need first; the rest of the folder is deleted."""
+        """Opens what an earlier run left and this one will need first; other shards in the folder are deleted."""
         kept, room = set(), self._max_bytes
         for name in sorted(self._left, key=self._rank):
             if (room := room - self._repo.file(name).size) < 0:
@@ -151,9 +156,11 @@ class FetchedShards:
         for path in sorted(self._folder.iterdir()):
             kept_name = paths.get(path.with_suffix(""))
             if kept_name is None:
-                path.unlink()
-            elif path.suffix == "" and path.stat().st_size == self._repo.file(kept_name).size:
-                self._files[kept_name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                # What has no name of ours is a stranger's, and stays.
+                if _OURS.fullmatch(path.name) and not path.is_symlink():
+                    remove(path)
+            elif path.suffix == "" and _size_of(path) == self._repo.file(kept_name).size:
+                self._files[kept_name] = _open(path)
 
     def _work(self) -> None:
         """Fetches what is to be had next, until stopped or failed."""
@@ -173,8 +180,10 @@ class FetchedShards:
                         self._changed.notify_all()
         except Stopped:
             pass
+        except DoesNotFitError as e:
+            self._fail(DoesNotFitError(e.message, "lower --max-disk, or free space, and run the same command again"))
         except OSError as e:
-            self._fail(_disk_error(e, self._folder))
+            self._fail(io_error(e, self._folder, "used"))
         except Exception as e:
             self._fail(e)
 
@@ -205,30 +214,31 @@ class FetchedShards:
         for _ in range(2):
             _log.info("fetching %s (%d bytes)", name, file.size)
             hasher = file.hasher()
-            with open(partial, "ab+") as f:
-                f.seek(0)
-                while chunk := f.read(4 << 20):
+            with OutputFile(partial, keep=True) as f:
+                end = 0
+                while chunk := f.read_at(4 << 20, end):
                     hasher.update(chunk)
+                    end += len(chunk)
                     self._check_stop()
-                if f.tell() <= file.size:
-                    for chunk in self._repo.chunks(name, f.tell(), file.size):
-                        f.write(chunk)
+                if end <= file.size:
+                    for chunk in self._repo.chunks(name, end, file.size):
+                        f.write_at(chunk, end)
                         hasher.update(chunk)
+                        end += len(chunk)
                         self._check_stop()
-                    f.flush()
-                    os.fsync(f.fileno())
+                    f.sync()
             if hasher.hexdigest() == file.etag:
                 break
-            partial.unlink()
+            remove(partial)
             _log.warning("%s: its hash is not the one that the Hub says; fetching it again", file)
         else:
             raise SourceError(
                 f"{file}: was fetched twice, and its hash is not {file.etag}, as the Hub says",
                 "the line or a proxy damages it, or the Hub is a faulty mirror: use another one (HF_ENDPOINT)",
             )
-        partial.rename(path)
+        rename(partial, path)
         with self._changed:
-            self._files[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[name] = _open(path)
             self._drop_if_idle(name)
 
     def _check_stop(self) -> None:
@@ -241,8 +251,13 @@ class FetchedShards:
             self._changed.notify_all()
 
 
-def _disk_error(error: OSError, folder: Path) -> MoeConvertError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "free some space or lower --max-disk, and run the same command again: it goes on where it stopped"
-        return DoesNotFitError(f"{folder}: the disk is full", hint)
-    return OutputError(f"{folder}: {error.strerror}", "look at the disk, and run the same command again")
+def _open(path: Path) -> int:
+    with translated(path, "read"):
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _size_of(path: Path) -> int:
+    """The size of a regular file; -1 of a link and anything else."""
+    with translated(path, "read"):
+        status = path.lstat()
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1

@@ -10,6 +10,7 @@ from converter.fetched_shards import FetchedShards
 from converter.hub_model import HubModel
 from converter.shards import Shards, file_sha256, pread_into
 from formats.errors import SourceError
+from formats.io_errors import translated
 from formats.paths import open_regular
 from formats.safetensors_header import Header, header_from, read_header
 
@@ -41,7 +42,8 @@ class HubShards(Shards):
     def header(self, name: str) -> Header:
         where = f"{self.where}: {name}"
         if name in self._cached:
-            return read_header(self._cached[name], where)
+            with translated(self._paths[name], "read", SourceError):
+                return read_header(self._cached[name], where)
         size = self.size(name)
         first = self._repo.read(name, 0, min(size, _HEADER_BYTES))
 
@@ -56,9 +58,10 @@ class HubShards(Shards):
 
     def read_into(self, name: str, offset: int, view: memoryview) -> int:
         if name in self._cached:
-            return pread_into(self._cached[name], offset, view)
+            with translated(self._paths[name], "read", SourceError):
+                return pread_into(self._cached[name], offset, view)
         if self._fetched:
-            with self._fetched.hold(name) as descriptor:
+            with self._fetched.hold(name) as descriptor, translated(f"{self.where}: {name}", "read", SourceError):
                 return pread_into(descriptor, offset, view)
         self._repo.read_into(name, offset, view)
         return len(view)
@@ -68,7 +71,8 @@ class HubShards(Shards):
         file = self._repo.file(name)
         if name not in self._cached:
             return file.sha256 or self._hash_remote(name)
-        found = file_sha256(self._cached[name], stop)
+        with translated(self._paths[name], "read", SourceError):
+            found = file_sha256(self._cached[name], stop)
         if file.sha256 and found != file.sha256 and not (stop and stop.is_set()):
             raise SourceError(
                 f"{self._paths[name]}: the cache is damaged: sha256 {found}, the Hub says {file.sha256}",

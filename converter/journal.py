@@ -1,11 +1,11 @@
 """The journal of a conversion: what is done, durably, one JSON line each; and what it was done from."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from formats.errors import OutputError
+from formats.output_file import OutputFile, fsync_folder
 
 JOURNAL_NAME = ".moe-convert.journal"
 
@@ -19,31 +19,34 @@ class Journal:
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.path = folder / JOURNAL_NAME
-        data = self.path.read_bytes() if self.path.exists() else b""
-        data = data[: data.rfind(b"\n") + 1]
-        lines = [self._line(number, line) for number, line in enumerate(data.splitlines(), 1)]
-        if lines:
-            self._compare(lines[0], fingerprint)
-        self.records: list[dict[str, Any]] = lines[1:]
-        """What earlier runs recorded, oldest first."""
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-        os.ftruncate(self._descriptor, len(data))
-        os.lseek(self._descriptor, 0, os.SEEK_END)
-        if not lines:
-            self.append(fingerprint)
+        self._file = OutputFile(self.path, keep=True)
+        try:
+            data = self._file.read_at(self._file.size_bytes, 0)
+            data = data[: data.rfind(b"\n") + 1]
+            lines = [self._line(number, line) for number, line in enumerate(data.splitlines(), 1)]
+            if lines:
+                self._compare(lines[0], fingerprint)
+            self.records: list[dict[str, Any]] = lines[1:]
+            """What earlier runs recorded, oldest first."""
+            self._end = len(data)
+            self._file.truncate(self._end)
+            if not lines:
+                self.append(fingerprint)
+                fsync_folder(folder)
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record durably; what it speaks of must be durable before."""
-        data = memoryview(json.dumps(record, sort_keys=True).encode() + b"\n")
-        while data:
-            data = data[os.write(self._descriptor, data) :]
-        os.fsync(self._descriptor)
+        data = json.dumps(record, sort_keys=True).encode() + b"\n"
+        self._file.write_at(data, self._end)
+        self._file.sync()
+        self._end += len(data)
 
     def close(self) -> None:
         """Closes the file and keeps it."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
     def _line(self, number: int, line: bytes) -> dict[str, Any]:
         try:

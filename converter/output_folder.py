@@ -1,38 +1,47 @@
 """The folder that a conversion writes to: whose it is, and that only one process writes."""
 
-import fcntl
+import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from converter.calibration import discard_state
+from converter.calibration import STATE_FOLDER
 from converter.journal import JOURNAL_NAME
+from converter.output_needs import OutputNeeds
 from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.errors import OutputError
+from formats.file_lock import lock_file
+from formats.io_errors import translated
+from formats.output_file import OutputFile, fsync_folder, make_folder, make_folders, refuse_links, remove
+from formats.overlap import refuse_inputs, refuse_overlap
 
 LOCK_NAME = ".moe-convert.lock"
 SOURCE_FOLDER = ".moe-convert.source"
 """Holds a Hub repository's shards while they are needed."""
 
+_log = logging.getLogger(__name__)
+
 
 class OutputFolder:
     """`path`, created if need be and locked until `close`.
 
-    Raises OutputError if another process has the lock, or if the folder has files and none of them says that
-    moe-convert wrote it (unless `force`).
+    Raises what `check_output` raises, and OutputError if another process has the lock.
     """
 
-    def __init__(self, path: Path, *, force: bool = False) -> None:
+    def __init__(self, path: Path, needs: OutputNeeds, *, force: bool = False) -> None:
+        check_output(path, needs, force=force)
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file", "choose another --out-dir")
-        if path.exists() and not force and not self._ours() and any(path.iterdir()):
-            raise OutputError(
-                f"{path} has files that moe-convert did not write",
-                "choose another --out-dir, or add --force to write there",
-            )
-        (path / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        self._needs = needs
+        make_folders(path)
+        # The lock says whose folder it is, so its name is durable before any other.
         self._lock = _lock(path)
+        try:
+            fsync_folder(path)
+            make_folder(path / EXPERTS_FOLDER)
+        except BaseException:
+            self._lock.close()
+            raise
 
     @property
     def complete(self) -> bool:
@@ -40,41 +49,92 @@ class OutputFolder:
         return (self.path / INDEX_NAME).exists()
 
     def discard(self) -> None:
-        """Forgets what was converted: index first, then journal, experts and partial files. Other files stay."""
-        for name in (INDEX_NAME, JOURNAL_NAME):
-            (self.path / name).unlink(missing_ok=True)
+        """Removes the files that this conversion will write, under their names and partial ones: the index first.
+
+        Everything else stays; a line in the log names files that stay beside the experts.
+        """
+        remove(self.path / INDEX_NAME)
+        # Without the index nobody takes what is left for complete, also after a power loss.
+        fsync_folder(self.path)
+        remove(self.path / JOURNAL_NAME)
         self._discard_state()
-        for file in (*self.path.glob(f"{EXPERTS_FOLDER}/layer-*"), *self.path.glob("trunk.safetensors*")):
-            file.unlink()
+        for name in sorted(self._needs.names | self._needs.partial_names):
+            remove(self.path / name)
+        if others := sorted(p.name for p in (self.path / EXPERTS_FOLDER).iterdir()):
+            place = self.path / EXPERTS_FOLDER
+            _log.warning("%s: %d files are not of this conversion and stay: %s", place, len(others), others[0])
 
     def close(self) -> None:
         """Gives the lock up; a complete conversion has neither journal nor lock beside it."""
-        if self.complete:
-            self._discard_state()
-            for name in (JOURNAL_NAME, LOCK_NAME):
-                (self.path / name).unlink(missing_ok=True)
-        os.close(self._lock)
+        try:
+            if self.complete:
+                self._discard_state()
+                for name in (JOURNAL_NAME, LOCK_NAME):
+                    remove(self.path / name)
+        finally:
+            self._lock.close()
 
     def _discard_state(self) -> None:
-        discard_state(self.path)
-        shutil.rmtree(self.path / SOURCE_FOLDER, ignore_errors=True)
-
-    def _ours(self) -> bool:
-        return any((self.path / name).exists() for name in (INDEX_NAME, JOURNAL_NAME, LOCK_NAME))
+        for name in (STATE_FOLDER, SOURCE_FOLDER):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
 
-def _lock(path: Path) -> int:
-    """The descriptor of the locked lock file; OutputError if another process has it."""
+def check_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None:
+    """Refuses an out folder before anything is written.
+
+    OutputError if `path` is no folder; if it and the source are one folder or one lies in the other, or if an input
+    would be replaced, whatever `force` says; if something in it that would be written to is a symbolic link; and
+    without `force`, if it has files and none of them says that moe-convert wrote it.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file", "choose another --out-dir")
+    refuse_overlap(path, needs.source, "the source")
+    refuse_inputs((path / name for name in needs.names | needs.partial_names), needs.inputs)
+    with translated(path, "read"):
+        # A link with the name of a complete file is replaced itself.
+        refuse_links(path, {LOCK_NAME, JOURNAL_NAME, STATE_FOLDER, SOURCE_FOLDER} | needs.partial_names)
+        if path.exists() and not force and not _is_ours(path, needs):
+            raise OutputError(
+                f"{path} has files that moe-convert did not write",
+                "choose another --out-dir, or add --force: it replaces files of the names that are written, no others",
+            )
+
+
+def _is_ours(path: Path, needs: OutputNeeds) -> bool:
+    """True if moe-convert wrote there, or nobody did. A power loss may leave partial files without lock and journal."""
+    if any((path / name).exists() for name in (INDEX_NAME, JOURNAL_NAME, LOCK_NAME)):
+        return True
+    return all(_is_begun(entry.name, path, needs) for entry in path.iterdir())
+
+
+def _is_begun(name: str, path: Path, needs: OutputNeeds) -> bool:
+    if name != EXPERTS_FOLDER:
+        return name in needs.partial_names
+    return all(f"{name}/{file}" in needs.partial_names for file in _names_in(path / name))
+
+
+def _names_in(path: Path) -> Iterable[str]:
+    return os.listdir(path) if path.is_dir() else [""]
+
+
+def _lock(path: Path) -> OutputFile:
+    """The locked lock file; OutputError if another process has it."""
     while True:
-        descriptor = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = OutputFile(path / LOCK_NAME, keep=True)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A writer that ended in between may have removed the file that was just locked.
-            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK_NAME)):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(descriptor)
-            raise OutputError(f"another process is writing to {path}", "wait for it, or stop it") from None
-        os.close(descriptor)
+            if not lock_file(lock.fileno(), lock.path):
+                raise OutputError(f"another process is writing to {path}", "wait for it, or stop it")
+            if _has_name(lock):
+                return lock
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+
+
+def _has_name(lock: OutputFile) -> bool:
+    """False if a writer that ended in between removed the file that was just locked."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.lstat(lock.path))
+    except FileNotFoundError:
+        return False

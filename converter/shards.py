@@ -5,9 +5,11 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from formats.errors import SourceError
+from formats.io_errors import translated
 from formats.paths import locate, open_regular
 from formats.safetensors_header import Header, read_header
 
@@ -80,29 +82,37 @@ class FolderShards(Shards):
         self._descriptors[name] = open_regular(locate(self._folder, name, self.where))
 
     def header(self, name: str) -> Header:
-        return read_header(self._descriptors[name], str(self._folder / name))
+        with self._reading(name):
+            return read_header(self._descriptors[name], str(self._folder / name))
 
     def size(self, name: str) -> int:
-        return os.fstat(self._descriptors[name]).st_size
+        with self._reading(name):
+            return os.fstat(self._descriptors[name]).st_size
 
     def read_into(self, name: str, offset: int, view: memoryview) -> int:
-        return pread_into(self._descriptors[name], offset, view)
+        with self._reading(name):
+            return pread_into(self._descriptors[name], offset, view)
 
     def sha256(self, name: str, stop: threading.Event | None) -> str:
-        return file_sha256(self._descriptors[name], stop)
+        with self._reading(name):
+            return file_sha256(self._descriptors[name], stop)
 
     def identity(self, name: str, header: Header) -> str:
         """A hash of the header, the size, and samples of the data."""
         descriptor, size = self._descriptors[name], self.size(name)
         digest = hashlib.sha256(f"{size} {header.sha256}".encode())
-        for i in range(_SAMPLES):
-            digest.update(os.pread(descriptor, _SAMPLE_BYTES, size * i // _SAMPLES))
+        with self._reading(name):
+            for i in range(_SAMPLES):
+                digest.update(os.pread(descriptor, _SAMPLE_BYTES, size * i // _SAMPLES))
         return digest.hexdigest()
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+    def _reading(self, name: str) -> AbstractContextManager[None]:
+        return translated(self._folder / name, "read", SourceError)
 
 
 def pread_into(descriptor: int, offset: int, view: memoryview) -> int:

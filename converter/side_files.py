@@ -10,7 +10,9 @@ from converter.source import Checkpoint
 from converter.source_files import COPIED
 from converter.workers import PROJECTIONS
 from formats import FORMAT_VERSION
+from formats.errors import SourceError
 from formats.index import CopiedFile, Recipe
+from formats.io_errors import translated
 from formats.paths import locate
 from formats.writer import write_file
 
@@ -28,8 +30,12 @@ def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFil
 
 def copy_files(source: Path, out: Path) -> list[CopiedFile]:
     """Copies tokenizer, generation config, chat template and licence byte for byte."""
-    names = sorted({p.name for pattern in COPIED for p in source.glob(pattern) if not p.is_dir()})
-    return [_write(out, name, locate(source, name, str(source)).read_bytes()) for name in names]
+    return [_write(out, name, _read(source, name)) for name in copied_names(source)]
+
+
+def copied_names(source: Path) -> list[str]:
+    """The files that `copy_files` copies, relative to the source."""
+    return sorted({p.name for pattern in COPIED for p in source.glob(pattern) if not p.is_dir()})
 
 
 def quality_of(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -80,6 +86,11 @@ def write_quality(records: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     quality = quality_of(records)
     write_file(out / "quality.json", json.dumps(quality, indent=1).encode() + b"\n")
     return quality
+
+
+def _read(source: Path, name: str) -> bytes:
+    with translated(source / name, "read", SourceError):
+        return locate(source, name, str(source)).read_bytes()
 
 
 def _write(out: Path, name: str, data: bytes) -> CopiedFile:

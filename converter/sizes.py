@@ -12,11 +12,12 @@ from converter.calibration import calibration_memory_bytes, down_width
 from converter.plain_rows import plain_packing_for
 from converter.solver import Solver
 from converter.source import Weight
-from formats import INDEX_NAME
+from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
 from formats.index import Architecture, PackedLinear, Recipe
-from formats.layer_file import raw_entries
+from formats.io_errors import translated
+from formats.layer_file import layer_file_name, partial_path, raw_entries
 from formats.packing import PACKINGS, tile_packing_named
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.trunk import attention_linears
@@ -153,8 +154,11 @@ def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) ->
     fetch_bytes: what shards may take that are fetched for the conversion, unless it is complete.
     """
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    present = sum(f.stat().st_blocks * 512 for f in out.rglob("*") if f.is_file()) if out.exists() else 0
+    written = (out / name for name in (TRUNK_NAME, *(layer_file_name(n) for n in range(len(plan.layer_bytes)))))
+    files = [path for file in written for path in (file, partial_path(file))]
+    with translated(out, "used"):
+        free = shutil.disk_usage(parent).free
+        present = sum(f.stat().st_blocks * 512 for f in files if f.is_file())
     needed = plan.total_bytes + _SMALL_FILES_BYTES + (0 if (out / INDEX_NAME).exists() else fetch_bytes)
     if codec == "zstd":
         needed += 2 * max(plan.layer_bytes)

@@ -22,6 +22,7 @@ from formats.checksums import Checksums
 from formats.errors import MoeConvertError
 from formats.index import ExpertEntry, Index
 from formats.layer_file import partial_path
+from formats.output_file import remove
 from formats.paths import locate
 from formats.repair import Origin
 from formats.writer import ZSTD_LEVEL, PlacedFile, write_file
@@ -106,7 +107,7 @@ class SourceOrigin(Origin):
             if found == sha256:
                 trunk.finish()
                 return
-        partial_path(path).unlink()
+        remove(partial_path(path))
         raise self._other(TRUNK_NAME, found, sha256)
 
     def _prepare(self, layer: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from converter.layer_forward import LayerForward
 from converter.source import Checkpoint
 from formats.errors import DoesNotFitError, SourceError
+from formats.io_errors import io_error
 
 TOKENS_AT_ONCE = 4096
 """That go through an expert together; as many windows as are in them, but at least one, through attention."""
@@ -114,8 +115,8 @@ def _in_a_file(shape: tuple[int, ...]) -> Tensor:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, n_bytes)
         except OSError as e:
-            if e.errno != errno.ENOSPC:
-                raise
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise io_error(e, tempfile.gettempdir(), "used for the activations") from e
             raise DoesNotFitError(
                 f"{tempfile.gettempdir()}: no room for {n_bytes} bytes of activations",
                 "name another folder in TMPDIR, or compare fewer windows: --max-windows",

@@ -11,6 +11,7 @@ from formats import ALIGNMENT_BYTES, INDEX_NAME, TRUNK_NAME
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.index import CODECS, Architecture, ExpertEntry, Index, check_version, read_index
+from formats.io_errors import translated
 from formats.layer_file import layer_file_name, layer_metadata, raw_entries, zstd_entries
 from formats.packing import packing_named
 from formats.paths import check_name, locate, open_regular, read_small
@@ -229,7 +230,8 @@ def _check_entries(header: Header, expected: list[TensorEntry], file: str) -> No
 
 def _check_size(folder: Path, name: str, size_bytes: int, hint: str = "") -> None:
     path = locate(folder, name, str(folder))
-    found = path.stat().st_size
+    with translated(path, "read", DamageError):
+        found = path.stat().st_size
     if found != size_bytes:
         raise DamageError(f"{folder / name}: {found} bytes, the index says {size_bytes}", hint)
 
@@ -237,6 +239,7 @@ def _check_size(folder: Path, name: str, size_bytes: int, hint: str = "") -> Non
 def _header(folder: Path, name: str) -> Header:
     descriptor = open_regular(locate(folder, name, str(folder)))
     try:
-        return read_header(descriptor, str(folder / name))
+        with translated(folder / name, "read", DamageError):
+            return read_header(descriptor, str(folder / name))
     finally:
         os.close(descriptor)

@@ -1,11 +1,19 @@
 """A file read past the page cache, where the file system can."""
 
 import errno
+import fcntl
+import functools
+import logging
 import os
 from pathlib import Path
 
 from formats import ALIGNMENT_BYTES
+from formats.io_errors import UNSUPPORTED
 from formats.paths import open_regular
+
+_REFUSED = UNSUPPORTED | {errno.EINVAL}
+
+_log = logging.getLogger(__name__)
 
 
 class DirectFile:
@@ -17,7 +25,7 @@ class DirectFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = open_regular(path)
-        self._direct = _make_direct(self._descriptor)
+        self._direct = _make_direct(self._descriptor, path)
 
     def read(self, offset: int, view: memoryview, begin: int, end: int) -> int:
         """Bytes [begin, end) of what starts at `offset`, to the same places in `view`; where the reading stopped: `end`
@@ -28,15 +36,17 @@ class DirectFile:
         """
         done = begin
         while done < end:
-            stop = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if self._direct else end
+            direct = self._direct
+            stop = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if direct else end
             try:
                 count = os.preadv(self._descriptor, [view[done:stop]], offset + done)
             except OSError as e:
                 # Not for this file system, or the read before stopped within a page.
-                if e.errno != errno.EINVAL or not self._direct:
+                if not direct or e.errno not in _REFUSED:
                     raise
                 _make_buffered(self._descriptor)
                 self._direct = False
+                _note(self.path.parent, e.strerror or str(e))
                 continue
             if count == 0:
                 break
@@ -50,21 +60,23 @@ class DirectFile:
         os.close(self._descriptor)
 
 
-def _make_direct(descriptor: int) -> bool:
+def _make_direct(descriptor: int, path: Path) -> bool:
     """Whether reads of `descriptor` now go past the page cache and so must be aligned."""
     flag = getattr(os, "O_DIRECT", 0)
     if not flag:
         return False
-    import fcntl
-
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | flag)
-    except OSError:
+    except OSError as e:
+        _note(path.parent, e.strerror or str(e))
         return False
     return True
 
 
 def _make_buffered(descriptor: int) -> None:
-    import fcntl
-
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+@functools.cache
+def _note(folder: Path, cause: str) -> None:
+    _log.info("%s: direct reads are refused (%s): reading through the page cache", folder, cause)

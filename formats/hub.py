@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from formats.errors import HubError
+from formats.errors import HubError, MoeConvertError, OutputError
+from formats.io_errors import io_error
+from formats.output_file import refuse_links
+from formats.overlap import lies_in
 from formats.ranges import AGAIN_HINT, RangeReader, RemoteFile, Retries
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -109,11 +112,10 @@ class HubRepo:
     def cached(self, name: str) -> Path | None:
         """The file's place in the user's cache, of this commit or another with the same content, if it is there with
         the size that it should have. Never write to it."""
-        from huggingface_hub import constants, try_to_load_from_cache
+        from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.repo, name, revision=self.commit)
-        blobs = Path(constants.HF_HUB_CACHE, "models--" + self.repo.replace("/", "--"), "blobs")
-        path = Path(found) if isinstance(found, str) else blobs / self.file(name).etag
+        path = Path(found) if isinstance(found, str) else self._cache_folder() / "blobs" / self.file(name).etag
         return path if path.is_file() and path.stat().st_size == self.file(name).size else None
 
     def snapshot(self, patterns: list[str] | None = None, *, local_dir: Path | None = None, bars: bool = False) -> Path:
@@ -123,6 +125,13 @@ class HubRepo:
         """
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+        if local_dir:
+            if lies_in(local_dir, self._cache_folder()):
+                raise OutputError(f"{local_dir} lies in the Hub's cache", "choose another --local-dir, or none")
+            # huggingface_hub replaces a file that is a link, and follows folders that are.
+            folders = (str(Path(file.name).parent) for file in self.matching(patterns))
+            refuse_links(local_dir, [*folders, ".cache/huggingface/download"])
 
         def fetch() -> str:
             only = {"allow_patterns": patterns, "local_files_only": self.offline, "local_dir": local_dir}
@@ -142,6 +151,11 @@ class HubRepo:
         from huggingface_hub.utils import filter_repo_objects
 
         return [self.files[name] for name in filter_repo_objects(self.files, allow_patterns=patterns)]
+
+    def _cache_folder(self) -> Path:
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE, "models--" + self.repo.replace("/", "--"))
 
     def _online(self) -> RangeReader:
         if self.offline:
@@ -179,7 +193,7 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return (ConnectionError, TimeoutError)
 
 
-def _judge(error: Exception, repo: str) -> tuple[HubError, float | None, bool] | None:
+def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, bool] | None:
     """(as ours, the pause that it asks for, whether to try again) of an error of huggingface_hub; None of another."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import LocalEntryNotFoundError
@@ -214,8 +228,7 @@ def _judge(error: Exception, repo: str) -> tuple[HubError, float | None, bool] |
         what = f"repository {repo}: the Hub cannot be reached, and the cache has not all files"
         return HubError(what, AGAIN_HINT), None, True
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-        what = f"repository {repo}: cannot be stored at {error.filename}: {error.strerror}"
-        return HubError(what, f"free some space or choose another place (HF_HOME), and {AGAIN_HINT}"), None, False
+        return io_error(error, f"repository {repo}", "stored", HubError), None, False
     # huggingface_hub says by a plain OSError that a file came with another size.
     if isinstance(error, (*transport_errors(), OSError)):
         return HubError(f"repository {repo}: {type(error).__name__}: {error}", AGAIN_HINT), None, True

@@ -1,7 +1,6 @@
 """Experts that come from the Hub when they are needed, and meanwhile one after the other; each byte once."""
 
 import logging
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from formats.checksums import sha256_of
 from formats.direct_reader import DirectReader
-from formats.errors import DamageError, DoesNotFitError, HubError, MoeConvertError
+from formats.errors import DamageError, HubError, MoeConvertError
 from formats.hub import HubRepo
+from formats.io_errors import translated
 from formats.lazy_folder import LazyFolder, Progress
+from formats.output_file import OutputFile
 from formats.reader import aligned_bytes
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class HubReader(DirectReader):
         self._reads, self._last_layer = 0, -1
         self._filling: Key | None = None
         self._fills, self._awaited, self._stopped = fill, False, False
-        self._writers = [os.open(self.artifact.layer_path(n), os.O_RDWR) for n in range(len(self._files))]
+        self._writers = [OutputFile(self.artifact.layer_path(n), keep=True) for n in range(len(self._files))]
         self._thread = threading.Thread(target=self._work, name="moe-fill", daemon=True)
         self._thread.start()
 
@@ -116,7 +117,7 @@ class HubReader(DirectReader):
         file, offset = self.artifact.index.layers[key[0]].file, self._entries[key].offset + begin
         view = place.numpy().data[begin:end]
         if from_cache and (cached := repo.cached(file)):
-            with open(cached, "rb") as f:
+            with translated(cached, "read", HubError), open(cached, "rb") as f:
                 f.seek(offset)
                 if f.readinto(view) == end - begin:
                     return
@@ -126,14 +127,7 @@ class HubReader(DirectReader):
 
     def _write(self, key: Key, place: Tensor, begin: int) -> None:
         """Writes place[begin:] where it belongs, not durably yet."""
-        view, offset = place.numpy().data[begin:], self._entries[key].offset + begin
-        try:
-            while view:
-                written = os.pwrite(self._writers[key[0]], view, offset)
-                view, offset = view[written:], offset + written
-        except OSError as e:
-            hint = "free some space, or set HF_HOME to another disk"
-            raise DoesNotFitError(f"{self.name(*key)}: cannot be written: {e.strerror}", hint) from None
+        self._writers[key[0]].write_at(place.numpy().data[begin:], self._entries[key].offset + begin)
         self._have[key] = len(place)
 
     @contextmanager
@@ -171,14 +165,14 @@ class HubReader(DirectReader):
                     if not self._stopped:
                         _log.warning("fetching ahead ended: %s", e)
         finally:
-            for descriptor in self._writers:
-                os.close(descriptor)
+            for writer in self._writers:
+                writer.close()
             self._folder.close()
             super().close()
 
     def _make_durable(self, keys: list[Key]) -> None:
         for layer in {layer for layer, _ in keys}:
-            os.fdatasync(self._writers[layer])
+            self._writers[layer].sync()
         self._folder.record(keys)
 
     def _fill(self) -> None:

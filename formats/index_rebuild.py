@@ -6,14 +6,13 @@ cannot be made up, and the rebuild is refused naming them. Hashes are taken of w
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from formats import ALIGNMENT_BYTES, FORMAT_VERSION, INDEX_NAME, TRUNK_NAME
 from formats.artifact import Artifact
 from formats.checksums import Checksums
-from formats.errors import FormatError, MoeConvertError
+from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.index import (
     CODECS,
@@ -28,6 +27,7 @@ from formats.index import (
     Source,
     Trunk,
 )
+from formats.io_errors import translated
 from formats.layer_file import (
     FILLER_PREFIX,
     expert_prefix,
@@ -37,12 +37,13 @@ from formats.layer_file import (
     raw_entries,
     zstd_entries,
 )
+from formats.output_file import OutputFile
 from formats.packing import PACKINGS
 from formats.paths import locate, open_regular, read_small
 from formats.safetensors_header import Header, TensorEntry, build_header, read_header
 from formats.strict_json import dump, parse, typed
 from formats.trunk import packable_linears
-from formats.writer import fsync_folder, write_file
+from formats.writer import write_file
 
 _ONLY_IN_INDEX: dict[str, Any] = {"producer": Producer, "source": Source, "recipe": Recipe, "files": list[CopiedFile]}
 _HINT = "get the index from where the folder was published: moe-convert repair PATH --from OWNER/MODEL"
@@ -58,7 +59,8 @@ def rebuild_index(folder: Path) -> Index:
     kept = {name: typed(old[name], kind, f"{where}: {name}") for name, kind in _ONLY_IN_INDEX.items()}
     config = parse(read_small(folder, "config.json", str(folder)), str(folder / "config.json"))
     architecture = Architecture.from_config(config, str(folder / "config.json"))
-    layers = [_layer(folder, n, architecture) for n in range(architecture.num_hidden_layers)]
+    with translated(folder, "read", DamageError):
+        layers = [_layer(folder, n, architecture) for n in range(architecture.num_hidden_layers)]
     _compare(old, layers, folder)
     trunk = _trunk(folder, architecture, old)
     used = {name for layer in layers for e in layer.experts for name in (e.gate_up, e.down)}
@@ -141,8 +143,8 @@ def _tensors(header: Header, layer: int, expert: int, codec: str, where: str) ->
 def _lay_out(path: Path, header: Header, expected: list[TensorEntry], metadata: dict[str, str]) -> None:
     """Writes a layer's file again whose tensors were moved: each where it belongs, under another name first."""
     new = build_header(expected, metadata)
-    with open(path, "rb") as old, open(partial_path(path), "wb") as out:
-        out.write(new)
+    with open(path, "rb") as old, OutputFile(partial_path(path)) as out:
+        out.write_at(new, 0)
         for entry in expected:
             if entry.name.startswith(FILLER_PREFIX):
                 continue
@@ -150,13 +152,9 @@ def _lay_out(path: Path, header: Header, expected: list[TensorEntry], metadata: 
             if there.n_bytes != entry.n_bytes:
                 raise FormatError(f"{path}: tensor {entry.name!r} has {there.n_bytes} bytes, expected {entry.n_bytes}")
             old.seek(header.data_offset + there.begin)
-            out.seek(len(new) + entry.begin)
-            out.write(old.read(there.n_bytes))
+            out.write_at(old.read(there.n_bytes), len(new) + entry.begin)
         out.truncate(len(new) + expected[-1].end)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial_path(path), path)
-    fsync_folder(path.parent)
+        out.finish(path)
 
 
 def _compare(old: dict[str, Any], layers: list[LayerFile], folder: Path) -> None:
@@ -183,7 +181,7 @@ def _trunk(folder: Path, architecture: Architecture, old: dict[str, Any]) -> Tru
                 what = " or ".join(fitting) or "none that is known"
                 raise FormatError(f"{folder / TRUNK_NAME}: the packing of {module} may be {what}", _HINT)
             packed[module] = PackedLinear(before if before in fitting else fitting[0], rows, columns)
-    with open(folder / TRUNK_NAME, "rb") as f:
+    with translated(folder / TRUNK_NAME, "read", DamageError), open(folder / TRUNK_NAME, "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return Trunk(TRUNK_NAME, size, header.sha256, sha256, packed)
 
@@ -200,5 +198,5 @@ def _dig(value: Any, *path: str | int) -> Any:
 
 def _header(folder: Path, name: str) -> tuple[Header, int]:
     path = locate(folder, name, str(folder))
-    with open(open_regular(path), "rb") as f:
+    with translated(path, "read", DamageError), open(open_regular(path), "rb") as f:
         return read_header(f.fileno(), str(folder / name)), path.stat().st_size

@@ -5,8 +5,6 @@ ordinary converted folder.
 """
 
 import contextlib
-import fcntl
-import os
 import re
 import shutil
 import threading
@@ -18,12 +16,15 @@ from urllib.parse import quote
 from formats import INDEX_NAME
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, HubError
+from formats.file_lock import lock_file
 from formats.hub import HubRepo, is_offline, kept_root
 from formats.hub_files import fetch_file
 from formats.index import Index
+from formats.io_errors import translated
+from formats.output_file import OutputFile, make_folders, remove, rename
 from formats.ranges import Retries
 from formats.remote_artifact import open_remote
-from formats.writer import fsync_folder
+from formats.writer import write_file
 
 PENDING_NAME = "moe_index.json.partial"
 """The index while experts are missing; there once everything else is."""
@@ -45,7 +46,7 @@ class LazyFolder:
     stop: threading.Event
     """Once set, waits between attempts end."""
     _record: bytearray
-    _descriptor: int = -1
+    _file: OutputFile | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -83,22 +84,22 @@ class LazyFolder:
         """These experts (layer, expert), whose bytes were compared and are durable, are there. The last one makes an
         ordinary converted folder."""
         with self._lock:
-            if self._descriptor < 0:
-                self._descriptor = os.open(self.path / RECORD_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if self._file is None:
+                self._file = OutputFile(self.path / RECORD_NAME, keep=True)
             for layer, expert in experts:
                 place = self._place(layer, expert)
-                os.pwrite(self._descriptor, b"\1", place)
+                self._file.write_at(b"\1", place)
                 self._record[place] = 1
-            os.fsync(self._descriptor)
+            self._file.sync()
             if self.complete:
                 self._finish()
 
     def close(self) -> None:
         """Gives up the record's file."""
         with self._lock:
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-            self._descriptor = -1
+            if self._file:
+                self._file.close()
+            self._file = None
 
     def _place(self, layer: int, expert: int) -> int:
         return layer * self.artifact.architecture.num_local_experts + expert
@@ -106,18 +107,17 @@ class LazyFolder:
     def _finish(self) -> None:
         with _locked(self.path.parent, self.path.name):
             # Another process may have been quicker.
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(self.path / PENDING_NAME, self.path / INDEX_NAME)
-            fsync_folder(self.path)
-            (self.path / RECORD_NAME).unlink(missing_ok=True)
+            if (self.path / PENDING_NAME).exists():
+                rename(self.path / PENDING_NAME, self.path / INDEX_NAME)
+            remove(self.path / RECORD_NAME)
 
 
 def _commit(root: Path, name: str, revision: str | None, repo: HubRepo | None) -> str:
     """The repository's commit; offline the one that the revision meant when it was last looked up."""
     ref = root / "refs" / quote(revision or "main", safe="")
     if repo:
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(repo.commit)
+        make_folders(ref.parent)
+        write_file(ref, repo.commit.encode())
         return repo.commit
     commit = ref.read_text() if ref.is_file() else revision or ""
     if not re.fullmatch("[0-9a-f]{40}", commit) or not (root / commit).is_dir():
@@ -136,14 +136,14 @@ def _prepare(path: Path, repo: HubRepo, progress: Progress) -> None:
         repo, index.trunk.file, index.trunk.sha256, path / index.trunk.file,
         lambda done, total: progress("fetching all but experts", done, total),
     )  # fmt: skip
-    (path / RECORD_NAME).unlink(missing_ok=True)
-    os.replace(path / _UNCHECKED_NAME, path / PENDING_NAME)
-    fsync_folder(path)
+    remove(path / RECORD_NAME)
+    rename(path / _UNCHECKED_NAME, path / PENDING_NAME)
 
 
 def _check_room(path: Path, index: Index) -> None:
     needed = index.trunk.size_bytes + sum(layer.size_bytes for layer in index.layers)
-    free = shutil.disk_usage(path).free
+    with translated(path, "used"):
+        free = shutil.disk_usage(path).free
     if needed > free:
         raise DoesNotFitError(
             f"{path}: the whole model takes {needed} bytes, free are {free}", "free some space, or set HF_HOME"
@@ -161,10 +161,7 @@ def _read_record(path: Path, artifact: Artifact, complete: bool) -> bytearray:
 @contextlib.contextmanager
 def _locked(root: Path, commit: str) -> Iterator[None]:
     """One process at a time."""
-    root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / f".{commit}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    make_folders(root)
+    with OutputFile(root / f".{commit}.lock", keep=True) as lock:
+        lock_file(lock.fileno(), lock.path, wait=True)
         yield
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from formats.artifact import Artifact
 from formats.errors import DamageError
+from formats.io_errors import translated
 from formats.paths import open_regular
 from formats.reader import ExpertReader, Load
 
@@ -31,10 +32,12 @@ class MmapReader(ExpertReader):
         try:
             for layer, file in enumerate(artifact.index.layers):
                 self._descriptors.append(open_regular(artifact.layer_path(layer)))
+                path = artifact.folder / file.file
                 if os.fstat(self._descriptors[-1]).st_size != file.size_bytes:
-                    raise DamageError(f"{artifact.folder / file.file}: its size changed since the folder was opened")
+                    raise DamageError(f"{path}: its size changed since the folder was opened")
                 # A private writable map: torch has no read-only tensors, and a stray write must not reach the file.
-                mapped = mmap.mmap(self._descriptors[-1], file.size_bytes, access=mmap.ACCESS_COPY)
+                with translated(path, "mapped (--io direct reads it)", DamageError):
+                    mapped = mmap.mmap(self._descriptors[-1], file.size_bytes, access=mmap.ACCESS_COPY)
                 self._maps.append((mapped, torch.frombuffer(mapped, dtype=torch.uint8)))
         except BaseException:
             self.close()

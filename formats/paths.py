@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from formats.errors import DamageError, PathError
+from formats.io_errors import io_error, translated
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@ -]*")
 
@@ -57,7 +58,7 @@ def open_regular(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as e:
-        raise PathError(f"{path}: cannot be opened: {e.strerror}") from None
+        raise io_error(e, path, "opened", PathError) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise PathError(f"{path} is not a regular file")
@@ -67,7 +68,7 @@ def open_regular(path: Path) -> int:
 def read_small(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20) -> bytes:
     """The bytes of a file of at most `max_bytes` in `folder`; DamageError if it is larger."""
     path = locate(folder, name, where)
-    with os.fdopen(open_regular(path), "rb") as f:
+    with translated(path, "read", PathError), os.fdopen(open_regular(path), "rb") as f:
         data = f.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise DamageError(f"{where}: {name} has over {max_bytes} bytes")

@@ -14,6 +14,7 @@ from formats import ALIGNMENT_BYTES
 from formats.artifact import Artifact
 from formats.checksums import sha256_of, xxh3_of
 from formats.errors import DamageError
+from formats.io_errors import io_error
 from formats.verify import repair_command
 
 PIECE_BYTES = 4 << 20
@@ -70,8 +71,7 @@ class Load:
                 break
             except OSError as e:
                 if pause_s is None:
-                    place = self._reader.name(self._layer, self._expert)
-                    raise DamageError(f"{place}: cannot be read: {e.strerror or e}", "check the disk") from None
+                    raise io_error(e, self._reader.name(self._layer, self._expert), "read", DamageError) from e
                 time.sleep(pause_s)
         self.done = end
         return end - begin

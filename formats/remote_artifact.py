@@ -8,6 +8,7 @@ from formats.artifact import Artifact
 from formats.errors import DamageError, FormatError
 from formats.hub import HubRepo
 from formats.index import parse_index
+from formats.output_file import OutputFile, make_folders
 from formats.paths import check_name
 from formats.safetensors_header import MAX_HEADER_BYTES
 from formats.writer import write_file
@@ -24,7 +25,7 @@ def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Ar
     hash or size differs.
     """
     data = read_small_file(repo, INDEX_NAME)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     for name in ("config.json", "quality.json"):
         if name in repo.files:
             write_file(folder / name, read_small_file(repo, name))
@@ -35,9 +36,9 @@ def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Ar
         if (found := repo.file(name).size) != size:
             raise DamageError(f"{where}: {name} has {found} bytes, the index says {size}")
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as f:
-            f.write(read_head_bytes(repo, name))
+        make_folders(path.parent)
+        with OutputFile(path) as f:
+            f.write_at(read_head_bytes(repo, name), 0)
             f.truncate(size)
     write_file(folder / index_name, data)
     return Artifact.open(folder, index_name)

@@ -1,6 +1,7 @@
 """Repair: what differs from the index is replaced, from an origin whose bytes must have the index's sha256."""
 
 import hashlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -11,10 +12,13 @@ from formats.artifact import Artifact
 from formats.errors import DamageError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.index import ExpertEntry, Index
+from formats.io_errors import translated
 from formats.layer_file import aligned, expert_prefix, layer_metadata, partial_path, raw_entries, zstd_entries
+from formats.output_file import OutputFile, make_folder, refuse_links
 from formats.paths import check_name, open_regular
 from formats.safetensors_header import Header, build_header, header_from
-from formats.writer import fsync_folder
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (done bytes, total bytes)."""
@@ -66,6 +70,10 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
             f"{folder / linked[0]} is a link into the Hub's cache, which is never written to",
             f"delete {os.path.realpath(folder / linked[0])}, and run moe-convert download OWNER/MODEL",
         )
+    names = [
+        check_name(name, str(folder)) for name in (*(f.file for f in index.files), *(n.file for n in index.layers))
+    ]
+    refuse_links(folder, (str(Path(name).parent) for name in names))
     files, experts = [], []
     whole = {index.trunk.file: (index.trunk.size_bytes, index.trunk.sha256)}
     whole |= {f.file: (f.size_bytes, f.sha256) for f in index.files}
@@ -126,10 +134,10 @@ def _mend_layer(folder: Path, index: Index, number: int, origin: Origin) -> list
         return None
     new, experts = layer_header(index, number, own), []
     partial = partial_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
-        with open(partial, "wb") as out:
-            out.write(new)
+        with OutputFile(partial) as out:
+            out.write_at(new, 0)
             for entry in layer.experts:
                 found = places[entry.expert]
                 data = b"".join(read(begin, end) for begin, end in found) if found else origin.expert(entry)
@@ -138,16 +146,12 @@ def _mend_layer(folder: Path, index: Index, number: int, origin: Origin) -> list
                     raise DamageError(f"{place}: other bytes came than the index says", "run the same command again")
                 if not found:
                     experts.append((number, entry.expert))
-                out.seek(entry.offset)
-                out.write(data)
+                out.write_at(data, entry.offset)
             out.truncate(layer.size_bytes)
-            out.flush()
-            os.fsync(out.fileno())
+            out.finish(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    os.replace(partial, path)
-    fsync_folder(path.parent)
     return experts
 
 
@@ -187,7 +191,12 @@ def _opened(path: Path) -> tuple[int, Read]:
     def read(begin: int, end: int) -> bytes:
         descriptor = open_regular(path)
         try:
-            return os.pread(descriptor, end - begin, begin)
+            with translated(path, "read", DamageError):
+                return os.pread(descriptor, end - begin, begin)
+        except DamageError as e:
+            # A bad sector is what a repair is for: its bytes come from the origin.
+            _log.warning("%s", e.message)
+            return b""
         finally:
             os.close(descriptor)
 
@@ -204,5 +213,9 @@ def _parsed(read: Read, size: int, where: str) -> Header | None:
 def _sha256_of(path: Path) -> str:
     if not path.is_file():
         return ""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    try:
+        with translated(path, "read", DamageError), open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except DamageError as e:
+        _log.warning("%s", e.message)
+        return ""

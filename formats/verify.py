@@ -13,6 +13,7 @@ from formats import ALIGNMENT_BYTES, INDEX_NAME
 from formats.artifact import Artifact, read_head, structure_problems
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.index import ExpertEntry, Index
+from formats.io_errors import io_error, translated
 from formats.paths import locate, open_regular
 
 Progress = Callable[[int, int], None]
@@ -94,7 +95,8 @@ def _changed_files(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvert
     """The files beside the weights that are missing or have another size than they were written with."""
     for file in index.files:
         try:
-            size = locate(folder, file.file, str(folder)).stat().st_size
+            with translated(folder / file.file, "read", DamageError):
+                size = locate(folder, file.file, str(folder)).stat().st_size
             if size != file.size_bytes:
                 message = f"{folder / file.file}: {size} bytes, the index says {file.size_bytes}"
                 raise DamageError(message, "get the file again, if it was not you who changed it")
@@ -138,7 +140,9 @@ def _unreadable(file: str, problems: list[Problem], hint: str) -> Iterator[None]
     """Turns a file that cannot be read (a failing disk, one deleted meanwhile) into a problem: the rest goes on."""
     try:
         yield
-    except (OSError, MoeConvertError) as e:
+    except OSError as e:
+        problems.append(Problem(file, io_error(e, file, "read").message, hint))
+    except MoeConvertError as e:
         problems.append(Problem(file, f"{file}: cannot be read: {e}", hint))
 
 

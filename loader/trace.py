@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from formats.errors import DamageError, FormatError, MoeConvertError, VersionError
 from formats.index import Architecture, Label, Natural, Positive, Sha256
+from formats.io_errors import translated
 from formats.strict_json import parse, typed
 from formats.writer import write_file
 
@@ -106,10 +107,16 @@ def write_trace(path: Path, trace: Trace) -> None:
     for name, (dtype, _) in trace.header.arrays().items():
         parts.append(np.ascontiguousarray(getattr(trace, name), dtype=dtype).tobytes())
     data = zstandard.ZstdCompressor(level=12, write_checksum=True).compress(b"".join(parts))
+    write_file(path, data)
+
+
+def is_trace(path: Path) -> bool:
+    """True if the file `path` begins as a trace does."""
     try:
-        write_file(path, data)
-    except OSError as e:
-        raise MoeConvertError(f"{path}: cannot be written: {e.strerror}") from None
+        with open(path, "rb") as f:
+            return f.read(len(_FRAME)) == _FRAME
+    except OSError:
+        return False
 
 
 def read_trace(path: Path) -> Trace:
@@ -118,10 +125,8 @@ def read_trace(path: Path) -> Trace:
     MoeConvertError if it cannot be read; FormatError, DamageError or VersionError naming what is wrong with it.
     """
     where = str(path)
-    try:
+    with translated(path, "read", MoeConvertError):
         data = path.read_bytes()
-    except OSError as e:
-        raise MoeConvertError(f"{path}: cannot be read: {e.strerror}") from None
     if not data.startswith(_FRAME):
         raise FormatError(f"{where}: not a trace: no zstd frame", "name a file that moe-convert trace wrote")
     decompressor = zstandard.ZstdDecompressor(max_window_size=128 << 20)

@@ -15,7 +15,7 @@ from hub_server import HubServer
 
 import loader
 from converter.cli.main import main
-from formats import hub_reader, lazy_folder
+from formats import lazy_folder
 from formats.artifact import Artifact
 from formats.errors import DamageError, DoesNotFitError, FormatError, HubError, MoeConvertError, RecipeError
 from formats.hub_reader import HubReader
@@ -187,11 +187,11 @@ def test_a_guess_that_was_given_up_goes_on_where_it_stopped(
 def test_an_expert_is_recorded_after_its_bytes_are_durable(filled: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     lazy = open_lazy()
     states: list[bool] = []
-    real = os.fdatasync
-    monkeypatch.setattr(hub_reader.os, "fdatasync", lambda fd: (states.append(lazy.has(0, 1)), real(fd)))
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (states.append(lazy.has(0, 1)), real(fd)))
     with HubReader(lazy, fill=False) as reader:
         reader.read(0, 1)
-    assert states == [False]
+    assert states == [False, True]  # of the layer's file, then of the record
     assert lazy.has(0, 1)
 
 

@@ -106,11 +106,15 @@ def command(
     named = [(text.name, read_text(text)) for text in texts]
     if against:
         from converter.cli.against_original import compare_with_original
-        from formats.quality import read_quality, save_evaluation
+        from formats.layer_file import partial_path
+        from formats.overlap import refuse_inputs
+        from formats.quality import QUALITY_NAME, read_quality, save_evaluation
 
         if save and not is_converted(path):
             raise click.UsageError("--save: PATH is no converted folder")
         if save:
+            quality = path / QUALITY_NAME
+            refuse_inputs([quality, partial_path(quality)], [*texts, against / QUALITY_NAME])
             read_quality(path)  # what is wrong with the file shows before the work
         evaluation = compare_with_original(
             path, against, named, load, window=window, batch=batch, max_windows=max_windows,

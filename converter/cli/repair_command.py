@@ -72,12 +72,14 @@ def _origin(
     from formats.hub import HubRepo, is_repo_name
     from formats.hub_origin import HubOrigin
     from formats.index import read_index
+    from formats.overlap import refuse_overlap
     from formats.writer import write_file
 
     if name is None:
         yield None
         return
     if Path(name).exists() or not is_repo_name(name):
+        refuse_overlap(path, Path(name), "the origin")
         if (Path(name) / INDEX_NAME).exists():
             raise MoeConvertError(f"{name} is a converted folder", "copy the damaged files from there")
         with SourceOrigin(Path(name), read_index(path), calibration_file) as source:

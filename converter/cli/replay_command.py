@@ -105,9 +105,12 @@ def command(
         raise click.UsageError("--policy fixed and --shares chosen need --choose-from, a trace of another text")
     if plot and plot.suffix not in PLOT_SUFFIXES:
         raise click.UsageError(f"--plot {plot}: the name must end with {' or '.join(PLOT_SUFFIXES)}")
+    from formats.overlap import refuse_inputs
     from loader.replay_report import Settings, replay_trace
     from loader.trace import read_trace
 
+    if plot:
+        refuse_inputs([plot], [trace, *([choose_from] if choose_from else [])])
     read = read_trace(trace)
     chosen, count = read.experts.shape[2], read.header.architecture.num_local_experts
     numbers = list(range(chosen, count)) or [count] if slots is None else slots

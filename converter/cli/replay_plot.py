@@ -1,9 +1,11 @@
 """The picture of a replay: hit ratio against slots for each policy, recall against guesses."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 from formats.errors import MoeConvertError
+from formats.writer import write_file
 
 PLOT_SUFFIXES = (".svg", ".png")
 
@@ -52,7 +54,7 @@ def plot_replay(report: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
-    try:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except OSError as e:
-        raise MoeConvertError(f"{path}: cannot be written: {e.strerror}") from None
+    drawing = io.BytesIO()
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(drawing, format=path.suffix[1:], dpi=150, metadata=metadata)
+    write_file(path, drawing.getvalue())

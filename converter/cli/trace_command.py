@@ -57,10 +57,14 @@ def command(
     import transformers
 
     import loader
+    from formats.layer_file import partial_path
+    from formats.overlap import refuse_inputs
     from loader.checkpoint import is_converted, load_checkpoint
-    from loader.trace import write_trace
+    from loader.trace import is_trace, write_trace
     from loader.tracing import TracedModel, trace_prompts, trace_texts
 
+    of_model = (file for file in path.rglob("*") if not is_trace(file))
+    refuse_inputs([out, partial_path(out)], [*texts, *prompts, *of_model])
     transformers.utils.logging.disable_progress_bar()
     described = TracedModel.of_folder(path)
     model: Any = (

@@ -1,0 +1,55 @@
+"""Errors of the operating system as ours: the file, what failed, the system's words, and the next step."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from formats.errors import DoesNotFitError, MoeConvertError, OutputError
+
+UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, 524})
+"""What a file system answers to a call that it lacks. 524 is the kernel's ENOTSUPP, which some let out to programs."""
+
+_NO_SPACE = {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota is used up"}
+AGAIN = "run the same command again"
+_HINTS = {
+    errno.EIO: f"check the disk and the system's log (dmesg), then {AGAIN}",
+    errno.ESTALE: f"mount the network file system again, then {AGAIN}",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "check the permissions of the file and its folder",
+    errno.EPERM: "check the permissions of the file and its folder",
+    errno.EMFILE: f"allow more open files (ulimit -n) and {AGAIN}",
+    errno.ENFILE: f"close other programs, or allow more open files, then {AGAIN}",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def io_error(error: OSError, path: Path | str, done: str, kind: type[MoeConvertError] = OutputError) -> MoeConvertError:
+    """`error` as ours: DoesNotFitError where the disk is full, else `kind`. The error's own file name goes before
+    `path`. done: "read", "written" or the like."""
+    code = error.errno or 0
+    path = error.filename if isinstance(error.filename, str) else path
+    if code in _NO_SPACE:
+        folder = path if os.path.isdir(path) else Path(path).parent
+        return DoesNotFitError(f"{path}: {_NO_SPACE[code]} in {folder}", f"free space and {AGAIN}")
+    if code == errno.EFBIG:
+        what = f"{path}: the file system or a limit (ulimit -f) allows no file of this size"
+        return DoesNotFitError(what, "choose a place on another file system")
+    if code == errno.ELOOP:
+        return kind(f"{path} is a symbolic link, which is never followed there", "remove the link")
+    name = errno.errorcode.get(code, "")
+    cause = os.strerror(code) if code else str(error)
+    return kind(
+        f"{path}: cannot be {done}: {cause}{f' ({name})' if name else ''}",
+        _HINTS.get(code) or kind.default_hint or AGAIN,
+    )
+
+
+@contextlib.contextmanager
+def translated(path: Path | str, done: str, kind: type[MoeConvertError] = OutputError) -> Iterator[None]:
+    """Raises every OSError of the block as `io_error`."""
+    try:
+        yield
+    except OSError as e:
+        raise io_error(e, path, done, kind) from e
