@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -27,11 +25,10 @@ from converter.layer_statistics import DOWN_BLOCK, PRIOR_SHARE
 from converter.names import ExpertTensor
 from converter.solver import CalibratedSolver
 from converter.source import Checkpoint
+from converter.state_file import read_state, write_state
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens
 from formats.errors import SourceError
-from formats.output_file import make_folder
 from formats.packing import TILE_ROWS, tile_packing_named
-from formats.writer import write_file
 
 VERSION = 1
 """Of everything here that the choice of bits depends on."""
@@ -87,23 +84,14 @@ class BitSensitivity:
             _log.info("measuring what bits are worth: layer %d", layer)
             errors, stream = self._layer(layer, stream)
             found.append(errors)
-            make_folder(self._file.parent)
-            metadata = {"identity": self._identity, "errors": json.dumps(found)}
-            write_file(self._file, safetensors.torch.save({"activations": stream}, metadata))
+            write_state(self._file, self._identity, found, stream)
         return found
 
     def _restore(self) -> tuple[list[dict[str, dict[str, float]]], Tensor]:
         """What was measured before, and the activations after it."""
         shape = (*self._windows.shape, self._checkpoint.architecture.hidden_size)
-        try:
-            with safetensors.safe_open(self._file, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("identity") == self._identity:
-                    stream = file.get_tensor("activations")
-                    if tuple(stream.shape) == shape and stream.dtype == torch.float32:
-                        return json.loads(metadata["errors"]), stream
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError):
-            _log.info("what bits are worth was not measured yet")
+        if kept := read_state(self._file, self._identity, shape):
+            return kept
         stream = torch.empty(shape)
         self._model.embed(self._windows.flatten(), stream.flatten(0, 1))
         return [], stream

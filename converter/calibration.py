@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -21,11 +19,10 @@ from converter.calibration_text import CalibrationTokens
 from converter.layer_forward import LayerForward, fast_products
 from converter.layer_statistics import DOWN_BLOCK, ExpertInputs, LayerStatistics, rows_at_once
 from converter.source import Checkpoint
+from converter.state_file import read_state, write_state
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens, second_moment
 from formats.errors import SourceError
 from formats.index import Architecture, Recipe
-from formats.output_file import make_folder
-from formats.writer import write_file
 
 VERSION = 2
 """Of everything here that the statistics depend on: part of a conversion's fingerprint."""
@@ -36,7 +33,7 @@ _WINDOWS_AT_ONCE = 4
 _TOKENS_AT_ONCE = 1024
 _EXPERTS_AT_ONCE = 8
 """Whose outputs and moments are in memory until they are added, in the experts' order."""
-_STATE = "state.safetensors"
+_STATE = "state"
 
 _log = logging.getLogger(__name__)
 
@@ -91,9 +88,7 @@ class CalibrationPass:
             return
         self._step()
         assert self._activations is not None
-        make_folder(self._folder)
-        metadata = {"layer": str(self._position), "identity": self._identity}
-        write_file(self._folder / _STATE, safetensors.torch.save({"activations": self._activations}, metadata))
+        write_state(self._folder / _STATE, self._identity, self._position, self._activations)
 
     def prepare_head(self) -> None:
         """Gathers the statistics of the output head."""
@@ -127,18 +122,11 @@ class CalibrationPass:
     def _restore(self, layer: int) -> None:
         """The stored activations, if they stand at or before `layer`; else those of the embeddings."""
         shape = (*self._tokens.windows.shape, self._checkpoint.architecture.hidden_size)
-        try:
-            with safetensors.safe_open(self._folder / _STATE, "pt") as file:
-                metadata = file.metadata() or {}
-                stored = int(metadata.get("layer", -1))
-                if metadata.get("identity") == self._identity and 0 <= stored <= layer:
-                    activations = file.get_tensor("activations")
-                    if tuple(activations.shape) == shape and activations.dtype == torch.float32:
-                        self._activations, self._position = activations, stored
-                        return
-        except (OSError, ValueError, safetensors.SafetensorError):
-            _log.info("no calibration state to go on from: passing through the layers again")
-        self._activations, self._position = self._embed(), 0
+        kept = read_state(self._folder / _STATE, self._identity, shape)
+        if kept and kept[0] <= layer:
+            self._position, self._activations = kept
+        else:
+            self._position, self._activations = 0, self._embed()
 
     def _embed(self) -> Tensor:
         windows = self._tokens.windows

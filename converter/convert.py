@@ -1,7 +1,6 @@
 """Converting: units of work over threads, journaled, in any order, to the same bytes."""
 
 import contextlib
-import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,31 +15,32 @@ import torch
 from converter import calibration
 from converter.bit_budget import TARGET
 from converter.calibration_text import CalibrationTokens, calibration_tokens
+from converter.finished_work import FinishedWork
 from converter.hub_model import HubModel
 from converter.identity import Progress, check_complete, fingerprint
 from converter.index_assembly import assemble_index
-from converter.journal import Journal
 from converter.model_card import write_card
 from converter.output_folder import SOURCE_FOLDER, OutputFolder
 from converter.output_needs import OutputNeeds
 from converter.output_probe import probe_output
+from converter.records import ExpertRecord, LinearRecord, Record, RecordKey, ShardRecord, TensorRecord
 from converter.shards import Stopped
-from converter.side_files import copied_names, copy_files, write_config, write_quality
+from converter.side_files import copied_names, copy_files, write_config
 from converter.sizes import OutputPlan, check_disk, plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint, layer_of
 from converter.target_bits import with_chosen_bits
+from converter.weight_errors import write_quality
 from converter.workers import Worker, run_all
-from formats import INDEX_NAME, TRUNK_NAME
+from formats import INDEX_NAME
 from formats.errors import RecipeError
 from formats.index import CODECS, Recipe, read_index
 from formats.io_errors import translated
-from formats.layer_file import layer_file_name, partial_path
-from formats.output_file import remove, rename
 from formats.strict_json import dump
 from formats.writer import LayerWriter, PlacedFile, write_file
 
-Unit = tuple[tuple[Any, ...], int, Callable[[], dict[str, Any]]]
+UnitRecord = ExpertRecord | LinearRecord | TensorRecord
+Unit = tuple[RecordKey, int, Callable[[], UnitRecord]]
 """(key of its record, bytes of the source that it reads, the work)"""
 
 
@@ -140,9 +140,8 @@ class _Job:
         self._solver = choose_solver(recipe.solver)
         self._tokens = _calibration(checkpoint, recipe, plan, options)
         made_from = fingerprint(checkpoint, recipe, options.codec, self._solver, self._tokens)
-        self._journal = Journal(out, made_from)
+        self._work = FinishedWork(out, plan, made_from)
         self._pool = ThreadPoolExecutor(options.max_workers, initializer=torch.set_num_threads, initargs=(1,))
-        self._records = {_key(r): r for r in self._journal.records}
         self._stop = checkpoint.stop
         self._worker = Worker(checkpoint, plan, self._solver, self._stop)
         if self._tokens:
@@ -161,7 +160,7 @@ class _Job:
     def run(self) -> dict[str, Any] | None:
         """Does what is left; returns the value of quality.json, or None if only a part was asked for."""
         writers: dict[int, LayerWriter] = {}
-        trunk = self._open_trunk()
+        trunk = self._work.open_trunk()
         hashing = threading.Thread(target=self._hash_shards, daemon=True)
         self._shard_error: BaseException | None = None
         self._shard_sha256: dict[str, str] = {}
@@ -182,7 +181,7 @@ class _Job:
             for writer in writers.values():
                 writer.close()
             trunk.close()
-            self._journal.close()
+            self._work.close()
 
     def _units(self, writers: dict[int, LayerWriter], trunk: PlacedFile) -> Iterator[Unit]:
         """(key, source bytes, work) of every unit, in the order in which checkpoints store them."""
@@ -190,7 +189,7 @@ class _Job:
         if not self._options.part:
             yield from self._tensors(trunk, "model.embed_tokens.")
         for layer in self._layers:
-            writer = self._open_layer(layer)
+            writer = self._work.open_layer(layer)
             if writer:
                 writers[layer] = writer
             yield from sorted(self._layer_units(layer, writer, trunk), key=lambda unit: self._checkpoint.place(unit[0]))
@@ -226,11 +225,11 @@ class _Job:
 
     def _run_units(self, units: list[Unit], writers: dict[int, LayerWriter]) -> None:
         self._total_bytes = sum(size for _, size, _ in units)
-        self._done_bytes = sum(size for key, size, _ in units if key in self._records)
+        self._done_bytes = sum(size for key, size, _ in units if key in self._work)
         self._progress("converting", self._done_bytes, self._total_bytes)
         for layer in self._layers:
             self._finish_layer(layer, writers)
-        todo = [unit for unit in units if unit[0] not in self._records]
+        todo = [unit for unit in units if unit[0] not in self._work]
         passes = self._worker.calibration
         self._checkpoint.expect([key for key, _, _ in todo], by_layer=passes is not None)
         if passes is None:
@@ -252,7 +251,7 @@ class _Job:
 
     def _run_todo(self, units: list[Unit], writers: dict[int, LayerWriter]) -> None:
         todo = iter(units)
-        running: dict[Future[dict[str, Any]], int] = {}
+        running: dict[Future[UnitRecord], int] = {}
         try:
             while True:
                 while len(running) < self._options.max_workers and (unit := next(todo, None)):
@@ -263,90 +262,44 @@ class _Job:
                     record = future.result()
                     self._record(record)
                     self._done_bytes += running.pop(future)
-                    if record["unit"] == "expert":
-                        self._finish_layer(record["layer"], writers)
+                    if isinstance(record, ExpertRecord):
+                        self._finish_layer(record.layer, writers)
                     self._progress("converting", self._done_bytes, self._total_bytes)
         except BaseException:
             self._stop.set()
             _keep_first_error(running)
             raise
 
-    def _record(self, record: dict[str, Any]) -> None:
-        self._journal.append(record)
-        self._records[_key(record)] = record
-        self._checkpoint.done(_key(record))
+    def _record(self, record: Record) -> None:
+        self._work.add(record)
+        self._checkpoint.done(record.key)
 
     def _finish_layer(self, layer: int, writers: dict[int, LayerWriter]) -> None:
-        """Once all experts of a layer are there: gives its file its name and records where they lie."""
-        writer = writers.get(layer)
-        n = len(self._plan.layouts[layer])
-        if writer is None or any(("expert", layer, expert) not in self._records for expert in range(n)):
-            return
-        if self._options.codec == "zstd":
-            header, places = writer.finish_zstd()
-        else:
-            writer.finish()
-            header = writer.header
-            experts = [self._records["expert", layer, expert] for expert in range(n)]
-            layouts = self._plan.layouts[layer]
-            places = [(writer.offsets[e], layouts[e].n_bytes, r["sha256"], r["xxh3"]) for e, r in enumerate(experts)]
-        del writers[layer]
-        size = (self._out / layer_file_name(layer)).stat().st_size
-        sha256 = hashlib.sha256(header).hexdigest()
-        self._record({"unit": "layer", "layer": layer, "size_bytes": size, "header_sha256": sha256, "places": places})
-
-    def _reopen(self, file: str) -> None:
-        """Makes a file that has its final name but no record of being complete partial again."""
-        final = self._out / file
-        if final.exists() and not partial_path(final).exists():
-            rename(final, partial_path(final))
-
-    def _open_layer(self, layer: int) -> LayerWriter | None:
-        """The layer's writer, or None if its file is complete; forgets experts whose bytes are lost."""
-        final = self._out / layer_file_name(layer)
-        record = self._records.get(("layer", layer))
-        if record and final.exists() and final.stat().st_size == record["size_bytes"]:
-            remove(partial_path(final))
-            return None
-        self._records.pop(("layer", layer), None)
-        self._reopen(layer_file_name(layer))
-        writer = LayerWriter(final, layer, self._plan.layouts[layer])
-        if writer.fresh:
-            for expert in range(len(self._plan.layouts[layer])):
-                self._records.pop(("expert", layer, expert), None)
-        return writer
-
-    def _open_trunk(self) -> PlacedFile:
-        """The trunk's file; forgets its tensors if their bytes are lost."""
-        self._reopen(TRUNK_NAME)
-        trunk = PlacedFile(self._out / TRUNK_NAME, self._plan.trunk_entries, {"format": "moe-convert"})
-        if trunk.fresh:
-            self._records = {key: r for key, r in self._records.items() if key[0] not in ("linear", "tensor")}
-        return trunk
+        """Once all experts of a layer are there: gives its file its name."""
+        if layer in writers and self._work.has_experts(layer):
+            self._work.finish_layer(writers.pop(layer), layer, self._options.codec)
 
     def _hash_shards(self) -> None:
         """Hashes the source's shards beside the work; what it reads ahead, the workers find in the page cache."""
         try:
             for name in self._checkpoint.shards:
-                record = self._records.get(("shard", name))
-                self._shard_sha256[name] = (
-                    record["sha256"] if record else self._checkpoint.shard_sha256(name, self._stop)
-                )
+                recorded = self._work.shard_sha256(name)
+                self._shard_sha256[name] = recorded or self._checkpoint.shard_sha256(name, self._stop)
         except BaseException as e:
             self._shard_error = e
 
     def _complete(self, trunk: PlacedFile) -> dict[str, Any]:
         """Trunk, side files, and last the index."""
         for name in self._checkpoint.shards:
-            if ("shard", name) not in self._records:
-                self._record({"unit": "shard", "name": name, "sha256": self._shard_sha256[name]})
+            if ("shard", name) not in self._work:
+                self._work.add(ShardRecord(name, self._shard_sha256[name]))
         trunk.finish()
         out, recipe = self._out, self._recipe
         files = [
             write_config(self._checkpoint, recipe, out),
             *copy_files(self._checkpoint.folder, out),
         ]
-        quality = write_quality(list(self._records.values()), out)
+        quality = write_quality(self._work.records, out)
         index = assemble_index(
             self._checkpoint,
             self._shard_sha256,
@@ -356,17 +309,12 @@ class _Job:
             self._solver,
             self._tokens,
             trunk,
-            [self._records["layer", layer] for layer in range(len(self._plan.layouts))],
+            [record for layer in range(len(self._plan.layouts)) if (record := self._work.layer(layer))],
             files,
         )
         write_card(out, index)
         write_file(out / INDEX_NAME, dump(index))
         return quality
-
-
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What a record is about; a later record of the same key replaces an earlier one."""
-    return tuple(record[name] for name in ("unit", "module", "name", "layer", "expert") if name in record)
 
 
 def _calibration(
@@ -379,7 +327,7 @@ def _calibration(
     return calibration_tokens(checkpoint, str(kind), tokens, options.calibration_file)
 
 
-def _keep_first_error(running: dict[Future[dict[str, Any]], int]) -> None:
+def _keep_first_error(running: dict[Future[UnitRecord], int]) -> None:
     """Lets running units end; of several that failed, the one that did so by itself is what the caller raises."""
     for future in running:
         with contextlib.suppress(Stopped, Exception):

@@ -1,11 +1,11 @@
 """The index of a complete conversion, from its plan and its journal."""
 
 import hashlib
-from typing import Any
 
 from converter import __version__
 from converter.calibration_text import CalibrationTokens
 from converter.identity import calibration_version
+from converter.records import LayerRecord
 from converter.sizes import OutputPlan
 from converter.solver import Solver
 from converter.source import Checkpoint
@@ -25,7 +25,7 @@ def assemble_index(
     solver: Solver,
     tokens: CalibrationTokens | None,
     trunk: PlacedFile,
-    layers: list[dict[str, Any]],
+    layers: list[LayerRecord],
     files: list[CopiedFile],
 ) -> Index:
     """`trunk` is finished; `layers` are the journal's records of the layer files, in order; `files` the copied ones."""
@@ -56,9 +56,9 @@ def assemble_index(
     )
 
 
-def _layer_file(layer: int, record: dict[str, Any], layouts: list[ExpertLayout], codec: str) -> LayerFile:
+def _layer_file(layer: int, record: LayerRecord, layouts: list[ExpertLayout], codec: str) -> LayerFile:
     entries = [
-        ExpertEntry(layer, e, offset, length, sha256, xxh3, layouts[e].gate_up.name, layouts[e].down.name, codec)
-        for e, (offset, length, sha256, xxh3) in enumerate(record["places"])
+        ExpertEntry(layer, e, *place, layouts[e].gate_up.name, layouts[e].down.name, codec)
+        for e, place in enumerate(record.places)
     ]
-    return LayerFile(layer_file_name(layer), record["size_bytes"], record["header_sha256"], entries)
+    return LayerFile(layer_file_name(layer), record.size_bytes, record.header_sha256, entries)

@@ -1,63 +1,80 @@
-"""The journal of a conversion: what is done, durably, one JSON line each; and what it was done from."""
+"""The journal of a conversion: what is done, durably, one line each; and what it was done from.
+
+A line is the xxh3 of its JSON, a space, the JSON, and a line feed. The first is the fingerprint, each other a record.
+"""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from converter.records import Record
+from formats.checksums import xxh3_of
 from formats.errors import OutputError
 from formats.output_file import OutputFile, fsync_folder
 
 JOURNAL_NAME = ".moe-convert.journal"
 
+_log = logging.getLogger(__name__)
+
 
 class Journal:
-    """An append-only file of JSON lines; the first is the fingerprint, a torn last line is dropped.
+    """An append-only file of checked lines.
 
-    Opening one whose fingerprint differs raises OutputError naming the field: two sources, recipes or code versions
-    are never mixed in one folder.
+    A torn last line is dropped. A damaged line counts as not written, with a warning: its work is done again. Opening a
+    journal whose fingerprint differs or is damaged raises OutputError naming the field: two sources, recipes or code
+    versions are never mixed in one folder.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.path = folder / JOURNAL_NAME
+        self.records: list[Record] = []
+        """What earlier runs recorded, oldest first."""
         self._file = OutputFile(self.path, keep=True)
         try:
             data = self._file.read_at(self._file.size_bytes, 0)
             data = data[: data.rfind(b"\n") + 1]
-            lines = [self._line(number, line) for number, line in enumerate(data.splitlines(), 1)]
+            lines = data.split(b"\n")[:-1]
             if lines:
                 self._compare(lines[0], fingerprint)
-            self.records: list[dict[str, Any]] = lines[1:]
-            """What earlier runs recorded, oldest first."""
+            for number, line in enumerate(lines[1:], 2):
+                self._take(number, line)
             self._end = len(data)
             self._file.truncate(self._end)
             if not lines:
-                self.append(fingerprint)
+                self._append(json.dumps(fingerprint, sort_keys=True).encode())
                 fsync_folder(folder)
         except BaseException:
             self._file.close()
             raise
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Adds a record durably; what it speaks of must be durable before."""
-        data = json.dumps(record, sort_keys=True).encode() + b"\n"
-        self._file.write_at(data, self._end)
-        self._file.sync()
-        self._end += len(data)
+        self._append(msgspec.json.encode(record))
 
     def close(self) -> None:
         """Closes the file and keeps it."""
         self._file.close()
 
-    def _line(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise OutputError(f"{self.path}: line {number} is damaged", "start again with --no-resume")
-        return record
+    def _append(self, text: bytes) -> None:
+        line = xxh3_of(text).encode() + b" " + text + b"\n"
+        self._file.write_at(line, self._end)
+        self._file.sync()
+        self._end += len(line)
 
-    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+    def _take(self, number: int, line: bytes) -> None:
+        try:
+            self.records.append(msgspec.json.decode(_checked(line) or b"", type=Record))
+        except msgspec.DecodeError:
+            _log.warning("%s: line %d is damaged: its work is done again", self.path, number)
+
+    def _compare(self, line: bytes, new: dict[str, Any]) -> None:
+        old = _fingerprint(line)
+        if old is None:
+            raise OutputError(f"{self.path}: line 1 is damaged", "start again with --no-resume")
+        new = json.loads(json.dumps(new))
         for field in sorted(old.keys() | new.keys()):
             if old.get(field) != new.get(field):
                 raise OutputError(
@@ -71,10 +88,23 @@ def read_pin(folder: Path) -> dict[str, Any] | None:
     """Repository, revision and commit that an unfinished conversion in `folder` was begun from; None if from no Hub."""
     try:
         with open(folder / JOURNAL_NAME, "rb") as f:
-            pin = json.loads(f.readline(1 << 20)).get("hub")
-    except (OSError, ValueError, AttributeError):
+            first = _fingerprint(f.readline(1 << 20).removesuffix(b"\n"))
+    except OSError:
         return None
+    pin = first.get("hub") if first else None
     return pin if isinstance(pin, dict) and isinstance(pin.get("commit"), str) else None
+
+
+def _checked(line: bytes) -> bytes | None:
+    """The JSON of a line, None where it has another checksum."""
+    checksum, _, text = line.partition(b" ")
+    return text if xxh3_of(text).encode() == checksum else None
+
+
+def _fingerprint(line: bytes) -> dict[str, Any] | None:
+    text = _checked(line)
+    value = json.loads(text) if text is not None else None
+    return value if isinstance(value, dict) else None
 
 
 def _short(value: Any) -> str:

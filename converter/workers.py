@@ -8,17 +8,20 @@ from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 
 from converter.calibration import CalibrationPass
 from converter.down_correction import DownCorrection
 from converter.feedback_reference import SingularStatisticsError
 from converter.names import ExpertTensor
 from converter.plain_rows import store_rows
+from converter.records import ExpertRecord, LinearRecord, ProjectionErrors, TensorRecord
 from converter.shards import Stopped
 from converter.sizes import OutputPlan, chunk_rows
 from converter.solver import CalibratedSolver, NonFiniteWeightsError, Solver, SquaredError
 from converter.source import Checkpoint, Weight
 from converter.statistics import InputStatistics
+from formats.checksums import xxh3_of
 from formats.expert import split
 from formats.packing import AnyPacking, Packing, tile_packing_named
 from formats.plain_packing import PlainPacking
@@ -52,38 +55,37 @@ class Worker:
         self._solver = solver
         self._stop = stop
 
-    def expert(self, writer: LayerWriter, layer: int, expert: int) -> dict[str, Any]:
+    def expert(self, writer: LayerWriter, layer: int, expert: int) -> ExpertRecord:
         """Quantizes an expert, or copies what stays as it is, and writes it durably."""
         layout = self._plan.layouts[layer][expert]
         blob = torch.empty(layout.n_bytes, dtype=torch.uint8)
-        errors, fallback, found = {}, [], {}
+        errors: dict[str, SquaredError] = {}
+        fallback: list[str] = []
+        tokens: int | None = None
         statistics: InputStatistics | None = None
         correction: DownCorrection | None = None
         gate_stored, up_stored, down_stored = split(layout, blob)
         if self.calibration and isinstance(layout.gate_up, Packing):
             self._check_stop()
-            statistics, found["calibration_tokens"] = self.calibration.layer.of_gate_up(expert)
+            statistics, tokens = self.calibration.layer.of_gate_up(expert)
         for projection, stored in zip(PROJECTIONS, (gate_stored, up_stored, down_stored), strict=True):
             weight = self._checkpoint.experts[ExpertTensor(layer, expert, projection)]
             packing = layout.down if projection == "down" else layout.gate_up
             if isinstance(packing, PlainPacking):
-                error = self._in_chunks(weight, packing, stored, store_rows)
-                errors[projection] = [error.error, error.total]
+                errors[projection] = self._in_chunks(weight, packing, stored, store_rows)
                 continue
             if projection == "down" and self.calibration:
                 self._check_stop()
                 hidden = weight.shape[0]
                 gate, up = (partial(_rows, t, layout.gate_up, hidden) for t in (gate_stored, up_stored))
                 statistics, correction = self.calibration.layer.of_down(expert, gate, up)
-            error, calibrated = self._quantize(weight, packing, stored, statistics, correction)
-            errors[projection] = [error.error, error.total]
+            errors[projection], calibrated = self._quantize(weight, packing, stored, statistics, correction)
             if statistics and not calibrated:
                 fallback.append(projection)
-        sums = writer.write_expert(expert, blob)._asdict()
-        record = {"unit": "expert", "layer": layer, "expert": expert, **sums, "errors": errors, **found}
-        return record | ({"uncalibrated": fallback} if fallback else {})
+        checksums = writer.write_expert(expert, blob)
+        return ExpertRecord(layer, expert, *checksums, ProjectionErrors(**errors), tokens, fallback)
 
-    def linear(self, trunk: PlacedFile, module: str) -> dict[str, Any]:
+    def linear(self, trunk: PlacedFile, module: str) -> LinearRecord:
         """Quantizes a matrix of the trunk and writes it durably."""
         linear = self._plan.packed[module]
         packing = tile_packing_named(linear.packing)
@@ -93,22 +95,24 @@ class Worker:
         error, calibrated = self._quantize(weight, packing, tiles, statistics)
         trunk.write(f"{module}.packed", tiles)
         trunk.sync()
-        record = {"unit": "linear", "module": module, "errors": [error.error, error.total]}
-        return record | ({"uncalibrated": True} if statistics and not calibrated else {})
+        return LinearRecord(module, xxh3_of(tiles.numpy().data), error, bool(statistics) and not calibrated)
 
-    def tensor(self, trunk: PlacedFile, name: str) -> dict[str, Any]:
+    def tensor(self, trunk: PlacedFile, name: str) -> TensorRecord:
         """Copies a tensor as it is, and makes it durable."""
         weight = self._checkpoint.trunk[name]
         rows = weight.shape[0]
         row_bytes = weight.n_bytes // rows
         step = max(1, (32 << 20) // row_bytes)
+        checksum = xxhash.xxh3_128()
         for begin in range(0, rows, step):
             self._check_stop()
             block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
             self._checkpoint.check_finite(weight, begin, block)
-            trunk.write(name, block.view(torch.uint8), begin * row_bytes)
+            data = block.view(torch.uint8)
+            trunk.write(name, data, begin * row_bytes)
+            checksum.update(data.numpy().data)
         trunk.sync()
-        return {"unit": "tensor", "name": name}
+        return TensorRecord(name, checksum.hexdigest())
 
     def _quantize(
         self,

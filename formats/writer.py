@@ -5,9 +5,10 @@ from types import TracebackType
 from typing import Self
 
 import torch
+import xxhash
 import zstandard
 
-from formats.checksums import Checksums
+from formats.checksums import Checksums, xxh3_of
 from formats.errors import OutputError
 from formats.expert import ExpertLayout
 from formats.layer_file import FILLER_PREFIX, expert_prefix, layer_metadata, partial_path, raw_entries, zstd_entries
@@ -17,6 +18,8 @@ from formats.safetensors_header import TensorEntry, build_header
 ZSTD_LEVEL = 19
 """Packed codes hardly shrink (docs/format.md); what little there is to win needs the high levels."""
 
+
+_READ_BYTES = 16 << 20
 
 Place = tuple[int, int, str, str]
 """Where an expert's stored bytes lie in its file, and their checksums: offset, length, sha256, xxh3."""
@@ -75,6 +78,16 @@ class PlacedFile:
             raise ValueError(f"{data.numel()} bytes at {skip_bytes} do not fit into {name} of {entry.n_bytes} bytes")
         self._file.write_at(data.view(-1).numpy().data, len(self.header) + entry.begin + skip_bytes)
 
+    def xxh3(self, name: str) -> str:
+        """The xxh3 of the bytes of tensor `name` as they are in the file, in hex."""
+        return self._xxh3(self.offset(name), self._entries[name].n_bytes)
+
+    def _xxh3(self, offset: int, n_bytes: int) -> str:
+        checksum = xxhash.xxh3_128()
+        for begin in range(offset, offset + n_bytes, _READ_BYTES):
+            checksum.update(self._file.read_at(min(_READ_BYTES, offset + n_bytes - begin), begin))
+        return checksum.hexdigest()
+
     def sync(self) -> None:
         """Makes what was written durable."""
         self._file.sync()
@@ -107,8 +120,15 @@ class LayerWriter(PlacedFile):
         self.sync()
         return Checksums.of(data)
 
-    def finish_zstd(self) -> tuple[bytes, list[Place]]:
-        """Compresses every expert into the final file; returns its header and where each expert lies."""
+    def expert_xxh3(self, expert: int) -> str:
+        """The xxh3 of an expert's bytes as they are in the file, in hex."""
+        return self._xxh3(self.offsets[expert], self._layouts[expert].n_bytes)
+
+    def finish_zstd(self, written: list[str]) -> tuple[bytes, list[Place]]:
+        """Compresses every expert into the final file; returns its header and where each expert lies.
+
+        written: the xxh3 of each expert as it was written. OutputError if the file has other bytes now.
+        """
         lengths: list[int] = []
         compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
         # Frames first into a side file: the header before them needs their lengths.
@@ -117,7 +137,13 @@ class LayerWriter(PlacedFile):
         checksums: list[Checksums] = []
         with OutputFile(spool) as frames, OutputFile(compressed) as out:
             for expert in range(len(self._layouts)):
-                frame = compressor.compress(self._read_expert(expert))
+                data = _whole(self._file, self._layouts[expert].n_bytes, self.offsets[expert])
+                if xxh3_of(data) != written[expert]:
+                    raise OutputError(
+                        f"{self._file.path}: the bytes of expert {expert} changed since they were written",
+                        "check the disk, and run the same command again",
+                    )
+                frame = compressor.compress(data)
                 frames.write_at(frame, sum(lengths))
                 lengths.append(len(frame))
                 checksums.append(Checksums.of(frame))
@@ -136,9 +162,6 @@ class LayerWriter(PlacedFile):
         remove(spool)
         remove(partial_path(self.path))
         return header, places
-
-    def _read_expert(self, expert: int) -> bytes:
-        return _whole(self._file, self._layouts[expert].n_bytes, self.offsets[expert])
 
 
 def _whole(file: OutputFile, n_bytes: int, offset: int) -> bytes:

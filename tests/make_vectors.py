@@ -191,7 +191,7 @@ def _write_layer(folder: Path, layer: int, architecture: Architecture, layout: E
                 [(o, layout.n_bytes, *d) for o, d in zip(writer.offsets, digests, strict=True)],
             )
         else:
-            header, places = writer.finish_zstd()
+            header, places = writer.finish_zstd([d.xxh3 for d in digests])
     entries = [
         ExpertEntry(layer, expert, *place, layout.gate_up.name, layout.down.name, codec)
         for expert, place in enumerate(places)

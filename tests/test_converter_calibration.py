@@ -20,6 +20,7 @@ from converter.convert import ConvertOptions, convert_checkpoint
 from converter.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
+from converter.state_file import write_state
 from formats.errors import OutputError, RecipeError, SourceError
 from formats.index import read_index
 from formats.verify import verify_folder
@@ -159,7 +160,7 @@ def test_resume_begins_at_the_last_finished_layer(
         stop_after(patch, 9)
         with pytest.raises(Interruption):
             convert(source, out)
-    assert (out / STATE_FOLDER / "state.safetensors").exists()
+    assert (out / STATE_FOLDER / "state").exists()
     layers: list[int] = []
     original = CalibrationPass._forward
     monkeypatch.setattr(
@@ -170,7 +171,7 @@ def test_resume_begins_at_the_last_finished_layer(
     assert not (out / STATE_FOLDER).exists()
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "another"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "another"])
 def test_lost_or_foreign_state_is_computed_again(
     source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -179,14 +180,19 @@ def test_lost_or_foreign_state_is_computed_again(
         stop_after(patch, 9)
         with pytest.raises(Interruption):
             convert(source, out)
-    state = out / STATE_FOLDER / "state.safetensors"
+    state = out / STATE_FOLDER / "state"
     if damage == "gone":
         state.unlink()
     elif damage == "cut":
         state.write_bytes(state.read_bytes()[:1000])
+    elif damage == "flipped":
+        data = bytearray(state.read_bytes())
+        data[-100] ^= 1
+        state.write_bytes(data)
     else:
-        activations = load_file(state)["activations"]
-        save_file({"activations": activations * 2}, state, {"layer": "2", "identity": "another"})
+        with Checkpoint(source) as checkpoint:
+            windows = calibration_tokens(checkpoint, "random", 1024).windows
+        write_state(state, "another", 2, torch.ones(*windows.shape, 64))
     convert(source, out)
     assert hashes(out) == reference
 

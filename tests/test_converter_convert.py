@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,16 +20,19 @@ import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-import converter.convert as convert_module
 from converter.convert import ConvertOptions, convert_checkpoint
+from converter.journal import Journal
 from converter.recipes import make_recipe
+from converter.records import Record
 from converter.source import Checkpoint
 from converter.workers import Worker
 from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
 from formats.errors import DoesNotFitError, OutputError, RecipeError, SourceError
 from formats.expert import dequantize_expert
+from formats.layer_file import partial_path
 from formats.verify import verify_folder
+from formats.writer import LayerWriter
 
 ROOT = Path(__file__).parent.parent
 
@@ -143,20 +147,82 @@ def test_torn_last_line_of_the_journal_is_dropped(
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
     with open(out / ".moe-convert.journal", "ab") as journal:
-        journal.write(b'{"unit": "expert", "layer": 1, "exp')
+        journal.write(b'0123456789abcdef {"unit": "expert", "layer": 1, "exp')
     convert(source, out)
     assert hashes(out) == reference
 
 
-def test_damaged_line_of_the_journal_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_fingerprint_of_the_journal_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    journal = out / ".moe-convert.journal"
-    lines = journal.read_bytes().splitlines()
-    lines[2] = lines[2][:10]
-    journal.write_bytes(b"\n".join(lines) + b"\n")
-    with pytest.raises(OutputError, match="line 3 is damaged"):
+    flip(out / ".moe-convert.journal", 40)
+    with pytest.raises(OutputError, match="line 1 is damaged") as caught:
         convert(source, out)
+    assert "--no-resume" in caught.value.hint
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    """Flips one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def unfinished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conversion that stopped in its second layer. Tests only copy it."""
+    out = tmp_path_factory.mktemp("unfinished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(source, out, patch)
+    return out
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
+def test_flipped_bit_in_a_line_of_the_journal_costs_its_work_and_changes_no_byte(
+    source: Path, reference: dict[str, str], unfinished: Path, tmp_path: Path, share: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    out = Path(shutil.copytree(unfinished, tmp_path / "out"))
+    journal = out / ".moe-convert.journal"
+    data = journal.read_bytes()
+    begin = data.index(b"\n") + 1
+    position = begin + int(share * (len(data) - begin))
+    flip(journal, position, bit=position % 7)
+    convert(source, out)
+    assert hashes(out) == reference
+    assert "is damaged: its work is done again" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["experts/layer-001.safetensors.partial", "trunk.safetensors.partial"])
+@pytest.mark.parametrize("position", [4100, 6000])
+def test_flipped_bit_in_recorded_bytes_of_a_partial_file_changes_no_byte_of_the_result(
+    source: Path, reference: dict[str, str], unfinished: Path, tmp_path: Path, file: str, position: int
+) -> None:
+    out = Path(shutil.copytree(unfinished, tmp_path / "out"))
+    flip(out / file, position, bit=3)
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+def test_changed_bytes_of_an_expert_are_never_compressed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    convert(source, whole, codec="zstd")
+    original = LayerWriter.finish_zstd
+
+    def changed(self: LayerWriter, written: list[str]) -> Any:
+        flip(partial_path(self.path), self.offsets[1] + 7)
+        return original(self, written)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerWriter, "finish_zstd", changed)
+        with pytest.raises(OutputError, match="the bytes of expert 1 changed since they were written"):
+            convert(source, out, codec="zstd")
+    convert(source, out, codec="zstd")
+    assert hashes(out) == hashes(whole)
 
 
 @pytest.mark.parametrize(
@@ -210,15 +276,15 @@ def test_kill_between_renaming_a_file_and_recording_it_is_mended(
     source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     out = tmp_path / "out"
-    original = convert_module.Journal.append
+    original = Journal.append
 
-    def append(self: Any, record: dict[str, Any]) -> None:
-        if record.get("unit") == moment:
+    def append(self: Journal, record: Record) -> None:
+        if record.key[0] == moment:
             raise Interruption
         original(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module.Journal, "append", append)
+        patch.setattr(Journal, "append", append)
         with pytest.raises(Interruption):
             convert(source, out)
     convert(source, out)
@@ -230,7 +296,7 @@ def test_kill_before_the_index_is_mended(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "write_card", lambda *_: (_ for _ in ()).throw(Interruption))
+        patch.setattr("converter.convert.write_card", lambda *_: (_ for _ in ()).throw(Interruption))
         with pytest.raises(Interruption):
             convert(source, out)
     assert (out / "trunk.safetensors").exists()

@@ -22,7 +22,17 @@ from converter.journal import JOURNAL_NAME, Journal, read_pin
 from converter.outline import PlannedFolder
 from converter.recipe_file import recipe_settings
 from converter.recipes import make_recipe
+from converter.records import (
+    ExpertRecord,
+    LayerRecord,
+    LinearRecord,
+    ProjectionErrors,
+    ShardRecord,
+    TensorRecord,
+)
+from converter.solver import SquaredError
 from converter.source import Checkpoint
+from formats.checksums import xxh3_of
 from formats.errors import MoeConvertError
 from formats.index_rebuild import rebuild_index
 from formats.quality import read_quality
@@ -148,15 +158,19 @@ def _rebuild(scratch: Path) -> Target:
 def _journal(scratch: Path) -> Target:
     fingerprint = {"recipe": {"name": "2bit"}, "hub": {"repo": "a/b", "commit": "0" * 40}}
     journal = Journal(scratch, fingerprint)
-    journal.append({"unit": "expert", "layer": 0, "expert": 1, "sha256": "0" * 64, "errors": {"gate": [0.5, 2.0, 0]}})
-    journal.append({"unit": "layer", "layer": 0, "size_bytes": 8192, "header_sha256": "0" * 64, "places": [[0, 1, ""]]})
-    journal.append({"unit": "linear", "module": "model.layers.0.self_attn.q_proj", "errors": [0.5, 2.0]})
-    journal.append({"unit": "shard", "name": "model.safetensors", "sha256": "0" * 64})
+    sha256, xxh3, error = "0" * 64, "0" * 32, SquaredError(0.5, 2.0)
+    journal.append(ExpertRecord(0, 1, sha256, xxh3, ProjectionErrors(error, error, error), 12, ["down"]))
+    journal.append(LinearRecord("model.layers.0.self_attn.q_proj", xxh3, error))
+    journal.append(TensorRecord("model.norm.weight", xxh3))
+    journal.append(LayerRecord(0, 8192, sha256, [(4096, 4096, sha256, xxh3)]))
+    journal.append(ShardRecord("model.safetensors", sha256))
     journal.close()
     path = scratch / JOURNAL_NAME
 
     def run(data: bytes) -> None:
-        path.write_bytes(data)
+        # Lines get their checksums, so that mutations reach what decodes them.
+        lines = [line.partition(b" ")[2] for line in data.split(b"\n")[:-1]]
+        path.write_bytes(b"".join(xxh3_of(line).encode() + b" " + line + b"\n" for line in lines) or data)
         read_pin(scratch)
         Journal(scratch, fingerprint).close()
 

@@ -1,0 +1,96 @@
+"""What a conversion records of each finished piece of work: one class a kind, tagged by the field `unit`."""
+
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from converter.solver import SquaredError
+from formats.index import Label, Natural, Sha256, Xxh3
+from formats.writer import Place
+
+RecordKey = tuple[Any, ...]
+"""What a record is about, such as ("expert", layer, expert). A later record replaces one with the same key."""
+
+
+class _Record(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="unit"):
+    @property
+    def key(self) -> RecordKey:
+        raise NotImplementedError
+
+
+class ProjectionErrors(Struct, frozen=True, forbid_unknown_fields=True):
+    """What quantizing changed in an expert's three matrices."""
+
+    gate: SquaredError
+    up: SquaredError
+    down: SquaredError
+
+
+class ExpertRecord(_Record, frozen=True, tag="expert"):
+    """One expert: its bytes are durable in the layer's partial file; the checksums are of its bytes before compression.
+
+    uncalibrated: the projections that were quantized without calibration although there was one.
+    """
+
+    layer: Natural
+    expert: Natural
+    sha256: Sha256
+    xxh3: Xxh3
+    errors: ProjectionErrors
+    calibration_tokens: Natural | None = None
+    uncalibrated: list[Label] = []
+
+    @property
+    def key(self) -> RecordKey:
+        return "expert", self.layer, self.expert
+
+
+class LinearRecord(_Record, frozen=True, tag="linear"):
+    """One packed matrix of the trunk. xxh3: of its stored bytes."""
+
+    module: Label
+    xxh3: Xxh3
+    errors: SquaredError
+    uncalibrated: bool = False
+
+    @property
+    def key(self) -> RecordKey:
+        return "linear", self.module
+
+
+class TensorRecord(_Record, frozen=True, tag="tensor"):
+    """One tensor of the trunk that is copied as it is. xxh3: of its stored bytes."""
+
+    name: Label
+    xxh3: Xxh3
+
+    @property
+    def key(self) -> RecordKey:
+        return "tensor", self.name
+
+
+class LayerRecord(_Record, frozen=True, tag="layer"):
+    """A layer's file that is complete and has its name. places: of its experts, in order."""
+
+    layer: Natural
+    size_bytes: Natural
+    header_sha256: Sha256
+    places: Annotated[list[Place], Meta(min_length=1)]
+
+    @property
+    def key(self) -> RecordKey:
+        return "layer", self.layer
+
+
+class ShardRecord(_Record, frozen=True, tag="shard"):
+    """The sha256 of a whole file of the source."""
+
+    name: Label
+    sha256: Sha256
+
+    @property
+    def key(self) -> RecordKey:
+        return "shard", self.name
+
+
+Record = ExpertRecord | LinearRecord | TensorRecord | LayerRecord | ShardRecord
