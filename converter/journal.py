@@ -14,6 +14,7 @@ from converter.records import Record
 from formats.checksums import xxh3_of
 from formats.errors import OutputError
 from formats.output_file import OutputFile, fsync_folder
+from formats.strict_json import parse
 
 JOURNAL_NAME = ".moe-convert.journal"
 
@@ -67,7 +68,7 @@ class Journal:
     def _take(self, number: int, line: bytes) -> None:
         try:
             self.records.append(msgspec.json.decode(_checked(line) or b"", type=Record))
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             _log.warning("%s: line %d is damaged: its work is done again", self.path, number)
 
     def _compare(self, line: bytes, new: dict[str, Any]) -> None:
@@ -102,8 +103,11 @@ def _checked(line: bytes) -> bytes | None:
 
 
 def _fingerprint(line: bytes) -> dict[str, Any] | None:
-    text = _checked(line)
-    value = json.loads(text) if text is not None else None
+    """The fingerprint in the first line, None if the line is damaged."""
+    try:
+        value = parse(_checked(line) or b"", JOURNAL_NAME, error=ValueError)
+    except ValueError:
+        return None
     return value if isinstance(value, dict) else None
 
 
