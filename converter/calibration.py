@@ -21,6 +21,7 @@ from converter.layer_statistics import DOWN_BLOCK, ExpertInputs, LayerStatistics
 from converter.source import Checkpoint
 from converter.state_file import read_state, write_state
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens, second_moment
+from converter.weight_range import largest_in_layer
 from formats.errors import SourceError
 from formats.index import Architecture, Recipe
 
@@ -139,7 +140,7 @@ class CalibrationPass:
         _log.info("calibration: layer %d", layer)
         assert self._activations is not None
         residual, linears = self._attention(layer, gather)
-        self._check(residual, f"layer {layer}: after attention")
+        self._check(residual, f"layer {layer}: after attention", layer)
         norm = self._model.norm(f"model.layers.{layer}.post_attention_layernorm.weight")
         router = self._model.router(layer)
         inputs = norm(residual).flatten(0, 1)
@@ -167,7 +168,7 @@ class CalibrationPass:
                 pooled += moments
             experts += [ExpertInputs(tokens, inner[e]) for e, (tokens, _) in reached.items()]
         after = after.view_as(residual)
-        self._check(after, f"layer {layer}: after its experts")
+        self._check(after, f"layer {layer}: after its experts", layer)
         if gather:
             weight = sum(float(self._weights[e.tokens].double().sum()) for e in experts)
             self._layer = LayerStatistics(
@@ -223,10 +224,11 @@ class CalibrationPass:
         self._check(moment, what)
         return InputStatistics(moment.float()[None], effective_tokens(self._weights))
 
-    def _check(self, values: Tensor, where: str) -> None:
+    def _check(self, values: Tensor, where: str, layer: int | None = None) -> None:
         if not bool(torch.isfinite(values).all()):
+            largest = "" if layer is None else f"; {largest_in_layer(self._checkpoint, layer)}"
             raise SourceError(
-                f"{self._checkpoint.folder}: {where}: the calibration's activations are infinite or NaN",
+                f"{self._checkpoint.folder}: {where}: the calibration's activations are infinite or NaN{largest}",
                 "the checkpoint is damaged or its training diverged; --calibrate none --solver refit needs no"
                 " activations",
             )

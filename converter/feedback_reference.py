@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converter.solver import NonFiniteWeightsError, SquaredError
+from converter.solver import NonFiniteWeightsError, ScaleOverflowError, SquaredError
 from converter.solver_package import FP16_MAX, FP16_TINY
 from formats.errors import SourceError
 from formats.packing import Packing, QuantizedMatrix, dequantize
@@ -173,10 +173,11 @@ def _under_row_scales(
 
 
 def _largest(values: Tensor, most: int) -> Tensor:
-    """The row scale [rows] under which the largest value gets the integer `most`; SourceError if fp16 lacks it."""
+    """The row scale [rows] under which the largest value gets the integer `most`. ScaleOverflowError if fp16
+    lacks it."""
     row = values.amax(1) / most
     if float(row.max()) > FP16_MAX:
-        raise SourceError(f"a weight scale of {float(row.max()):.3g} does not fit into fp16", "scale the weights down")
+        raise ScaleOverflowError
     return torch.where(row > 0, row.clamp(min=FP16_TINY), row).half().float()
 
 

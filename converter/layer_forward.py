@@ -4,11 +4,12 @@ The residual stream, norms and the router are float32; products with weights are
 most one layer's attention, or two slices of one expert's matrices, is in memory, whatever the model's size.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from converter.names import ExpertTensor
@@ -68,17 +69,15 @@ class LayerForward:
             self._filled(getattr(attention, name), f"{prefix}.self_attn.{name}.weight", self._products)
         output = self._filled(attention.o_proj, f"{prefix}.self_attn.o_proj.weight", self._products)
         # So that what it is given is what comes out.
-        attention.o_proj = torch.nn.Identity()
+        attention.o_proj = nn.Identity()
+        # A module begins in training mode, with dropout.
+        attention.eval()
         norm = self.norm(f"{prefix}.input_layernorm.weight")
-        positions = mixtral.MixtralRotaryEmbedding(self._config)(
-            torch.empty(1, dtype=self._products), torch.arange(window)[None]
-        )
+        arguments = layer_arguments(self._config, window, self._products)
 
         def run(stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             normed = norm(stream)
-            mixed, _ = attention(
-                hidden_states=normed.to(self._products), position_embeddings=positions, attention_mask=None
-            )
+            mixed, _ = attention(hidden_states=normed.to(self._products), **arguments)
             return stream + output(mixed), normed, mixed.float()
 
         return run
@@ -101,7 +100,7 @@ class LayerForward:
         inner = torch.empty(len(x), gate.shape[0], dtype=self._products)
         for begin, gate_rows in self._slices(gate, rows_at_once or ROWS_AT_ONCE, self._products):
             end = begin + len(gate_rows)
-            up_rows = self._checkpoint.read_rows(up, begin, end).to(self._products)
+            up_rows = self._read(up, begin, end).to(self._products)
             part = inner_activations(x, gate_rows, up_rows)
             inner[:, begin:end] = part
             if visit:
@@ -125,13 +124,49 @@ class LayerForward:
         """(first row, rows as `dtype`) of a matrix, in order."""
         for begin in range(0, weight.shape[0], step):
             end = min(begin + step, weight.shape[0])
-            yield begin, self._checkpoint.read_rows(weight, begin, end).to(dtype)
+            yield begin, self._read(weight, begin, end).to(dtype)
+
+    def _read(self, weight: Weight, begin: int, end: int) -> Tensor:
+        """Rows of `weight` in its own dtype; SourceError naming the place where one is not finite."""
+        rows = self._checkpoint.read_rows(weight, begin, end)
+        self._checkpoint.check_finite(weight, begin, rows)
+        return rows
 
     def _filled(self, module: Any, name: str, dtype: torch.dtype = torch.float32) -> Any:
         weight = self._checkpoint.trunk[name]
-        values = self._checkpoint.read_rows(weight, 0, weight.shape[0]).to(dtype)
-        module.weight = torch.nn.Parameter(values, requires_grad=False)
+        values = self._read(weight, 0, weight.shape[0]).to(dtype)
+        module.weight = nn.Parameter(values, requires_grad=False)
         return module.eval()
+
+
+def layer_arguments(config: Any, window: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what transformers' model passes to its layers besides the activations, for windows of `window` tokens: the
+    attention mask, the rotary embedding. Asked of the model itself, which alone knows its rules for sliding windows and
+    scaled positions."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralModel, MixtralRotaryEmbedding
+
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 0
+    with torch.device("meta"):
+        model = MixtralModel(config)
+    model.rotary_emb = MixtralRotaryEmbedding(config)
+    model.norm = nn.Identity()
+    layer = _ArgumentRecorder()
+    model.layers.append(layer)
+    config.num_hidden_layers = 1
+    # Of the activations the model looks at no more than the number and the dtype.
+    model.eval()(inputs_embeds=torch.empty(1, window, 1, dtype=dtype), use_cache=False)
+    return layer.arguments
+
+
+class _ArgumentRecorder(nn.Module):
+    """A layer that changes nothing and keeps its arguments."""
+
+    arguments: dict[str, Any]
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden_states
 
 
 def inner_activations(x: Tensor, gate_rows: Tensor, up_rows: Tensor) -> Tensor:

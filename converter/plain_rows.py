@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from converter.solver import NonFiniteWeightsError, SquaredError
-from formats.errors import RecipeError, SourceError
+from converter.solver import NonFiniteWeightsError, SquaredError, WeightRangeError
+from formats.errors import RecipeError
 from formats.packing import Packing
 from formats.plain_packing import PLAIN_PACKINGS, PlainPacking
 
@@ -30,14 +30,14 @@ def plain_packing_for(dtypes: set[str]) -> str:
 def store_rows(weight: Tensor, packing: PlainPacking, out: Tensor) -> SquaredError:
     """Writes `weight` [rows, columns] to `out`, of the packing's dtype: as it is, or rounded to nearest even.
 
-    Raises NonFiniteWeightsError, and SourceError where a weight is beyond the packing's largest number.
+    Raises NonFiniteWeightsError, and WeightRangeError where a weight is beyond the packing's largest number.
     """
     out.copy_(weight)
     if not bool(torch.isfinite(out).all()):
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             raise NonFiniteWeightsError(bad)
-        raise SourceError(
+        raise WeightRangeError(
             f"weights up to {float(weight.abs().max()):g} do not fit into {packing.name}",
             f"use {', '.join(name for name in PLAIN_PACKINGS if name != packing.name)}",
         )

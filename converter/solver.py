@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from converter.source import DAMAGED_HINT
 from converter.statistics import InputStatistics
 from formats.errors import SourceError
 from formats.packing import Packing
@@ -14,8 +15,19 @@ class NonFiniteWeightsError(SourceError, ValueError):
     """Infinities or NaN among the weights; `count` of them. The caller knows the tensor's name and adds it."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(f"{count} weights are infinite or NaN", "check the source checkpoint")
+        super().__init__(f"{count} weights are infinite or NaN", DAMAGED_HINT)
         self.count = count
+
+
+class WeightRangeError(SourceError, ValueError):
+    """Weights beyond what a packing holds. The caller knows the tensor's name and adds it."""
+
+
+class ScaleOverflowError(WeightRangeError):
+    """Weights so large that a row's super-scale exceeds fp16 (65504)."""
+
+    def __init__(self) -> None:
+        super().__init__("a row's super-scale exceeds fp16's 65504", DAMAGED_HINT)
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,8 @@ class Solver(Protocol):
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
         """Fills `tiles` (uint8 [tiles, tile_bytes], a view whose rows may lie apart) with `weight` [rows, columns].
 
-        weight: bfloat16, float16 or float32, contiguous. Raises NonFiniteWeightsError, and SourceError if a scale does
-        not fit into fp16.
+        weight: bfloat16, float16 or float32, contiguous. Raises NonFiniteWeightsError, and ScaleOverflowError if a
+        scale does not fit into fp16.
         """
 
 

@@ -5,8 +5,7 @@ import importlib.metadata
 import torch
 from torch import Tensor
 
-from converter.solver import NonFiniteWeightsError, SquaredError
-from formats.errors import SourceError
+from converter.solver import NonFiniteWeightsError, ScaleOverflowError, SquaredError
 from formats.packing import Packing, QuantizedMatrix, dequantize, pack
 
 FP16_MAX = 65504.0
@@ -35,7 +34,7 @@ class PackageSolver:
 def quantize_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, SquaredError]:
     """`weight` [rows, columns] of any float dtype, quantized by the hqq package and rounded to the packing's scales.
 
-    Raises SourceError if a row's scale does not fit into fp16.
+    Raises ScaleOverflowError if a row's scale does not fit into fp16.
     """
     weight = weight.float()
     scale, minimum = _hqq(weight, packing.nbits, packing.group_size)
@@ -68,7 +67,7 @@ def _under_row_scale(values: Tensor, least: int, most: int) -> tuple[Tensor, Ten
     largest = values.clamp(min=0).amax(1) if least == 0 else values.abs().amax(1)
     row = largest / most
     if float(row.max()) > FP16_MAX:
-        raise SourceError(f"a weight scale of {float(row.max()):.3g} does not fit into fp16", "scale the weights down")
+        raise ScaleOverflowError
     half = torch.where(row > 0, row.clamp(min=FP16_TINY), row).half()
     divisor = half.float()
     divisor = torch.where(divisor > 0, divisor, 1.0)

@@ -20,6 +20,7 @@ from formats.safetensors_header import Header
 from formats.trunk import packable_linears, plain_tensors
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DAMAGED_HINT = "the checkpoint is damaged or its training diverged; get it again or choose another one"
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,10 @@ class Checkpoint:
             raise cut_off(self._shards.where, weight.shard, weight.name)
         return data.view(TORCH_DTYPES[weight.dtype]).view(end - begin, *weight.shape[1:])
 
+    def place_of(self, weight: Weight) -> str:
+        """The file and the name of `weight`, for messages."""
+        return f"{self._shards.where}/{weight.shard}: tensor {weight.name}"
+
     def check_finite(self, weight: Weight, begin: int, rows: Tensor) -> None:
         """SourceError naming the tensor and the first place if `rows`, read from row `begin` on, are not finite."""
         bad = ~torch.isfinite(rows)
@@ -153,9 +158,8 @@ class Checkpoint:
             first = bad.nonzero()[0].tolist()
             first[0] += begin
             raise SourceError(
-                f"{self._shards.where}/{weight.shard}: tensor {weight.name} has {int(bad.sum())} NaN or infinite"
-                f" values, the first at {first}",
-                "the checkpoint is damaged or its training diverged; get it again or choose another one",
+                f"{self.place_of(weight)} has {int(bad.sum())} NaN or infinite values, the first at {first}",
+                DAMAGED_HINT,
             )
 
     def shard_sha256(self, name: str, stop: threading.Event | None = None) -> str:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from converter.layer_forward import LayerForward
-from converter.source import Checkpoint
+from converter.source import DAMAGED_HINT, Checkpoint
+from converter.weight_range import largest_in_layer
 from formats.errors import DoesNotFitError, SourceError
 from formats.io_errors import io_error
 
@@ -88,21 +89,22 @@ class StreamedModel:
         router = self._forward.router(layer)
         chosen, scores = self._chosen[layer], torch.empty(self._chosen[layer].shape)
         for part in torch.split(torch.arange(len(chosen)), TOKENS_AT_ONCE):
-            self._check(self._stream[part], f"layer {layer}: after attention")
+            self._check(self._stream[part], layer, "after attention")
             *_, scores[part], chosen[part] = router(norm(self._stream[part]))
         self._after.copy_(self._stream)
         for expert in range(self._checkpoint.architecture.num_local_experts):
             tokens, place = torch.where(chosen == expert)
             for rows, column in zip(*(torch.split(x, TOKENS_AT_ONCE) for x in (tokens, place)), strict=True):
                 output = self._forward.expert(layer, expert, norm(self._stream[rows]))
-                self._check(output, f"layer {layer}, expert {expert}")
+                self._check(output, layer, f"expert {expert}")
                 self._after.index_add_(0, rows, output.mul_(scores[rows, column, None]))
 
-    def _check(self, values: Tensor, where: str) -> None:
+    def _check(self, values: Tensor, layer: int, where: str) -> None:
         if not bool(torch.isfinite(values).all()):
             raise SourceError(
-                f"{self._checkpoint.folder}: {where}: the activations are infinite or NaN",
-                "the checkpoint is damaged or its training diverged; get it again",
+                f"{self._checkpoint.folder}: layer {layer}: {where}: the activations are infinite or NaN;"
+                f" {largest_in_layer(self._checkpoint, layer)}",
+                DAMAGED_HINT,
             )
 
 

@@ -18,9 +18,10 @@ from converter.plain_rows import store_rows
 from converter.records import ExpertRecord, LinearRecord, ProjectionErrors, TensorRecord
 from converter.shards import Stopped
 from converter.sizes import OutputPlan, chunk_rows
-from converter.solver import CalibratedSolver, NonFiniteWeightsError, Solver, SquaredError
+from converter.solver import CalibratedSolver, NonFiniteWeightsError, Solver, SquaredError, WeightRangeError
 from converter.source import Checkpoint, Weight
 from converter.statistics import InputStatistics
+from converter.weight_range import largest_of
 from formats.checksums import xxh3_of
 from formats.expert import split
 from formats.packing import AnyPacking, Packing, tile_packing_named
@@ -152,6 +153,9 @@ class Worker:
             except NonFiniteWeightsError:
                 self._checkpoint.check_finite(weight, begin, block)
                 raise
+            except WeightRangeError as e:
+                _, largest = largest_of(self._checkpoint, weight, begin, block)
+                raise WeightRangeError(f"{largest}; {e.message}", e.hint) from None
         return total
 
     def _check_stop(self) -> None:

@@ -8,6 +8,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 from loader.growing_cache import growing_layer
 from loader.kernels import DTYPES, PackedMatrix
+from loader.layer_state import State, attention_state
 from loader.listeners import are_heard
 from loader.modules import PackedLinear
 from loader.step_kernels import AttentionStep, AttentionWeights
@@ -24,7 +25,8 @@ class PackedAttention(MixtralAttention):  # type: ignore[misc]
     transformers' code, over a cache that grows in place.
     """
 
-    _step: AttentionStep | None = None
+    _step: tuple[State, AttentionStep] | None = None
+    """What the step was made of, and the step."""
 
     def forward(
         self,
@@ -49,26 +51,33 @@ class PackedAttention(MixtralAttention):  # type: ignore[misc]
         return result
 
     def is_plain(self) -> bool:
-        """Whether nobody wants what the native step does not give: weights, dropout, gradients."""
-        return not self.training and not torch.is_grad_enabled() and _implementation(self.config) == "sdpa"
+        """Whether nobody wants what the native step does not give: weights, dropout, gradients, another dtype."""
+        return (
+            not self.training
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled("cuda")
+            and _implementation(self.config) == "sdpa"
+        )
 
     def native_step(self, dtype: torch.dtype) -> AttentionStep | None:
-        """The step for activations of `dtype`, or None; made when first needed: loading replaces the weights."""
-        step = self._step
-        if (
-            step is not None
-            and step.dtype is dtype
-            and step.weights.q.tiles is self._modules["q_proj"]._buffers.get("packed")
-        ):
-            return step
+        """The step for activations of `dtype` and the present weights and settings, or None."""
+        state = attention_state(self)
+        if self._step is not None:
+            made_of, step = self._step
+            if step.dtype is dtype and made_of == state:
+                return step
         projections = self.q_proj, self.k_proj, self.v_proj, self.o_proj
-        if dtype not in DTYPES or self.head_dim % _MULTIPLE:
+        if state is None or dtype not in DTYPES or self.head_dim % _MULTIPLE:
             return None
         if not all(type(p) is PackedLinear and p.backend_name == "native" for p in projections):
             return None
+        if not all(p.packed.device.type == "cpu" and p.packed.is_contiguous() for p in projections):
+            return None
         weights = AttentionWeights(*(PackedMatrix(p.packed, p.packing.name, p.out_features) for p in projections))
-        self._step = AttentionStep(weights, self.config.hidden_size, self.head_dim, self.scaling, dtype)
-        return self._step
+        step = AttentionStep(weights, self.config.hidden_size, self.head_dim, self.scaling, dtype)
+        self._step = state, step
+        return step
 
 
 def _implementation(config: Any) -> Any:

@@ -30,6 +30,9 @@ class ExpertSource(Protocol):
     def used_again(self, layer: int, experts: int) -> None:
         """So many experts of an earlier lease were used, in a layer that none ever leaves."""
 
+    def room(self, layer: int) -> int:
+        """Return how many experts of `layer` one lease can hold."""
+
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
         """Asked for once a pass: what ranks the experts of layer + 1 from the input of the router of `layer`
         (`Prefetcher.router`), and how many of the first ones `guess` is to be given for one token. None where reading
@@ -104,6 +107,10 @@ class ExpertCache:
         its experts, which none ever leaves."""
         with self._lock:
             self._layers[layer].hits += experts
+
+    def room(self, layer: int) -> int:
+        """As `ExpertSource.room`."""
+        return self._layers[layer].most
 
     def stream(
         self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool

@@ -135,6 +135,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             return False
         if length + new.shape[-2] > memory[0].shape[2] or memory[0].shape[0] != new.shape[0]:
             return False
+        # As where they are concatenated: what was of a narrower dtype becomes a wider one.
+        if torch.promote_types(memory[0].dtype, new.dtype) != memory[0].dtype:
+            return False
         return (
             length == 0
             or self._shown is not None
@@ -147,7 +150,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 def _moved(present: Tensor, new: Tensor, length: int, capacity: int) -> Tensor:
     batch, heads, _, width = new.shape
-    memory = new.new_empty((batch, heads, capacity, width))
+    dtype = torch.promote_types(present.dtype, new.dtype) if length else new.dtype
+    memory = new.new_empty((batch, heads, capacity, width), dtype=dtype)
     if length:
         memory[:, :, :length] = present
     return memory

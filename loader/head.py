@@ -22,6 +22,7 @@ class NativeHead(nn.Linear):
             or x.dtype is not torch.bfloat16
             or not 0 < tokens <= FEW_TOKENS
             or torch.is_grad_enabled()
+            or self.bias is not None
             or not weight.is_contiguous()
             or x.device.type != "cpu"
         ):

@@ -106,7 +106,7 @@ def linear(x: torch.Tensor, tiles: torch.Tensor, packing: str, rows: int) -> tor
     tokens, columns = _matrix_shape("x", x, torch.float32)
     number = _packing_id(packing)
     _bytes("tiles", tiles, library().moe_packed_bytes(number, rows, columns))
-    y = torch.empty((tokens, rows), dtype=torch.float32)
+    y = torch.empty((tokens, rows), dtype=torch.float32, device=x.device)
     _check(library().moe_linear(number, tiles.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), tokens))
     return y
 
@@ -118,7 +118,7 @@ def linear_many(x: torch.Tensor, matrices: Sequence[PackedMatrix]) -> list[torch
     for entry, (tiles, packing, rows) in zip(entries, matrices, strict=True):
         entry.packing = _packing_id(packing)
         _bytes("tiles", tiles, library().moe_packed_bytes(entry.packing, rows, columns))
-        y = torch.empty((tokens, rows), dtype=torch.float32)
+        y = torch.empty((tokens, rows), dtype=torch.float32, device=x.device)
         results.append(y)
         entry.tiles, entry.rows, entry.y = tiles.data_ptr(), rows, y.data_ptr()
     _check(library().moe_linear_many(entries, len(matrices), columns, x.data_ptr(), tokens))
@@ -131,7 +131,7 @@ def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows, inputs = _matrix_shape("weight", weight, torch.bfloat16)
     if inputs != columns:
         raise ValueError(f"x has {columns} columns, weight has {inputs}")
-    y = torch.empty((tokens, rows), dtype=torch.float32)
+    y = torch.empty((tokens, rows), dtype=torch.float32, device=x.device)
     _check(library().moe_linear_bf16(weight.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), tokens))
     return y
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from loader.growing_cache import growing_layer
+from loader.layer_state import State, dense_state, is_mixtral
 from loader.layer_step import LayerStep, LayerWeights
 from loader.listeners import Watch
 from loader.modules import CachedExperts
@@ -24,7 +25,8 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
     transformers' code. The layer's own hooks run as always.
     """
 
-    _step: LayerStep | None = None
+    _step: tuple[State, LayerStep] | None = None
+    """What the step was made of, and the step."""
     _watch: Watch | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -55,27 +57,35 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         return self._watch.is_heard()
 
     def native_step(self, dtype: torch.dtype) -> LayerStep | None:
-        """The step for activations of `dtype`, or None; made when first needed: loading replaces the weights."""
+        """The step for activations of `dtype` and the present weights and settings, or None."""
         packed: Any = self._modules["self_attn"]
         attention = packed.native_step(dtype)
         if attention is None:
             return None
-        step = self._step
-        if step is not None and step.attention is attention:
-            return step
+        state = dense_state(self)
+        if self._step is not None:
+            made_of, step = self._step
+            if step.attention is attention and made_of == state:
+                return step
         experts, router = self.mlp.experts, self.mlp.gate
         layout = experts.layout if type(experts) is CachedExperts else None
+        if state is None or layout is None or not layout.is_tiled or not is_mixtral(self):
+            return None
+        if router.top_k > experts.cache.room(experts.layer):
+            return None
         norms = self.input_layernorm, self.post_attention_layernorm
         first, second, routing = (_dense(module, dtype) for module in (*norms, router))
-        if layout is None or not layout.is_tiled or first is None or second is None or routing is None:
+        if first is None or second is None or routing is None:
             return None
         weights = LayerWeights(first, second, routing, norms[0].variance_epsilon)
-        self._step = LayerStep(attention, weights, layout, router.top_k)
-        return self._step
+        step = LayerStep(attention, weights, layout, router.top_k)
+        self._step = state, step
+        return step
 
 
 def _dense(module: nn.Module, dtype: torch.dtype) -> Tensor | None:
     weight = module.weight
-    if isinstance(weight, Tensor) and weight.dtype is dtype and weight.device.type == "cpu":
-        return weight.detach().contiguous()
+    # Of other layouts the step would read a copy, which changes in place do not reach.
+    if isinstance(weight, Tensor) and weight.dtype is dtype and weight.device.type == "cpu" and weight.is_contiguous():
+        return weight.detach()
     return None

@@ -81,11 +81,16 @@ class CachedExperts(nn.Module):
         x, weights = (part.to(there, torch.float32) for part in (hidden_states, top_k_weights))
         index, guesses = self._chosen(hidden_states, top_k_index)
         out = torch.zeros_like(x)
-        if len(x) == 1:
+        if len(x) == 1 and index.shape[1] <= self._cache.room(self.layer):
             # By rank: the second choice becomes the most recently used (examples/tiny-mixtral/README.md).
             with self._cache.lease(self.layer, index[0].tolist()) as lease:
                 self._cache.guess(self.layer + 1, guesses)
                 self._backend.experts(lease.all(), self._layouts, x, index, weights, out)
+        elif len(x) == 1:
+            # The router was set to more experts than the cache was made for.
+            for blobs in self._cache.stream(self.layer, _by_last_use(index), guesses, ascending=True):
+                ranks = [rank for rank, expert in enumerate(index[0].tolist()) if expert in blobs]
+                self._backend.experts(blobs, self._layouts, x, index[:, ranks], weights[:, ranks], out)
         else:
             ascending = index.shape[1] > 2
             for blobs in self._cache.stream(self.layer, _by_last_use(index), guesses, ascending=ascending):

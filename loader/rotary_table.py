@@ -1,5 +1,6 @@
 """cos and sin of the rotary embedding by position: the model's own values, computed for many positions at a time."""
 
+from ctypes import string_at
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ class RotaryTable:
 
     def __init__(self, rotary: Any, dtype: torch.dtype) -> None:
         self._rotary, self.dtype = rotary, dtype
-        self._frequencies, self._scaling = rotary.inv_freq, rotary.attention_scaling
+        self._frequencies, self._state = rotary.inv_freq, _state(rotary)
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
@@ -26,11 +27,7 @@ class RotaryTable:
 
     def is_of(self, rotary: Any) -> bool:
         """Whether `rotary` still gives these values."""
-        return (
-            rotary is self._rotary
-            and rotary.inv_freq is self._frequencies
-            and rotary.attention_scaling == self._scaling
-        )
+        return rotary is self._rotary and _state(rotary) == self._state
 
     def find(self, position: int) -> tuple[Tensor, Tensor, int]:
         """cos and sin of POSITIONS positions, each [1, POSITIONS, head_dim], and the row of `position`."""
@@ -50,3 +47,15 @@ class RotaryTable:
             like = torch.empty(1, dtype=self.dtype, device=device)
             cos, sin = type(self._rotary).forward(self._rotary, like, positions)
         return cos.contiguous(), sin.contiguous()
+
+
+def _state(rotary: Any) -> tuple[Any, ...]:
+    """What the values depend on, to be compared for each token: the frequencies themselves, or on a GPU, where reading
+    them takes longer than the token, their place and the number of changes; a change by `.data` is not seen there."""
+    frequencies: Tensor = rotary._buffers["inv_freq"]
+    if frequencies.device.type == "cpu":
+        dense = frequencies.contiguous()
+        content: Any = string_at(dense.data_ptr(), dense.nbytes)
+    else:
+        content = frequencies.data_ptr(), 0 if frequencies.is_inference() else frequencies._version
+    return rotary.rope_type, rotary.attention_scaling, content

@@ -57,12 +57,22 @@ class RoutingRecorder:
         self._handles, self._residual = [], None
 
     def take(self) -> Routing:
-        """What was recorded since the last call, in the order of the forward passes; batches row by row."""
+        """What was recorded since the last call, in the order of the forward passes; batches row by row.
+
+        MoeConvertError if layers choose different numbers of experts.
+        """
         found, self._found = self._found, [{} for _ in self._layers]
+        tokens = sum(len(part) for part in found[0]["experts"])
+        chosen = sorted({part.shape[1] for layer in found for part in layer["experts"]})
+        if len(chosen) > 1:
+            raise MoeConvertError(
+                f"the routers choose {chosen[0]} to {chosen[-1]} experts a token; a trace has one number",
+                "give all routers the same top_k",
+            )
 
         def stacked(name: str, layers: list[dict[str, list[Tensor]]], width: int) -> Any:
             if not layers:
-                return np.zeros((len(found[0]["experts"][0]), 0, width), np.uint8)
+                return np.zeros((tokens, 0, width), np.uint8)
             return torch.stack([torch.cat(layer[name]) for layer in layers], 1).numpy()
 
         guessing = found[:-1]

@@ -80,6 +80,8 @@ class TokenForward:
         step = self._step = self._steps.step(self._model, self._step) if past is not None else None
         if past is None or step is None:
             return None
+        if not RotaryTable.fits(self._inner.rotary_emb):
+            return None
         length = past[0].get_seq_length()
         token = request.token_after(length)
         if token is None or not 0 <= token < step.vocabulary:
@@ -133,7 +135,6 @@ def _fits(model: Any, steps: Steps) -> bool:
         and type(inner.embed_tokens) is nn.Embedding
         and inner.embed_tokens.max_norm is None
         and type(inner.norm) in steps.norms
-        and RotaryTable.fits(inner.rotary_emb)
         and all(type(layer) in steps.layers for layer in layers)
         and all(type(part) is CachedExperts and part.cache is experts[0].cache for part in experts)
         and [part.layer for part in experts] == list(range(len(layers)))

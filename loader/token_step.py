@@ -36,8 +36,8 @@ class ModelWeights:
         )
 
     def addresses(self) -> list[int]:
-        """Where they lie."""
-        return [part.data_ptr() for part in self._tensors()]
+        """Where they lie, after the number of embeddings: fewer may lie at the same place."""
+        return [len(self.embedding), *(part.data_ptr() for part in self._tensors())]
 
     def detached(self) -> "ModelWeights":
         """The same memory, kept whatever becomes of the parameters."""
@@ -109,7 +109,8 @@ class TokenStep:
             raise ValueError(f"rotary embedding of {self.dtype} [{width}]: got {cos.dtype} {tuple(cos.shape)}")
         offset = row * width * self.dtype.itemsize
         index, scores, room = self._index(), self._scores(), self._room()
-        out = torch.empty((1, 1, self._wide), dtype=self.dtype)
+        # The device is named: native code writes there, whatever torch's default device is.
+        out = torch.empty((1, 1, self._wide), dtype=self.dtype, device="cpu")
         state = Token(
             token, cos.data_ptr() + offset, sin.data_ptr() + offset, addressof(keys), addressof(values),
             addressof(capacity), length, addressof(room), addressof(index), addressof(scores), out.data_ptr(),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -36,9 +37,9 @@ class TracedModel:
         """Of a converted folder, or of an ordinary checkpoint, whose experts count at 2 bytes a weight (4 where
         config.json says float32)."""
         if is_converted(folder):
-            index = Artifact.open(folder).index
-            sizes = tuple(max(expert.length for expert in layer.experts) for layer in index.layers)
-            return cls(folder.resolve().name, index.architecture, sizes)
+            artifact = Artifact.open(folder)
+            sizes = tuple(max(expert.length for expert in layer.experts) for layer in artifact.index.layers)
+            return cls(folder.resolve().name, artifact.architecture, sizes)
         where = str(folder / "config.json")
         config = parse(read_small(folder, "config.json", str(folder)), where)
         if not isinstance(config, dict):
@@ -136,16 +137,19 @@ def _trace(
         for number, path in enumerate(files):
             sequences.extend(run(number, path))
             parts.append(recorder.take())
+    names = ("experts", "weights", "guesses", "guesses_next_norm")
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    # The routers of the loaded model may have been set to another number than its folder says.
+    chosen = arrays["experts"].shape[2]
     header = TraceHeader(
         format=TRACE_FORMAT,
         format_version=TRACE_VERSION,
         producer=producer,
         model=described.name,
-        architecture=described.architecture,
+        architecture=msgspec.structs.replace(described.architecture, num_experts_per_tok=chosen),
         expert_bytes=list(described.expert_bytes),
         guesses=guesses,
         texts=[TracedText(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files],
         sequences=sequences,
     )
-    names = ("experts", "weights", "guesses", "guesses_next_norm")
-    return Trace(header, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    return Trace(header, **arrays)

@@ -2,7 +2,10 @@ import json
 from functools import partial
 
 import pytest
+from make_checkpoint import SHAPES, make_checkpoint
 
+from converter.convert import convert_checkpoint
+from converter.recipes import make_recipe
 from loader.trace import read_trace
 
 
@@ -44,3 +47,44 @@ def test_either_text_or_prompts_must_be_given(run, converted, english, tmp_path)
         assert code == 2
         assert "either --text or --prompts" in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """A converted model of one layer."""
+    root = tmp_path_factory.mktemp("one")
+    make_checkpoint(root / "source", SHAPES["mini"], 1)
+    convert_checkpoint(root / "source", root / "out", make_recipe("4bit", solver="hqq"))
+    return root / "out"
+
+
+def test_a_model_of_one_layer_is_traced_without_guesses_and_replayed(run, run_command, one_layer, english, tmp_path):
+    out = tmp_path / "t.zst"
+    code, said, _ = run(one_layer, "--text", english, "--window", 64, "--max-tokens", 576, "-o", out, "--json")
+    assert code == 0
+    assert json.loads(said)["tokens"] == 576
+    trace = read_trace(out)
+    assert trace.experts.shape == (576, 1, 2)
+    assert trace.guesses.shape == trace.guesses_next_norm.shape == (576, 0, 4)
+    code, said, _ = run_command("replay", out, "--slots", "2,3", "--guesses", "0,1", "--by-layer", "--json")
+    assert code == 0
+    report = json.loads(said)
+    assert report["recall"]["next_norm"] == []
+    assert all(reads["useful_bytes_per_token"] == 0 for r in report["runs"] for reads in r["reads"])
+    assert run_command("replay", out, "--disk", 2, "--by-layer")[0] == 0
+
+
+def test_prompts_of_a_model_of_one_layer_are_traced_and_choose_its_slots(run, run_command, one_layer, tmp_path):
+    prompts, out = tmp_path / "p.txt", tmp_path / "t.zst"
+    prompts.write_text("one\ntwo three\n")
+    assert run(one_layer, "--prompts", prompts, "--max-new-tokens", 3, "-o", out)[0] == 0
+    assert len(read_trace(out).header.sequences) == 2
+    code, _, err = run_command(
+        "generate", one_layer, "--prompt", "one", "--max-new-tokens", 4, "--ram-cache", "128KiB", "--trace", out
+    )
+    assert code == 0, err
+
+
+def test_a_model_of_one_layer_is_evaluated(run_command, one_layer, english):
+    code, _, err = run_command("eval", one_layer, "--text", english, "--window", 64, "--max-windows", 2)
+    assert code == 0, err

@@ -10,6 +10,7 @@ from cuda_host import COMPILER
 from recording_device import RecordingDevice
 from torch import nn
 from transformers import DynamicCache
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import loader
 from converter.convert import convert_checkpoint
@@ -313,12 +314,98 @@ def test_an_expert_that_cannot_be_read_leaves_the_cache_as_it_was(folder_of, mon
     assert torch.equal(gpu(model, IDS[:, 8:9], past), expected)
 
 
-def test_sizes_that_do_not_fit_together_are_refused(folder_of):
+def replace_router(model):
+    gate = model.model.layers[1].mlp.gate
+    gate.weight = nn.Parameter(-gate.weight, requires_grad=False)
+
+
+def assign_norm_data(model):
+    norm = model.model.layers[0].post_attention_layernorm
+    norm.weight.data = norm.weight.data * 3
+
+
+def exchange_keys(model):
+    one, other = (model.model.layers[n].self_attn.k_proj for n in (1, 0))
+    one.packed = other.packed
+
+
+def use_three_experts(model):
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = 3
+
+
+def change_scaling(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 2.0
+
+
+def change_eps(model):
+    norms = model.model.layers[2].input_layernorm, model.model.layers[2].post_attention_layernorm
+    for norm in norms:
+        norm.variance_epsilon = 0.5
+
+
+def change_frequencies(model):
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_router, assign_norm_data, exchange_keys, use_three_experts, change_scaling, change_eps,
+        change_frequencies,
+    ],
+)  # fmt: skip
+def test_what_changes_after_the_first_token_is_followed(folder_of, change):
+    cpu, gpu = load(folder_of(), torch.float32), Gpu()
+    model = gpu.load(folder_of(), torch.float32)
+    caches = prompted(cpu, IDS[:, :8]), prompted(model, IDS[:, :8])
+    for number, token in enumerate(IDS[:, 8:12].split(1, 1)):
+        if number == 2:
+            unchanged = cpu(token, past_key_values=copy.deepcopy(caches[0]), use_cache=True).logits
+            change(cpu)
+            change(model)
+        expected = cpu(token, past_key_values=caches[0], use_cache=True).logits
+        assert torch.equal(gpu(model, token, caches[1]), expected)
+        assert number != 2 or not torch.equal(expected, unchanged)
+
+
+def narrow_router(layer):
+    layer.mlp.gate.weight = nn.Parameter(torch.zeros(3, 64).bfloat16(), requires_grad=False)
+
+
+def use_one_expert(layer):
+    layer.mlp.gate.top_k = 1
+
+
+def change_scaling_of_one(layer):
+    layer.self_attn.scaling = 2.0
+
+
+def change_eps_of_one_norm(layer):
+    layer.input_layernorm.variance_epsilon = 0.5
+
+
+class OtherRouter(MixtralTopKRouter):
+    """Routes in a way of its own, perhaps."""
+
+
+def give_another_router(layer):
+    layer.mlp.gate.__class__ = OtherRouter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change", [narrow_router, use_one_expert, change_scaling_of_one, change_eps_of_one_norm, give_another_router]
+)
+def test_layers_that_differ_are_left_to_transformers(folder_of, change):
     gpu = Gpu()
     model = gpu.load(folder_of(), torch.bfloat16)
-    model.model.layers[1].mlp.gate.weight = nn.Parameter(torch.zeros(5, 64).bfloat16())
-    with torch.no_grad(), pytest.raises(ValueError, match="expected dense"):
-        gpu(model, IDS[:, 8:9], prompted(load(folder_of(), torch.bfloat16), IDS[:, :8]))
+    past = prompted(model, IDS[:, :8])
+    assert change is give_another_router or gpu(model, IDS[:, 8:9], past) is not None
+    change(model.model.layers[1])
+    assert gpu(model, IDS[:, 9:10], past) is None
 
 
 def test_the_step_is_made_once(folder_of, monkeypatch):

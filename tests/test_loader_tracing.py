@@ -2,6 +2,7 @@ import hashlib
 
 import pytest
 
+import loader
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from loader.checkpoint import load_checkpoint
@@ -66,3 +67,16 @@ def test_too_short_a_text_and_no_prompt_are_errors(model, tokenizer, example_fol
         trace_texts(model, tokenizer, described, "tests", [file])
     with pytest.raises(MoeConvertError, match=r"short\.txt: no prompts"):
         trace_prompts(model, tokenizer, described, "tests", [file])
+
+
+def test_a_trace_has_the_number_of_experts_that_the_routers_are_set_to(converted, tokenizer, example_folder):
+    model, path = loader.from_pretrained(converted("2bit")), example_folder.parent / "text" / "english.txt"
+    described = TracedModel.of_folder(converted("2bit"))
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = 3
+    trace = trace_texts(model, tokenizer, described, "tests", [path], window=16, max_tokens=16)
+    assert trace.experts.shape == (16, 8, 3)
+    assert trace.header.architecture.num_experts_per_tok == 3
+    layer.mlp.gate.top_k = 1
+    with pytest.raises(MoeConvertError, match="routers choose 1 to 3 experts a token"):
+        trace_texts(model, tokenizer, described, "tests", [path], window=16, max_tokens=16)

@@ -17,8 +17,10 @@ from loader.cuda.token_step import CudaTokenStep, LayerParts
 from loader.head import NativeHead
 from loader.kernels import PackedMatrix
 from loader.layer import PackedDecoderLayer
+from loader.layer_state import attention_state, dense_state, is_mixtral
 from loader.layer_step import LayerWeights
 from loader.modules import CachedExperts, PackedLinear
+from loader.native_steps import say_once
 from loader.norm import NativeNorm
 from loader.step_kernels import AttentionWeights
 from loader.token_forward import one_token
@@ -53,17 +55,20 @@ class CudaSteps:
         inner = model.model
         embedding, norm = inner.embed_tokens.weight, inner.norm
         weights = ModelWeights(embedding, norm.weight, norm.variance_epsilon, _head(model.lm_head, embedding.dtype))
-        tiles = [layer._modules["self_attn"]._modules["q_proj"]._buffers.get("packed") for layer in inner.layers]
-        if any(part is None for part in tiles):
+        states = [(attention_state(layer._modules["self_attn"]), dense_state(layer)) for layer in inner.layers]
+        if any(None in state for state in states):
             return None
-        if last is not None and last.is_of(tiles, weights):
+        if last is not None and last.is_of(states, weights):
             return last
         sizes = _sizes(inner.layers[0], embedding)
+        if any(_sizes(layer, embedding) != sizes for layer in inner.layers):
+            say_once("layers use different numbers of experts: single tokens take transformers' code, which is slower")
+            return None
         found = [self._layer(layer, embedding.dtype) for layer in inner.layers]
         layers = [layer for layer in found if layer is not None]
         if not weights.fit(embedding.dtype, self.device) or not fits(sizes) or len(layers) < len(found):
             return None
-        return CudaTokenStep(*self._parts, sizes, layers, weights, *self._cpu)
+        return CudaTokenStep(*self._parts, sizes, layers, weights, states, *self._cpu)
 
     def _layer(self, layer: Any, dtype: torch.dtype) -> LayerParts | None:
         attention, experts, router = layer.self_attn, layer.mlp.experts, layer.mlp.gate
@@ -71,7 +76,9 @@ class CudaSteps:
         layout = experts.layout if type(experts) is CachedExperts else None
         first, second, routing = (_dense(module.weight, dtype, self.device) for module in (*norms, router))
         projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-        if layout is None or not layout.is_tiled or type(attention) is not PackedAttention:
+        if layout is None or not layout.is_tiled or type(attention) is not PackedAttention or not is_mixtral(layer):
+            return None
+        if router.top_k > experts.cache.room(experts.layer):
             return None
         if first is None or second is None or routing is None:
             return None
@@ -97,15 +104,18 @@ def _sizes(layer: Any, embedding: Tensor) -> Sizes:
 
 
 def _dense(weight: Any, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    if isinstance(weight, Tensor) and weight.dtype is dtype and weight.device == device:
-        return weight.detach().contiguous()
+    # Of other layouts the step would read a copy, which changes in place do not reach.
+    if isinstance(weight, Tensor) and weight.dtype is dtype and weight.device == device and weight.is_contiguous():
+        return weight.detach()
     return None
 
 
 def _head(module: Any, dtype: torch.dtype) -> Tensor | PackedMatrix | None:
     """What the step takes of the output head; None where it stays a module."""
+    if module._parameters.get("bias") is not None:
+        return None
     if type(module) is PackedLinear:
         return PackedMatrix(module.packed, module.packing.name, module.out_features)
-    if type(module) in (nn.Linear, NativeHead) and module.bias is None:
+    if type(module) in (nn.Linear, NativeHead):
         return module.weight if module.weight.dtype is dtype is torch.bfloat16 else None
     return None

@@ -1,7 +1,7 @@
 """One token's way through a whole model on a GPU: the host waits for each layer's choice of experts, for no more."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import c_void_p
 from functools import partial
@@ -21,6 +21,7 @@ from loader.cuda.products import Products, TokenExperts
 from loader.cuda.token_memory import SPAN, Sizes, TokenMemory
 from loader.growing_cache import GrowingLayer, Kind
 from loader.kernels import PackedMatrix
+from loader.layer_state import State
 from loader.layer_step import LayerWeights
 from loader.lease import Lease
 from loader.step_kernels import AttentionWeights
@@ -47,12 +48,14 @@ class CudaTokenStep:
         sizes: Sizes,
         layers: Sequence[LayerParts],
         weights: ModelWeights,
+        states: Sequence[tuple[State | None, State | None]],
         share: CpuShare | None = None,
         cpu: Backend | None = None,
     ) -> None:
-        """share: which of the experts the CPU computes, by the backend `cpu`; None: none."""
+        """states: of the layers, as `is_of` takes them. share: which of the experts the CPU computes, by the backend
+        `cpu`; None: none."""
         self._sizes, self._share = sizes, share
-        self._weights, self._addresses = weights.detached(), _addresses(layers, weights)
+        self._weights, self._made_of = weights.detached(), (states, weights.addresses(), weights.eps)
         self.dtype, self.vocabulary, self.has_head = sizes.dtype, len(weights.embedding), weights.head is not None
         for tensor in (weights.embedding[0], weights.norm):
             if tensor.dtype is not sizes.dtype or tensor.shape != (sizes.hidden,):
@@ -75,10 +78,10 @@ class CudaTokenStep:
         self._head = _head(device, products, sizes, memory, self._weights.head)
         self._lock = threading.Lock()
 
-    def is_of(self, tiles: Iterable[Tensor], weights: ModelWeights) -> bool:
-        """Whether it was made of these, at the places where they are now; tiles: of each layer's q."""
-        addresses = [part.data_ptr() for part in tiles] + weights.addresses()
-        return addresses == self._addresses and weights.eps == self._weights.eps
+    def is_of(self, states: Sequence[tuple[State | None, State | None]], weights: ModelWeights) -> bool:
+        """Whether it was made of these, at the places where they are now; states: of each layer's attention, and of the
+        rest of it (loader/layer_state.py)."""
+        return (states, weights.addresses(), weights.eps) == self._made_of
 
     def run(
         self, token: int, cos: Tensor, sin: Tensor, row: int, past: Sequence[GrowingLayer], experts: ExpertSource
@@ -173,10 +176,6 @@ def _bf16_head(device: Device, sizes: Sizes, memory: TokenMemory, head: Tensor) 
         return out
 
     return run
-
-
-def _addresses(layers: Sequence[LayerParts], weights: ModelWeights) -> list[int]:
-    return [attention.q.tiles.data_ptr() for attention, _, _ in layers] + weights.addresses()
 
 
 def _nothing() -> None:

@@ -1,0 +1,107 @@
+"""Positions and attention masks of the original, as transformers computes them: whatever the config says of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_checkpoint import SHAPES, make_checkpoint
+from test_converter_streamed_model import some_windows, streamed, transformers_answer
+
+from converter.calibration import CalibrationPass
+from converter.calibration_text import CalibrationTokens
+from converter.source import Checkpoint
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "window": {"sliding_window": 12},
+    "window of the text's length": {"sliding_window": 48},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+    "yarn": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "max_position_embeddings": 64,
+    },
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "longrope": {
+        "rope_scaling": {
+            "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 8, "long_factor": [1.5 + i / 4 for i in range(8)],
+        },
+        "max_position_embeddings": 64,
+    },
+    "beyond the longest position": {"max_position_embeddings": 16},
+    "partial rotary factor": {"partial_rotary_factor": 0.5},
+    "rope_parameters": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    "dropout and jitter": {"attention_dropout": 0.5, "router_jitter_noise": 0.5},
+    "eager": {"attn_implementation": "eager"},
+    "three experts": {"num_experts_per_tok": 3},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 2, dtype="F32", layout="fused")
+    return folder
+
+
+def with_config(folder: Path, out: Path, changes: dict[str, Any]) -> Path:
+    """A checkpoint of the same weights whose config.json is changed; fields set to None are removed.
+
+    head_dim is said: transformers 5.24 does not derive it for all kinds of scaled positions.
+    """
+    out.mkdir()
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (out / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | {"head_dim": 16} | changes
+    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streamed_predictions_follow_the_config_as_transformers_does(weights: Path, tmp_path: Path, name: str) -> None:
+    folder = with_config(weights, tmp_path / "model", CONFIGS[name])
+    windows = some_windows(3, 48)
+    logits, chosen = streamed(folder, windows)
+    expected, expected_chosen = transformers_answer(folder, windows)
+    assert (logits - expected).abs().max() < 1e-4 * expected.std()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(chosen, expected_chosen, strict=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_wider_than_hidden_over_heads_and_a_tied_head(tmp_path: Path, tied: bool) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=24, num_local_experts=4, tie_word_embeddings=tied, pad_token_id=None,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    windows = some_windows(2, 24)
+    logits, _ = streamed(tmp_path, windows)
+    expected, _ = transformers_answer(tmp_path, windows)
+    assert (logits - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_calibration_statistics_are_those_of_a_model_with_a_window(weights: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = with_config(weights, tmp_path / "model", CONFIGS["window"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: list[torch.Tensor] = []
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, -2)))
+    tokens = CalibrationTokens("random", some_windows(4, 48), torch.ones(4))
+    with torch.no_grad(), Checkpoint(folder) as checkpoint:
+        model(input_ids=tokens.windows, use_cache=False)
+        passes = CalibrationPass(checkpoint, tokens, tmp_path / "out", "test", lambda tasks: [task() for task in tasks])
+        passes.prepare(1)
+        found = passes.linear("model.layers.1.self_attn.o_proj").hessian[0]
+    torch.testing.assert_close(found, seen[0].T @ seen[0] / len(seen[0]))
