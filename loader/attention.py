@@ -70,7 +70,7 @@ class PackedAttention(MixtralAttention):  # type: ignore[misc]
         projections = self.q_proj, self.k_proj, self.v_proj, self.o_proj
         if state is None or dtype not in DTYPES or self.head_dim % _MULTIPLE:
             return None
-        if not all(type(p) is PackedLinear and p.backend_name == "native" for p in projections):
+        if not all(type(p) is PackedLinear and p.backend_name == "native" and p.bias is None for p in projections):
             return None
         if not all(p.packed.device.type == "cpu" and p.packed.is_contiguous() for p in projections):
             return None

@@ -20,6 +20,11 @@ class Backend(Protocol):
     name: str
     torch_device: torch.device
 
+    @property
+    def for_gradients(self) -> "Backend | None":
+        """What computes a forward pass through which gradients go (loader/gradients.py): it does not round activations
+        to int8. None where the backward is not implemented."""
+
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
         """x [T, columns] · Wᵀ of the [rows, columns] matrix W in `tiles` (uint8 [tiles, tile_bytes]): [T, rows]."""
 
@@ -46,6 +51,10 @@ class TorchBackend:
 
     name = "torch"
     torch_device = torch.device("cpu")
+
+    @property
+    def for_gradients(self) -> "TorchBackend":
+        return self
 
     def linear(self, tiles: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor) -> Tensor:
         """As `Backend.linear`; also of plain rows, [rows, columns] of the packing's dtype in the place of tiles."""

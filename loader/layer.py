@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
+from loader.attention import PackedAttention
 from loader.growing_cache import growing_layer
 from loader.layer_state import State, dense_state, is_mixtral
 from loader.layer_step import LayerStep, LayerWeights
@@ -36,6 +37,7 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         position_embeddings = kwargs.get("position_embeddings")
         if (
             hidden_states.shape[:2] == (1, 1)
+            and type(attention) is PackedAttention
             and not args
             and position_embeddings is not None
             and kwargs.get("attention_mask") is None

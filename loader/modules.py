@@ -1,28 +1,47 @@
 """The modules that stand in a transformers Mixtral where packed weights are used."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.packing import Packing, tiles_of
+from loader import gradients
 from loader.backend import Backend
 from loader.cache import ExpertSource
+from loader.expert_gradient import expert_gradients
+from loader.packed_weight import PackedWeight
 from loader.prefetch import in_order, ranked
 
 
-class PackedLinear(nn.Module):
-    """A linear layer without bias whose weights stay packed: buffer `packed`, uint8 [tiles, tile_bytes]."""
+class PackedLinear(nn.Linear):
+    """A linear layer whose weights stay packed: buffer `packed`, uint8 [tiles, tile_bytes].
+
+    An nn.Linear, so that PEFT and others take it for what it computes. Of nn.Linear's parameters it has at most `bias`.
+    """
 
     packed: Tensor
 
-    def __init__(self, packing: Packing, rows: int, columns: int, backend: Backend) -> None:
-        super().__init__()
+    _is_hf_initialized = True
+    """Tells transformers that there is no `weight` to give random values to."""
+
+    def __init__(self, packing: Packing, rows: int, columns: int, backend: Backend, *, bias: bool = False) -> None:
+        """packed and bias [rows] are on the default device, and without values until a checkpoint is loaded."""
+        # Not nn.Linear's, which makes a weight.
+        nn.Module.__init__(self)
         self.packing = packing
         self.out_features = rows
         self.in_features = columns
         self._backend = backend
         self.register_buffer("packed", torch.empty(tiles_of(rows), packing.tile_bytes(columns), dtype=torch.uint8))
+        self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
+
+    @property
+    def weight(self) -> PackedWeight:  # type: ignore[override]
+        """Shape and device; no values."""
+        return PackedWeight(self.out_features, self.in_features, self.packed.device)
 
     @property
     def backend_name(self) -> str:
@@ -31,12 +50,20 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype; computed in float32."""
+        # Not by attribute: torch's Module searches three dicts in Python for each.
+        tiles: Any = self._buffers["packed"]
+        bias = self._parameters["bias"]
         rows = x.reshape(-1, self.in_features).float()
-        result = self._backend.linear(self.packed, self.packing, self.out_features, self.in_features, rows)
+        result = gradients.linear(self._backend, tiles, self.packing, self.out_features, self.in_features, rows)
+        if bias is not None:
+            result = result + bias
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, packing={self.packing.name}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, packing={self.packing.name}, "
+            f"bias={self.bias is not None}"
+        )
 
 
 class CachedExperts(nn.Module):
@@ -65,14 +92,17 @@ class CachedExperts(nn.Module):
         kinds = set(self._layouts.values())
         return kinds.pop() if len(kinds) == 1 else None
 
-    @torch.no_grad()
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H] in hidden_states' dtype.
 
         Computed and summed in float32. Each token's sum is in ascending order of the experts, or, where it has two
         terms at most and the order changes no bit, in that of their arrival: a cache of any size gives the same bits.
         """
-        here, there = hidden_states.device, self._backend.torch_device
+        inputs = hidden_states, top_k_index, top_k_weights
+        return gradients.experts(self._backend, self._run, self._differentiate, *inputs)
+
+    def _run(self, backend: Backend, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        here, there = hidden_states.device, backend.torch_device
         if here.type != there.type:
             raise MoeConvertError(
                 f"experts run on {there}, the input is on {here}", "do not move the model; load it for another device"
@@ -85,17 +115,34 @@ class CachedExperts(nn.Module):
             # By rank: the second choice becomes the most recently used (examples/tiny-mixtral/README.md).
             with self._cache.lease(self.layer, index[0].tolist()) as lease:
                 self._cache.guess(self.layer + 1, guesses)
-                self._backend.experts(lease.all(), self._layouts, x, index, weights, out)
+                backend.experts(lease.all(), self._layouts, x, index, weights, out)
         elif len(x) == 1:
             # The router was set to more experts than the cache was made for.
             for blobs in self._cache.stream(self.layer, _by_last_use(index), guesses, ascending=True):
                 ranks = [rank for rank, expert in enumerate(index[0].tolist()) if expert in blobs]
-                self._backend.experts(blobs, self._layouts, x, index[:, ranks], weights[:, ranks], out)
+                backend.experts(blobs, self._layouts, x, index[:, ranks], weights[:, ranks], out)
         else:
             ascending = index.shape[1] > 2
             for blobs in self._cache.stream(self.layer, _by_last_use(index), guesses, ascending=ascending):
-                self._backend.experts(blobs, self._layouts, x, index, weights, out)
+                backend.experts(blobs, self._layouts, x, index, weights, out)
         return out.to(here, hidden_states.dtype)
+
+    def _differentiate(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of hidden_states and top_k_weights, float32, for the result's gradient `grad` [T, H].
+
+        Experts come from the cache again; sums are in the order of `forward`."""
+        x, weights, grad = (part.float() for part in (hidden_states, top_k_weights, grad))
+        x_grad, weights_grad = torch.zeros_like(x), torch.zeros_like(weights)
+        ascending = top_k_index.shape[1] > 2
+        for blobs in self._cache.stream(self.layer, _by_last_use(top_k_index), [], ascending=ascending):
+            for expert in sorted(blobs):
+                token, rank = torch.where(top_k_index == expert)
+                parts = x[token], weights[token, rank], grad[token]
+                mine, weights_grad[token, rank] = expert_gradients(self._layouts[expert], blobs[expert], *parts)
+                x_grad.index_add_(0, token, mine)
+        return x_grad, weights_grad
 
     def _chosen(self, hidden_states: Tensor, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
         """The router's choice, on the CPU, and the guesses for the next layer: of a GPU in one copy, for which the host

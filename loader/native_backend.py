@@ -9,6 +9,7 @@ from formats.expert import ExpertLayout
 from formats.packing import Packing
 from loader import kernels
 from loader.plain_experts import PlainExperts
+from loader.precise_backend import PreciseBackend
 from loader.step_kernels import ExpertsStep
 
 
@@ -21,6 +22,7 @@ class NativeBackend:
     def __init__(self) -> None:
         self._steps: dict[int, tuple[dict[int, ExpertLayout], ExpertsStep | None]] = {}
         self._plain = PlainExperts()
+        self.for_gradients = PreciseBackend()
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
         return kernels.linear(x.contiguous(), tiles, packing.name, rows)

@@ -1,5 +1,7 @@
 """Experts with plain rows on the CPU, projection by projection (docs/numerics.md, "Experts in 16 bits")."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,6 +12,8 @@ from loader import kernels
 from loader.head import FEW_TOKENS
 from loader.torch_product import product
 
+TilesProduct = Callable[[Tensor, Tensor, str, int], Tensor]
+
 _FEW_BESIDE_BF16 = 2
 """Tokens up to which the native kernel is quicker than torch's bfloat16 product where the processor has instructions
 for it (measured over 8x7B's sizes on two cores: 15 ms against 22 with one token, 34 against 19 with four)."""
@@ -18,7 +22,9 @@ for it (measured over 8x7B's sizes on two cores: 15 ms against 22 with one token
 class PlainExperts:
     """An expert of which a section is plain rows; a section in tiles goes through the native kernel."""
 
-    def __init__(self) -> None:
+    def __init__(self, linear: TilesProduct = kernels.linear) -> None:
+        """linear: the product of a section in tiles, as `kernels.linear`."""
+        self._linear = linear
         self._has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
     def run(self, layout: ExpertLayout, blob: Tensor, x: Tensor) -> Tensor:
@@ -34,7 +40,7 @@ class PlainExperts:
     def _product(self, stored: Tensor, packing: AnyPacking, rows: int, x: Tensor, narrow: bool) -> Tensor:
         """x · Wᵀ, float32 [T, rows]; with `narrow`, of many tokens in bfloat16 where the weights are."""
         if isinstance(packing, Packing):
-            return kernels.linear(x.contiguous(), stored, packing.name, rows)
+            return self._linear(x.contiguous(), stored, packing.name, rows)
         if stored.dtype is torch.bfloat16 and len(x) <= (_FEW_BESIDE_BF16 if narrow else FEW_TOKENS):
             return kernels.linear_bf16(x.contiguous(), stored)
         if stored.dtype is torch.bfloat16 and narrow:

@@ -83,12 +83,14 @@ class MoeConvertQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps modules; the weights are packed already, so that there is nothing to convert."""
 
     requires_calibration = False
+    _is_trainable = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         _parts()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         parts = _parts()
+        self._is_trainable = parts.backend.for_gradients is not None
         with torch.device("meta"):
             _swap_modules(model, parts)
         prepare_tokens_in_place(model)
@@ -103,7 +105,9 @@ class MoeConvertQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """True where gradients go through the packed weights: transformers' Trainer then takes the model with adapters
+        on it, and without any refuses it all the same."""
+        return self._is_trainable
 
 
 class _Patterns(list[str]):

@@ -67,6 +67,7 @@ def in_order(ahead: Tensor) -> list[int]:
     return used.argsort(descending=True, stable=True)[: int((used > 0).sum())].tolist()  # type: ignore[no-any-return]
 
 
+@torch.no_grad()
 def _renormed(router: Tensor, norm: Tensor, norm_before: Tensor) -> Tensor:
     """`router` of a layer for what the norm of the layer before made."""
     ratio = torch.where(norm_before == 0, 0.0, norm.float() / norm_before.float())

@@ -14,6 +14,7 @@ class CudaBackend:
     """A `loader.backend.Backend` whose tensors, but for `index`, lie on `device`."""
 
     name = "cuda"
+    for_gradients = None
 
     def __init__(self, device: Device) -> None:
         self.torch_device = device.torch_device

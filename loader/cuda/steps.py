@@ -82,7 +82,7 @@ class CudaSteps:
             return None
         if first is None or second is None or routing is None:
             return None
-        if not all(type(p) is PackedLinear and p.packed.device == self.device for p in projections):
+        if not all(type(p) is PackedLinear and p.bias is None and p.packed.device == self.device for p in projections):
             return None
         packed = AttentionWeights(*(PackedMatrix(p.packed, p.packing.name, p.out_features) for p in projections))
         return packed, LayerWeights(first, second, routing, norms[0].variance_epsilon), layout
