@@ -4,14 +4,14 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 import zstandard
 from torch import Tensor
 
 from converter.source import Checkpoint
-from formats.errors import RecipeError, SourceError
+from converter.source_tokenizer import open_source_tokenizer
+from formats.errors import MoeConvertError, RecipeError, SourceError
 
 KINDS = ("none", "random", "builtin", "file")
 DEFAULT_TOKENS = 8192
@@ -108,16 +108,14 @@ def _read(kind: str, file: Path | None) -> tuple[str, str]:
 
 
 def _encode(checkpoint: Checkpoint, where: str, text: str) -> Tensor:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(checkpoint.folder), trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = open_source_tokenizer(checkpoint.folder)
         # Piece by piece: some tokenizers take a time that grows with the square of the length.
         ids = [
             i for piece in _pieces(text) for i in tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         ]
+    except MoeConvertError as e:
+        raise SourceError(e.message, e.hint or "--calibrate random needs no tokenizer") from e
     except Exception as e:
         raise SourceError(
             f"{checkpoint.folder}: the tokenizer cannot read {where}: {type(e).__name__}: {e}",

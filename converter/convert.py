@@ -25,10 +25,11 @@ from converter.output_needs import OutputNeeds
 from converter.output_probe import probe_output
 from converter.records import ExpertRecord, LinearRecord, Record, RecordKey, ShardRecord, TensorRecord
 from converter.shards import Stopped
-from converter.side_files import copied_names, copy_files, write_config
+from converter.side_files import check_side_files, copy_files, write_config
 from converter.sizes import OutputPlan, check_disk, plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint, layer_of
+from converter.source_tokenizer import check_source_tokenizer
 from converter.target_bits import with_chosen_bits
 from converter.weight_errors import write_quality
 from converter.workers import Worker, run_all
@@ -101,7 +102,9 @@ def _convert(
 ) -> Converted:
     with Checkpoint(source) as checkpoint:
         plan = plan_output(checkpoint, recipe)
-        needs = OutputNeeds.of(checkpoint, plan, copied_names(checkpoint.folder), [options.calibration_file])
+        side_files = check_side_files(checkpoint.folder)
+        check_source_tokenizer(checkpoint, needed=_is_calibrated_by_text(recipe, plan))
+        needs = OutputNeeds.of(checkpoint, plan, side_files, [options.calibration_file])
         probe_output(out, needs, force=options.force)
         check_disk(plan, out, options.codec, checkpoint.fetch_bytes)
         folder = OutputFolder(out, needs, force=options.force)
@@ -118,7 +121,7 @@ def _convert(
                 if TARGET in recipe.options and (tokens := _calibration(checkpoint, recipe, plan, options)):
                     recipe = with_chosen_bits(checkpoint, recipe, tokens, out, options.max_workers, progress)
                     plan = plan_output(checkpoint, recipe)
-                job = _Job(checkpoint, plan, recipe, folder.path, options, progress)
+                job = _Job(checkpoint, plan, recipe, side_files, folder.path, options, progress)
                 quality = job.run()
             return Converted("converted" if quality else "part", plan, checkpoint.n_bytes, quality or {}, recipe)
         finally:
@@ -131,10 +134,12 @@ class _Job:
         checkpoint: Checkpoint,
         plan: OutputPlan,
         recipe: Recipe,
+        side_files: list[str],
         out: Path,
         options: ConvertOptions,
         progress: Progress | None,
     ) -> None:
+        self._side_files = side_files
         self._checkpoint, self._plan, self._recipe = checkpoint, plan, recipe
         self._out, self._options, self._progress = out, options, progress or (lambda stage, done, total: None)
         self._solver = choose_solver(recipe.solver)
@@ -297,7 +302,7 @@ class _Job:
         out, recipe = self._out, self._recipe
         files = [
             write_config(self._checkpoint, recipe, out),
-            *copy_files(self._checkpoint.folder, out),
+            *copy_files(self._checkpoint.folder, self._side_files, out),
         ]
         quality = write_quality(self._work.records, out)
         index = assemble_index(
@@ -315,6 +320,10 @@ class _Job:
         write_card(out, index)
         write_file(out / INDEX_NAME, dump(index))
         return quality
+
+
+def _is_calibrated_by_text(recipe: Recipe, plan: OutputPlan) -> bool:
+    return recipe.options.get("calibrate") in ("builtin", "file") and plan.last_quantized_layer >= 0
 
 
 def _calibration(

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.journal import read_pin
-from converter.source_files import COPIED, INDEX_NAME
+from converter.source_files import INDEX_NAME
 from formats.errors import SourceError
 from formats.hub import HubRepo
 from formats.ranges import Retries
+from formats.side_files import is_side_file
 
 _MAX_SMALL_BYTES = 1 << 30
 
@@ -57,7 +58,8 @@ class HubModel:
 
 def _small_files(repo: HubRepo) -> Path:
     """The cache's folder of the commit, with everything in it that a conversion reads besides the shards."""
-    patterns = ["config.json", INDEX_NAME, *COPIED]
+    # Names of side files have no character that means something in a pattern.
+    patterns = ["config.json", INDEX_NAME, *filter(is_side_file, repo.files)]
     if "config.json" not in repo.files:
         raise SourceError(f"{repo.repo}@{repo.commit[:12]}: file config.json is missing", "name a model's repository")
     if (size := sum(file.size for file in repo.matching(patterns))) > _MAX_SMALL_BYTES:

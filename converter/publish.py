@@ -1,6 +1,7 @@
 """Publishing: a converted folder becomes one commit of a Hub repository, so that nobody sees half of a model."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.artifact import Artifact
 from formats.errors import HubError, MoeConvertError
 from formats.hub import HubRepo, hub_call, is_repo_name
-from formats.paths import locate
+from formats.paths import locate, read_small
 from formats.quality import QUALITY_NAME, read_quality
 from formats.ranges import RemoteFile, Retries
 
@@ -58,13 +59,21 @@ def check_license(names: list[str], license_id: str | None, where: Path | str) -
 def make_card(artifact: Artifact, options: PublishOptions) -> str:
     """The card to publish: the folder's own if somebody wrote one, else a new one."""
     path = artifact.folder / CARD_NAME
-    own = path.read_text() if path.is_file() else MARK
+    # Through the same check as every other file: a link out of the folder must not be published.
+    own = _text(read_small(artifact.folder, CARD_NAME, str(artifact.folder)), path) if os.path.lexists(path) else MARK
     if MARK not in own:
         return own
     file = check_license([f.file for f in artifact.index.files], options.license, artifact.folder)
     chosen = options.license or _license_of(locate(artifact.folder, file or "", "licence"))
     card = CardOptions(options.repo, chosen, file, options.base_model)
     return card_text(artifact.index, read_quality(artifact.folder), card)
+
+
+def _text(data: bytes, path: Path) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise MoeConvertError(f"{path}: not UTF-8 at byte {e.start}", "save the card as UTF-8") from None
 
 
 def publish_folder(folder: Path, options: PublishOptions, *, dry_run: bool = False, bars: bool = False) -> Publication:
@@ -81,7 +90,7 @@ def publish_folder(folder: Path, options: PublishOptions, *, dry_run: bool = Fal
     contents: dict[str, Path | bytes] = {CARD_NAME: card}
     index = artifact.index
     names = [INDEX_NAME, index.trunk.file, *(f.file for f in index.layers), *(f.file for f in index.files)]
-    names += [QUALITY_NAME] if (folder / QUALITY_NAME).is_file() else []
+    names += [QUALITY_NAME] if os.path.lexists(folder / QUALITY_NAME) else []
     contents |= {name: locate(folder, name, str(folder)) for name in names if name != CARD_NAME}
     parent, there = _state(options, create=not dry_run)
     if loaded := [name for name in there if re.fullmatch(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\..*)?", name)]:

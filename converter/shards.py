@@ -10,7 +10,7 @@ from pathlib import Path
 
 from formats.errors import SourceError
 from formats.io_errors import translated
-from formats.paths import locate, open_regular
+from formats.paths import locate_source, open_regular
 from formats.safetensors_header import Header, read_header
 
 _SAMPLES = 64
@@ -79,7 +79,7 @@ class FolderShards(Shards):
         self._descriptors: dict[str, int] = {}
 
     def open(self, name: str) -> None:
-        self._descriptors[name] = open_regular(locate(self._folder, name, self.where))
+        self._descriptors[name] = open_regular(locate_source(self._folder, name, self.where))
 
     def header(self, name: str) -> Header:
         with self._reading(name):

@@ -2,16 +2,27 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 from converter.source import Checkpoint
-from converter.source_files import COPIED
 from formats import FORMAT_VERSION
 from formats.errors import SourceError
 from formats.index import CopiedFile, Recipe
-from formats.io_errors import translated
-from formats.paths import locate
+from formats.output_file import make_folder
+from formats.paths import locate_source, read_small_source
+from formats.side_files import (
+    MAX_BYTES,
+    TEMPLATES_FOLDER,
+    is_read_by_transformers,
+    is_side_file,
+    names_beside_weights,
+    resembles_side_file,
+    unusable,
+)
 from formats.writer import write_file
+
+_log = logging.getLogger(__name__)
 
 
 def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFile:
@@ -25,21 +36,44 @@ def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFil
     return _write(out, "config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def copy_files(source: Path, out: Path) -> list[CopiedFile]:
-    """Copies tokenizer, generation config, chat template and licence byte for byte."""
-    return [_write(out, name, _read(source, name)) for name in copied_names(source)]
+def check_side_files(source: Path) -> list[str]:
+    """The names of the files in folder `source` that `copy_files` copies.
+
+    SourceError for one that transformers would read and that cannot be copied; others are left out with a warning.
+    """
+    names = []
+    try:
+        found = list(names_beside_weights(source))
+    except OSError as e:
+        raise SourceError(f"{e.filename}: cannot be read: {e.strerror}", "make the folder readable") from None
+    for name in found:
+        if name == TEMPLATES_FOLDER:
+            # With this name in the way, transformers would read the default template alone, without a word.
+            raise SourceError(f"{source / name}: is not a folder", "get the folder of chat templates, or remove it")
+        if resembles_side_file(name):
+            _log.warning("%s is left out: neither transformers nor a licence has a file of that name", source / name)
+        elif not is_side_file(name):
+            continue
+        elif not (problem := unusable(source / name)):
+            names.append(name)
+            locate_source(source, name, str(source))
+        elif is_read_by_transformers(name):
+            raise SourceError(f"{source / name}: {problem[0]}", problem[1])
+        else:
+            _log.warning("%s is left out: it %s", source / name, problem[0])
+    return names
 
 
-def copied_names(source: Path) -> list[str]:
-    """The files that `copy_files` copies, relative to the source."""
-    return sorted({p.name for pattern in COPIED for p in source.glob(pattern) if not p.is_dir()})
-
-
-def _read(source: Path, name: str) -> bytes:
-    with translated(source / name, "read", SourceError):
-        return locate(source, name, str(source)).read_bytes()
+def copy_files(source: Path, names: list[str], out: Path) -> list[CopiedFile]:
+    """Copies the files `names` byte for byte: tokenizer, chat templates, generation config, licence and the like."""
+    return [
+        _write(out, name, read_small_source(source, name, str(source), max_bytes=MAX_BYTES)) for name in sorted(names)
+    ]
 
 
 def _write(out: Path, name: str, data: bytes) -> CopiedFile:
-    write_file(out / name, data)
+    path = out / name
+    if path.parent != out:
+        make_folder(path.parent)
+    write_file(path, data)
     return CopiedFile(name, len(data), hashlib.sha256(data).hexdigest())

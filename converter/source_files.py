@@ -5,16 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import DamageError, SourceError
-from formats.paths import check_name, read_small
+from formats.paths import check_name, read_small_source
 from formats.strict_json import parse
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-COPIED = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template*", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-"""Patterns of the files that are copied byte for byte."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -26,7 +21,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     where = str(folder / "config.json")
     try:
-        config = parse(read_small(folder, "config.json", str(folder)), where, error=SourceError)
+        config = parse(read_small_source(folder, "config.json", str(folder)), where, error=SourceError)
     except DamageError as e:
         raise SourceError(e.message, "name the folder that holds the checkpoint's config.json") from None
     if not isinstance(config, dict):
@@ -55,7 +50,7 @@ def shard_names(folder: Path, there: Collection[str]) -> tuple[list[str], dict[s
     if INDEX_NAME in there:
         where = str(folder / INDEX_NAME)
         index = parse(
-            read_small(folder, INDEX_NAME, str(folder), max_bytes=64 << 20),
+            read_small_source(folder, INDEX_NAME, str(folder), max_bytes=64 << 20),
             where,
             max_bytes=64 << 20,
             error=SourceError,

@@ -23,7 +23,7 @@ from formats.errors import MoeConvertError
 from formats.index import ExpertEntry, Index
 from formats.layer_file import partial_path
 from formats.output_file import remove
-from formats.paths import locate
+from formats.paths import locate_source
 from formats.repair import Origin
 from formats.writer import ZSTD_LEVEL, PlacedFile, write_file
 
@@ -82,7 +82,7 @@ class SourceOrigin(Origin):
             raise MoeConvertError(
                 f"{path} is damaged, and not a file of the source", "--from OWNER/MODEL, or convert again"
             )
-        data = locate(folder, name, str(folder)).read_bytes()
+        data = locate_source(folder, name, str(folder)).read_bytes()
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
             raise self._other(name, found, sha256)
         write_file(path, data)

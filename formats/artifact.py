@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from formats import ALIGNMENT_BYTES, INDEX_NAME, TRUNK_NAME
+from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, INDEX_NAME, TRUNK_NAME
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.index import CODECS, Architecture, ExpertEntry, Index, check_version, read_index
@@ -121,6 +121,9 @@ def _check_layers(index: Index, where: str) -> None:
 
 def _check_file_name(name: str, where: str) -> None:
     check_name(name, where)
+    # A download or repair of such a file would write over the index or weights.
+    if name.lower().startswith((INDEX_NAME, TRUNK_NAME, f"{EXPERTS_FOLDER}/")):
+        raise FormatError(f"{where}: field files has {name!r}, which is not a file beside index and weights")
 
 
 def _check_packings(index: Index, where: str) -> None:

@@ -46,6 +46,10 @@ class SourceError(MoeConvertError):
     """A source checkpoint that cannot be converted as it is."""
 
 
+class TokenizerError(MoeConvertError):
+    """A tokenizer that is missing, damaged, or needs code or packages that are not there."""
+
+
 class RecipeError(MoeConvertError):
     """A recipe or option that names something that does not exist."""
 

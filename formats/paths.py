@@ -40,11 +40,29 @@ def locate(folder: Path, name: str, where: str) -> Path:
         raise PathError(
             f"{where}: {name} is a symbolic link to {path}, outside of {root}", "copy the file into the folder"
         )
+    return _regular(path, folder, name, where)
+
+
+def locate_source(folder: Path, name: str, where: str) -> Path:
+    """The real path of the regular file `name` in the checkpoint `folder`, which the user named: his own links are
+    followed wherever they lead.
+
+    In a Hub cache's snapshot, which has a stranger's files, it is `locate`. Errors as there.
+    """
+    if _hub_cache_entry(Path(os.path.realpath(folder))):
+        return locate(folder, name, where)
+    check_name(name, where)
+    return _regular(Path(os.path.realpath(folder / name)), folder, name, where)
+
+
+def _regular(path: Path, folder: Path, name: str, where: str) -> Path:
+    """`path`, which `name` in `folder` leads to, if it is a regular file."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
+        link = f" (it is a link to {path})" if os.path.islink(folder / name) else ""
         raise DamageError(
-            f"{where}: file {name} is missing in {folder}", "get the file again, or convert again"
+            f"{where}: file {name} is missing in {folder}{link}", "get the file again, or convert again"
         ) from None
     except OSError as e:
         raise PathError(f"{where}: file {name} in {folder}: {e.strerror}") from None
@@ -67,7 +85,15 @@ def open_regular(path: Path) -> int:
 
 def read_small(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20) -> bytes:
     """The bytes of a file of at most `max_bytes` in `folder`; DamageError if it is larger."""
-    path = locate(folder, name, where)
+    return _read_at_most(locate(folder, name, where), name, where, max_bytes)
+
+
+def read_small_source(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20) -> bytes:
+    """As `read_small`, of a file of a checkpoint: `locate_source`."""
+    return _read_at_most(locate_source(folder, name, where), name, where, max_bytes)
+
+
+def _read_at_most(path: Path, name: str, where: str, max_bytes: int) -> bytes:
     with translated(path, "read", PathError), os.fdopen(open_regular(path), "rb") as f:
         data = f.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -75,15 +101,23 @@ def read_small(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20
     return data
 
 
+def _hub_cache_entry(root: Path) -> Path | None:
+    """The cache's folder of the repository that `root` is a snapshot of, None for any other folder."""
+    entry = root.parent.parent
+    return entry if root.parent.name == "snapshots" and "--" in entry.name else None
+
+
 def _in_blobs_of_cache(root: Path, path: Path) -> bool:
     """Whether `root` is a snapshot of a Hub cache and `path` lies in that cache entry's blobs, or in the cache's.
 
-    huggingface_hub 2 keeps what several repositories have as `<cache>/blobs/<2 digits>/<64 digits>`.
+    huggingface_hub 2 keeps what several repositories have as `<cache>/blobs/<2 digits>/<64 digits>`. Either blobs
+    folder may be a link to another disk.
     """
-    if root.parent.name != "snapshots":
+    entry = _hub_cache_entry(root)
+    if entry is None:
         return False
-    entry = root.parent.parent
-    if path.parent == entry / "blobs":
+    if path.parent == Path(os.path.realpath(entry / "blobs")):
         return True
-    shared = path.relative_to(entry.parent / "blobs") if path.is_relative_to(entry.parent / "blobs") else None
+    common = Path(os.path.realpath(entry.parent / "blobs"))
+    shared = path.relative_to(common) if path.is_relative_to(common) else None
     return shared is not None and re.fullmatch("([0-9a-f]{2})/\\1[0-9a-f]{62}", shared.as_posix()) is not None

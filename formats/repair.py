@@ -89,6 +89,8 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
     for name, (size, sha256) in whole.items():
         path = folder / check_name(name, str(folder))
         if _sha256_of(path) != sha256:
+            if path.parent != folder:
+                make_folder(path.parent)
             origin.file(name, sha256, path)
             files.append(name)
         advance(size)

@@ -16,16 +16,19 @@ from formats.readers import READERS
 from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device
 from loader.cuda.out_of_memory import give_up_slots_for_memory
+from loader.listed_files import link_listed_files
 from loader.placement import CacheOptions, Placement, place
 from loader.policy import POLICIES
 from loader.prefetch import Prefetcher
 from loader.repository import Folder, OpenModel, Progress, open_model, small_files
+from loader.tokenizer import tokenizer_of
 from loader.torch_threads import run_few_tokens_on_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
+_MODEL_FILES = {TRUNK_NAME, "config.json", "generation_config.json"}
 
 
 def from_pretrained(
@@ -110,11 +113,12 @@ def from_pretrained(
 def load_tokenizer(
     folder: Folder, *, revision: str | None = None, token: str | None = None
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer in `folder`, or in the repository of that name on the Hub; code from there is never run."""
-    from transformers import AutoTokenizer
+    """The tokenizer in `folder`, or in the repository of that name on the Hub; code from there is never run.
 
-    path = small_files(folder, revision, token)
-    return AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False, local_files_only=True)
+    Of a converted model only the files that its index lists are used. TokenizerError (MoeConvertError) naming what is
+    wrong; HubError, FormatError.
+    """
+    return tokenizer_of(small_files(folder, revision, token))
 
 
 def _placed(
@@ -142,15 +146,18 @@ def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementat
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with loading(Parts(artifact, placement.cache, placement.backend, placement.experts)):
+    parts = Parts(artifact, placement.cache, placement.backend, placement.experts)
+    # With an adapter_config.json beside the weights, transformers would load that too.
+    with link_listed_files(artifact.folder, artifact.index, _MODEL_FILES.__contains__) as files, loading(parts):
         model = MixtralForCausalLM.from_pretrained(
-            os.fspath(artifact.folder),
+            os.fspath(files),
             config=config,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             **options,
         )
+    model.name_or_path = model.config.name_or_path = os.fspath(artifact.folder)
     # transformers 5.0 leaves weights of a quantized model in the dtype of the file.
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from formats.errors import MoeConvertError
+from loader.tokenizer import check_tokens, embedding_rows
 
 Progress = Callable[[str, int, int], None]
 """Called with (name of the text, done windows, all windows of the text)."""
@@ -104,11 +105,13 @@ def measure_perplexity(
     (name, text) pairs.
 
     Windows of `window` tokens, the first of which is BOS, do not overlap; all other tokens are scored, in float32.
-    `max_windows` a text gives a quick look. MoeConvertError if a text is shorter than a window.
+    `max_windows` a text gives a quick look. MoeConvertError if a text is shorter than a window, or has
+    a token without an embedding.
     """
-    results = []
+    results, rows = [], embedding_rows(model)
     for name, text in texts:
         windows = named_windows(tokenizer, name, text, window, max_windows)
+        check_tokens(windows, tokenizer, rows, name)
         losses: list[float] = []
         for begin in range(0, len(windows), batch):
             ids = windows[begin : begin + batch].to(model.device)

@@ -10,7 +10,9 @@ from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError, RecipeError
 from formats.hub import HubRepo, is_repo_name
 from formats.hub_reader import HubReader
+from formats.index import read_index
 from formats.lazy_folder import LazyFolder
+from formats.paths import check_name
 from formats.reader import ExpertReader
 from formats.readers import READERS
 
@@ -50,28 +52,33 @@ def open_model(
             raise RecipeError(f"revision, lazy: only for a repository on the Hub, and {folder} is a folder's name")
         return OpenModel(Artifact.open(folder))
     if not lazy:
-        return OpenModel(Artifact.open(_snapshot(os.fspath(folder), revision, token, None)))
+        repo = _converted_repo(os.fspath(folder), revision, token)
+        return OpenModel(Artifact.open(repo.snapshot(bars=True)))
     opened = LazyFolder.open(os.fspath(folder), revision, token, progress=progress)
     return OpenModel(opened.artifact, None if opened.complete else opened, progress)
 
 
 def small_files(folder: Folder, revision: str | None, token: str | None) -> Path:
-    """The folder, or one in huggingface_hub's cache with everything of the repository but weights."""
+    """The folder, or one in huggingface_hub's cache with the index and the files that it lists besides weights."""
     if os.path.isdir(folder):
         return Path(folder)
     if not _is_repo(folder):
         raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote, or owner/model")
-    return _snapshot(os.fspath(folder), revision, token, ["*.json", "tokenizer*", "*.txt", "chat_template*"])
+    repo = _converted_repo(os.fspath(folder), revision, token)
+    index = read_index(repo.snapshot([INDEX_NAME], bars=True))
+    # Checked names have no character that means something in a pattern.
+    listed = [check_name(file.file, f"{repo.repo}: {INDEX_NAME}") for file in index.files]
+    return repo.snapshot([INDEX_NAME, *listed], bars=True)
 
 
 def _is_repo(folder: Folder) -> bool:
     return not os.path.exists(folder) and is_repo_name(os.fspath(folder))
 
 
-def _snapshot(name: str, revision: str | None, token: str | None, patterns: list[str] | None) -> Path:
+def _converted_repo(name: str, revision: str | None, token: str | None) -> HubRepo:
     repo = HubRepo.open(name, revision, token)
     if INDEX_NAME not in repo.files and not repo.offline:
         raise FormatError(
             f"{name} on the Hub has no {INDEX_NAME}: it was not made by moe-convert", f"moe-convert convert {name}"
         )
-    return repo.snapshot(patterns, bars=True)
+    return repo

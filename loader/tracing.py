@@ -18,6 +18,7 @@ from formats.strict_json import parse
 from loader.checkpoint import is_converted
 from loader.perplexity import Progress, read_text, windows_of
 from loader.routing_recorder import Routing, RoutingRecorder
+from loader.tokenizer import check_tokens, embedding_rows
 from loader.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
 
 GUESSES = 4
@@ -78,6 +79,7 @@ def trace_texts(
             raise MoeConvertError(
                 f"{path}: shorter than a window of {window} tokens", "give a longer text or a smaller window"
             )
+        check_tokens(windows, tokenizer, embedding_rows(model), path.name)
         for begin in range(0, len(windows), batch):
             # The head's logits are not needed.
             model.model(input_ids=windows[begin : begin + batch].to(model.device), use_cache=False)
@@ -110,6 +112,7 @@ def trace_prompts(
             raise MoeConvertError(f"{path}: no prompts", "write one prompt a line")
         for done, line in enumerate(lines, 1):
             inputs = tokenizer(line, return_tensors="pt")
+            check_tokens(inputs["input_ids"], tokenizer, embedding_rows(model), f"{path.name}, prompt {done}")
             ids = model.generate(
                 **{name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")},
                 max_new_tokens=max_new_tokens,

@@ -1,6 +1,7 @@
 """upload as a user calls it: one commit, nothing twice, nothing damaged, a card that the Hub takes."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,30 @@ def test_a_card_that_somebody_wrote_is_kept(hub: HubServer, upload: Run, convert
     (converted_copy / "README.md").write_text("---\nlicense: mit\n---\nmine")
     upload()
     assert hub.files(REPO)["README.md"] == b"---\nlicense: mit\n---\nmine"
+
+
+@pytest.mark.parametrize("name", ["README.md", "quality.json"])
+def test_a_link_out_of_the_folder_is_not_published(
+    hub: HubServer, upload: Run, converted_copy: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "id_ed25519").write_text("a private key")
+    (converted_copy / name).unlink()
+    (converted_copy / name).symlink_to(tmp_path / "id_ed25519")
+    assert upload()[0] == 1
+    assert REPO not in hub.repos
+
+
+def test_a_pipe_in_the_place_of_the_card_is_refused(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+    (converted_copy / "README.md").unlink()
+    os.mkfifo(converted_copy / "README.md")
+    assert upload()[0] == 1
+    assert REPO not in hub.repos
+
+
+def test_a_card_that_is_no_text_is_refused(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+    (converted_copy / "README.md").write_bytes(b"\xff\xfe")
+    assert upload()[0] == 1
+    assert REPO not in hub.repos
 
 
 def test_the_card_counts_the_models_parameters(converted: Callable[[str], Path], example_folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from formats.errors import DamageError, PathError
-from formats.paths import check_name, locate, open_regular, read_small
+from formats.paths import check_name, locate, locate_source, open_regular, read_small
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,43 @@ def test_blobs_that_repositories_of_a_hub_cache_share_are_followed(tmp_path: Pat
     else:
         with pytest.raises(PathError, match="outside of"):
             locate(snapshot, "a", "here")
+
+
+def test_link_of_the_users_own_checkpoint_is_followed_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/a").write_bytes(b"x")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a").symlink_to(tmp_path / "disk/a")
+    assert locate_source(tmp_path / "model", "a", "here") == tmp_path / "disk/a"
+
+
+def test_unsafe_name_in_the_users_own_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "a").write_bytes(b"x")
+    with pytest.raises(PathError, match="not a plain relative path"):
+        locate_source(tmp_path / "model", "../a", "here")
+
+
+def test_dangling_link_of_a_checkpoint_is_named_with_its_target(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("/gone/a")
+    with pytest.raises(DamageError, match=r"file a is missing in .* link to /gone/a"):
+        locate_source(tmp_path, "a", "here")
+
+
+def test_link_out_of_a_snapshot_of_the_hub_is_refused_as_a_source(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--model/snapshots/0123abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "a").write_bytes(b"x")
+    (snapshot / "a").symlink_to(tmp_path / "a")
+    with pytest.raises(PathError, match="outside of"):
+        locate_source(snapshot, "a", "here")
+
+
+def test_blobs_folder_on_another_disk_is_followed(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--model/snapshots/0123abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/etag").write_bytes(b"x")
+    (snapshot.parent.parent / "blobs").symlink_to(tmp_path / "disk")
+    (snapshot / "a").symlink_to("../../blobs/etag")
+    assert read_small(snapshot, "a", "here") == b"x"

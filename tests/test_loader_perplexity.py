@@ -26,6 +26,9 @@ class SuccessorModel:
     def __init__(self):
         self.batches = []
 
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(32, 1)
+
     def __call__(self, input_ids, use_cache):
         self.batches.append(tuple(input_ids.shape))
         logits = torch.zeros(*input_ids.shape, 32, dtype=torch.float64)

@@ -49,7 +49,7 @@ def compare_with_original(
         converted = is_converted(path)
         ours: Any = Artifact.open(path) if converted else opened.enter_context(Checkpoint(path))
         _check_alike(original.architecture, against, ours.architecture, path)
-        texts = _texts(path, against, named, window, max_windows)
+        texts = _texts(path, against, named, window, max_windows, ours.architecture.vocab_size)
         windows = torch.cat([text.windows for text in texts])
 
         def streamed(checkpoint: Checkpoint) -> "Iterator[Prediction]":
@@ -84,16 +84,19 @@ def _check_alike(original: Architecture, against: Path, ours: Architecture, path
 
 
 def _texts(
-    path: Path, against: Path, named: list[tuple[str, str]], window: int, max_windows: int | None
+    path: Path, against: Path, named: list[tuple[str, str]], window: int, max_windows: int | None, rows: int
 ) -> "list[Text]":
     """The texts' windows, which the tokenizers of both folders must agree on."""
+    import loader
     from loader.comparison import Text
     from loader.perplexity import named_windows
+    from loader.tokenizer import check_tokens
 
-    tokenizers = [_tokenizer(folder) for folder in (against, path)]
+    tokenizers = [loader.load_tokenizer(folder) for folder in (against, path)]
     texts = []
     for name, text in named:
         theirs, ours = (named_windows(t, name, text, window, max_windows) for t in tokenizers)
+        check_tokens(ours, tokenizers[1], rows, name)
         short = min(theirs.numel(), ours.numel())
         differ = (theirs.flatten()[:short] != ours.flatten()[:short]).nonzero()
         if len(differ):
@@ -110,14 +113,3 @@ def _texts(
             )
         texts.append(Text(name, hashlib.sha256(text.encode()).hexdigest(), ours))
     return texts
-
-
-def _tokenizer(folder: Path) -> Any:
-    import loader
-
-    try:
-        return loader.load_tokenizer(folder)
-    except (OSError, ValueError) as e:
-        raise MoeConvertError(
-            f"{folder}: transformers cannot load its tokenizer: {e}", "get the folder again, with its tokenizer files"
-        ) from e

@@ -87,6 +87,7 @@ def command(
     import transformers
 
     import loader
+    from loader.tokenizer import check_tokens, embedding_rows
 
     transformers.utils.logging.disable_progress_bar()
     there = _There(output)
@@ -99,6 +100,7 @@ def command(
     inputs = tokenizer(sys.stdin.read() if prompt == "-" else prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise MoeConvertError("the prompt is empty and the tokenizer adds no BOS token", "give a prompt")
+    check_tokens(inputs["input_ids"], tokenizer, embedding_rows(model), "the prompt")
     if seed is not None:
         torch.manual_seed(seed)
     text = None if output.as_json else transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

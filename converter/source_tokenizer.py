@@ -1,0 +1,44 @@
+"""The checkpoint's tokenizer: opened for calibration, and checked before a conversion begins."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from converter.source import Checkpoint
+from formats.errors import MoeConvertError, SourceError
+from formats.tokenizer_files import open_tokenizer_by
+
+_log = logging.getLogger(__name__)
+_WITHOUT = "--calibrate random (or none) needs no tokenizer"
+
+
+def open_source_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, without code from there. TokenizerError."""
+    from transformers import AutoTokenizer
+
+    return open_tokenizer_by(
+        lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), folder
+    )
+
+
+def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> None:
+    """Loads the tokenizer, and compares its vocabulary with the rows of the embeddings.
+
+    needed: by the calibration. SourceError then where it cannot be loaded; else a warning. Tokens without a row are
+    only warned of: many a vocabulary has more than its model, and a text need not use them.
+    """
+    folder, rows = checkpoint.folder, checkpoint.architecture.vocab_size
+    try:
+        vocabulary: dict[str, int] = open_source_tokenizer(folder).get_vocab()
+    except MoeConvertError as e:
+        if needed:
+            raise SourceError(e.message, "; or ".join(filter(None, (e.hint, _WITHOUT)))) from e
+        _log.warning("the converted model has no usable tokenizer: %s", "; ".join(filter(None, (e.message, e.hint))))
+        return
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
+    if beyond:
+        number, token = beyond[-1]
+        _log.warning(
+            "%s: the tokenizer has %d tokens beyond the model's %d embeddings, the last is %d (%r): a text with one of"
+            " them is refused", folder, len(beyond), rows, number, token,
+        )  # fmt: skip
