@@ -5,8 +5,7 @@ from pathlib import Path
 
 from converter.sizes import plan_output
 from converter.source import Weight
-from converter.source_files import read_config
-from formats.errors import SourceError
+from formats.checkpoint_config import read_config
 from formats.expert import ExpertLayout
 from formats.index import Architecture, Recipe
 from formats.safetensors_header import TensorEntry
@@ -28,14 +27,10 @@ class Outline:
     def of_folder(cls, folder: Path) -> "Outline":
         """From config.json in `folder`; SourceError unless it is a Mixtral's that this release converts."""
         config = read_config(folder)
-        where = str(folder / "config.json")
-        architecture = Architecture.from_config(config, where, error=SourceError)
-        name = config.get("dtype", config.get("torch_dtype", "bfloat16"))
-        if name not in _DTYPES:
-            raise SourceError(f"{where}: dtype is {name!r}; read are {', '.join(_DTYPES)}")
+        architecture = Architecture.from_config(config, str(folder / "config.json"))
         shapes: dict[str, tuple[int, ...]] = dict(plain_tensors(architecture))
         shapes |= {f"{module}.weight": shape for module, shape in packable_linears(architecture).items()}
-        dtype = _DTYPES[name]
+        dtype = _DTYPES[config.get("dtype") or "bfloat16"]
         return cls(architecture, {key: Weight(key, "", dtype, shape, 0) for key, shape in shapes.items()}, {dtype})
 
 

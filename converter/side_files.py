@@ -7,7 +7,9 @@ from pathlib import Path
 
 from converter.source import Checkpoint
 from formats import FORMAT_VERSION
+from formats.artifact import METHOD
 from formats.errors import SourceError
+from formats.generation_config import GENERATION_NAME, clean_generation_config
 from formats.index import CopiedFile, Recipe
 from formats.output_file import make_folder
 from formats.paths import locate_source, read_small_source
@@ -26,9 +28,10 @@ _log = logging.getLogger(__name__)
 
 
 def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFile:
-    """The source's config.json with the quantization_config by which transformers finds the loader's plugin."""
+    """config.json: the source's fields that may reach transformers, and the quantization_config by which it finds the
+    loader's plugin."""
     quantization = {
-        "quant_method": "moe_convert",
+        "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "recipe": recipe.name,
     }
@@ -65,10 +68,14 @@ def check_side_files(source: Path) -> list[str]:
 
 
 def copy_files(source: Path, names: list[str], out: Path) -> list[CopiedFile]:
-    """Copies the files `names` byte for byte: tokenizer, chat templates, generation config, licence and the like."""
-    return [
-        _write(out, name, read_small_source(source, name, str(source), max_bytes=MAX_BYTES)) for name in sorted(names)
-    ]
+    """Copies the files `names`: tokenizer, chat templates, generation config, licence and the like (`copied_bytes`)."""
+    return [_write(out, name, copied_bytes(source, name)) for name in sorted(names)]
+
+
+def copied_bytes(source: Path, name: str) -> bytes:
+    """A file of the source as the output has it: generation_config.json without what transformers must not get."""
+    data = read_small_source(source, name, str(source), max_bytes=MAX_BYTES)
+    return clean_generation_config(data, str(source / name), error=SourceError) if name == GENERATION_NAME else data
 
 
 def _write(out: Path, name: str, data: bytes) -> CopiedFile:

@@ -5,10 +5,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from converter.source import DAMAGED_HINT
 from converter.statistics import InputStatistics
 from formats.errors import SourceError
 from formats.packing import Packing
+
+DAMAGED_HINT = "the checkpoint is damaged or its training diverged; get it again or choose another one"
 
 
 class NonFiniteWeightsError(SourceError, ValueError):

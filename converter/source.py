@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.config_check import check_with_transformers
 from converter.hub_model import HubModel
 from converter.hub_shards import HubShards
 from converter.names import ExpertTensor, FusedTensor, role
 from converter.shards import FolderShards, Shards, cut_off
-from converter.source_files import INDEX_NAME, read_config, shard_names
+from converter.solver import DAMAGED_HINT
+from converter.source_files import INDEX_NAME, shard_names
+from formats.checkpoint_config import read_config
 from formats.errors import DamageError, FormatError, SourceError
+from formats.generation_config import read_generation_config
 from formats.index import Architecture
 from formats.safetensors_header import Header
 from formats.trunk import packable_linears, plain_tensors
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-DAMAGED_HINT = "the checkpoint is damaged or its training diverged; get it again or choose another one"
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,12 @@ class Checkpoint:
         self.hub = source if isinstance(source, HubModel) else None
         self.folder = source.folder if isinstance(source, HubModel) else source
         """Has config.json, tokenizer and the other small files."""
+        where = str(self.folder / "config.json")
         self.config = read_config(self.folder)
-        self.architecture = Architecture.from_config(self.config, str(self.folder / "config.json"), error=SourceError)
+        """What transformers may get, and what is written: docs/security.md."""
+        self.architecture = Architecture.from_config(self.config, where, error=SourceError)
+        generation = read_generation_config(self.folder, self.architecture.vocab_size, error=SourceError)
+        check_with_transformers(self.config, generation, where)
         self._shards: Shards = HubShards(source) if isinstance(source, HubModel) else FolderShards(source)
         self.experts: dict[ExpertTensor, Weight] = {}
         self.trunk: dict[str, Weight] = {}

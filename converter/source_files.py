@@ -1,48 +1,15 @@
-"""The small files of a source checkpoint, read strictly: config.json and the index of the shards."""
+"""The small files of a source checkpoint, read strictly: which are copied, and the index of the shards."""
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from formats.errors import DamageError, SourceError
+from formats.errors import SourceError
 from formats.paths import check_name, read_small_source
 from formats.strict_json import parse
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Mixtral that this release converts; SourceError for any other."""
-    if not folder.is_dir():
-        raise SourceError(
-            f"{folder} is not a folder", f"if it is a Hub repository, fetch it: hf download {folder} --local-dir model"
-        )
-    where = str(folder / "config.json")
-    try:
-        config = parse(read_small_source(folder, "config.json", str(folder)), where, error=SourceError)
-    except DamageError as e:
-        raise SourceError(e.message, "name the folder that holds the checkpoint's config.json") from None
-    if not isinstance(config, dict):
-        raise SourceError(f"{where}: not an object")
-    if "auto_map" in config:
-        raise SourceError(
-            f"{where}: has auto_map: the model needs code of its own, which is never run", "use a plain Mixtral"
-        )
-    kind, classes = config.get("model_type"), config.get("architectures")
-    if kind != "mixtral" or classes not in (None, ["MixtralForCausalLM"]):
-        raise SourceError(
-            f"{where}: model_type {kind!r}, architectures {classes!r}; read is 'mixtral' with ['MixtralForCausalLM']",
-            "use a Mixtral checkpoint (8x7B, 8x22B or a fine-tune of them)",
-        )
-    if (act := config.get("hidden_act", "silu")) != "silu":
-        raise SourceError(f"{where}: hidden_act is {act!r}; supported is 'silu'")
-    if "quantization_config" in config:
-        raise SourceError(
-            f"{where}: is quantized already (quantization_config)", "use the original bf16 or fp16 checkpoint"
-        )
-    return config
 
 
 def shard_names(folder: Path, there: Collection[str]) -> tuple[list[str], dict[str, str]]:

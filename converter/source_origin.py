@@ -13,6 +13,7 @@ import zstandard
 from converter.calibration import CalibrationPass, down_width
 from converter.calibration_text import calibration_tokens
 from converter.hub_model import HubModel
+from converter.side_files import copied_bytes
 from converter.sizes import plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint
@@ -23,7 +24,6 @@ from formats.errors import MoeConvertError
 from formats.index import ExpertEntry, Index
 from formats.layer_file import partial_path
 from formats.output_file import remove
-from formats.paths import locate_source
 from formats.repair import Origin
 from formats.writer import ZSTD_LEVEL, PlacedFile, write_file
 
@@ -77,12 +77,11 @@ class SourceOrigin(Origin):
         if name == TRUNK_NAME:
             self._trunk(sha256, path)
             return
-        folder = self._checkpoint.folder
         if name == "config.json":
             raise MoeConvertError(
                 f"{path} is damaged, and not a file of the source", "--from OWNER/MODEL, or convert again"
             )
-        data = locate_source(folder, name, str(folder)).read_bytes()
+        data = copied_bytes(self._checkpoint.folder, name)
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
             raise self._other(name, found, sha256)
         write_file(path, data)

@@ -14,11 +14,11 @@ _WITHOUT = "--calibrate random (or none) needs no tokenizer"
 
 def open_source_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`, without code from there. TokenizerError."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, MixtralConfig
 
-    return open_tokenizer_by(
-        lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), folder
-    )
+    # Without a config transformers would parse the folder's config.json, past our gate.
+    options = {"config": MixtralConfig(), "trust_remote_code": False, "local_files_only": True}
+    return open_tokenizer_by(lambda path: AutoTokenizer.from_pretrained(path, **options), folder)
 
 
 def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> None:

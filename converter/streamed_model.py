@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from converter.layer_forward import LayerForward
-from converter.source import DAMAGED_HINT, Checkpoint
+from converter.solver import DAMAGED_HINT
+from converter.source import Checkpoint
 from converter.weight_range import largest_in_layer
 from formats.errors import DoesNotFitError, SourceError
 from formats.io_errors import io_error

@@ -1,24 +1,34 @@
 """A converted folder, opened: every number of its index compared with its files, before a byte is used."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, INDEX_NAME, TRUNK_NAME
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
+from formats.field_rules import short
 from formats.index import CODECS, Architecture, ExpertEntry, Index, check_version, read_index
 from formats.io_errors import translated
 from formats.layer_file import layer_file_name, layer_metadata, raw_entries, zstd_entries
+from formats.log_once import warn_once
+from formats.model_config import gate_config
 from formats.packing import packing_named
 from formats.paths import check_name, locate, open_regular, read_small
 from formats.safetensors_header import Header, TensorEntry, read_header
 from formats.strict_json import parse
 from formats.trunk import check_trunk
 
+METHOD = "moe_convert"
+"""The quant_method by which transformers finds the loader's plugin."""
+RUN_TIME = ("num_experts_per_tok",)
+"""Numbers of the architecture that config.json may change after the conversion."""
 RESAVED_HINT = "it was cut off, or saved again by a general safetensors tool: get the file again, or convert again"
 
 
@@ -42,9 +52,10 @@ class Artifact:
             raise problem
         return cls(path, index, config)
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
-        return self.index.architecture
+        """The numbers that the index recorded, with the run-time ones of config.json."""
+        return replace(self.index.architecture, **{name: self.config[name] for name in RUN_TIME})
 
     @property
     def packings(self) -> set[str]:
@@ -72,26 +83,45 @@ class Artifact:
 
 
 def read_head(folder: Path, index_name: str = INDEX_NAME) -> tuple[Index, dict[str, Any]]:
-    """Index and config.json of `folder`, compared with each other and with what this release supports."""
+    """Index and gated config.json of `folder`, compared with each other and with what this release supports.
+
+    Run-time fields of config.json may differ from what the index recorded: one log line says so.
+    """
     if not folder.is_dir():
         raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote")
     index = read_index(folder, index_name)
     where = str(folder / "config.json")
-    config = parse(read_small(folder, "config.json", str(folder)), where)
-    if not isinstance(config, dict):
+    data = read_small(folder, "config.json", str(folder))
+    raw = parse(data, where)
+    if not isinstance(raw, dict):
         raise FormatError(f"{where}: not an object")
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "moe_convert":
-        raise FormatError(f"{where}: field quantization_config.quant_method is not 'moe_convert'")
+    quantization = raw.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise FormatError(f"{where}: field quantization_config.quant_method is not {METHOD!r}")
     check_version(quantization.get("format_version"), f"{where}: quantization_config")
-    if "auto_map" in config:
-        raise FormatError(f"{where}: has auto_map; moe-convert never runs code from a model folder", "remove the field")
-    from_config = Architecture.from_config(config, where)
+    config, notes = gate_config(raw, where, error=FormatError, converted=True)
+    if extra := sorted(quantization.keys() - {"quant_method", "format_version", "recipe"}):
+        raise FormatError(
+            f"{where}: field {short(f'quantization_config.{extra[0]}')} is {short(quantization[extra[0]])}: the"
+            " converter writes none",
+            f"remove {short(extra[0])} from quantization_config in config.json",
+        )
+    recipe = quantization.get("recipe", index.recipe.name)
+    if recipe != index.recipe.name:
+        found = f"{where}: quantization_config.recipe is {short(recipe)}"
+        raise FormatError(f"{found}, {folder / INDEX_NAME} says {index.recipe.name!r}")
     for name in Architecture.__struct_fields__:
-        ours, theirs = getattr(index.architecture, name), getattr(from_config, name)
-        if ours != theirs:
+        ours, theirs = getattr(index.architecture, name), config[name]
+        if ours == theirs:
+            continue
+        if name not in RUN_TIME:
             raise FormatError(f"{where}: {name} is {theirs}, {folder / INDEX_NAME} says {ours}")
-    return index, config
+        notes.append(f"{name} is {theirs}, {ours} when it was converted")
+    if any(f.file == "config.json" and f.sha256 != hashlib.sha256(data).hexdigest() for f in index.files):
+        notes.insert(0, "changed since the conversion, and used as it is now")
+    if notes:
+        warn_once(f"{where}: {'; '.join(notes)}")
+    return index, {**config, "quantization_config": quantization}
 
 
 def structure_problems(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvertError]]:

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from formats import FORMAT_VERSION, INDEX_NAME
-from formats.errors import FormatError, VersionError
+from formats.errors import FormatError, MoeConvertError, VersionError
+from formats.model_config import gate_config
 from formats.paths import read_small
 from formats.strict_json import parse, typed
 
@@ -39,29 +40,12 @@ class Architecture(_Part, frozen=True):
     tie_word_embeddings: bool
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], where: str, *, error: type[Exception] = FormatError) -> "Architecture":
-        """The numbers of a Mixtral's config.json; raises `error` naming `where` and the field."""
-        values = {name: config.get(name) for name in cls.__struct_fields__}
-        if values["tie_word_embeddings"] is None:
-            values["tie_word_embeddings"] = False
-        heads = values["num_attention_heads"]
-        if values["head_dim"] is None:
-            sizes: Any = values["hidden_size"], heads
-            # Where these are no numbers, the check of their types below says so.
-            values["head_dim"] = sizes[0] // sizes[1] if all(type(n) is int and n > 0 for n in sizes) else 1
-        if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = heads
-        missing = [name for name, value in values.items() if value is None]
-        if missing:
-            raise error(f"{where}: field {missing[0]} is missing")
-        result = typed(values, cls, where, error=error)
-        for part, whole in (
-            ("num_experts_per_tok", "num_local_experts"),
-            ("num_key_value_heads", "num_attention_heads"),
-        ):
-            if getattr(result, part) > getattr(result, whole):
-                raise error(f"{where}: {part} is {values[part]}, more than {whole}, which is {values[whole]}")
-        return result
+    def from_config(
+        cls, config: Any, where: str, *, error: type[MoeConvertError] = FormatError, converted: bool = False
+    ) -> "Architecture":
+        """The numbers of a Mixtral's config.json, as `gate_config` takes them."""
+        fields, _ = gate_config(config, where, error=error, converted=converted)
+        return cls(**{name: fields[name] for name in cls.__struct_fields__})
 
 
 class Shard(_Part, frozen=True):

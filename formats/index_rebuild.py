@@ -57,8 +57,9 @@ def rebuild_index(folder: Path) -> Index:
     where = str(folder / INDEX_NAME)
     old = _old(folder, where)
     kept = {name: typed(old[name], kind, f"{where}: {name}") for name, kind in _ONLY_IN_INDEX.items()}
-    config = parse(read_small(folder, "config.json", str(folder)), str(folder / "config.json"))
-    architecture = Architecture.from_config(config, str(folder / "config.json"))
+    place = str(folder / "config.json")
+    config = parse(read_small(folder, "config.json", str(folder)), place)
+    architecture = Architecture.from_config(config, place, converted=True)
     with translated(folder, "read", DamageError):
         layers = [_layer(folder, n, architecture) for n in range(architecture.num_hidden_layers)]
     _compare(old, layers, folder)

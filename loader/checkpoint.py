@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats import INDEX_NAME
-from formats.errors import MoeConvertError
+from formats.checkpoint_config import read_config
+from formats.errors import MoeConvertError, SourceError
+from loader.configuration import loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,11 +21,12 @@ def is_converted(folder: Path) -> bool:
 
 
 def load_checkpoint(folder: Path) -> "PreTrainedModel":
-    """The causal language model in `folder` in its stored dtype, on the CPU.
+    """The Mixtral in `folder` in its stored dtype, on the CPU.
 
-    MoeConvertError if there are no safetensors files, or if transformers cannot load it.
+    SourceError if it is another model; MoeConvertError if there are no safetensors files, or if transformers cannot
+    load it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MixtralForCausalLM
 
     if not folder.is_dir():
         raise MoeConvertError(f"{folder} is not a folder", "name a converted folder, or a folder with a checkpoint")
@@ -32,10 +35,9 @@ def load_checkpoint(folder: Path) -> "PreTrainedModel":
             f"{folder}: neither {INDEX_NAME} nor {' nor '.join(WEIGHTS)}",
             "complete the conversion, or save the checkpoint as safetensors; pickles are never read",
         )
+    options = loading_options(folder, read_config(folder), None, error=SourceError)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            os.fspath(folder), dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
+        model = MixtralForCausalLM.from_pretrained(os.fspath(folder), dtype="auto", **options)
     except (OSError, ValueError) as e:
         raise MoeConvertError(f"{folder}: transformers cannot load it: {e}") from e
     return model.eval()

@@ -13,6 +13,7 @@ from formats.checksums import CHECKS
 from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.index import Architecture
 from formats.readers import READERS
+from loader.configuration import loading_options
 from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device
 from loader.cuda.out_of_memory import give_up_slots_for_memory
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-_MODEL_FILES = {TRUNK_NAME, "config.json", "generation_config.json"}
 
 
 def from_pretrained(
@@ -134,29 +134,17 @@ def _placed(
 
 
 def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None) -> Any:
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralForCausalLM
 
     from loader.plugin import Parts, loading
 
-    activation = artifact.config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise FormatError(f"{artifact.folder / 'config.json'}: hidden_act is {activation!r}, Mixtral's is 'silu'")
     # The configuration as our strict reader saw it, not as a second parser would.
-    config = MixtralConfig.from_dict({**artifact.config, "transformers_weights": TRUNK_NAME})
-    options: dict[str, Any] = {"dtype": dtype}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
+    fields = {**artifact.config, "transformers_weights": TRUNK_NAME}
+    options = loading_options(artifact.folder, fields, attn_implementation, error=FormatError, converted=True)
     parts = Parts(artifact, placement.cache, placement.backend, placement.experts)
     # With an adapter_config.json beside the weights, transformers would load that too.
-    with link_listed_files(artifact.folder, artifact.index, _MODEL_FILES.__contains__) as files, loading(parts):
-        model = MixtralForCausalLM.from_pretrained(
-            os.fspath(files),
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-        )
+    with link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files, loading(parts):
+        model = MixtralForCausalLM.from_pretrained(os.fspath(files), dtype=dtype, **options)
     model.name_or_path = model.config.name_or_path = os.fspath(artifact.folder)
     # transformers 5.0 leaves weights of a quantized model in the dtype of the file.
     for module in model.modules():
@@ -177,8 +165,7 @@ def _dtype(dtype: Any, artifact: Artifact, devices: Sequence[Device]) -> Any:
     """What transformers is told. GPUs before Ampere have no instructions for bfloat16."""
     if dtype not in (None, "auto") or all(device.capability >= (8, 0) for device in devices):
         return "auto" if dtype is None else dtype
-    stored = artifact.config.get("dtype", artifact.config.get("torch_dtype"))
-    return torch.float16 if stored == "bfloat16" else "auto"
+    return torch.float16 if artifact.config.get("dtype") == "bfloat16" else "auto"
 
 
 def _guesses(prefetch: int | str, architecture: Architecture) -> int:

@@ -28,7 +28,7 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
     name = next((name for name in (INDEX_NAME, PENDING_NAME) if (folder / name).exists()), None)
     if name is None:
         return _open(folder)
-    with link_listed_files(folder, read_index(folder, name), _is_tokenizer_file) as files:
+    with link_listed_files(folder, read_index(folder, name), is_read_by_transformers) as files:
         try:
             tokenizer = _open(files)
         except TokenizerError as e:
@@ -38,17 +38,12 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _is_tokenizer_file(name: str) -> bool:
-    # transformers looks into config.json for the model's family.
-    return is_read_by_transformers(name) or name == "config.json"
-
-
 def _open(folder: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, MixtralConfig
 
-    return open_tokenizer_by(
-        lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), folder
-    )
+    # Without a config transformers would parse the folder's config.json, past our gate.
+    options = {"config": MixtralConfig(), "trust_remote_code": False, "local_files_only": True}
+    return open_tokenizer_by(lambda path: AutoTokenizer.from_pretrained(path, **options), folder)
 
 
 def check_tokens(ids: Tensor, tokenizer: Any, rows: int, where: str) -> None:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from formats.artifact import Artifact
+from formats.checkpoint_config import read_config
 from formats.errors import MoeConvertError
 from formats.index import Architecture
-from formats.paths import read_small
-from formats.strict_json import parse
 from loader.checkpoint import is_converted
 from loader.perplexity import Progress, read_text, windows_of
 from loader.routing_recorder import Routing, RoutingRecorder
@@ -41,12 +40,9 @@ class TracedModel:
             artifact = Artifact.open(folder)
             sizes = tuple(max(expert.length for expert in layer.experts) for layer in artifact.index.layers)
             return cls(folder.resolve().name, artifact.architecture, sizes)
-        where = str(folder / "config.json")
-        config = parse(read_small(folder, "config.json", str(folder)), where)
-        if not isinstance(config, dict):
-            raise MoeConvertError(f"{where}: not an object")
-        architecture = Architecture.from_config(config, where, error=MoeConvertError)
-        bytes_per_weight = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+        config = read_config(folder)
+        architecture = Architecture.from_config(config, str(folder / "config.json"))
+        bytes_per_weight = 4 if config.get("dtype") == "float32" else 2
         size = 3 * architecture.hidden_size * architecture.intermediate_size * bytes_per_weight
         return cls(folder.resolve().name, architecture, (size,) * architecture.num_hidden_layers)
 

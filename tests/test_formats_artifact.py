@@ -170,7 +170,8 @@ def test_trunk_tensors_of_any_float_type_and_unpacked_attention_are_taken(tmp_pa
 
 
 def test_head_dim_and_key_value_heads_have_the_defaults_of_transformers() -> None:
-    config = {k: v for k, v in CONFIG.items() if k not in ("head_dim", "num_key_value_heads", "tie_word_embeddings")}
+    config = {k: v for k, v in CONFIG.items() if k not in ("head_dim", "tie_word_embeddings")}
+    config["num_key_value_heads"] = None
     architecture = Architecture.from_config(config, "config.json")
     assert (architecture.head_dim, architecture.num_key_value_heads) == (16, 2)
     assert not architecture.tie_word_embeddings

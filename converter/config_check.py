@@ -1,0 +1,47 @@
+"""transformers' own word on a source's configuration, before the first weight is read."""
+
+import copy
+from typing import Any
+
+import torch
+
+from formats.errors import SourceError
+from formats.field_rules import short
+from formats.generation_config import GENERATION_NAME
+
+
+def check_with_transformers(config: dict[str, Any], generation: dict[str, Any] | None, where: str) -> None:
+    """Builds config, generation config, embeddings and one layer without weights, and the rotary embedding.
+
+    config, generation: gated. `where` is config.json's path. SourceError naming the file and transformers' reason: what
+    it cannot build here it could not load after the conversion either.
+    """
+    from transformers import GenerationConfig, MixtralConfig
+    from transformers.models.mixtral import modeling_mixtral as mixtral
+
+    try:
+        built = MixtralConfig.from_dict(copy.deepcopy(config))
+        built._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            torch.nn.Embedding(built.vocab_size, built.hidden_size, built.pad_token_id)
+            mixtral.MixtralDecoderLayer(built, 0)
+        rotary = mixtral.MixtralRotaryEmbedding(built)
+        cos, sin = rotary(torch.empty(1), torch.tensor([[0, built.max_position_embeddings - 1]]))
+    # Whatever a foreign library raises for a stranger's values: TypeError, KeyError, ZeroDivisionError and its own.
+    except Exception as e:
+        raise _refused(where, e) from e
+    if cos.shape[-1] != config["head_dim"] or not bool(torch.isfinite(cos).all() and torch.isfinite(sin).all()):
+        raise SourceError(
+            f"{where}: rope_parameters {short(config['rope_parameters'])} give no finite rotation of head_dim,"
+            f" {config['head_dim']}, values at every position",
+            "correct rope_parameters (or rope_scaling and rope_theta) in config.json",
+        )
+    try:
+        GenerationConfig(**copy.deepcopy(generation or {}))
+    except Exception as e:
+        raise _refused(where.removesuffix("config.json") + GENERATION_NAME, e) from e
+
+
+def _refused(where: str, error: Exception) -> SourceError:
+    message = f"{where}: transformers refuses it: {type(error).__name__}: {short(str(error))}"
+    return SourceError(message, f"correct {where}")

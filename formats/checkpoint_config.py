@@ -1,0 +1,44 @@
+"""config.json of an ordinary checkpoint: which models are read, and what of it may reach transformers."""
+
+from pathlib import Path
+from typing import Any
+
+from formats.errors import DamageError, SourceError
+from formats.field_rules import short
+from formats.log_once import warn_once
+from formats.model_config import gate_config
+from formats.paths import read_small_source
+from formats.strict_json import parse
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The gated config.json of a Mixtral that this release reads; SourceError for any other.
+
+    One log line says what was left out or replaced.
+    """
+    if not folder.is_dir():
+        raise SourceError(
+            f"{folder} is not a folder", f"if it is a Hub repository, fetch it: hf download {folder} --local-dir model"
+        )
+    where = str(folder / "config.json")
+    try:
+        config = parse(read_small_source(folder, "config.json", str(folder)), where, error=SourceError)
+    except DamageError as e:
+        raise SourceError(e.message, "name the folder that holds the checkpoint's config.json") from None
+    if not isinstance(config, dict):
+        raise SourceError(f"{where}: not an object", "get config.json again")
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if kind != "mixtral" or classes not in (None, ["MixtralForCausalLM"]):
+        raise SourceError(
+            f"{where}: model_type {short(kind)}, architectures {short(classes)}; read is 'mixtral' with"
+            " ['MixtralForCausalLM']",
+            "use a Mixtral checkpoint (8x7B, 8x22B or a fine-tune of them)",
+        )
+    if config.get("quantization_config") is not None:
+        raise SourceError(
+            f"{where}: is quantized already (quantization_config)", "use the original bf16 or fp16 checkpoint"
+        )
+    fields, notes = gate_config(config, where, error=SourceError)
+    if notes:
+        warn_once(f"{where}: {'; '.join(notes)}")
+    return fields

@@ -1,0 +1,46 @@
+"""transformers' configuration objects, built from nothing but what the gates of `formats` let through."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from formats.errors import MoeConvertError
+from formats.field_rules import short
+from formats.generation_config import read_generation_config
+
+
+def loading_options(
+    folder: Path,
+    fields: dict[str, Any],
+    attn_implementation: str | None,
+    *,
+    error: type[MoeConvertError],
+    converted: bool = False,
+) -> dict[str, Any]:
+    """Arguments for MixtralForCausalLM.from_pretrained, so that it parses no configuration of `folder` itself.
+
+    fields: the gated config.json. attn_implementation: the user's choice; None takes sdpa, or what the class supports.
+    Raises `error` naming the file where transformers refuses a value.
+    """
+    from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+
+    generation = read_generation_config(folder, fields["vocab_size"], error=error, converted=converted)
+    where = folder / "config.json"
+    try:
+        config = MixtralConfig.from_dict(copy.deepcopy(fields))
+        if generation is None:
+            defaults = GenerationConfig.from_model_config(copy.deepcopy(fields))
+        else:
+            where = folder / "generation_config.json"
+            defaults = GenerationConfig(**generation)
+    # Whatever a foreign library raises for a stranger's values, its own classes among it.
+    except Exception as e:
+        raise error(f"{where}: transformers refuses it: {type(e).__name__}: {short(str(e))}", f"correct {where}") from e
+    return {
+        "config": config,
+        "generation_config": defaults,
+        "attn_implementation": attn_implementation or ("sdpa" if MixtralForCausalLM._supports_sdpa else "eager"),
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
