@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.bad_weights import overflow_error
 from converter.calibration_text import CalibrationTokens
 from converter.layer_forward import LayerForward, fast_products
 from converter.layer_statistics import DOWN_BLOCK, ExpertInputs, LayerStatistics, rows_at_once
 from converter.source import Checkpoint
 from converter.state_file import read_state, write_state
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens, second_moment
-from converter.weight_range import largest_in_layer
-from formats.errors import SourceError
 from formats.index import Architecture, Recipe
 
 VERSION = 2
@@ -101,7 +100,7 @@ class CalibrationPass:
             self._step()
         assert self._activations is not None
         norm = self._model.norm("model.norm.weight")
-        self._head = self._full("the output head", norm(self._activations).flatten(0, 1))
+        self._head = self._full(None, "the output head", norm(self._activations).flatten(0, 1))
 
     def linear(self, module: str) -> InputStatistics:
         """Of the trunk's matrix `module`."""
@@ -140,7 +139,7 @@ class CalibrationPass:
         _log.info("calibration: layer %d", layer)
         assert self._activations is not None
         residual, linears = self._attention(layer, gather)
-        self._check(residual, f"layer {layer}: after attention", layer)
+        self._check(residual, layer, f"layer {layer}: after attention")
         norm = self._model.norm(f"model.layers.{layer}.post_attention_layernorm.weight")
         router = self._model.router(layer)
         inputs = norm(residual).flatten(0, 1)
@@ -168,7 +167,7 @@ class CalibrationPass:
                 pooled += moments
             experts += [ExpertInputs(tokens, inner[e]) for e, (tokens, _) in reached.items()]
         after = after.view_as(residual)
-        self._check(after, f"layer {layer}: after its experts", layer)
+        self._check(after, layer, f"layer {layer}: after its experts")
         if gather:
             weight = sum(float(self._weights[e.tokens].double().sum()) for e in experts)
             self._layer = LayerStatistics(
@@ -176,7 +175,7 @@ class CalibrationPass:
                 inputs,
                 self._weights,
                 experts,
-                gate_up=self._full(f"layer {layer}", inputs),
+                gate_up=self._full(layer, f"layer {layer}", inputs),
                 down=InputStatistics(pooled / weight, effective_tokens(self._weights)),
                 products=self._products,
             )
@@ -192,8 +191,10 @@ class CalibrationPass:
         residual = torch.cat([r for r, _, _ in results])
         if not gather:
             return residual, {}
-        shared = self._full(f"layer {layer}, attention", torch.cat([n for _, n, _ in results]).flatten(0, 1))
-        own = self._full(f"layer {layer}, attention's output", torch.cat([m for _, _, m in results]).flatten(0, 1))
+        shared = self._full(layer, f"layer {layer}, attention", torch.cat([n for _, n, _ in results]).flatten(0, 1))
+        own = self._full(
+            layer, f"layer {layer}, attention's output", torch.cat([m for _, _, m in results]).flatten(0, 1)
+        )
         return residual, {"q_proj": shared, "k_proj": shared, "v_proj": shared, "o_proj": own}
 
     def _expert(
@@ -219,19 +220,14 @@ class CalibrationPass:
         width = self._down_width
         return -(-self._checkpoint.architecture.intermediate_size // width), width, width
 
-    def _full(self, what: str, x: Tensor) -> InputStatistics:
+    def _full(self, layer: int | None, what: str, x: Tensor) -> InputStatistics:
         moment = second_moment(x, self._weights, self._run_all) / self._weights.double().sum()
-        self._check(moment, what)
+        self._check(moment, layer, what)
         return InputStatistics(moment.float()[None], effective_tokens(self._weights))
 
-    def _check(self, values: Tensor, where: str, layer: int | None = None) -> None:
+    def _check(self, values: Tensor, layer: int | None, where: str) -> None:
         if not bool(torch.isfinite(values).all()):
-            largest = "" if layer is None else f"; {largest_in_layer(self._checkpoint, layer)}"
-            raise SourceError(
-                f"{self._checkpoint.folder}: {where}: the calibration's activations are infinite or NaN{largest}",
-                "the checkpoint is damaged or its training diverged; --calibrate none --solver refit needs no"
-                " activations",
-            )
+            raise overflow_error(self._checkpoint, layer, where)
 
 
 def down_width(recipe: Recipe, architecture: Architecture) -> int:

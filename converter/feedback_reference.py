@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converter.solver import NonFiniteWeightsError, ScaleOverflowError, SquaredError
+from converter.solver import NonFiniteWeightsError, SquaredError, UnfitWeightsError
 from converter.solver_package import FP16_MAX, FP16_TINY
 from formats.errors import SourceError
 from formats.packing import Packing, QuantizedMatrix, dequantize
@@ -62,7 +62,7 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 
 def refit_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, SquaredError]:
     """`weight` [rows, columns] without calibration: scales by search and least squares, gain corrected."""
-    weight = _checked(weight)
+    weight = _checked(weight, packing)
     groups = _Groups.of(weight, torch.ones(weight.shape[1]), packing)
     ds, dm = _row_scales(groups, packing)
     s, m, codes, _ = _under_row_scales(groups, *_search(groups, packing), ds, dm, packing)
@@ -80,7 +80,7 @@ def feedback_rows(
     hessian, factor: float32 [blocks, width, width] over the columns, as in InputStatistics and from `factorize`.
     The row scales are found before; each group's S and M when its turn comes, from what its weights are by then.
     """
-    weight = _checked(weight)
+    weight = _checked(weight, packing)
     rows, columns = weight.shape
     blocks, width, _ = hessian.shape
     size = packing.group_size
@@ -173,11 +173,10 @@ def _under_row_scales(
 
 
 def _largest(values: Tensor, most: int) -> Tensor:
-    """The row scale [rows] under which the largest value gets the integer `most`. ScaleOverflowError if fp16
-    lacks it."""
+    """The row scale [rows] that gives the largest value the integer `most`; UnfitWeightsError if fp16 lacks it."""
     row = values.amax(1) / most
     if float(row.max()) > FP16_MAX:
-        raise ScaleOverflowError
+        raise UnfitWeightsError(f"a weight scale of {float(row.max()):.3g} does not fit into fp16")
     return torch.where(row > 0, row.clamp(min=FP16_TINY), row).half().float()
 
 
@@ -250,10 +249,15 @@ def _times(weight: Tensor, hessian: Tensor) -> Tensor:
     return torch.bmm(padded.transpose(0, 1), hessian).transpose(0, 1).reshape(rows, -1)[:, :columns]
 
 
-def _checked(weight: Tensor) -> Tensor:
+def _checked(weight: Tensor, packing: Packing) -> Tensor:
+    """float32 weights that the packing's scales can reach; beyond that, squared errors overflow unseen."""
     if count := int((~torch.isfinite(weight)).sum()):
         raise NonFiniteWeightsError(count)
-    return weight.float()
+    weight = weight.float()
+    largest = float(weight.abs().max())
+    if largest > FP16_MAX * (packing.max_s * packing.max_code + packing.max_m):
+        raise UnfitWeightsError(f"weights up to {largest:g} do not fit under scales in fp16")
+    return weight
 
 
 def _error(weight: Tensor, matrix: QuantizedMatrix, packing: Packing) -> SquaredError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.journal import read_pin
-from converter.source_files import INDEX_NAME
+from converter.source_kinds import INDEX_NAME, check_names
 from formats.errors import SourceError
 from formats.hub import HubRepo
 from formats.ranges import Retries
@@ -58,6 +58,7 @@ class HubModel:
 
 def _small_files(repo: HubRepo) -> Path:
     """The cache's folder of the commit, with everything in it that a conversion reads besides the shards."""
+    check_names(repo.files, repo.repo, f"{repo.repo}@{repo.commit[:12]}")
     # Names of side files have no character that means something in a pattern.
     patterns = ["config.json", INDEX_NAME, *filter(is_side_file, repo.files)]
     if "config.json" not in repo.files:

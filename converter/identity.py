@@ -27,14 +27,23 @@ def calibration_version(tokens: CalibrationTokens) -> str:
     return f"{calibration.VERSION}, tokens {tokens.sha256}"
 
 
+def overlay_version(checkpoint: Checkpoint) -> str | None:
+    """What the bytes depend on besides the shards, where some tensors are in several of them."""
+    if not checkpoint.overlaid:
+        return None
+    return hashlib.sha256(repr(sorted(checkpoint.overlaid.items())).encode()).hexdigest()
+
+
 def fingerprint(
     checkpoint: Checkpoint, recipe: Recipe, codec: str, solver: Solver, tokens: CalibrationTokens | None
 ) -> dict[str, Any]:
     """What must be the same for a resume."""
     calibrated = {"calibration": calibration_version(tokens)} if tokens else {}
     pinned = {"hub": checkpoint.hub.pin} if checkpoint.hub else {}
+    overlaid = {"overlay": overlay_version(checkpoint)} if checkpoint.overlaid else {}
     return {
         **calibrated,
+        **overlaid,
         **pinned,
         "source": {name: checkpoint.shard_sample(name) for name in checkpoint.shards},
         "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
@@ -71,6 +80,10 @@ def check_complete(
     there, now = index.producer.versions.get("calibration"), calibration_version(tokens) if tokens else None
     if there != now:
         refuse("calibration", there, now)
+    if (there := index.producer.versions.get("overlay")) != (now := overlay_version(checkpoint)):
+        refuse("choice of tensors that are in several shards", there, now)
+    if index.architecture != checkpoint.architecture:
+        refuse("architecture", index.architecture, checkpoint.architecture)
     sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
     if sizes != checkpoint.shards:
         refuse("source", sizes, checkpoint.shards)

@@ -4,7 +4,7 @@ import hashlib
 
 from converter import __version__
 from converter.calibration_text import CalibrationTokens
-from converter.identity import calibration_version
+from converter.identity import calibration_version, overlay_version
 from converter.records import LayerRecord
 from converter.sizes import OutputPlan
 from converter.solver import Solver
@@ -33,6 +33,8 @@ def assemble_index(
     versions = {"solver": solver.version}
     if tokens:
         versions["calibration"] = calibration_version(tokens)
+    if overlay := overlay_version(checkpoint):
+        versions["overlay"] = overlay
     with open(trunk.path, "rb") as f:
         trunk_sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     shards = [Shard(name, size, shard_sha256[name]) for name, size in checkpoint.shards.items()]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from converter.names import ExpertTensor
-from converter.source import Checkpoint, Weight
+from converter.source import Checkpoint
+from converter.source_tensors import Weight
 
 ROWS_AT_ONCE = 1024
 """Of an expert's matrix."""

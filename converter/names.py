@@ -7,7 +7,8 @@ _PROJECTION = {"w1": "gate", "w2": "down", "w3": "up"}
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w[123])\.weight")
 _FUSED = re.compile(r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 _ROUTER = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.gate\.weight")
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Old checkpoints store this buffer, in each layer or once; transformers computes it.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class FusedTensor:
-    """One projection of all experts of a layer: "gate_up" [experts, 2 · intermediate, hidden] or "down"."""
+    """One projection of all experts of a layer, [experts, rows, columns]: "gate", "up", "down", or "gate_up", which has
+    gate's rows before up's."""
 
     layer: int
     projection: str
@@ -33,7 +35,7 @@ def role(name: str) -> ExpertTensor | FusedTensor | str | None:
         return ExpertTensor(int(match[1]), int(match[2]), _PROJECTION[match[3]])
     if match := _FUSED.fullmatch(name):
         return FusedTensor(int(match[1]), match[2].removesuffix("_proj"))
-    if _IGNORED.fullmatch(name):
+    if _IGNORED.search(name):
         return None
     if match := _ROUTER.fullmatch(name):
         return f"{match[1]}.mlp.gate.weight"

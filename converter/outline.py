@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.sizes import plan_output
-from converter.source import Weight
+from converter.source_kinds import check_folder
+from converter.source_tensors import Weight
 from formats.checkpoint_config import read_config
 from formats.expert import ExpertLayout
 from formats.index import Architecture, Recipe
@@ -26,6 +27,7 @@ class Outline:
     @classmethod
     def of_folder(cls, folder: Path) -> "Outline":
         """From config.json in `folder`; SourceError unless it is a Mixtral's that this release converts."""
+        check_folder(folder)
         config = read_config(folder)
         architecture = Architecture.from_config(config, str(folder / "config.json"))
         shapes: dict[str, tuple[int, ...]] = dict(plain_tensors(architecture))

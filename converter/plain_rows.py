@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from converter.solver import NonFiniteWeightsError, SquaredError, WeightRangeError
+from converter.solver import NonFiniteWeightsError, SquaredError, UnfitWeightsError
 from formats.errors import RecipeError
 from formats.packing import Packing
-from formats.plain_packing import PLAIN_PACKINGS, PlainPacking
+from formats.plain_packing import PlainPacking
 
 
 class NoSolver:
@@ -30,16 +30,16 @@ def plain_packing_for(dtypes: set[str]) -> str:
 def store_rows(weight: Tensor, packing: PlainPacking, out: Tensor) -> SquaredError:
     """Writes `weight` [rows, columns] to `out`, of the packing's dtype: as it is, or rounded to nearest even.
 
-    Raises NonFiniteWeightsError, and WeightRangeError where a weight is beyond the packing's largest number.
+    Raises UnfitWeightsError where a weight is not finite, or beyond the packing's largest number.
     """
     out.copy_(weight)
     if not bool(torch.isfinite(out).all()):
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             raise NonFiniteWeightsError(bad)
-        raise WeightRangeError(
+        raise UnfitWeightsError(
             f"weights up to {float(weight.abs().max()):g} do not fit into {packing.name}",
-            f"use {', '.join(name for name in PLAIN_PACKINGS if name != packing.name)}",
+            "use rows-bf16" if packing.name == "rows-f16" else "",
         )
     error = 0.0 if out.dtype is weight.dtype else _sum_squares(out.float() - weight.float())
     return SquaredError(error, _sum_squares(weight))

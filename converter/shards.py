@@ -10,7 +10,7 @@ from pathlib import Path
 
 from formats.errors import SourceError
 from formats.io_errors import translated
-from formats.paths import locate_source, open_regular
+from formats.paths import check_no_pointer, locate_source, open_regular
 from formats.safetensors_header import Header, read_header
 
 _SAMPLES = 64
@@ -83,6 +83,7 @@ class FolderShards(Shards):
 
     def header(self, name: str) -> Header:
         with self._reading(name):
+            check_no_pointer(os.pread(self._descriptors[name], 64, 0), self._folder / name)
             return read_header(self._descriptors[name], str(self._folder / name))
 
     def size(self, name: str) -> int:

@@ -11,7 +11,7 @@ from converter.bit_rules import UNPACKED, packings_by_expert
 from converter.calibration import calibration_memory_bytes, down_width
 from converter.plain_rows import plain_packing_for
 from converter.solver import Solver
-from converter.source import Weight
+from converter.source_tensors import Weight
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout

@@ -12,11 +12,17 @@ from formats.packing import Packing
 DAMAGED_HINT = "the checkpoint is damaged or its training diverged; get it again or choose another one"
 
 
-class NonFiniteWeightsError(SourceError, ValueError):
-    """Infinities or NaN among the weights; `count` of them. The caller knows the tensor's name and adds it."""
+class UnfitWeightsError(SourceError, ValueError):
+    """Weights that the packing cannot hold. The caller knows file, tensor and place, and adds them."""
+
+    default_hint = DAMAGED_HINT
+
+
+class NonFiniteWeightsError(UnfitWeightsError):
+    """Infinities or NaN among the weights; `count` of them."""
 
     def __init__(self, count: int) -> None:
-        super().__init__(f"{count} weights are infinite or NaN", DAMAGED_HINT)
+        super().__init__(f"{count} weights are infinite or NaN")
         self.count = count
 
 
@@ -59,7 +65,7 @@ class Solver(Protocol):
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
         """Fills `tiles` (uint8 [tiles, tile_bytes], a view whose rows may lie apart) with `weight` [rows, columns].
 
-        weight: bfloat16, float16 or float32, contiguous. Raises NonFiniteWeightsError, and ScaleOverflowError if a
+        weight: bfloat16, float16 or float32, contiguous. Raises UnfitWeightsError where a weight is not finite or a
         scale does not fit into fp16.
         """
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.solver import NonFiniteWeightsError, ScaleOverflowError, SquaredError
+from converter.solver import NonFiniteWeightsError, SquaredError, UnfitWeightsError
 from formats.errors import MoeConvertError
 from formats.libraries import library_paths
 from formats.packing import PACKINGS, Packing, tile_packing_named, tiles_of
@@ -22,6 +22,13 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACKING_IDS = {name: i for i, name in enumerate(PACKINGS)}  # `Packing` in formats/native/tile_layout.h
 _ROUND_ZERO, _STATIC = 1, 4
 _OK, _NON_FINITE, _OVERFLOW, _NO_MEMORY, _NO_ISA = 0, 2, 3, 4, 5
+
+
+class ScaleOverflowError(UnfitWeightsError):
+    """Weights so large that a row's super-scale exceeds fp16 (65504)."""
+
+    def __init__(self) -> None:
+        super().__init__("a row's super-scale exceeds fp16's 65504")
 
 
 class NativeSolverError(MoeConvertError):

@@ -5,7 +5,7 @@ import importlib.metadata
 import torch
 from torch import Tensor
 
-from converter.solver import NonFiniteWeightsError, ScaleOverflowError, SquaredError
+from converter.solver import NonFiniteWeightsError, SquaredError, UnfitWeightsError
 from formats.packing import Packing, QuantizedMatrix, dequantize, pack
 
 FP16_MAX = 65504.0
@@ -34,7 +34,7 @@ class PackageSolver:
 def quantize_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, SquaredError]:
     """`weight` [rows, columns] of any float dtype, quantized by the hqq package and rounded to the packing's scales.
 
-    Raises ScaleOverflowError if a row's scale does not fit into fp16.
+    Raises UnfitWeightsError if a row's scale does not fit into fp16.
     """
     weight = weight.float()
     scale, minimum = _hqq(weight, packing.nbits, packing.group_size)
@@ -67,7 +67,7 @@ def _under_row_scale(values: Tensor, least: int, most: int) -> tuple[Tensor, Ten
     largest = values.clamp(min=0).amax(1) if least == 0 else values.abs().amax(1)
     row = largest / most
     if float(row.max()) > FP16_MAX:
-        raise ScaleOverflowError
+        raise UnfitWeightsError(f"a weight scale of {float(row.max()):.3g} does not fit into fp16")
     half = torch.where(row > 0, row.clamp(min=FP16_TINY), row).half()
     divisor = half.float()
     divisor = torch.where(divisor > 0, divisor, 1.0)

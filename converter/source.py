@@ -1,76 +1,65 @@
 """A source checkpoint: its config and shards, opened strictly, and its weights by (layer, expert, projection)."""
 
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from converter.config_check import check_with_transformers
+from converter.foreign_layouts import foreign_role
 from converter.hub_model import HubModel
 from converter.hub_shards import HubShards
-from converter.names import ExpertTensor, FusedTensor, role
+from converter.names import ExpertTensor
+from converter.notices import notice
 from converter.shards import FolderShards, Shards, cut_off
 from converter.solver import DAMAGED_HINT
-from converter.source_files import INDEX_NAME, shard_names
+from converter.source_files import shard_names
+from converter.source_kinds import INDEX_NAME, check_folder
+from converter.source_tensors import EMBEDDING, HEAD, TORCH_DTYPES, SourceTensors, Weight
 from formats.checkpoint_config import read_config
-from formats.errors import DamageError, FormatError, SourceError
+from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
 from formats.generation_config import read_generation_config
 from formats.index import Architecture
 from formats.safetensors_header import Header
-from formats.trunk import packable_linears, plain_tensors
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A [rows, columns] matrix (or a vector: columns 0) in a shard, from `offset` bytes on."""
-
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def item_bytes(self) -> int:
-        return 4 if self.dtype == "F32" else 2
-
-    @property
-    def n_bytes(self) -> int:
-        n = self.item_bytes
-        for size in self.shape:
-            n *= size
-        return n
+_COMPARED_BYTES = 16 << 20
+"""How much of two tensors is compared at once, as float32."""
 
 
 class Checkpoint:
     """A Mixtral checkpoint in a local folder or a Hub repository. Close it, or use it as a context.
 
     Raises SourceError for anything that this release does not convert: no Mixtral, no safetensors, missing, extra,
-    misshapen or cut tensors; PathError for unsafe names; HubError. Nothing is written and no weight is read.
+    misshapen or cut tensors; PathError for unsafe names; HubError. Nothing is written, and no weight is read but a head
+    that is stored beside an embedding that config.json ties it to.
     """
 
     def __init__(self, source: Path | HubModel) -> None:
         self.hub = source if isinstance(source, HubModel) else None
         self.folder = source.folder if isinstance(source, HubModel) else source
         """Has config.json, tokenizer and the other small files."""
+        if self.hub is None:
+            check_folder(self.folder)
         where = str(self.folder / "config.json")
         self.config = read_config(self.folder)
-        """What transformers may get, and what is written: docs/security.md."""
+        """What transformers may get, and what is written (docs/security.md), with what the tensors decide."""
         self.architecture = Architecture.from_config(self.config, where, error=SourceError)
         generation = read_generation_config(self.folder, self.architecture.vocab_size, error=SourceError)
         check_with_transformers(self.config, generation, where)
         self._shards: Shards = HubShards(source) if isinstance(source, HubModel) else FolderShards(source)
-        self.experts: dict[ExpertTensor, Weight] = {}
-        self.trunk: dict[str, Weight] = {}
+        self.overlaid: dict[str, str] = {}
+        """Of the tensors that are in several shards, the shard that counts."""
         try:
-            self._headers = self._open_shards()
-            self._assign()
+            self._headers, self._weight_map = self._open_shards()
+            tensors = SourceTensors(self._shards.where, self.architecture)
+            tensors.assign(self._weights())
+            self.experts, self.trunk = tensors.experts, tensors.trunk
+            self._settle_head()
+            tensors.check_complete()
         except BaseException:
             self.close()
             raise
@@ -162,12 +151,22 @@ class Checkpoint:
         """SourceError naming the tensor and the first place if `rows`, read from row `begin` on, are not finite."""
         bad = ~torch.isfinite(rows)
         if bool(bad.any()):
-            first = bad.nonzero()[0].tolist()
-            first[0] += begin
+            row, *rest = bad.nonzero()[0].tolist()
             raise SourceError(
-                f"{self.place_of(weight)} has {int(bad.sum())} NaN or infinite values, the first at {first}",
+                f"{self._shards.where}/{weight.shard}: tensor {weight.name} has {int(bad.sum())} NaN or infinite"
+                f" values, the first at {weight.place(begin + row, *rest)}",
                 DAMAGED_HINT,
             )
+
+    def too_large(self, weight: Weight, begin: int, rows: Tensor, error: MoeConvertError) -> SourceError:
+        """`error` of a matrix's `rows`, read from row `begin` on, with file, tensor and the largest weight's place."""
+        magnitude = rows.float().abs()
+        row, column = divmod(int(magnitude.argmax()), rows.shape[1])
+        return SourceError(
+            f"{self._shards.where}/{weight.shard}: tensor {weight.name}: {error.message}; the largest of its weights is"
+            f" {float(rows[row, column]):g} at {weight.place(begin + row, column)}",
+            error.hint,
+        )
 
     def shard_sha256(self, name: str, stop: threading.Event | None = None) -> str:
         """The sha256 of a whole shard, in hex: what the Hub calls its LFS object id; worthless once `stop` is set."""
@@ -190,7 +189,8 @@ class Checkpoint:
             return [self.experts[ExpertTensor(key[1], key[2], projection)] for projection in ("gate", "up", "down")]
         return [self.trunk[f"{key[1]}.weight" if key[0] == "linear" else key[1]]]
 
-    def _open_shards(self) -> dict[str, Header]:
+    def _open_shards(self) -> tuple[dict[str, Header], dict[str, str]]:
+        """(name -> header of each shard, the index's weight map)."""
         headers = {}
         there = self.hub.repo.files if self.hub else [p.name for p in self.folder.iterdir()]
         names, weight_map = shard_names(self.folder, there)
@@ -202,89 +202,68 @@ class Checkpoint:
                 raise SourceError(e.message, "get the shard again") from None
             except FormatError as e:
                 raise SourceError(e.message, e.hint) from None
+        stored = {tensor for header in headers.values() for tensor in header.entries}
         for tensor, shard in weight_map.items():
-            if tensor not in headers[shard].entries:
+            # A head that is missing is the business of tie_word_embeddings.
+            if tensor not in stored and foreign_role(tensor) not in (None, HEAD):
                 raise SourceError(
                     f"{self.folder / INDEX_NAME}: tensor {tensor} is not in {shard}", "get the checkpoint again"
                 )
-        return headers
+        return headers, weight_map
 
-    def _assign(self) -> None:
-        """Gives each source tensor its role; every needed one must be there once, with its shape."""
-        a = self.architecture
-        shapes = plain_tensors(a) | {f"{m}.weight": shape for m, shape in packable_linears(a).items()}
-        extra: list[str] = []
+    def _weights(self) -> Iterator[Weight]:
+        """Every stored tensor once. Of copies in several shards, the one that the index names counts."""
+        shards: dict[str, list[str]] = {}
         for shard, header in sorted(self._headers.items()):
-            for name, entry in header.entries.items():
-                what = role(name)
-                weight = Weight(name, shard, entry.dtype, entry.shape, header.data_offset + entry.begin)
-                if what is None or (what == "lm_head.weight" and a.tie_word_embeddings):
-                    continue
-                if isinstance(what, FusedTensor):
-                    self._assign_fused(what, weight)
-                elif isinstance(what, ExpertTensor):
-                    rows, columns = a.intermediate_size, a.hidden_size
-                    self._put(
-                        self.experts, what, weight, (columns, rows) if what.projection == "down" else (rows, columns)
+            for name in header.entries:
+                shards.setdefault(name, []).append(shard)
+        for name, places in shards.items():
+            if len(places) > 1:
+                named = self._weight_map.get(name)
+                if named not in places:
+                    raise SourceError(
+                        f"{self._shards.where}: tensor {name} is in {' and in '.join(places)}, and {INDEX_NAME} does"
+                        " not say which counts",
+                        f"name the right shard in the weight_map of {INDEX_NAME}, or remove the other copy",
                     )
-                elif what in shapes:
-                    self._put(self.trunk, what, weight, shapes[what])
-                else:
-                    extra.append(name)
-        experts = {
-            ExpertTensor(layer, expert, projection)
-            for layer in range(a.num_hidden_layers)
-            for expert in range(a.num_local_experts)
-            for projection in ("gate", "up", "down")
-        }
-        if unknown := self.experts.keys() - experts:
-            extra += [self.experts[key].name for key in unknown]
-        if extra:
-            raise SourceError(
-                f"{self.folder}: {len(extra)} tensors do not belong to a Mixtral: {', '.join(sorted(extra)[:4])}",
-                "merge adapters and remove extra heads first",
-            )
-        missing = sorted(shapes.keys() - self.trunk.keys())
-        missing += [
-            f"layer {k.layer} expert {k.expert} {k.projection}" for k in sorted(experts - self.experts.keys(), key=repr)
-        ]
-        if missing:
-            raise SourceError(
-                f"{self.folder}: {len(missing)} tensors are missing: {', '.join(missing[:4])}",
-                "get the whole checkpoint",
+                self.overlaid[name] = named
+            shard = self.overlaid.get(name, places[0])
+            header = self._headers[shard]
+            entry = header.entries[name]
+            yield Weight(name, shard, entry.dtype, entry.shape, header.data_offset + entry.begin)
+        if self.overlaid:
+            first, shard = next(iter(self.overlaid.items()))
+            notice(
+                f"{self._shards.where}: {len(self.overlaid)} tensors are in several shards; the copy that {INDEX_NAME}"
+                f" names counts: {first} in {shard}"
             )
 
-    def _assign_fused(self, what: FusedTensor, weight: Weight) -> None:
-        """Cuts a fused tensor into the experts' projections; no byte is read."""
-        a = self.architecture
-        inner = {"gate_up": (2 * a.intermediate_size, a.hidden_size), "down": (a.hidden_size, a.intermediate_size)}
-        shape = (a.num_local_experts, *inner[what.projection])
-        self._check(weight, shape)
-        rows, columns = inner[what.projection]
-        parts = ("gate", "up") if what.projection == "gate_up" else ("down",)
-        part_rows = rows // len(parts)
-        for expert in range(a.num_local_experts):
-            for i, part in enumerate(parts):
-                offset = weight.offset + (expert * rows + i * part_rows) * columns * weight.item_bytes
-                piece = Weight(weight.name, weight.shard, weight.dtype, (part_rows, columns), offset)
-                self._put(self.experts, ExpertTensor(what.layer, expert, part), piece, piece.shape)
-
-    def _put(self, where: dict[Any, Weight], key: Any, weight: Weight, shape: tuple[int, ...]) -> None:
-        self._check(weight, shape)
-        if key in where:
-            raise SourceError(
-                f"{self.folder}: tensors {where[key].name} and {weight.name} are the same weight; keep one"
+    def _settle_head(self) -> None:
+        """Decides by the tensors, as transformers does, whether the head is the embedding; config follows."""
+        head, embedding = self.trunk.get(HEAD), self.trunk.get(EMBEDDING)
+        if not self.architecture.tie_word_embeddings or head is None:
+            return
+        if embedding is None:
+            notice(f"{self._shards.where}: {EMBEDDING} is not stored; {HEAD} is both, since they are tied")
+            self.trunk[EMBEDDING] = self.trunk.pop(HEAD)
+        elif self._equal(head, embedding):
+            del self.trunk[HEAD]
+        else:
+            notice(
+                f"{self._shards.where}: tie_word_embeddings in config.json is true, but {HEAD} in {head.shard} differs"
+                f" from {EMBEDDING} in {embedding.shard}: both are kept, not tied, as transformers does"
             )
-        where[key] = weight
+            self.config = {**self.config, "tie_word_embeddings": False}
+            self.architecture = replace(self.architecture, tie_word_embeddings=False)
 
-    def _check(self, weight: Weight, shape: tuple[int, ...]) -> None:
-        place = f"{self._shards.where}/{weight.shard}: tensor {weight.name}"
-        if weight.shape != shape:
-            raise SourceError(f"{place} has shape {list(weight.shape)}, config.json says {list(shape)}")
-        if weight.dtype not in TORCH_DTYPES:
-            raise SourceError(
-                f"{place} is {weight.dtype}; read are {', '.join(TORCH_DTYPES)}", "use the original checkpoint"
-            )
+    def _equal(self, one: Weight, other: Weight) -> bool:
+        """Whether two matrices of the same shape have the same values."""
+        step = max(1, _COMPARED_BYTES // (4 * one.shape[1]))
+        for begin in range(0, one.shape[0], step):
+            rows = [self.read_rows(w, begin, min(begin + step, w.shape[0])).float() for w in (one, other)]
+            if not torch.equal(*rows):
+                return False
+        return True
 
 
 def layer_of(key: tuple[Any, ...]) -> int | None:

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from converter.bad_weights import overflow_error
 from converter.layer_forward import LayerForward
-from converter.solver import DAMAGED_HINT
 from converter.source import Checkpoint
-from converter.weight_range import largest_in_layer
 from formats.errors import DoesNotFitError, SourceError
 from formats.io_errors import io_error
 
@@ -102,11 +101,7 @@ class StreamedModel:
 
     def _check(self, values: Tensor, layer: int, where: str) -> None:
         if not bool(torch.isfinite(values).all()):
-            raise SourceError(
-                f"{self._checkpoint.folder}: layer {layer}: {where}: the activations are infinite or NaN;"
-                f" {largest_in_layer(self._checkpoint, layer)}",
-                DAMAGED_HINT,
-            )
+            raise overflow_error(self._checkpoint, layer, f"layer {layer}: {where}")
 
 
 def _in_a_file(shape: tuple[int, ...]) -> Tensor:

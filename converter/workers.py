@@ -18,10 +18,10 @@ from converter.plain_rows import store_rows
 from converter.records import ExpertRecord, LinearRecord, ProjectionErrors, TensorRecord
 from converter.shards import Stopped
 from converter.sizes import OutputPlan, chunk_rows
-from converter.solver import CalibratedSolver, NonFiniteWeightsError, Solver, SquaredError, WeightRangeError
-from converter.source import Checkpoint, Weight
+from converter.solver import CalibratedSolver, Solver, SquaredError, UnfitWeightsError
+from converter.source import Checkpoint
+from converter.source_tensors import Weight
 from converter.statistics import InputStatistics
-from converter.weight_range import largest_of
 from formats.checksums import xxh3_of
 from formats.expert import split
 from formats.packing import AnyPacking, Packing, tile_packing_named
@@ -150,12 +150,9 @@ class Worker:
             block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
             try:
                 total += solve(block, packing, _part(stored, packing, begin, begin + len(block)))
-            except NonFiniteWeightsError:
+            except UnfitWeightsError as e:
                 self._checkpoint.check_finite(weight, begin, block)
-                raise
-            except WeightRangeError as e:
-                _, largest = largest_of(self._checkpoint, weight, begin, block)
-                raise WeightRangeError(f"{largest}; {e.message}", e.hint) from None
+                raise self._checkpoint.too_large(weight, begin, block, e) from None
         return total
 
     def _check_stop(self) -> None:

@@ -10,6 +10,9 @@ from formats.model_config import gate_config
 from formats.paths import read_small_source
 from formats.strict_json import parse
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""The file with a checkpoint's weights, or the index of its shards."""
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The gated config.json of a Mixtral that this release reads; SourceError for any other.
@@ -37,6 +40,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("quantization_config") is not None:
         raise SourceError(
             f"{where}: is quantized already (quantization_config)", "use the original bf16 or fp16 checkpoint"
+        )
+    if (named := config.get("transformers_weights")) not in (None, *WEIGHTS):
+        raise SourceError(
+            f"{where}: transformers_weights is {short(named)}; read are {' and '.join(WEIGHTS)}",
+            "give the file one of these names and remove the field from config.json",
         )
     fields, notes = gate_config(config, where, error=SourceError)
     if notes:

@@ -15,6 +15,7 @@ from formats.errors import HubError, MoeConvertError, OutputError
 from formats.io_errors import io_error
 from formats.output_file import refuse_links
 from formats.overlap import lies_in
+from formats.paths import similar_folders
 from formats.ranges import AGAIN_HINT, RangeReader, RemoteFile, Retries
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -25,6 +26,19 @@ T = TypeVar("T")
 def is_repo_name(text: str) -> bool:
     """Whether `text` has the form owner/model."""
     return len(text) <= 96 and _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
+
+
+def repo_of_address(text: str) -> str | None:
+    """owner/model of the address of a repository's page or of something on it; None for anything else.
+
+    A path's `https:/` counts as `https://`.
+    """
+    match = re.fullmatch(
+        r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/|https?:/+[^/]+/|hf:/+)([^/]+/[^/?#]+)(?:[/?#].*)?",
+        text,
+    )
+    repo = match[1].removesuffix(".git") if match else ""
+    return repo if is_repo_name(repo) else None
 
 
 def is_offline() -> bool:
@@ -204,7 +218,7 @@ def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, 
         (
             errors.RepositoryNotFoundError,
             "is not there (nor a folder of that name)",
-            "check the name; a private one needs a token: hf auth login",
+            _meant(repo) or "check the name; a private one needs a token: hf auth login",
         ),
         (errors.RevisionNotFoundError, "has no such revision", "check --revision: a branch, tag or commit"),
         (errors.OfflineModeIsEnabled, "cannot be reached offline (HF_HUB_OFFLINE)", "go online"),
@@ -224,7 +238,8 @@ def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, 
             what = (
                 f"repository {repo} is not in the cache (nor is there a folder of that name), and HF_HUB_OFFLINE is set"
             )
-            return HubError(what, f"go online, or fetch it where that is possible: hf download {repo}"), None, False
+            fetch = f"go online, or fetch it where that is possible: hf download {repo}"
+            return HubError(what, _meant(repo) or fetch), None, False
         what = f"repository {repo}: the Hub cannot be reached, and the cache has not all files"
         return HubError(what, AGAIN_HINT), None, True
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
@@ -233,6 +248,12 @@ def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, 
     if isinstance(error, (*transport_errors(), OSError)):
         return HubError(f"repository {repo}: {type(error).__name__}: {error}", AGAIN_HINT), None, True
     return None
+
+
+def _meant(repo: str) -> str:
+    """A hint with the folders that are named like `repo`, which may be a mistyped path; empty if there are none."""
+    near = similar_folders(Path(repo)) if Path(repo).parent.is_dir() else []
+    return f"is the folder {' or '.join(near)} meant?" if near else ""
 
 
 def _remote(repo: str, commit: str, name: str, size: int, etag: str) -> RemoteFile:

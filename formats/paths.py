@@ -1,13 +1,16 @@
 """File names from strangers: which ones are taken, and how their files are opened."""
 
+import difflib
 import os
 import re
+import shlex
 import stat
 from pathlib import Path
 
-from formats.errors import DamageError, PathError
+from formats.errors import DamageError, PathError, SourceError
 from formats.io_errors import io_error, translated
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@ -]*")
 
 
@@ -71,6 +74,17 @@ def _regular(path: Path, folder: Path, name: str, where: str) -> Path:
     return path
 
 
+def similar_folders(path: Path) -> list[str]:
+    """Existing folders whose names are like the first part of `path` that does not exist."""
+    while not path.parent.is_dir():
+        path = path.parent
+    try:
+        names = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except OSError:
+        return []
+    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names)]
+
+
 def open_regular(path: Path) -> int:
     """A read-only file descriptor of `path`, which the caller closes; PathError (without blocking) for a FIFO."""
     try:
@@ -89,8 +103,20 @@ def read_small(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20
 
 
 def read_small_source(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20) -> bytes:
-    """As `read_small`, of a file of a checkpoint: `locate_source`."""
-    return _read_at_most(locate_source(folder, name, where), name, where, max_bytes)
+    """As `read_small`, of a file of a checkpoint: `locate_source`. SourceError if it is a pointer of git-lfs."""
+    path = locate_source(folder, name, where)
+    data = _read_at_most(path, name, where, max_bytes)
+    check_no_pointer(data, folder / name)
+    return data
+
+
+def check_no_pointer(beginning: bytes, path: Path) -> None:
+    """SourceError if the file at `path`, which begins so, is what git has instead of a large file."""
+    if beginning.startswith(_LFS_POINTER):
+        raise SourceError(
+            f"{path} is a pointer of git-lfs: the file itself was not fetched",
+            f"with git-lfs installed: git -C {shlex.quote(str(path.parent))} lfs pull",
+        )
 
 
 def _read_at_most(path: Path, name: str, where: str, max_bytes: int) -> bytes:

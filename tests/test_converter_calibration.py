@@ -248,13 +248,13 @@ def test_head_is_calibrated_too(source: Path, tmp_path: Path) -> None:
     assert quality["uncalibrated"] == []
 
 
-def test_activations_that_are_not_finite_name_the_layer(tmp_path: Path) -> None:
+def test_activations_that_are_not_finite_name_the_weight(tmp_path: Path) -> None:
     folder = tmp_path / "mini"
     make_checkpoint(folder, SHAPES["mini"], 3)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.post_attention_layernorm.weight"][5] = float("nan")
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(SourceError, match="layer 1"):
+    with pytest.raises(SourceError, match=r"model\.layers\.1\.post_attention_layernorm\.weight .* the first at \[5\]"):
         convert(folder, tmp_path / "out")
 
 

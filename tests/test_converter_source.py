@@ -10,6 +10,7 @@ import pytest
 import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
+from source_folders import edit_json
 
 from converter.names import ExpertTensor
 from converter.source import Checkpoint
@@ -29,12 +30,6 @@ def refuse(folder: Path, *words: str, error: type[Exception] = SourceError) -> N
         Checkpoint(folder)
     for word in words:
         assert word in str(caught.value)
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    value = json.loads(path.read_text())
-    value.update(changes)
-    path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
 
 
 def edit_tensors(path: Path, **changes: Any) -> None:

@@ -1,0 +1,30 @@
+"""Tensor names that other programs write around transformers' own: wrappers, a missing prefix, mlx-lm's stacks."""
+
+import re
+
+from converter.names import ExpertTensor, FusedTensor, role
+
+# torch.compile, FSDP and activation checkpointing put the name of their wrapper before that of what they wrap.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# DataParallel and DeepSpeed write "module.", PEFT "base_model.model."; they may stand inside each other.
+_OUTER = re.compile(r"^(?:module\.|base_model\.model\.)+")
+_NO_MODEL = re.compile(r"^(?:layers\.\d+|embed_tokens|norm)\.")
+_SWITCH = re.compile(
+    r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.switch_mlp\.(gate|up|down)_proj\.weight"
+)  # mlx-lm, models/mixtral.py: [experts, rows, columns]
+
+
+def plain_name(name: str) -> str:
+    """`name` without the wrappers' prefixes, and with `model.` where it lacks that, as transformers reads it."""
+    name = _OUTER.sub("", _WRAPPERS.sub("", name))
+    if name == "model.lm_head.weight":
+        return "lm_head.weight"
+    return f"model.{name}" if _NO_MODEL.match(name) else name
+
+
+def foreign_role(name: str) -> ExpertTensor | FusedTensor | str | None:
+    """`names.role` of a name in any of these layouts."""
+    name = plain_name(name)
+    if match := _SWITCH.fullmatch(name):
+        return FusedTensor(int(match[1]), match[2])
+    return role(name)
