@@ -1,6 +1,7 @@
 """The model card, README.md: from a converted folder's index and quality.json alone."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -8,12 +9,15 @@ from pathlib import Path
 
 from formats.hub import is_repo_name
 from formats.index import Index, Recipe
+from formats.io_errors import translated
 from formats.packing import PACKINGS, tile_packing_named
 from formats.quality import Comparison, Quality, read_quality
 from formats.trunk import attention_linears, packable_linears, plain_tensors
 from formats.writer import write_file
 
 CARD_NAME = "README.md"
+_log = logging.getLogger(__name__)
+
 MARK = "<!-- made by moe-convert: without this line the card is kept as it is -->"
 """A card that has it is made again by every upload."""
 KV_CONTEXT = 4096
@@ -89,8 +93,16 @@ def card_text(index: Index, quality: Quality | None, options: CardOptions) -> st
 
 
 def write_card(out: Path, index: Index) -> None:
-    """README.md of a converted folder, whose index is not written yet; an upload makes it again with the repository."""
-    write_file(out / CARD_NAME, card_text(index, read_quality(out), CardOptions("PATH")).encode())
+    """README.md of a converted folder, whose index is not written yet; an upload makes it again with the repository.
+
+    One that somebody else wrote there meanwhile is kept.
+    """
+    path = out / CARD_NAME
+    with translated(path, "read"):
+        if path.is_file() and MARK not in path.read_text(errors="replace"):
+            _log.info("%s is not ours and is kept", path)
+            return
+    write_file(path, card_text(index, read_quality(out), CardOptions("PATH")).encode())
 
 
 def _metadata(base: str | None, options: CardOptions, quantized: bool) -> Iterator[str]:

@@ -21,14 +21,15 @@ def probe_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None
     Checks what `check_output` checks, lengths of names, free inodes, and with a temporary file, which is removed at
     once: permission to write, the largest file's size, locks. DoesNotFitError, OutputError. Without locks it warns.
     """
-    check_output(path, needs, force=force)
-    folder = next(p for p in (path, *path.absolute().parents) if p.exists())
+    # os.path.exists is also False where a name is too long.
+    folder = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not folder.is_dir():
         raise OutputError(f"{folder} is a file", "choose another --out-dir")
     _check_names(path, folder, needs)
+    check_output(path, needs, force=force)
     with translated(path, "written"):
         _check_inodes(path, folder, needs)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-convert.probe-") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-convert.probe-", buffering=0) as file:
             _check_size(path, file.fileno(), needs.largest_file_bytes)
             if not lock_file(file.fileno(), Path(file.name)):
                 raise OutputError(f"{path}: a new file there is locked by somebody else", "choose another --out-dir")

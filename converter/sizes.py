@@ -1,5 +1,6 @@
 """What a conversion will write, known before the first weight is read: layouts, sizes, memory, disk."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from math import prod
@@ -153,7 +154,7 @@ def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) ->
 
     fetch_bytes: what shards may take that are fetched for the conversion, unless it is complete.
     """
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    parent = next(p for p in (out, *out.absolute().parents) if os.path.exists(p))
     written = (out / name for name in (TRUNK_NAME, *(layer_file_name(n) for n in range(len(plan.layer_bytes)))))
     files = [path for file in written for path in (file, partial_path(file))]
     with translated(out, "used"):

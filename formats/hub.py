@@ -243,7 +243,7 @@ def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, 
         what = f"repository {repo}: the Hub cannot be reached, and the cache has not all files"
         return HubError(what, AGAIN_HINT), None, True
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-        return io_error(error, f"repository {repo}", "stored", HubError), None, False
+        return io_error(error, constants.HF_HUB_CACHE, "written", HubError), None, False
     # huggingface_hub says by a plain OSError that a file came with another size.
     if isinstance(error, (*transport_errors(), OSError)):
         return HubError(f"repository {repo}: {type(error).__name__}: {error}", AGAIN_HINT), None, True

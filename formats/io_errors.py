@@ -21,6 +21,7 @@ _HINTS = {
     errno.EPERM: "check the permissions of the file and its folder",
     errno.EMFILE: f"allow more open files (ulimit -n) and {AGAIN}",
     errno.ENFILE: f"close other programs, or allow more open files, then {AGAIN}",
+    errno.ENODEV: "the file system has no memory maps: read with --io direct",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 

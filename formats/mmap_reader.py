@@ -36,7 +36,7 @@ class MmapReader(ExpertReader):
                 if os.fstat(self._descriptors[-1]).st_size != file.size_bytes:
                     raise DamageError(f"{path}: its size changed since the folder was opened")
                 # A private writable map: torch has no read-only tensors, and a stray write must not reach the file.
-                with translated(path, "mapped (--io direct reads it)", DamageError):
+                with translated(path, "mapped", DamageError):
                     mapped = mmap.mmap(self._descriptors[-1], file.size_bytes, access=mmap.ACCESS_COPY)
                 self._maps.append((mapped, torch.frombuffer(mapped, dtype=torch.uint8)))
         except BaseException:

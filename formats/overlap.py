@@ -38,6 +38,6 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path], kind: type[Mo
 def _identity(path: Path) -> _Identity | None:
     try:
         status = os.stat(path)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError):
         return None
     return status.st_dev, status.st_ino

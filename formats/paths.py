@@ -68,7 +68,7 @@ def _regular(path: Path, folder: Path, name: str, where: str) -> Path:
             f"{where}: file {name} is missing in {folder}{link}", "get the file again, or convert again"
         ) from None
     except OSError as e:
-        raise PathError(f"{where}: file {name} in {folder}: {e.strerror}") from None
+        raise io_error(e, folder / name, "read", PathError) from None
     if not stat.S_ISREG(mode):
         raise PathError(f"{where}: {name} in {folder} is not a regular file")
     return path

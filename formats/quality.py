@@ -1,12 +1,13 @@
 """quality.json: what the conversion measured, and what an evaluation did (docs/quality.md, "quality.json")."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct, to_builtins
 
+from formats.errors import DamageError
 from formats.index import Label, Natural, Positive, Sha256
+from formats.io_errors import translated
 from formats.paths import read_small
 from formats.strict_json import dump, parse, typed
 from formats.writer import write_file
@@ -74,8 +75,11 @@ class Quality(Struct, frozen=True):
 
 def read_quality(folder: Path) -> Quality | None:
     """What quality.json in `folder` says, None if there is none; FormatError naming the field if it is not as here."""
-    if not os.path.lexists(folder / QUALITY_NAME):
-        return None
+    path = folder / QUALITY_NAME
+    with translated(path, "read", DamageError):
+        # Not os.path.lexists: it also takes a file that cannot be read for none.
+        if not (path.is_symlink() or path.exists()):
+            return None
     return typed(_value(folder), Quality, str(folder / QUALITY_NAME))
 
 

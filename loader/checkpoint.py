@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from formats import INDEX_NAME
-from formats.checkpoint_config import read_config
+from formats.checkpoint_config import WEIGHTS, read_config
 from formats.errors import MoeConvertError, SourceError
 from loader.configuration import loading_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def is_converted(folder: Path) -> bool:

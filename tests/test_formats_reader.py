@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,18 +119,25 @@ class ReaderSuite:
             monkeypatch.setattr(reader, "fetch", sometimes)
             assert torch.equal(reader.read(0, 1), expert_blob(artifact.layout(0, 1), 1))
 
-    def test_read_that_stays_refused_names_the_expert(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("error", "hint"), [(errno.EIO, "check the disk"), (errno.ESTALE, "mount the network file system again")]
+    )
+    def test_read_that_stays_refused_names_the_expert(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, hint: str
+    ) -> None:
         monkeypatch.setattr("formats.reader._PAUSES_S", (0.0, 0.0))
         asked = []
 
         def never(*arguments: Any) -> None:
             asked.append(arguments)
-            raise OSError(5, "Input/output error")
+            raise OSError(error, os.strerror(error))
 
         with self.kind(Artifact.open(copy_of_good(tmp_path))) as reader:
             monkeypatch.setattr(reader, "fetch", never)
-            with pytest.raises(DamageError, match="expert 1 at offset 12288: cannot be read: Input/output error"):
+            with pytest.raises(DamageError, match="expert 1 at offset 12288: cannot be read: ") as caught:
                 reader.read(0, 1)
+        assert os.strerror(error) in caught.value.message
+        assert hint in caught.value.hint
         assert len(asked) == 3
 
     @pytest.mark.parametrize(("check", "kind"), [("fast", "xxh3"), ("sha256", "sha256")])
@@ -196,20 +204,40 @@ class TestDirectReader(ReaderSuite):
         with DirectReader(artifact) as reader:
             assert torch.equal(reader.read(0, 1), expert_blob(artifact.layout(0, 1), 1))
 
+    @pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
     def test_file_system_without_direct_reads_is_read_through_the_cache(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
     ) -> None:
         artifact = Artifact.open(copy_of_good(tmp_path))
         real = os.preadv
 
         def refusing(descriptor: int, views: list[memoryview], offset: int) -> int:
             if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
-                raise OSError(errno.EINVAL, "Invalid argument")
+                raise OSError(error, os.strerror(error))
             return real(descriptor, views, offset)
 
         monkeypatch.setattr(os, "preadv", refusing)
-        with DirectReader(artifact) as reader:
+        with caplog.at_level(logging.INFO), DirectReader(artifact) as reader:
             assert torch.equal(reader.read(0, 1), expert_blob(artifact.layout(0, 1), 1))
+            assert torch.equal(reader.read(0, 0), expert_blob(artifact.layout(0, 0), 0))
+        said = f"{artifact.folder / 'experts'}: direct reads are refused ({os.strerror(error)})"
+        assert caplog.text.count(said) == 1
+
+    def test_file_that_refuses_to_be_opened_directly_is_read_through_the_cache(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        artifact = Artifact.open(copy_of_good(tmp_path))
+        real = fcntl.fcntl
+
+        def refusing(descriptor: int, command: int, flags: int = 0) -> int:
+            if command == fcntl.F_SETFL and flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return real(descriptor, command, flags)
+
+        monkeypatch.setattr(fcntl, "fcntl", refusing)
+        with caplog.at_level(logging.INFO), DirectReader(artifact) as reader:
+            assert torch.equal(reader.read(0, 1), expert_blob(artifact.layout(0, 1), 1))
+        assert caplog.text.count("reading through the page cache") == 1
 
     def test_file_that_ends_within_a_page_is_reported(self, tmp_path: Path) -> None:
         folder = copy_of_good(tmp_path)

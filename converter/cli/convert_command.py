@@ -104,8 +104,17 @@ _OF_RECIPE = (
 @click.option("--private", is_flag=True, help="With --upload-repo: make a new repository private.")
 @click.option("--license", "license_id", metavar="ID", help="With --upload-repo: the weights' licence (see upload).")
 @click.option("--dry-run", is_flag=True, help="Print sizes, bits, files, memory and disk, and write nothing.")
-@click.option("--no-resume", is_flag=True, help="Throw an unfinished conversion in the out folder away first.")
-@click.option("--force", is_flag=True, help="Write to a folder that is not ours, or replace a complete conversion.")
+@click.option(
+    "--no-resume",
+    is_flag=True,
+    help="Throw an unfinished conversion in the out folder away first: its files, and no others.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Write to a folder that is not ours, or replace a complete conversion: files of the names that are written are"
+    " replaced, all others stay. The source's folder is refused all the same.",
+)
 @output_options
 def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -> None:  # fmt: skip
     """Quantize the Mixtral checkpoint MODEL and write it in the expert-addressable format.

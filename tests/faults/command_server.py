@@ -9,9 +9,6 @@ import json
 import os
 import sys
 
-import hqq.core.quantize  # noqa: F401
-import transformers.models.mixtral.modeling_mixtral  # noqa: F401
-
 import converter.convert  # noqa: F401
 from converter.cli.main import main
 
