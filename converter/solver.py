@@ -26,17 +26,6 @@ class NonFiniteWeightsError(UnfitWeightsError):
         self.count = count
 
 
-class WeightRangeError(SourceError, ValueError):
-    """Weights beyond what a packing holds. The caller knows the tensor's name and adds it."""
-
-
-class ScaleOverflowError(WeightRangeError):
-    """Weights so large that a row's super-scale exceeds fp16 (65504)."""
-
-    def __init__(self) -> None:
-        super().__init__("a row's super-scale exceeds fp16's 65504", DAMAGED_HINT)
-
-
 @dataclass(frozen=True)
 class SquaredError:
     """Sums over weights: of (quantized − weight)² and of weight²."""

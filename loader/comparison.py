@@ -61,7 +61,7 @@ def compare(
         for number, ids in enumerate(text.windows):
             ours, theirs = next(pairs)
             rows.append(_window(ours[0], theirs[0], ids))
-            routers.append((ours[1].sort(-1).values == theirs[1].sort(-1).values).all(-1).double().mean(-1))
+            routers.append(_same_experts(ours[1], theirs[1]))
             if not bool(torch.isfinite(rows[-1]).all()):
                 raise MoeConvertError(
                     f"{text.name}, window {number}: the predictions of one of the models are infinite or NaN",
@@ -73,6 +73,14 @@ def compare(
     single = [_summary(t.name, t.sha256, *f, t.windows.shape[1] - 1) for t, f in zip(texts, found, strict=True)]
     rows_of_all, routers_of_all = (torch.cat(parts) for parts in zip(*found, strict=True))
     return single, _summary("overall", None, rows_of_all, routers_of_all, texts[0].windows.shape[1] - 1)
+
+
+def _same_experts(original: Tensor, model: Tensor) -> Tensor:
+    """The share of positions where the routers chose the same experts, float64 [layers]; of choices by rank, int64
+    [layers, window, k]. Where one uses fewer experts, the other's first ones count."""
+    ranks = min(original.shape[-1], model.shape[-1])
+    ours, theirs = (choices[..., :ranks].sort(-1).values for choices in (original, model))
+    return (ours == theirs).all(-1).double().mean(-1)
 
 
 def _window(original: Callable[[int, int], Tensor], model: Callable[[int, int], Tensor], ids: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Weights and settings of a layer, to be compared: while they are equal, a prepared step computes what the layer does.
 
 Steps read weights where they lie, so a change in place needs no comparison. They keep the memory alive, so a new weight
-lies elsewhere. Comparing the eight layers of the example model takes 15 µs a token (two busy cores).
+lies elsewhere. Comparing the eight layers of the example model takes 12 µs of processor time a token.
 """
 
 from typing import Any

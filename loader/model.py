@@ -101,6 +101,8 @@ def from_pretrained(
     if guesses:
         layers = model.model.layers
         routers, norms = zip(*((x.mlp.gate.weight, x.post_attention_layernorm.weight) for x in layers), strict=True)
+        # By the routers: config.json may ask for another number of experts than the folder was made with.
+        guesses = layers[0].mlp.gate.top_k if prefetch == "auto" else guesses
         cache.prefetcher = Prefetcher(routers, norms, guesses)
     run_few_tokens_on_one_thread(model, placement.shortcut)
     if placement.gpus:

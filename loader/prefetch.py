@@ -21,6 +21,9 @@ class Prefetcher:
     A right guess gains what had been read of it when it was asked for. A wrong one costs, where a read on demand comes
     meanwhile, the rest of the piece that is being read. Whether it pays differs by layer: the first ones are hard to
     guess (docs/traces.md).
+
+    Routers and norms are those at loading. After these, or the routers' top_k, were changed, guesses are poorer, and no
+    result is another one.
     """
 
     def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], guesses: int) -> None:

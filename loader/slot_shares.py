@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +22,11 @@ def slots_from_trace(
 
     RecipeError if the trace is of another model; DoesNotFitError as `slots_by_layer`.
     """
-    if trace.header.architecture != artifact.architecture:
+    # The routers may be set to another number of experts since.
+    traced = msgspec.structs.replace(
+        trace.header.architecture, num_experts_per_tok=artifact.architecture.num_experts_per_tok
+    )
+    if traced != artifact.architecture:
         raise RecipeError(f"a trace of another model than {artifact.folder}", "trace this one, or its original")
     sizes = expert_bytes_by_layer(artifact)
 

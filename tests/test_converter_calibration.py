@@ -248,13 +248,17 @@ def test_head_is_calibrated_too(source: Path, tmp_path: Path) -> None:
     assert quality["uncalibrated"] == []
 
 
-def test_activations_that_are_not_finite_name_the_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), r"1 NaN.* the first at \[5\]"), (2.0**127, r"largest weight there is 1.70141e\+38.* at \[5\]")],
+)
+def test_activations_that_are_not_finite_name_the_weight(tmp_path: Path, value: float, message: str) -> None:
     folder = tmp_path / "mini"
     make_checkpoint(folder, SHAPES["mini"], 3)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.post_attention_layernorm.weight"][5] = float("nan")
+    tensors["model.layers.1.post_attention_layernorm.weight"][5] = value
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(SourceError, match=r"model\.layers\.1\.post_attention_layernorm\.weight .* the first at \[5\]"):
+    with pytest.raises(SourceError, match=rf"(?s)(?=.*layers\.1\.post_attention_layernorm\.weight).*{message}"):
         convert(folder, tmp_path / "out")
 
 

@@ -84,3 +84,12 @@ def test_a_prediction_that_is_not_a_number_names_text_and_window() -> None:
     ours = iter([(uniform, ROUTERS), (broken, ROUTERS)])
     with pytest.raises(MoeConvertError, match=r"t, window 1: .* infinite or NaN"):
         compare(predictions(uniform, 2), ours, [text([0, 1, 1], [0, 2, 2])])
+
+
+def test_routers_that_choose_more_experts_are_compared_by_their_first_ones() -> None:
+    third = torch.full((2, 4, 1), 9)
+    more = torch.cat([ROUTERS, third], -1)
+    different = torch.cat([ROUTERS[..., :1], third, ROUTERS[..., 1:]], -1)
+    for routers, share in ((more, 1.0), (different, 0.0)):
+        _, overall = compare(predictions(uniform, 1), predictions(uniform, 1, routers=routers), [text([0, 1, 1, 2])])
+        assert overall.routers == [share, share]

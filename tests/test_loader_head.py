@@ -7,6 +7,7 @@ import torch
 import loader
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
+from loader.head import NativeHead
 from loader.modules import PackedLinear
 
 
@@ -21,3 +22,11 @@ def test_packed_head_gives_nearly_the_logits_of_the_plain_one(example_folder: Pa
             logits.append(model(ids).logits)
     error = (logits[1] - logits[0]).norm() / logits[0].norm()
     assert 0 < error < 0.15
+
+
+@torch.no_grad()
+def test_a_bias_is_added_to_the_product_of_few_tokens() -> None:
+    head = NativeHead(64, 32).bfloat16()
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = torch.nn.functional.linear(x, head.weight, head.bias)
+    torch.testing.assert_close(head(x), expected)
