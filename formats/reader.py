@@ -174,6 +174,12 @@ class ExpertReader(ABC):
         file = self.artifact.folder / self.artifact.index.layers[layer].file
         return f"{file}: layer {layer} expert {expert} at offset {entry.offset}"
 
+    def start_anew(self) -> None:  # noqa: B027
+        """Called in a forked child, which has none of the threads that were reading."""
+
+    def stop(self) -> None:  # noqa: B027
+        """Nobody needs what is being read: reads that wait for others end soon."""
+
     @abstractmethod
     def close(self) -> None:
         """Gives up files and maps; tensors over a map keep it alive."""

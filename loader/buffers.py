@@ -1,6 +1,6 @@
 """Memory for packed experts: a fixed number of equal buffers, taken and given back, in pieces that can be given up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -48,27 +48,25 @@ class BufferPool:
         self.pieces: list[Piece] = []
         self._piece_of: dict[int, Piece] = {}
         """By address of the buffer."""
-        self._memory, self._unallocated = memory, count
-        self._free = 0
+        self._memory, self._count = memory, count
+        self._unallocated = count
         while self._unallocated and not memory.lazy:
             self._add_piece()
 
     @property
     def is_empty(self) -> bool:
         """Whether no buffer is left."""
-        return not self._free and not self._unallocated
+        return not self._unallocated and not any(piece.free for piece in self.pieces)
 
     def take(self) -> Tensor:
         """A buffer, uint8; IndexError if none is left, which its owner's counting rules out."""
-        if not self._free:
+        if not any(piece.free for piece in self.pieces):
             self._add_piece()
-        self._free -= 1
         # From the fullest one, so that others become empty.
         return min((piece for piece in self.pieces if piece.free), key=lambda piece: len(piece.free)).free.pop()
 
     def give_back(self, buffer: Tensor) -> None:
         """Ends the use of a buffer."""
-        self._free += 1
         self._piece_of[buffer.data_ptr()].free.append(buffer)
 
     def piece_of(self, buffer: Tensor) -> Piece:
@@ -81,9 +79,23 @@ class BufferPool:
             raise ValueError(f"{piece.count - len(piece.free)} buffers of the piece are in use")
         for buffer in piece.free:
             del self._piece_of[buffer.data_ptr()]
-        self._free -= piece.count
         piece.free.clear()
         self.pieces.remove(piece)
+        self._count -= piece.count
+
+    def mend(self, taken: Iterable[Tensor]) -> None:
+        """Makes it consistent, whatever was done of a change: the buffers that are not `taken` are free."""
+        addresses = {buffer.data_ptr() for buffer in taken}
+        self._piece_of.clear()
+        for piece in self.pieces:
+            buffers = self._buffers(piece)
+            self._piece_of.update((buffer.data_ptr(), piece) for buffer in buffers)
+            piece.free = [buffer for buffer in buffers if buffer.data_ptr() not in addresses]
+        self._unallocated = max(0, self._count - sum(piece.count for piece in self.pieces))
+
+    def _buffers(self, piece: Piece) -> list[Tensor]:
+        size = self.buffer_bytes
+        return [piece.memory[begin : begin + size] for begin in range(0, size * piece.count, size)]
 
     def _add_piece(self) -> None:
         if not self._unallocated:
@@ -91,8 +103,7 @@ class BufferPool:
         size, most = self.buffer_bytes, self._memory.piece_bytes
         count = self._unallocated if most is None else min(self._unallocated, max(1, most // size))
         piece = Piece(self._memory.allocate(size * count), count)
-        piece.free = [piece.memory[begin : begin + size] for begin in range(0, size * count, size)]
+        piece.free = self._buffers(piece)
         self._piece_of.update((buffer.data_ptr(), piece) for buffer in piece.free)
         self.pieces.append(piece)
         self._unallocated -= count
-        self._free += count

@@ -1,15 +1,19 @@
 """Experts' packed bytes in memory: slots in each layer, filled from the files on demand, and ahead of it."""
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from formats.errors import MoeConvertError
 from loader.budget import expert_bytes_by_layer
 from loader.buffers import RAM, BufferPool, Memory
+from loader.cache_state import CacheState
 from loader.fetcher import Fetcher
+from loader.forks import keep_over_forks
 from loader.giving_up import give_up
 from loader.lease import Lease
 from loader.pinned_tier import PinnedTier
@@ -77,19 +81,19 @@ class ExpertCache:
         if len(counts) != len(sizes) or not all(0 <= n <= experts for n in counts) or aside < 1:
             raise ValueError(f"{slots} slots and {aside} aside for {experts} experts in each of {len(sizes)} layers")
         self._experts = experts
-        self._fetcher = Fetcher()
-        self._lock = self._fetcher.lock
         self._memories = memory or [RAM] * len(sizes)
         sides = _sides(reader, sizes, counts, aside, self._memories)
+        fetcher = Fetcher()
         self._layers = [
-            LayerSlots(layer, count, policy(), side, reader, self._fetcher)
+            LayerSlots(layer, count, policy(), side, reader, fetcher)
             for layer, (count, side) in enumerate(zip(counts, sides, strict=True))
         ]
+        self._state, self._changes = CacheState(self._layers, fetcher, reader), fetcher.changes
         self._sizes, self._reader, self._tier = sizes, reader, tier
-        self._wait_s = 0.0
         self.prefetcher: Prefetcher | None = None
-        self.close = weakref.finalize(self, _close, self._fetcher, reader)
+        self.close = weakref.finalize(self, _close, fetcher, reader)
         """Ends the reading threads and closes the files; also when the cache is collected."""
+        keep_over_forks(self._state)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -97,15 +101,14 @@ class ExpertCache:
         return tuple(layer.slots for layer in self._layers)
 
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
-        """One token's `experts`, at most `aside` more than the layer has slots; what is missing is being read when this
-        returns. Afterwards the slots hold the last of them."""
-        with self._lock:
-            return Lease(self._layers[layer], experts, self._lock, self._make_room, self._waited)
+        """One token's `experts`, at most `aside` more than the layer has slots, as a context, at whose beginning what is
+        missing is being read. Afterwards the slots hold the last of them."""
+        return Lease(self._layers[layer], experts, self._state)
 
     def used_again(self, layer: int, experts: int) -> None:
         """So many experts of an earlier lease were used where they lie: hits. Only in a layer with a slot for each of
         its experts, which none ever leaves."""
-        with self._lock:
+        with self._changes.lock:
             self._layers[layer].hits += experts
 
     def room(self, layer: int) -> int:
@@ -116,15 +119,8 @@ class ExpertCache:
         self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool
     ) -> Iterator[dict[int, Tensor]]:
         """Many tokens' experts, as many as there are, in parts (loader/streaming.py)."""
-        return stream(
-            self._layers[layer],
-            experts,
-            self._lock,
-            self._make_room,
-            partial(self.guess, layer + 1, guesses),
-            self._waited,
-            ascending=ascending,
-        )
+        look_ahead = partial(self.guess, layer + 1, guesses)
+        return stream(self._layers[layer], experts, self._state, look_ahead, ascending=ascending)
 
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
         """As `ExpertSource.router_ahead`."""
@@ -142,7 +138,7 @@ class ExpertCache:
         """Begins to read those of `experts` that are not there, the first ones first, while there is room aside."""
         if not experts:
             return
-        with self._lock:
+        with self._changes.lock, self._changes:
             # Guesses for other layers are leftovers of something that was interrupted.
             self._drop_guesses(but=layer)
             for expert in experts:
@@ -152,57 +148,59 @@ class ExpertCache:
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those of `experts` that are neither there nor on their way."""
         slots = self._layers[layer]
-        with self._lock:
+        with self._changes.lock, self._changes:
             return [expert for expert in experts if expert not in slots.held and expert not in slots.outside]
 
     def fill(self, layer: int, expert: int) -> None:
         """An expert that was missing was computed elsewhere: it is brought into a slot when nothing else moves, one at
         a time; what comes meanwhile is only counted."""
-        with self._lock:
+        with self._changes.lock, self._changes:
             self._layers[layer].fill(expert)
 
     def shrink(self, n_bytes: int, layer: int = 0) -> int:
         """Gives up slots of the layers whose memory is that of `layer`, evenly, until so many bytes are free, in whole
         allocations; how many are. What is in use stays, and what is aside; nothing is waited for."""
-        with self._lock:
+        with self._changes.lock, self._changes:
             layers = [
                 slots
                 for slots, memory in zip(self._layers, self._memories, strict=True)
                 if memory is self._memories[layer]
             ]
             freed = give_up(layers, n_bytes, self._reader.before_free)
-            self._lock.notify_all()
+            self._changes.ring()
             return freed
 
     def stats(self) -> MoeStats:
         """A snapshot of the counters."""
-        with self._lock:
+        with self._changes.lock, self._changes:
             layers = tuple(layer.stats + LayerStats(layer.hits) for layer in self._layers)
             slot_bytes = sum(count * size for count, size in zip(self.slots, self._sizes, strict=True))
             ram = self._tier.stats() if self._tier else None
-            return MoeStats(layers, self.slots, slot_bytes, self._wait_s, self._fetcher.busy_s, ram)
+            return MoeStats(layers, self.slots, slot_bytes, self._state.wait_s, self._state.fetcher.busy_s, ram)
 
     def reset_stats(self) -> None:
         """Sets the counters to zero; the slots keep what they hold."""
-        with self._lock:
+        with self._changes.lock, self._changes:
             for layer in self._layers:
                 layer.stats, layer.hits = LayerStats(), 0
-            self._wait_s = self._fetcher.busy_s = 0.0
+            self._state.wait_s = self._state.fetcher.busy_s = 0.0
         if self._tier:
             self._tier.reset_stats()
-
-    def _make_room(self) -> None:
-        for slots in self._layers:
-            if slots.outside:
-                slots.drop_guesses(fills=True)
 
     def _drop_guesses(self, but: int) -> None:
         for slots in self._layers:
             if slots.outside and slots.layer != but:
                 slots.drop_guesses()
 
-    def _waited(self, seconds: float) -> None:
-        self._wait_s += seconds
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertCache":
+        """The cache itself: a copy of a model reads the same experts, which nobody changes."""
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise MoeConvertError(
+            "a model whose experts come from a cache cannot be pickled, saved or sent to another process",
+            f"load it in each process: loader.from_pretrained({os.fspath(self._reader.artifact.folder)!r})",
+        )
 
 
 def _sides(
@@ -220,5 +218,5 @@ def _sides(
 
 
 def _close(fetcher: Fetcher, reader: Reader) -> None:
-    fetcher.close()
-    reader.close()
+    reader.stop()
+    fetcher.close(reader.close)

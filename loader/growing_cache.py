@@ -84,7 +84,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             capacity = max(LEAST_POSITIONS, 2 * (length + key_states.shape[-2]))
             keys, values = self.keys, self.values
             memory = _moved(keys, key_states, length, capacity), _moved(values, value_states, length, capacity)
-            self._shown, self._memory, self._place = None, memory, None
+            # In this order: an interrupt between any two leaves the present positions as they are.
+            self._place = None
+            self._memory = memory
+            self._shown = length
         return memory
 
     def place(self, kind: Kind) -> tuple[int, int, int]:
@@ -125,9 +128,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def _settle(self) -> None:
         """From views on demand to tensors of its own."""
         if self._shown is not None:
-            both = self.keys, self.values
+            self.__dict__["keys"], self.__dict__["values"] = self.keys, self.values
             self._shown = self._place = None
-            self.__dict__["keys"], self.__dict__["values"] = both
 
     def _fits(self, memory: tuple[Tensor, Tensor], new: Tensor, length: int) -> bool:
         # torch forbids to write memory of inference mode outside of it.

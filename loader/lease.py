@@ -2,47 +2,36 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from threading import Condition
 
 from torch import Tensor
 
+from loader.cache_state import CacheState
 from loader.slots import Held, LayerSlots
+from loader.uses import Use
 
 
-class Lease:
-    """Experts that stay where they are until the lease ends. Use it as a context.
+class Lease(Use):
+    """Experts that stay where they are while its context lasts.
 
     What `parts` and `all` give may be used by what the caller's stream is given before the lease ends."""
 
-    __slots__ = ("_held", "_lock", "_slots", "_waited", "ready")
+    __slots__ = ("_experts", "_slots", "_state", "ready")
 
-    def __init__(
-        self,
-        slots: LayerSlots,
-        experts: Sequence[int],
-        lock: Condition,
-        make_room: Callable[[], None],
-        waited: Callable[[float], None],
-    ) -> None:
-        """Pins the different `experts`, by rank; what is missing is being read when this returns. With `lock` held.
-
-        ValueError for more experts than can be in memory; arguments as those of `loader.streaming.stream`."""
-        self._slots, self._lock, self._waited = slots, lock, waited
-        held = slots.held
-        found = [held[expert] for expert in experts if expert in held]
-        if len(found) < len(experts):
-            found = _demand(slots, experts, lock, make_room)
-        else:
-            slots.hits += len(found)
-            for entry in found:
-                entry.pins += 1
-        if slots.outside:
-            slots.drop_guesses()
-        self._held = found
-        self.ready: dict[int, Tensor] = {
-            entry.expert: entry.blob for entry in found if entry.blob is not None and not entry.queued
-        }
+    def __init__(self, slots: LayerSlots, experts: Sequence[int], state: CacheState) -> None:
+        super().__init__()
+        self._slots, self._experts, self._state = slots, experts, state
+        self.ready: dict[int, Tensor] = {}
         """Those that were there at once: uint8 [n_bytes] each, read-only. On a GPU to be had from `parts` or `all`."""
+
+    def __enter__(self) -> "Lease":
+        """Pins the different experts, by rank; what is missing is being read when this returns. ValueError for more
+        experts than can be in memory."""
+        try:
+            self._state.changes.until(self._begin)
+            return self
+        except BaseException:
+            self.__exit__()
+            raise
 
     def parts(self) -> Iterator[dict[int, Tensor]]:
         """What is `ready`, if anything, then the others as they arrive; of those whose copies are queued, one by one,
@@ -50,13 +39,11 @@ class Lease:
         if self.ready:
             self._slots.before_use(self.ready.values())
             yield self.ready
-        missing = [entry for entry in self._held if entry.expert not in self.ready]
+        missing = [entry for entry in self.entries if entry.expert not in self.ready]
         while missing:
             begin_s = time.perf_counter()
-            with self._lock:
-                while not (part := arrived(missing)):
-                    self._lock.wait()
-                self._waited(time.perf_counter() - begin_s)
+            part = self._state.changes.until(lambda: arrived(missing) or None)  # noqa: B023
+            self._state.waited(time.perf_counter() - begin_s)
             missing = [entry for entry in missing if entry not in part]
             blobs = {entry.expert: blob_of(entry) for entry in part}
             self._slots.before_use(blobs.values())
@@ -68,48 +55,66 @@ class Lease:
             self._slots.before_use(self.ready.values())
             return self.ready
         found = {expert: blob for part in self.parts() for expert, blob in part.items()}
-        return {entry.expert: found[entry.expert] for entry in self._held}
+        return {entry.expert: found[entry.expert] for entry in self.entries}
 
     @property
     def is_complete(self) -> bool:
         """Whether all were ready."""
-        return len(self.ready) == len(self._held)
-
-    def __enter__(self) -> "Lease":
-        return self
+        return len(self.ready) == len(self.entries)
 
     def __exit__(self, *raised: object) -> None:
-        with self._lock:
-            self._slots.after_use(self._held)
-            for entry in self._held:
+        state, slots = self._state, self._slots
+        with state.changes.lock, state.changes:
+            if not state.uses.holds(self):
+                return
+            slots.after_use(self.entries)
+            state.uses.end(self)
+            for entry in self.entries:
                 # With fewer slots than experts, the last ones stay.
-                self._slots.keep(entry, (entry.expert,))
-                self._slots.end(entry)
-            self._lock.notify_all()
+                slots.keep(entry, (entry.expert,))
+                slots.end(entry)
+            state.changes.ring()
 
+    def _begin(self) -> "Lease | None":
+        state, slots, experts = self._state, self._slots, self._experts
+        state.begin(self)
+        held = slots.held
+        is_there = all(expert in held for expert in experts)
+        if not is_there and not _make_room(slots, experts, state.make_room):
+            return None
+        if is_there:
+            slots.hits += len(experts)
+            for expert in experts:
+                self.entries.append(held[expert])
+                held[expert].pins += 1
+        else:
+            self._demand()
+        if slots.outside:
+            slots.drop_guesses()
+        self.ready = {
+            entry.expert: entry.blob for entry in self.entries if entry.blob is not None and not entry.queued
+        }
+        return self
 
-def _demand(slots: LayerSlots, experts: Sequence[int], lock: Condition, make_room: Callable[[], None]) -> list[Held]:
-    if len(experts) > slots.most or len(set(experts)) != len(experts):
-        raise ValueError(f"asked for experts {list(experts)} at once, where {slots.most} different ones have room")
-    while not slots.has_room_for(experts):
-        # Guesses, or other leases, which never hold room while they wait for more.
-        make_room()
-        if not slots.has_room_for(experts):
-            lock.wait()
-    slots.hits += sum(expert in slots.held for expert in experts)
-    taken: dict[int, Held] = {}
-    try:
+    def _demand(self) -> None:
+        slots, experts = self._slots, self._experts
+        slots.hits += sum(expert in slots.held for expert in experts)
         # What is on its way already first: the disk goes on with it, and is not called busy with a guess.
         for expert in sorted(experts, key=lambda expert: expert not in slots.outside):
             if (entry := slots.take(expert, experts)) is None:
                 raise RuntimeError(f"no room for expert {expert}")
+            self.entries.append(entry)
             entry.pins += 1
-            taken[expert] = entry
-    except BaseException:
-        for entry in taken.values():
-            slots.end(entry)
-        raise
-    return [taken[expert] for expert in experts]
+        self.entries.sort(key=lambda entry: experts.index(entry.expert))
+
+
+def _make_room(slots: LayerSlots, experts: Sequence[int], make_room: Callable[[], None]) -> bool:
+    if len(experts) > slots.most or len(set(experts)) != len(experts):
+        raise ValueError(f"asked for experts {list(experts)} at once, where {slots.most} different ones have room")
+    if not slots.has_room_for(experts):
+        # Guesses, or other leases, which never hold room while they wait for more.
+        make_room()
+    return slots.has_room_for(experts)
 
 
 def arrived(entries: Sequence[Held]) -> list[Held]:

@@ -21,6 +21,9 @@ class Policy(Protocol):
     def victim(self, pinned: Collection[int]) -> int:
         """The expert to give up now, none of `pinned`; it is no longer in the cache."""
 
+    def settle(self, experts: Collection[int]) -> None:
+        """These experts are in the cache, and no others, after a change that was interrupted."""
+
 
 class LruPolicy:
     """Least recently used goes first."""
@@ -36,6 +39,9 @@ class LruPolicy:
         expert = next(e for e in self._order if e not in pinned)
         del self._order[expert]
         return expert
+
+    def settle(self, experts: Collection[int]) -> None:
+        _keep_only(self._order, experts)
 
 
 class LfuPolicy:
@@ -55,6 +61,11 @@ class LfuPolicy:
         expert = min((e for e in self._present if e not in pinned), key=self._uses.__getitem__)
         del self._present[expert]
         return expert
+
+    def settle(self, experts: Collection[int]) -> None:
+        for expert in experts:
+            self._uses.setdefault(expert, 0)
+        _keep_only(self._present, experts)
 
 
 class LrfuPolicy:
@@ -86,6 +97,12 @@ class LrfuPolicy:
         del self._present[expert]
         return expert
 
+    def settle(self, experts: Collection[int]) -> None:
+        for expert in experts:
+            self._value.setdefault(expert, 0.0)
+            self._last.setdefault(expert, self._now)
+        _keep_only(self._present, experts)
+
     def _value_now(self, expert: int) -> float:
         return self._value[expert] * math.pow(self._decay, self._now - self._last[expert])
 
@@ -106,6 +123,16 @@ class FixedPolicy:
         expert = min((e for e in self._present if e not in pinned), key=lambda e: (self._uses[e], -e))
         self._present.remove(expert)
         return expert
+
+    def settle(self, experts: Collection[int]) -> None:
+        self._present = set(experts)
+
+
+def _keep_only(order: OrderedDict[int, None], experts: Collection[int]) -> None:
+    for expert in [expert for expert in order if expert not in experts]:
+        del order[expert]
+    for expert in experts:
+        order.setdefault(expert, None)
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {"lru": LruPolicy, "lfu": LfuPolicy, "lrfu": LrfuPolicy}

@@ -63,5 +63,11 @@ class Reader(Protocol):
     def before_free(self, memory: Tensor) -> None:
         """No buffer in `memory` is used any more; it will be freed."""
 
+    def start_anew(self) -> None:
+        """Called in a forked child, which has none of the threads that were reading."""
+
+    def stop(self) -> None:
+        """Nobody needs what is being read: reads end soon, at best with an error."""
+
     def close(self) -> None:
-        """Ends reading."""
+        """Ends reading, after the last read."""

@@ -1,6 +1,6 @@
 """One layer's experts in memory: those in slots, and those aside, on their way or used once. Its owner has a lock."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -172,7 +172,27 @@ class LayerSlots:
 
     def uses(self, piece: Piece) -> bool:
         """Whether memory of `piece` is in use."""
-        return any(held.is_fixed and self._is_in(piece, held) for held in (*self.held.values(), *self.outside.values()))
+        return any(held.is_fixed and self._is_in(piece, held) for held in self.entries())
+
+    def entries(self) -> list[Held]:
+        """All that is here or on its way."""
+        return [*self.held.values(), *self.outside.values()]
+
+    def mend(self, pins: Mapping[Held, int]) -> None:
+        """Makes it consistent, whatever was done of a change: what is neither there nor on its way is no longer held,
+        nor what was aside and used; the others have these `pins`. The owner mends jobs and buffers afterwards."""
+        for held in self.entries():
+            held.pins = pins.get(held, 0)
+        for expert, held in list(self.held.items()):
+            held.in_slot = True
+            if held.blob is None and not held.job:
+                del self.held[expert]
+        for expert, held in list(self.outside.items()):
+            held.in_slot = False
+            is_wanted = held.job or (held.blob is not None and (held.pins or held.guess))
+            if expert in self.held or not is_wanted:
+                del self.outside[expert]
+        self._policy.settle([expert for expert, held in self.held.items() if held.blob is not None])
 
     @property
     def most_to_lower(self) -> int:
@@ -220,7 +240,7 @@ class LayerSlots:
         if urgent and load.at_once:
             self._queue(held, load)
         else:
-            held.job = Job(load, urgent, partial(self._finished, held))
+            held.job = Job(load, urgent, partial(self._finished, held), buffer)
             self._fetcher.submit(held.job)
         return held
 
@@ -279,9 +299,11 @@ class LayerSlots:
             self._leave(held)
 
     def _leave(self, held: Held) -> None:
-        if held.in_slot:
+        # By identity: one that an interrupt cut off is nowhere, and another may have come in its place.
+        if self.held.get(held.expert) is held:
             del self.held[held.expert]
-        elif self.outside.pop(held.expert, None) is held:
+        elif self.outside.get(held.expert) is held:
+            del self.outside[held.expert]
             self.aside.used -= 1
         self._release(held)
 

@@ -3,21 +3,20 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from threading import Condition
 
 from torch import Tensor
 
+from loader.cache_state import CacheState
 from loader.lease import arrived, blob_of
 from loader.slots import Held, LayerSlots
+from loader.uses import Use
 
 
 def stream(
     slots: LayerSlots,
     experts: Sequence[int],
-    lock: Condition,
-    make_room: Callable[[], None],
+    state: CacheState,
     look_ahead: Callable[[], None],
-    waited: Callable[[float], None],
     *,
     ascending: bool,
 ) -> Iterator[dict[int, Tensor]]:
@@ -28,84 +27,112 @@ def stream(
     next ones go on while one is used. Each expert is read at most once. Afterwards the slots hold the last used, as if
     the tokens had come one by one (with `ascending` as far as no expert has to leave before its turn).
 
-    `make_room` is called where nothing moves, with the lock held; `look_ahead` before the last part, when the disk has
-    no more to do for this layer. Errors as `formats.reader.Load`.
+    `look_ahead` is called before the last part, when the disk has no more to do for this layer. Errors as
+    `formats.reader.Load`.
     """
-    keep = frozenset(experts[max(0, len(experts) - slots.slots) :])
-    todo, held = sorted(experts), dict[int, Held]()
-    kept: list[Held] = []
+    use, changes = _Stream(slots, experts, state, ascending), state.changes
     try:
-        with lock:
-            for expert in experts:
-                if expert in slots.held:
-                    held[expert] = _pin(slots.held[expert])
-            slots.hits += len(held)
-        while todo:
+        with changes.lock, changes:
+            use.begin()
+        while use.todo:
             begin_s = time.perf_counter()
-            with lock:
-                _begin_reads(slots, todo, held, keep, ascending)
-                while not (part := _part(todo, held, ascending)):
-                    if not any(entry.job for entry in held.values()):
-                        make_room()
-                        _begin_reads(slots, todo, held, keep, ascending)
-                        # What is only queued is there at once, and nobody will tell.
-                        if part := _part(todo, held, ascending):
-                            break
-                    lock.wait()
-                    _begin_reads(slots, todo, held, keep, ascending)
-                waited(time.perf_counter() - begin_s)
-            blobs = {expert: blob_of(held[expert]) for expert in part}
-            todo = [expert for expert in todo if expert not in part]
-            if not todo:
+            part = changes.until(use.next_part)
+            state.waited(time.perf_counter() - begin_s)
+            blobs = {entry.expert: blob_of(entry) for entry in part}
+            use.todo = [expert for expert in use.todo if expert not in blobs]
+            if not use.todo:
                 look_ahead()
             slots.before_use(blobs.values())
             yield blobs
-            with lock:
-                slots.after_use(held[expert] for expert in part)
-                # What leaves first: it makes room for what stays.
-                for expert in sorted(part, key=keep.__contains__):
-                    entry = held.pop(expert)
-                    if expert in keep:
-                        slots.keep(entry, keep)
-                    if expert in keep and entry.in_slot:
-                        kept.append(entry)
-                    else:
-                        slots.end(entry)
-                lock.notify_all()
+            with changes.lock, changes:
+                use.end_part(part)
     finally:
-        with lock:
-            slots.after_use(held.values())
-            for entry in held.values():
-                slots.end(entry)
-            for entry in sorted(kept, key=lambda entry: experts.index(entry.expert)):
-                slots.end(entry)
-            slots.drop_guesses()
-            lock.notify_all()
+        # Where the garbage collector closes it within a change, the next change finds that nobody refers to `use`.
+        if not changes.is_here:
+            with changes.lock, changes:
+                use.end()
 
 
-def _pin(entry: Held) -> Held:
-    entry.pins += 1
-    return entry
+class _Stream(Use):
+    """The experts of a stream: `held` until they are used, then `kept` until the end, to be the last used."""
 
+    __slots__ = ("_ascending", "_experts", "_keep", "_kept", "_slots", "_state", "todo")
 
-def _begin_reads(
-    slots: LayerSlots, todo: list[int], held: dict[int, Held], keep: frozenset[int], ascending: bool
-) -> None:
-    # Guesses first, which take room already; but in a fixed order what comes later must not take the room of the next.
-    order = todo if ascending else sorted(todo, key=lambda expert: expert not in slots.outside)
-    for expert in order:
-        if expert not in held:
-            entry = slots.take(expert, keep)
-            if entry is None:
-                return
-            held[expert] = _pin(entry)
+    def __init__(self, slots: LayerSlots, experts: Sequence[int], state: CacheState, ascending: bool) -> None:
+        super().__init__()
+        self._slots, self._experts, self._state, self._ascending = slots, experts, state, ascending
+        self._keep = frozenset(experts[max(0, len(experts) - slots.slots) :])
+        self._kept: list[Held] = []
+        self.todo = sorted(experts)
+        """Those that are yet to be used."""
 
+    def begin(self) -> None:
+        """Pins what is there."""
+        self._state.begin(self)
+        there = [self._slots.held[expert] for expert in self._experts if expert in self._slots.held]
+        for entry in there:
+            self._pin(entry)
+        self._slots.hits += len(there)
 
-def _part(todo: list[int], held: dict[int, Held], ascending: bool) -> list[int]:
-    """What can be computed now: experts that are there or failed."""
-    entries = [held[expert] for expert in todo if expert in held]
-    if ascending:
-        there = takewhile(lambda expert: expert in held and not held[expert].job, todo)
-        entries = [held[expert] for expert in there]
-        entries = list(takewhile(lambda entry: not entry.queued, entries)) or entries[:1]
-    return [entry.expert for entry in arrived(entries)]
+    def next_part(self) -> list[Held] | None:
+        """What can be computed now, experts that are there or failed; begins to read what has room."""
+        self._begin_reads()
+        part = self._part()
+        if not part and not any(entry.job for entry in self.entries):
+            # Nothing moves.
+            self._state.make_room()
+            self._begin_reads()
+            # What is only queued is there at once, and nobody will tell.
+            part = self._part()
+        return part or None
+
+    def end_part(self, part: Sequence[Held]) -> None:
+        """Ends the use of what was computed, but for what stays in slots."""
+        self._slots.after_use(part)
+        # What leaves first: it makes room for what stays.
+        for entry in sorted(part, key=lambda entry: entry.expert in self._keep):
+            if entry.expert in self._keep:
+                self._slots.keep(entry, self._keep)
+            if entry.expert in self._keep and entry.in_slot:
+                self._kept.append(entry)
+            else:
+                self.entries.remove(entry)
+                self._slots.end(entry)
+        self._state.changes.ring()
+
+    def end(self) -> None:
+        """Ends it all, in the order of use."""
+        if not self._state.uses.holds(self):
+            return
+        left = [entry for entry in self.entries if entry not in self._kept]
+        self._slots.after_use(left)
+        self._state.uses.end(self)
+        for entry in (*left, *sorted(self._kept, key=lambda entry: self._experts.index(entry.expert))):
+            self._slots.end(entry)
+        self._slots.drop_guesses()
+        self._state.changes.ring()
+
+    def _pin(self, entry: Held) -> None:
+        self.entries.append(entry)
+        entry.pins += 1
+
+    def _begin_reads(self) -> None:
+        pinned = {entry.expert for entry in self.entries}
+        # Guesses first, which take room already; but in a fixed order what is later must not take the room of the next.
+        outside = self._slots.outside
+        order = self.todo if self._ascending else sorted(self.todo, key=lambda expert: expert not in outside)
+        for expert in order:
+            if expert not in pinned:
+                entry = self._slots.take(expert, self._keep)
+                if entry is None:
+                    return
+                self._pin(entry)
+
+    def _part(self) -> list[Held]:
+        held = {entry.expert: entry for entry in self.entries}
+        entries = [held[expert] for expert in self.todo if expert in held]
+        if self._ascending:
+            there = takewhile(lambda expert: expert in held and not held[expert].job, self.todo)
+            entries = [held[expert] for expert in there]
+            entries = list(takewhile(lambda entry: not entry.queued, entries)) or entries[:1]
+        return arrived(entries)

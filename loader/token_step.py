@@ -136,9 +136,10 @@ class TokenStep:
             with experts.lease(number, chosen) as lease:
                 for expert, blob in lease.all().items():
                     if (number, expert) not in held:
-                        address = self._layers[number].address(expert, blob)
                         # Never exchanged: another thread may be reading the bytes.
-                        held[number, expert], self._blobs[number * self.experts + expert] = blob, address
+                        self._blobs[number * self.experts + expert] = self._layers[number].address(expert, blob)
+                        # At last: what is held is not asked for again, though an interrupt came between.
+                        held[number, expert] = blob
         return end
 
 

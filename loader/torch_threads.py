@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loader.cache_length import cache_in, length_of, shorten
+from loader.forks import keep_over_forks
+
 FEW_TOKENS = 8
 
 Shortcut = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -24,10 +27,20 @@ class _State(threading.local):
     depth = 0
 
 
-_lock = threading.Lock()
+class _Passes:
+    """outside: torch's number as each thread that is inside now found it, by the thread's number."""
+
+    def __init__(self) -> None:
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """For a forked child as well."""
+        self.lock = threading.Lock()
+        self.outside: dict[int, int] = {}
+
+
 _state = _State()
-_outside: list[int] = []
-"""torch's number as each thread that is inside now found it."""
+_passes = _Passes()
 
 
 @contextmanager
@@ -41,40 +54,51 @@ def torch_threads_for(tokens: int) -> Iterator[None]:
     if _state.depth:
         yield
         return
-    with _lock:
-        before = torch.get_num_threads()
-        if before == 1 and _outside:
-            before = _outside[0]
-            torch.set_num_threads(before)
-        if tokens <= FEW_TOKENS:
-            _outside.append(before)
-            torch.set_num_threads(1)
-    if tokens > FEW_TOKENS:
-        yield
-        return
-    _state.depth = 1
+    thread, outside = threading.get_ident(), _passes.outside
     try:
+        with _passes.lock:
+            now = torch.get_num_threads()
+            # One that is noted for this thread was left there by an interrupt.
+            before = outside.pop(thread, now)
+            if before == 1 and outside:
+                before = next(iter(outside.values()))
+            wanted = before
+            if tokens <= FEW_TOKENS:
+                outside[thread], wanted = before, 1
+                _state.depth = 1
+            if wanted != now:
+                torch.set_num_threads(wanted)
         yield
     finally:
         _state.depth = 0
-        with _lock:
-            _outside.remove(before)
-            torch.set_num_threads(before)
+        with _passes.lock:
+            if thread in outside:
+                torch.set_num_threads(outside[thread])
+                del outside[thread]
 
 
 def run_few_tokens_on_one_thread(model: nn.Module, first: Shortcut | None = None) -> None:
     """Puts `torch_threads_for` around the model's forward: by a method of the instance, since its class is
     transformers' own, and since torch's hooks do not run after a KeyboardInterrupt.
 
-    `first`(model, args, kwargs) is asked before, outside of it; what it gives, unless None, is the result.
+    `first`(model, args, kwargs) is asked before, outside of it; what it gives, unless None, is the result. A pass that
+    does not come to its end leaves the KV cache as long as it was.
     """
+
+    keep_over_forks(_passes)
 
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if first is not None and (result := first(self, args, kwargs)) is not None:
-            return result
-        with torch_threads_for(_tokens(args, kwargs)):
-            return type(self).forward(self, *args, **kwargs)
+        past = cache_in(args, kwargs)
+        length = length_of(past)
+        try:
+            if first is not None and (result := first(self, args, kwargs)) is not None:
+                return result
+            with torch_threads_for(_tokens(args, kwargs)):
+                return type(self).forward(self, *args, **kwargs)
+        except BaseException:
+            shorten(past, length)
+            raise
 
     model.forward = MethodType(forward, model)
 

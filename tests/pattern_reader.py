@@ -120,11 +120,8 @@ class GpuCache:
     def check_counts(self):
         """What must always hold while nothing is under way."""
         cache, tier = self.cache, self.tier
-        with cache._lock:
-            assert cache._lock.wait_for(
-                lambda: not any(h.job for s in cache._layers for h in (*s.held.values(), *s.outside.values())),
-                timeout=60,
-            )
+        cache._changes.until(lambda: not any(h.job for s in cache._layers for h in s.entries()) or None, timeout_s=60)
+        with cache._changes.lock:
             for side in {id(slots.aside): slots.aside for slots in cache._layers}.values():
                 users = [slots for slots in cache._layers if slots.aside is side]
                 assert side.used == sum(len(slots.outside) for slots in users)

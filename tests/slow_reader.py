@@ -70,6 +70,12 @@ class SlowReader:
         with self._lock:
             assert self._lock.wait_for(lambda: self.asked.count((layer, expert)) >= times, timeout=60)
 
+    def start_anew(self):
+        self._lock = threading.Condition()
+
+    def stop(self):
+        pass
+
     def close(self):
         self.closed = True
 

@@ -138,9 +138,9 @@ def test_hit_ratio_on_text_is_the_readmes(routes, slots, readme):
 def test_more_than_have_room_at_once_is_an_error():
     cache = ExpertCache(SlowReader(), 1, aside=2, policy=LruPolicy)
     with pytest.raises(ValueError, match="3 different ones"):
-        cache.lease(0, [0, 1, 2, 3])
+        get(cache, 0, [0, 1, 2, 3])
     with pytest.raises(ValueError):
-        cache.lease(0, [1, 1])
+        get(cache, 0, [1, 1])
 
 
 @pytest.mark.parametrize("slots", [0, 1])
@@ -247,7 +247,7 @@ def test_a_forgotten_cache_ends_its_threads_and_closes_its_files():
     reader = SlowReader()
     cache = ExpertCache(reader, 2, policy=LruPolicy)
     get(cache, 0, [0, 1])
-    threads = cache._fetcher._threads
+    threads = cache._state.fetcher._threads
     assert all(thread.is_alive() for thread in threads)
     del cache
     assert not any(thread.is_alive() for thread in threads)

@@ -53,8 +53,7 @@ def shared(speeds, **options):
 
 
 def filled(gpu, layer, expert):
-    with gpu.cache._lock:
-        assert gpu.cache._lock.wait_for(lambda: expert in gpu.cache._layers[layer].held, timeout=60)
+    gpu.cache._changes.until(lambda: expert in gpu.cache._layers[layer].held or None, timeout_s=60)
 
 
 def test_what_the_slots_have_stays_on_the_gpu():

@@ -32,9 +32,8 @@ def in_ram(gpu, *keys):
 
 def settle(gpu, layer, *experts):
     """Waits until guesses are there."""
-    outside, lock = gpu.cache._layers[layer].outside, gpu.cache._lock
-    with lock:
-        assert lock.wait_for(lambda: all(e in outside and not outside[e].job for e in experts), timeout=60)
+    outside = gpu.cache._layers[layer].outside
+    gpu.cache._changes.until(lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -56,7 +55,7 @@ def test_what_lies_pinned_is_queued_by_the_caller_itself():
     gpu = GpuCache(2)
     in_ram(gpu)
     gpu.token(0, [0, 1])
-    assert not gpu.cache._fetcher._threads
+    assert not gpu.cache._state.fetcher._threads
 
 
 def test_what_is_there_is_computed_before_the_copy_of_the_rest_is_waited_for():
@@ -177,8 +176,7 @@ def test_a_fill_brings_an_expert_that_the_cpu_computed():
     gpu.token(1, [1, 0])
     assert gpu.cache.missing(1, [0, 5, 1, 6]) == [5, 6]
     gpu.cache.fill(1, 5)
-    with gpu.cache._lock:
-        assert gpu.cache._lock.wait_for(lambda: 5 in gpu.cache._layers[1].held, timeout=60)
+    gpu.cache._changes.until(lambda: 5 in gpu.cache._layers[1].held or None, timeout_s=60)
     assert gpu.cache.missing(1, [5, 6]) == [6]
     gpu.token(1, [5])
     stats = gpu.cache.stats().layers[1]
@@ -348,7 +346,8 @@ def test_memory_is_freed_after_copies_that_nobody_used():
     gpu = GpuCache(2, piece_buffers=2)
     in_ram(gpu)
     for layer in range(4):
-        gpu.cache.lease(layer, [0, 1]).__exit__()
+        with gpu.cache.lease(layer, [0, 1]):
+            pass
     assert gpu.cache.shrink(1 << 40) == 8 * EXPERT_BYTES
     gpu.check_counts()
 
@@ -407,7 +406,8 @@ def test_whatever_is_asked_for_in_whatever_order_finds_its_bytes(seed, order, sl
             elif kind < 0.26:
                 gpu.cache.shrink(choose.randrange(5) * EXPERT_BYTES, layer=layer)
             elif kind < 0.3:
-                gpu.cache.lease(layer, experts).__exit__()
+                with gpu.cache.lease(layer, experts):
+                    pass
             else:
                 gpu.token(layer, experts, guess)
     gpu.check_counts()

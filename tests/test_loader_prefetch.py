@@ -18,8 +18,7 @@ def get(cache, layer, experts):
 def settle(cache, layer, *experts):
     """Waits until the guesses have been read."""
     outside = cache._layers[layer].outside
-    with cache._lock:
-        assert cache._lock.wait_for(lambda: all(e in outside and not outside[e].job for e in experts), timeout=60)
+    cache._changes.until(lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60)
 
 
 def test_a_right_guess_is_not_read_again():

@@ -31,7 +31,7 @@ def three_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
-    assert not torch_threads._outside
+    assert not torch_threads._passes.outside
     torch.set_num_threads(before)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from loader.cuda.device import Device
+from loader.forks import no_gpu_after_fork
 from loader.pinned_tier import PinnedTier, TierUse
 
 
@@ -24,6 +25,7 @@ class GpuReader:
         self._streams = [streams[id(device)] for device in self._devices]
         self._slots: dict[int, Slot] = {}
         """By address of the buffer."""
+        self._is_forked = False
 
     def in_place(self, layer: int, expert: int) -> bool:
         """Never: each has a buffer."""
@@ -33,6 +35,8 @@ class GpuReader:
         """Begins to bring an expert to `buffer`, uint8, in the memory of the layer's device."""
         if buffer is None:
             raise ValueError("an expert on a GPU needs a buffer")
+        if self._is_forked:
+            raise no_gpu_after_fork()
         slot = self._slots.get(buffer.data_ptr())
         if slot is None:
             slot = self._slots[buffer.data_ptr()] = Slot(self._devices[layer], self._streams[layer], buffer)
@@ -68,8 +72,17 @@ class GpuReader:
     def forget(self, layer: int, expert: int) -> None:
         """Nothing: each has a buffer."""
 
+    def start_anew(self) -> None:
+        """Makes it refuse: CUDA does not work in a forked child."""
+        self._is_forked = True
+
+    def stop(self) -> None:
+        """Nothing: no read or copy takes long."""
+
     def close(self) -> None:
-        """Waits for the copies under way and closes the tier."""
+        """Waits for the copies under way and closes the tier; in a forked child nothing, which ends with the process."""
+        if self._is_forked:
+            return
         for stream in {id(stream): stream for stream in self._streams}.values():
             stream.synchronize()
         self._tier.close()

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from formats.errors import DoesNotFitError
 from loader.cache import ExpertCache
 from loader.cuda.device import Device
+from loader.forks import no_gpu_after_fork
 
 _log = logging.getLogger(__name__)
 
@@ -20,16 +22,16 @@ LEAST_BYTES = 256 << 20
 
 
 def give_up_slots_for_memory(model: nn.Module, cache: ExpertCache, layer_devices: Sequence[Device]) -> None:
-    """Puts a second try around the model's forward: after an out-of-memory error slots of the device are freed and the
-    KV cache gets its former length back. DoesNotFitError if no slot is left to give."""
-    before = model.forward
+    """Puts a second try around the model's forward: after an out-of-memory error slots of the device are freed; the
+    KV cache has its former length then (loader/torch_threads.py). DoesNotFitError if no slot is left to give."""
+    before, process = model.forward, os.getpid()
     # The first layer of each device stands for it.
     layers = {device.name: layer for layer, device in reversed(list(enumerate(layer_devices)))}
 
     @functools.wraps(before)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        past = kwargs.get("cache", kwargs.get("past_key_values"))
-        length = past.get_seq_length() if past is not None else 0
+        if os.getpid() != process:
+            raise no_gpu_after_fork()
         wanted = LEAST_BYTES
         while True:
             try:
@@ -45,10 +47,6 @@ def give_up_slots_for_memory(model: nn.Module, cache: ExpertCache, layer_devices
                 ) from None
             for device in {device.name: device for device in layer_devices}.values():
                 device.release()
-            for kept in past.layers if past is not None else ():
-                if (added := kept.get_seq_length() - length) > 0:
-                    # Later versions of transformers take no length, all take what is to go as a negative number.
-                    kept.crop(-added)
             _log.warning("GPU memory was used up: %d MiB of expert slots given up, and tried again", freed >> 20)
             wanted *= 2
 

@@ -1,0 +1,178 @@
+"""A KeyboardInterrupt at any line of the cache: the same model gives the same tokens afterwards, and holds no more."""
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from slow_reader import SlowReader
+from transformers import DynamicCache
+
+import loader
+from converter.convert import convert_checkpoint
+from converter.recipes import make_recipe
+from loader.cache import ExpertCache
+
+IDS = torch.tensor([[1, 17, 300, 42, 99]])
+FILES = {
+    "loader/" + name
+    for name in (
+        "buffers.py", "cache.py", "cache_length.py", "cache_state.py", "changes.py", "fetcher.py", "growing_cache.py",
+        "lease.py", "policy.py", "slots.py", "streaming.py", "uses.py",
+    )
+}  # fmt: skip
+PLACES = 60
+"""How many of the lines that a call runs it is interrupted at, evenly spread."""
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted") / "mini"
+    convert_checkpoint(source, folder, make_recipe("2bit", solver="hqq"))
+    return folder
+
+
+class Lines:
+    """Counts this thread's lines in FILES while it is a context; raises KeyboardInterrupt at number `at`."""
+
+    def __init__(self, at=None):
+        self.at, self.count, self.place = at, 0, None
+
+    def __enter__(self):
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *raised):
+        sys.settrace(None)
+
+    def _call(self, frame, event, argument):
+        return self._line if "/".join(frame.f_code.co_filename.rsplit("/", 2)[1:]) in FILES else None
+
+    def _line(self, frame, event, argument):
+        if event == "line":
+            self.count += 1
+            if self.count == self.at:
+                self.place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self._line
+
+
+def generated(model, tokens=2):
+    with torch.no_grad():
+        return model.generate(IDS, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2)
+
+
+def check_counts(cache):
+    """Nothing is pinned, every buffer is free or holds an expert."""
+    cache._changes.until(lambda: not any(h.job for slots in cache._layers for h in slots.entries()) or None, 60)
+    side = cache._layers[0].aside
+    entries = [held for slots in cache._layers for held in slots.entries()]
+    assert not any(held.pins for held in entries)
+    assert side.used == sum(len(slots.outside) for slots in cache._layers) <= side.room
+    assert all(len(slots.held) <= slots.slots for slots in cache._layers)
+    taken = {held.buffer.data_ptr() for held in entries}
+    assert len(taken) == len(entries)
+    free = {buffer.data_ptr() for piece in side.pool.pieces for buffer in piece.free}
+    assert not free & taken
+    assert len(free) + len(taken) == sum(piece.count for piece in side.pool.pieces)
+
+
+def within_a_minute(call):
+    """The result of `call`, made by a thread, which fails the test instead of hanging it."""
+    result = []
+    thread = threading.Thread(target=lambda: result.append(call()), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert result, "it hangs or raised"
+    return result[0]
+
+
+def asked_for(cache):
+    """The first byte of all experts that a token, a guess, another token and two prompts ask for."""
+    found = []
+    with cache.lease(0, [0, 1]) as lease:
+        cache.guess(1, [2, 3])
+        found += [int(blob[0]) for blob in lease.all().values()]
+    with cache.lease(1, [3, 0]) as lease:
+        found += [int(blob[0]) for blob in lease.all().values()]
+    for layer, ascending in enumerate([False, True]):
+        parts = {}
+        for blobs in cache.stream(layer, [1, 3, 0, 2], [1], ascending=ascending):
+            parts |= {expert: int(blob[0]) for expert, blob in blobs.items()}
+        found += [parts[expert] for expert in sorted(parts)]
+    return found
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_an_interrupt_at_every_line_of_the_cache_leaves_it_whole(slots):
+    cache = ExpertCache(SlowReader(layers=3, experts=4), slots)
+    wanted = asked_for(cache)
+    assert wanted == [0, 1, 3, 0, 0, 1, 2, 3, 0, 1, 2, 3]
+    number, places = 0, set()
+    while True:
+        number += 1
+        with Lines(number) as interrupted:
+            try:
+                asked_for(cache)
+            except KeyboardInterrupt:
+                sys.settrace(None)
+                assert asked_for(cache) == wanted, interrupted.place
+        check_counts(cache)
+        if interrupted.place is None:
+            break
+        places.add(interrupted.place)
+    assert len(places) > 200
+
+
+CASES = [
+    ("native", 0, 2), ("native", 1, 2), ("torch", 1, 2), ("native", 2, 1), ("native", 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernels", "prefetch", "slots"), CASES)
+def test_the_same_tokens_come_after_an_interrupt_at_any_line(folder, kernels, prefetch, slots):
+    model = loader.from_pretrained(folder, slots=[slots] * 3, io="direct", kernels=kernels, prefetch=prefetch)
+    cache = model.model.layers[0].mlp.experts.cache
+    wanted = generated(model)
+    with Lines() as lines:
+        generated(model)
+    places = set()
+    for number in range(PLACES):
+        with Lines(1 + lines.count * number // PLACES) as interrupted:
+            try:
+                generated(model)
+            except KeyboardInterrupt:
+                sys.settrace(None)
+                # Here, where the traceback still holds what was in use.
+                if number % 4 == 0:
+                    assert torch.equal(within_a_minute(lambda: generated(model)), wanted), interrupted.place
+                assert torch.equal(generated(model), wanted), interrupted.place
+        places.add(interrupted.place)
+        check_counts(cache)
+    assert len(places) > PLACES / 4
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_an_interrupted_pass_leaves_the_kv_cache_as_long_as_it_was(folder, slots):
+    model = loader.from_pretrained(folder, slots=[slots] * 3, io="direct")
+    past = DynamicCache()
+    following = torch.tensor([[7]])
+    with torch.no_grad():
+        model(input_ids=IDS, past_key_values=past)
+        model(input_ids=following, past_key_values=past)
+        fresh = DynamicCache()
+        model(input_ids=torch.cat([IDS, following], 1), past_key_values=fresh)
+        with Lines() as lines:
+            wanted = model(input_ids=following, past_key_values=fresh).logits
+        for number in range(PLACES):
+            with Lines(1 + lines.count * number // PLACES) as interrupted:
+                try:
+                    found = model(input_ids=following, past_key_values=past).logits
+                    past.crop(-1)
+                except KeyboardInterrupt:
+                    sys.settrace(None)
+                    found = model(input_ids=following, past_key_values=past).logits
+                    past.crop(-1)
+            assert torch.equal(found, wanted), interrupted.place
+            assert {layer.get_seq_length() for layer in past.layers} == {6}
