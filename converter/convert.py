@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,57 +14,33 @@ import torch
 
 from converter import calibration
 from converter.bit_budget import TARGET
-from converter.calibration_text import CalibrationTokens, calibration_tokens
+from converter.convert_options import ConvertOptions
 from converter.finished_work import FinishedWork
 from converter.hub_model import HubModel
-from converter.identity import Progress, check_complete, fingerprint
+from converter.identity import Progress, check_contents, check_same, fingerprint
 from converter.index_assembly import assemble_index
 from converter.model_card import write_card
 from converter.output_folder import SOURCE_FOLDER, OutputFolder
-from converter.output_needs import OutputNeeds
-from converter.output_probe import probe_output
+from converter.preflight import Preflight, check_conversion
 from converter.records import ExpertRecord, LinearRecord, Record, RecordKey, ShardRecord, TensorRecord
 from converter.shards import Stopped
-from converter.side_files import check_side_files, copy_files, write_config
-from converter.sizes import OutputPlan, check_disk, plan_output
-from converter.solvers import choose_solver
+from converter.side_files import copy_files, write_config
+from converter.sizes import OutputPlan, plan_output
 from converter.source import Checkpoint, layer_of
-from converter.source_tokenizer import check_source_tokenizer
 from converter.target_bits import with_chosen_bits
 from converter.weight_errors import write_quality
 from converter.workers import Worker, run_all
 from formats import INDEX_NAME
-from formats.errors import RecipeError
-from formats.index import CODECS, Recipe, read_index
+from formats.index import Recipe
 from formats.io_errors import translated
 from formats.strict_json import dump
 from formats.writer import LayerWriter, PlacedFile, write_file
 
+__all__ = ["ConvertOptions", "Converted", "convert_checkpoint"]
+
 UnitRecord = ExpertRecord | LinearRecord | TensorRecord
 Unit = tuple[RecordKey, int, Callable[[], UnitRecord]]
 """(key of its record, bytes of the source that it reads, the work)"""
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """How to convert; none of it changes a byte of a complete result but `codec`."""
-
-    max_workers: int = 1
-    codec: str = "none"
-    resume: bool = True
-    force: bool = False
-    calibration_file: Path | None = None
-    """The text for a recipe whose option `calibrate` is "file"."""
-    part: tuple[int, int] | None = None
-    """(i, n): only the i-th of n equal parts of the layers, counted from 1; the folder stays unfinished."""
-
-    def __post_init__(self) -> None:
-        if self.max_workers < 1:
-            raise RecipeError(f"max_workers is {self.max_workers}, at least 1 is needed")
-        if self.codec not in CODECS:
-            raise RecipeError(f"codec {self.codec!r} is unknown; known are {', '.join(CODECS)}")
-        if self.part and not 1 <= self.part[0] <= self.part[1]:
-            raise RecipeError(f"part {self.part[0]}/{self.part[1]} of the layers: expected 1/n to n/n")
 
 
 @dataclass(frozen=True)
@@ -101,29 +77,24 @@ def _convert(
     source: Path | HubModel, out: Path, recipe: Recipe, options: ConvertOptions, progress: Progress | None
 ) -> Converted:
     with Checkpoint(source) as checkpoint:
-        plan = plan_output(checkpoint, recipe)
-        side_files = check_side_files(checkpoint.folder)
-        check_source_tokenizer(checkpoint, needed=_is_calibrated_by_text(recipe, plan))
-        needs = OutputNeeds.of(checkpoint, plan, side_files, [options.calibration_file])
-        probe_output(out, needs, force=options.force)
-        check_disk(plan, out, options.codec, checkpoint.fetch_bytes)
-        folder = OutputFolder(out, needs, force=options.force)
+        checked = check_conversion(checkpoint, recipe, options, out)
+        folder = OutputFolder(out, checked.needs, force=options.force)
         try:
             if options.force or not (options.resume or folder.complete):
                 folder.discard()
             if folder.complete:
-                calibrated = _calibration(checkpoint, recipe, plan, options)
-                check_complete(folder.path, checkpoint, recipe, options.codec, calibrated, progress)
-                recipe = read_index(folder.path).recipe
-                return Converted("already complete", plan_output(checkpoint, recipe), checkpoint.n_bytes, {}, recipe)
+                index = check_same(folder.path, checkpoint, recipe, options.codec, checked.tokens)
+                check_contents(folder.path, checkpoint, index, progress)
+                plan = plan_output(checkpoint, index.recipe)
+                return Converted("already complete", plan, checkpoint.n_bytes, {}, index.recipe)
             checkpoint.fetch_into(folder.path / SOURCE_FOLDER)
             with _one_torch_thread():
-                if TARGET in recipe.options and (tokens := _calibration(checkpoint, recipe, plan, options)):
-                    recipe = with_chosen_bits(checkpoint, recipe, tokens, out, options.max_workers, progress)
-                    plan = plan_output(checkpoint, recipe)
-                job = _Job(checkpoint, plan, recipe, side_files, folder.path, options, progress)
-                quality = job.run()
-            return Converted("converted" if quality else "part", plan, checkpoint.n_bytes, quality or {}, recipe)
+                if TARGET in recipe.options and checked.tokens:
+                    recipe = with_chosen_bits(checkpoint, recipe, checked.tokens, out, checked.workers, progress)
+                    checked = replace(checked, plan=plan_output(checkpoint, recipe))
+                quality = _Job(checkpoint, checked, recipe, folder.path, options, progress).run()
+            done = "converted" if quality else "part"
+            return Converted(done, checked.plan, checkpoint.n_bytes, quality or {}, recipe)
         finally:
             folder.close()
 
@@ -132,21 +103,19 @@ class _Job:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        plan: OutputPlan,
+        checked: Preflight,
         recipe: Recipe,
-        side_files: list[str],
         out: Path,
         options: ConvertOptions,
         progress: Progress | None,
     ) -> None:
-        self._side_files = side_files
+        plan, self._side_files = checked.plan, checked.side_files
         self._checkpoint, self._plan, self._recipe = checkpoint, plan, recipe
         self._out, self._options, self._progress = out, options, progress or (lambda stage, done, total: None)
-        self._solver = choose_solver(recipe.solver)
-        self._tokens = _calibration(checkpoint, recipe, plan, options)
+        self._solver, self._tokens, self._workers = checked.solver, checked.tokens, checked.workers
         made_from = fingerprint(checkpoint, recipe, options.codec, self._solver, self._tokens)
         self._work = FinishedWork(out, plan, made_from)
-        self._pool = ThreadPoolExecutor(options.max_workers, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(1,))
         self._stop = checkpoint.stop
         self._worker = Worker(checkpoint, plan, self._solver, self._stop)
         if self._tokens:
@@ -259,7 +228,7 @@ class _Job:
         running: dict[Future[UnitRecord], int] = {}
         try:
             while True:
-                while len(running) < self._options.max_workers and (unit := next(todo, None)):
+                while len(running) < self._workers and (unit := next(todo, None)):
                     running[self._pool.submit(unit[2])] = unit[1]
                 if not running:
                     return
@@ -320,20 +289,6 @@ class _Job:
         write_card(out, index)
         write_file(out / INDEX_NAME, dump(index))
         return quality
-
-
-def _is_calibrated_by_text(recipe: Recipe, plan: OutputPlan) -> bool:
-    return recipe.options.get("calibrate") in ("builtin", "file") and plan.last_quantized_layer >= 0
-
-
-def _calibration(
-    checkpoint: Checkpoint, recipe: Recipe, plan: OutputPlan, options: ConvertOptions
-) -> CalibrationTokens | None:
-    """The tokens by which `recipe` calibrates, if it does and there is something to."""
-    kind, tokens = recipe.options.get("calibrate"), recipe.options.get("calibration_tokens")
-    if kind is None or not isinstance(tokens, int) or plan.last_quantized_layer < 0:
-        return None
-    return calibration_tokens(checkpoint, str(kind), tokens, options.calibration_file)
 
 
 def _keep_first_error(running: dict[Future[UnitRecord], int]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from msgspec.structs import replace
@@ -16,7 +16,7 @@ from converter.sizes import CHUNK_WEIGHTS
 from converter.solver import Solver
 from converter.source import Checkpoint
 from formats.errors import OutputError
-from formats.index import Recipe, read_index
+from formats.index import Index, Recipe, read_index
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done bytes, total bytes); bytes are the source's."""
@@ -53,44 +53,49 @@ def fingerprint(
     }
 
 
-def check_complete(
-    out: Path,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    codec: str,
-    tokens: CalibrationTokens | None,
-    progress: Progress | None,
-) -> None:
-    """OutputError unless the complete conversion in `out` is of this source by this recipe."""
+def check_same(
+    out: Path, checkpoint: Checkpoint, recipe: Recipe, codec: str, tokens: CalibrationTokens | None
+) -> Index:
+    """The index of the complete conversion in `out`; OutputError if it is of another source, recipe or calibration.
+
+    Reads no weights: of the source's shards it compares names and sizes.
+    """
     index = read_index(out)
-    hint = "choose another --out-dir, or add --force to replace it"
-
-    def refuse(what: str, there: Any, now: Any) -> None:
-        raise OutputError(f"{out} holds a complete conversion with another {what}: {there!r} there, {now!r} now", hint)
-
     found = index.recipe
     if TARGET in recipe.options:
         # Its rules were chosen for it; the same would be chosen again.
         found = replace(found, options=without_rules(found))
     for field in recipe.__struct_fields__:
         if getattr(found, field) != getattr(recipe, field):
-            refuse(f"recipe ({field})", getattr(found, field), getattr(recipe, field))
+            _refuse(out, f"recipe ({field})", getattr(found, field), getattr(recipe, field))
     if index.layers[0].experts[0].codec != codec:
-        refuse("codec", index.layers[0].experts[0].codec, codec)
+        _refuse(out, "codec", index.layers[0].experts[0].codec, codec)
     there, now = index.producer.versions.get("calibration"), calibration_version(tokens) if tokens else None
     if there != now:
-        refuse("calibration", there, now)
+        _refuse(out, "calibration", there, now)
     if (there := index.producer.versions.get("overlay")) != (now := overlay_version(checkpoint)):
-        refuse("choice of tensors that are in several shards", there, now)
+        _refuse(out, "choice of tensors that are in several shards", there, now)
     if index.architecture != checkpoint.architecture:
-        refuse("architecture", index.architecture, checkpoint.architecture)
+        _refuse(out, "architecture", index.architecture, checkpoint.architecture)
     sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
     if sizes != checkpoint.shards:
-        refuse("source", sizes, checkpoint.shards)
-    done, total = 0, sum(sizes.values())
+        _refuse(out, "source", sizes, checkpoint.shards)
+    return index
+
+
+def check_contents(out: Path, checkpoint: Checkpoint, index: Index, progress: Progress | None) -> None:
+    """OutputError unless the shards of `checkpoint` have the hashes that `index`, of folder `out`, has."""
+    done, total = 0, sum(shard.size_bytes for shard in index.source.shards)
     for shard in index.source.shards:
         if checkpoint.shard_sha256(shard.name) != shard.sha256:
-            refuse("source", f"{shard.name} {shard.sha256}", "other contents")
+            _refuse(out, "source", f"{shard.name} {shard.sha256}", "other contents")
         done += shard.size_bytes
         if progress:
             progress("comparing the source", done, total)
+
+
+def _refuse(out: Path, what: str, there: Any, now: Any) -> NoReturn:
+    raise OutputError(
+        f"{out} holds a complete conversion with another {what}: {there!r} there, {now!r} now",
+        "choose another --out-dir, or add --force to replace it",
+    )

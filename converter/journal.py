@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 
 from converter.records import Record
+from formats import JOURNAL_NAME
 from formats.checksums import xxh3_of
 from formats.errors import OutputError
+from formats.io_errors import translated
 from formats.output_file import OutputFile, fsync_folder
 from formats.strict_json import parse
-
-JOURNAL_NAME = ".moe-convert.journal"
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Journal:
             data = data[: data.rfind(b"\n") + 1]
             lines = data.split(b"\n")[:-1]
             if lines:
-                self._compare(lines[0], fingerprint)
+                _compare(self.path, lines[0], fingerprint)
             for number, line in enumerate(lines[1:], 2):
                 self._take(number, line)
             self._end = len(data)
@@ -71,18 +71,29 @@ class Journal:
         except (msgspec.DecodeError, UnicodeDecodeError):
             _log.warning("%s: line %d is damaged: its work is done again", self.path, number)
 
-    def _compare(self, line: bytes, new: dict[str, Any]) -> None:
-        old = _fingerprint(line)
-        if old is None:
-            raise OutputError(f"{self.path}: line 1 is damaged", "start again with --no-resume")
-        new = json.loads(json.dumps(new))
-        for field in sorted(old.keys() | new.keys()):
-            if old.get(field) != new.get(field):
-                raise OutputError(
-                    f"{self.path}: this folder holds an unfinished conversion with another {field}:"
-                    f" {_short(old.get(field))} there, {_short(new.get(field))} now",
-                    "resume with what it was begun with, choose another --out-dir, or start again with --no-resume",
-                )
+
+def check_begun(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Raises what `Journal` would raise for an unfinished conversion in `folder`; changes nothing."""
+    path = folder / JOURNAL_NAME
+    if path.exists():
+        with translated(path, "read"):
+            first, end, _ = path.read_bytes().partition(b"\n")
+        if end:
+            _compare(path, first, fingerprint)
+
+
+def _compare(path: Path, line: bytes, new: dict[str, Any]) -> None:
+    old = _fingerprint(line)
+    if old is None:
+        raise OutputError(f"{path}: line 1 is damaged", "start again with --no-resume")
+    new = json.loads(json.dumps(new))
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field):
+            raise OutputError(
+                f"{path}: this folder holds an unfinished conversion with another {field}:"
+                f" {_short(old.get(field))} there, {_short(new.get(field))} now",
+                "resume with what it was begun with, choose another --out-dir, or start again with --no-resume",
+            )
 
 
 def read_pin(folder: Path) -> dict[str, Any] | None:

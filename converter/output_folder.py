@@ -7,16 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from converter.calibration import STATE_FOLDER
-from converter.journal import JOURNAL_NAME
 from converter.output_needs import OutputNeeds
-from formats import EXPERTS_FOLDER, INDEX_NAME
+from formats import EXPERTS_FOLDER, INDEX_NAME, JOURNAL_NAME, LOCK_NAME
 from formats.errors import OutputError
 from formats.file_lock import lock_file
 from formats.io_errors import translated
 from formats.output_file import OutputFile, fsync_folder, make_folder, make_folders, refuse_links, remove
 from formats.overlap import refuse_inputs, refuse_overlap
 
-LOCK_NAME = ".moe-convert.lock"
 SOURCE_FOLDER = ".moe-convert.source"
 """Holds a Hub repository's shards while they are needed."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from formats.paths import locate, read_small
 from formats.quality import QUALITY_NAME, read_quality
 from formats.ranges import RemoteFile, Retries
 
+_TOKEN_HINT = "give one that may write with --token, or log in: hf auth login"
 LICENSE_FILE = re.compile(r"LICEN[SC]E([.\-_].*)?", re.IGNORECASE)
 
 
@@ -69,6 +70,26 @@ def make_card(artifact: Artifact, options: PublishOptions) -> str:
     return card_text(artifact.index, read_quality(artifact.folder), card)
 
 
+def check_target(options: PublishOptions) -> None:
+    """HubError if the Hub would refuse a publication of whatever folder: by name, token, or the files that are there.
+
+    Changes nothing there.
+    """
+    _check_access(options)
+    _refuse_loaded(_state(options, create=False)[1], options.repo)
+
+
+def check_publication(folder: Path, options: PublishOptions) -> None:
+    """Raises before the folder's bytes are read and sent what `publish_folder` would raise after that; sends nothing.
+
+    Licence, card with its metadata as the Hub sees them, and what `check_target` checks.
+    """
+    artifact = Artifact.open(folder)
+    check_license([f.file for f in artifact.index.files], options.license, folder)
+    check_target(options)
+    _validate(make_card(artifact, options), options)
+
+
 def _text(data: bytes, path: Path) -> str:
     try:
         return data.decode()
@@ -81,8 +102,7 @@ def publish_folder(folder: Path, options: PublishOptions, *, dry_run: bool = Fal
 
     bars: whether huggingface_hub draws its progress. Raises HubError, MoeConvertError, and what Artifact.open raises.
     """
-    if not is_repo_name(options.repo):
-        raise HubError(f"{options.repo!r} is not the name of a repository", "name it as owner/model")
+    check_repo_name(options.repo)
     artifact = Artifact.open(folder)
     check_license([f.file for f in artifact.index.files], options.license, folder)
     card = make_card(artifact, options).encode()
@@ -93,11 +113,7 @@ def publish_folder(folder: Path, options: PublishOptions, *, dry_run: bool = Fal
     names += [QUALITY_NAME] if os.path.lexists(folder / QUALITY_NAME) else []
     contents |= {name: locate(folder, name, str(folder)) for name in names if name != CARD_NAME}
     parent, there = _state(options, create=not dry_run)
-    if loaded := [name for name in there if re.fullmatch(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\..*)?", name)]:
-        raise HubError(
-            f"repository {options.repo} has {loaded[0]}, which transformers would load instead",
-            "delete it there, or choose another repository",
-        )
+    _refuse_loaded(there, options.repo)
     sent = {name: c for name, c in sorted(contents.items()) if name not in there or not _is_same(c, there[name])}
     deleted = [name for name in there if name.startswith(f"{EXPERTS_FOLDER}/") and name not in contents]
     sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in sent.items()}
@@ -106,6 +122,39 @@ def publish_folder(folder: Path, options: PublishOptions, *, dry_run: bool = Fal
         return plan
     info = _commit(sent, deleted, parent, artifact, options, bars)
     return Publication(plan.sent, plan.unchanged, deleted, str(info.oid), str(info.pr_url or info.commit_url))
+
+
+def check_repo_name(repo: str) -> None:
+    """HubError unless `repo` has the form owner/model."""
+    if not is_repo_name(repo):
+        raise HubError(f"{repo!r} is not the name of a repository", "name it as owner/model")
+
+
+def _check_access(options: PublishOptions) -> None:
+    """HubError unless there is a token that may write to the repository."""
+    from huggingface_hub import get_token
+
+    check_repo_name(options.repo)
+    if options.token is None and get_token() is None:
+        raise HubError(f"repository {options.repo}: there is no token that may write", _TOKEN_HINT)
+    user: dict[str, Any] = _call(lambda: _api(options).whoami(), options)
+    name, role = user.get("name"), user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise HubError(f"repository {options.repo}: the token of {name} may only read", _TOKEN_HINT)
+    owner = options.repo.partition("/")[0]
+    if not options.create_pr and owner not in {name, *(org.get("name") for org in user.get("orgs", []))}:
+        raise HubError(
+            f"repository {options.repo}: the token is of {name}, who is no member of {owner}",
+            "choose another OWNER/MODEL, or give the owner's token with --token",
+        )
+
+
+def _refuse_loaded(there: Iterable[str], repo: str) -> None:
+    if loaded := [name for name in there if re.fullmatch(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\..*)?", name)]:
+        raise HubError(
+            f"repository {repo} has {loaded[0]}, which transformers would load instead",
+            "delete it there, or choose another repository",
+        )
 
 
 def _state(options: PublishOptions, *, create: bool) -> tuple[str | None, dict[str, RemoteFile]]:

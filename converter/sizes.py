@@ -149,8 +149,8 @@ def plan_output(checkpoint: Sized, recipe: Recipe) -> OutputPlan:
     )
 
 
-def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) -> None:
-    """DoesNotFitError, with both numbers, if the disk of `out` lacks room for what is still to be written.
+def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) -> int:
+    """The free bytes of the disk of `out`. DoesNotFitError, with both numbers, if what is still to be written is more.
 
     fetch_bytes: what shards may take that are fetched for the conversion, unless it is complete.
     """
@@ -169,6 +169,7 @@ def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) ->
             "free some space, or choose another disk"
             + ("; or lower --max-disk, or add --no-keep" if fetch_bytes else ""),
         )
+    return free
 
 
 def chunk_rows(columns: int) -> int:

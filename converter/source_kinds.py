@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Collection
 from pathlib import Path
 
-from converter.journal import JOURNAL_NAME
 from formats import INDEX_NAME as CONVERTED_NAME
+from formats import JOURNAL_NAME
 from formats.errors import SourceError
 from formats.hub import is_repo_name, repo_of_address
 from formats.paths import similar_folders

@@ -24,6 +24,7 @@ from formats.paths import check_name, locate, open_regular, read_small
 from formats.safetensors_header import Header, TensorEntry, read_header
 from formats.strict_json import parse
 from formats.trunk import check_trunk
+from formats.unconverted import check_converted
 
 METHOD = "moe_convert"
 """The quant_method by which transformers finds the loader's plugin."""
@@ -87,8 +88,7 @@ def read_head(folder: Path, index_name: str = INDEX_NAME) -> tuple[Index, dict[s
 
     Run-time fields of config.json may differ from what the index recorded: one log line says so.
     """
-    if not folder.is_dir():
-        raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote")
+    check_converted(folder, index_name)
     index = read_index(folder, index_name)
     where = str(folder / "config.json")
     data = read_small(folder, "config.json", str(folder))

@@ -36,6 +36,10 @@ class VersionError(FormatError):
     exit_code = 1
 
 
+class NotConvertedError(MoeConvertError):
+    """A folder that holds no complete conversion, where one is needed; nothing in it is damaged."""
+
+
 class PathError(MoeConvertError):
     """A file name that is unsafe, or a file that is not a regular file inside its folder."""
 

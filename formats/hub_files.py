@@ -20,6 +20,9 @@ def fetch_file(repo: HubRepo, name: str, sha256: str, path: Path, progress: Call
     """
     size, partial = repo.file(name).size, partial_path(path)
     make_folders(path.parent)
+    # In a folder from a stranger it could lead to any file of the user's.
+    if partial.is_symlink():
+        remove(partial)
     found = ""
     for _ in range(2):
         hasher = hashlib.sha256()

@@ -6,6 +6,7 @@ cannot be made up, and the rebuild is refused naming them. Hashes are taken of w
 """
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,6 @@ from formats.trunk import packable_linears
 from formats.writer import write_file
 
 _ONLY_IN_INDEX: dict[str, Any] = {"producer": Producer, "source": Source, "recipe": Recipe, "files": list[CopiedFile]}
-_HINT = "get the index from where the folder was published: moe-convert repair PATH --from OWNER/MODEL"
 
 
 def rebuild_index(folder: Path) -> Index:
@@ -91,10 +91,10 @@ def _old(folder: Path, where: str) -> dict[str, Any]:
     try:
         old = parse(read_small(folder, INDEX_NAME, str(folder)), where)
     except MoeConvertError as e:
-        raise FormatError(f"{e.message}; and no other file says {what}", _HINT) from None
+        raise FormatError(f"{e.message}; and no other file says {what}", _fetch(folder)) from None
     missing = [name for name in _ONLY_IN_INDEX if not isinstance(old, dict) or name not in old]
     if missing:
-        raise FormatError(f"{where}: has no {', '.join(missing)}, and no other file says it", _HINT)
+        raise FormatError(f"{where}: has no {', '.join(missing)}, and no other file says it", _fetch(folder))
     return dict(old)
 
 
@@ -106,12 +106,12 @@ def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
     if missing:
         raise FormatError(
             f"{path}: its metadata has no {', '.join(missing)}: which packing it is cannot be known of the sizes alone",
-            "get the file again, or mend it by an index: moe-convert repair PATH, or --from OWNER/MODEL",
+            _fetch(folder),
         )
     codec = header.metadata["codec"]
     packings = [header.metadata[key].split(",") for key in ("gate_up", "down")]
     if codec not in CODECS or any(len(names) != architecture.num_local_experts for names in packings):
-        raise FormatError(f"{path}: its metadata is of {len(packings[0])} experts and codec {codec!r}", _HINT)
+        raise FormatError(f"{path}: its metadata is of {len(packings[0])} experts and codec {codec!r}", _fetch(folder))
     layouts = [ExpertLayout.of(architecture, gate_up, down, str(path)) for gate_up, down in zip(*packings, strict=True)]
     tensors = [_tensors(header, number, expert, codec, str(path)) for expert in range(len(layouts))]
     if codec == "zstd":
@@ -137,7 +137,7 @@ def _tensors(header: Header, layer: int, expert: int, codec: str, where: str) ->
     names = ["zstd"] if codec == "zstd" else ["gate_up", "down"]
     found = [header.entries.get(f"{expert_prefix(layer, expert)}.{name}") for name in names]
     if None in found:
-        raise FormatError(f"{where}: tensors of expert {expert} are missing", _HINT)
+        raise FormatError(f"{where}: tensors of expert {expert} are missing", _fetch(Path(where).parent.parent))
     return [entry for entry in found if entry]
 
 
@@ -167,7 +167,7 @@ def _compare(old: dict[str, Any], layers: list[LayerFile], folder: Path) -> None
                 raise FormatError(
                     f"{folder / layer.file}: layer {entry.layer} expert {entry.expert} at offset {entry.offset}: its"
                     f" sha256 is {entry.sha256}, the index says {before}: either is damaged",
-                    f"moe-convert repair {folder} --from OWNER/MODEL, or --from SOURCE",
+                    _fetch(folder),
                 )
 
 
@@ -180,11 +180,16 @@ def _trunk(folder: Path, architecture: Architecture, old: dict[str, Any]) -> Tru
             before = _dig(old, "trunk", "packed", module, "packing")
             if before not in fitting and len(fitting) != 1:
                 what = " or ".join(fitting) or "none that is known"
-                raise FormatError(f"{folder / TRUNK_NAME}: the packing of {module} may be {what}", _HINT)
+                raise FormatError(f"{folder / TRUNK_NAME}: the packing of {module} may be {what}", _fetch(folder))
             packed[module] = PackedLinear(before if before in fitting else fitting[0], rows, columns)
     with translated(folder / TRUNK_NAME, "read", DamageError), open(folder / TRUNK_NAME, "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return Trunk(TRUNK_NAME, size, header.sha256, sha256, packed)
+
+
+def _fetch(folder: Path) -> str:
+    """The command that brings index and weights from where they are good."""
+    return f"moe-convert repair {shlex.quote(str(folder))} --from OWNER/MODEL  # where the folder was published"
 
 
 def _dig(value: Any, *path: str | int) -> Any:

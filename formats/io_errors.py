@@ -23,6 +23,9 @@ _HINTS = {
     errno.ENFILE: f"close other programs, or allow more open files, then {AGAIN}",
     errno.ENODEV: "the file system has no memory maps: read with --io direct",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the name",
+    errno.ENOTDIR: "check the path: a part of it is a file",
+    errno.EISDIR: "name a file instead of a folder",
 }
 
 

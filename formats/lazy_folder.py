@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from formats import INDEX_NAME
+from formats import INDEX_NAME, PENDING_NAME
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, HubError
 from formats.file_lock import lock_file
@@ -26,8 +26,6 @@ from formats.ranges import Retries
 from formats.remote_artifact import open_remote
 from formats.writer import write_file
 
-PENDING_NAME = "moe_index.json.partial"
-"""The index while experts are missing; there once everything else is."""
 RECORD_NAME = ".moe-convert.fetched"
 """One byte for each expert, by layer: 1 once its bytes are there, durably and with the index's sha256."""
 _UNCHECKED_NAME = "moe_index.json.unchecked"

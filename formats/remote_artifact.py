@@ -11,6 +11,7 @@ from formats.index import parse_index
 from formats.output_file import OutputFile, make_folders
 from formats.paths import check_name
 from formats.safetensors_header import MAX_HEADER_BYTES
+from formats.unconverted import check_converted_repo
 from formats.writer import write_file
 
 _MAX_SMALL_BYTES = 16 << 20
@@ -24,6 +25,7 @@ def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Ar
     with holes where the weights would be. Raises what Artifact.open raises, and HubError; DamageError where the Hub's
     hash or size differs.
     """
+    check_converted_repo(repo)
     data = read_small_file(repo, INDEX_NAME)
     make_folders(folder)
     for name in ("config.json", "quality.json"):

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,12 +69,15 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
     if linked:
         raise MoeConvertError(
             f"{folder / linked[0]} is a link into the Hub's cache, which is never written to",
-            f"delete {os.path.realpath(folder / linked[0])}, and run moe-convert download OWNER/MODEL",
+            f"delete {shlex.quote(os.path.realpath(folder / linked[0]))}, and download the model again",
         )
     names = [
         check_name(name, str(folder)) for name in (*(f.file for f in index.files), *(n.file for n in index.layers))
     ]
-    refuse_links(folder, (str(Path(name).parent) for name in names))
+    parents = {str(Path(name).parent) for name in names}
+    refuse_links(folder, parents)
+    for parent in sorted(parents - {"."}):
+        make_folder(folder / parent)
     files, experts = [], []
     whole = {index.trunk.file: (index.trunk.size_bytes, index.trunk.sha256)}
     whole |= {f.file: (f.size_bytes, f.sha256) for f in index.files}
@@ -89,8 +93,6 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
     for name, (size, sha256) in whole.items():
         path = folder / check_name(name, str(folder))
         if _sha256_of(path) != sha256:
-            if path.parent != folder:
-                make_folder(path.parent)
             origin.file(name, sha256, path)
             files.append(name)
         advance(size)
@@ -136,7 +138,6 @@ def _mend_layer(folder: Path, index: Index, number: int, origin: Origin) -> list
         return None
     new, experts = layer_header(index, number, own), []
     partial = partial_path(path)
-    make_folder(path.parent)
     try:
         with OutputFile(partial) as out:
             out.write_at(new, 0)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import TypeVar
 
 from formats import ALIGNMENT_BYTES, INDEX_NAME
 from formats.artifact import Artifact, read_head, structure_problems
-from formats.errors import DamageError, FormatError, MoeConvertError
+from formats.errors import DamageError, FormatError, MoeConvertError, NotConvertedError
+from formats.hub import is_repo_name
 from formats.index import ExpertEntry, Index
 from formats.io_errors import io_error, translated
 from formats.paths import locate, open_regular
@@ -64,10 +66,12 @@ def verify_folder(
     """Checks structure, sizes and header hashes of `folder`; with `read_data` also sha256 and fillers, of everything or
     of a `sample`.
 
-    Collects problems instead of raising them; raises only where nothing can be checked (no folder).
+    Collects problems instead of raising them; raises only where nothing can be checked (no folder, not converted).
     """
     try:
         index, config = read_head(folder)
+    except NotConvertedError:
+        raise
     except MoeConvertError as e:
         if not folder.is_dir():
             raise
@@ -179,14 +183,22 @@ def _place(folder: Path, file: str, entry: ExpertEntry) -> tuple[str, dict[str, 
 
 def repair_command(folder: Path, index: Index) -> str:
     """The command that mends weights: from where the folder was published, or from what it was made of."""
-    source = index.source.name if index.source.revision else "SOURCE"
-    where = "OWNER/MODEL: where it was published" if source == "SOURCE" else "or where it was published"
-    return f"moe-convert repair {folder} --from {source} ({'the checkpoint; or ' if source == 'SOURCE' else ''}{where})"
+    mend = f"moe-convert repair {shlex.quote(str(folder))} --from"
+    # The index may be a stranger's, and people run what stands here.
+    if index.source.revision and is_repo_name(index.source.name):
+        return f"{mend} {index.source.name}  # or from where it was published"
+    return f"{mend} SOURCE  # the checkpoint, or OWNER/MODEL: where it was published"
+
+
+def index_command(folder: Path) -> str:
+    """The command that brings a good index."""
+    mend = f"moe-convert repair {shlex.quote(str(folder))}"
+    return f"{mend} --index  # or --from OWNER/MODEL: where it was published"
 
 
 def _hint(file: str, folder: Path, index: Index, error: MoeConvertError) -> str:
     if file == INDEX_NAME:
-        return f"moe-convert repair {folder} --index, or --from OWNER/MODEL: where it was published"
+        return index_command(folder)
     return repair_command(folder, index) if isinstance(error, FormatError) and file != "config.json" else error.hint
 
 

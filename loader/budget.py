@@ -8,6 +8,7 @@ from typing import Protocol
 import psutil
 
 from formats.artifact import Artifact
+from formats.control_group import within_group
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
 from formats.index import Architecture
@@ -17,8 +18,6 @@ RESERVE_BYTES = 512 << 20
 RESERVE_SHARE = 16
 """`auto` leaves free 512 MiB or 1/16 of the machine's memory, whichever is more: for the KV cache, the activations,
 the reference arithmetic's dequantized weights (under 200 MB), and whoever else runs here."""
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class SizedExperts(Protocol):
@@ -126,6 +125,8 @@ def check_slots(slots: Sequence[int], artifact: Artifact) -> None:
     """RecipeError unless `slots` has a possible number for each layer."""
     architecture = artifact.architecture
     most = architecture.num_local_experts
+    if not isinstance(slots, Sequence) or not all(isinstance(count, int) for count in slots):
+        raise RecipeError(f"slots: {slots!r} is no list of numbers", "give one number for each layer")
     if len(slots) != architecture.num_hidden_layers:
         raise RecipeError(f"slots: {len(slots)} numbers for {architecture.num_hidden_layers} layers")
     for layer, count in enumerate(slots):
@@ -143,20 +144,4 @@ def _evenly_spread(count: int) -> list[int]:
 def available_memory() -> tuple[int, int]:
     """(available, total) bytes: the machine's, or the control group's (a container's) where that is less."""
     memory = psutil.virtual_memory()
-    available, total = memory.available, memory.total
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, used = _number(_CGROUP / limit_name), _number(_CGROUP / used_name)
-        # Without a limit, version 1 reports nearly 2^63. Page cache counts as used: too careful, never too bold.
-        if limit is not None and used is not None and limit < total:
-            available, total = min(available, max(0, limit - used)), limit
-    return available, total
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+    return within_group(memory.available, memory.total)

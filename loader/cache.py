@@ -101,8 +101,8 @@ class ExpertCache:
         return tuple(layer.slots for layer in self._layers)
 
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
-        """One token's `experts`, at most `aside` more than the layer has slots, as a context, at whose beginning what is
-        missing is being read. Afterwards the slots hold the last of them."""
+        """One token's `experts`, at most `aside` more than the layer has slots, as a context: reads of misses start as
+        it begins. Afterwards the slots hold the last of them."""
         return Lease(self._layers[layer], experts, self._state)
 
     def used_again(self, layer: int, experts: int) -> None:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from formats import INDEX_NAME
 from formats.checkpoint_config import WEIGHTS, read_config
 from formats.errors import MoeConvertError, SourceError
+from formats.paths import read_small
+from formats.strict_json import parse
+from formats.unconverted import check_finished
 from loader.configuration import loading_options
 
 if TYPE_CHECKING:
@@ -18,6 +21,27 @@ def is_converted(folder: Path) -> bool:
     return (folder / INDEX_NAME).exists()
 
 
+def check_runnable(folder: Path) -> None:
+    """MoeConvertError unless `folder` has a converted model or the weights of a checkpoint; reads none of them."""
+    if is_converted(folder):
+        return
+    if not folder.is_dir():
+        raise MoeConvertError(f"{folder} is not a folder", "name a converted folder, or a folder with a checkpoint")
+    check_finished(folder)
+    if not any((folder / name).exists() for name in WEIGHTS):
+        raise MoeConvertError(
+            f"{folder}: neither {INDEX_NAME} nor {' nor '.join(WEIGHTS)}",
+            "name a converted folder, or save the checkpoint as safetensors; pickles are never read",
+        )
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """The number of embeddings that config.json in `folder` says, None if it says none."""
+    config = parse(read_small(folder, "config.json", str(folder)), str(folder / "config.json"))
+    size = config.get("vocab_size") if isinstance(config, dict) else None
+    return size if isinstance(size, int) else None
+
+
 def load_checkpoint(folder: Path) -> "PreTrainedModel":
     """The Mixtral in `folder` in its stored dtype, on the CPU.
 
@@ -26,13 +50,7 @@ def load_checkpoint(folder: Path) -> "PreTrainedModel":
     """
     from transformers import MixtralForCausalLM
 
-    if not folder.is_dir():
-        raise MoeConvertError(f"{folder} is not a folder", "name a converted folder, or a folder with a checkpoint")
-    if not any((folder / name).exists() for name in WEIGHTS):
-        raise MoeConvertError(
-            f"{folder}: neither {INDEX_NAME} nor {' nor '.join(WEIGHTS)}",
-            "complete the conversion, or save the checkpoint as safetensors; pickles are never read",
-        )
+    check_runnable(folder)
     options = loading_options(folder, read_config(folder), None, error=SourceError)
     try:
         model = MixtralForCausalLM.from_pretrained(os.fspath(folder), dtype="auto", **options)

@@ -65,7 +65,7 @@ def compare(
             if not bool(torch.isfinite(rows[-1]).all()):
                 raise MoeConvertError(
                     f"{text.name}, window {number}: the predictions of one of the models are infinite or NaN",
-                    "check the folders with moe-convert verify --read-data",
+                    "moe-convert verify FOLDER --read-data  # of each of the two",
                 )
             if progress:
                 progress(text.name, number + 1, len(text.windows))

@@ -91,9 +91,7 @@ class Lease(Use):
             self._demand()
         if slots.outside:
             slots.drop_guesses()
-        self.ready = {
-            entry.expert: entry.blob for entry in self.entries if entry.blob is not None and not entry.queued
-        }
+        self.ready = {entry.expert: entry.blob for entry in self.entries if entry.blob is not None and not entry.queued}
         return self
 
     def _demand(self) -> None:

@@ -85,6 +85,8 @@ def from_pretrained(
     _check_known("io", io, ("auto", *READERS))
     _check_known("policy", policy, tuple(POLICIES))
     _check_known("check", check, CHECKS)
+    dtype = _floating(dtype)
+    _check_attention(attn_implementation)
     opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
     artifact = opened.artifact
     guesses = _guesses(prefetch, artifact.architecture)
@@ -146,7 +148,12 @@ def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementat
     parts = Parts(artifact, placement.cache, placement.backend, placement.experts)
     # With an adapter_config.json beside the weights, transformers would load that too.
     with link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files, loading(parts):
-        model = MixtralForCausalLM.from_pretrained(os.fspath(files), dtype=dtype, **options)
+        try:
+            model = MixtralForCausalLM.from_pretrained(os.fspath(files), dtype=dtype, **options)
+        except ImportError as e:
+            if attn_implementation is None:
+                raise
+            raise RecipeError(f"attn_implementation: {attn_implementation!r}: {e}", "install it, or use sdpa") from e
     model.name_or_path = model.config.name_or_path = os.fspath(artifact.folder)
     # transformers 5.0 leaves weights of a quantized model in the dtype of the file.
     for module in model.modules():
@@ -170,10 +177,29 @@ def _dtype(dtype: Any, artifact: Artifact, devices: Sequence[Device]) -> Any:
     return torch.float16 if artifact.config.get("dtype") == "bfloat16" else "auto"
 
 
+def _floating(dtype: Any) -> Any:
+    """None and "auto" as they are; a dtype, or its name, as the dtype."""
+    if dtype in (None, "auto"):
+        return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise RecipeError(f"dtype: {dtype!r} is no floating-point dtype", "use torch.bfloat16, float16 or float32")
+    return found
+
+
+def _check_attention(name: str | None) -> None:
+    """RecipeError unless transformers has this attention itself: for other names it would fetch code from the Hub."""
+    from transformers import AttentionInterface
+
+    known = ("eager", *AttentionInterface().valid_keys())
+    if name is not None and name not in known:
+        raise RecipeError(f"attn_implementation: {name!r} is unknown; known are {', '.join(known)}")
+
+
 def _guesses(prefetch: int | str, architecture: Architecture) -> int:
     if prefetch == "auto":
         return architecture.num_experts_per_tok
-    if isinstance(prefetch, int) and 0 <= prefetch <= architecture.num_local_experts:
+    if isinstance(prefetch, int) and not isinstance(prefetch, bool) and 0 <= prefetch <= architecture.num_local_experts:
         return prefetch
     most = architecture.num_local_experts
     raise RecipeError(f"prefetch: {prefetch!r} is not a number of experts; expected is auto or 0 to {most}")

@@ -1,7 +1,7 @@
 """Perplexity of any causal language model on text files, by the protocol of examples/tiny-mixtral/README.md."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,16 @@ class PerplexityReport:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file as it is, line ends included; MoeConvertError if it is not UTF-8 or cannot be read."""
+    """The text of a UTF-8 file as it is, line ends included. MoeConvertError: empty, not UTF-8, unreadable."""
     try:
-        return path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
         raise MoeConvertError(f"{path}: not UTF-8 at byte {e.start}", "save the text as UTF-8") from None
     except OSError as e:
-        raise MoeConvertError(f"{path}: {e.strerror}") from None
+        raise MoeConvertError(f"{path}: cannot be read: {e.strerror}", "check the name and its permissions") from None
+    if not text:
+        raise MoeConvertError(f"{path}: the file is empty", "give a text")
+    return text
 
 
 def windows_of(tokenizer: Any, text: str, window: int, max_windows: int | None = None) -> Tensor:
@@ -90,7 +93,6 @@ def named_windows(tokenizer: Any, name: str, text: str, window: int, max_windows
     return windows
 
 
-@torch.inference_mode()
 def measure_perplexity(
     model: Any,
     tokenizer: Any,
@@ -101,17 +103,25 @@ def measure_perplexity(
     max_windows: int | None = None,
     progress: Progress | None = None,
 ) -> PerplexityReport:
-    """Perplexity of `model` (called with input_ids int64 [B, W], answering with `logits` [B, W, vocabulary]) on
-    (name, text) pairs.
+    """As `measure_windows`, of (name, text) pairs. MoeConvertError if a text is shorter than a window, or has a token
+    without an embedding."""
+    named = [(name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in texts]
+    for name, windows in named:
+        check_tokens(windows, tokenizer, embedding_rows(model), name)
+    return measure_windows(model, named, batch=batch, progress=progress)
 
-    Windows of `window` tokens, the first of which is BOS, do not overlap; all other tokens are scored, in float32.
-    `max_windows` a text gives a quick look. MoeConvertError if a text is shorter than a window, or has
-    a token without an embedding.
+
+@torch.inference_mode()
+def measure_windows(
+    model: Any, texts: Sequence[tuple[str, Tensor]], *, batch: int = 4, progress: Progress | None = None
+) -> PerplexityReport:
+    """Perplexity of `model` (called with input_ids int64 [B, W], answering with `logits` [B, W, vocabulary]) on
+    (name, windows) pairs, windows as from `named_windows`.
+
+    The first token of a window is BOS; all its others are scored, in float32.
     """
-    results, rows = [], embedding_rows(model)
-    for name, text in texts:
-        windows = named_windows(tokenizer, name, text, window, max_windows)
-        check_tokens(windows, tokenizer, rows, name)
+    results = []
+    for name, windows in texts:
         losses: list[float] = []
         for begin in range(0, len(windows), batch):
             ids = windows[begin : begin + batch].to(model.device)
@@ -122,4 +132,4 @@ def measure_perplexity(
             if progress:
                 progress(name, begin + len(ids), len(windows))
         results.append(TextPerplexity(name, windows[:, 1:].numel(), math.fsum(losses)))
-    return PerplexityReport(window, tuple(results))
+    return PerplexityReport(texts[0][1].shape[1], tuple(results))

@@ -94,7 +94,8 @@ def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Poli
         raise ValueError(f"{slots} slots: a layer has {count} experts")
     requests = requests_of(trace, layer)
     belady = BeladyPolicy(requests) if policy is None else None
-    cache = ReplayedSlots(slots, belady or policy())  # type: ignore[misc]
+    chosen_policy: Policy = belady or policy()  # type: ignore[misc, assignment]
+    cache = ReplayedSlots(slots, chosen_policy)
     missed = np.zeros((tokens, chosen), bool)
     changes: list[tuple[int, int, int]] = []
     prompt_misses = 0

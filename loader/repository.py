@@ -7,7 +7,7 @@ from pathlib import Path
 
 from formats import INDEX_NAME
 from formats.artifact import Artifact
-from formats.errors import FormatError, MoeConvertError, RecipeError
+from formats.errors import MoeConvertError, RecipeError
 from formats.hub import HubRepo, is_repo_name
 from formats.hub_reader import HubReader
 from formats.index import read_index
@@ -15,6 +15,7 @@ from formats.lazy_folder import LazyFolder
 from formats.paths import check_name
 from formats.reader import ExpertReader
 from formats.readers import READERS
+from formats.unconverted import check_converted_repo
 
 Folder = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -60,9 +61,9 @@ def open_model(
 
 def small_files(folder: Folder, revision: str | None, token: str | None) -> Path:
     """The folder, or one in huggingface_hub's cache with the index and the files that it lists besides weights."""
-    if os.path.isdir(folder):
-        return Path(folder)
     if not _is_repo(folder):
+        if os.path.isdir(folder):
+            return Path(folder)
         raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote, or owner/model")
     repo = _converted_repo(os.fspath(folder), revision, token)
     index = read_index(repo.snapshot([INDEX_NAME], bars=True))
@@ -72,13 +73,12 @@ def small_files(folder: Folder, revision: str | None, token: str | None) -> Path
 
 
 def _is_repo(folder: Folder) -> bool:
+    if not isinstance(folder, str | os.PathLike):
+        raise RecipeError(f"folder: {folder!r} is neither a path nor owner/model")
     return not os.path.exists(folder) and is_repo_name(os.fspath(folder))
 
 
 def _converted_repo(name: str, revision: str | None, token: str | None) -> HubRepo:
     repo = HubRepo.open(name, revision, token)
-    if INDEX_NAME not in repo.files and not repo.offline:
-        raise FormatError(
-            f"{name} on the Hub has no {INDEX_NAME}: it was not made by moe-convert", f"moe-convert convert {name}"
-        )
+    check_converted_repo(repo)
     return repo

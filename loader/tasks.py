@@ -1,9 +1,25 @@
 """Benchmarks by lm-eval (the extra [eval]): multiple choice, generation and so on, on the model object as it is."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 from formats.errors import MoeConvertError, RecipeError
+
+
+def check_tasks(tasks: list[str], folder: Path | None) -> Any:
+    """lm-eval's manager of tasks. MoeConvertError without lm-eval, RecipeError if it lacks one of `tasks`."""
+    try:
+        importlib.import_module("lm_eval.models.huggingface")
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise MoeConvertError(f"tasks need lm-eval: {e}", "pip install 'moe-convert[eval]'") from None
+    manager = TaskManager(include_path=folder and str(folder))
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise RecipeError(
+            f"lm-eval has no task {', '.join(unknown)}", "lm-eval ls tasks  # lists them; --task-folder adds your own"
+        )
+    return manager
 
 
 def run_tasks(
@@ -16,18 +32,10 @@ def run_tasks(
     lm-eval runs). Data sets that are not on this machine are fetched from the Hub. MoeConvertError if lm-eval is not
     installed or has no data, RecipeError if it knows no such task.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as e:
-        raise MoeConvertError(f"tasks need lm-eval: {e}", "pip install 'moe-convert[eval]'") from None
+    manager = check_tasks(tasks, folder)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
 
-    manager = TaskManager(include_path=folder and str(folder))
-    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise RecipeError(
-            f"lm-eval has no task {', '.join(unknown)}", "lm-eval ls tasks lists them; --task-folder adds your own"
-        )
     try:
         found = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),

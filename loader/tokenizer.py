@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from formats import INDEX_NAME
+from formats import INDEX_NAME, PENDING_NAME
 from formats.errors import MoeConvertError, TokenizerError
 from formats.index import read_index
-from formats.lazy_folder import PENDING_NAME
 from formats.side_files import is_read_by_transformers
 from formats.tokenizer_files import open_tokenizer_by
 from loader.listed_files import link_listed_files
@@ -21,13 +20,18 @@ _AGAIN_HINT = (
     " tokenizer will do: loader.load_tokenizer(FOLDER)"
 )
 
+_ORDINARY_HINT = "put the model's own tokenizer files there"
+
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a converted folder, which may be incomplete, or in an ordinary checkpoint. TokenizerError, and
     of a converted folder FormatError."""
     name = next((name for name in (INDEX_NAME, PENDING_NAME) if (folder / name).exists()), None)
     if name is None:
-        return _open(folder)
+        try:
+            return _open(folder)
+        except TokenizerError as e:
+            raise TokenizerError(e.message, e.hint or _ORDINARY_HINT) from e
     with link_listed_files(folder, read_index(folder, name), is_read_by_transformers) as files:
         try:
             tokenizer = _open(files)

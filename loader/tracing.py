@@ -9,15 +9,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from formats.artifact import Artifact
 from formats.checkpoint_config import read_config
 from formats.errors import MoeConvertError
 from formats.index import Architecture
-from loader.checkpoint import is_converted
-from loader.perplexity import Progress, read_text, windows_of
+from loader.checkpoint import check_runnable, is_converted
+from loader.perplexity import Progress, named_windows, read_text
 from loader.routing_recorder import Routing, RoutingRecorder
-from loader.tokenizer import check_tokens, embedding_rows
+from loader.tokenizer import check_tokens
 from loader.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
 
 GUESSES = 4
@@ -36,6 +37,7 @@ class TracedModel:
     def of_folder(cls, folder: Path) -> "TracedModel":
         """Of a converted folder, or of an ordinary checkpoint, whose experts count at 2 bytes a weight (4 where
         config.json says float32)."""
+        check_runnable(folder)
         if is_converted(folder):
             artifact = Artifact.open(folder)
             sizes = tuple(max(expert.length for expert in layer.experts) for layer in artifact.index.layers)
@@ -47,7 +49,6 @@ class TracedModel:
         return cls(folder.resolve().name, architecture, (size,) * architecture.num_hidden_layers)
 
 
-@torch.inference_mode()
 def trace_texts(
     model: Any,
     tokenizer: Any,
@@ -60,22 +61,45 @@ def trace_texts(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Trace:
-    """The routing of UTF-8 files in windows as in `measure_perplexity`.
+    """As `trace_windows`, of UTF-8 files."""
+    named = text_windows(tokenizer, described, texts, window, max_tokens)
+    return trace_windows(model, described, producer, texts, named, batch=batch, progress=progress)
 
-    Teacher-forced in reading order, which routes as decoding the same text would: no token counts as a prompt's.
+
+def text_windows(
+    tokenizer: Any, described: TracedModel, texts: Sequence[Path], window: int, max_tokens: int | None
+) -> list[Tensor]:
+    """The windows of each of `texts`, as in `named_windows`.
 
     max_tokens: at most so many of each text, in whole windows, but one window at least. MoeConvertError if a text is
-    shorter than a window.
+    shorter than a window, or has a token that the model has not.
     """
     most = None if max_tokens is None else max(1, max_tokens // window)
+    found = [named_windows(tokenizer, str(path), read_text(path), window, most) for path in texts]
+    for path, windows in zip(texts, found, strict=True):
+        check_tokens(windows, tokenizer, described.architecture.vocab_size, str(path))
+    return found
+
+
+@torch.inference_mode()
+def trace_windows(
+    model: Any,
+    described: TracedModel,
+    producer: str,
+    texts: Sequence[Path],
+    windows_by_text: Sequence[Tensor],
+    *,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Trace:
+    """The routing of `windows_by_text`, those of `texts`.
+
+    Teacher-forced in reading order, which routes as decoding the same text would: no token counts as a prompt's.
+    """
 
     def run(number: int, path: Path) -> Iterator[TracedSequence]:
-        windows = windows_of(tokenizer, read_text(path), window, most)
-        if not len(windows):
-            raise MoeConvertError(
-                f"{path}: shorter than a window of {window} tokens", "give a longer text or a smaller window"
-            )
-        check_tokens(windows, tokenizer, embedding_rows(model), path.name)
+        windows = windows_by_text[number]
+        window = windows.shape[1]
         for begin in range(0, len(windows), batch):
             # The head's logits are not needed.
             model.model(input_ids=windows[begin : begin + batch].to(model.device), use_cache=False)
@@ -86,7 +110,6 @@ def trace_texts(
     return _trace(model, described, producer, texts, run)
 
 
-@torch.inference_mode()
 def trace_prompts(
     model: Any,
     tokenizer: Any,
@@ -97,18 +120,33 @@ def trace_prompts(
     max_new_tokens: int = 64,
     progress: Progress | None = None,
 ) -> Trace:
-    """The routing of prompts (UTF-8 files, one prompt a line) with greedy continuations of up to `max_new_tokens`.
+    """As `trace_inputs`, of UTF-8 files with one prompt a line."""
+    inputs = read_prompts(tokenizer, described, prompts)
+    return trace_inputs(
+        model, tokenizer, described, producer, prompts, inputs, max_new_tokens=max_new_tokens, progress=progress
+    )
 
-    The last new token does not go through the model and is not in the trace. MoeConvertError if a file has no prompt.
+
+@torch.inference_mode()
+def trace_inputs(
+    model: Any,
+    tokenizer: Any,
+    described: TracedModel,
+    producer: str,
+    prompts: Sequence[Path],
+    inputs_by_text: Sequence[Sequence[Any]],
+    *,
+    max_new_tokens: int = 64,
+    progress: Progress | None = None,
+) -> Trace:
+    """The routing of prompts, `inputs_by_text` of each file, with greedy continuations of up to `max_new_tokens`.
+
+    The last new token does not go through the model and is not in the trace.
     """
 
     def run(number: int, path: Path) -> Iterator[TracedSequence]:
-        lines = [line for line in read_text(path).splitlines() if line.strip()]
-        if not lines:
-            raise MoeConvertError(f"{path}: no prompts", "write one prompt a line")
-        for done, line in enumerate(lines, 1):
-            inputs = tokenizer(line, return_tensors="pt")
-            check_tokens(inputs["input_ids"], tokenizer, embedding_rows(model), f"{path.name}, prompt {done}")
+        lines = inputs_by_text[number]
+        for done, inputs in enumerate(lines, 1):
             ids = model.generate(
                 **{name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")},
                 max_new_tokens=max_new_tokens,
@@ -120,6 +158,22 @@ def trace_prompts(
             yield TracedSequence(number, ids.shape[1] - 1, inputs["input_ids"].shape[1])
 
     return _trace(model, described, producer, prompts, run)
+
+
+def read_prompts(tokenizer: Any, described: TracedModel, prompts: Sequence[Path]) -> list[list[Any]]:
+    """What the tokenizer makes of each line of each file. MoeConvertError if a file has no prompt, or a prompt has no
+    token or one that the model has not."""
+    found = []
+    for path in prompts:
+        lines = [line for line in read_text(path).splitlines() if line.strip()]
+        if not lines:
+            raise MoeConvertError(f"{path}: no prompts", "write one prompt a line")
+        found.append([tokenizer(line, return_tensors="pt") for line in lines])
+        for line, inputs in zip(lines, found[-1], strict=True):
+            if not inputs["input_ids"].numel():
+                raise MoeConvertError(f"{path}: prompt {line[:40]!r} has no token", "remove the line")
+            check_tokens(inputs["input_ids"], tokenizer, described.architecture.vocab_size, str(path))
+    return found
 
 
 def _trace(

@@ -106,9 +106,11 @@ def test_missing_source_says_how_to_fetch_it(run: Any, tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_folder_without_an_index_is_damage(run: Any, tmp_path: Path) -> None:
-    assert run("inspect", tmp_path)[0] == 3
-    assert run("verify", tmp_path / "nowhere")[0] == 1
+def test_converted_folder_that_lost_its_index_is_damaged(run: Any, converted_copy: Path) -> None:
+    (converted_copy / "moe_index.json").unlink()
+    code, _, err = run("inspect", converted_copy)
+    assert code == 3
+    assert "moe_index.json is missing" in err
 
 
 @pytest.mark.parametrize("name", list(COMMANDS))

@@ -9,7 +9,7 @@ from hub_server import HubServer
 
 from converter.cli.main import main
 from formats.artifact import Artifact
-from formats.errors import DamageError, FormatError, HubError
+from formats.errors import DamageError, FormatError, NotConvertedError
 from formats.hub import HubRepo
 from formats.ranges import Retries
 from formats.remote_artifact import open_remote
@@ -96,5 +96,5 @@ def test_a_bad_line_is_got_over(filled: HubServer, folder: Path, tmp_path: Path,
 
 def test_a_repository_without_an_index_is_no_converted_model(hub: HubServer, tmp_path: Path) -> None:
     hub.add(REPO, {"config.json": b"{}"})
-    with pytest.raises(HubError, match=r"no file moe_index\.json"):
+    with pytest.raises(NotConvertedError, match=r"no moe_index\.json"):
         open_remote(open_repo(), tmp_path)

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from formats import control_group
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, RecipeError
 from formats.sizes import parse_size
@@ -93,7 +94,7 @@ def test_auto_leaves_the_reserve_and_the_trunk_free(converted, monkeypatch):
 def test_a_containers_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
     machine = SimpleNamespace(available=8 << 30, total=16 << 30)
     monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: machine)
-    monkeypatch.setattr(budget, "_CGROUP", tmp_path)
+    monkeypatch.setattr(control_group, "_ROOT", tmp_path)
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
     assert budget.available_memory() == (8 << 30, 16 << 30)

@@ -16,6 +16,7 @@ from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.quality import Evaluation
+from formats.unconverted import check_finished
 
 if TYPE_CHECKING:
     from loader.comparison import Prediction, Text
@@ -44,6 +45,7 @@ def compare_with_original(
     from loader.checkpoint import is_converted
     from loader.comparison import compare, model_predictions
 
+    check_finished(against)
     with ExitStack() as opened:
         original = opened.enter_context(Checkpoint(against))
         converted = is_converted(path)

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from converter.cli import shared_options
-from converter.cli.output import Output, gigabytes, output_options, table
-from formats.errors import DoesNotFitError
+from converter.cli.convert_facts import facts_of, needs_of, text_of
+from converter.cli.output import Output, output_options
 
 _OF_RECIPE = (
     "bits",
@@ -103,7 +103,11 @@ _OF_RECIPE = (
 @click.option("--upload-repo", metavar="OWNER/MODEL", help="Publish the result there, as moe-convert upload does.")
 @click.option("--private", is_flag=True, help="With --upload-repo: make a new repository private.")
 @click.option("--license", "license_id", metavar="ID", help="With --upload-repo: the weights' licence (see upload).")
-@click.option("--dry-run", is_flag=True, help="Print sizes, bits, files, memory and disk, and write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check what a conversion checks first, print sizes, bits, memory and disk, and write nothing.",
+)
 @click.option(
     "--no-resume",
     is_flag=True,
@@ -115,7 +119,7 @@ _OF_RECIPE = (
     help="Write to a folder that is not ours, or replace a complete conversion: files of the names that are written are"
     " replaced, all others stay. The source's folder is refused all the same.",
 )
-@output_options
+@output_options(interrupted="run the same command again: it goes on where it stopped")
 def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -> None:  # fmt: skip
     """Quantize the Mixtral checkpoint MODEL and write it in the expert-addressable format.
 
@@ -131,11 +135,11 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     moe-convert convert ./my-finetune --dry-run
     """
     from converter.convert import ConvertOptions, convert_checkpoint
+    from converter.preflight import check_conversion
     from converter.recipe_file import recipe_settings
     from converter.recipes import make_recipe
-    from converter.sizes import check_disk, plan_output
-    from converter.solvers import choose_solver
     from converter.source import Checkpoint
+    from formats.sizes import parse_size
 
     calibrate, calibration_file = _calibration(options["calibrate"])
     settings = recipe_settings(options["recipe_name"])
@@ -144,60 +148,60 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     settings |= {"down_width": _width(options["down_width"])} if options["down_width"] else {}
     settings["rules"] = [*settings.get("rules", []), *options["layer_bits"]]
     recipe = make_recipe(**settings)
-    source, out = _source(model, out_dir, recipe.name, options)
-    with Checkpoint(source) as checkpoint:
-        plan = plan_output(checkpoint, recipe)
-        source_bytes, fetch_bytes = checkpoint.n_bytes, checkpoint.fetch_bytes
-        _check_upload(checkpoint.folder, options)
-        pinned = {"source": f"{checkpoint.name}@{checkpoint.revision}"} if checkpoint.hub else {}
-        check_disk(plan, out, options["codec"], fetch_bytes)
-    solver = choose_solver(recipe.solver)
-    workers = _workers(plan, solver, options["max_workers"], options["max_memory"])
-    facts = pinned | _facts(plan, recipe, source_bytes, out)
-    if options["dry_run"]:
-        facts |= _needs(plan, solver, workers, out) | ({"fetched_disk_bytes": fetch_bytes} if pinned else {})
-        output.result(facts, _text(facts))
-        return
-    done = convert_checkpoint(
-        source,
-        out,
-        recipe,
-        ConvertOptions(
-            max_workers=workers,
-            codec=options["codec"],
-            resume=not options["no_resume"],
-            force=options["force"],
-            calibration_file=calibration_file,
-            part=_part(options["part"]),
-        ),
-        output.progress(),
+    how = ConvertOptions(
+        max_workers=options["max_workers"],
+        codec=options["codec"],
+        resume=not options["no_resume"],
+        force=options["force"],
+        calibration_file=calibration_file,
+        part=_part(options["part"]),
+        max_memory_bytes=parse_size(options["max_memory"], "--max-memory") if options["max_memory"] else None,
     )
-    facts |= _facts(done.plan, done.recipe, source_bytes, out)
-    facts["done"] = done.done
+    source, out = _source(model, out_dir, recipe.name, options)
+    _check_upload(source, options)
+    pinned = {} if isinstance(source, Path) else {"source": f"{source.repo.repo}@{source.repo.commit}"}
+    if options["dry_run"]:
+        with Checkpoint(source) as checkpoint:
+            checked = check_conversion(checkpoint, recipe, how, out)
+            facts = pinned | facts_of(checked.plan, recipe, checkpoint.n_bytes, out) | needs_of(checked)
+            facts |= {"fetched_disk_bytes": checkpoint.fetch_bytes} if pinned else {}
+        output.result(facts, text_of(facts))
+        return
+    done = convert_checkpoint(source, out, recipe, how, output.progress())
+    facts = pinned | facts_of(done.plan, done.recipe, done.source_bytes, out) | {"done": done.done}
     if done.quality:
         facts["weight_error"] = {name: done.quality["totals"][name] for name in ("experts", "attention")}
-    text = _text(facts)
+    text = text_of(facts)
     if options["upload_repo"]:
         from converter.cli.upload_command import upload
 
-        wishes = {name: options[name] for name in ("private", "license_id", "token")}
-        facts["upload"], uploaded = upload(out, options["upload_repo"], output, **wishes)
+        facts["upload"], uploaded = upload(out, options["upload_repo"], output, **_publication(options))
         text += f"\n{uploaded}"
     output.result(facts, text)
     if options["upload_repo"] and not facts["upload"]["ok"]:
         sys.exit(3)
 
 
-def _check_upload(source: Path, options: dict[str, Any]) -> None:
-    """What would be refused after the conversion is refused before it."""
-    from converter.publish import check_license
+def _publication(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("private", "license_id", "token")}
 
-    if options["upload_repo"]:
-        if options["part"]:
-            raise click.UsageError("--upload-repo: a part of the layers cannot be published")
-        check_license([p.name for p in source.iterdir()], options["license_id"], source)
-    elif options["private"] or options["license_id"]:
-        raise click.UsageError("--private, --license: only with --upload-repo")
+
+def _check_upload(source: Any, options: dict[str, Any]) -> None:
+    """Refuses before the conversion what the upload would refuse after it."""
+    from converter.publish import PublishOptions, check_license, check_repo_name, check_target
+
+    repo = options["upload_repo"]
+    if not repo:
+        if options["private"] or options["license_id"]:
+            raise click.UsageError("--private, --license: only with --upload-repo")
+        return
+    if options["part"]:
+        raise click.UsageError("--upload-repo: a part of the layers cannot be published")
+    check_repo_name(repo)
+    folder = source if isinstance(source, Path) else source.folder
+    if folder.is_dir():
+        check_license([p.name for p in folder.iterdir()], options["license_id"], folder)
+    check_target(PublishOptions(repo, options["private"], license=options["license_id"], token=options["token"]))
 
 
 def _source(model: Path, out: Path | None, recipe: str, options: dict[str, Any]) -> tuple[Any, Path]:
@@ -227,53 +231,6 @@ def _source(model: Path, out: Path | None, recipe: str, options: dict[str, Any])
     return source, out
 
 
-def _facts(plan: Any, recipe: Any, source_bytes: int, out: Path) -> dict[str, Any]:
-    from converter.bit_budget import TARGET
-    from converter.bit_rules import rules_of
-
-    rules = [rule.text for rule in rules_of(recipe)]
-    if TARGET in recipe.options and not rules:
-        rules = ["chosen by calibration"]
-    return {
-        "out_dir": str(out),
-        "recipe": recipe.name,
-        **({"layer_bits": rules} if rules else {}),
-        "solver": recipe.solver,
-        "calibration": recipe.options.get("calibrate", "none"),
-        "source_bytes": source_bytes,
-        "converted_bytes": plan.total_bytes,
-        "expert_bits": round(plan.expert_bits, 4),
-        "attention_bits": round(plan.attention_bits, 4),
-        "expert_bytes": plan.largest_expert_bytes,
-        "files": len(plan.layouts) + 1,
-    }
-
-
-def _needs(plan: Any, solver: Any, workers: int, out: Path) -> dict[str, Any]:
-    import shutil
-
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    return {
-        "workers": workers,
-        "memory_bytes": plan.memory_bytes(workers, solver),
-        "free_disk_bytes": shutil.disk_usage(parent).free,
-    }
-
-
-def _text(facts: dict[str, Any]) -> str:
-    rows = []
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            rows += [(f"{name.replace('_', ' ')} ({key})", f"{number:.4f}") for key, number in value.items()]
-        elif isinstance(value, list):
-            rows += [(name.replace("_", " "), text) for text in value]
-        elif name.endswith("_bytes"):
-            rows.append((name.removesuffix("_bytes").replace("_", " ") + " size", f"{gigabytes(value)}"))
-        else:
-            rows.append((name.replace("_", " "), str(value)))
-    return table(rows, left=2)
-
-
 def _calibration(value: str | None) -> tuple[str | None, Path | None]:
     """(kind, file) of --calibrate: what is none of the kinds is a file."""
     from converter.calibration_text import KINDS
@@ -294,26 +251,3 @@ def _part(text: str | None) -> tuple[int, int] | None:
     if not (i.isdecimal() and n.isdecimal()):
         raise click.BadParameter(f"{text!r} is not I/N, such as 1/4", param_hint="--layers")
     return int(i), int(n)
-
-
-def _workers(plan: Any, solver: Any, asked: int | None, max_memory: str | None) -> int:
-    """As many as asked for, or processors; fewer where memory would not do."""
-    import os
-
-    import psutil
-
-    from formats.sizes import parse_size
-
-    workers = asked or len(os.sched_getaffinity(0))
-    limit = parse_size(max_memory, "--max-memory") if max_memory else None
-    if limit is None and asked is None:
-        limit = int(psutil.virtual_memory().available * 0.9)
-    if limit is None:
-        return workers
-    while workers > 1 and plan.memory_bytes(workers, solver) > limit:
-        workers -= 1
-    if max_memory and plan.memory_bytes(workers, solver) > limit:
-        raise DoesNotFitError(
-            f"--max-memory {limit}: one worker takes about {plan.memory_bytes(1, solver)} bytes", "allow that much"
-        )
-    return workers

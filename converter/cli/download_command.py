@@ -1,5 +1,7 @@
 """moe-convert download"""
 
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import click
 
 from converter.cli import shared_options
+from converter.cli.checks import check_out_folder
 from converter.cli.output import Output, gigabytes, output_options
 
 
@@ -20,7 +23,7 @@ from converter.cli.output import Output, gigabytes, output_options
     "--include", multiple=True, metavar="PATTERN", help="Only files that match, such as '*.json'; repeatable."
 )
 @shared_options.token
-@output_options
+@output_options(interrupted="run the same command again: files that are there are not fetched again")
 def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output: Output, **options: Any) -> None:
     """Fetch the converted model OWNER/MODEL from the Hub, and check every byte of it.
 
@@ -32,13 +35,19 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
     """
     from formats import INDEX_NAME
     from formats.hub import HubRepo
+    from formats.unconverted import check_converted_repo
 
     source = HubRepo.open(repo, options["revision"], options["token"])
     patterns = list(include) or None
+    if patterns is None:
+        check_converted_repo(source)
+    _check_place(source, patterns, local_dir)
     folder = source.snapshot(patterns, local_dir=local_dir, bars=not output.quiet)
     files = source.matching(patterns)
     if patterns is None and INDEX_NAME in source.files:
-        problems = _against_index(folder, f"moe-convert repair {folder} --from {repo}" if local_dir else None, output)
+        problems = _against_index(
+            folder, f"moe-convert repair {shlex.quote(str(folder))} --from {repo}" if local_dir else None, output
+        )
     else:
         problems = _against_hub(folder, files, output)
     n_bytes = sum(file.size for file in files)
@@ -54,6 +63,31 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
     output.result(facts, "\n".join([*problems, f"{len(problems)} problems"]) if problems else text)
     if problems:
         sys.exit(3)
+
+
+def _check_place(source: Any, patterns: list[str] | None, local_dir: Path | None) -> None:
+    """Refuses a place without room, or that cannot be written, before the first byte comes."""
+    from huggingface_hub import constants
+
+    from formats.errors import DoesNotFitError, HubError
+
+    files = source.matching(patterns)
+    if not files:
+        raise HubError(f"{source.repo}@{source.commit[:12]}: no file matches", "check --include")
+    if source.offline:
+        return
+    place = local_dir or Path(constants.HF_HUB_CACHE)
+    folder = next(p for p in (place, *place.absolute().parents) if p.exists())
+    check_out_folder(folder)
+    missing = [f for f in files if not (_has(local_dir, f) if local_dir else source.cached(f.name))]
+    needed, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
+    if needed > free:
+        raise DoesNotFitError(f"{place}: the download needs {needed} bytes, free are {free}", "free some space")
+
+
+def _has(folder: Path, file: Any) -> bool:
+    path = folder / file.name
+    return path.is_file() and bool(path.stat().st_size == file.size)
 
 
 def _against_index(folder: Path, mend: str | None, output: Output) -> list[str]:

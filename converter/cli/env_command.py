@@ -12,7 +12,7 @@ _PACKAGES = ("torch", "transformers", "hqq", "safetensors", "huggingface-hub", "
 
 
 @click.command("env")
-@output_options
+@output_options(interrupted="nothing was changed")
 def command(output: Output) -> None:
     """Show versions, which kernels and solver are in use and why, and which GPUs there are.
 

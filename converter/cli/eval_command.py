@@ -1,5 +1,6 @@
 """`moe-convert eval`: perplexity of a model, alone or against the original, and benchmarks by lm-eval."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import click
 import msgspec
 
 from converter.cli import shared_options
+from converter.cli.checks import check_out_file, require_extra
 from converter.cli.output import Output, output_options, table
 from formats.quality import Evaluation
 
@@ -45,7 +47,7 @@ Examples:
 @shared_options.ram_cache
 @shared_options.io
 @shared_options.kernels
-@output_options
+@output_options(interrupted="nothing was saved; the next run begins from the first text")
 def command(
     path: Path,
     texts: tuple[Path, ...],
@@ -71,14 +73,19 @@ def command(
 
     With --tasks, instead: benchmarks by lm-eval, which pip install 'moe-convert[eval]' brings.
     """
+    _check_options(texts=texts, against=against, save=save, tasks=tasks, limit=limit, task_folder=task_folder)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks:
+        require_extra("lm_eval", "eval", "--tasks")
     import transformers
 
     import loader
-    from loader.checkpoint import is_converted, load_checkpoint
-    from loader.perplexity import measure_perplexity, read_text
+    from loader.checkpoint import check_runnable, is_converted, load_checkpoint, vocabulary_size
+    from loader.perplexity import measure_windows, named_windows, read_text
+    from loader.tokenizer import check_tokens
 
-    _check_options(texts=texts, against=against, save=save, tasks=tasks, limit=limit, task_folder=task_folder)
     transformers.utils.logging.disable_progress_bar()
+    check_runnable(path)
 
     versions: dict[str, str] = {}
 
@@ -94,12 +101,11 @@ def command(
             output.note(f"{name}: {total} windows")
 
     if tasks:
-        from loader.tasks import run_tasks
+        from loader.tasks import check_tasks, run_tasks
 
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        found = run_tasks(
-            load(path), loader.load_tokenizer(path), names, batch=batch, limit=limit, folder=task_folder
-        )  # fmt: skip
+        check_tasks(names, task_folder)
+        tokenizer = loader.load_tokenizer(path)
+        found = run_tasks(load(path), tokenizer, names, batch=batch, limit=limit, folder=task_folder)
         lines = [(task, name, f"{value:.4f}") for task, metrics in found.items() for name, value in metrics.items()]
         output.result({"path": str(path), "tasks": found}, table([("task", "metric", "value"), *lines], left=2))
         return
@@ -115,7 +121,11 @@ def command(
         if save:
             quality = path / QUALITY_NAME
             refuse_inputs([quality, partial_path(quality)], [*texts, against / QUALITY_NAME])
-            read_quality(path)  # what is wrong with the file shows before the work
+            # What is wrong with the file, or with the options of loading, shows before the work.
+            read_quality(path)
+            check_out_file(quality)
+        if is_converted(path):
+            _check_loading(path, options)
         evaluation = compare_with_original(
             path, against, named, load, window=window, batch=batch, max_windows=max_windows,
             versions=versions, output=output, progress=note,
@@ -125,18 +135,28 @@ def command(
             output.note(f"saved in {path / 'quality.json'}")
         output.result({"path": str(path), **msgspec.to_builtins(evaluation)}, evaluation_table(evaluation))
         return
-    report = measure_perplexity(
-        load(path),
-        loader.load_tokenizer(path),
-        named,
-        window=window,
-        batch=batch,
-        max_windows=max_windows,
-        progress=note,
-    )
+    tokenizer = loader.load_tokenizer(path)
+    windows = [(name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in named]
+    for name, ids in windows:
+        check_tokens(ids, tokenizer, vocabulary_size(path) or sys.maxsize, name)
+    report = measure_windows(load(path), windows, batch=batch, progress=note)
     rows: list[tuple[str, ...]] = [("text", "tokens", "perplexity")]
     rows += [(t.name, str(t.tokens), f"{t.perplexity:.3f}") for t in (*report.texts, report.overall)]
     output.result({"path": str(path), **report.as_dict()}, table(rows))
+
+
+def _check_loading(path: Path, options: dict[str, Any]) -> None:
+    """Refuses what loading the converted model would refuse, once the original has had its turn."""
+    from formats.artifact import Artifact
+    from formats.sizes import parse_size
+    from loader.backend import choose_backend
+    from loader.cuda.choice import choose_devices
+
+    choose_devices(options["device"], Artifact.open(path).packings)
+    choose_backend(options["kernels"])
+    for name in ("ram_cache", "gpu_cache"):
+        if options[name] != "auto":
+            parse_size(options[name], name)
 
 
 def _check_options(*, texts: Any, against: Any, save: bool, tasks: Any, limit: Any, task_folder: Any) -> None:
@@ -146,6 +166,8 @@ def _check_options(*, texts: Any, against: Any, save: bool, tasks: Any, limit: A
         raise click.UsageError("--against compares on texts: give --text instead of --tasks")
     if save and not against:
         raise click.UsageError("--save needs --against")
+    if tasks and not any(name.strip() for name in tasks.split(",")):
+        raise click.UsageError("--tasks names no task")
     if (limit or task_folder) and not tasks:
         raise click.UsageError("--limit and --task-folder need --tasks")
 

@@ -1,6 +1,8 @@
 """`moe-convert generate`: text from a converted model, as it comes."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import click
 from converter.cli import shared_options
 from converter.cli.generation_stats import Clock, stats_table, with_shares
 from converter.cli.output import Output, gigabytes, output_options
+from converter.cli.terminal import printable
 from formats.checksums import CHECKS
 from formats.errors import MoeConvertError
 
@@ -61,7 +64,7 @@ Examples:
 @shared_options.revision
 @shared_options.token
 @click.option("--stats", is_flag=True, help="Show cache hits, guesses, bytes read, waits and speed on stderr.")
-@output_options
+@output_options(interrupted="nothing was generated yet; run the same command again")
 def command(
     path: Path,
     prompt: str,
@@ -87,25 +90,27 @@ def command(
     import transformers
 
     import loader
-    from loader.tokenizer import check_tokens, embedding_rows
+    from formats.unconverted import check_converted
 
     transformers.utils.logging.disable_progress_bar()
     there = _There(output)
+    text = _prompt(prompt)
+    # Before the weights, where no branch can move meanwhile.
+    if path.is_dir():
+        check_converted(path)
+    tokenizer = loader.load_tokenizer(path) if path.is_dir() else None
+    inputs = _tokens(tokenizer, text, path) if tokenizer else None
     if trace:
         options["slots"] = _slots(trace, path, ram_cache, io, options["policy"])
     options["prefetch"] = 0 if no_prefetch else int(prefetch) if prefetch.isdigit() else prefetch
     model = loader.from_pretrained(path, ram_cache=ram_cache, io=io, kernels=kernels, progress=there, **options)
     # What was loaded, wherever that is: a branch may have moved meanwhile.
-    tokenizer = loader.load_tokenizer(model.name_or_path)
-    inputs = tokenizer(sys.stdin.read() if prompt == "-" else prompt, return_tensors="pt")
-    if not inputs["input_ids"].numel():
-        raise MoeConvertError("the prompt is empty and the tokenizer adds no BOS token", "give a prompt")
-    check_tokens(inputs["input_ids"], tokenizer, embedding_rows(model), "the prompt")
+    tokenizer = tokenizer or loader.load_tokenizer(model.name_or_path)
+    inputs = inputs or _tokens(tokenizer, text, Path(model.name_or_path))
     if seed is not None:
         torch.manual_seed(seed)
-    text = None if output.as_json else transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    clock = Clock(text, model, live=stats and not output.quiet)
-    with torch.inference_mode():
+    clock = Clock(None if output.as_json else _streamer(tokenizer), model, live=stats and not output.quiet)
+    with torch.inference_mode(), _stopped(clock, output):
         ids = model.generate(
             input_ids=inputs["input_ids"].to(model.device),
             attention_mask=inputs["attention_mask"].to(model.device),
@@ -131,6 +136,55 @@ def command(
     if stats:
         click.echo(stats_table(result), err=True)
     there.say()
+
+
+def _prompt(prompt: str) -> str:
+    """The text of --prompt; MoeConvertError if it is not UTF-8."""
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        # Bytes that are not UTF-8 come from the command line, and in some locales from stdin, as lone surrogates.
+        text.encode()
+    except UnicodeError:
+        where = "the prompt on stdin" if prompt == "-" else "--prompt"
+        raise MoeConvertError(f"{where} is not UTF-8", "give the prompt in UTF-8") from None
+    return text
+
+
+def _tokens(tokenizer: Any, text: str, path: Path) -> Any:
+    """The tokenizer's tensors of `text`; MoeConvertError if there is none, or one that the model lacks."""
+    from loader.checkpoint import vocabulary_size
+    from loader.tokenizer import check_tokens
+
+    inputs = tokenizer(text, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise MoeConvertError("the prompt is empty and the tokenizer adds no BOS token", "give a prompt")
+    check_tokens(inputs["input_ids"], tokenizer, vocabulary_size(path) or sys.maxsize, "the prompt")
+    return inputs
+
+
+def _streamer(tokenizer: Any) -> Any:
+    """Writes the new text to stdout as it comes."""
+    import transformers
+
+    class Streamer(transformers.TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            # What a token spells is a stranger's file's.
+            super().on_finalized_text(printable(text), stream_end)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _stopped(clock: Clock, output: Output) -> Iterator[None]:
+    """Ends the streamed text at an interrupt, and says how much of it there is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        clock.end()
+        output.interrupted = f"stopped after {clock.tokens} new tokens; a generation does not resume"
+        if clock.tokens and not output.as_json:
+            output.interrupted += ": to go on, give the prompt and the text above as --prompt"
+        raise
 
 
 def _slots(trace: Path, path: Path, ram_cache: str, io: str, policy: str) -> list[int]:

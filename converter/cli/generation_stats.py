@@ -37,6 +37,11 @@ class Clock:
         if self._streamer:
             self._streamer.end()
 
+    @property
+    def tokens(self) -> int:
+        """New tokens until now; the first call brought the prompt."""
+        return max(0, len(self._at_s) - 1)
+
     def times(self, new_tokens: int) -> dict[str, float | None]:
         """Seconds since the beginning and to the first new token, and tokens a second after it (None where there was
         one only)."""

@@ -20,7 +20,7 @@ from converter.cli.output import Output, gigabytes, output_options, table
 )
 @shared_options.revision
 @shared_options.token
-@output_options
+@output_options(interrupted="nothing was changed")
 def command(path: Path, show_experts: bool, revision: str | None, token: str | None, output: Output) -> None:
     """Show what the converted folder or Hub repository PATH holds, from its index and headers; no weights are read.
 

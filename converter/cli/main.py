@@ -1,13 +1,23 @@
 """The command group. Commands are imported when they run, so that help comes without loading torch."""
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import click
 
 from converter import __version__
-from formats.errors import MoeConvertError
+from converter.cli.failures import failure_of, is_closed_pipe
+from converter.cli.output import Interrupted
+from converter.cli.terminal import one_line, safe_terminal
+
+INTERRUPTED_CODE = 130
 
 COMMANDS = {
     "convert": "Quantize a Mixtral checkpoint and write it in the expert-addressable format.",
@@ -46,7 +56,7 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 damage found, 4 does not fit, 130 interrupted (run again).",
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 damage found, 4 does not fit, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="moe-convert")
 def cli() -> None:
@@ -62,17 +72,73 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Runs the command line and exits with its code."""
+    with safe_terminal(), _terminate_as_interrupt():
+        code = _run(args)
+    sys.exit(code)
+
+
+def _run(args: list[str] | None) -> Any:
+    """The exit code. Every error is one message and a next step, never a traceback."""
     try:
-        cli.main(args=args, prog_name="moe-convert", standalone_mode=False)
-    except MoeConvertError as e:
-        click.echo(f"error: {e}", err=True)
-        sys.exit(e.exit_code)
+        code = cli.main(args=args, prog_name="moe-convert", standalone_mode=False) or 0
+        # Here, since Python would only print a traceback and exit with 120.
+        sys.stdout.flush()
+        return code
+    except SystemExit as e:
+        return e.code
     except click.exceptions.Exit as e:
-        sys.exit(e.exit_code)
+        return e.exit_code
     except click.ClickException as e:
         e.show()
-        sys.exit(e.exit_code)
+        return e.exit_code
+    except Interrupted as e:
+        click.echo(f"interrupted: {e}", err=True)
+        return INTERRUPTED_CODE
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: run the same command again to go on", err=True)
-        sys.exit(130)
-    sys.exit(0)
+        click.echo("interrupted", err=True)
+        return INTERRUPTED_CODE
+    except Exception as e:
+        if is_closed_pipe(e):
+            _drop_output()
+            return 1
+        return _report(e)
+
+
+def _report(error: Exception) -> int:
+    failure = failure_of(error)
+    lines = [f"error: {one_line(failure.message)}"]
+    if failure.hint:
+        lines.append(f"  next: {one_line(failure.hint)}")
+    with contextlib.suppress(OSError):
+        click.echo("\n".join(lines), err=True)
+    if isinstance(error, OSError):
+        # What stdout could not take would be tried again at exit.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+    return failure.exit_code
+
+
+def _drop_output() -> None:
+    """Nothing reads stdout any more: what Python still has for it must not fail at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM stops a command as Ctrl-C does, so that files are closed and the message says how to go on."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -4,11 +4,17 @@ import json
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 from tqdm import tqdm
+
+from converter.cli.failures import is_closed_pipe
+from converter.cli.terminal import printable
+from formats.errors import MoeConvertError
+from formats.io_errors import AGAIN
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,40 +22,66 @@ LINE_EVERY_S = 30.0
 """Where stderr is no terminal, progress is a line this often."""
 
 
-def output_options(function: F) -> F:
-    """Adds --json, --quiet and --verbose; the command gets them as one `output: Output`."""
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM while a command ran; the text says what is done and how to go on."""
 
-    @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress, warnings only.")
-    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
-    def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
-        level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-        for room in ("converter", "formats", "loader"):
-            logging.getLogger(room).setLevel(level)
-        return function(*args, output=Output(as_json, quiet), **kwargs)
 
-    wrapper.__name__ = function.__name__
-    wrapper.__doc__ = function.__doc__
-    wrapper.__click_params__ = [*getattr(wrapper, "__click_params__", []), *getattr(function, "__click_params__", [])]  # type: ignore[attr-defined]
-    return wrapper  # type: ignore[return-value]
+def output_options(interrupted: str) -> Callable[[F], F]:
+    """Adds --json, --quiet and --verbose; the command gets them as one `output: Output`.
+
+    interrupted: what Ctrl-C leaves, and how to go on.
+    """
+
+    def decorate(function: F) -> F:
+        @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+        @click.option("-q", "--quiet", is_flag=True, help="No progress, warnings only.")
+        @click.option("-v", "--verbose", is_flag=True, help="Say more; show the traceback of an error.")
+        def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+            level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+            logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+            for room in ("converter", "formats", "loader"):
+                logging.getLogger(room).setLevel(level)
+            output = Output(as_json, quiet, interrupted)
+            try:
+                return function(*args, output=output, **kwargs)
+            except (KeyboardInterrupt, click.Abort):
+                raise Interrupted(output.interrupted) from None
+            except click.ClickException:
+                raise
+            except BrokenPipeError as e:
+                # click ends silently for any of them.
+                if is_closed_pipe(e):
+                    raise
+                raise MoeConvertError(f"a connection was closed by its other end: {e}", AGAIN) from e
+            except Exception:
+                if verbose:
+                    click.echo(printable(traceback.format_exc()), err=True)
+                raise
+
+        options = [*getattr(wrapper, "__click_params__", []), *getattr(function, "__click_params__", [])]
+        wrapper.__name__, wrapper.__doc__ = function.__name__, function.__doc__
+        wrapper.__click_params__ = options  # type: ignore[attr-defined]
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
 
 
 class Output:
-    """Where a command's words go."""
+    """Where a command's words go. `interrupted`: what Ctrl-C would leave now, and how to go on."""
 
-    def __init__(self, as_json: bool, quiet: bool) -> None:
+    def __init__(self, as_json: bool, quiet: bool, interrupted: str = "") -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.interrupted = interrupted
 
     def result(self, value: Any, text: str) -> None:
         """Prints the result: `value` as JSON with --json, else `text`."""
-        click.echo(json.dumps(value, indent=1, default=str) if self.as_json else text)
+        click.echo(json.dumps(value, indent=1, default=str) if self.as_json else printable(text))
 
     def note(self, text: str) -> None:
         """Says something on stderr, unless quiet."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     def progress(self) -> Callable[[str, int, int], None]:
         """A callback (stage, done bytes, total bytes) that draws a bar, or lines where stderr is no terminal."""

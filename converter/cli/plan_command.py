@@ -67,7 +67,7 @@ Exit code 4: not even the least fits; the message says how much is needed.""",
 @shared_options.revision
 @shared_options.token
 @click.option("--verify", is_flag=True, help="Decode 32 tokens with each budget, and compare.")
-@output_options
+@output_options(interrupted="nothing was changed")
 def command(path: Path, ram: str | None, vram: str | None, output: Output, **options: Any) -> None:
     """Show what fits where, and the speed to expect, of PATH.
 
@@ -112,11 +112,12 @@ def _plans(
     from loader.plan import plan_memory, plan_shares, traced_miss_ratios
     from loader.policy import POLICIES
 
-    speeds, trace = ram_machine(sizes, files, options), _traced(options["trace"], sizes)
+    trace, ram_bytes = _traced(options["trace"], sizes), parse_size(ram, "--ram") if ram else None
     ratios = trace and traced_miss_ratios(trace, POLICIES[options["policy"]])
     settings: dict[str, Any] = {"context": context, "prompt": prompt, "miss_ratios": ratios}
-    if ram:
-        return asdict(speeds), [plan_memory(sizes, speeds, parse_size(ram, "--ram"), **settings)]
+    speeds = ram_machine(sizes, files, options)
+    if ram_bytes:
+        return asdict(speeds), [plan_memory(sizes, speeds, ram_bytes, **settings)]
     return asdict(speeds), plan_shares(sizes, speeds, SHARES, **settings)
 
 

@@ -28,10 +28,12 @@ def open_source(path: Path, recipe: str, revision: str | None, token: str | None
     from formats.artifact import Artifact
     from formats.hub import HubRepo, is_repo_name
     from formats.remote_artifact import open_remote
+    from formats.unconverted import check_finished
     from loader.checkpoint import is_converted
 
     if path.exists() or not is_repo_name(str(path)):
         folder = path.parent if path.name == "config.json" and path.is_file() else path
+        check_finished(folder)
         files = sorted(folder.rglob("*.safetensors"))
         if is_converted(folder):
             return _of_artifact(Artifact.open(folder), files, folder)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from converter.cli import shared_options
+from converter.cli.checks import check_out_folder
 from converter.cli.output import Output, output_options
 
 
@@ -22,7 +23,7 @@ from converter.cli.output import Output, output_options
 @click.option("--calibration-file", type=click.Path(path_type=Path), help="The text, if the recipe's was one of yours.")
 @click.option("--revision", help="Branch, tag or commit of OWNER/MODEL [default: main, or what was converted].")
 @shared_options.token
-@output_options
+@output_options(interrupted="run the same command again: what was mended stays mended")
 def command(
     path: Path, origin: str | None, index_too: bool, calibration_file: Path | None, output: Output, **remote: str | None
 ) -> None:
@@ -40,11 +41,14 @@ def command(
     from formats.index import read_index
     from formats.index_rebuild import rebuild_index
     from formats.repair import repair_folder
+    from formats.unconverted import check_converted
     from formats.verify import repair_command
 
+    if index_too and origin:
+        raise click.UsageError("--index rebuilds from the folder alone; --from OWNER/MODEL brings the index too")
+    check_converted(path)
+    check_out_folder(path)
     if index_too:
-        if origin:
-            raise click.UsageError("--index rebuilds from the folder alone; --from OWNER/MODEL brings the index too")
         rebuild_index(path)
         output.result({"ok": True, "files": ["moe_index.json"], "experts": []}, "the index was written again")
         return

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from converter.cli.checks import check_out_file, require_extra
 from converter.cli.output import Output, output_options
 from converter.cli.replay_plot import PLOT_SUFFIXES, plot_replay
 from converter.cli.replay_tables import tables_of
@@ -79,7 +80,7 @@ Examples:
     "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg|png",
     help="Draw hit ratio against slots and recall against guesses (needs the extra plots).",
 )  # fmt: skip
-@output_options
+@output_options(interrupted="nothing was changed")
 def command(
     trace: Path,
     policies: list[str],
@@ -111,6 +112,8 @@ def command(
 
     if plot:
         refuse_inputs([plot], [trace, *([choose_from] if choose_from else [])])
+        check_out_file(plot)
+        require_extra("matplotlib", "plots", "--plot")
     read = read_trace(trace)
     chosen, count = read.experts.shape[2], read.header.architecture.num_local_experts
     numbers = list(range(chosen, count)) or [count] if slots is None else slots

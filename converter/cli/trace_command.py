@@ -7,6 +7,7 @@ import click
 
 from converter import __version__
 from converter.cli import shared_options
+from converter.cli.checks import check_out_file
 from converter.cli.output import Output, gigabytes, output_options
 
 _FILES = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -32,7 +33,7 @@ Examples:
 )
 @shared_options.ram_cache
 @shared_options.kernels
-@output_options
+@output_options(interrupted="no trace was written; the next run begins from the first text")
 def command(
     path: Path,
     texts: tuple[Path, ...],
@@ -61,18 +62,23 @@ def command(
     from formats.overlap import refuse_inputs
     from loader.checkpoint import is_converted, load_checkpoint
     from loader.trace import is_trace, write_trace
-    from loader.tracing import TracedModel, trace_prompts, trace_texts
+    from loader.tracing import TracedModel, read_prompts, text_windows, trace_inputs, trace_windows
 
     of_model = (file for file in path.rglob("*") if not is_trace(file))
     refuse_inputs([out, partial_path(out)], [*texts, *prompts, *of_model])
     transformers.utils.logging.disable_progress_bar()
+    check_out_file(out)
     described = TracedModel.of_folder(path)
+    tokenizer = loader.load_tokenizer(path)
+    if texts:
+        windows = text_windows(tokenizer, described, texts, window, max_tokens)
+    else:
+        inputs = read_prompts(tokenizer, described, prompts)
     model: Any = (
         loader.from_pretrained(path, ram_cache=ram_cache, kernels=kernels)
         if is_converted(path)
         else load_checkpoint(path)
     )
-    tokenizer = loader.load_tokenizer(path)
     producer = f"moe-convert {__version__}"
 
     def note(name: str, done: int, total: int) -> None:
@@ -80,13 +86,10 @@ def command(
             output.note(f"{name}: {total} {'windows' if texts else 'prompts'}")
 
     if texts:
-        trace = trace_texts(
-            model, tokenizer, described, producer, texts,
-            window=window, batch=batch, max_tokens=max_tokens, progress=note,
-        )  # fmt: skip
+        trace = trace_windows(model, described, producer, texts, windows, batch=batch, progress=note)
     else:
-        trace = trace_prompts(
-            model, tokenizer, described, producer, prompts, max_new_tokens=max_new_tokens, progress=note
+        trace = trace_inputs(
+            model, tokenizer, described, producer, prompts, inputs, max_new_tokens=max_new_tokens, progress=note
         )
     write_trace(out, trace)
     size = out.stat().st_size

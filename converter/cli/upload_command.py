@@ -9,7 +9,7 @@ import click
 from converter.cli.output import Output, gigabytes, output_options
 
 
-@click.command("upload", epilog="Exit code 3 if the folder is incomplete or damaged: nothing is sent then.")
+@click.command("upload", epilog="Exit code 3 if the folder is damaged: nothing is sent then.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/MODEL")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
@@ -24,7 +24,7 @@ from converter.cli.output import Output, gigabytes, output_options
 @click.option(
     "--dry-run", is_flag=True, help="Check the folder and the card, say what would be sent, and send nothing."
 )
-@output_options
+@output_options(interrupted="run the same command again: files that were sent are not sent again")
 def command(path: Path, repo: str, dry_run: bool, output: Output, **options: Any) -> None:
     """Verify the converted folder PATH and publish it as OWNER/MODEL on the Hub, with a model card.
 
@@ -45,21 +45,23 @@ def upload(
     path: Path, repo: str, output: Output, *, dry_run: bool = False, **options: Any
 ) -> tuple[dict[str, Any], str]:
     """Verifies and publishes; the facts, of which `ok` says whether the folder was good, and the same as text."""
-    from converter.publish import PublishOptions, publish_folder
+    from converter.publish import PublishOptions, check_publication, publish_folder
     from formats.verify import verify_folder
 
     if options.get("create_pr") and options.get("revision"):
         raise click.UsageError("--create-pr opens a pull request against main: give no --revision")
-    progress = output.progress()
-    report = verify_folder(path, read_data=True, progress=lambda done, total: progress("verifying", done, total))
+    target = PublishOptions(repo, license=options.pop("license_id", None), **options)
+    report = verify_folder(path)
+    if not report.problems:
+        # Before minutes of reading.
+        check_publication(path, target)
+        progress = output.progress()
+        report = verify_folder(path, read_data=True, progress=lambda done, total: progress("verifying", done, total))
     if report.problems:
         problems = [problem.message for problem in report.problems]
         lines = [*problems, f"{len(problems)} problems: nothing was sent", f"  next: {report.problems[0].hint}"]
         return {"ok": False, "problems": problems}, "\n".join(lines)
-    license_id = options.pop("license_id", None)
-    done = publish_folder(
-        path, PublishOptions(repo, license=license_id, **options), dry_run=dry_run, bars=not output.quiet
-    )
+    done = publish_folder(path, target, dry_run=dry_run, bars=not output.quiet)
     facts = {
         "ok": True,
         "repository": repo,

@@ -20,7 +20,7 @@ from converter.cli.output import Output, gigabytes, output_options
     help="Read such a share of experts and files, drawn anew each time: so that runs together see everything.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), help="Draw the same subset as the run that named this seed.")
-@output_options
+@output_options(interrupted="nothing was changed; the next run checks from the beginning")
 def command(path: Path, read_data: bool, read_data_subset: str | None, seed: int | None, output: Output) -> None:
     """Check the converted folder PATH: structure, sizes and headers; with --read-data every byte.
 

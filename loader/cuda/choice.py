@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -13,24 +14,23 @@ from loader.cuda.self_check import check_products
 
 _log = logging.getLogger(__name__)
 
-Devices = str | Sequence[str | Device] | Device
+One = str | int | torch.device | Device
+Devices = One | Sequence[One] | None
 
 
 def choose_devices(wish: Devices, packings: Iterable[str]) -> list[Device]:
     """The GPUs of `wish`, the trunk on the first one; none where the processor does all.
 
-    wish: "cpu"; "cuda" (torch's present one), "cuda:1", several as "cuda:0,cuda:1" or as a list; "auto": the present
-    GPU, if there is one and it computes small products in `packings` as the reference does, else the processor, with a
-    warning that says why. RecipeError for another word; MoeConvertError if what was named is not there or is wrong.
+    wish: "cpu"; "cuda" (torch's present one), "cuda:1", several as "cuda:0,cuda:1" or as a list; 1 is "cuda:1", and a
+    torch.device is as its name. "auto" or None: the present GPU, if there is one and it computes small products in
+    `packings` as the reference does, else the processor, with a warning that says why. RecipeError for anything else;
+    MoeConvertError if what was named is not there or is wrong.
     """
-    if isinstance(wish, str):
-        if wish == "cpu":
-            return []
-        if wish == "auto":
-            return _automatic(packings)
-        names: Sequence[str | Device] = [name.strip() for name in wish.split(",")]
-    else:
-        names = wish if isinstance(wish, Sequence) else [wish]
+    names = _names(wish)
+    if names == ["cpu"]:
+        return []
+    if names == ["auto"]:
+        return _automatic(packings)
     known = [name for name in names if isinstance(name, str)]
     for name in known:
         kind, _, number = name.partition(":")
@@ -45,6 +45,26 @@ def choose_devices(wish: Devices, packings: Iterable[str]) -> list[Device]:
     for device in devices:
         check_products(device, packings)
     return devices
+
+
+def _names(wish: Devices) -> list[str | Device]:
+    if wish is None:
+        return ["auto"]
+    if isinstance(wish, str):
+        return [name.strip() for name in wish.split(",")]
+    return [_name(one) for one in (wish if isinstance(wish, list | tuple) else [wish])]
+
+
+def _name(one: Any) -> str | Device:
+    """A device's name; a `Device` as it is."""
+    if isinstance(one, torch.device):
+        return "cpu" if one.type == "cpu" else str(one)
+    if isinstance(one, int) and not isinstance(one, bool):
+        return f"cuda:{one}"
+    if isinstance(one, str) or hasattr(one, "torch_device"):
+        known: str | Device = one
+        return known
+    raise RecipeError(f"device: {one!r} is no device", "name it as cpu, cuda, cuda:1 or auto")
 
 
 def describe_gpus() -> str:

@@ -1,0 +1,48 @@
+"""What may reach a terminal: text without control characters, which names and labels from files may contain."""
+
+import contextlib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+# Escape sequences begin with ESC or a C1 control; bidi overrides reorder what a reader sees; a lone surrogate is a byte
+# of a file name that is not UTF-8, which no stream takes.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and bidi overrides written as escapes; line feeds and tabs stay."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def one_line(text: str) -> str:
+    """`text` as `printable`, its line breaks and runs of spaces as one space each."""
+    return printable(" ".join(text.split()))
+
+
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+@contextlib.contextmanager
+def safe_terminal() -> Iterator[None]:
+    """Makes the log records and warnings of all libraries printable; streams escape what they cannot encode."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    record_factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def formatted(*args: Any, **kwargs: Any) -> str:
+        return printable(format_warning(*args, **kwargs))
+
+    logging.setLogRecordFactory(_PrintableRecord)
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(record_factory)
+        warnings.formatwarning = format_warning
