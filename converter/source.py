@@ -24,6 +24,7 @@ from formats.checkpoint_config import read_config
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
 from formats.generation_config import read_generation_config
 from formats.index import Architecture
+from formats.labels import to_label
 from formats.safetensors_header import Header
 
 _COMPARED_BYTES = 16 << 20
@@ -75,8 +76,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What the source is called: its folder's name, or owner/model."""
-        return self.hub.repo.repo if self.hub else self.folder.resolve().name
+        """What the source is called, as a label: its folder's name, or owner/model."""
+        return self.hub.repo.repo if self.hub else to_label(self.folder.resolve().name)
 
     @property
     def revision(self) -> str | None:

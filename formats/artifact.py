@@ -10,17 +10,18 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, INDEX_NAME, TRUNK_NAME
+from formats import INDEX_NAME
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.field_rules import short
-from formats.index import CODECS, Architecture, ExpertEntry, Index, check_version, read_index
+from formats.index import Architecture, ExpertEntry, Index, check_version, read_index
+from formats.index_checks import index_problems, layer_header_limit, trunk_header_limit
 from formats.io_errors import translated
-from formats.layer_file import layer_file_name, layer_metadata, raw_entries, zstd_entries
+from formats.labels import has_controls
+from formats.layer_file import layer_metadata, raw_entries, zstd_entries
 from formats.log_once import warn_once
 from formats.model_config import gate_config
-from formats.packing import packing_named
-from formats.paths import check_name, locate, open_regular, read_small
+from formats.paths import locate, open_regular, read_small
 from formats.safetensors_header import Header, TensorEntry, read_header
 from formats.strict_json import parse
 from formats.trunk import check_trunk
@@ -80,7 +81,7 @@ class Artifact:
 
     def trunk_header(self) -> Header:
         """The header of the trunk, parsed again."""
-        return _header(self.folder, self.index.trunk.file)
+        return _header(self.folder, self.index.trunk.file, trunk_header_limit(self.index.architecture))
 
 
 def read_head(folder: Path, index_name: str = INDEX_NAME) -> tuple[Index, dict[str, Any]]:
@@ -130,49 +131,24 @@ def structure_problems(folder: Path, index: Index) -> Iterator[tuple[str, MoeCon
     Not of `index.files`: a tokenizer that the user has edited is no reason to refuse the weights (verify says so).
     Each comes with the name of the file (as the index has it) whose place or size cannot be relied on.
     """
-    where = str(folder / INDEX_NAME)
-    checks: list[tuple[str, Callable[[], None]]] = [(INDEX_NAME, partial(_check_layers, index, where))]
-    checks += [(layer.file, partial(_check_layer, folder, index, n, where)) for n, layer in enumerate(index.layers)]
+    found = list(index_problems(index, str(folder / INDEX_NAME)))
+    yield from found
+    checks: list[tuple[str, Callable[[], None]]] = [
+        (layer.file, partial(_check_layer_file, folder, index, n)) for n, layer in enumerate(index.layers)
+    ]
     checks.append((index.trunk.file, partial(_check_trunk_file, folder, index)))
-    checks += [(INDEX_NAME, partial(_check_file_name, f.file, where)) for f in index.files]
-    checks.append((INDEX_NAME, partial(_check_packings, index, where)))
     for file, check in checks:
         try:
-            check()
+            if file not in {name for name, _ in found}:
+                check()
         except MoeConvertError as e:
             yield file, e
 
 
-def _check_layers(index: Index, where: str) -> None:
-    expected = index.architecture.num_hidden_layers
-    if len(index.layers) != expected:
-        raise FormatError(f"{where}: layers has {len(index.layers)} entries, config.json says {expected}")
-
-
-def _check_file_name(name: str, where: str) -> None:
-    check_name(name, where)
-    # A download or repair of such a file would write over the index or weights.
-    if name.lower().startswith((INDEX_NAME, TRUNK_NAME, f"{EXPERTS_FOLDER}/")):
-        raise FormatError(f"{where}: field files has {name!r}, which is not a file beside index and weights")
-
-
-def _check_packings(index: Index, where: str) -> None:
-    used = {name for layer in index.layers for entry in layer.experts for name in (entry.gate_up, entry.down)}
-    used |= {linear.packing for linear in index.trunk.packed.values()}
-    if sorted(used) != index.packings:
-        raise FormatError(f"{where}: field packings is {index.packings}, its entries use {sorted(used)}")
-    for name in used:
-        packing_named(name, where)
-
-
-def _check_layer(folder: Path, index: Index, number: int, where: str) -> None:
+def _check_layer_file(folder: Path, index: Index, number: int) -> None:
     layer = index.layers[number]
-    here = f"{where}: layers[{number}]"
-    if layer.file != layer_file_name(number):
-        raise FormatError(f"{here}.file is {layer.file!r}, expected {layer_file_name(number)!r}")
-    _check_experts(index, number, here)
     _check_size(folder, layer.file, layer.size_bytes, RESAVED_HINT)
-    header = _header(folder, layer.file)
+    header = _header(folder, layer.file, layer_header_limit(layer))
     file = str(folder / layer.file)
     first = layer.experts[0]
     layouts = [ExpertLayout.of(index.architecture, e.gate_up, e.down) for e in layer.experts]
@@ -188,7 +164,8 @@ def _check_layer(folder: Path, index: Index, number: int, where: str) -> None:
             raise FormatError(f"{file}: metadata {key!r} is {found!r}, the index says {wanted!r}", RESAVED_HINT)
     if first.offset != header.data_offset:
         raise FormatError(
-            f"{here}.experts[0].offset is {first.offset}, the data of {file} begins at {header.data_offset}"
+            f"{folder / INDEX_NAME}: layers[{number}].experts[0].offset is {first.offset}, the data of {file} begins at"
+            f" {header.data_offset}"
         )
     if header.sha256 != layer.header_sha256:
         raise DamageError(
@@ -196,47 +173,13 @@ def _check_layer(folder: Path, index: Index, number: int, where: str) -> None:
         )
 
 
-def _check_experts(index: Index, number: int, here: str) -> None:
-    """Order, packings and places of a layer's entries, against each other."""
-    layer = index.layers[number]
-    if len(layer.experts) != index.architecture.num_local_experts:
-        n = index.architecture.num_local_experts
-        raise FormatError(f"{here}.experts has {len(layer.experts)} entries, config.json says {n} experts")
-    position: int | None = None
-    for i, entry in enumerate(layer.experts):
-        at = f"{here}.experts[{i}]"
-        if (entry.layer, entry.expert) != (number, i):
-            raise FormatError(
-                f"{at} is layer {entry.layer} expert {entry.expert}; every expert must stand once, in order"
-            )
-        if entry.codec not in CODECS or entry.codec != layer.experts[0].codec:
-            raise FormatError(
-                f"{at}.codec is {entry.codec!r}; expected is one of {', '.join(CODECS)}, the same in a layer"
-            )
-        layout = ExpertLayout.of(index.architecture, entry.gate_up, entry.down, at)
-        if entry.codec == "none" and entry.length != layout.n_bytes:
-            raise FormatError(f"{at}.length is {entry.length}, its packings and config.json take {layout.n_bytes}")
-        if entry.codec == "zstd" and not 0 < entry.length <= 2 * layout.n_bytes + ALIGNMENT_BYTES:
-            raise FormatError(f"{at}.length is {entry.length}, of a compressed expert of {layout.n_bytes}")
-        if entry.offset % ALIGNMENT_BYTES:
-            raise FormatError(f"{at}.offset is {entry.offset}, not a multiple of {ALIGNMENT_BYTES}")
-        if position is not None and entry.offset != position:
-            what = "overlaps the expert before" if entry.offset < position else "leaves a gap"
-            raise FormatError(f"{at}.offset is {entry.offset}, which {what}; expected {position}")
-        end = entry.offset + entry.length
-        position = end + -end % ALIGNMENT_BYTES
-        if position > layer.size_bytes:
-            raise FormatError(f"{at} ends at {end}, past the end of {layer.file} at {layer.size_bytes}")
-    if position != layer.size_bytes:
-        raise FormatError(f"{here}.size_bytes is {layer.size_bytes}, its experts end at {position}")
-
-
 def _check_trunk_file(folder: Path, index: Index) -> None:
     trunk = index.trunk
-    if trunk.file != TRUNK_NAME:
-        raise FormatError(f"{folder / INDEX_NAME}: trunk.file is {trunk.file!r}, expected {TRUNK_NAME!r}")
     _check_size(folder, trunk.file, trunk.size_bytes, RESAVED_HINT)
-    header = _header(folder, trunk.file)
+    header = _header(folder, trunk.file, trunk_header_limit(index.architecture))
+    for text in (*header.metadata, *header.metadata.values()):
+        if has_controls(text):
+            raise FormatError(f"{folder / trunk.file}: metadata {text[:200]!r} has control characters", RESAVED_HINT)
     check_trunk(header.entries, index.architecture, trunk.packed, str(folder / trunk.file))
     if header.sha256 != trunk.header_sha256:
         raise DamageError(
@@ -269,10 +212,10 @@ def _check_size(folder: Path, name: str, size_bytes: int, hint: str = "") -> Non
         raise DamageError(f"{folder / name}: {found} bytes, the index says {size_bytes}", hint)
 
 
-def _header(folder: Path, name: str) -> Header:
+def _header(folder: Path, name: str, max_bytes: int) -> Header:
     descriptor = open_regular(locate(folder, name, str(folder)))
     try:
         with translated(folder / name, "read", DamageError):
-            return read_header(descriptor, str(folder / name))
+            return read_header(descriptor, str(folder / name), max_bytes)
     finally:
         os.close(descriptor)

@@ -7,6 +7,7 @@ from msgspec import Meta, Struct
 
 from formats import FORMAT_VERSION, INDEX_NAME
 from formats.errors import FormatError, MoeConvertError, VersionError
+from formats.labels import LABEL_PATTERN, MAX_LABEL
 from formats.model_config import gate_config
 from formats.paths import read_small
 from formats.strict_json import parse, typed
@@ -15,8 +16,8 @@ Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
-Label = Annotated[str, Meta(max_length=512)]
-Option = str | int | float | bool
+Label = Annotated[str, Meta(max_length=MAX_LABEL, pattern=LABEL_PATTERN)]
+Option = Label | int | float | bool
 
 CODECS = ("none", "zstd")
 
@@ -69,7 +70,7 @@ class Producer(_Part, frozen=True):
 
     name: Label
     version: Label
-    versions: dict[str, Label]
+    versions: dict[Label, Label]
 
 
 class Recipe(_Part, frozen=True):
@@ -81,7 +82,7 @@ class Recipe(_Part, frozen=True):
     attention: Label
     solver: Label
     head: Label = "none"
-    options: dict[str, Option] = {}
+    options: dict[Label, Option] = {}
 
 
 class PackedLinear(_Part, frozen=True):
@@ -99,7 +100,7 @@ class Trunk(_Part, frozen=True):
     size_bytes: Natural
     header_sha256: Sha256
     sha256: Sha256
-    packed: dict[str, PackedLinear]
+    packed: dict[Label, PackedLinear]
 
 
 class ExpertEntry(_Part, frozen=True):

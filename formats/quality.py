@@ -46,7 +46,7 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
 
     original: Label
     window: Positive
-    versions: dict[str, Label]
+    versions: dict[Label, Label]
     texts: list[Comparison]
     overall: Comparison
 
@@ -66,9 +66,9 @@ class Quality(Struct, frozen=True):
     """The whole file. Fields of later releases are let pass in all but the evaluation: no weight depends on them."""
 
     measure: Label
-    totals: dict[str, float]
+    totals: dict[Label, float]
     experts: list[ExpertErrors]
-    trunk: dict[str, float]
+    trunk: dict[Label, float]
     uncalibrated: list[Label] = []
     evaluation: Evaluation | None = None
 

@@ -11,10 +11,15 @@ from typing import Any
 
 from formats import ALIGNMENT_BYTES
 from formats.errors import DamageError, FormatError
+from formats.labels import has_controls
 from formats.strict_json import parse
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package."""
+
+_BYTES_A_TENSOR = 1024
+"""More than a tensor, its filler and its packing in the metadata take: a few hundred."""
+_OTHER_BYTES = 64 << 10
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -48,6 +53,14 @@ class Header:
     sha256: str
 
 
+def max_header_bytes(n_tensors: int) -> int:
+    """The most bytes that the header of a file may have that must hold `n_tensors`, fillers not counted.
+
+    Parsing takes 20 times the memory: a stranger's file of ten tensors must not have a header of 100 MB.
+    """
+    return min(MAX_HEADER_BYTES, _OTHER_BYTES + _BYTES_A_TENSOR * n_tensors)
+
+
 def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
     """The bytes before the data section: length, JSON in the order given, spaces up to a multiple of 4096."""
     body: dict[str, Any] = {"__metadata__": metadata}
@@ -58,24 +71,27 @@ def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def read_header(descriptor: int, where: str) -> Header:
+def read_header(descriptor: int, where: str, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     """The header of the open file `descriptor`; raises what `header_from` raises."""
-    return header_from(lambda offset, length: os.pread(descriptor, length, offset), os.fstat(descriptor).st_size, where)
+    size = os.fstat(descriptor).st_size
+    return header_from(lambda offset, length: os.pread(descriptor, length, offset), size, where, max_bytes)
 
 
-def header_from(read: Callable[[int, int], bytes], size: int, where: str) -> Header:
+def header_from(
+    read: Callable[[int, int], bytes], size: int, where: str, max_bytes: int = MAX_HEADER_BYTES
+) -> Header:
     """The header of a file of `size` bytes, of which read(offset, length) gives parts (fewer bytes past its end).
 
-    FormatError naming `where` for what the safetensors specification forbids, including what its package lets pass
-    (duplicate keys, leading white space), for holes and overlaps, and for dtypes that are not whole bytes;
-    DamageError if the file is shorter or longer than its header says.
+    FormatError naming `where` for a header over `max_bytes`, of which nothing is read, and for what the safetensors
+    specification forbids, including what its package lets pass (duplicate keys, leading white space), for holes and
+    overlaps, and for dtypes that are not whole bytes; DamageError if the file is shorter or longer than it says.
     """
     prefix = read(0, 8)
     if len(prefix) < 8:
         raise DamageError(f"{where}: {size} bytes, too short for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
-    if length > MAX_HEADER_BYTES:
-        raise FormatError(f"{where}: header of {length} bytes, allowed are {MAX_HEADER_BYTES}; not a safetensors file?")
+    if length > max_bytes:
+        raise FormatError(f"{where}: header of {length} bytes, allowed are {max_bytes}; not a safetensors file?")
     text = read(8, min(length, size))
     if len(text) < length:
         raise DamageError(f"{where}: cut off inside its header: {size} bytes, the header ends at {8 + length}")
@@ -94,7 +110,9 @@ def header_from(read: Callable[[int, int], bytes], size: int, where: str) -> Hea
 
 
 def _entry(name: str, value: Any, where: str) -> TensorEntry:
-    here = f"{where}: tensor {name!r}"
+    here = f"{where}: tensor {name[:200]!r}"
+    if has_controls(name):
+        raise FormatError(f"{here}: its name has control characters")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{here}: fields are not exactly dtype, shape, data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

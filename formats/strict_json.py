@@ -8,6 +8,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 
 from formats.errors import FormatError
+from formats.labels import LABEL_PATTERN
 
 MAX_DEPTH = 32
 """Deeper nesting than this is refused before parsing, so that no input exhausts the stack."""
@@ -81,7 +82,9 @@ def typed(value: Any, kind: type[T], where: str, *, error: type[FormatError] | t
     try:
         return msgspec.convert(value, kind, strict=True)
     except (msgspec.ValidationError, OverflowError) as e:
-        raise error(f"{where}: {e}{_found(value, str(e))}") from None
+        # The pattern of labels is longer than its reason.
+        message = str(e).replace(f"matching regex {LABEL_PATTERN!r}", "without control characters")
+        raise error(f"{where}: {message}{_found(value, str(e))}") from None
 
 
 def dump(value: Any) -> bytes:

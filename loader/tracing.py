@@ -15,6 +15,7 @@ from formats.artifact import Artifact
 from formats.checkpoint_config import read_config
 from formats.errors import MoeConvertError
 from formats.index import Architecture
+from formats.labels import to_label
 from loader.checkpoint import check_runnable, is_converted
 from loader.perplexity import Progress, named_windows, read_text
 from loader.routing_recorder import Routing, RoutingRecorder
@@ -41,12 +42,12 @@ class TracedModel:
         if is_converted(folder):
             artifact = Artifact.open(folder)
             sizes = tuple(max(expert.length for expert in layer.experts) for layer in artifact.index.layers)
-            return cls(folder.resolve().name, artifact.architecture, sizes)
+            return cls(to_label(folder.resolve().name), artifact.architecture, sizes)
         config = read_config(folder)
         architecture = Architecture.from_config(config, str(folder / "config.json"))
         bytes_per_weight = 4 if config.get("dtype") == "float32" else 2
         size = 3 * architecture.hidden_size * architecture.intermediate_size * bytes_per_weight
-        return cls(folder.resolve().name, architecture, (size,) * architecture.num_hidden_layers)
+        return cls(to_label(folder.resolve().name), architecture, (size,) * architecture.num_hidden_layers)
 
 
 def trace_texts(
@@ -202,7 +203,7 @@ def _trace(
         architecture=msgspec.structs.replace(described.architecture, num_experts_per_tok=chosen),
         expert_bytes=list(described.expert_bytes),
         guesses=guesses,
-        texts=[TracedText(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files],
+        texts=[TracedText(to_label(path.name), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files],
         sequences=sequences,
     )
     return Trace(header, **arrays)

@@ -80,6 +80,7 @@ def command(
     import transformers
 
     import loader
+    from formats.labels import to_label
     from loader.checkpoint import check_runnable, is_converted, load_checkpoint, vocabulary_size
     from loader.perplexity import measure_windows, named_windows, read_text
     from loader.tokenizer import check_tokens
@@ -109,7 +110,7 @@ def command(
         lines = [(task, name, f"{value:.4f}") for task, metrics in found.items() for name, value in metrics.items()]
         output.result({"path": str(path), "tasks": found}, table([("task", "metric", "value"), *lines], left=2))
         return
-    named = [(text.name, read_text(text)) for text in texts]
+    named = [(to_label(text.name), read_text(text)) for text in texts]
     if against:
         from converter.cli.against_original import compare_with_original
         from formats.layer_file import partial_path

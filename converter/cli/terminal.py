@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-# Escape sequences begin with ESC or a C1 control; bidi overrides reorder what a reader sees; a lone surrogate is a byte
-# of a file name that is not UTF-8, which no stream takes.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from formats.labels import CONTROLS, escaped
+
+# Escape sequences begin with ESC or a C1 control; bidi overrides reorder what a reader sees.
+_CONTROL = re.compile(rf"(?![\t\n])[{CONTROLS}]")
 
 
 def printable(text: str) -> str:
     """`text` with control characters and bidi overrides written as escapes; line feeds and tabs stay."""
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return _CONTROL.sub(escaped, text)
 
 
 def one_line(text: str) -> str:

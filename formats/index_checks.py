@@ -1,0 +1,122 @@
+"""The index against itself: what can be said of a converted folder before any other file of it is opened or fetched."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, INDEX_NAME, TRUNK_NAME
+from formats.errors import FormatError, MoeConvertError
+from formats.expert import ExpertLayout
+from formats.index import CODECS, Architecture, Index, LayerFile
+from formats.layer_file import layer_file_name
+from formats.packing import packing_named, tile_packing_named
+from formats.paths import check_name
+from formats.safetensors_header import max_header_bytes
+from formats.trunk import packable_linears, plain_tensors
+
+
+def index_problems(index: Index, where: str) -> Iterator[tuple[str, MoeConvertError]]:
+    """Every disagreement of `index` with itself, each with the name of the file whose place or size it concerns."""
+    checks: list[tuple[str, Callable[[], None]]] = [(INDEX_NAME, partial(_check_layers, index, where))]
+    checks += [(layer.file, partial(_check_layer, index, n, where)) for n, layer in enumerate(index.layers)]
+    checks.append((index.trunk.file, partial(_check_trunk, index, where)))
+    checks += [(INDEX_NAME, partial(_check_file_name, f.file, where)) for f in index.files]
+    checks += [(INDEX_NAME, partial(check, index, where)) for check in (_check_unique, _check_packings)]
+    for file, check in checks:
+        try:
+            check()
+        except MoeConvertError as e:
+            yield file, e
+
+
+def layer_header_limit(layer: LayerFile) -> int:
+    """The most bytes that the header of a layer's file may have."""
+    return max_header_bytes(sum(2 if expert.codec == "none" else 1 for expert in layer.experts))
+
+
+def trunk_header_limit(architecture: Architecture) -> int:
+    """The most bytes that the header of the trunk may have."""
+    return max_header_bytes(len(plain_tensors(architecture)) + len(packable_linears(architecture)))
+
+
+def _check_layers(index: Index, where: str) -> None:
+    expected = index.architecture.num_hidden_layers
+    if len(index.layers) != expected:
+        raise FormatError(f"{where}: layers has {len(index.layers)} entries, config.json says {expected}")
+
+
+def _check_layer(index: Index, number: int, where: str) -> None:
+    layer = index.layers[number]
+    here = f"{where}: layers[{number}]"
+    if layer.file != layer_file_name(number):
+        raise FormatError(f"{here}.file is {layer.file!r}, expected {layer_file_name(number)!r}")
+    _check_experts(index, number, here)
+    if layer.experts[0].offset > layer_header_limit(layer):
+        raise FormatError(
+            f"{here}.experts[0].offset is {layer.experts[0].offset}, allowed are {layer_header_limit(layer)}"
+        )
+
+
+def _check_trunk(index: Index, where: str) -> None:
+    if index.trunk.file != TRUNK_NAME:
+        raise FormatError(f"{where}: trunk.file is {index.trunk.file!r}, expected {TRUNK_NAME!r}")
+    for module, linear in index.trunk.packed.items():
+        tile_packing_named(linear.packing, f"{where}: trunk.packed: {module}")
+
+
+def _check_file_name(name: str, where: str) -> None:
+    check_name(name, where)
+    # A download or repair of such a file would write over the index or weights.
+    if name.lower().startswith((INDEX_NAME, TRUNK_NAME, f"{EXPERTS_FOLDER}/")):
+        raise FormatError(f"{where}: field files has {name!r}, which is not a file beside index and weights")
+
+
+def _check_unique(index: Index, where: str) -> None:
+    # Some file systems take names for one that differ in case.
+    name, count = Counter(f.file.casefold() for f in index.files).most_common(1)[0] if index.files else ("", 1)
+    if count > 1:
+        raise FormatError(f"{where}: field files has {name!r} {count} times")
+
+
+def _check_packings(index: Index, where: str) -> None:
+    used = {name for layer in index.layers for entry in layer.experts for name in (entry.gate_up, entry.down)}
+    used |= {linear.packing for linear in index.trunk.packed.values()}
+    if sorted(used) != index.packings:
+        raise FormatError(f"{where}: field packings is {index.packings}, its entries use {sorted(used)}")
+    for name in used:
+        packing_named(name, where)
+
+
+def _check_experts(index: Index, number: int, here: str) -> None:
+    """Order, packings and places of a layer's entries, against each other."""
+    layer = index.layers[number]
+    if len(layer.experts) != index.architecture.num_local_experts:
+        n = index.architecture.num_local_experts
+        raise FormatError(f"{here}.experts has {len(layer.experts)} entries, config.json says {n} experts")
+    position: int | None = None
+    for i, entry in enumerate(layer.experts):
+        at = f"{here}.experts[{i}]"
+        if (entry.layer, entry.expert) != (number, i):
+            raise FormatError(
+                f"{at} is layer {entry.layer} expert {entry.expert}; every expert must stand once, in order"
+            )
+        if entry.codec not in CODECS or entry.codec != layer.experts[0].codec:
+            raise FormatError(
+                f"{at}.codec is {entry.codec!r}; expected is one of {', '.join(CODECS)}, the same in a layer"
+            )
+        layout = ExpertLayout.of(index.architecture, entry.gate_up, entry.down, at)
+        if entry.codec == "none" and entry.length != layout.n_bytes:
+            raise FormatError(f"{at}.length is {entry.length}, its packings and config.json take {layout.n_bytes}")
+        if entry.codec == "zstd" and not 0 < entry.length <= 2 * layout.n_bytes + ALIGNMENT_BYTES:
+            raise FormatError(f"{at}.length is {entry.length}, of a compressed expert of {layout.n_bytes}")
+        if entry.offset % ALIGNMENT_BYTES:
+            raise FormatError(f"{at}.offset is {entry.offset}, not a multiple of {ALIGNMENT_BYTES}")
+        if position is not None and entry.offset != position:
+            what = "overlaps the expert before" if entry.offset < position else "leaves a gap"
+            raise FormatError(f"{at}.offset is {entry.offset}, which {what}; expected {position}")
+        end = entry.offset + entry.length
+        position = end + -end % ALIGNMENT_BYTES
+        if position > layer.size_bytes:
+            raise FormatError(f"{at} ends at {end}, past the end of {layer.file} at {layer.size_bytes}")
+    if position != layer.size_bytes:
+        raise FormatError(f"{here}.size_bytes is {layer.size_bytes}, its experts end at {position}")
