@@ -8,10 +8,13 @@ from converter.journal import read_pin
 from converter.source_kinds import INDEX_NAME, check_names
 from formats.errors import SourceError
 from formats.hub import HubRepo
+from formats.hub_files import MAX_SMALL_BYTES
 from formats.ranges import Retries
-from formats.side_files import is_side_file
+from formats.side_files import MAX_BYTES, MAX_FILES, is_side_file
 
 _MAX_SMALL_BYTES = 1 << 30
+_LIMITS = {"config.json": MAX_SMALL_BYTES, INDEX_NAME: 64 << 20}
+_HINT = "name the repository of an ordinary checkpoint"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ def _small_files(repo: HubRepo) -> Path:
     patterns = ["config.json", INDEX_NAME, *filter(is_side_file, repo.files)]
     if "config.json" not in repo.files:
         raise SourceError(f"{repo.repo}@{repo.commit[:12]}: file config.json is missing", "name a model's repository")
-    if (size := sum(file.size for file in repo.matching(patterns))) > _MAX_SMALL_BYTES:
-        raise SourceError(f"{repo.repo}: tokenizer, licence and other small files have {size} bytes; no ordinary model")
+    files = repo.matching(patterns)
+    for file in files:
+        if file.size > (limit := _LIMITS.get(file.name, MAX_BYTES)):
+            raise SourceError(f"{file} has {file.size} bytes, allowed are {limit}", _HINT)
+    if (size := sum(file.size for file in files)) > _MAX_SMALL_BYTES or len(files) > MAX_FILES:
+        found = f"{len(files)} tokenizer, licence and other small files of {size} bytes"
+        raise SourceError(f"{repo.repo}: {found}; allowed are {MAX_FILES} of {_MAX_SMALL_BYTES}", _HINT)
     return repo.snapshot(patterns)

@@ -39,11 +39,11 @@ class HubShards(Shards):
             self._cached[name] = open_regular(path)
         self._names.append(name)
 
-    def header(self, name: str) -> Header:
+    def header(self, name: str, max_bytes: int) -> Header:
         where = f"{self.where}: {name}"
         if name in self._cached:
             with translated(self._paths[name], "read", SourceError):
-                return read_header(self._cached[name], where)
+                return read_header(self._cached[name], where, max_bytes)
         size = self.size(name)
         first = self._repo.read(name, 0, min(size, _HEADER_BYTES))
 
@@ -51,7 +51,7 @@ class HubShards(Shards):
             end = min(offset + length, size)
             return first[offset:end] if end <= len(first) else self._repo.read(name, offset, end)
 
-        return header_from(read, size, where)
+        return header_from(read, size, where, max_bytes)
 
     def size(self, name: str) -> int:
         return self._repo.file(name).size

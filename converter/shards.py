@@ -37,7 +37,7 @@ class Shards(ABC):
         """Takes a shard in; before anything else is asked of it. PathError, DamageError."""
 
     @abstractmethod
-    def header(self, name: str) -> Header:
+    def header(self, name: str, max_bytes: int) -> Header:
         """The shard's header. FormatError, DamageError."""
 
     @abstractmethod
@@ -81,10 +81,10 @@ class FolderShards(Shards):
     def open(self, name: str) -> None:
         self._descriptors[name] = open_regular(locate_source(self._folder, name, self.where))
 
-    def header(self, name: str) -> Header:
+    def header(self, name: str, max_bytes: int) -> Header:
         with self._reading(name):
             check_no_pointer(os.pread(self._descriptors[name], 64, 0), self._folder / name)
-            return read_header(self._descriptors[name], str(self._folder / name))
+            return read_header(self._descriptors[name], str(self._folder / name), max_bytes)
 
     def size(self, name: str) -> int:
         with self._reading(name):

@@ -15,6 +15,7 @@ from formats.output_file import make_folder
 from formats.paths import locate_source, read_small_source
 from formats.side_files import (
     MAX_BYTES,
+    MAX_FILES,
     TEMPLATES_FOLDER,
     is_read_by_transformers,
     is_side_file,
@@ -64,6 +65,10 @@ def check_side_files(source: Path) -> list[str]:
             raise SourceError(f"{source / name}: {problem[0]}", problem[1])
         else:
             _log.warning("%s is left out: it %s", source / name, problem[0])
+    if len(names) >= MAX_FILES:
+        raise SourceError(
+            f"{source}: {len(names)} files beside the weights, allowed are {MAX_FILES - 1}", "remove some"
+        )
     return names
 
 

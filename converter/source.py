@@ -19,14 +19,16 @@ from converter.shards import FolderShards, Shards, cut_off
 from converter.solver import DAMAGED_HINT
 from converter.source_files import shard_names
 from converter.source_kinds import INDEX_NAME, check_folder
-from converter.source_tensors import EMBEDDING, HEAD, TORCH_DTYPES, SourceTensors, Weight
+from converter.source_tensors import EMBEDDING, HEAD, TORCH_DTYPES, SourceTensors, Weight, stored_tensors
 from formats.checkpoint_config import read_config
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
 from formats.generation_config import read_generation_config
 from formats.index import Architecture
 from formats.labels import to_label
-from formats.safetensors_header import Header
+from formats.safetensors_header import Header, max_header_bytes
 
+_OTHER_HEADER_BYTES = 1 << 20
+"""Of a shard's header: metadata of other programs, and tensors that are named in errors."""
 _COMPARED_BYTES = 16 << 20
 """How much of two tensors is compared at once, as float32."""
 
@@ -195,10 +197,16 @@ class Checkpoint:
         headers = {}
         there = self.hub.repo.files if self.hub else [p.name for p in self.folder.iterdir()]
         names, weight_map = shard_names(self.folder, there)
+        n_tensors = stored_tensors(self.architecture)
+        if len(names) > n_tensors:
+            raise SourceError(
+                f"{self.folder / INDEX_NAME}: {len(names)} shards, of a model with {n_tensors} tensors",
+                "get index and config.json of the same checkpoint",
+            )
         for name in names:
             try:
                 self._shards.open(name)
-                headers[name] = self._shards.header(name)
+                headers[name] = self._shards.header(name, max_header_bytes(n_tensors, _OTHER_HEADER_BYTES))
             except DamageError as e:
                 raise SourceError(e.message, "get the shard again") from None
             except FormatError as e:

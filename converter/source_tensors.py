@@ -55,6 +55,13 @@ class Weight:
         return prod(self.shape) * self.item_bytes
 
 
+def stored_tensors(architecture: Architecture) -> int:
+    """The most tensors that a checkpoint of a model with these numbers needs: one for each matrix and vector."""
+    a = architecture
+    experts = 3 * a.num_hidden_layers * a.num_local_experts
+    return experts + len(plain_tensors(a)) + len(packable_linears(a))
+
+
 @dataclass
 class SourceTensors:
     """The experts' projections and the trunk's tensors, under the names that they have in a converted folder. A head is

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from formats.errors import HubError, MoeConvertError, OutputError
 from formats.io_errors import io_error
+from formats.labels import has_controls
 from formats.output_file import refuse_links
 from formats.overlap import lies_in
 from formats.paths import similar_folders
@@ -20,6 +21,9 @@ from formats.ranges import AGAIN_HINT, RangeReader, RemoteFile, Retries
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _TIMEOUT_S = 30.0
+MAX_FILES = 20_000
+"""Of a repository: the largest models have a few hundred."""
+_NO_MODEL_HINT = "name the repository of a model"
 T = TypeVar("T")
 
 
@@ -53,6 +57,13 @@ def kept_root() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME, "moe-convert")
+
+
+def cache_root() -> Path:
+    """huggingface_hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 @dataclass(frozen=True)
@@ -95,14 +106,14 @@ class HubRepo:
         )
         if not re.fullmatch("[0-9a-f]{40}", commit := str(info.sha)):
             raise HubError(f"repository {repo}: the Hub says commit {commit!r}, which is none")
+        if len(listing := info.siblings or []) > MAX_FILES:
+            raise HubError(f"repository {repo} has {len(listing)} files, allowed are {MAX_FILES}", _NO_MODEL_HINT)
         files = {
             s.rfilename: _remote(repo, commit, s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else str(s.blob_id))
-            for s in info.siblings or []
+            for s in listing
         }
         for file in files.values():
-            # They become names of files.
-            if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.etag):
-                raise HubError(f"{file}: the Hub says hash {file.etag!r}, which is none")
+            _check_listed(file)
         return cls(repo, commit, files, False, reader, token, retries)
 
     def file(self, name: str) -> RemoteFile:
@@ -167,9 +178,7 @@ class HubRepo:
         return [self.files[name] for name in filter_repo_objects(self.files, allow_patterns=patterns)]
 
     def _cache_folder(self) -> Path:
-        from huggingface_hub import constants
-
-        return Path(constants.HF_HUB_CACHE, "models--" + self.repo.replace("/", "--"))
+        return cache_root() / f"models--{self.repo.replace('/', '--')}"
 
     def _online(self) -> RangeReader:
         if self.offline:
@@ -254,6 +263,17 @@ def _meant(repo: str) -> str:
     """A hint with the folders that are named like `repo`, which may be a mistyped path; empty if there are none."""
     near = similar_folders(Path(repo)) if Path(repo).parent.is_dir() else []
     return f"is the folder {' or '.join(near)} meant?" if near else ""
+
+
+def _check_listed(file: RemoteFile) -> None:
+    """HubError unless name and hash, which become names of files, and the size are what a Hub may say."""
+    parts = file.name.split("/")
+    if has_controls(file.name) or "\\" in file.name or any(part in ("", ".", "..") for part in parts):
+        raise HubError(f"{file.repo}@{file.commit[:12]}: the Hub lists a file {file.name[:200]!r}", _NO_MODEL_HINT)
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.etag):
+        raise HubError(f"{file}: the Hub says hash {file.etag!r}, which is none")
+    if type(file.size) is not int or not 0 <= file.size < 2**53:
+        raise HubError(f"{file}: the Hub says size {file.size!r}, which is none")
 
 
 def _remote(repo: str, commit: str, name: str, size: int, etag: str) -> RemoteFile:

@@ -1,4 +1,5 @@
-"""Whole files of a repository, into a folder: resumed, and compared with a known sha256 before they get their name."""
+"""Whole files of a repository: small ones in memory; any into a folder, resumed, and compared with a known sha256
+before they get their name."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -9,7 +10,11 @@ from formats.hub import HubRepo
 from formats.io_errors import translated
 from formats.layer_file import partial_path
 from formats.output_file import OutputFile, make_folders, remove
+from formats.ranges import RemoteFile
+from formats.side_files import MAX_BYTES
 
+MAX_SMALL_BYTES = 16 << 20
+"""Of index, config.json and the like: an index has 300 bytes an expert."""
 _CHUNK_BYTES = 4 << 20
 
 
@@ -18,7 +23,12 @@ def fetch_file(repo: HubRepo, name: str, sha256: str, path: Path, progress: Call
 
     DamageError if it has another sha256 than `sha256`, also the second time.
     """
-    size, partial = repo.file(name).size, partial_path(path)
+    file, partial = repo.file(name), partial_path(path)
+    size = file.size
+    if file.sha256 not in (None, sha256):
+        raise DamageError(f"{file}: its sha256 is {file.sha256}, the index says {sha256}")
+    if file.sha256 is None and size > MAX_BYTES:
+        raise DamageError(f"{file} has {size} bytes, allowed are {MAX_BYTES}")
     make_folders(path.parent)
     # In a folder from a stranger it could lead to any file of the user's.
     if partial.is_symlink():
@@ -42,7 +52,7 @@ def fetch_file(repo: HubRepo, name: str, sha256: str, path: Path, progress: Call
                 out.finish(path)
                 return
         remove(partial)
-    raise DamageError(f"{repo.file(name)}: its sha256 is {found}, the index says {sha256}")
+    raise DamageError(f"{file}: its sha256 is {found}, the index says {sha256}")
 
 
 def _chunks(repo: HubRepo, name: str, begin: int, end: int) -> Iterable[bytes]:
@@ -54,3 +64,26 @@ def _chunks(repo: HubRepo, name: str, begin: int, end: int) -> Iterable[bytes]:
         f.seek(begin)
         while chunk := f.read(_CHUNK_BYTES):
             yield chunk
+
+
+def read_small_file(repo: HubRepo, name: str) -> bytes:
+    """A whole small file, from the user's cache or the Hub, compared with the Hub's hash. HubError, DamageError."""
+    file = repo.file(name)
+    if file.size > MAX_SMALL_BYTES:
+        raise DamageError(f"{file} has {file.size} bytes, allowed are {MAX_SMALL_BYTES}")
+    if cached := repo.cached(name):
+        with translated(cached, "read", HubError):
+            data = cached.read_bytes()
+        # Without links a cache does not say the hash.
+        if not file.etag or _hash_of(file, data) == file.etag:
+            return data
+    data = repo.read(name, 0, file.size)
+    if (found := _hash_of(file, data)) != file.etag:
+        raise DamageError(f"{file}: its hash is {found}, the Hub says {file.etag}")
+    return data
+
+
+def _hash_of(file: RemoteFile, data: bytes) -> str:
+    hasher = file.hasher()
+    hasher.update(data)
+    return str(hasher.hexdigest())

@@ -5,9 +5,8 @@ from pathlib import Path
 from formats import INDEX_NAME
 from formats.errors import DamageError
 from formats.hub import HubRepo
-from formats.hub_files import fetch_file
+from formats.hub_files import fetch_file, read_small_file
 from formats.index import ExpertEntry, Index, parse_index
-from formats.remote_artifact import read_small_file
 from formats.repair import Origin
 
 
@@ -23,7 +22,7 @@ class HubOrigin(Origin):
         layers = self.index.layers
         experts = layers[entry.layer].experts if entry.layer < len(layers) else []
         there = experts[entry.expert] if entry.expert < len(experts) else None
-        if there is None or there.sha256 != entry.sha256:
+        if there is None or (there.sha256, there.length) != (entry.sha256, entry.length):
             raise DamageError(
                 f"{self._repo.repo}@{self._repo.commit[:12]}: its layer {entry.layer} expert {entry.expert} is not the"
                 f" one of the folder, of sha256 {entry.sha256}",

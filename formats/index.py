@@ -10,6 +10,7 @@ from formats.errors import FormatError, MoeConvertError, VersionError
 from formats.labels import LABEL_PATTERN, MAX_LABEL
 from formats.model_config import gate_config
 from formats.paths import read_small
+from formats.side_files import MAX_BYTES, MAX_FILES
 from formats.strict_json import parse, typed
 
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
@@ -130,7 +131,7 @@ class CopiedFile(_Part, frozen=True):
     """config.json, or a file taken from the source byte for byte; for verification only."""
 
     file: Label
-    size_bytes: Natural
+    size_bytes: Annotated[int, Meta(ge=0, le=MAX_BYTES)]
     sha256: Sha256
 
 
@@ -146,7 +147,7 @@ class Index(_Part, frozen=True):
     packings: list[Label]
     trunk: Trunk
     layers: list[LayerFile]
-    files: list[CopiedFile]
+    files: Annotated[list[CopiedFile], Meta(max_length=MAX_FILES)]
 
 
 def read_index(folder: Path, name: str = INDEX_NAME) -> Index:

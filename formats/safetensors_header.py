@@ -19,7 +19,6 @@ MAX_HEADER_BYTES = 100_000_000
 
 _BYTES_A_TENSOR = 1024
 """More than a tensor, its filler and its packing in the metadata take: a few hundred."""
-_OTHER_BYTES = 64 << 10
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -53,12 +52,13 @@ class Header:
     sha256: str
 
 
-def max_header_bytes(n_tensors: int) -> int:
-    """The most bytes that the header of a file may have that must hold `n_tensors`, fillers not counted.
+def max_header_bytes(n_tensors: int, other_bytes: int = 64 << 10) -> int:
+    """The most bytes that the header of a file may have that must hold `n_tensors`, fillers not counted, with
+    `other_bytes` for everything else.
 
     Parsing takes 20 times the memory: a stranger's file of ten tensors must not have a header of 100 MB.
     """
-    return min(MAX_HEADER_BYTES, _OTHER_BYTES + _BYTES_A_TENSOR * n_tensors)
+    return min(MAX_HEADER_BYTES, other_bytes + _BYTES_A_TENSOR * n_tensors)
 
 
 def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
@@ -77,9 +77,7 @@ def read_header(descriptor: int, where: str, max_bytes: int = MAX_HEADER_BYTES) 
     return header_from(lambda offset, length: os.pread(descriptor, length, offset), size, where, max_bytes)
 
 
-def header_from(
-    read: Callable[[int, int], bytes], size: int, where: str, max_bytes: int = MAX_HEADER_BYTES
-) -> Header:
+def header_from(read: Callable[[int, int], bytes], size: int, where: str, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     """The header of a file of `size` bytes, of which read(offset, length) gives parts (fewer bytes past its end).
 
     FormatError naming `where` for a header over `max_bytes`, of which nothing is read, and for what the safetensors

@@ -16,6 +16,8 @@ from formats.paths import check_name, open_regular
 TEMPLATES_FOLDER = "additional_chat_templates"
 MAX_BYTES = 256 << 20
 """The largest tokenizer.json that we know has 34 MB."""
+MAX_FILES = 1000
+"""Of a model, config.json included."""
 
 VOCABULARIES = (
     "tokenizer.json", "tokenizer.[0-9]*.json", "*.model", "tokenizer.model.v[0-9]*", "tekken.json", "vocab.json",

@@ -5,17 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats import INDEX_NAME
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError, RecipeError
 from formats.hub import HubRepo, is_repo_name
+from formats.hub_listing import fetch_listed
 from formats.hub_reader import HubReader
-from formats.index import read_index
 from formats.lazy_folder import LazyFolder
-from formats.paths import check_name
 from formats.reader import ExpertReader
 from formats.readers import READERS
-from formats.unconverted import check_converted_repo
+from formats.side_files import is_read_by_transformers
 
 Folder = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
@@ -53,32 +51,23 @@ def open_model(
             raise RecipeError(f"revision, lazy: only for a repository on the Hub, and {folder} is a folder's name")
         return OpenModel(Artifact.open(folder))
     if not lazy:
-        repo = _converted_repo(os.fspath(folder), revision, token)
-        return OpenModel(Artifact.open(repo.snapshot(bars=True)))
+        repo = HubRepo.open(os.fspath(folder), revision, token)
+        return OpenModel(Artifact.open(fetch_listed(repo, bars=True)[0]))
     opened = LazyFolder.open(os.fspath(folder), revision, token, progress=progress)
     return OpenModel(opened.artifact, None if opened.complete else opened, progress)
 
 
 def small_files(folder: Folder, revision: str | None, token: str | None) -> Path:
-    """The folder, or one in huggingface_hub's cache with the index and the files that it lists besides weights."""
+    """The folder, or one in huggingface_hub's cache with the index and the tokenizer's files that it lists."""
     if not _is_repo(folder):
         if os.path.isdir(folder):
             return Path(folder)
         raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote, or owner/model")
-    repo = _converted_repo(os.fspath(folder), revision, token)
-    index = read_index(repo.snapshot([INDEX_NAME], bars=True))
-    # Checked names have no character that means something in a pattern.
-    listed = [check_name(file.file, f"{repo.repo}: {INDEX_NAME}") for file in index.files]
-    return repo.snapshot([INDEX_NAME, *listed], bars=True)
+    repo = HubRepo.open(os.fspath(folder), revision, token)
+    return fetch_listed(repo, wanted=is_read_by_transformers, bars=True)[0]
 
 
 def _is_repo(folder: Folder) -> bool:
     if not isinstance(folder, str | os.PathLike):
         raise RecipeError(f"folder: {folder!r} is neither a path nor owner/model")
     return not os.path.exists(folder) and is_repo_name(os.fspath(folder))
-
-
-def _converted_repo(name: str, revision: str | None, token: str | None) -> HubRepo:
-    repo = HubRepo.open(name, revision, token)
-    check_converted_repo(repo)
-    return repo

@@ -1,7 +1,6 @@
 """moe-convert download"""
 
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ import click
 from converter.cli import shared_options
 from converter.cli.checks import check_out_folder
 from converter.cli.output import Output, gigabytes, output_options
+
+_BESIDE = ("README.md", "quality.json")
+"""Files of a converted folder that its index does not list."""
 
 
 @click.command("download", epilog="Exit code 3 if anything is damaged.")
@@ -33,23 +35,19 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
     moe-convert download owner/my-mixtral-2bit
     moe-convert download owner/my-mixtral-2bit --local-dir my-mixtral-2bit
     """
-    from formats import INDEX_NAME
     from formats.hub import HubRepo
-    from formats.unconverted import check_converted_repo
+    from formats.hub_listing import fetch_listed, note_unlisted
 
     source = HubRepo.open(repo, options["revision"], options["token"])
-    patterns = list(include) or None
-    if patterns is None:
-        check_converted_repo(source)
-    _check_place(source, patterns, local_dir)
-    folder = source.snapshot(patterns, local_dir=local_dir, bars=not output.quiet)
-    files = source.matching(patterns)
-    if patterns is None and INDEX_NAME in source.files:
-        problems = _against_index(
-            folder, f"moe-convert repair {shlex.quote(str(folder))} --from {repo}" if local_dir else None, output
-        )
-    else:
+    _check_place(source, local_dir)
+    if include:
+        folder, files = _fetch_matching(source, list(include), local_dir, output)
         problems = _against_hub(folder, files, output)
+    else:
+        folder, files = fetch_listed(source, beside=_BESIDE, local_dir=local_dir, bars=not output.quiet)
+        note_unlisted(source, [file.name for file in files])
+        mend = f"moe-convert repair {shlex.quote(str(folder))} --from {repo}" if local_dir else None
+        problems = _against_index(folder, mend, output)
     n_bytes = sum(file.size for file in files)
     facts = {
         "repository": f"{source.repo}@{source.commit}",
@@ -65,29 +63,26 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
         sys.exit(3)
 
 
-def _check_place(source: Any, patterns: list[str] | None, local_dir: Path | None) -> None:
-    """Refuses a place without room, or that cannot be written, before the first byte comes."""
-    from huggingface_hub import constants
+def _check_place(source: Any, local_dir: Path | None) -> None:
+    """Refuses a place that cannot be written, before the first byte comes."""
+    from formats.hub import cache_root
 
-    from formats.errors import DoesNotFitError, HubError
+    if not source.offline:
+        place = local_dir or cache_root()
+        check_out_folder(next(p for p in (place, *place.absolute().parents) if p.exists()))
+
+
+def _fetch_matching(source: Any, patterns: list[str], local_dir: Path | None, output: Output) -> tuple[Path, list[Any]]:
+    """(folder, files) of what the user asked for by name, whatever it is."""
+    from formats.errors import HubError
+    from formats.hub_listing import check_room
 
     files = source.matching(patterns)
     if not files:
         raise HubError(f"{source.repo}@{source.commit[:12]}: no file matches", "check --include")
-    if source.offline:
-        return
-    place = local_dir or Path(constants.HF_HUB_CACHE)
-    folder = next(p for p in (place, *place.absolute().parents) if p.exists())
-    check_out_folder(folder)
-    missing = [f for f in files if not (_has(local_dir, f) if local_dir else source.cached(f.name))]
-    needed, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
-    if needed > free:
-        raise DoesNotFitError(f"{place}: the download needs {needed} bytes, free are {free}", "free some space")
-
-
-def _has(folder: Path, file: Any) -> bool:
-    path = folder / file.name
-    return path.is_file() and bool(path.stat().st_size == file.size)
+    if not source.offline:
+        check_room(source, files, local_dir)
+    return source.snapshot(patterns, local_dir=local_dir, bars=not output.quiet), files
 
 
 def _against_index(folder: Path, mend: str | None, output: Output) -> list[str]:
