@@ -1,4 +1,7 @@
-"""The model card, README.md: from a converted folder's index and quality.json alone."""
+"""The model card, README.md: from a converted folder's index and quality.json alone.
+
+Their texts may be a stranger's. Each goes into the card through `_code`, so that it is neither Markdown nor HTML.
+"""
 
 import json
 import logging
@@ -10,6 +13,7 @@ from pathlib import Path
 from formats.hub import is_repo_name
 from formats.index import Index, Recipe
 from formats.io_errors import translated
+from formats.labels import to_label
 from formats.packing import PACKINGS, tile_packing_named
 from formats.quality import Comparison, Quality, read_quality
 from formats.trunk import attention_linears, packable_linears, plain_tensors
@@ -22,6 +26,7 @@ MARK = "<!-- made by moe-convert: without this line the card is kept as it is --
 """A card that has it is made again by every upload."""
 KV_CONTEXT = 4096
 """Positions for which the memory table counts keys and values."""
+_ENDS = str.maketrans({"`": "'", "|": "¦"})
 _CALIBRATION = {"builtin": "the text that moe-convert ships", "file": "a text of the converter's choice"}
 
 
@@ -47,11 +52,11 @@ def parameter_count(index: Index) -> int:
 def card_text(index: Index, quality: Quality | None, options: CardOptions) -> str:
     """The card: metadata that the Hub reads, then what it is, how to load it, sizes, quality, how it was made."""
     base = options.base_model or (index.source.name if is_repo_name(index.source.name) else None)
-    title = f"{base or index.source.name}, {index.recipe.name}"
-    link = f"[{base}](https://huggingface.co/{base})" if base else index.source.name
+    name = _code(base or index.source.name)
+    link = f"[{name}](https://huggingface.co/{base})" if base and is_repo_name(base) else name
     experts, attention = _bits(index)
     entries = [entry for layer in index.layers for entry in layer.experts]
-    gate_up, down = (" and ".join(sorted({getattr(e, name) for e in entries})) for name in ("gate_up", "down"))
+    gate_up, down = (" and ".join(map(_code, sorted({getattr(e, of) for e in entries}))) for of in ("gate_up", "down"))
     attention_text = f"quantized to {attention:.3f} bits" if attention else "as in the source"
     quantized = any(name in PACKINGS for e in entries for name in (e.gate_up, e.down))
     experts_text = f"quantized to {experts:.3f} bits a weight" if quantized else "as in the source"
@@ -59,11 +64,12 @@ def card_text(index: Index, quality: Quality | None, options: CardOptions) -> st
         *_metadata(base, options, quantized or attention > 0),
         MARK,
         "",
-        f"# {title}",
+        f"# {name}, {_code(index.recipe.name)}",
         "",
         f"{link} with its experts {experts_text} ({gate_up} for gate and up,"
         f" {down} for down) and its attention {attention_text}, in the expert-addressable format of"
-        f" {index.producer.name}. It runs within the memory that there is: experts come from disk through a cache.",
+        f" {_code(index.producer.name)}. It runs within the memory that there is: experts come from disk through a"
+        " cache.",
         "",
         "```python",
         "import loader",
@@ -178,7 +184,7 @@ def _quality(quality: Quality | None) -> Iterator[str]:
     yield f"Relative weight error: {errors}; `quality.json` has every projection's."
     if evaluation := quality.evaluation:
         yield ""
-        yield f"Against {evaluation.original} in windows of {evaluation.window} tokens:"
+        yield f"Against {_code(evaluation.original)} in windows of {evaluation.window} tokens:"
         yield ""
         yield "| text | tokens | perplexity | original | ratio | KL, nats | same first choice |"
         yield "|---|---|---|---|---|---|---|"
@@ -186,10 +192,9 @@ def _quality(quality: Quality | None) -> Iterator[str]:
 
 
 def _comparison(c: Comparison) -> str:
-    name = c.name.replace("|", "/").replace("\n", " ")
     return (
-        f"| {name} | {c.tokens:,} | {c.perplexity:.3f} | {c.original_perplexity:.3f} | {c.ratio:.4f} | {c.kl:.5f}"
-        f" | {c.agreement:.2%} |"
+        f"| {_code(c.name)} | {c.tokens:,} | {c.perplexity:.3f} | {c.original_perplexity:.3f} | {c.ratio:.4f}"
+        f" | {c.kl:.5f} | {c.agreement:.2%} |"
     )
 
 
@@ -197,15 +202,16 @@ def _origin(index: Index) -> Iterator[str]:
     recipe, producer = index.recipe, index.producer
     yield "| | |"
     yield "|---|---|"
-    yield f"| source | {index.source.name} |"
-    yield f"| source commit | {index.source.revision or 'a local folder'} |"
-    yield f"| recipe | {recipe.name} |"
-    yield f"| attention, head | {recipe.attention}, {recipe.head} |"
-    yield f"| solver | {recipe.solver} |"
+    yield f"| source | {_code(index.source.name)} |"
+    revision = index.source.revision
+    yield f"| source commit | {'a local folder' if revision is None else _code(revision)} |"
+    yield f"| recipe | {_code(recipe.name)} |"
+    yield f"| attention, head | {_code(recipe.attention)}, {_code(recipe.head)} |"
+    yield f"| solver | {_code(recipe.solver)} |"
     yield f"| calibration | {_calibration(recipe)} |"
-    yield f"| codec | {index.layers[0].experts[0].codec} |"
-    yield f"| written by | {producer.name} {producer.version} |"
-    yield from (f"| {name} | {version} |" for name, version in sorted(producer.versions.items()))
+    yield f"| codec | {_code(index.layers[0].experts[0].codec)} |"
+    yield f"| written by | {_code(producer.name)} {_code(producer.version)} |"
+    yield from (f"| {_code(name)} | {_code(version)} |" for name, version in sorted(producer.versions.items()))
     yield ""
     yield "`moe-convert verify --read-data` checks every byte; the index has the hashes of the source's shards."
 
@@ -214,7 +220,17 @@ def _calibration(recipe: Recipe) -> str:
     kind = str(recipe.options.get("calibrate", "none"))
     if kind == "none":
         return "none"
-    return f"{recipe.options['calibration_tokens']} tokens, {_CALIBRATION.get(kind, 'random')}"
+    tokens = _code(str(recipe.options.get("calibration_tokens", "")))
+    return f"{tokens} tokens, {_CALIBRATION.get(kind, 'random')}"
+
+
+def _code(text: str) -> str:
+    """`text` as inline code, in which nothing else has a meaning: not a link, an address, an image or a tag.
+
+    Two characters have one nevertheless, and are replaced: a backtick, which ends it, and a bar, which ends a table's
+    cell.
+    """
+    return f"`{to_label(text).translate(_ENDS) or ' '}`"
 
 
 def _size(n_bytes: int) -> str:

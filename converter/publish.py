@@ -13,6 +13,7 @@ from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.artifact import Artifact
 from formats.errors import HubError, MoeConvertError
 from formats.hub import HubRepo, hub_call, is_repo_name
+from formats.index import Index
 from formats.paths import locate, read_small
 from formats.quality import QUALITY_NAME, read_quality
 from formats.ranges import RemoteFile, Retries
@@ -195,7 +196,7 @@ def _commit(
             lambda: _api(options).create_commit(
                 options.repo,
                 operations,
-                commit_message=f"{artifact.index.source.name}, {artifact.index.recipe.name}, by moe-convert",
+                commit_message=_message(artifact.index),
                 revision=options.revision,
                 create_pr=options.create_pr,
                 parent_commit=parent,
@@ -205,6 +206,12 @@ def _commit(
     finally:
         if not quiet:
             enable_progress_bars()
+
+
+def _message(index: Index) -> str:
+    """The commit's message. Of a stranger's names it has what has no meaning in Markdown."""
+    source, recipe = (re.sub(r"[^\w./+ -]", "_", name) for name in (index.source.name, index.recipe.name))
+    return f"{source}, {recipe}, by moe-convert"
 
 
 def _validate(card: str, options: PublishOptions) -> None:

@@ -206,7 +206,7 @@ def test_the_card_has_an_evaluation(converted_copy: Path) -> None:
     row = Comparison("english", 4, 1000, 61.9, 61.0, 1.0147, 0.001, 0.0123, 0.001, 0.95, [0.9])
     save_evaluation(converted_copy, Evaluation("tiny", 256, {}, [row], row))
     card = card_text(Artifact.open(converted_copy).index, read_quality(converted_copy), CardOptions("a/b"))
-    assert "| english | 1,000 | 61.900 | 61.000 | 1.0147 | 0.01230 | 95.00% |" in card
+    assert "| `english` | 1,000 | 61.900 | 61.000 | 1.0147 | 0.01230 | 95.00% |" in card
 
 
 def test_a_licence_file_needs_no_option(
