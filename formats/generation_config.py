@@ -11,7 +11,8 @@ from formats.errors import MoeConvertError
 from formats.field_rules import Either, Flag, Integer, ListOf, Number, Rule, Text, optional, short, take_field
 from formats.log_once import warn_once
 from formats.model_config import MOST_TOKENS, check_token
-from formats.paths import read_small
+from formats.paths import read_small, read_small_source
+from formats.side_files import unusable
 from formats.strict_json import dump, parse
 
 GENERATION_NAME = "generation_config.json"
@@ -102,7 +103,10 @@ def read_generation_config(
     if not (folder / GENERATION_NAME).exists():
         return None
     where = str(folder / GENERATION_NAME)
-    raw = parse(read_small(folder, GENERATION_NAME, str(folder)), where, error=error)
+    if not converted and (problem := unusable(folder / GENERATION_NAME)):
+        raise error(f"{where}: {problem[0]}", problem[1])
+    read = read_small if converted else read_small_source
+    raw = parse(read(folder, GENERATION_NAME, str(folder)), where, error=error)
     fields, notes = gate_generation_config(raw, where, error=error, vocab_size=vocab_size, converted=converted)
     if notes:
         warn_once(f"{where}: {'; '.join(notes)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from formats.errors import DamageError, PathError, SourceError
 from formats.io_errors import io_error, translated
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@ -]*")
 
 
@@ -112,11 +112,20 @@ def read_small_source(folder: Path, name: str, where: str, *, max_bytes: int = 1
 
 def check_no_pointer(beginning: bytes, path: Path) -> None:
     """SourceError if the file at `path`, which begins so, is what git has instead of a large file."""
-    if beginning.startswith(_LFS_POINTER):
-        raise SourceError(
-            f"{path} is a pointer of git-lfs: the file itself was not fetched",
-            f"with git-lfs installed: git -C {shlex.quote(str(path.parent))} lfs pull",
-        )
+    if problem := lfs_problem(beginning, path):
+        raise SourceError(f"{path} {problem[0]}", problem[1])
+
+
+def lfs_problem(beginning: bytes, path: Path) -> tuple[str, str] | None:
+    """(what is wrong, next step) with the file at `path`, which begins so, if it is what git has instead of a large
+    file."""
+    if not beginning.startswith(LFS_POINTER):
+        return None
+    where = shlex.quote(str(path.parent))
+    return (
+        "is a git-lfs pointer: the file itself was not fetched",
+        f"git -C {where} lfs pull  # where git has no lfs, install git-lfs first",
+    )
 
 
 def _read_at_most(path: Path, name: str, where: str, max_bytes: int) -> bytes:

@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from formats.errors import PathError
-from formats.paths import check_name, open_regular
+from formats.io_errors import translated
+from formats.paths import LFS_POINTER, check_name, lfs_problem, open_regular
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 MAX_BYTES = 256 << 20
@@ -40,7 +41,6 @@ _STEM = re.compile(r"[^A-Za-z]*([A-Za-z_]+)")
 _STEMS = {"tokenizer", "vocab", "merges", "tekken"} | {
     match[1].lower() for pattern in (*READ_BY_TRANSFORMERS, *OPTIONAL) if (match := re.match("([A-Za-z_]+)", pattern))
 }
-_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 def is_side_file(name: str) -> bool:
@@ -78,14 +78,12 @@ def unusable(path: Path) -> tuple[str, str] | None:
     if os.path.isdir(path):
         return "is a folder", "get the file, or remove the folder"
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            begin, size = file.read(len(_POINTER)), os.fstat(file.fileno()).st_size
+        with translated(path, "read", PathError), os.fdopen(open_regular(path), "rb") as file:
+            begin, size = file.read(len(LFS_POINTER)), os.fstat(file.fileno()).st_size
     except PathError as e:
-        return e.message.removeprefix(f"{path}").lstrip(": "), "make it a readable file, or remove it"
-    except OSError as e:
-        return f"cannot be read: {e.strerror}", "get the file again, or remove it"
-    if begin == _POINTER:
-        return "is a git-lfs pointer, not the file", f"cd {path.parent} && git lfs install && git lfs pull"
+        return e.message.removeprefix(f"{path}").lstrip(": "), e.hint
+    if problem := lfs_problem(begin, path):
+        return problem
     if size > MAX_BYTES:
         return f"has {size} bytes, allowed are {MAX_BYTES}", "get the file again, or remove it"
     return None

@@ -122,6 +122,11 @@ class ExpertCache:
         look_ahead = partial(self.guess, layer + 1, guesses)
         return stream(self._layers[layer], experts, self._state, look_ahead, ascending=ascending)
 
+    def give_up(self) -> None:
+        """Ends what this thread still uses: an interrupt may come at the first line of the end itself."""
+        with self._changes.lock, self._changes:
+            self._state.give_up()
+
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
         """As `ExpertSource.router_ahead`."""
         if not (prefetcher := self.prefetcher):

@@ -28,6 +28,11 @@ class CacheState:
         if not self.uses.begin(use):
             self._mend()
 
+    def give_up(self) -> None:
+        """Ends the use that this thread was interrupted in, if it was."""
+        if self.uses.give_up():
+            self._mend()
+
     def make_room(self) -> None:
         """Ends what nobody waits for."""
         for slots in self.layers:

@@ -106,7 +106,7 @@ def from_pretrained(
         # By the routers: config.json may ask for another number of experts than the folder was made with.
         guesses = layers[0].mlp.gate.top_k if prefetch == "auto" else guesses
         cache.prefetcher = Prefetcher(routers, norms, guesses)
-    run_few_tokens_on_one_thread(model, placement.shortcut)
+    run_few_tokens_on_one_thread(model, placement.shortcut, cache.give_up)
     if placement.gpus:
         give_up_slots_for_memory(model, cache, placement.gpus)
     model.moe_stats = cache.stats

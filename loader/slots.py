@@ -23,7 +23,6 @@ class Held:
     error: BaseException | None = None
     job: Job | None = None
     pins: int = 0
-    in_slot: bool = False
     guess: bool = False
     """Read ahead, and not yet asked for."""
     fill: bool = False
@@ -107,11 +106,15 @@ class LayerSlots:
         if self.outside.get(held.expert) is held and held.pins == 1 and self._can_free(keep):
             self._move_in(held, keep)
 
+    def is_in_slot(self, held: Held) -> bool:
+        """Whether it has a slot: else it is aside, or nowhere."""
+        return self.held.get(held.expert) is held
+
     def end(self, held: Held) -> None:
         """Ends a use, the latest of its layer so far; what has no slot leaves with its last one."""
         held.pins -= 1
         held.queued = False
-        if held.blob is not None and held.in_slot:
+        if held.blob is not None and self.is_in_slot(held):
             self._policy.touch(held.expert)
         elif held.blob is not None and not held.pins:
             self._leave(held)
@@ -184,11 +187,9 @@ class LayerSlots:
         for held in self.entries():
             held.pins = pins.get(held, 0)
         for expert, held in list(self.held.items()):
-            held.in_slot = True
             if held.blob is None and not held.job:
                 del self.held[expert]
         for expert, held in list(self.outside.items()):
-            held.in_slot = False
             is_wanted = held.job or (held.blob is not None and (held.pins or held.guess))
             if expert in self.held or not is_wanted:
                 del self.outside[expert]
@@ -221,12 +222,10 @@ class LayerSlots:
         self._put_into_slot(held)
 
     def _put_into_slot(self, held: Held) -> None:
-        held.in_slot = True
         self.held[held.expert] = held
 
     def _evict(self, wanted: Collection[int]) -> None:
         held = self.held.pop(self._policy.victim(self._fixed().union(wanted)))
-        held.in_slot = False
         self._release(held)
 
     def _start(self, expert: int, urgent: bool = True) -> Held:
@@ -284,10 +283,10 @@ class LayerSlots:
         elif held.fill:
             held.fill = False
             self._fill_slot(held)
-        elif held.in_slot and not held.pins:
+        elif self.is_in_slot(held) and not held.pins:
             # Whoever asked for it was interrupted.
             self._policy.touch(held.expert)
-        elif not held.in_slot and not held.pins and not held.guess:
+        elif not self.is_in_slot(held) and not held.pins and not held.guess:
             self._leave(held)
 
     def _fill_slot(self, held: Held) -> None:
@@ -300,7 +299,7 @@ class LayerSlots:
 
     def _leave(self, held: Held) -> None:
         # By identity: one that an interrupt cut off is nowhere, and another may have come in its place.
-        if self.held.get(held.expert) is held:
+        if self.is_in_slot(held):
             del self.held[held.expert]
         elif self.outside.get(held.expert) is held:
             del self.outside[held.expert]

@@ -93,7 +93,7 @@ class _Stream(Use):
         for entry in sorted(part, key=lambda entry: entry.expert in self._keep):
             if entry.expert in self._keep:
                 self._slots.keep(entry, self._keep)
-            if entry.expert in self._keep and entry.in_slot:
+            if entry.expert in self._keep and self._slots.is_in_slot(entry):
                 self._kept.append(entry)
             else:
                 self.entries.remove(entry)

@@ -77,12 +77,14 @@ def torch_threads_for(tokens: int) -> Iterator[None]:
                 del outside[thread]
 
 
-def run_few_tokens_on_one_thread(model: nn.Module, first: Shortcut | None = None) -> None:
+def run_few_tokens_on_one_thread(
+    model: nn.Module, first: Shortcut | None = None, after_failure: Callable[[], None] | None = None
+) -> None:
     """Puts `torch_threads_for` around the model's forward: by a method of the instance, since its class is
     transformers' own, and since torch's hooks do not run after a KeyboardInterrupt.
 
     `first`(model, args, kwargs) is asked before, outside of it; what it gives, unless None, is the result. A pass that
-    does not come to its end leaves the KV cache as long as it was.
+    does not come to its end leaves the KV cache as long as it was, and calls `after_failure`.
     """
 
     keep_over_forks(_passes)
@@ -98,6 +100,8 @@ def run_few_tokens_on_one_thread(model: nn.Module, first: Shortcut | None = None
                 return type(self).forward(self, *args, **kwargs)
         except BaseException:
             shorten(past, length)
+            if after_failure is not None:
+                after_failure()
             raise
 
     model.forward = MethodType(forward, model)

@@ -31,13 +31,11 @@ class Uses:
     def begin(self, use: Use) -> bool:
         """Notes the use, before its first pin. False if the thread had another one, whose pins are to be mended."""
         number = threading.get_ident()
-        last = self._of.get(number)
-        if last is not None and last[2] is use.entries:
+        if number in self._of and self._of[number][2] is use.entries:
             return True
-        if last is not None:
-            self.given_up += last[2]
+        was_interrupted = self.give_up()
         self._of[number] = threading.current_thread(), weakref.ref(use), use.entries
-        return last is None
+        return not was_interrupted
 
     def holds(self, use: Use) -> bool:
         """Whether it was begun, and not given up or ended."""
@@ -47,6 +45,15 @@ class Uses:
         """Forgets the use."""
         if (number := self._number(use)) is not None:
             del self._of[number]
+
+    def give_up(self) -> bool:
+        """Forgets the use that this thread has; whether it had one. Its pins are then to be mended."""
+        number = threading.get_ident()
+        if number not in self._of:
+            return False
+        self.given_up += self._of[number][2]
+        del self._of[number]
+        return True
 
     def start_anew(self) -> None:
         """For a forked child: the other threads are not here."""

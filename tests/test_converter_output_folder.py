@@ -17,7 +17,7 @@ from converter.output_folder import SOURCE_FOLDER
 from converter.output_needs import OutputNeeds
 from converter.output_probe import probe_output
 from converter.recipes import make_recipe
-from converter.side_files import copied_names
+from converter.side_files import check_side_files
 from converter.sizes import plan_output
 from converter.source import Checkpoint
 from formats.errors import DoesNotFitError, OutputError
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, str]:
 def needs(source: Path) -> OutputNeeds:
     with Checkpoint(source) as checkpoint:
         plan = plan_output(checkpoint, make_recipe("2bit", solver="hqq"))
-        return OutputNeeds.of(checkpoint, plan, copied_names(source))
+        return OutputNeeds.of(checkpoint, plan, check_side_files(source))
 
 
 @pytest.mark.parametrize("force", [False, True])

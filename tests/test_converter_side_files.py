@@ -46,12 +46,13 @@ def test_what_transformers_saves_is_copied_and_code_is_not(tmp_path: Path) -> No
     ]  # fmt: skip
     for name in [*copied, *other]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text("{}" if name == "generation_config.json" else name)
     assert sorted(check_side_files(tmp_path)) == copied
     (tmp_path / "out").mkdir()
     files = copy_files(tmp_path, copied, tmp_path / "out")
     assert [file.file for file in files] == copied
-    assert {name: (tmp_path / "out" / name).read_text() for name in copied} == {name: name for name in copied}
+    for name in copied:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", COPIES)
@@ -117,7 +118,7 @@ def test_the_hint_for_a_pointer_fetches_the_file(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").write_bytes(POINTER)
     with pytest.raises(SourceError) as caught:
         check_side_files(checkpoint)
-    assert caught.value.hint == f"cd {checkpoint} && git lfs install && git lfs pull"
+    assert caught.value.hint.startswith(f"git -C {checkpoint} lfs pull")
 
 
 @pytest.mark.parametrize("spoil", BAD)

@@ -1,5 +1,7 @@
 """A KeyboardInterrupt at any line of the cache: the same model gives the same tokens afterwards, and holds no more."""
 
+import linecache
+import opcode
 import sys
 import threading
 from pathlib import Path
@@ -22,7 +24,7 @@ FILES = {
         "lease.py", "policy.py", "slots.py", "streaming.py", "uses.py",
     )
 }  # fmt: skip
-PLACES = 60
+PLACES = 40
 """How many of the lines that a call runs it is interrupted at, evenly spread."""
 
 
@@ -34,10 +36,14 @@ def folder(source, tmp_path_factory):
 
 
 class Lines:
-    """Counts this thread's lines in FILES while it is a context; raises KeyboardInterrupt at number `at`."""
+    """Counts this thread's lines in FILES while it is a context; raises KeyboardInterrupt at number `at`.
+
+    first, last: the numbers at which each place comes.
+    """
 
     def __init__(self, at=None):
         self.at, self.count, self.place = at, 0, None
+        self.first, self.last = {}, {}
 
     def __enter__(self):
         sys.settrace(self._call)
@@ -50,12 +56,22 @@ class Lines:
         return self._line if "/".join(frame.f_code.co_filename.rsplit("/", 2)[1:]) in FILES else None
 
     def _line(self, frame, event, argument):
-        if event == "line":
+        if event == "line" and not _leaves_a_with_block(frame):
             self.count += 1
+            place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+            self.first.setdefault(place, self.count)
+            self.last[place] = self.count
             if self.count == self.at:
-                self.place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                self.place = place
                 raise KeyboardInterrupt
         return self._line
+
+
+def _leaves_a_with_block(frame):
+    """A trace function can raise between a block and the __exit__ of its lock; Python takes no signal there."""
+    return opcode.opname[frame.f_code.co_code[frame.f_lasti]] in ("LOAD_CONST", "PUSH_EXC_INFO") and linecache.getline(
+        frame.f_code.co_filename, frame.f_lineno
+    ).lstrip().startswith("with ")
 
 
 def generated(model, tokens=2):
@@ -109,9 +125,10 @@ def test_an_interrupt_at_every_line_of_the_cache_leaves_it_whole(slots):
     cache = ExpertCache(SlowReader(layers=3, experts=4), slots)
     wanted = asked_for(cache)
     assert wanted == [0, 1, 3, 0, 0, 1, 2, 3, 0, 1, 2, 3]
-    number, places = 0, set()
-    while True:
-        number += 1
+    with Lines() as lines:
+        asked_for(cache)
+    # Each line's first and last time; what lies between differs by the order in which reads end.
+    for number in sorted({*lines.first.values(), *lines.last.values()}):
         with Lines(number) as interrupted:
             try:
                 asked_for(cache)
@@ -119,10 +136,7 @@ def test_an_interrupt_at_every_line_of_the_cache_leaves_it_whole(slots):
                 sys.settrace(None)
                 assert asked_for(cache) == wanted, interrupted.place
         check_counts(cache)
-        if interrupted.place is None:
-            break
-        places.add(interrupted.place)
-    assert len(places) > 200
+    assert len(lines.first) > 200
 
 
 CASES = [
@@ -137,7 +151,7 @@ def test_the_same_tokens_come_after_an_interrupt_at_any_line(folder, kernels, pr
     wanted = generated(model)
     with Lines() as lines:
         generated(model)
-    places = set()
+    assert lines.count > 10 * PLACES
     for number in range(PLACES):
         with Lines(1 + lines.count * number // PLACES) as interrupted:
             try:
@@ -148,9 +162,7 @@ def test_the_same_tokens_come_after_an_interrupt_at_any_line(folder, kernels, pr
                 if number % 4 == 0:
                     assert torch.equal(within_a_minute(lambda: generated(model)), wanted), interrupted.place
                 assert torch.equal(generated(model), wanted), interrupted.place
-        places.add(interrupted.place)
         check_counts(cache)
-    assert len(places) > PLACES / 4
 
 
 @pytest.mark.parametrize("slots", [2, 4])

@@ -218,8 +218,8 @@ def test_own_head_of_a_repository_is_kept(source: Path, hub: HubServer) -> None:
         (only(), [SINGLE, INDEX], "name the folder"),
         (no_config, ["config.json is missing"], "name the folder"),
         (one_folder_too_high, ["config.json is missing"], "checkpoint-500"),
-        (lfs_pointer(SINGLE), [SINGLE, "pointer of git-lfs"], " lfs pull"),
-        (lfs_pointer("config.json"), ["config.json", "pointer of git-lfs"], " lfs pull"),
+        (lfs_pointer(SINGLE), [SINGLE, "git-lfs pointer"], " lfs pull"),
+        (lfs_pointer("config.json"), ["config.json", "git-lfs pointer"], " lfs pull"),
     ],
     ids=lambda value: getattr(value, "__name__", "") if callable(value) else "",
 )

@@ -97,7 +97,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "an empty object": (writes("tokenizer.json", b"{}"), "tokenizer.json"),
     "not UTF-8": (writes("tokenizer.json", b"\xff\xfe{}"), "tokenizer.json"),
     "deep": (writes("tokenizer.json", b"[" * 100_000), "tokenizer.json"),
-    "a pointer": (writes("tokenizer.json", POINTER), "&& git lfs install && git lfs pull"),
+    "a pointer": (writes("tokenizer.json", POINTER), " lfs pull"),
     "no model": (sets("tokenizer.json", "model", to=None), "tokenizer.json"),
     "vocabulary of lists": (sets("tokenizer.json", "model", "vocab", to={"a": []}), "tokenizer.json"),
     "negative id": (sets("tokenizer.json", "model", "vocab", "a", to=-1), "tokenizer.json"),
