@@ -7,13 +7,14 @@ from pathlib import Path
 from converter.journal import read_pin
 from converter.source_kinds import INDEX_NAME, check_names
 from formats.errors import SourceError
+from formats.generation_config import GENERATION_NAME
 from formats.hub import HubRepo
 from formats.hub_files import MAX_SMALL_BYTES
 from formats.ranges import Retries
 from formats.side_files import MAX_BYTES, MAX_FILES, is_side_file
 
 _MAX_SMALL_BYTES = 1 << 30
-_LIMITS = {"config.json": MAX_SMALL_BYTES, INDEX_NAME: 64 << 20}
+_LIMITS = {"config.json": MAX_SMALL_BYTES, GENERATION_NAME: MAX_SMALL_BYTES, INDEX_NAME: 64 << 20}
 _HINT = "name the repository of an ordinary checkpoint"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from formats import INDEX_NAME
 from formats.errors import DamageError, DoesNotFitError
+from formats.generation_config import GENERATION_NAME
 from formats.hub import HubRepo, cache_root
 from formats.hub_files import MAX_SMALL_BYTES, read_small_file
 from formats.index import Index, parse_index
@@ -96,7 +97,8 @@ def _check_sizes(repo: HubRepo, index: Index, where: str) -> None:
     for name, size in ((index.trunk.file, index.trunk.size_bytes), *((f.file, f.size_bytes) for f in index.layers)):
         if (found := repo.file(name).size) != size:
             raise DamageError(f"{where}: {name} has {found} bytes, the index says {size}")
-    limits = {file.file: MAX_BYTES for file in index.files} | {"config.json": MAX_SMALL_BYTES}
+    limits = {file.file: MAX_BYTES for file in index.files}
+    limits |= dict.fromkeys(("config.json", GENERATION_NAME), MAX_SMALL_BYTES)
     for name, limit in limits.items():
         # That one is missing, or was edited, is for those to say who use it.
         if name in repo.files and (found := repo.files[name].size) > limit:
