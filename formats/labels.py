@@ -2,13 +2,15 @@
 
 import re
 
-CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
-"""Inside of a regular expression's brackets: controls (C0, C1), what changes the direction of text, what breaks lines,
-and lone surrogates, which stand for bytes of a file name that are not UTF-8 and which no stream takes."""
+CONTROLS = r"\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+"""Inside of a regular expression's brackets: controls (C0, C1), overrides of the direction of text, and lone
+surrogates, which stand for bytes of a file name that are not UTF-8 and which no stream takes."""
+_FORBIDDEN = CONTROLS + r"\u061c\u200e\u200f\u2028\u2029"
+"""In labels also direction marks, which texts may have, and the separators of lines, which are breaks in YAML."""
 MAX_LABEL = 512
-LABEL_PATTERN = rf"^[^{CONTROLS}]*\Z"
+LABEL_PATTERN = rf"^[^{_FORBIDDEN}]*\Z"
 
-_CONTROL = re.compile(f"[{CONTROLS}]")
+_CONTROL = re.compile(f"[{_FORBIDDEN}]")
 
 
 def has_controls(text: str) -> bool:

@@ -337,14 +337,20 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_names_from_files_cannot_control_the_terminal(run_command: Run, tmp_path: Path) -> None:
-    folder = copy_of_good(tmp_path)
-    index = json.loads((folder / "moe_index.json").read_text())
-    index["source"]["name"] = "evil\x1b]0;title\x07\x9b31m\u202etxt.exe\u2066"
-    (folder / "moe_index.json").write_text(json.dumps(index))
-    code, out, _ = run_command("inspect", folder)
-    assert code == 0
+    folder = copy_of_good(tmp_path).rename(tmp_path / "evil\x1b]0;title\x07\x9b31m\u202etxt.exe\u2066")
+    (folder / "LICENSE").unlink()
+    code, out, _ = run_command("verify", folder)
+    assert code == 3
     assert "evil\\x1b]0;title\\x07\\x9b31m\\u202etxt.exe\\u2066" in out
     assert printable(out) == out
+    index = json.loads((folder / "moe_index.json").read_text())
+    index["source"]["name"] = "evil\x1b[2J"
+    (folder / "moe_index.json").write_text(json.dumps(index))
+    code, _, err = run_command("inspect", folder)
+    assert code == 3
+    assert "found 'evil\\x1b[2J'" in err
+    assert printable(err) == err
+    index["source"]["name"] = "tiny"
     index["x\x1b[2J\nerror: forged"] = 1
     (folder / "moe_index.json").write_text(json.dumps(index))
     code, _, err = run_command("inspect", folder)

@@ -29,7 +29,8 @@ _BESIDE = ("README.md", "quality.json")
 def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output: Output, **options: Any) -> None:
     """Fetch the converted model OWNER/MODEL from the Hub, and check every byte of it.
 
-    Files that are there already are not fetched again; an interrupted download goes on when it is run again.
+    Fetched are the files that its index lists, README.md and quality.json; with --include, those that match. Files that
+    are there already are not fetched again; an interrupted download goes on when it is run again.
 
     \b
     moe-convert download owner/my-mixtral-2bit
