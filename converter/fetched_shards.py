@@ -99,7 +99,7 @@ class FetchedShards:
                 while name not in self._files:
                     if self._error:
                         raise self._error
-                    if self._stop.is_set() or not self._threads:
+                    if self._stop.is_set() or not any(thread.is_alive() for thread in self._threads):
                         raise Stopped
                     self._changed.wait(_LOOK_EVERY_S)
                 self._held[name] += 1

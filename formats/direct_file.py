@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from formats import ALIGNMENT_BYTES
+from formats.fork_gate import fork_gate
 from formats.io_errors import UNSUPPORTED
 from formats.paths import open_regular
 
@@ -24,6 +25,7 @@ class DirectFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._gate = fork_gate()
         self._descriptor = open_regular(path)
         self._direct = _make_direct(self._descriptor, path)
 
@@ -39,7 +41,8 @@ class DirectFile:
             direct = self._direct
             stop = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if direct else end
             try:
-                count = os.preadv(self._descriptor, [view[done:stop]], offset + done)
+                with self._gate.read():
+                    count = os.preadv(self._descriptor, [view[done:stop]], offset + done)
             except OSError as e:
                 # Not for this file system, or the read before stopped within a page.
                 if not direct or e.errno not in _REFUSED:

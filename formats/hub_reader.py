@@ -19,6 +19,8 @@ from formats.reader import aligned_bytes
 
 _log = logging.getLogger(__name__)
 
+_CLOSE_WAIT_S = 5.0
+
 Key = tuple[int, int]
 """(layer, expert)"""
 
@@ -50,7 +52,7 @@ class HubReader(DirectReader):
         self._filling: Key | None = None
         self._fills, self._awaited, self._stopped = fill, False, False
         self._writers = [OutputFile(self.artifact.layer_path(n), keep=True) for n in range(len(self._files))]
-        self._thread = threading.Thread(target=self._work, name="moe-fill", daemon=True)
+        self._thread: threading.Thread | None = threading.Thread(target=self._work, name="moe-fill", daemon=True)
         self._thread.start()
 
     def status(self) -> tuple[int, int]:
@@ -91,14 +93,30 @@ class HubReader(DirectReader):
         if self._progress:
             self._progress("experts", *self.status())
 
+    def start_anew(self) -> None:
+        """For a forked child: it fetches what it needs, into the same files; only the parent goes on with the others,
+        and records what it fetched itself."""
+        self._expert_locks.clear()
+        self._lock = threading.Condition()
+        self._reads, self._filling, self._awaited = 0, None, False
+        self._fills, self._thread = False, None
+        self._folder.start_anew()
+
+    def stop(self) -> None:
+        # Nothing else: the files stay open until no read is under way.
+        self._folder.stop.set()
+
     def close(self) -> None:
+        self.stop()
         with self._lock:
             self._stopped = True
             self._lock.notify_all()
-        self._folder.stop.set()
-        # The last reference to the model may have been dropped in it; it closes the files itself.
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        # It closes the files itself, also where a line keeps it from ending soon; and the last reference to the model
+        # may have been dropped in it.
+        if self._thread is None:
+            self._close_files()
+        elif self._thread is not threading.current_thread():
+            self._thread.join(_CLOSE_WAIT_S)
 
     def _bring(self, key: Key, place: Tensor, begin: int, end: int) -> None:
         """Bytes [begin, end) of an expert, from the file as far as they are there; the others get there."""
@@ -121,7 +139,12 @@ class HubReader(DirectReader):
                 f.seek(offset)
                 if f.readinto(view) == end - begin:
                     return
-        repo.read_into(file, offset, view)
+        position = 0
+        for chunk in repo.chunks(file, offset, offset + len(view)):
+            if self._folder.stop.is_set():
+                raise HubError(f"{self.name(*key)}: the model was closed while it was fetched")
+            view[position : position + len(chunk)] = chunk
+            position += len(chunk)
         with self._lock:
             self.fetched_bytes += end - begin
 
@@ -160,15 +183,20 @@ class HubReader(DirectReader):
                         return
                     else:
                         self._fill()
-                except (MoeConvertError, OSError) as e:
+                except Exception as e:
+                    # Whatever it is: the engine goes on with the files, which close where this thread ends.
                     self._fills = False
-                    if not self._stopped:
-                        _log.warning("fetching ahead ended: %s", e)
+                    if not self._folder.stop.is_set():
+                        _log.warning("fetching ahead ended: %s", e if isinstance(e, MoeConvertError) else repr(e))
         finally:
-            for writer in self._writers:
-                writer.close()
-            self._folder.close()
-            super().close()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
+        self._folder.close()
+        super().close()
 
     def _make_durable(self, keys: list[Key]) -> None:
         for layer in {layer for layer, _ in keys}:

@@ -92,6 +92,12 @@ class LazyFolder:
             if self.complete:
                 self._finish()
 
+    def start_anew(self) -> None:
+        """For a forked child: its locks may be held by threads that are not there."""
+        self._lock = threading.Lock()
+        # The same object: attempts of `repo` wait by it.
+        self.stop.__init__()  # type: ignore[misc]
+
     def close(self) -> None:
         """Gives up the record's file."""
         with self._lock:

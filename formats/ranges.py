@@ -52,16 +52,19 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Retries:
-    """How often and how long. Waits double from `first_s`; a server's Retry-After is kept to, up to `longest_s`."""
+    """How often and how long. Waits double from `first_s`; a server's Retry-After is kept to, up to `longest_s`.
+
+    wait: gives True if nobody waits any more, as threading.Event.wait: nothing is tried again then.
+    """
 
     attempts: int = 6
     first_s: float = 1.0
     longest_s: float = 300.0
     wait: Callable[[float], object] = time.sleep
 
-    def pause(self, failures: int, asked_s: float | None) -> None:
-        """Waits after the failure of this number, counted from 1."""
-        self.wait(min(self.longest_s, self.first_s * 2 ** (failures - 1)) if asked_s is None else asked_s)
+    def pause(self, failures: int, asked_s: float | None) -> bool:
+        """Waits after the failure of this number, counted from 1; False if nothing is to be tried again."""
+        return not self.wait(min(self.longest_s, self.first_s * 2 ** (failures - 1)) if asked_s is None else asked_s)
 
 
 class _Failed(Exception):
@@ -138,7 +141,8 @@ class RangeReader:
         if (failed.asked_s or 0) > self._retries.longest_s:
             raise HubError(f"{file}: {failed}; the server asks for a pause of {failed.asked_s:.0f} s", AGAIN_HINT)
         _log.info("%s: %s; trying again", file, failed)
-        self._retries.pause(failures, failed.asked_s)
+        if not self._retries.pause(failures, failed.asked_s):
+            raise HubError(f"{file}: {failed}; not tried again: the reader was closed", AGAIN_HINT)
 
     @contextlib.contextmanager
     def _answer(self, file: RemoteFile, begin: int, end: int) -> Iterator[Any]:

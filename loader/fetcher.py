@@ -90,6 +90,9 @@ class Fetcher:
     def mend(self, wanted: Iterable[Job]) -> None:
         """Makes it consistent: the `wanted` jobs are queued or running, others end, and no thread is dead."""
         left = dict.fromkeys(wanted)
+        for job in (*self._urgent, *self._guesses):
+            if job not in left and not job.running:
+                job.load.close()
         queued = [job for job in (*self._urgent, *self._guesses) if job in left]
         queued = [job for job in dict.fromkeys((*queued, *left)) if not job.running]
         self._urgent = deque(job for job in queued if job.urgent)

@@ -56,6 +56,10 @@ class GenerationInputs:
     def __init__(self) -> None:
         self._mask, self._positions = GrowingRow(), GrowingRow()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A new one, for a copy of the model: what has grown belongs to this one's threads."""
+        return GenerationInputs, ()
+
     def prepared(self, input_ids: Any, following: Any, values: dict[str, Any]) -> dict[str, Any] | None:
         """What prepare_inputs_for_generation gives for the last of `input_ids`, or None."""
         if following != 1 or not _is_row(input_ids) or not _is_simple(values):

@@ -10,6 +10,7 @@ from torch import Tensor
 from formats.expert import ExpertLayout
 from loader import kernels
 from loader.cache import ExpertSource
+from loader.copies import Derived
 from loader.growing_cache import GrowingLayer
 from loader.lease import Lease
 from loader.native_library import Layer, library
@@ -27,7 +28,7 @@ class LayerWeights:
     eps: float
 
 
-class LayerStep:
+class LayerStep(Derived):
     """A layer's weights and sizes, checked once; keeps the weights alive. ValueError if they do not fit together."""
 
     def __init__(self, attention: AttentionStep, weights: LayerWeights, layout: ExpertLayout, top_k: int) -> None:

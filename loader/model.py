@@ -75,6 +75,9 @@ def from_pretrained(
     are first used in a map; "sha256": compares the experts' sha256 instead; "none".
     kernels: on the CPU: "native", "torch" (the slow reference), or "auto". attn_implementation: as in transformers.
 
+    After a fork the child may use the model, on the CPU, with a cache of its own. It cannot be pickled: other processes
+    load it. copy.deepcopy copies the trunk and shares the experts' cache.
+
     The model has two methods more: `moe_stats()` gives a `MoeStats`, `reset_moe_stats()` sets the counters to zero.
 
     Raises FormatError, DamageError or VersionError naming what is wrong with the folder, before any weight is loaded;

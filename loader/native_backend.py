@@ -8,12 +8,13 @@ from torch import Tensor
 from formats.expert import ExpertLayout
 from formats.packing import Packing
 from loader import kernels
+from loader.copies import Shared
 from loader.plain_experts import PlainExperts
 from loader.precise_backend import PreciseBackend
 from loader.step_kernels import ExpertsStep
 
 
-class NativeBackend:
+class NativeBackend(Shared):
     """Products straight from packed bytes; activations are rounded to int8 in groups (docs/numerics.md)."""
 
     name = "native"

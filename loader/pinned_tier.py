@@ -2,8 +2,9 @@
 
 import logging
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -22,6 +23,9 @@ PIECE_BYTES = 512 << 20
 """What is page-locked at a time. torch would round each pinned allocation up to a power of two, and a registration of
 everything would take seconds before the first token."""
 
+LOOK_EVERY_S = 1.0
+"""How long a wait for a buffer goes on before it looks for those that nobody uses any more."""
+
 HALF_LIFE = 64.0
 """Of the policy, in uses by each layer (loader/policy.py)."""
 
@@ -38,14 +42,17 @@ class CopyEvent(Protocol):
 
 @dataclass(eq=False)
 class Entry:
-    """An expert in the tier (`blob`) or on its way there (`load`). It stays while it has `uses`."""
+    """An expert in the tier (`blob`) or on its way there (`load`). It stays while it has users.
+
+    users: also those that an interrupt kept from ending: they are no longer among these once nobody refers to them.
+    """
 
     key: tuple[int, int]
     pool: "Pool"
     buffer: Tensor
     load: Load
     blob: Tensor | None = None
-    uses: int = 0
+    users: "weakref.WeakSet[TierUse]" = field(default_factory=weakref.WeakSet)
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while a step of `load` runs."""
 
@@ -65,9 +72,9 @@ class Pool:
         """The expert is used."""
         self.policy.touch(self.numbers[entry.key])
 
-    def evict(self) -> Entry | None:
-        """The expert that leaves; None if all are used."""
-        fixed = {number for number, entry in self.entries.items() if entry.uses}
+    def evict(self, copied: Collection[Entry]) -> Entry | None:
+        """The expert that leaves; None if all are used or being `copied`."""
+        fixed = {number for number, entry in self.entries.items() if entry.users or entry in copied}
         return None if len(fixed) == len(self.entries) else self.entries.pop(self.policy.victim(fixed))
 
 
@@ -90,7 +97,9 @@ class PinnedTier:
     ) -> None:
         self.artifact: Artifact = reader.artifact
         self._reader, self._pin, self._unpin = reader, pin, unpin
-        self._lock = threading.Condition()
+        # Not the condition's own __enter__, in whose Python code an interrupt would keep the lock.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._sizes = expert_bytes_by_layer(reader.artifact)
         memory = Memory(self._allocate, piece_bytes, lazy=True)
         self._pools = {
@@ -141,28 +150,32 @@ class PinnedTier:
 
     # For TierUse.
 
-    def open(self, layer: int, expert: int) -> Entry:
-        """An expert that is there or is being read, or one that is read now; waits for a buffer."""
+    def open(self, layer: int, expert: int, use: "TierUse") -> Entry:
+        """An expert that is there or is being read, or one that is read now, for `use`; waits for a buffer."""
         key = layer, expert
         pool = self._pools[self._sizes[layer]]
         with self._lock:
             while True:
                 if entry := self._entries.get(key):
-                    entry.uses += 1
+                    entry.users.add(use)
                     return entry
                 self._end_copies()
+                if pool.buffers.is_empty:
+                    self._mend(pool)
                 if not pool.buffers.is_empty:
                     break
-                if victim := pool.evict():
+                if victim := pool.evict({entry for _, entry in self._copies}):
                     del self._entries[victim.key]
                     pool.buffers.give_back(victim.buffer)
                     self._count(evictions=1)
                 elif self._copies:
                     self._wait_for_a_copy()
                 else:
-                    self._lock.wait()
+                    # Nobody tells of a use that ends because nobody refers to it.
+                    self._changed.wait(LOOK_EVERY_S)
             buffer = pool.buffers.take()
-            entry = Entry(key, pool, buffer, self._reader.load(layer, expert, buffer), uses=1)
+            entry = Entry(key, pool, buffer, self._reader.load(layer, expert, buffer))
+            entry.users.add(use)
             self._entries[key] = entry
             self._count(misses=1, bytes_read=self.artifact.entry(layer, expert).length)
             return entry
@@ -188,44 +201,49 @@ class PinnedTier:
         """Whether its bytes are page-locked."""
         return entry.pool.buffers.piece_of(entry.buffer).memory.data_ptr() in self._pinned
 
-    def end(self, entry: Entry, copy: CopyEvent | None) -> None:
+    def end(self, use: "TierUse", entry: Entry, copy: CopyEvent | None) -> None:
         """Ends a use, now or with the copy."""
         with self._lock:
             if copy:
                 self._copies.append((copy, entry))
-            else:
-                self._end(entry)
-            self._lock.notify_all()
+            entry.users.discard(use)
+            self._drop_unread(entry)
+            self._changed.notify_all()
 
     def _find(self, layer: int, expert: int) -> Entry | None:
         entry = self._entries.get((layer, expert))
         if entry is None or entry.blob is None:
             return None
-        entry.uses += 1
         entry.pool.touch(entry)
         self._count(hits=1)
         return entry
 
-    def _end(self, entry: Entry) -> None:
-        entry.uses -= 1
-        if entry.blob is None and not entry.uses:
-            # Given up, or failed.
+    def _drop_unread(self, entry: Entry) -> None:
+        """Of one that was given up, or failed: the buffer is free, or found by `_mend`."""
+        if entry.blob is None and not entry.users and self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
             entry.pool.buffers.give_back(entry.buffer)
 
+    def _mend(self, pool: Pool) -> None:
+        """What interrupts kept from being given back."""
+        for entry in list(self._entries.values()):
+            self._drop_unread(entry)
+        pool.buffers.mend(entry.buffer for entry in self._entries.values())
+
     def _end_copies(self) -> None:
         while self._copies and self._copies[0][0].query():
-            self._end(self._copies.popleft()[1])
+            self._copies.popleft()
 
     def _wait_for_a_copy(self) -> None:
-        copy, entry = self._copies.popleft()
+        copy = self._copies[0]
         self._lock.release()
         try:
-            copy.synchronize()
+            copy[0].synchronize()
         finally:
             self._lock.acquire()
-            self._end(entry)
-            self._lock.notify_all()
+            if copy in self._copies:
+                self._copies.remove(copy)
+            self._changed.notify_all()
 
     def _allocate(self, n_bytes: int) -> Tensor:
         memory = aligned_bytes(n_bytes)
@@ -246,6 +264,8 @@ class TierUse:
 
     def __init__(self, tier: PinnedTier, layer: int, expert: int, entry: Entry | None) -> None:
         self._tier, self._key, self._entry = tier, (layer, expert), entry
+        if entry:
+            entry.users.add(self)
         self.done = 0
         """Bytes that it has read from the file."""
 
@@ -269,7 +289,7 @@ class TierUse:
     def step(self, at_most: int | None = None) -> int:
         """Reads on, at most so many bytes; how many. Errors as `formats.reader.Load`."""
         if self._entry is None:
-            self._entry = self._tier.open(*self._key)
+            self._entry = self._tier.open(*self._key, self)
         read = self._tier.step(self._entry, at_most)
         self.done += read
         return read
@@ -278,7 +298,7 @@ class TierUse:
         """Ends the use; with `copy`, when that is over."""
         if self._entry is not None:
             entry, self._entry = self._entry, None
-            self._tier.end(entry, copy)
+            self._tier.end(self, entry, copy)
 
     def __enter__(self) -> "TierUse":
         return self

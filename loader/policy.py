@@ -7,7 +7,7 @@ from functools import partial
 from typing import Protocol
 
 
-class Policy(Protocol):
+class Order(Protocol):
     """Order of eviction of one layer. Only experts that are in the cache are given up; of others it may remember how
     often they were used."""
 
@@ -20,6 +20,10 @@ class Policy(Protocol):
 
     def victim(self, pinned: Collection[int]) -> int:
         """The expert to give up now, none of `pinned`; it is no longer in the cache."""
+
+
+class Policy(Order, Protocol):
+    """The order of a cache whose changes may be interrupted."""
 
     def settle(self, experts: Collection[int]) -> None:
         """These experts are in the cache, and no others, after a change that was interrupted."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loader.policy import Policy
+from loader.policy import Order
 from loader.trace import Trace
 
 
@@ -83,7 +83,7 @@ def requests_of(trace: Trace, layer: int) -> list[Request]:
     return requests
 
 
-def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Policy] | None) -> LayerReplay:
+def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Order] | None) -> LayerReplay:
     """Replays one layer over an empty cache; None as `policy` is Belady's.
 
     ValueError for more slots than there are experts, or fewer than none.
@@ -94,8 +94,7 @@ def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Poli
         raise ValueError(f"{slots} slots: a layer has {count} experts")
     requests = requests_of(trace, layer)
     belady = BeladyPolicy(requests) if policy is None else None
-    chosen_policy: Policy = belady or policy()  # type: ignore[misc, assignment]
-    cache = ReplayedSlots(slots, chosen_policy)
+    cache = ReplayedSlots(slots, belady or policy())  # type: ignore[misc]
     missed = np.zeros((tokens, chosen), bool)
     changes: list[tuple[int, int, int]] = []
     prompt_misses = 0
@@ -125,7 +124,7 @@ def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Poli
 class ReplayedSlots:
     """Which experts are in a layer's slots, as `loader.slots.LayerSlots` decides it."""
 
-    def __init__(self, slots: int, policy: Policy) -> None:
+    def __init__(self, slots: int, policy: Order) -> None:
         self.slots, self._policy = slots, policy
         self.present: set[int] = set()
 

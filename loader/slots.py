@@ -239,8 +239,9 @@ class LayerSlots:
         if urgent and load.at_once:
             self._queue(held, load)
         else:
-            held.job = Job(load, urgent, partial(self._finished, held), buffer)
-            self._fetcher.submit(held.job)
+            job = Job(load, urgent, partial(self._finished, held), buffer)
+            self._fetcher.submit(job)
+            held.job = job
         return held
 
     def _queue(self, held: Held, load: Load) -> None:

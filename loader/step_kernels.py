@@ -8,6 +8,7 @@ from torch import Tensor
 
 from formats.expert import ExpertLayout
 from loader import kernels
+from loader.copies import Derived
 from loader.growing_cache import GrowingLayer, Kind
 from loader.native_library import Attention, library
 
@@ -24,7 +25,7 @@ class AttentionWeights:
     o: kernels.PackedMatrix
 
 
-class AttentionStep:
+class AttentionStep(Derived):
     """One token's way through one layer's attention, checked once. Keeps the weights alive."""
 
     def __init__(self, weights: AttentionWeights, hidden: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:

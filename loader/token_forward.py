@@ -11,6 +11,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import MixtralModel
 
 from loader.cache import ExpertSource
+from loader.copies import Derived
 from loader.growing_cache import GrowingLayer, growing_layers
 from loader.listeners import Watch
 from loader.modules import CachedExperts
@@ -53,7 +54,7 @@ class Steps(Protocol):
         of these, or None where there is none."""
 
 
-class TokenForward:
+class TokenForward(Derived):
     """A model's forward for one token of one sequence, where nobody needs what lies between tokens and logits.
 
     docs/numerics.md ("One token through attention and a layer") says when.

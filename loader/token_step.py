@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loader.cache import ExpertSource
+from loader.copies import Derived
 from loader.growing_cache import GrowingLayer
 from loader.kernels import PackedMatrix, packed_bytes
 from loader.layer_step import LayerStep
@@ -49,7 +50,7 @@ class ModelWeights:
         return [self.embedding, self.norm] + ([] if head is None else [head])
 
 
-class TokenStep:
+class TokenStep(Derived):
     """A model's weights and sizes, checked once; keeps the weights alive, and the experts that it has used.
 
     ValueError if they do not fit together.

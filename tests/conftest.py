@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, 
         return exit_.value.code, *capsys.readouterr()  # type: ignore[return-value]
 
     return call
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """SIGINT interrupts this process and those that it starts, also where the tests run in the background of a script:
+    a shell has it ignored there, which children inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ class GpuCache:
         with tier._lock:
             tier._end_copies()
             assert not tier._copies
-            assert not any(entry.uses for entry in tier._entries.values())
+            assert not any(entry.users for entry in tier._entries.values())
             assert all(entry.blob is not None for entry in tier._entries.values())
         for device in self.devices:
             # What was freed meanwhile is looked at, too.

@@ -431,6 +431,7 @@ def test_source_cut_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pyt
         convert(folder, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_ends_cleanly_and_is_resumed(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     threads = threading.active_count()  # tqdm's monitor may run already: it stays once a model was loaded

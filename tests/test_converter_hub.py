@@ -229,6 +229,7 @@ def test_a_resume_goes_on_in_the_middle_of_a_shard_at_the_same_commit(
     assert Artifact.open(tmp_path / "out").index.source.revision == pinned
 
 
+@pytest.mark.usefixtures("sigint")
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_that_is_ended_goes_on_when_run_again(
     filled: HubServer, local: Path, tmp_path: Path, kill: signal.Signals

@@ -1,5 +1,6 @@
 """A KeyboardInterrupt at any line of the cache: the same model gives the same tokens afterwards, and holds no more."""
 
+import contextlib
 import linecache
 import opcode
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pattern_reader import GpuCache
 from slow_reader import SlowReader
 from transformers import DynamicCache
 
@@ -36,12 +38,13 @@ def folder(source, tmp_path_factory):
 
 
 class Lines:
-    """Counts this thread's lines in FILES while it is a context; raises KeyboardInterrupt at number `at`.
+    """Counts this thread's lines in `files` while it is a context; raises KeyboardInterrupt at number `at`.
 
     first, last: the numbers at which each place comes.
     """
 
-    def __init__(self, at=None):
+    def __init__(self, at=None, files=FILES):
+        self.files = files
         self.at, self.count, self.place = at, 0, None
         self.first, self.last = {}, {}
 
@@ -53,7 +56,7 @@ class Lines:
         sys.settrace(None)
 
     def _call(self, frame, event, argument):
-        return self._line if "/".join(frame.f_code.co_filename.rsplit("/", 2)[1:]) in FILES else None
+        return self._line if "/".join(frame.f_code.co_filename.rsplit("/", 2)[1:]) in self.files else None
 
     def _line(self, frame, event, argument):
         if event == "line" and not _leaves_a_with_block(frame):
@@ -69,9 +72,11 @@ class Lines:
 
 def _leaves_a_with_block(frame):
     """A trace function can raise between a block and the __exit__ of its lock; Python takes no signal there."""
-    return opcode.opname[frame.f_code.co_code[frame.f_lasti]] in ("LOAD_CONST", "PUSH_EXC_INFO") and linecache.getline(
-        frame.f_code.co_filename, frame.f_lineno
-    ).lstrip().startswith("with ")
+    return opcode.opname[frame.f_code.co_code[frame.f_lasti]] in (
+        "LOAD_CONST",
+        "PUSH_EXC_INFO",
+        "SWAP",
+    ) and linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
 
 
 def generated(model, tokens=2):
@@ -139,6 +144,26 @@ def test_an_interrupt_at_every_line_of_the_cache_leaves_it_whole(slots):
     assert len(lines.first) > 200
 
 
+def asked_for_on_a_gpu(gpu):
+    gpu.token(0, [0, 1], [2, 3])
+    gpu.token(1, [3, 0])
+    gpu.prompt(0, [1, 3, 0, 2])
+    gpu.prompt(1, [1, 3, 0, 2], ascending=True)
+
+
+def test_an_interrupt_at_every_line_leaves_the_cache_of_a_gpu_whole():
+    gpu = GpuCache(2, experts=4, layers=3, ram=6)
+    asked_for_on_a_gpu(gpu)
+    with Lines(files=FILES | {"cuda/gpu_reader.py", "loader/pinned_tier.py"}) as lines:
+        asked_for_on_a_gpu(gpu)
+    for number in sorted(lines.first.values()):
+        with contextlib.suppress(KeyboardInterrupt), Lines(number, lines.files):
+            asked_for_on_a_gpu(gpu)
+        asked_for_on_a_gpu(gpu)
+        gpu.check_counts()
+    assert len(lines.first) > 200
+
+
 CASES = [
     ("native", 0, 2), ("native", 1, 2), ("torch", 1, 2), ("native", 2, 1), ("native", 1, 0),
 ]  # fmt: skip
@@ -168,23 +193,21 @@ def test_the_same_tokens_come_after_an_interrupt_at_any_line(folder, kernels, pr
 @pytest.mark.parametrize("slots", [2, 4])
 def test_an_interrupted_pass_leaves_the_kv_cache_as_long_as_it_was(folder, slots):
     model = loader.from_pretrained(folder, slots=[slots] * 3, io="direct")
-    past = DynamicCache()
-    following = torch.tensor([[7]])
+    past, following = DynamicCache(), torch.tensor([[7]])
+
+    def next_logits(lines):
+        with lines:
+            logits = model(input_ids=following, past_key_values=past).logits
+        past.crop(-1)
+        return logits
+
     with torch.no_grad():
         model(input_ids=IDS, past_key_values=past)
-        model(input_ids=following, past_key_values=past)
-        fresh = DynamicCache()
-        model(input_ids=torch.cat([IDS, following], 1), past_key_values=fresh)
-        with Lines() as lines:
-            wanted = model(input_ids=following, past_key_values=fresh).logits
+        lines = Lines()
+        wanted = next_logits(lines)
         for number in range(PLACES):
-            with Lines(1 + lines.count * number // PLACES) as interrupted:
-                try:
-                    found = model(input_ids=following, past_key_values=past).logits
-                    past.crop(-1)
-                except KeyboardInterrupt:
-                    sys.settrace(None)
-                    found = model(input_ids=following, past_key_values=past).logits
-                    past.crop(-1)
-            assert torch.equal(found, wanted), interrupted.place
-            assert {layer.get_seq_length() for layer in past.layers} == {6}
+            interrupted = Lines(1 + lines.count * number // PLACES)
+            with contextlib.suppress(KeyboardInterrupt):
+                next_logits(interrupted)
+            assert {layer.get_seq_length() for layer in past.layers} == {5}, interrupted.place
+            assert torch.equal(next_logits(Lines()), wanted), interrupted.place

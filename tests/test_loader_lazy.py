@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import in_child, needs_fork
 from hub_server import HubServer
 
 import loader
@@ -148,6 +149,50 @@ def test_an_expert_that_is_being_filled_is_waited_for_and_comes_once(
     entry = reader.artifact.entry(0, 0)
     assert filled.ranges("layer-000").count((entry.offset, entry.offset + entry.length)) == 1
     assert not any(begin < entry.offset + entry.length for begin, _ in filled.ranges("layer-000")[1:])
+
+
+@needs_fork
+def test_a_forked_child_fetches_what_it_needs_while_its_parent_fetches_the_rest(
+    filled: HubServer, expected: Callable[[int, int], torch.Tensor]
+) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+    filled.faults.before("layer-000", lambda: (asked.set(), go_on.wait(60)))
+    reader = HubReader(open_lazy())
+    assert asked.wait(60)
+
+    def child() -> bool:
+        reader.start_anew()
+        found = torch.equal(reader.read(0, 0), expected(0, 0)) and torch.equal(reader.read(3, 1), expected(3, 1))
+        reader.close()
+        return found
+
+    assert in_child(child) is True
+    go_on.set()
+    assert torch.equal(reader.read(0, 0), expected(0, 0))
+    reader.close()
+
+
+def test_a_reader_that_is_closed_while_the_hub_fails_asks_no_more(filled: HubServer) -> None:
+    lazy = LazyFolder.open(REPO)
+    asked = threading.Event()
+    filled.faults.status(503, "layer-000", times=-1)
+    filled.faults.before("layer-000", asked.set, times=-1)
+    reader = HubReader(lazy, fill=False)
+    with ThreadPoolExecutor(1) as pool:
+        blob = pool.submit(reader.read, 0, 0)
+        assert asked.wait(60)
+        reader.stop()
+        with pytest.raises(HubError, match="not tried again"):
+            blob.result(60)
+    reader.close()
+
+
+def test_a_reader_whose_filling_thread_fails_goes_on_without(
+    filled: HubServer, expected: Callable[[int, int], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HubReader, "_fill", lambda self: 1 // 0)
+    with HubReader(open_lazy()) as reader:
+        assert torch.equal(reader.read(0, 0), expected(0, 0))
 
 
 def test_layers_that_come_next_are_fetched_first(filled: HubServer, local: Path) -> None:

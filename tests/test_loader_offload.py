@@ -174,6 +174,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.usefixtures("sigint")
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_during_a_read_ends_the_process_and_hangs_nothing(converted):
     folder = converted("2bit")
@@ -184,8 +185,11 @@ def test_ctrl_c_during_a_read_ends_the_process_and_hangs_nothing(converted):
     )  # fmt: skip
     assert child.stdout.readline() == "reading\n"
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
-    assert out.splitlines()[-1:] == ["went on"], err
+    try:
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert out.splitlines()[-1:] == ["went on"], (child.returncode, out, err)
     assert "KeyboardInterrupt" in err
     assert child.returncode != 0
 

@@ -6,11 +6,12 @@ from torch.nn import functional
 
 from formats.expert import ExpertLayout, gate_and_up, sections
 from formats.packing import AnyPacking, Packing
+from loader.copies import Shared
 from loader.cuda.device import Device
 from loader.cuda.products import Products
 
 
-class CudaBackend:
+class CudaBackend(Shared):
     """A `loader.backend.Backend` whose tensors, but for `index`, lie on `device`."""
 
     name = "cuda"

@@ -80,7 +80,7 @@ class GpuReader:
         """Nothing: no read or copy takes long."""
 
     def close(self) -> None:
-        """Waits for the copies under way and closes the tier. In a forked child: nothing, the process ends it."""
+        """Waits for the copies under way and closes the tier; in a forked child it does nothing."""
         if self._is_forked:
             return
         for stream in {id(stream): stream for stream in self._streams}.values():

@@ -1,46 +1,114 @@
-"""Runs moe-convert in a forked child for each line of standard input, with calls of the C library that fail (shim.c).
+"""Runs moe-convert in a forked child for each line of standard input, with calls of the C library that fail, kill it,
+or are logged (shim.c).
 
-A line is JSON: arguments, rules (for faults_set), and the file for what the child prints. Prints, as JSON, the child's
-exit code and how many calls failed. Imports torch once and never computes in the parent, so a fork is safe.
+A line is JSON: the fields of `Task`. Prints, as JSON, the child's exit code (minus the signal that killed it), how many
+calls were struck, and whether it took too long. Imports what commands import once, and never computes in the parent,
+so a fork is safe.
 """
 
+import contextlib
 import ctypes
+import importlib
 import json
 import os
+import resource
+import select
+import signal
 import sys
+from dataclasses import dataclass
 
-import converter.convert  # noqa: F401
-from converter.cli.main import main
+# Of an editable install; PYTHONPATH says which tree is tried.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
+
+import converter.convert  # noqa: E402, F401
+from converter.cli.main import main  # noqa: E402
+
+MEGABYTES = 8192
+"""That a child may allocate."""
 
 shim = ctypes.CDLL(None)
 shim.faults_set.argtypes = [ctypes.c_char_p]
+shim.faults_log.argtypes = [ctypes.c_char_p, ctypes.c_int]
 shim.faults_hits.restype = ctypes.c_long
 
 
-def run(arguments: list[str], rules: str, output: str) -> int:
+@dataclass(frozen=True)
+class Task:
+    """arguments: of moe-convert. rules: for faults_set. output: the file for what it prints. log, logged: the file and
+    the paths for faults_log; none if empty. kill_after_s: None for no kill. seconds: the limit. modules: the file for
+    the names of the modules that it imported; none if empty."""
+
+    arguments: list[str]
+    rules: str
+    output: str
+    log: str
+    logged: str
+    kill_after_s: float | None
+    seconds: float
+    modules: str
+
+
+def run(task: Task) -> int:
     """The exit code of moe-convert, in this process."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = os.open(task.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    assert shim.faults_set(rules.encode()) >= 0, rules
+    resource.setrlimit(resource.RLIMIT_DATA, (MEGABYTES << 20, MEGABYTES << 20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if task.log:
+        log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        shim.faults_log(task.logged.encode(), log)
+    assert shim.faults_set(task.rules.encode()) >= 0, task.rules
     try:
-        main(arguments)
+        main(task.arguments)
     except SystemExit as e:
         return int(e.code or 0)
     return 0
 
 
+def in_child(task: Task, write_end: int) -> None:
+    code = 70
+    try:
+        code = run(task)
+    finally:
+        struck = shim.faults_hits()
+        shim.faults_set(b"")
+        shim.faults_log(b"", -1)
+        os.write(write_end, str(struck).encode())
+        if task.modules:
+            with open(task.modules, "w") as f:
+                json.dump(list(sys.modules), f)
+        os._exit(code)
+
+
+def waited(pid: int, task: Task) -> bool:
+    """Waits for a child, or kills it. False if it took too long."""
+    handle = os.pidfd_open(pid)
+    try:
+        ended, limit = select.poll(), task.seconds if task.kill_after_s is None else task.kill_after_s
+        ended.register(handle, select.POLLIN)
+        if ended.poll(limit * 1000):
+            return True
+        os.kill(pid, signal.SIGKILL)
+        return task.kill_after_s is not None
+    finally:
+        os.close(handle)
+
+
 for line in sys.stdin:
-    task = json.loads(line)
+    task = Task(**json.loads(line))
     read_end, write_end = os.pipe()
-    if os.fork() == 0:
-        code = 70
-        try:
-            code = run(task["arguments"], task["rules"], task["output"])
-        finally:
-            os.write(write_end, str(shim.faults_hits()).encode())
-            os._exit(code)
+    if (pid := os.fork()) == 0:
+        os.close(read_end)
+        in_child(task, write_end)
     os.close(write_end)
+    in_time = waited(pid, task)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     with os.fdopen(read_end) as answer:
-        failed = int(answer.read() or 0)
-    print(json.dumps([os.waitstatus_to_exitcode(os.wait()[1]), failed]), flush=True)
+        struck = int(answer.read() or 0)
+    if task.modules:
+        with open(task.modules) as f:
+            for name in json.load(f):
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+    print(json.dumps([code, struck, not in_time]), flush=True)

@@ -1,4 +1,5 @@
-"""moe-convert on a system whose calls fail: compiles shim.c, and runs commands under it in one warm interpreter."""
+"""moe-convert on a system whose calls fail or kill it: compiles shim.c, and runs commands under it in one warm
+interpreter."""
 
 import errno
 import json
@@ -6,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -35,35 +38,71 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Kill:
+    """The process is killed before or after the `call`-th call (from 1) that changes a file whose path contains `path`,
+    or in the middle of it: half of the bytes of a write are written."""
+
+    when: Literal["before", "after", "torn"]
+    path: str
+    call: int
+
+    @property
+    def rule(self) -> str:
+        """The line for shim.c."""
+        return f"* {self.path} {self.call} 1 {self.when}"
+
+
+@dataclass(frozen=True)
 class Ended:
-    """A command's exit code, what it printed, and how many of its calls failed."""
+    """A command's exit code (minus the signal that killed it), what it printed, and how many of its calls failed."""
 
     code: int
     output: str
     hits: int
+    too_slow: bool
 
 
 class FaultyCommands:
-    """Runs moe-convert under the shim. `folder` is for the library and outputs. Use it as a context."""
+    """Runs moe-convert under the shim. `folder` is for the library and outputs, `project` the tree whose moe-convert
+    runs. Use it as a context."""
 
-    def __init__(self, folder: Path) -> None:
-        self._output = folder / "output"
+    def __init__(self, folder: Path, project: Path = ROOT, environ: Mapping[str, str] | None = None) -> None:
+        self._output, self._modules = folder / "output", folder / "modules"
         library = folder / "shim.so"
         subprocess.run([compiler(), "-O1", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl"], check=True)
+        forced = {"PYTHONPATH": str(project), "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, HERE / "command_server.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)},
+            env=os.environ | (environ or {}) | forced, cwd=folder,
         )  # fmt: skip
 
-    def run(self, *arguments: object, faults: list[Fault] | None = None) -> Ended:
-        """Runs one command to its end."""
+    def run(
+        self,
+        *arguments: object,
+        faults: Sequence[Fault | Kill] = (),
+        log: Path | None = None,
+        logged: str = "",
+        kill_after_s: float | None = None,
+        seconds: float = 60,
+        warm: bool = False,
+    ) -> Ended:
+        """Runs one command to its end. log: the file for the calls that change files whose path contains `logged`.
+        kill_after_s: from the command's start. warm: what it imports, later commands find imported."""
         assert self._server.stdin and self._server.stdout
-        rules = "\n".join(fault.rule for fault in faults or [])
-        task = {"arguments": [str(a) for a in arguments], "rules": rules, "output": str(self._output)}
+        task = {
+            "arguments": [str(a) for a in arguments],
+            "rules": "\n".join(fault.rule for fault in faults),
+            "output": str(self._output),
+            "log": str(log or ""),
+            "logged": logged,
+            "kill_after_s": kill_after_s,
+            "seconds": seconds,
+            "modules": str(self._modules) if warm else "",
+        }
         self._server.stdin.write(json.dumps(task) + "\n")
         self._server.stdin.flush()
-        code, hits = json.loads(self._server.stdout.readline())
-        return Ended(code, self._output.read_text(), hits)
+        code, hits, too_slow = json.loads(self._server.stdout.readline())
+        return Ended(code, self._output.read_text(errors="replace"), hits, too_slow)
 
     def __enter__(self) -> "FaultyCommands":
         return self

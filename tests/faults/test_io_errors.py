@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ ENOTSUPP = 524
 OUT, SOURCE = "/result", "/checkpoint"
 LAYER, TRUNK = "layer-000.safetensors", "trunk.safetensors"
 FULL, DAMAGED, STALE = errno.ENOSPC, errno.EIO, errno.ESTALE
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyCommands]:
-    with FaultyCommands(tmp_path_factory.mktemp("shim")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
