@@ -31,9 +31,8 @@ from converter.target_bits import with_chosen_bits
 from converter.weight_errors import write_quality
 from converter.workers import Worker, run_all
 from formats import INDEX_NAME
-from formats.index import Recipe
+from formats.index import Recipe, dump_index
 from formats.io_errors import translated
-from formats.strict_json import dump
 from formats.writer import LayerWriter, PlacedFile, write_file
 
 __all__ = ["ConvertOptions", "Converted", "convert_checkpoint"]
@@ -287,7 +286,7 @@ class _Job:
             files,
         )
         write_card(out, index)
-        write_file(out / INDEX_NAME, dump(index))
+        write_file(out / INDEX_NAME, dump_index(index))
         return quality
 
 

@@ -43,7 +43,7 @@ def assemble_index(
         format_version=FORMAT_VERSION,
         producer=Producer("moe-convert", __version__, versions),
         source=Source(checkpoint.name, checkpoint.revision, shards),
-        architecture=checkpoint.architecture,
+        config=checkpoint.config,
         recipe=recipe,
         packings=plan.packings,
         trunk=Trunk(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from converter.source import Checkpoint
 from formats import FORMAT_VERSION
-from formats.artifact import METHOD
 from formats.errors import SourceError
 from formats.generation_config import GENERATION_NAME, clean_generation_config
 from formats.index import CopiedFile, Recipe
 from formats.output_file import make_folder
 from formats.paths import locate_source, read_small_source
+from formats.recorded_config import CONFIG_NAME, METHOD
 from formats.side_files import (
     MAX_BYTES,
     MAX_FILES,
@@ -37,7 +37,7 @@ def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFil
         "recipe": recipe.name,
     }
     config = {**checkpoint.config, "quantization_config": quantization}
-    return _write(out, "config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+    return _write(out, CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def check_side_files(source: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """A converted folder, opened: every number of its index compared with its files, before a byte is used."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,30 +7,31 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from formats import INDEX_NAME
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
-from formats.field_rules import short
-from formats.index import Architecture, ExpertEntry, Index, check_version, read_index
+from formats.index import Architecture, ExpertEntry, Index, read_index
 from formats.index_checks import index_problems, layer_header_limit, trunk_header_limit
 from formats.io_errors import translated
 from formats.labels import has_controls
 from formats.layer_file import layer_metadata, raw_entries, zstd_entries
 from formats.log_once import warn_once
-from formats.model_config import gate_config
-from formats.paths import locate, open_regular, read_small
+from formats.paths import locate, open_regular
+from formats.recorded_config import CONFIG_NAME, read_recorded_config
 from formats.safetensors_header import Header, TensorEntry, read_header
-from formats.strict_json import parse
 from formats.trunk import check_trunk
 from formats.unconverted import check_converted
 
-METHOD = "moe_convert"
-"""The quant_method by which transformers finds the loader's plugin."""
-RUN_TIME = ("num_experts_per_tok",)
-"""Numbers of the architecture that config.json may change after the conversion."""
 RESAVED_HINT = "it was cut off, or saved again by a general safetensors tool: get the file again, or convert again"
+
+
+@dataclass(frozen=True)
+class Head:
+    """Index and gated config.json of a folder; notes: what a user changed in config.json since the conversion."""
+
+    index: Index
+    config: dict[str, Any]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,17 @@ class Artifact:
         index_name: of a folder that is still being filled and must not look complete to anybody else.
         """
         path = Path(folder)
-        index, config = read_head(path, index_name)
-        for _, problem in structure_problems(path, index):
+        head = read_head(path, index_name)
+        if head.notes:
+            warn_once(f"{path / CONFIG_NAME}: {'; '.join(head.notes)}")
+        for _, problem in structure_problems(path, head.index):
             raise problem
-        return cls(path, index, config)
+        return cls(path, head.index, head.config)
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The numbers that the index recorded, with the run-time ones of config.json."""
-        return replace(self.index.architecture, **{name: self.config[name] for name in RUN_TIME})
+        """The numbers of config.json: the index's, with another number of experts a token where a user chose so."""
+        return Architecture(**{name: self.config[name] for name in Architecture.__struct_fields__})
 
     @property
     def packings(self) -> set[str]:
@@ -84,45 +86,11 @@ class Artifact:
         return _header(self.folder, self.index.trunk.file, trunk_header_limit(self.index.architecture))
 
 
-def read_head(folder: Path, index_name: str = INDEX_NAME) -> tuple[Index, dict[str, Any]]:
-    """Index and gated config.json of `folder`, compared with each other and with what this release supports.
-
-    Run-time fields of config.json may differ from what the index recorded: one log line says so.
-    """
+def read_head(folder: Path, index_name: str = INDEX_NAME) -> Head:
+    """The head of `folder`, whose parts were compared with each other and with what this release supports."""
     check_converted(folder, index_name)
     index = read_index(folder, index_name)
-    where = str(folder / "config.json")
-    data = read_small(folder, "config.json", str(folder))
-    raw = parse(data, where)
-    if not isinstance(raw, dict):
-        raise FormatError(f"{where}: not an object")
-    quantization = raw.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
-        raise FormatError(f"{where}: field quantization_config.quant_method is not {METHOD!r}")
-    check_version(quantization.get("format_version"), f"{where}: quantization_config")
-    config, notes = gate_config(raw, where, error=FormatError, converted=True)
-    if extra := sorted(quantization.keys() - {"quant_method", "format_version", "recipe"}):
-        raise FormatError(
-            f"{where}: field {short(f'quantization_config.{extra[0]}')} is {short(quantization[extra[0]])}: the"
-            " converter writes none",
-            f"remove {short(extra[0])} from quantization_config in config.json",
-        )
-    recipe = quantization.get("recipe", index.recipe.name)
-    if recipe != index.recipe.name:
-        found = f"{where}: quantization_config.recipe is {short(recipe)}"
-        raise FormatError(f"{found}, {folder / INDEX_NAME} says {index.recipe.name!r}")
-    for name in Architecture.__struct_fields__:
-        ours, theirs = getattr(index.architecture, name), config[name]
-        if ours == theirs:
-            continue
-        if name not in RUN_TIME:
-            raise FormatError(f"{where}: {name} is {theirs}, {folder / INDEX_NAME} says {ours}")
-        notes.append(f"{name} is {theirs}, {ours} when it was converted")
-    if any(f.file == "config.json" and f.sha256 != hashlib.sha256(data).hexdigest() for f in index.files):
-        notes.insert(0, "changed since the conversion, and used as it is now")
-    if notes:
-        warn_once(f"{where}: {'; '.join(notes)}")
-    return index, {**config, "quantization_config": quantization}
+    return Head(index, *read_recorded_config(folder, index))
 
 
 def structure_problems(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvertError]]:

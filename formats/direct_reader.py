@@ -11,7 +11,7 @@ from formats.reader import ExpertReader, Load, aligned_bytes
 class DirectReader(ExpertReader):
     """Experts in memory of the caller's."""
 
-    def __init__(self, artifact: Artifact, *, check: str = "none") -> None:
+    def __init__(self, artifact: Artifact, *, check: str = "fast") -> None:
         super().__init__(artifact, check=check)
         self._files: list[DirectFile] = []
         try:

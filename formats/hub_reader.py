@@ -35,7 +35,7 @@ class HubReader(DirectReader):
     """
 
     def __init__(
-        self, folder: LazyFolder, *, check: str = "none", fill: bool = True, progress: Progress | None = None
+        self, folder: LazyFolder, *, check: str = "fast", fill: bool = True, progress: Progress | None = None
     ) -> None:
         super().__init__(folder.artifact, check=check)
         self.fetched_bytes = 0

@@ -1,5 +1,6 @@
 """The index of a converted folder: its types, reading and writing (docs/format.md, "Index")."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,11 +8,12 @@ from msgspec import Meta, Struct
 
 from formats import FORMAT_VERSION, INDEX_NAME
 from formats.errors import FormatError, MoeConvertError, VersionError
+from formats.field_rules import short
 from formats.labels import LABEL_PATTERN, MAX_LABEL
 from formats.model_config import gate_config
 from formats.paths import read_small
 from formats.side_files import MAX_BYTES, MAX_FILES
-from formats.strict_json import parse, typed
+from formats.strict_json import dump, parse, typed
 
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
@@ -19,6 +21,10 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Label = Annotated[str, Meta(max_length=MAX_LABEL, pattern=LABEL_PATTERN)]
 Option = Label | int | float | bool
+
+_FLAT_OBJECT = re.compile(rb"\{\n[^{}]*\}")
+_LINE_BREAK = re.compile(rb"\n *")
+"""Never within a string, where JSON has \\n."""
 
 CODECS = ("none", "zstd")
 
@@ -136,18 +142,30 @@ class CopiedFile(_Part, frozen=True):
 
 
 class Index(_Part, frozen=True):
-    """The whole index, in the order in which it is written."""
+    """The whole index, in the order in which it is written. config: what config.json said then, as `gate_config`
+    gives it."""
 
     format: Label
     format_version: Natural
     producer: Producer
     source: Source
-    architecture: Architecture
+    config: dict[Label, Any]
     recipe: Recipe
     packings: list[Label]
     trunk: Trunk
     layers: list[LayerFile]
     files: Annotated[list[CopiedFile], Meta(max_length=MAX_FILES)]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The numbers of `config`."""
+        return Architecture(**{name: self.config[name] for name in Architecture.__struct_fields__})
+
+    @property
+    def whole_files(self) -> dict[str, tuple[int, str]]:
+        """Name -> (size in bytes, sha256) of the files that have a hash as a whole: the trunk, and `files`."""
+        trunk = {self.trunk.file: (self.trunk.size_bytes, self.trunk.sha256)}
+        return trunk | {file.file: (file.size_bytes, file.sha256) for file in self.files}
 
 
 def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
@@ -165,7 +183,21 @@ def parse_index(data: bytes, where: str) -> Index:
     if not isinstance(value, dict) or value.get("format") != "moe-convert":
         raise FormatError(f"{where}: field format is not 'moe-convert'", "name a folder that moe-convert wrote")
     check_version(value.get("format_version"), where)
-    return typed(value, Index, where)
+    index = typed(value, Index, where)
+    try:
+        fields, _ = gate_config(index.config, f"{where}: config", error=FormatError, converted=True)
+    except FormatError as e:
+        # Its hint is about config.json.
+        raise FormatError(e.message) from None
+    if different := sorted(name for name in fields if name not in index.config or index.config[name] != fields[name]):
+        found = short(index.config.get(different[0]))
+        raise FormatError(f"{where}: config: {different[0]} is {found}, expected {short(fields[different[0]])}")
+    return index
+
+
+def dump_index(index: Index) -> bytes:
+    """The index as JSON. An object without others in it, such as an expert's entry, stands on one line."""
+    return _FLAT_OBJECT.sub(lambda found: _LINE_BREAK.sub(b"", found[0].replace(b",\n", b", \n")), dump(index))
 
 
 def check_version(version: Any, where: str) -> None:

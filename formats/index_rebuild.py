@@ -1,8 +1,9 @@
 """The index written again from the files, where something that it says of them was lost or changed.
 
-From the files come: layers (place, length, sha256, packings and codec of each expert), the trunk's entry, the
-architecture. Only an index has: producer, source, recipe, and the hashes of copied files; without a readable one they
-cannot be made up, and the rebuild is refused naming them. Hashes are taken of what is there: it cannot tell damage.
+From the files come: layers (place, length, checksums, packings and codec of each expert), the trunk's entry, the
+fields of config.json. Only an index has: producer, source, recipe, and the hashes of copied files; without a readable
+one they cannot be made up, and the rebuild is refused naming them. Hashes are taken of what is there: it cannot tell
+damage.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from formats.artifact import Artifact
 from formats.checksums import Checksums
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
+from formats.field_rules import short
 from formats.index import (
     CODECS,
     Architecture,
@@ -27,6 +29,7 @@ from formats.index import (
     Recipe,
     Source,
     Trunk,
+    dump_index,
 )
 from formats.io_errors import translated
 from formats.layer_file import (
@@ -38,11 +41,13 @@ from formats.layer_file import (
     raw_entries,
     zstd_entries,
 )
+from formats.model_config import RUN_TIME, gate_config
 from formats.output_file import OutputFile
 from formats.packing import PACKINGS
 from formats.paths import locate, open_regular, read_small
+from formats.recorded_config import CONFIG_NAME
 from formats.safetensors_header import Header, TensorEntry, build_header, read_header
-from formats.strict_json import dump, parse, typed
+from formats.strict_json import parse, typed
 from formats.trunk import packable_linears
 from formats.writer import write_file
 
@@ -57,9 +62,8 @@ def rebuild_index(folder: Path) -> Index:
     where = str(folder / INDEX_NAME)
     old = _old(folder, where)
     kept = {name: typed(old[name], kind, f"{where}: {name}") for name, kind in _ONLY_IN_INDEX.items()}
-    place = str(folder / "config.json")
-    config = parse(read_small(folder, "config.json", str(folder)), place)
-    architecture = Architecture.from_config(config, place, converted=True)
+    config = _config(folder, old)
+    architecture = Architecture(**{name: config[name] for name in Architecture.__struct_fields__})
     with translated(folder, "read", DamageError):
         layers = [_layer(folder, n, architecture) for n in range(architecture.num_hidden_layers)]
     _compare(old, layers, folder)
@@ -69,14 +73,14 @@ def rebuild_index(folder: Path) -> Index:
     index = Index(
         format="moe-convert",
         format_version=FORMAT_VERSION,
-        architecture=architecture,
+        config=config,
         packings=sorted(used),
         trunk=trunk,
         layers=layers,
         **kept,
     )
     before = (folder / INDEX_NAME).read_bytes()
-    write_file(folder / INDEX_NAME, dump(index))
+    write_file(folder / INDEX_NAME, dump_index(index))
     try:
         Artifact.open(folder)
     except MoeConvertError:
@@ -96,6 +100,22 @@ def _old(folder: Path, where: str) -> dict[str, Any]:
     if missing:
         raise FormatError(f"{where}: has no {', '.join(missing)}, and no other file says it", _fetch(folder))
     return dict(old)
+
+
+def _config(folder: Path, old: dict[str, Any]) -> dict[str, Any]:
+    """The fields of config.json. FormatError where one that belongs to the weights is another in the old index."""
+    where = str(folder / CONFIG_NAME)
+    config, _ = gate_config(
+        parse(read_small(folder, CONFIG_NAME, str(folder)), where), where, error=FormatError, converted=True
+    )
+    recorded = old.get("config")
+    for name in sorted(config.keys() - RUN_TIME):
+        if isinstance(recorded, dict) and recorded.get(name, config[name]) != config[name]:
+            raise FormatError(
+                f"{where}: {name} is {short(config[name])}, the index says {short(recorded[name])}: either is damaged",
+                _fetch(folder),
+            )
+    return config
 
 
 def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:

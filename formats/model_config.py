@@ -71,6 +71,13 @@ FIELDS: dict[str, Field] = {
 }
 """What may reach transformers and is written to an output, beside rope_parameters (formats/rope_parameters.py)."""
 
+RUN_TIME = (
+    "transformers_version", "dtype", "max_position_embeddings", "rope_parameters", "initializer_range", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "num_experts_per_tok", "output_router_logits",
+    "router_aux_loss_coef", "router_jitter_noise",
+)  # fmt: skip
+"""Fields that a user may change in the config.json of a converted folder; the others belong to the weights."""
+
 NOT_TAKEN = (
     "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
     "problem_type",

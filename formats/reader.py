@@ -15,7 +15,7 @@ from formats.artifact import Artifact
 from formats.checksums import sha256_of, xxh3_of
 from formats.errors import DamageError
 from formats.io_errors import io_error
-from formats.verify import repair_command
+from formats.repair_hints import repair_command
 
 PIECE_BYTES = 4 << 20
 """What is read between two looks at whether something else has become more urgent."""
@@ -98,7 +98,7 @@ class ExpertReader(ABC):
     bytes were read.
     """
 
-    def __init__(self, artifact: Artifact, *, check: str = "none") -> None:
+    def __init__(self, artifact: Artifact, *, check: str = "fast") -> None:
         self.artifact = artifact
         self._check = check
 

@@ -6,17 +6,19 @@ import os
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from formats.artifact import Artifact
-from formats.errors import DamageError, MoeConvertError
+from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
+from formats.generation_config import GENERATION_NAME, read_generation_config
 from formats.index import ExpertEntry, Index
 from formats.io_errors import translated
 from formats.layer_file import aligned, expert_prefix, layer_metadata, partial_path, raw_entries, zstd_entries
 from formats.output_file import OutputFile, make_folder, refuse_links
 from formats.paths import check_name, open_regular
+from formats.recorded_config import CONFIG_NAME, read_recorded_config
 from formats.safetensors_header import Header, build_header, header_from
 
 _log = logging.getLogger(__name__)
@@ -52,14 +54,17 @@ class NoOrigin(Origin):
 
 @dataclass(frozen=True)
 class Repaired:
-    """Files that were written anew, and the experts (layer, expert) that came from the origin."""
+    """Files that were written anew, and the experts (layer, expert) that came from the origin; kept: files in which a
+    user changed settings."""
 
     files: list[str]
     experts: list[tuple[int, int]]
+    kept: list[str] = field(default_factory=list)
 
 
 def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress | None = None) -> Repaired:
-    """Mends everything in `folder` that is not as `index` says; reads every byte, and writes what it must.
+    """Mends everything in `folder` that is not as `index` says; reads every byte, and writes what it must. Keeps a
+    config.json or generation_config.json in which nothing is changed but what a user may change.
 
     A layer's file is written under another name, with its good experts, and renamed: a failure leaves the old one.
     Raises what the origin raises, MoeConvertError for a folder of the Hub's cache, and at the end what Artifact.open
@@ -78,9 +83,8 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
     refuse_links(folder, parents)
     for parent in sorted(parents - {"."}):
         make_folder(folder / parent)
-    files, experts = [], []
-    whole = {index.trunk.file: (index.trunk.size_bytes, index.trunk.sha256)}
-    whole |= {f.file: (f.size_bytes, f.sha256) for f in index.files}
+    files, experts, kept = [], [], []
+    whole = index.whole_files
     total = sum(size for size, _ in whole.values()) + sum(layer.size_bytes for layer in index.layers)
     done = 0
 
@@ -92,7 +96,11 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
 
     for name, (size, sha256) in whole.items():
         path = folder / check_name(name, str(folder))
-        if _sha256_of(path) != sha256:
+        if _sha256_of(path) == sha256:
+            pass
+        elif _is_edited(folder, name, index):
+            kept.append(name)
+        else:
             origin.file(name, sha256, path)
             files.append(name)
         advance(size)
@@ -103,7 +111,22 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
             experts += found
         advance(layer.size_bytes)
     Artifact.open(folder)
-    return Repaired(files, experts)
+    return Repaired(files, experts, kept)
+
+
+def _is_edited(folder: Path, name: str, index: Index) -> bool:
+    """True if the file has other bytes only because of settings that a user may change."""
+    try:
+        if name == CONFIG_NAME:
+            read_recorded_config(folder, index)
+            return True
+        vocab_size = index.architecture.vocab_size
+        return (
+            name == GENERATION_NAME
+            and read_generation_config(folder, vocab_size, error=FormatError, converted=True) is not None
+        )
+    except MoeConvertError:
+        return False
 
 
 def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,15 +12,21 @@ from typing import TypeVar
 from formats import ALIGNMENT_BYTES, INDEX_NAME
 from formats.artifact import Artifact, read_head, structure_problems
 from formats.errors import DamageError, FormatError, MoeConvertError, NotConvertedError
-from formats.hub import is_repo_name
+from formats.generation_config import GENERATION_NAME, read_generation_config
 from formats.index import ExpertEntry, Index
 from formats.io_errors import io_error, translated
 from formats.paths import locate, open_regular
+from formats.recorded_config import CONFIG_NAME
+from formats.repair_hints import index_command, repair_command
+from formats.whole_files import RUN_TIME_FILES, file_sha256, generation_note
 
 Progress = Callable[[int, int], None]
 """Called with (done bytes, total bytes)."""
 
 T = TypeVar("T")
+
+Unit = tuple[str, ExpertEntry | None]
+"""What has a sha256: an expert with its file, or a whole file."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,26 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class NotRead:
+    """What was not hashed: `experts`, and the trunk or files beside the weights."""
+
+    experts: int
+    expert_bytes: int
+    files: list[str]
+    file_bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a verification looked at and found. `checked_bytes` were hashed."""
+    """What a verification looked at and found. `checked_bytes` were hashed. notes: what a user may change, and did."""
 
     problems: list[Problem]
     files: int
     experts: int
     total_bytes: int
     checked_bytes: int
+    not_read: NotRead
+    notes: list[str]
 
 
 def verify_folder(
@@ -69,70 +86,79 @@ def verify_folder(
     Collects problems instead of raising them; raises only where nothing can be checked (no folder, not converted).
     """
     try:
-        index, config = read_head(folder)
+        head = read_head(folder)
     except NotConvertedError:
         raise
     except MoeConvertError as e:
         if not folder.is_dir():
             raise
-        return Report([Problem(_blamed(INDEX_NAME, folder, e), e.message, e.hint)], 0, 0, 0, 0)
-    found = [*structure_problems(folder, index), *_changed_files(folder, index)]
+        problem = Problem(_blamed(INDEX_NAME, folder, e), e.message, e.hint)
+        return Report([problem], 0, 0, 0, 0, NotRead(0, 0, [], 0), [])
+    index = head.index
+    notes = [f"{folder / CONFIG_NAME}: {change}" for change in head.notes]
+    found = [*structure_problems(folder, index), *_changed_files(folder, index, notes)]
     problems = []
     for file, error in found:
         blamed = _blamed(file, folder, error)
         problems.append(Problem(blamed, error.message, _hint(blamed, folder, index, error)))
         problems += _lost_experts(folder, index, blamed)
-    total = (
-        index.trunk.size_bytes
-        + sum(layer.size_bytes for layer in index.layers)
-        + sum(f.size_bytes for f in index.files)
-    )
-    checked = 0
-    if read_data:
-        artifact = Artifact(folder, index, config)
-        checked = _read_data(artifact, {file for file, _ in found}, problems, sample, progress)
+    broken = {file for file, _ in found}
+    all_units: list[Unit] = [(layer.file, entry) for layer in index.layers for entry in layer.experts]
+    all_units += [(name, None) for name in index.whole_files if name not in RUN_TIME_FILES]
+    units = [unit for unit in all_units if unit[0] not in broken] if read_data else []
+    units = sample.of(units) if sample else units
+    checked = _read_units(Artifact(folder, index, head.config), units, problems, progress)
     files = 2 + len(index.layers) + len(index.files)
-    return Report(problems, files, sum(len(layer.experts) for layer in index.layers), total, checked)
+    total = sum(layer.size_bytes for layer in index.layers) + sum(size for size, _ in index.whole_files.values())
+    not_read = _not_read(index, all_units, units)
+    return Report(problems, files, sum(len(n.experts) for n in index.layers), total, checked, not_read, notes)
 
 
-def _changed_files(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvertError]]:
-    """The files beside the weights that are missing or have another size than they were written with."""
+def _changed_files(folder: Path, index: Index, notes: list[str]) -> Iterator[tuple[str, MoeConvertError]]:
+    """The files beside the weights that are missing or have another size than they were written with; to `notes`, what
+    a user may change."""
     for file in index.files:
         try:
             with translated(folder / file.file, "read", DamageError):
                 size = locate(folder, file.file, str(folder)).stat().st_size
-            if size != file.size_bytes:
+            if file.file == CONFIG_NAME and not notes and file_sha256(folder, CONFIG_NAME) != file.sha256:
+                notes.append(f"{folder / CONFIG_NAME}: other bytes than were written, the same fields")
+            if file.file not in RUN_TIME_FILES and size != file.size_bytes:
                 message = f"{folder / file.file}: {size} bytes, the index says {file.size_bytes}"
                 raise DamageError(message, "get the file again, if it was not you who changed it")
         except MoeConvertError as e:
             yield file.file, e
+    if not (folder / GENERATION_NAME).exists():
+        return
+    try:
+        read_generation_config(folder, index.architecture.vocab_size, error=FormatError, converted=True)
+        notes += [note for note in [generation_note(folder, index)] if note]
+    except MoeConvertError as e:
+        yield GENERATION_NAME, e
 
 
-def _read_data(
-    artifact: Artifact, broken: set[str], problems: list[Problem], sample: Sample | None, progress: Progress | None
-) -> int:
-    """Hashes experts, fillers, trunk and copied files; leaves out files whose structure is broken already."""
+def _not_read(index: Index, all_units: list[Unit], units: list[Unit]) -> NotRead:
+    """What is in `all_units` and not in `units`."""
+    read = set(map(id, units))
+    left = [unit for unit in all_units if id(unit) not in read]
+    entries, files = [entry for _, entry in left if entry], [file for file, entry in left if not entry]
+    file_bytes = sum(index.whole_files[file][0] for file in files)
+    return NotRead(len(entries), sum(entry.length for entry in entries), files, file_bytes)
+
+
+def _read_units(artifact: Artifact, units: list[Unit], problems: list[Problem], progress: Progress | None) -> int:
+    """Hashes experts with their fillers, trunk and copied files; gives the number of bytes."""
     index, folder = artifact.index, artifact.folder
-    mend = repair_command(folder, index)
-    whole = {index.trunk.file: (index.trunk.size_bytes, index.trunk.sha256)}
-    whole |= {f.file: (f.size_bytes, f.sha256) for f in index.files}
-    whole = {file: facts for file, facts in whole.items() if file not in broken}
-    units: list[ExpertEntry | str] = [e for layer in index.layers if layer.file not in broken for e in layer.experts]
-    units += whole
-    if sample:
-        units = sample.of(units)
-    sizes = [whole[unit][0] if isinstance(unit, str) else unit.length for unit in units]
+    mend, whole = repair_command(folder, index), index.whole_files
+    sizes = [entry.length if entry else whole[file][0] for file, entry in units]
     done = 0
-    for unit, size in zip(units, sizes, strict=True):
-        file = unit if isinstance(unit, str) else index.layers[unit.layer].file
+    for (file, entry), size in zip(units, sizes, strict=True):
         with _unreadable(file, problems, mend):
-            if isinstance(unit, str):
-                found, expected = _file_sha256(folder, unit), whole[unit][1]
-                if found != expected:
-                    message = f"{folder / unit}: its sha256 is {found}, the index says {expected}"
-                    problems.append(Problem(unit, message, mend))
-            else:
-                problems += _expert_problems(artifact, unit, mend)
+            if entry:
+                problems += _expert_problems(artifact, entry, mend)
+            elif (found := file_sha256(folder, file)) != (expected := whole[file][1]):
+                message = f"{folder / file}: its sha256 is {found}, the index says {expected}"
+                problems.append(Problem(file, message, mend))
         done += size
         if progress:
             progress(done, sum(sizes))
@@ -181,32 +207,12 @@ def _place(folder: Path, file: str, entry: ExpertEntry) -> tuple[str, dict[str, 
     return place, {"layer": entry.layer, "expert": entry.expert, "offset": entry.offset}
 
 
-def repair_command(folder: Path, index: Index) -> str:
-    """The command that mends weights: from where the folder was published, or from what it was made of."""
-    mend = f"moe-convert repair {shlex.quote(str(folder))} --from"
-    # The index may be a stranger's, and people run what stands here.
-    if index.source.revision and is_repo_name(index.source.name):
-        return f"{mend} {index.source.name}  # or from where it was published"
-    return f"{mend} SOURCE  # the checkpoint, or OWNER/MODEL: where it was published"
-
-
-def index_command(folder: Path) -> str:
-    """The command that brings a good index."""
-    mend = f"moe-convert repair {shlex.quote(str(folder))}"
-    return f"{mend} --index  # or --from OWNER/MODEL: where it was published"
-
-
 def _hint(file: str, folder: Path, index: Index, error: MoeConvertError) -> str:
     if file == INDEX_NAME:
         return index_command(folder)
     return repair_command(folder, index) if isinstance(error, FormatError) and file != "config.json" else error.hint
 
 
-def _file_sha256(folder: Path, name: str) -> str:
-    with os.fdopen(open_regular(locate(folder, name, str(folder))), "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _blamed(file: str, folder: Path, error: MoeConvertError) -> str:
     """The file that is at fault: index or config.json where the message begins with them, else `file`."""
-    return next((n for n in (INDEX_NAME, "config.json") if error.message.startswith(str(folder / n))), file)
+    return next((n for n in (INDEX_NAME, CONFIG_NAME) if error.message.startswith(str(folder / n))), file)

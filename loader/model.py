@@ -12,7 +12,9 @@ from formats.artifact import Artifact
 from formats.checksums import CHECKS
 from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.index import Architecture
+from formats.log_once import warn_once
 from formats.readers import READERS
+from formats.whole_files import check_files, generation_note
 from loader.configuration import loading_options
 from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device
@@ -70,9 +72,10 @@ def from_pretrained(
     prefetch: how many experts of the next layer to guess and read ahead, 0 for none; "auto": as many as a token uses.
     It rests by itself where it does not pay (loader/prefetch.py).
     cpu_share: "auto": missed experts are computed on the CPU where that is sooner done than copying them to the GPU;
-    "off". check: "fast": compares the sha256 of config.json (but for the fields that may change at run time) and trunk
-    when the model loads, and the xxh3 of each expert whenever its bytes come from a disk or a network into memory, or
-    are first used in a map; "sha256": compares the experts' sha256 instead; "none".
+    "off". check: "fast": compares the sha256 of the trunk when the model loads, and the xxh3 of each expert whenever
+    its bytes come from a disk or a network into memory, or are first used in a map; "sha256": compares the experts'
+    sha256 instead; "none". Whatever it is, config.json must say what the index says, but for the fields that a user may
+    change (docs/security.md).
     kernels: on the CPU: "native", "torch" (the slow reference), or "auto". attn_implementation: as in transformers.
 
     After a fork the child may use the model, on the CPU, with a cache of its own. It cannot be pickled: other processes
@@ -118,14 +121,15 @@ def from_pretrained(
 
 
 def load_tokenizer(
-    folder: Folder, *, revision: str | None = None, token: str | None = None
+    folder: Folder, *, check: str = "fast", revision: str | None = None, token: str | None = None
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer in `folder`, or in the repository of that name on the Hub; code from there is never run.
 
-    Of a converted model only the files that its index lists are used. TokenizerError (MoeConvertError) naming what is
-    wrong; HubError, FormatError.
+    Of a converted model only the files that its index lists are used, and compared with it; check: "none" takes those
+    that somebody edited too. TokenizerError (MoeConvertError) naming what is wrong; HubError, FormatError, DamageError.
     """
-    return tokenizer_of(small_files(folder, revision, token))
+    _check_known("check", check, CHECKS)
+    return tokenizer_of(small_files(folder, revision, token), check)
 
 
 def _placed(
@@ -134,6 +138,10 @@ def _placed(
     placement = place(opened, devices, options)
     try:
         artifact = opened.artifact
+        if options.check != "none":
+            check_files(artifact.folder, artifact.index, [artifact.index.trunk.file])
+            if note := generation_note(artifact.folder, artifact.index):
+                warn_once(note)
         return _load(artifact, placement, _dtype(dtype, artifact, devices), attn_implementation), placement
     except BaseException:
         placement.cache.close()

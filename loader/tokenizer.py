@@ -10,6 +10,7 @@ from formats.errors import MoeConvertError, TokenizerError
 from formats.index import read_index
 from formats.side_files import is_read_by_transformers
 from formats.tokenizer_files import open_tokenizer_by
+from formats.whole_files import check_files
 from loader.listed_files import link_listed_files
 
 if TYPE_CHECKING:
@@ -23,16 +24,20 @@ _AGAIN_HINT = (
 _ORDINARY_HINT = "put the model's own tokenizer files there"
 
 
-def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
+def tokenizer_of(folder: Path, check: str = "fast") -> "PreTrainedTokenizerBase":
     """The tokenizer in a converted folder, which may be incomplete, or in an ordinary checkpoint. TokenizerError, and
-    of a converted folder FormatError."""
+    of a converted folder FormatError; unless `check` is "none", DamageError for a file that is not as it was written.
+    """
     name = next((name for name in (INDEX_NAME, PENDING_NAME) if (folder / name).exists()), None)
     if name is None:
         try:
             return _open(folder)
         except TokenizerError as e:
             raise TokenizerError(e.message, e.hint or _ORDINARY_HINT) from e
-    with link_listed_files(folder, read_index(folder, name), is_read_by_transformers) as files:
+    index = read_index(folder, name)
+    if check != "none":
+        check_files(folder, index, sorted(filter(is_read_by_transformers, index.whole_files)))
+    with link_listed_files(folder, index, is_read_by_transformers) as files:
         try:
             tokenizer = _open(files)
         except TokenizerError as e:

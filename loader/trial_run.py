@@ -29,12 +29,13 @@ def try_out(
     prompt: int,
     tokens: int = 32,
     policy: str = "lrfu",
+    check: str = "fast",
 ) -> TrialRun:
     """Greedy tokens after a prompt of random ones, which fills the slots first; on the GPU with `gpu_cache`, else on
     the processor. Errors as `from_pretrained`."""
     options = {"device": "cpu"} if gpu_cache is None else {"device": "cuda", "gpu_cache": gpu_cache}
     try:
-        return _decode(folder, prompt, tokens, {**options, "ram_cache": ram_cache, "policy": policy})
+        return _decode(folder, prompt, tokens, {**options, "ram_cache": ram_cache, "policy": policy, "check": check})
     finally:
         # A model's modules hold each other: its cache would stay beside the next one's.
         gc.collect()

@@ -16,6 +16,7 @@ import torch
 from brute_tiles import GROUP_SIZES, brute_pack, ranges
 
 from formats import FORMAT_VERSION
+from formats.errors import FormatError
 from formats.expert import ExpertLayout, assemble
 from formats.index import (
     Architecture,
@@ -29,8 +30,10 @@ from formats.index import (
     Shard,
     Source,
     Trunk,
+    dump_index,
 )
 from formats.layer_file import FILLER_PREFIX, aligned, layer_file_name
+from formats.model_config import gate_config
 from formats.packing import PACKINGS, AnyPacking, Packing, QuantizedMatrix, dequantize, pack, tiles_of
 from formats.safetensors_header import TensorEntry
 from formats.strict_json import dump
@@ -152,14 +155,14 @@ def write_folder(
         format_version=FORMAT_VERSION,
         producer=Producer("moe-convert", "0", {}),
         source=Source("seeded", None, [Shard("model.safetensors", 0, hashlib.sha256(b"").hexdigest())]),
-        architecture=architecture,
+        config=gate_config(config, "config", error=FormatError, converted=True)[0],
         recipe=Recipe("custom" if "rows-bf16" in packings else "2bit", *packings, "tile32-q4-g64-s8", "none"),
         packings=sorted({*packings, "tile32-q4-g64-s8"}),
         trunk=trunk,
         layers=layers,
         files=[CopiedFile("LICENSE", len(license_text), hashlib.sha256(license_text).hexdigest())],
     )
-    write_file(folder / "moe_index.json", dump(index))
+    write_file(folder / "moe_index.json", dump_index(index))
     return folder
 
 

@@ -134,7 +134,7 @@ def test_a_repair_writes_nothing_through_a_link_out_of_the_folder(
     (folder / "experts").symlink_to(tmp_path / "elsewhere")
     code, _, err = run_command("repair", folder, "--from", REPO, "-q")
     assert code == 1
-    assert "outside of" in err
+    assert "is a symbolic link" in err
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 

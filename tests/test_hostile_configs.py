@@ -20,7 +20,8 @@ from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from formats.artifact import Artifact
-from formats.errors import FormatError, MoeConvertError, SourceError
+from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
+from formats.model_config import RUN_TIME
 from formats.verify import verify_folder
 from loader.checkpoint import load_checkpoint
 from loader.configuration import loading_options
@@ -265,20 +266,35 @@ def test_experts_per_token_may_be_changed_in_config_json(ours: Path, caplog: pyt
     assert model.generate(PROMPT, max_new_tokens=4, do_sample=False).shape == (1, 7)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"eos_token_id": 7}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, {"sliding_window": 32}],
-)
-def test_run_time_fields_may_be_changed_with_a_warning(
-    changes: dict[str, Any], ours: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    edit(ours, changes)
+RUN_TIME_EDITS: dict[str, Any] = {
+    "transformers_version": "5.0", "dtype": "float32", "max_position_embeddings": 64, "initializer_range": 0.5,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0}, "use_cache": False, "pad_token_id": 3,
+    "bos_token_id": 3, "eos_token_id": [2, 7], "attention_dropout": 0.5, "num_experts_per_tok": 3,
+    "output_router_logits": True, "router_aux_loss_coef": 0.5, "router_jitter_noise": 0.5,
+}  # fmt: skip
+OTHER_EDITS: dict[str, Any] = {"rms_norm_eps": 1e-3, "sliding_window": 32, "vocab_size": 4095, "head_dim": 8}
+
+
+def test_every_field_that_may_be_edited_is_tried() -> None:
+    assert RUN_TIME_EDITS.keys() == set(RUN_TIME)
+
+
+@pytest.mark.parametrize("name", RUN_TIME)
+def test_run_time_fields_may_be_changed_with_a_warning(name: str, ours: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(ours, {name: RUN_TIME_EDITS[name]})
     with caplog.at_level(logging.WARNING):
         Artifact.open(ours)
         Artifact.open(ours)
-    assert [line for line in caplog.messages if "changed since the conversion" in line] == [
-        f"{ours / 'config.json'}: changed since the conversion, and used as it is now"
-    ]
+    (line,) = [line for line in caplog.messages if "when it was converted" in line]
+    assert line.startswith(f"{ours / 'config.json'}: {name} is ")
+
+
+@pytest.mark.parametrize("name", OTHER_EDITS)
+def test_other_fields_belong_to_the_weights(name: str, ours: Path) -> None:
+    edit(ours, {name: OTHER_EDITS[name]})
+    with pytest.raises(DamageError, match=rf"config\.json: {name} is .*moe_index\.json says .*the weights") as caught:
+        load(ours, check="none")
+    assert caught.value.hint.startswith(f"moe-convert repair {ours}")
 
 
 def test_the_tokenizer_is_loaded_without_reading_config_json(ours: Path) -> None:

@@ -115,7 +115,7 @@ def test_layers_that_name_one_file_are_refused_before_its_header(
 ) -> None:
     def many(index: Any) -> None:
         index["layers"] *= 20
-        index["architecture"]["num_hidden_layers"] = 20
+        index["config"]["num_hidden_layers"] = 20
 
     edit_index(folder, many)
     hub.add(REPO, folder)
@@ -126,7 +126,7 @@ def test_a_count_that_config_json_does_not_have_is_refused_before_a_header(
     hub: HubServer, folder: Path, refused: Callable[..., str]
 ) -> None:
     def many(index: Any) -> None:
-        index["architecture"]["num_hidden_layers"] = 3
+        index["config"]["num_hidden_layers"] = 3
         first = index["layers"][0]
         for n in (1, 2):
             experts = [{**expert, "layer": n} for expert in first["experts"]]

@@ -39,8 +39,8 @@ def rewrite_trunk(folder, change):
     edit_json(folder / "moe_index.json", update)
 
 
-def load(folder):
-    return loader.from_pretrained(folder, kernels="torch", ram_cache="1GiB")
+def load(folder, check="fast"):
+    return loader.from_pretrained(folder, kernels="torch", ram_cache="1GiB", check=check)
 
 
 def test_a_missing_trunk_tensor_is_named(converted_copy):
@@ -73,7 +73,7 @@ def test_fillers_of_the_trunk_are_loaded_over_in_silence(converted_copy, caplog)
     transformers_logger = logging.getLogger("transformers")
     transformers_logger.addHandler(caplog.handler)
     try:
-        model = load(converted_copy)
+        model = load(converted_copy, check="none")
     finally:
         transformers_logger.removeHandler(caplog.handler)
     assert model is not None

@@ -32,6 +32,7 @@ def compare_with_original(
     batch: int,
     max_windows: int | None,
     versions: dict[str, str],
+    check: str,
     output: Output,
     progress: Callable[[str, int, int], None],
 ) -> Evaluation:
@@ -51,7 +52,7 @@ def compare_with_original(
         converted = is_converted(path)
         ours: Any = Artifact.open(path) if converted else opened.enter_context(Checkpoint(path))
         _check_alike(original.architecture, against, ours.architecture, path)
-        texts = _texts(path, against, named, window, max_windows, ours.architecture.vocab_size)
+        texts = _texts(path, against, named, window, max_windows, ours.architecture.vocab_size, check)
         windows = torch.cat([text.windows for text in texts])
 
         def streamed(checkpoint: Checkpoint) -> "Iterator[Prediction]":
@@ -87,7 +88,13 @@ def _check_alike(original: Architecture, against: Path, ours: Architecture, path
 
 
 def _texts(
-    path: Path, against: Path, named: list[tuple[str, str]], window: int, max_windows: int | None, rows: int
+    path: Path,
+    against: Path,
+    named: list[tuple[str, str]],
+    window: int,
+    max_windows: int | None,
+    rows: int,
+    check: str,
 ) -> "list[Text]":
     """The texts' windows, which the tokenizers of both folders must agree on."""
     import loader
@@ -95,7 +102,7 @@ def _texts(
     from loader.perplexity import named_windows
     from loader.tokenizer import check_tokens
 
-    tokenizers = [loader.load_tokenizer(folder) for folder in (against, path)]
+    tokenizers = [loader.load_tokenizer(folder, check=check) for folder in (against, path)]
     texts = []
     for name, text in named:
         theirs, ours = (named_windows(t, name, text, window, max_windows) for t in tokenizers)

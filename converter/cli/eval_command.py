@@ -46,6 +46,7 @@ Examples:
 @shared_options.gpu_cache
 @shared_options.ram_cache
 @shared_options.io
+@shared_options.check
 @shared_options.kernels
 @output_options(interrupted="nothing was saved; the next run begins from the first text")
 def command(
@@ -105,7 +106,7 @@ def command(
         from loader.tasks import check_tasks, run_tasks
 
         check_tasks(names, task_folder)
-        tokenizer = loader.load_tokenizer(path)
+        tokenizer = loader.load_tokenizer(path, check=options["check"])
         found = run_tasks(load(path), tokenizer, names, batch=batch, limit=limit, folder=task_folder)
         lines = [(task, name, f"{value:.4f}") for task, metrics in found.items() for name, value in metrics.items()]
         output.result({"path": str(path), "tasks": found}, table([("task", "metric", "value"), *lines], left=2))
@@ -129,14 +130,14 @@ def command(
             _check_loading(path, options)
         evaluation = compare_with_original(
             path, against, named, load, window=window, batch=batch, max_windows=max_windows,
-            versions=versions, output=output, progress=note,
+            versions=versions, check=options["check"], output=output, progress=note,
         )  # fmt: skip
         if save:
             save_evaluation(path, evaluation)
             output.note(f"saved in {path / 'quality.json'}")
         output.result({"path": str(path), **msgspec.to_builtins(evaluation)}, evaluation_table(evaluation))
         return
-    tokenizer = loader.load_tokenizer(path)
+    tokenizer = loader.load_tokenizer(path, check=options["check"])
     windows = [(name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in named]
     for name, ids in windows:
         check_tokens(ids, tokenizer, vocabulary_size(path) or sys.maxsize, name)

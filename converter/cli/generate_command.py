@@ -12,7 +12,6 @@ from converter.cli import shared_options
 from converter.cli.generation_stats import Clock, stats_table, with_shares
 from converter.cli.output import Output, gigabytes, output_options
 from converter.cli.terminal import printable
-from formats.checksums import CHECKS
 from formats.errors import MoeConvertError
 
 
@@ -51,10 +50,7 @@ Examples:
     "--cpu-share", type=click.Choice(["off", "auto"]), default="off", show_default=True,
     help="With a GPU: auto computes missed experts on the CPU where that is sooner done than copying them.",
 )  # fmt: skip
-@click.option(
-    "--check", type=click.Choice(CHECKS), default="fast", show_default=True,
-    help="What is compared with the index as bytes are read: fast, a checksum that costs little; sha256; or none.",
-)  # fmt: skip
+@shared_options.check
 @click.option(
     "--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Divide --ram-cache among the layers as this routing trace would have read least, instead of evenly.",
@@ -98,14 +94,14 @@ def command(
     # Before the weights, where no branch can move meanwhile.
     if path.is_dir():
         check_converted(path)
-    tokenizer = loader.load_tokenizer(path) if path.is_dir() else None
+    tokenizer = loader.load_tokenizer(path, check=options["check"]) if path.is_dir() else None
     inputs = _tokens(tokenizer, text, path) if tokenizer else None
     if trace:
         options["slots"] = _slots(trace, path, ram_cache, io, options["policy"])
     options["prefetch"] = 0 if no_prefetch else int(prefetch) if prefetch.isdigit() else prefetch
     model = loader.from_pretrained(path, ram_cache=ram_cache, io=io, kernels=kernels, progress=there, **options)
     # What was loaded, wherever that is: a branch may have moved meanwhile.
-    tokenizer = tokenizer or loader.load_tokenizer(model.name_or_path)
+    tokenizer = tokenizer or loader.load_tokenizer(model.name_or_path, check=options["check"])
     inputs = inputs or _tokens(tokenizer, text, Path(model.name_or_path))
     if seed is not None:
         torch.manual_seed(seed)

@@ -67,6 +67,7 @@ Exit code 4: not even the least fits; the message says how much is needed.""",
 @shared_options.revision
 @shared_options.token
 @click.option("--verify", is_flag=True, help="Decode 32 tokens with each budget, and compare.")
+@shared_options.check
 @output_options(interrupted="nothing was changed")
 def command(path: Path, ram: str | None, vram: str | None, output: Output, **options: Any) -> None:
     """Show what fits where, and the speed to expect, of PATH.
@@ -101,7 +102,7 @@ def command(path: Path, ram: str | None, vram: str | None, output: Output, **opt
         "plans": [asdict(plan) for plan in plans],
     }
     if options["verify"] and source.converted:
-        _verify(source.converted, result["plans"], prompt, context, options["policy"], output)
+        _verify(source.converted, result["plans"], prompt, context, options, output)
     output.result(result, text_of(result, detailed=bool(ram or vram)))
 
 
@@ -155,7 +156,9 @@ def _traced(path: Path | None, sizes: "ModelSizes") -> Any:
     return read
 
 
-def _verify(folder: Path, plans: list[dict[str, Any]], prompt: int, context: int, policy: str, output: Output) -> None:
+def _verify(
+    folder: Path, plans: list[dict[str, Any]], prompt: int, context: int, options: dict[str, Any], output: Output
+) -> None:
     """Adds what 32 tokens measured to each plan, as `verified`."""
     import transformers
 
@@ -165,5 +168,8 @@ def _verify(folder: Path, plans: list[dict[str, Any]], prompt: int, context: int
     for plan in plans:
         output.note(f"decoding with {plan['ram_bytes'] / GB:.2f} GB")
         gpu_cache = plan["gpu"]["cache_bytes"] if "gpu" in plan else None
-        run = try_out(folder, plan["cache_bytes"], gpu_cache, prompt=min(prompt, max(1, context - 32)), policy=policy)
+        run = try_out(
+            folder, plan["cache_bytes"], gpu_cache, prompt=min(prompt, max(1, context - 32)),
+            policy=options["policy"], check=options["check"],
+        )  # fmt: skip
         plan["verified"] = asdict(run)

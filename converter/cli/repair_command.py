@@ -41,8 +41,8 @@ def command(
     from formats.index import read_index
     from formats.index_rebuild import rebuild_index
     from formats.repair import repair_folder
+    from formats.repair_hints import repair_command
     from formats.unconverted import check_converted
-    from formats.verify import repair_command
 
     if index_too and origin:
         raise click.UsageError("--index rebuilds from the folder alone; --from OWNER/MODEL brings the index too")
@@ -50,7 +50,9 @@ def command(
     check_out_folder(path)
     if index_too:
         rebuild_index(path)
-        output.result({"ok": True, "files": ["moe_index.json"], "experts": []}, "the index was written again")
+        output.result(
+            {"ok": True, "files": ["moe_index.json"], "experts": [], "kept": []}, "the index was written again"
+        )
         return
     progress = output.progress()
     with _origin(path, origin, calibration_file, remote) as source:
@@ -60,8 +62,10 @@ def command(
         )
     lines = [f"written again: {name}" for name in done.files]
     lines += [f"replaced: layer {layer} expert {expert}" for layer, expert in done.experts]
-    facts = {"ok": True, "files": done.files, "experts": [list(key) for key in done.experts]}
-    output.result(facts, "\n".join([*lines, "ok: every byte is as the index says"]))
+    lines += [f"kept as you changed it: {name}" for name in done.kept]
+    facts = {"ok": True, "files": done.files, "experts": [list(key) for key in done.experts], "kept": done.kept}
+    rest = "every other byte" if done.kept else "every byte"
+    output.result(facts, "\n".join([*lines, f"ok: {rest} is as the index says"]))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import click
 
+from formats.checksums import CHECKS
+
 revision = click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
 token = click.option(
     "--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN]."
@@ -25,6 +27,14 @@ io = click.option(
     default="auto",
     show_default=True,
     help="How to read experts.",
+)
+check = click.option(
+    "--check",
+    type=click.Choice(CHECKS),
+    default="fast",
+    show_default=True,
+    help="What is compared with the index as bytes are read: fast, the trunk's and tokenizer's sha256 and a quick"
+    " checksum of each expert; sha256, also of the experts; or none.",
 )
 kernels = click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
 window = click.option(

@@ -32,6 +32,7 @@ Examples:
     "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Greedy, after each prompt."
 )
 @shared_options.ram_cache
+@shared_options.check
 @shared_options.kernels
 @output_options(interrupted="no trace was written; the next run begins from the first text")
 def command(
@@ -44,6 +45,7 @@ def command(
     max_tokens: int | None,
     max_new_tokens: int,
     ram_cache: str,
+    check: str,
     kernels: str,
     output: Output,
 ) -> None:
@@ -69,13 +71,13 @@ def command(
     transformers.utils.logging.disable_progress_bar()
     check_out_file(out)
     described = TracedModel.of_folder(path)
-    tokenizer = loader.load_tokenizer(path)
+    tokenizer = loader.load_tokenizer(path, check=check)
     if texts:
         windows = text_windows(tokenizer, described, texts, window, max_tokens)
     else:
         inputs = read_prompts(tokenizer, described, prompts)
     model: Any = (
-        loader.from_pretrained(path, ram_cache=ram_cache, kernels=kernels)
+        loader.from_pretrained(path, ram_cache=ram_cache, check=check, kernels=kernels)
         if is_converted(path)
         else load_checkpoint(path)
     )

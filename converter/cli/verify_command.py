@@ -5,11 +5,14 @@ import re
 import sys
 from pathlib import Path
 from random import SystemRandom
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from converter.cli.output import Output, gigabytes, output_options
+
+if TYPE_CHECKING:
+    from formats.verify import NotRead
 
 
 @click.command("verify", epilog="Exit code 3 if anything is damaged.")
@@ -46,16 +49,28 @@ def command(path: Path, read_data: bool, read_data_subset: str | None, seed: int
         lines.append(f"{len(report.problems)} problems")
         lines += [f"  next: {hint}" for hint in dict.fromkeys(p.hint for p in report.problems) if hint]
     else:
-        how = "structure only; --read-data reads every byte"
+        how = "structure only"
         if read_data or sample:
             how = f"{gigabytes(report.checked_bytes)} read and compared"
         lines.append(f"ok: {report.files} files, {report.experts} experts, {gigabytes(report.total_bytes)} ({how})")
+    lines += [f"note: {note}" for note in report.notes]
+    if left := _not_read(report.not_read):
+        lines.append(f"not read: {left}" + ("" if read_data else "; --read-data reads them"))
     drawn = {"seed": sample.seed} if sample else {}
     if sample:
         lines.append(f"the subset of --seed {sample.seed}")
     output.result(dataclasses.asdict(report) | drawn | {"ok": not report.problems}, "\n".join(lines))
     if report.problems:
         sys.exit(3)
+
+
+def _not_read(left: "NotRead") -> str:
+    """What a verification did not hash, in words; empty where it hashed everything."""
+    parts = [f"{left.experts} experts ({gigabytes(left.expert_bytes)})"] if left.experts else []
+    if left.files:
+        shown = ", ".join(left.files[:3]) + (f" and {len(left.files) - 3} more files" if len(left.files) > 3 else "")
+        parts.append(f"{shown} ({gigabytes(left.file_bytes)})")
+    return "the bytes of " + " and of ".join(parts) if parts else ""
 
 
 def _sample(read_data: bool, share: str | None, seed: int | None) -> Any:
