@@ -17,6 +17,7 @@ from converter.solver import Solver
 from converter.source import Checkpoint
 from formats.errors import OutputError
 from formats.index import Index, Recipe, read_index
+from formats.recorded_config import changed_fields
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done bytes, total bytes); bytes are the source's."""
@@ -75,8 +76,8 @@ def check_same(
         _refuse(out, "calibration", there, now)
     if (there := index.producer.versions.get("overlay")) != (now := overlay_version(checkpoint)):
         _refuse(out, "choice of tensors that are in several shards", there, now)
-    if index.architecture != checkpoint.architecture:
-        _refuse(out, "architecture", index.architecture, checkpoint.architecture)
+    for name in changed_fields(checkpoint.config, index.config):
+        _refuse(out, f"config.json ({name})", index.config.get(name), checkpoint.config.get(name))
     sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
     if sizes != checkpoint.shards:
         _refuse(out, "source", sizes, checkpoint.shards)

@@ -18,12 +18,14 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, HubError
 from formats.file_lock import lock_file
 from formats.hub import HubRepo, is_offline, kept_root
-from formats.hub_files import fetch_file
+from formats.hub_files import fetch_file, read_small_file
 from formats.index import Index
 from formats.io_errors import translated
 from formats.output_file import OutputFile, make_folders, remove, rename
 from formats.ranges import Retries
+from formats.recorded_config import CONFIG_NAME
 from formats.remote_artifact import open_remote
+from formats.whole_files import RUN_TIME_FILES
 from formats.writer import write_file
 
 RECORD_NAME = ".moe-convert.fetched"
@@ -135,7 +137,11 @@ def _prepare(path: Path, repo: HubRepo, progress: Progress) -> None:
     index = artifact.index
     _check_room(path, index)
     for file in index.files:
-        fetch_file(repo, file.file, file.sha256, path / file.file, lambda done, total: None)
+        if file.file not in RUN_TIME_FILES:
+            fetch_file(repo, file.file, file.sha256, path / file.file, lambda done, total: None)
+        elif file.file != CONFIG_NAME and file.file in repo.files:
+            # The publisher may have changed it; config.json is there already.
+            write_file(path / file.file, read_small_file(repo, file.file))
     fetch_file(
         repo, index.trunk.file, index.trunk.sha256, path / index.trunk.file,
         lambda done, total: progress("fetching all but experts", done, total),

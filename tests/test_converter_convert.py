@@ -357,6 +357,15 @@ def test_complete_folder_is_left_as_it_is(source: Path, reference: dict[str, str
     assert hashes(out) == reference
 
 
+def test_complete_folder_of_another_config_is_named(source: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(source, tmp_path / "mini"))
+    convert(mine, tmp_path / "out")
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(OutputError, match=r"another config\.json \(rms_norm_eps\): 1e-05 there, 0\.001 now"):
+        convert(mine, tmp_path / "out")
+
+
 def test_force_replaces_a_complete_conversion(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(source, out, "3bit")

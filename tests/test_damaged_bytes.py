@@ -225,6 +225,20 @@ def test_changed_generation_config_is_used_with_one_log_line(
     assert len([line for line in caplog.messages if line.startswith(f"{path} was {edit} since")]) == 1
 
 
+@torch.no_grad()
+def test_settings_that_a_publisher_changed_are_loaded_lazily(
+    hub: HubServer, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_config(folder, num_experts_per_tok=3)
+    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    hub.add(REPO, folder)
+    model = loader.from_pretrained(REPO, lazy=True)
+    assert model.model.layers[0].mlp.gate.top_k == 3
+    assert model.generation_config.temperature == 0.5
+    assert "num_experts_per_tok is 3, 2 when it was converted" in caplog.text
+    assert "generation_config.json was changed since the conversion" in caplog.text
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))

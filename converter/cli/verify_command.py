@@ -68,7 +68,7 @@ def _not_read(left: "NotRead") -> str:
     """What a verification did not hash, in words; empty where it hashed everything."""
     parts = [f"{left.experts} experts ({gigabytes(left.expert_bytes)})"] if left.experts else []
     if left.files:
-        shown = ", ".join(left.files[:3]) + (f" and {len(left.files) - 3} more files" if len(left.files) > 3 else "")
+        shown = ", ".join(left.files[:3]) + (f" and {len(left.files) - 3} more" if len(left.files) > 3 else "")
         parts.append(f"{shown} ({gigabytes(left.file_bytes)})")
     return "the bytes of " + " and of ".join(parts) if parts else ""
 
