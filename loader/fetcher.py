@@ -37,6 +37,11 @@ class Job:
     """What runs it."""
 
 
+def _is_at_exit() -> bool:
+    """Whether the interpreter ends: then only daemon threads wait, which should end with it, not with a traceback."""
+    return not threading.main_thread().is_alive()
+
+
 class Fetcher:
     """Reading threads. Methods are called as a change of `changes`, which rings whenever a job ends; `close` is not.
 
@@ -63,7 +68,7 @@ class Fetcher:
 
     def submit(self, job: Job) -> None:
         """Queue a job."""
-        if self._closed:
+        if self._closed and not _is_at_exit():
             raise MoeConvertError("the model's expert cache is closed", "load the model again")
         self._start_threads()
         (self._urgent if job.urgent else self._guesses).append(job)
@@ -166,10 +171,11 @@ class Fetcher:
             else:
                 bell.get()
         with self.changes.lock, self.changes:
-            for job in (*self._urgent, *self._guesses):
-                job.finished(None, MoeConvertError("the model's expert cache was closed"))
-            self._urgent.clear()
-            self._guesses.clear()
+            if not _is_at_exit():
+                for job in (*self._urgent, *self._guesses):
+                    job.finished(None, MoeConvertError("the model's expert cache was closed"))
+                self._urgent.clear()
+                self._guesses.clear()
             self._threads.remove(threading.current_thread())
             is_last = not self._threads
             self.changes.ring()
