@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard CMakeLists.txt formats/native/* loader/native/* converter/native/*)
 
-.PHONY: demo test test-versions test-native fuzz lint clean
+.PHONY: demo test test-versions test-native fuzz faults lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,10 @@ test-native:
 SECONDS ?= 600
 fuzz: $(VENV)/installed
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
+
+# Conversions under injected faults for SECONDS in all: kills, power losses, damaged bytes, failing calls.
+faults: $(VENV)/installed
+	$(BIN)/python tests/faults/run.py --seconds $(SECONDS)
 
 # The loader's tests on other versions of transformers than the pinned one: the oldest, one between, the newest.
 test-versions: $(addprefix test-transformers-,5.3.0 5.12.0 newest)

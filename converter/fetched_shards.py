@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class FetchedShards:
     """Keeps at most `max_bytes` of shards in `folder`, which it owns; threads fetch what is needed next.
 
-    Each shard is compared with the Hub's hash before it gets its name, which is that hash; so what an earlier run
-    fetched is used, and what it fetched in part is completed. A shard goes when no expected work needs it any more. One
+    Each shard is compared with the Hub's hash before it gets its name, which is that hash. What an earlier run fetched
+    is compared again and used, and what it fetched in part is completed. A shard goes when no expected work needs it any more. One
     that is needed sooner takes the place of one that is needed later; so the earliest work always gets on, if the
     limit has room for what one piece of work needs.
     """
@@ -146,7 +146,7 @@ class FetchedShards:
         return self._folder / self._repo.file(name).etag
 
     def _take_over(self) -> None:
-        """Opens what an earlier run left and this one will need first; other shards in the folder are deleted."""
+        """Keeps what an earlier run left and this one will need first; other shards in the folder are deleted."""
         kept, room = set(), self._max_bytes
         for name in sorted(self._left, key=self._rank):
             if (room := room - self._repo.file(name).size) < 0:
@@ -160,7 +160,8 @@ class FetchedShards:
                 if _OURS.fullmatch(path.name) and not path.is_symlink():
                     remove(path)
             elif path.suffix == "" and _size_of(path) == self._repo.file(kept_name).size:
-                self._files[kept_name] = _open(path)
+                # The bytes may have changed since: they are compared like those of a shard fetched in part.
+                rename(path, path.with_suffix(".partial"))
 
     def _work(self) -> None:
         """Fetches what is to be had next, until stopped or failed."""
@@ -220,13 +221,13 @@ class FetchedShards:
                     hasher.update(chunk)
                     end += len(chunk)
                     self._check_stop()
-                if end <= file.size:
+                if end < file.size:
                     for chunk in self._repo.chunks(name, end, file.size):
                         f.write_at(chunk, end)
                         hasher.update(chunk)
                         end += len(chunk)
                         self._check_stop()
-                    f.sync()
+                f.sync()
             if hasher.hexdigest() == file.etag:
                 break
             remove(partial)

@@ -29,9 +29,10 @@ def probe_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None
     check_output(path, needs, force=force)
     with translated(path, "written"):
         _check_inodes(path, folder, needs)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-convert.probe-", buffering=0) as file:
+        # Without a name where the system can: a kill leaves nothing behind.
+        with tempfile.TemporaryFile(dir=folder, prefix=".moe-convert.probe-", buffering=0) as file:
             _check_size(path, file.fileno(), needs.largest_file_bytes)
-            if not lock_file(file.fileno(), Path(file.name)):
+            if not lock_file(file.fileno(), folder / ".moe-convert.probe"):
                 raise OutputError(f"{path}: a new file there is locked by somebody else", "choose another --out-dir")
 
 

@@ -1,6 +1,5 @@
 """Verification: the structure of a converted folder, and on request every byte against its sha256."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 from formats import ALIGNMENT_BYTES, INDEX_NAME
 from formats.artifact import Artifact, read_head, structure_problems
+from formats.checksums import Checksums
 from formats.errors import DamageError, FormatError, MoeConvertError, NotConvertedError
 from formats.generation_config import GENERATION_NAME, read_generation_config
 from formats.index import ExpertEntry, Index
@@ -182,9 +182,14 @@ def _expert_problems(artifact: Artifact, entry: ExpertEntry, hint: str) -> Itera
     place, at = _place(artifact.folder, file, entry)
     descriptor = open_regular(artifact.layer_path(entry.layer))
     try:
-        found = hashlib.sha256(os.pread(descriptor, entry.length, entry.offset)).hexdigest()
-        if found != entry.sha256:
-            yield Problem(file, f"{place}: its sha256 is {found}, the index says {entry.sha256}", hint, **at)
+        found = Checksums.of(os.pread(descriptor, entry.length, entry.offset))
+        if found.sha256 != entry.sha256:
+            yield Problem(file, f"{place}: its sha256 is {found.sha256}, the index says {entry.sha256}", hint, **at)
+        elif found.xxh3 != entry.xxh3:
+            # The bytes are good. Loading compares xxh3 and would blame them.
+            where = f"{artifact.folder / INDEX_NAME}: layer {entry.layer} expert {entry.expert}"
+            message = f"{where}: xxh3 is {entry.xxh3}, the bytes with the recorded sha256 have {found.xxh3}"
+            yield Problem(INDEX_NAME, message, index_command(artifact.folder))
         end = entry.offset + entry.length
         if any(os.pread(descriptor, -end % ALIGNMENT_BYTES, end)):
             yield Problem(file, f"{place}: the filler behind it is not zero", hint, **at)

@@ -146,6 +146,18 @@ def test_what_an_earlier_run_left_is_used_or_deleted(
     assert hub.served("A.safetensors") == 0
 
 
+def test_shard_that_changed_on_disk_since_an_earlier_run_is_fetched_again(
+    repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]
+) -> None:
+    stores.append(store := Store(repo, tmp_path / "s", 2))
+    store.folder.mkdir()
+    shard = store.folder / repo.file("A.safetensors").etag
+    shard.write_bytes(FILES["A"][:-1] + b"!")
+    store.expect("A")
+    store.work(0, "A")
+    assert served(hub) == "A"
+
+
 def test_a_failure_reaches_every_waiter(repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]) -> None:
     hub.faults.drop("A.safetensors", times=-1)
     stores.append(store := Store(repo, tmp_path / "s", 1))

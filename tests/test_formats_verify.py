@@ -10,6 +10,7 @@ from test_formats_reader import cut, flip
 
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
+from formats.index_rebuild import rebuild_index
 from formats.verify import Problem, Sample, verify_folder
 
 LAYER = "experts/layer-000.safetensors"
@@ -139,6 +140,16 @@ def test_problem_of_the_index_is_blamed_on_the_index(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
     spoil(folder, {"file": "moe_index.json", "at": "/layers/0/experts/1/offset", "json": str(2**52)})
     assert [p.file for p in problems(folder)] == ["moe_index.json"]
+
+
+def test_damaged_xxh3_of_a_good_expert_is_blamed_on_the_index(tmp_path: Path) -> None:
+    folder = copy_of_good(tmp_path)
+    spoil(folder, {"file": "moe_index.json", "at": "/layers/0/experts/1/xxh3", "json": f'"{"0" * 32}"'})
+    (problem,) = problems(folder)
+    assert problem.file == "moe_index.json"
+    assert "layer 0 expert 1: xxh3 is " in problem.message
+    rebuild_index(folder)
+    assert problems(folder) == []
 
 
 def test_problem_of_config_is_blamed_on_config(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 # Of an editable install; PYTHONPATH says which tree is tried.
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 
+import transformers.models.mixtral.modeling_mixtral  # noqa: E402, F401
+
 import converter.convert  # noqa: E402, F401
 from converter.cli.main import main  # noqa: E402
 

@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from faults.shim import Fault, FaultyCommands, compiler
+from faults.shim import Fault, FaultyCommands, Kill, compiler
 from make_checkpoint import SHAPES, make_checkpoint
 
 pytestmark = pytest.mark.skipif(not compiler(), reason="needs a C compiler and LD_PRELOAD")
@@ -45,7 +45,6 @@ STOPPED = [
     (Fault("mkdir", OUT, errno.EROFS), 1, "result", "Read-only file system (EROFS)"),
     (Fault("mkdir", f"{OUT}/experts", FULL), 4, "experts", "no space left in"),
     (Fault("create", ".moe-convert.lock", errno.EACCES), 1, ".moe-convert.lock", "Permission denied (EACCES)"),
-    (Fault("create", ".moe-convert.probe", errno.EROFS), 1, ".moe-convert.probe", "choose a place that can be written"),
     (Fault("lock", ".moe-convert.lock", DAMAGED), 1, ".moe-convert.lock", "cannot be locked: Input/output error"),
     (Fault("create", ".moe-convert.journal", errno.EMFILE), 1, ".moe-convert.journal", "ulimit -n"),
     (Fault("write", ".moe-convert.journal", FULL, first=5), 4, ".moe-convert.journal", "no space left in"),
@@ -122,10 +121,32 @@ def test_lock_that_would_block_is_another_writer(commands: FaultyCommands, small
     assert "another process is writing to" in ended.output
 
 
+def test_folder_that_takes_no_new_file_is_said_before_the_work(
+    commands: FaultyCommands, small_source: Path, tmp_path: Path
+) -> None:
+    # A file without a name, and the one with a name that is tried then.
+    faults = [Fault("create", name, errno.EROFS) for name in (tmp_path.name, ".moe-convert.probe")]
+    ended = commands.run(*command_for(small_source, tmp_path / "out"), faults=faults)
+    assert ended.hits == 2
+    assert ended.code == 1
+    assert ".moe-convert.probe" in ended.output
+    assert "choose a place that can be written" in ended.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_kill_while_the_folder_is_tried_leaves_nothing(
+    commands: FaultyCommands, small_source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / OUT[1:]
+    out.mkdir()
+    assert commands.run(*command_for(small_source, out), faults=[Kill("after", OUT, 1)]).code == -9
+    assert hashes(out) == {}
+
+
 def test_largest_file_that_the_file_system_refuses_is_said_before_the_work(
     commands: FaultyCommands, small_source: Path, tmp_path: Path
 ) -> None:
-    fault = Fault("seek", ".moe-convert.probe", errno.EINVAL)
+    fault = Fault("seek", f"{tmp_path.name}/#", errno.EINVAL)
     ended = commands.run(*command_for(small_source, tmp_path / "out"), faults=[fault])
     assert ended.code == 4
     assert "choose a disk with another file system" in ended.output

@@ -7,6 +7,7 @@ conversion of the same case: it survives, or the attempt fails. A campaign, a se
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from faults.campaigns.flips import JOURNAL, KINDS, CompleteFlips, TokenFlips, UnfinishedFlips
@@ -15,6 +16,13 @@ from faults.campaigns.io_errors import IoErrors
 from faults.campaigns.kills import Kills, RandomKills, RepeatedKills
 from faults.campaigns.power_loss import PowerLoss
 from faults.campaigns.workshop import Failed, Lane
+
+STATE, SHARDS = ".moe-convert.calibration", ".moe-convert.source"
+
+
+def is_layer_file(path: Path) -> bool:
+    """True if a file of experts is complete."""
+    return path.parent.name == "experts" and path.suffix == ".safetensors"
 
 
 class Campaign(Protocol):
@@ -34,10 +42,9 @@ CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
     "power-loss": (PowerLoss(), 3),
     "journal-flips": (UnfinishedFlips(("plain", "calibrated"), lambda p: p.name == JOURNAL, (*KINDS, "line")), 2),
     "partial-flips": (UnfinishedFlips(("plain", "zstd", "hub"), lambda p: p.suffix == ".partial"), 2),
-    "state-flips": (
-        UnfinishedFlips(("calibrated", "target"), lambda p: p.parent.name == ".moe-convert.calibration"),
-        1,
-    ),
+    "layer-flips": (UnfinishedFlips(("plain", "zstd"), is_layer_file, finished=True), 1),
+    "state-flips": (UnfinishedFlips(("calibrated", "target"), lambda p: p.parent.name == STATE), 1),
+    "shard-flips": (UnfinishedFlips(("hub",), lambda p: p.parent.name == SHARDS), 1),
     "complete-flips": (CompleteFlips(), 1),
     "token-flips": (TokenFlips(), 2),
     "io-errors": (IoErrors(), 3),

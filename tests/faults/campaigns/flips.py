@@ -1,9 +1,11 @@
 """Damaged bytes: in what a resume goes on from, and in a complete folder."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from faults.campaigns.damage import damaged
 from faults.campaigns.workshop import INDEX, PROMPT, RESULT, Case, Failed, Lane, hashes_in, is_refused
@@ -11,16 +13,28 @@ from faults.shim import Kill
 
 JOURNAL = ".moe-convert.journal"
 KINDS = ("bit", "bit", "digit", "zeros", "other block", "cut", "longer")
-RUN_TIME = "num_experts_per_tok is"
-"""In the warning of the one number that a user may change in config.json."""
+READ_BY_PEOPLE = {"README.md", "quality.json"}
+"""They have no checksum: no weight and no token depends on them."""
+ORIGIN = {"producer", "source", "recipe"}
+"""Fields of the index of which the same is true."""
+USERS_OWN = {"config.json", "generation_config.json"}
+"""Users may change some fields of these, and are told so."""
 
 
 class UnfinishedFlips:
     """One damaged file of an unfinished conversion. The same command gives the same bytes, or an error of ours after
-    which --no-resume does. `chosen` says which files."""
+    which --no-resume does. `chosen` says which files. finished: of those that have their final name, verify may find
+    the damage instead."""
 
-    def __init__(self, cases: tuple[str, ...], chosen: Callable[[Path], bool], kinds: tuple[str, ...] = KINDS) -> None:
-        self._cases, self._chosen, self._kinds = cases, chosen, kinds
+    def __init__(
+        self,
+        cases: tuple[str, ...],
+        chosen: Callable[[Path], bool],
+        kinds: tuple[str, ...] = KINDS,
+        *,
+        finished: bool = False,
+    ) -> None:
+        self._cases, self._chosen, self._kinds, self._finished = cases, chosen, kinds, finished
 
     def states(self, lane: Lane) -> None:
         """Endless."""
@@ -45,6 +59,8 @@ class UnfinishedFlips:
         path.write_bytes(damaged(path.read_bytes(), kind, state))
         ended = lane.convert(case)
         if not is_refused(ended):
+            if self._finished and is_refused(lane.run("verify", lane.out, "--read-data", "-q")):
+                return "done, found by verify"
             lane.check_result(case)
             return "same bytes"
         lane.check_resume(case, "--no-resume")
@@ -52,7 +68,7 @@ class UnfinishedFlips:
 
 
 class CompleteFlips:
-    """One damaged file of a complete folder: verify finds it, or the same command writes the bytes again."""
+    """One damaged file of a complete folder: verify finds it, but for fields of the index that tell of the origin."""
 
     def states(self, lane: Lane) -> None:
         """Endless."""
@@ -62,9 +78,24 @@ class CompleteFlips:
         """Tries one state."""
         case = lane.workshop.choose(("plain", "zstd"), state)
         name = damage_one(case, state, lane)
-        if is_refused(lane.run("verify", lane.out, "--read-data", "-q")):
+        report = lane.run("verify", lane.out, "--read-data")
+        if is_refused(report):
             return "found"
+        if is_said(name, report.output):
+            return "a change that a user may make is said"
+        good = lane.workshop.good(case, lane).folder
+        if name == INDEX and _without_origin(lane.out / INDEX) == _without_origin(good / INDEX):
+            return "the index tells of another origin"
         raise Failed(f"verify is content with a damaged {name}")
+
+
+def is_said(name: str, output: str) -> bool:
+    """True if the damaged file is one that users may change, and a note or warning says that it was changed."""
+    return name in USERS_OWN and any(name in line for line in output.splitlines() if not line.startswith("ok"))
+
+
+def _without_origin(index: Path) -> dict[str, Any]:
+    return {field: value for field, value in json.loads(index.read_bytes()).items() if field not in ORIGIN}
 
 
 class TokenFlips:
@@ -78,18 +109,15 @@ class TokenFlips:
         """Tries one state."""
         case = lane.workshop.choose(("plain", "zstd"), state)
         good = lane.workshop.good(case, lane)
-        if state.random() < 0.5:
-            damage_one(case, state, lane)
-        else:
-            damage_layer(case, state, lane)
+        name = damage_one(case, state, lane) if state.random() < 0.5 else damage_layer(case, state, lane)
         cache = state.choice((("--ram-cache", "100KB"), ("--ram-cache", "100KB", "--io", "direct"), ()))
         ended = lane.run("generate", lane.out, *PROMPT, *cache)
         if is_refused(ended):
             return "refused"
         if ended.output == good.text:
             return "same tokens"
-        if RUN_TIME in ended.output:
-            return "a changed run-time number is said"
+        if is_said(name, ended.output):
+            return "a change that a user may make is said"
         raise Failed(f"other tokens: {ended.output!r}")
 
 
@@ -97,15 +125,15 @@ def damage_one(case: Case, state: random.Random, lane: Lane) -> str:
     """Makes `out` a complete conversion of which one file is damaged; its name. All files are as likely, whatever
     their size, but those that only people read."""
     lane.copy(lane.workshop.good(case, lane).folder)
-    names = sorted(hashes_in(lane.out).keys() - {"README.md", "quality.json"})
+    names = sorted(hashes_in(lane.out).keys() - READ_BY_PEOPLE)
     name = state.choice([*names, INDEX])
     path = lane.out / name
     path.write_bytes(damaged(path.read_bytes(), state.choice(KINDS), state))
     return name
 
 
-def damage_layer(case: Case, state: random.Random, lane: Lane) -> None:
-    """Makes `out` a complete conversion with 64 flipped bits in each 4 KiB of a layer's experts."""
+def damage_layer(case: Case, state: random.Random, lane: Lane) -> str:
+    """Makes `out` a complete conversion with 64 flipped bits in each 4 KiB of a layer's experts; its file's name."""
     lane.copy(lane.workshop.good(case, lane).folder)
     path = state.choice(sorted((lane.out / "experts").iterdir()))
     data = bytearray(path.read_bytes())
@@ -113,3 +141,4 @@ def damage_layer(case: Case, state: random.Random, lane: Lane) -> None:
         for _ in range(64):
             data[state.randrange(begin, min(begin + 4096, len(data)))] ^= 1 << state.randrange(8)
     path.write_bytes(data)
+    return path.name

@@ -4,7 +4,7 @@ import os
 import random
 from pathlib import Path
 
-from faults.campaigns.flips import JOURNAL
+from faults.campaigns.flips import JOURNAL, READ_BY_PEOPLE
 from faults.campaigns.workshop import RESULT, Failed, Lane, hashes_in, is_refused
 from faults.shim import Kill
 
@@ -44,8 +44,14 @@ class HostileFolders:
         if is_refused(ended):
             return "refused"
         found = hashes_in(lane.out)
-        if differing := sorted(file for file in good.hashes if found.get(file) != good.hashes[file]):
-            raise Failed(f"done with other bytes in {', '.join(differing)}")
+        differing = {file for file in good.hashes if found.get(file) != good.hashes[file]}
+        if before == "complete" and "--force" not in options:
+            # Nothing was written. What became of a complete folder is found by verify.
+            differing -= READ_BY_PEOPLE
+            if differing and is_refused(lane.run("verify", lane.out, "--read-data", "-q")):
+                return "found by verify"
+        if differing:
+            raise Failed(f"done with other bytes in {', '.join(sorted(differing))}")
         return "same bytes"
 
 
