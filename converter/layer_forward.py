@@ -33,7 +33,8 @@ class LayerForward:
 
         self._checkpoint = checkpoint
         self._products = products
-        self._config = MixtralConfig.from_dict(checkpoint.config)
+        # Of its own: from_dict of transformers 5.3 adds fields to its argument.
+        self._config = MixtralConfig.from_dict(copy.deepcopy(checkpoint.config))
         self._config._attn_implementation = "sdpa"
 
     def embed(self, tokens: Tensor, out: Tensor) -> None:

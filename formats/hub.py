@@ -96,7 +96,9 @@ class HubRepo:
         retries = retries or Retries()
         headers = build_hf_headers(token=token, library_name="moe-convert")
         timeout_s = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        reader = RangeReader(get_session, headers, transport_errors(), timeout_s=timeout_s, retries=retries)
+        reader = RangeReader(
+            get_session, headers, transport_errors(), client_errors("InvalidURL"), timeout_s=timeout_s, retries=retries
+        )
         if constants.is_offline_mode():
             commit, files = _cached_files(repo, revision)
             return cls(repo, commit, files, True, reader, token, retries)
@@ -206,14 +208,19 @@ def hub_call(call: Callable[[], T], repo: str, retries: Retries) -> T:
 
 
 def transport_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP client raises on broken lines and timeouts: httpx's, under whichever name it is installed."""
+    """What the HTTP client raises on broken lines and timeouts."""
+    return (*client_errors("TransportError"), ConnectionError, TimeoutError)
+
+
+def client_errors(name: str) -> tuple[type[Exception], ...]:
+    """The HTTP client's exception of this name: httpx's (huggingface_hub 1) or httpx2's; none of another client."""
     from huggingface_hub.utils import get_session
 
     for kind in type(get_session()).__mro__:
         module = importlib.import_module(kind.__module__.partition(".")[0])
-        if error := getattr(module, "TransportError", None):
-            return (error, ConnectionError, TimeoutError)
-    return (ConnectionError, TimeoutError)
+        if error := getattr(module, name, None):
+            return (error,)
+    return ()
 
 
 def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, bool] | None:
@@ -253,6 +260,8 @@ def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, 
         return HubError(what, AGAIN_HINT), None, True
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         return io_error(error, constants.HF_HUB_CACHE, "written", HubError), None, False
+    if isinstance(error, client_errors("InvalidURL") + client_errors("UnsupportedProtocol")):
+        return HubError(f"repository {repo}: an address that is none: {error}", "check HF_ENDPOINT"), None, False
     # huggingface_hub says by a plain OSError that a file came with another size.
     if isinstance(error, (*transport_errors(), OSError)):
         return HubError(f"repository {repo}: {type(error).__name__}: {error}", AGAIN_HINT), None, True

@@ -68,11 +68,12 @@ class Retries:
 
 
 class _Failed(Exception):
-    """An answer that may be better next time; `asked_s` is how long the server wants to be left alone."""
+    """An answer that may be better next time, unless `is_final`; `asked_s` is how long the server wants to be left
+    alone."""
 
-    def __init__(self, what: str, asked_s: float | None = None) -> None:
+    def __init__(self, what: str, asked_s: float | None = None, *, is_final: bool = False) -> None:
         super().__init__(what)
-        self.asked_s = asked_s
+        self.asked_s, self.is_final = asked_s, is_final
 
 
 class RangeReader:
@@ -80,7 +81,7 @@ class RangeReader:
 
     session() gives the HTTP client (huggingface_hub.get_session: an httpx client, whichever version); `headers` go only
     to the host of a file's own URL, and so does the token in them; `transport_errors` are what the client raises when
-    the line breaks or times out.
+    the line breaks or times out, `address_errors` when an answer redirects to what it cannot read as an address.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class RangeReader:
         session: Callable[[], Any],
         headers: Mapping[str, str],
         transport_errors: tuple[type[Exception], ...],
+        address_errors: tuple[type[Exception], ...] = (),
         *,
         timeout_s: float = 10.0,
         retries: Retries | None = None,
     ) -> None:
-        self._session, self._headers, self._transport_errors = session, dict(headers), transport_errors
+        self._session, self._headers = session, dict(headers)
+        self._transport_errors, self._address_errors = transport_errors, address_errors
         self._timeout_s, self._retries = timeout_s, retries or Retries()
         self._locations: dict[str, str] = {}
 
@@ -128,6 +131,8 @@ class RangeReader:
                 failed = e
             except self._transport_errors as e:
                 failed = _Failed(f"{type(e).__name__}: {e}")
+            except self._address_errors as e:
+                failed = _Failed(f"redirected to an address that is not followed: {e}", is_final=True)
             if failed is None:
                 continue
             # Outside of the except clauses, so that no request with its headers hangs on to the error.
@@ -136,6 +141,8 @@ class RangeReader:
             self._after_failure(file, failed, failures)
 
     def _after_failure(self, file: RemoteFile, failed: _Failed, failures: int) -> None:
+        if failed.is_final:
+            raise HubError(f"{file}: {failed}")
         if failures >= self._retries.attempts:
             raise HubError(f"{file}: {failed}; gave up after {failures} attempts", AGAIN_HINT)
         if (failed.asked_s or 0) > self._retries.longest_s:

@@ -11,7 +11,7 @@ The fixture `hub` (tests/conftest.py) is such a server, connected. A file's URL 
 name on both hosts, so that faults and counts find it by name. LFS files (.safetensors, or 1 MiB and more) are answered
 by a redirect to `hub.cdn`; `request.token` says whether a token came along. Other files are answered at once.
 `hub.commit` adds or replaces files of a branch; `hub.files` gives what a branch holds; `hub.bytes_per_s` throttles.
-Written from what huggingface_hub 2.4 sends and reads. Not there: Xet, pagination, multipart uploads, datasets, spaces.
+Written from what huggingface_hub 1 and 2 send and read. Lacks: Xet, pagination, multipart uploads, datasets, spaces.
 """
 
 import threading
@@ -60,7 +60,11 @@ class HubServer:
         """Of all connections together."""
         self._line, self._line_free_s = threading.Lock(), 0.0
         self._servers = [_Server(("127.0.0.1", 0), self, name) for name in ("hub", "cdn")]
-        self.url, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        # Two names: like the Hub's CDN, and unlike another port for huggingface_hub 1, the second is another host.
+        self.url, self.cdn = (
+            f"http://{host}:{server.server_address[1]}"
+            for host, server in zip(("127.0.0.1", "localhost"), self._servers, strict=True)
+        )
 
     def __enter__(self) -> "HubServer":
         for server in self._servers:

@@ -9,9 +9,10 @@ import traceback
 import pytest
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import get_session
 
 from formats.errors import HubError
-from formats.hub import HubRepo, is_repo_name
+from formats.hub import HubRepo, hub_call, is_repo_name
 from formats.ranges import RemoteFile, Retries
 
 WEIGHTS = bytes(i * i % 251 for i in range(5 << 19))
@@ -171,6 +172,14 @@ def test_a_redirect_out_of_http_is_refused(repo: HubRepo, hub: HubServer, locati
     hub.faults.redirect(location, NAME)
     with pytest.raises(HubError, match="not followed"):
         repo.read(NAME, 0, 100)
+
+
+@pytest.mark.parametrize("address", ["http://me.example:x", "me.example"])
+def test_an_endpoint_that_is_no_address_is_not_tried_again(hub: HubServer, pauses: Pauses, address: str) -> None:
+    with pytest.raises(HubError, match="address") as caught:
+        hub_call(lambda: get_session().get(address), "me/model", pauses.retries())
+    assert caught.value.hint == "check HF_ENDPOINT"
+    assert pauses == []
 
 
 def test_redirects_in_a_circle_end(repo: HubRepo, hub: HubServer) -> None:
