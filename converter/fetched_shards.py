@@ -29,9 +29,9 @@ class FetchedShards:
     """Keeps at most `max_bytes` of shards in `folder`, which it owns; threads fetch what is needed next.
 
     Each shard is compared with the Hub's hash before it gets its name, which is that hash. What an earlier run fetched
-    is compared again and used, and what it fetched in part is completed. A shard goes when no expected work needs it any more. One
-    that is needed sooner takes the place of one that is needed later; so the earliest work always gets on, if the
-    limit has room for what one piece of work needs.
+    is compared again and used, and what it fetched in part is completed. A shard goes when no expected work needs it
+    any more. One that is needed sooner takes the place of one that is needed later; so the earliest work always gets
+    on, if the limit has room for what one piece of work needs.
     """
 
     def __init__(self, repo: HubRepo, folder: Path, max_bytes: int, stop: threading.Event) -> None:
