@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from formats import ALIGNMENT_BYTES
-from formats.fork_gate import the_fork_gate
+from formats.fork_gate import shared_gate
 from formats.io_errors import UNSUPPORTED
 from formats.paths import open_regular
 
@@ -25,7 +25,7 @@ class DirectFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._gate = the_fork_gate()
+        self._gate = shared_gate()
         self._descriptor = open_regular(path)
         self._direct = _make_direct(self._descriptor, path)
 

@@ -48,7 +48,7 @@ class ForkGate:
 
 
 @functools.lru_cache(maxsize=1)
-def the_fork_gate() -> ForkGate:
+def shared_gate() -> ForkGate:
     """The process's gate."""
     gate = ForkGate()
     if hasattr(os, "register_at_fork"):

@@ -108,7 +108,7 @@ def test_without_the_note_of_a_use_the_race_is_found(monkeypatch):
 def test_without_the_event_of_a_copy_the_reuse_of_its_ram_is_found(monkeypatch):
     gpu = GpuCache(2, ram=3)
     end = gpu.tier.end
-    monkeypatch.setattr(gpu.tier, "end", lambda entry, copy: end(entry, None))
+    monkeypatch.setattr(gpu.tier, "end", lambda use, entry, copy: end(use, entry, None))
     with pytest.raises(AssertionError, match="not ordered"):
         for experts in ([0, 1], [2, 3], [4, 5]):
             gpu.token(0, experts)

@@ -21,7 +21,7 @@ import loader
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from formats.errors import MoeConvertError
-from formats.fork_gate import ForkGate, the_fork_gate
+from formats.fork_gate import ForkGate, shared_gate
 from loader import changes, fetcher
 from loader.cache import ExpertCache
 
@@ -211,7 +211,7 @@ def test_direct_reads_pass_the_gate(load, monkeypatch):
     read = ForkGate.read
     monkeypatch.setattr(ForkGate, "read", lambda self: passed.append(self) or read(self))
     generated(load())
-    assert set(passed) == {the_fork_gate()}
+    assert set(passed) == {shared_gate()}
 
 
 def raised_by(call):
