@@ -15,6 +15,7 @@ import resource
 import select
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 
 # Of an editable install; PYTHONPATH says which tree is tried.
@@ -72,6 +73,9 @@ def in_child(task: Task, write_end: int) -> None:
     code = 70
     try:
         code = run(task)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         struck = shim.faults_hits()
         shim.faults_set(b"")

@@ -36,6 +36,7 @@ class Campaign(Protocol):
 
 
 CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
+    "first-kills": (Kills(first=12), 2),
     "kills": (Kills(), 4),
     "repeated-kills": (RepeatedKills(), 2),
     "random-kills": (RandomKills(), 2),

@@ -13,6 +13,7 @@ from faults.shim import Kill
 
 JOURNAL = ".moe-convert.journal"
 KINDS = ("bit", "bit", "digit", "zeros", "other block", "cut", "longer")
+MOMENTS = (0.2, 0.4, 0.6, 0.8, 1)
 READ_BY_PEOPLE = {"README.md", "quality.json"}
 """They have no checksum: no weight and no token depends on them."""
 ORIGIN = {"producer", "source", "recipe"}
@@ -43,18 +44,12 @@ class UnfinishedFlips:
     def attempt(self, state: random.Random, lane: Lane) -> str:
         """Tries one state."""
         case = lane.workshop.choose(self._cases, state)
-        calls = lane.workshop.good(case, lane).calls
-        index = next(n for n, call in enumerate(calls, 1) if call.path.endswith(f"{INDEX}.partial"))
-        at = round(index * state.choice((0.4, 0.6, 0.8, 1)))
-        begun = lane.folder / f"begun-{case.name}-{at}"
-        if not begun.exists():
-            lane.clear()
-            lane.convert(case, faults=[Kill("before", RESULT, at)])
-            shutil.copytree(lane.out, begun)
-        lane.copy(begun)
-        files = [p for p in sorted(lane.out.rglob("*")) if p.is_file() and self._chosen(p)]
-        if not files:
-            return "nothing to damage yet"
+        files: list[Path] = []
+        for moment in state.sample(MOMENTS, len(MOMENTS)):
+            lane.copy(self._begun(case, moment, lane))
+            files = [p for p in sorted(lane.out.rglob("*")) if p.is_file() and self._chosen(p)]
+            if files:
+                break
         path, kind = state.choice(files), state.choice(self._kinds)
         path.write_bytes(damaged(path.read_bytes(), kind, state))
         ended = lane.convert(case)
@@ -65,6 +60,17 @@ class UnfinishedFlips:
             return "same bytes"
         lane.check_resume(case, "--no-resume")
         return "refused"
+
+    def _begun(self, case: Case, moment: float, lane: Lane) -> Path:
+        """A conversion that was killed at a moment (0 its beginning, 1 before its index); made once."""
+        calls = lane.workshop.good(case, lane).calls
+        index = next(n for n, call in enumerate(calls, 1) if call.path.endswith(f"{INDEX}.partial"))
+        begun = lane.folder / f"begun-{case.name}-{moment}"
+        if not begun.exists():
+            lane.clear()
+            lane.convert(case, faults=[Kill("before", RESULT, round(index * moment))])
+            shutil.copytree(lane.out, begun)
+        return begun
 
 
 class CompleteFlips:

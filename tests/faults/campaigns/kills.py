@@ -14,18 +14,17 @@ KillState = tuple[Case, int, Moment]
 
 
 class Kills:
-    """A kill before, in, or after one call; the same command then gives the same bytes."""
+    """A kill before, in, or after one call, of the `first` ones or of all; the same command then gives the same
+    bytes."""
+
+    def __init__(self, first: int | None = None) -> None:
+        self._first = first
 
     def states(self, lane: Lane) -> list[KillState]:
         """(case, call, moment), all of them."""
-        cases = lane.workshop.cases
-        calls = [len(lane.workshop.good(case, lane).calls) for case in cases]
-        return [
-            (case, call + 1, when)
-            for case, n in zip(cases, calls, strict=True)
-            for call in range(n)
-            for when in MOMENTS
-        ]
+        counts = {case: len(lane.workshop.good(case, lane).calls) for case in lane.workshop.cases}
+        points = ((case, call) for case, n in counts.items() for call in range(1, (self._first or n) + 1))
+        return [(case, call, when) for case, call in points for when in MOMENTS]
 
     def attempt(self, state: KillState, lane: Lane) -> str:
         """Tries one state."""
