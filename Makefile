@@ -38,15 +38,26 @@ fuzz: $(VENV)/installed
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults/run.py --seconds $(SECONDS)
 
-# The loader's tests on other versions of transformers than the pinned one: the oldest, one between, the newest.
-test-versions: $(addprefix test-transformers-,5.3.0 5.12.0 newest)
+# Tests that see a version: those that name transformers, the Hub, a model, or run a command.
+VERSIONED = $(shell grep -lE 'transformers|huggingface_hub|HubServer|from_pretrained|run_command' tests/test_*.py)
+
+# These on other versions than the pinned ones: the oldest that pyproject.toml allows (but torch's), one between, the
+# newest. About ten minutes each on two cores.
+test-versions: $(addprefix test-transformers-,oldest 5.12.0 newest)
 
 test-transformers-%:
 	$(PYTHON) -m venv .venv-$*
 	grep -v -E '^(transformers|huggingface-hub|accelerate)=' constraints.txt > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install -q -c .venv-$*/constraints.txt -e '.[dev]' \
 	  '$(if $(filter newest,$*),transformers<6,transformers==$*)'
-	.venv-$*/bin/python -m pytest -q tests/test_loader_*.py
+	.venv-$*/bin/python -m pytest -q $(VERSIONED)
+
+test-transformers-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	sed -nE '/^dependencies/,/^]/s/^ *"([a-z-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml | grep -v '^torch=' > .venv-oldest/constraints.txt
+	grep -E '^(torch|ruff|mypy|pyte|hypothesis|peft|atheris)=' constraints.txt >> .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pytest -q $(VERSIONED)
 
 clean:
 	rm -rf $(VENV) .venv-* build out

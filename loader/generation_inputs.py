@@ -4,7 +4,6 @@ transformers copies the whole attention mask and all position numbers for each t
 """
 
 import functools
-import inspect
 import threading
 from collections import OrderedDict
 from ctypes import c_int64
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMixin
 
 from loader.token_request import is_numbers
+from loader.transformers_names import generation_methods
 
 LEAST_COLUMNS = 256
-_PREPARE, _UPDATE = GenerationMixin.prepare_inputs_for_generation, GenerationMixin._update_model_kwargs_for_generation
 _KNOWN = {"cache", "attention_mask", "position_ids", "use_cache"}
 
 
@@ -106,19 +104,19 @@ def _last(row: Tensor) -> Tensor:
 
 
 def prepare_tokens_in_place(model: nn.Module) -> None:
-    """Gives `model` the methods of a `GenerationInputs`; earlier versions of transformers, which prepare other values
-    and say past_key_values, keep their own."""
-    if not {"next_sequence_length", "cache"} <= inspect.signature(_PREPARE).parameters.keys():
+    """Gives `model` the methods of a `GenerationInputs`, if transformers has those that they stand for."""
+    methods = generation_methods()
+    if methods is None:
         return
 
-    @functools.wraps(_PREPARE)
+    @functools.wraps(methods[0])
     def prepare(self: Any, input_ids: Any, next_sequence_length: Any = None, **values: Any) -> Any:
         quick = self._generation_inputs.prepared(input_ids, next_sequence_length, values)
         if quick is not None:
             return quick
         return type(self).prepare_inputs_for_generation(self, input_ids, next_sequence_length, **values)
 
-    @functools.wraps(_UPDATE)
+    @functools.wraps(methods[1])
     def update(
         self: Any, outputs: Any, model_kwargs: Any, is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> Any:

@@ -7,17 +7,17 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-try:
-    from transformers.utils import output_capturing
-except ImportError:  # 5.0 replaces forwards instead
-    output_capturing = None  # type: ignore[assignment]
+from loader.transformers_names import active_collector
+
+_RECORDER = "transformers.utils.output_capturing"
+"""The module of transformers' recording hooks."""
 
 
 def are_heard(modules: Sequence[nn.Module]) -> bool:
     """Whether a forward pass of these modules must really call each of them.
 
     transformers leaves its recording hooks in place once outputs such as router_logits were asked for; they count only
-    while it records. 5.0 leaves the modules' own forwards behind in the instances; they do not count.
+    while it records. A module's own forward that somebody left behind in the instance does not count.
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
@@ -52,12 +52,10 @@ class Watch:
 
 
 def _matter(hooks: dict[int, Any]) -> bool:
-    if output_capturing is None:
+    if any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values()):
         return True
-    name = output_capturing.__name__
-    if any(getattr(hook, "__module__", None) != name for hook in hooks.values()):
-        return True
-    return bool(output_capturing._active_collector.get())
+    collector = active_collector()
+    return collector is None or bool(collector.get())
 
 
 def _is_its_own(forward: Any, module: nn.Module) -> bool:

@@ -160,7 +160,8 @@ def _create(hub: "HubServer", wish: dict[str, Any]) -> Reply:
     url = {"url": f"{hub.url}/{name}", "name": name, "id": "0" * 24}
     if name in hub.repos:
         return reply(url | {"error": "You already created this model repo"}, 409)
-    hub.repos[name] = Repo(name, private=wish.get("visibility") == "private")
+    # huggingface_hub 1.3 says private, later versions say visibility.
+    hub.repos[name] = Repo(name, private=wish.get("private", wish.get("visibility") == "private"))
     return reply(url)
 
 

@@ -90,7 +90,7 @@ def test_the_live_line_stays_below_the_text_and_goes_at_the_end(monkeypatch):
     screen = pyte.Screen(30, 4)
     terminal = pyte.Stream(screen)
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True, write=terminal.feed, flush=lambda: None))
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((30, 4)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((30, 4)))
     total = LayerStats(hits=3, misses=1, bytes_read=2_000_000)
     model = SimpleNamespace(moe_stats=lambda: SimpleNamespace(total=total))
     text = SimpleNamespace(put=terminal.feed, end=lambda: terminal.feed("\r\n"))
