@@ -220,7 +220,8 @@ def _calibration(recipe: Recipe) -> str:
     kind = str(recipe.options.get("calibrate", "none"))
     if kind == "none":
         return "none"
-    tokens = _code(str(recipe.options.get("calibration_tokens", "")))
+    count = recipe.options.get("calibration_tokens", "")
+    tokens = str(count) if isinstance(count, int) else _code(str(count))
     return f"{tokens} tokens, {_CALIBRATION.get(kind, 'random')}"
 
 

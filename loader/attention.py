@@ -65,7 +65,8 @@ class PackedAttention(MixtralAttention):  # type: ignore[misc]
         state = attention_state(self)
         if self._step is not None:
             made_of, step = self._step
-            if step.dtype is dtype and made_of == state:
+            # None in a deep copy of the model.
+            if step is not None and step.dtype is dtype and made_of == state:
                 return step
         projections = self.q_proj, self.k_proj, self.v_proj, self.o_proj
         if state is None or dtype not in DTYPES or self.head_dim % _MULTIPLE:

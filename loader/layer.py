@@ -67,7 +67,8 @@ class PackedDecoderLayer(MixtralDecoderLayer):  # type: ignore[misc]
         state = dense_state(self)
         if self._step is not None:
             made_of, step = self._step
-            if step.attention is attention and made_of == state:
+            # None in a deep copy of the model.
+            if step is not None and step.attention is attention and made_of == state:
                 return step
         experts, router = self.mlp.experts, self.mlp.gate
         layout = experts.layout if type(experts) is CachedExperts else None

@@ -176,6 +176,12 @@ def test_verifying_runs_with_the_planned_caches(run, planned, converted, monkeyp
     _, out, _ = run(converted("2bit"), *VRAM, *GPU, *SMALL, "--verify")
     plan = planned(converted("2bit"), *VRAM, *GPU, *SMALL)
     assert tried == [
-        {"device": "cuda", "gpu_cache": plan["gpu"]["cache_bytes"], "ram_cache": plan["cache_bytes"], "policy": "lrfu"}
+        {
+            "device": "cuda",
+            "gpu_cache": plan["gpu"]["cache_bytes"],
+            "ram_cache": plan["cache_bytes"],
+            "policy": "lrfu",
+            "check": "fast",
+        }
     ]
     assert "measured: misses 0.250 on the GPU, 3.25 tokens/s" in out

@@ -36,7 +36,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "beyond the longest position": {"max_position_embeddings": 16},
-    "partial rotary factor": {"partial_rotary_factor": 0.5},
     "rope_parameters": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
     "dropout and jitter": {"attention_dropout": 0.5, "router_jitter_noise": 0.5},
     "eager": {"attn_implementation": "eager"},

@@ -89,7 +89,7 @@ def test_chunks_of_rows_give_the_same_as_rows_alone_when_hqq_stops_alike() -> No
 
 
 def test_scale_beyond_fp16_is_refused() -> None:
-    with pytest.raises(SourceError, match="exceeds fp16"):
+    with pytest.raises(SourceError, match="does not fit into fp16"):
         quantize_rows(weights() * 1e9, packing_named("tile32-q2-g16-s4"))
 
 

@@ -126,6 +126,7 @@ def test_rows_in_the_trunk_are_refused(folder: Path) -> None:
 def test_other_dtype_than_the_indexs_is_refused(folder: Path) -> None:
     for expert in (0, 1):
         edit(folder, f"/layers/0/experts/{expert}/gate_up", '"rows-f16"')
+    edit(folder, "/packings", '["rows-f16", "tile32-q4-g64-s8"]')
     with pytest.raises(FormatError, match=r"gate_up' is BF16 \[64, 32\].* the index says F16 \[64, 32\]"):
         Artifact.open(folder)
 

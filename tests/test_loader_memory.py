@@ -38,8 +38,9 @@ def folder(tmp_path_factory):
     shapes = expert_shapes() | trunk_shapes()
     tensors = {name: torch.randn(shape, generator=generator).mul_(0.05).bfloat16() for name, shape in shapes.items()}
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    convert_checkpoint(source, source / "out", make_recipe("4bit", solver="hqq"))
-    return source / "out"
+    out = source.with_name(f"{source.name}-4bit")
+    convert_checkpoint(source, out, make_recipe("4bit", solver="hqq"))
+    return out
 
 
 def expert_shapes():

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 
 IDS = torch.arange(7, 47)[None]
 POSITIONS = [
-    "window", "linear", "dynamic", "yarn", "llama3", "longrope", "beyond the longest position", "partial rotary factor",
+    "window", "linear", "dynamic", "yarn", "llama3", "longrope", "beyond the longest position",
     "rope_parameters",
 ]  # fmt: skip
 
@@ -36,10 +36,15 @@ def token_by_token(model, cache=None, begin=8, end=40):
 
 
 def converted_with_config(folder, out, changes):
-    """A converted folder of the same weights whose config.json is changed; fields set to None are removed."""
+    """A converted folder of the same weights, as from a source whose config.json has `changes`; fields set to None are
+    removed. The index records what config.json says."""
     shutil.copytree(folder, out)
     config = json.loads((out / "config.json").read_text()) | changes
-    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    config = {name: value for name, value in config.items() if value is not None}
+    (out / "config.json").write_text(json.dumps(config))
+    index = json.loads((out / "moe_index.json").read_text())
+    index["config"]["sliding_window"] = config.get("sliding_window")
+    (out / "moe_index.json").write_text(json.dumps(index))
     return out
 
 

@@ -167,7 +167,7 @@ def test_own_head_makes_config_and_index_say_not_tied(source: Path, tmp_path: Pa
     tied_with_a_head_of_its_own(source)
     convert_checkpoint(source, tmp_path / "out", make_recipe("16bit"))
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
-    assert json.loads((tmp_path / "out/moe_index.json").read_text())["architecture"]["tie_word_embeddings"] is False
+    assert json.loads((tmp_path / "out/moe_index.json").read_text())["config"]["tie_word_embeddings"] is False
 
 
 def test_equal_head_is_stored_once(source: Path, tmp_path: Path) -> None:
