@@ -30,9 +30,10 @@ from converter.source import Checkpoint, layer_of
 from converter.target_bits import with_chosen_bits
 from converter.weight_errors import write_quality
 from converter.workers import Worker, run_all
-from formats import INDEX_NAME
+from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.index import Recipe, dump_index
 from formats.io_errors import translated
+from formats.output_file import fsync_folder
 from formats.writer import LayerWriter, PlacedFile, write_file
 
 __all__ = ["ConvertOptions", "Converted", "convert_checkpoint"]
@@ -286,6 +287,8 @@ class _Job:
             files,
         )
         write_card(out, index)
+        # Partial files that were removed stay removed.
+        fsync_folder(out / EXPERTS_FOLDER)
         write_file(out / INDEX_NAME, dump_index(index))
         return quality
 

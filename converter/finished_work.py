@@ -9,7 +9,7 @@ from converter.journal import Journal
 from converter.records import ExpertRecord, LayerRecord, LinearRecord, Record, RecordKey, ShardRecord, TensorRecord
 from converter.sizes import OutputPlan
 from formats import TRUNK_NAME
-from formats.layer_file import layer_file_name, partial_path
+from formats.layer_file import compression_paths, layer_file_name, partial_path
 from formats.output_file import remove, rename
 from formats.writer import LayerWriter, PlacedFile
 
@@ -62,7 +62,9 @@ class FinishedWork:
         complete = record and final.exists() and final.stat().st_size == record.size_bytes
         # Without an expert's record its errors are unknown, and quality.json needs them.
         if complete and self.has_experts(layer):
-            remove(partial_path(final))
+            # A power loss may bring back what was removed.
+            for path in (partial_path(final), *compression_paths(final)):
+                remove(path)
             return None
         self._records.pop(("layer", layer), None)
         self._reopen(final)

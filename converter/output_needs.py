@@ -10,7 +10,7 @@ from converter.source import Checkpoint
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import SourceError
 from formats.io_errors import translated
-from formats.layer_file import layer_file_name
+from formats.layer_file import compression_paths, layer_file_name, partial_path
 from formats.quality import QUALITY_NAME
 
 _HEADER_BYTES = 1 << 20
@@ -52,5 +52,5 @@ class OutputNeeds:
     @property
     def partial_names(self) -> frozenset[str]:
         """The names of its files while they are being written."""
-        ends = (".partial", ".zstd.partial", ".frames.partial")
-        return frozenset(name + end for name in self.names for end in ends)
+        names = [Path(name) for name in self.names]
+        return frozenset(str(path) for name in names for path in (partial_path(name), *compression_paths(name)))

@@ -65,6 +65,11 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def compression_paths(path: Path) -> tuple[Path, Path]:
+    """Where a layer's compressed file is written until it is complete, and the frames before it."""
+    return path.with_name(path.name + ".zstd.partial"), path.with_name(path.name + ".frames.partial")
+
+
 def _filler(expert: int, position: int) -> list[TensorEntry]:
     end = aligned(position)
     return [TensorEntry(f"{FILLER_PREFIX}{expert}", "U8", (end - position,), position, end)] if end > position else []

@@ -11,7 +11,15 @@ import zstandard
 from formats.checksums import Checksums, xxh3_of
 from formats.errors import OutputError
 from formats.expert import ExpertLayout
-from formats.layer_file import FILLER_PREFIX, expert_prefix, layer_metadata, partial_path, raw_entries, zstd_entries
+from formats.layer_file import (
+    FILLER_PREFIX,
+    compression_paths,
+    expert_prefix,
+    layer_metadata,
+    partial_path,
+    raw_entries,
+    zstd_entries,
+)
 from formats.output_file import OutputFile, remove
 from formats.safetensors_header import TensorEntry, build_header
 
@@ -132,8 +140,7 @@ class LayerWriter(PlacedFile):
         lengths: list[int] = []
         compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
         # Frames first into a side file: the header before them needs their lengths.
-        spool = self.path.with_name(self.path.name + ".frames.partial")
-        compressed = self.path.with_name(self.path.name + ".zstd.partial")
+        compressed, spool = compression_paths(self.path)
         checksums: list[Checksums] = []
         with OutputFile(spool) as frames, OutputFile(compressed) as out:
             for expert in range(len(self._layouts)):

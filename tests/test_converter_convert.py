@@ -30,7 +30,7 @@ from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
 from formats.errors import DoesNotFitError, NotConvertedError, OutputError, RecipeError, SourceError
 from formats.expert import dequantize_expert
-from formats.layer_file import partial_path
+from formats.layer_file import compression_paths, partial_path
 from formats.verify import verify_folder
 from formats.writer import LayerWriter
 
@@ -113,6 +113,18 @@ def test_interruption_leaves_nothing_that_looks_complete_and_is_resumed_to_the_s
         verify_folder(out)
     assert convert(source, out) == "converted"
     assert hashes(out) == reference
+
+
+def test_frames_of_a_complete_layer_that_a_power_loss_brought_back_are_removed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, good = tmp_path / "out", tmp_path / "good"
+    convert(source, good, codec="zstd")
+    interrupted(source, out, monkeypatch, codec="zstd")
+    for path in compression_paths(out / "experts/layer-000.safetensors"):
+        path.write_bytes(b"frames")
+    convert(source, out, codec="zstd")
+    assert hashes(out) == hashes(good)
 
 
 def test_resume_does_not_convert_an_expert_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,13 +114,13 @@ class TokenFlips:
     def attempt(self, state: random.Random, lane: Lane) -> str:
         """Tries one state."""
         case = lane.workshop.choose(("plain", "zstd"), state)
-        good = lane.workshop.good(case, lane)
+        text = lane.said(case)
         name = damage_one(case, state, lane) if state.random() < 0.5 else damage_layer(case, state, lane)
         cache = state.choice((("--ram-cache", "100KB"), ("--ram-cache", "100KB", "--io", "direct"), ()))
         ended = lane.run("generate", lane.out, *PROMPT, *cache)
         if is_refused(ended):
             return "refused"
-        if ended.output == good.text:
+        if ended.output == text:
             return "same tokens"
         if is_said(name, ended.output):
             return "a change that a user may make is said"

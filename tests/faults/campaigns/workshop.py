@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from faults.campaigns.call_log import Call, read_calls
@@ -85,12 +85,13 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Good:
-    """An undisturbed conversion: its folder, its hashes, the calls that changed files, and what the model says."""
+    """An undisturbed conversion: its folder, its hashes, the calls that changed files, and, once it was asked for, what
+    the model says."""
 
     folder: Path
     hashes: dict[str, str]
     calls: list[Call]
-    text: str
+    said: list[str] = field(default_factory=list)
 
 
 class Lane:
@@ -159,17 +160,22 @@ class Lane:
         self.commands.run("generate", folder, *PROMPT, warm=True, seconds=600)
 
     def make_good(self, case: Case, folder: Path) -> Good:
-        """Converts into `folder` undisturbed, and once before to have everything imported."""
+        """Converts into `folder` undisturbed. What that imports, later commands find imported."""
+        folder.mkdir()
         out, log = folder / RESULT[1:], self.folder / "calls"
-        for warm in (True, False):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            command = self._command(case, 1, out)
-            ended = self.commands.run(*command, log=log, logged=RESULT, warm=warm, seconds=600)
-            if ended.code:
-                raise RuntimeError(f"the undisturbed conversion {case.name} fails: {ended.output}")
-        said = self.commands.run("generate", out, *PROMPT, warm=True, seconds=600)
-        return Good(out, hashes_in(out), read_calls(log), said.output)
+        ended = self.commands.run(
+            *self._command(case, 1, out), log=log, logged=RESULT, warm=True, seconds=600
+        )  # fmt: skip
+        if ended.code:
+            raise RuntimeError(f"the undisturbed conversion {case.name} fails: {ended.output}")
+        return Good(out, hashes_in(out), read_calls(log))
+
+    def said(self, case: Case) -> str:
+        """What the undisturbed conversion generates."""
+        good = self.workshop.good(case, self)
+        if not good.said:
+            good.said.append(self.commands.run("generate", good.folder, *PROMPT, warm=True, seconds=600).output)
+        return good.said[0]
 
     def _command(self, case: Case, workers: int, out: Path) -> list[object]:
         source = "me/checkpoint" if case.hub else self.workshop.source
