@@ -38,11 +38,11 @@ fuzz: $(VENV)/installed
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults/run.py --seconds $(SECONDS)
 
-# Tests that see a version: those that name transformers, the Hub, a model, or run a command.
+# Tests that see the version of a library: those that name transformers, the Hub or a model, or run a command.
 VERSIONED = $(shell grep -lE 'transformers|huggingface_hub|HubServer|from_pretrained|run_command' tests/test_*.py)
 
-# These on other versions than the pinned ones: the oldest that pyproject.toml allows (but torch's), one between, the
-# newest. About ten minutes each on two cores.
+# These with other versions than the pinned ones: the oldest of each library that pyproject.toml allows (torch stays), a
+# transformers between, the newest transformers. About five minutes each on two cores.
 test-versions: $(addprefix test-transformers-,oldest 5.12.0 newest)
 
 test-transformers-%:

@@ -1,6 +1,6 @@
 """The seam to transformers: a quantizer plugin that puts our modules into a Mixtral before its weights are loaded.
 
-It works from transformers 5.0 on without a copy of modeling code: transformers builds the model, reads the trunk, ties,
+It works from transformers 5.3 on without a copy of modeling code: transformers builds the model, reads the trunk, ties,
 moves and casts; only the expert and attention modules are ours (docs/design.md, "Loader").
 """
 

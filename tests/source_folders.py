@@ -206,7 +206,10 @@ def adapter_tensors(folder: Path) -> None:
 def mlx_quantized(folder: Path) -> None:
     switch_mlp(folder)
     name = "model.layers.0.block_sparse_moe.switch_mlp.gate_proj"
-    rewrite(folder, lambda t: t | {f"{name}.weight": torch.zeros(4, 96, 8, dtype=torch.uint32)})
+    rewrite(folder, lambda t: t | {f"{name}.weight": torch.zeros(4, 96, 8, dtype=torch.int32)})
+    # safetensors 0.5 does not write torch's uint32.
+    path = folder / SINGLE
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"I32"', b'"dtype":"U32"', 1))
 
 
 def only(*names: str) -> Callable[[Path], None]:

@@ -97,7 +97,7 @@ def test_experts_are_asked_for_as_by_the_layers(model, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_packed_head_gives_the_layers_logits(example_folder, tmp_path, monkeypatch, calls, bits):
-    convert_checkpoint(example_folder, tmp_path / "out", make_recipe("2bit", head_bits=bits))
+    convert_checkpoint(example_folder, tmp_path / "out", make_recipe("2bit", solver="hqq", head_bits=bits))
     for dtype in (torch.float32, torch.bfloat16):
         model = loader.from_pretrained(tmp_path / "out", kernels="native", dtype=dtype, ram_cache="1GiB")
         ours = token_by_token(model)
