@@ -74,7 +74,9 @@ class OutputFolder:
 
     def _discard_state(self) -> None:
         for name in (STATE_FOLDER, SOURCE_FOLDER):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            # rmtree opens what it is given, and a FIFO blocks.
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 def check_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None:

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from faults.campaigns.flips import JOURNAL, READ_BY_PEOPLE
-from faults.campaigns.workshop import RESULT, Failed, Lane, hashes_in, is_refused
+from faults.campaigns.workshop import INDEX, RESULT, Failed, Lane, hashes_in, is_refused
 from faults.shim import Kill
 
 OBJECTS = ("link to file", "link to folder", "broken link", "pipe", "folder", "full folder", "hard link", "empty file")
@@ -35,6 +35,7 @@ class HostileFolders:
             lane.copy(good.folder)
         files = [*good.hashes, *(f"{name}{end}" for name in good.hashes for end in (".partial", ".zstd.partial"))]
         name = state.choice([*OWN, *files])
+        complete = (lane.out / INDEX).exists()
         victims = make_victims(lane.folder / "victims")
         put(lane.out / name, state.choice(OBJECTS), lane.folder / "victims")
         options = state.choice(((), ("--force",), ("--no-resume",)))
@@ -45,7 +46,7 @@ class HostileFolders:
             return "refused"
         found = hashes_in(lane.out)
         differing = {file for file in good.hashes if found.get(file) != good.hashes[file]}
-        if before == "complete" and "--force" not in options:
+        if complete and "--force" not in options:
             # Nothing was written. What became of a complete folder is found by verify.
             differing -= READ_BY_PEOPLE
             if differing and is_refused(lane.run("verify", lane.out, "--read-data", "-q")):
