@@ -42,7 +42,7 @@ faults: $(VENV)/installed
 VERSIONED = $(shell grep -lE 'transformers|huggingface_hub|HubServer|from_pretrained|run_command' tests/test_*.py)
 
 # These with other versions than the pinned ones: the oldest of each library that pyproject.toml allows (torch stays), a
-# transformers between, the newest transformers. About five minutes each on two cores.
+# transformers between, the newest transformers. About six minutes of processor time each.
 test-versions: $(addprefix test-transformers-,oldest 5.12.0 newest)
 
 test-transformers-%:
