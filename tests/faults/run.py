@@ -8,6 +8,7 @@ import argparse
 import collections
 import itertools
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -44,10 +45,10 @@ def main() -> int:
 
     def campaign(name: str, lanes: list[Lane], end: float) -> tuple[list[Attempt], float]:
         """Tries states until the time is over or none is left."""
-        begin, numbers, lock = time.monotonic(), itertools.count(), threading.Lock()
+        begin, numbers, lock, stop = time.monotonic(), itertools.count(), threading.Lock(), threading.Event()
 
         def tries(lane: Lane) -> Iterator[Attempt]:
-            while time.monotonic() < end:
+            while time.monotonic() < end and not stop.is_set():
                 with lock:
                     number = next(numbers)
                 if (result := attempt(name, options.seed, number, lane)) is None:
@@ -55,9 +56,15 @@ def main() -> int:
                 yield result
 
         with ThreadPoolExecutor(len(lanes)) as pool:
-            results = [result for part in pool.map(lambda lane: list(tries(lane)), lanes) for result in part]
+            try:
+                results = [result for part in pool.map(lambda lane: list(tries(lane)), lanes) for result in part]
+            except BaseException:
+                stop.set()
+                raise
         return sorted(results, key=lambda result: result.number), time.monotonic() - begin
 
+    # So that what was made in memory is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = 0
     with (
         tempfile.TemporaryDirectory(prefix="faults-", dir=in_memory()) as folder,
