@@ -1,10 +1,11 @@
-"""What of a conversion is done: the journal's records, compared with the bytes in the partial files."""
+"""What of a conversion is done: the journal's records, compared with the bytes in partial and complete files."""
 
 import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
+from converter.complete_layer import difference
 from converter.journal import Journal
 from converter.records import ExpertRecord, LayerRecord, LinearRecord, Record, RecordKey, ShardRecord, TensorRecord
 from converter.sizes import OutputPlan
@@ -19,8 +20,8 @@ _log = logging.getLogger(__name__)
 class FinishedWork:
     """The records of earlier runs and of this one, by key, and the files that they are about, opened to go on.
 
-    A record counts only while its bytes have its checksum: a partial file that lost or changed them loses the record,
-    with a warning, and the work is done again.
+    A record counts only while its bytes have its checksum: a file that lost or changed them loses the record, with a
+    warning, and the work is done again. A complete layer file that changed becomes partial again.
     """
 
     def __init__(self, out: Path, plan: OutputPlan, fingerprint: dict[str, Any]) -> None:
@@ -58,10 +59,8 @@ class FinishedWork:
     def open_layer(self, layer: int) -> LayerWriter | None:
         """The writer of a layer's file, None if the file is complete."""
         final = self._out / layer_file_name(layer)
-        record = self.layer(layer)
-        complete = record and final.exists() and final.stat().st_size == record.size_bytes
         # Without an expert's record its errors are unknown, and quality.json needs them.
-        if complete and self.has_experts(layer):
+        if self.has_experts(layer) and self._is_complete(final, layer):
             # A power loss may bring back what was removed.
             for path in (partial_path(final), *compression_paths(final)):
                 remove(path)
@@ -106,6 +105,16 @@ class FinishedWork:
     def close(self) -> None:
         """Closes the journal and keeps it."""
         self._journal.close()
+
+    def _is_complete(self, final: Path, layer: int) -> bool:
+        """True if a layer's file has its name and the bytes of its record."""
+        record = self.layer(layer)
+        if record is None or not final.exists():
+            return False
+        found = difference(final, record)
+        if found:
+            _log.warning("%s: %s: the file is partial again, and its lost experts are converted again", final, found)
+        return found is None
 
     def _forget(self, record: Record, path: Path, *, fresh: bool) -> None:
         del self._records[record.key]

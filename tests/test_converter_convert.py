@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
 from formats.errors import DoesNotFitError, NotConvertedError, OutputError, RecipeError, SourceError
 from formats.expert import dequantize_expert
+from formats.index import read_index
 from formats.layer_file import compression_paths, partial_path
 from formats.verify import verify_folder
 from formats.writer import LayerWriter
@@ -85,6 +88,21 @@ def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int
             convert(source, out, **options)
 
 
+def converted_experts(monkeypatch: pytest.MonkeyPatch, conversion: Callable[[], Any]) -> list[tuple[int, int]]:
+    """(layer, expert) of every expert that a conversion works on, in order."""
+    done: list[tuple[int, int]] = []
+    original = Worker.expert
+
+    def expert(self: Worker, writer: Any, layer: int, number: int) -> Any:
+        done.append((layer, number))
+        return original(self, writer, layer, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "expert", expert)
+        conversion()
+    return done
+
+
 @pytest.mark.parametrize("workers", [2, 5])
 def test_any_number_of_workers_gives_the_same_bytes(
     source: Path, reference: dict[str, str], tmp_path: Path, workers: int
@@ -130,15 +148,7 @@ def test_frames_of_a_complete_layer_that_a_power_loss_brought_back_are_removed(
 def test_resume_does_not_convert_an_expert_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch, 5)
-    done: list[tuple[int, int]] = []
-    original = Worker.expert
-
-    def expert(self: Worker, writer: Any, layer: int, number: int) -> Any:
-        done.append((layer, number))
-        return original(self, writer, layer, number)
-
-    monkeypatch.setattr(Worker, "expert", expert)
-    convert(source, out)
+    done = converted_experts(monkeypatch, lambda: convert(source, out))
     assert done == [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)]
 
 
@@ -217,6 +227,112 @@ def test_flipped_bit_in_recorded_bytes_of_a_partial_file_changes_no_byte_of_the_
     flip(out / file, position, bit=3)
     convert(source, out)
     assert hashes(out) == reference
+
+
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def codec(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def good(source: Path, tmp_path_factory: pytest.TempPathFactory, codec: str) -> Path:
+    """The undisturbed conversion. Tests only read it."""
+    out = tmp_path_factory.mktemp("good") / "out"
+    convert(source, out, codec=codec)
+    return out
+
+
+@pytest.fixture(scope="module")
+def with_complete_layer(source: Path, tmp_path_factory: pytest.TempPathFactory, codec: str) -> Path:
+    """A conversion that stopped after its first layer was complete. Tests only copy it."""
+    out = tmp_path_factory.mktemp("complete-layer") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(source, out, patch, codec=codec)
+    return out
+
+
+def flip_in_layer(out: Path, good: Path, part: str) -> Path:
+    """Flips one bit in a part of the first layer's complete file, whose places the index of `good` has."""
+    layer = read_index(good).layers[0]
+    positions = {
+        "header": 40,
+        "first byte of expert 0": layer.experts[0].offset,
+        "last byte of expert 2": layer.experts[2].offset + layer.experts[2].length - 1,
+        "filler behind expert 1": layer.experts[1].offset + layer.experts[1].length,
+        "last byte of the file": layer.size_bytes - 1,
+    }
+    flip(out / layer.file, positions[part], bit=5)
+    return out / layer.file
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("header", "the bytes of its header changed"),
+        ("first byte of expert 0", "the bytes of expert 0 changed"),
+        ("last byte of expert 2", "the bytes of expert 2 changed"),
+        ("filler behind expert 1", "the zero bytes behind expert 1 changed"),
+        ("last byte of the file", "the zero bytes behind expert 3 changed"),
+    ],
+)
+def test_flipped_bit_in_a_complete_layer_file_changes_no_byte_of_the_result(
+    source: Path, good: Path, with_complete_layer: Path, tmp_path: Path, codec: str, part: str, said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    out = Path(shutil.copytree(with_complete_layer, tmp_path / "out"))
+    damaged = flip_in_layer(out, good, part)
+    convert(source, out, codec=codec)
+    assert hashes(out) == hashes(good)
+    assert f"{damaged}: {said}" in caplog.text
+
+
+def test_undamaged_complete_layer_file_is_kept_without_a_warning(
+    source: Path, good: Path, with_complete_layer: Path, tmp_path: Path, codec: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = Path(shutil.copytree(with_complete_layer, tmp_path / "out"))
+    layer = out / "experts" / "layer-000.safetensors"
+    before = layer.stat().st_ino
+    convert(source, out, codec=codec)
+    assert layer.stat().st_ino == before
+    assert hashes(out) == hashes(good)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("codec", ["none"], indirect=True)
+def test_of_a_damaged_complete_layer_only_the_damaged_expert_is_converted_again(
+    source: Path, good: Path, with_complete_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    out = Path(shutil.copytree(with_complete_layer, tmp_path / "out"))
+    flip_in_layer(out, good, "last byte of expert 2")
+    again = converted_experts(monkeypatch, lambda: convert(source, out))
+    assert [key for key in again if key[0] == 0] == [(0, 2)]
+    assert "the bytes of expert 0 2 changed since they were written: converting it again" in caplog.text
+    assert hashes(out) == hashes(good)
+
+
+@pytest.mark.parametrize("size_bytes", [5000, 200_000])
+@pytest.mark.parametrize("codec", ["none"], indirect=True)
+def test_complete_layer_file_of_another_size_is_written_again_with_a_warning(
+    source: Path, good: Path, with_complete_layer: Path, tmp_path: Path, size_bytes: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    out = Path(shutil.copytree(with_complete_layer, tmp_path / "out"))
+    os.truncate(out / "experts" / "layer-000.safetensors", size_bytes)
+    convert(source, out)
+    assert hashes(out) == hashes(good)
+    assert f"layer-000.safetensors: it has {size_bytes} bytes instead of 102400" in caplog.text
+
+
+def test_damage_in_a_complete_layer_that_calibration_has_passed_is_mended(source: Path, tmp_path: Path) -> None:
+    recipe = make_recipe("2bit", calibrate="random", calibration_tokens=1024)
+    first, out = tmp_path / "good", tmp_path / "out"
+    convert_checkpoint(source, first, recipe)
+    convert_checkpoint(source, out, recipe, ConvertOptions(part=(1, 3)))
+    convert_checkpoint(source, out, recipe, ConvertOptions(part=(2, 3)))
+    flip_in_layer(out, first, "last byte of expert 2")
+    convert_checkpoint(source, out, recipe)
+    assert hashes(out) == hashes(first)
 
 
 def test_changed_bytes_of_an_expert_are_never_compressed(

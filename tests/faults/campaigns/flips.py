@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.campaigns.damage import damaged
-from faults.campaigns.workshop import INDEX, PROMPT, RESULT, Case, Failed, Lane, hashes_in, is_refused
+from faults.campaigns.workshop import INDEX, PROMPT, RESULT, Case, Failed, Lane, hashes_in, is_refused, last_lines
 from faults.shim import Kill
 
 JOURNAL = ".moe-convert.journal"
@@ -23,9 +23,8 @@ USERS_OWN = {"config.json", "generation_config.json"}
 
 
 class UnfinishedFlips:
-    """One damaged file of an unfinished conversion. The same command gives the same bytes, or an error of ours after
-    which --no-resume does. `chosen` says which files. finished: of those that have their final name, verify may find
-    the damage instead."""
+    """One damaged file of an unfinished conversion. The same command gives the same bytes, or, if `refusable`, an error
+    of ours after which --no-resume does. `chosen` says which files."""
 
     def __init__(
         self,
@@ -33,9 +32,9 @@ class UnfinishedFlips:
         chosen: Callable[[Path], bool],
         kinds: tuple[str, ...] = KINDS,
         *,
-        finished: bool = False,
+        refusable: bool = True,
     ) -> None:
-        self._cases, self._chosen, self._kinds, self._finished = cases, chosen, kinds, finished
+        self._cases, self._chosen, self._kinds, self._refusable = cases, chosen, kinds, refusable
 
     def states(self, lane: Lane) -> None:
         """Endless."""
@@ -54,10 +53,10 @@ class UnfinishedFlips:
         path.write_bytes(damaged(path.read_bytes(), kind, state))
         ended = lane.convert(case)
         if not is_refused(ended):
-            if self._finished and is_refused(lane.run("verify", lane.out, "--read-data", "-q")):
-                return "done, found by verify"
             lane.check_result(case)
             return "same bytes"
+        if not self._refusable:
+            raise Failed(f"refused: {last_lines(ended.output)}")
         lane.check_resume(case, "--no-resume")
         return "refused"
 

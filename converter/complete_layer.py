@@ -1,0 +1,43 @@
+"""A complete layer file, compared with its record in the journal before a resume keeps it."""
+
+import os
+from pathlib import Path
+
+import xxhash
+
+from converter.records import LayerRecord
+from formats.checksums import sha256_of
+from formats.io_errors import translated
+from formats.paths import open_regular
+
+_READ_BYTES = 16 << 20
+
+
+def difference(path: Path, record: LayerRecord) -> str | None:
+    """The first difference between the file and its record, in words; None if its bytes are those of the record.
+
+    Compared are the size, the header's sha256, the xxh3 of every expert's stored bytes, and the zero bytes between
+    experts. OutputError if the file cannot be read.
+    """
+    with translated(path, "read"), os.fdopen(open_regular(path), "rb", buffering=0) as file:
+        descriptor = file.fileno()
+        size_bytes = os.fstat(descriptor).st_size
+        if size_bytes != record.size_bytes:
+            return f"it has {size_bytes} bytes instead of {record.size_bytes}"
+        # The header is padded: the first expert begins where it ends.
+        if sha256_of(os.pread(descriptor, record.places[0][0], 0)) != record.header_sha256:
+            return "the bytes of its header changed"
+        ends = [*(offset for offset, *_ in record.places[1:]), size_bytes]
+        for expert, ((offset, length, _, xxh3), next_offset) in enumerate(zip(record.places, ends, strict=True)):
+            if _xxh3(descriptor, offset, length) != xxh3:
+                return f"the bytes of expert {expert} changed"
+            if any(os.pread(descriptor, next_offset - offset - length, offset + length)):
+                return f"the zero bytes behind expert {expert} changed"
+    return None
+
+
+def _xxh3(descriptor: int, offset: int, length: int) -> str:
+    checksum = xxhash.xxh3_128()
+    for begin in range(offset, offset + length, _READ_BYTES):
+        checksum.update(os.pread(descriptor, min(_READ_BYTES, offset + length - begin), begin))
+    return checksum.hexdigest()
