@@ -38,26 +38,22 @@ fuzz: $(VENV)/installed
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults/run.py --seconds $(SECONDS)
 
-# Tests that see the version of a library: those that name transformers, the Hub or a model, or run a command.
-VERSIONED = $(shell grep -lE 'transformers|huggingface_hub|HubServer|from_pretrained|run_command' tests/test_*.py)
+# Tests that see the version of transformers; and with the oldest libraries, those that name the Hub or run a command too.
+VERSIONED = $(shell grep -lE 'from transformers|import transformers' tests/test_*.py)
+VERSIONED_oldest = $(shell grep -lE 'transformers|huggingface_hub|HubServer|from_pretrained|run_command' tests/test_*.py)
 
 # These with other versions than the pinned ones: the oldest of each library that pyproject.toml allows (torch stays), a
-# transformers between, the newest transformers. About six minutes of processor time each.
-test-versions: $(addprefix test-transformers-,oldest 5.12.0 newest)
+# transformers between, the newest transformers. Other versions lie in a folder before the environment's own packages.
+VERSIONS = oldest 5.12.0 newest
+test-versions: $(addprefix test-transformers-,$(VERSIONS))
 
-test-transformers-%:
-	$(PYTHON) -m venv .venv-$*
-	grep -v -E '^(transformers|huggingface-hub|accelerate)=' constraints.txt > .venv-$*/constraints.txt
-	.venv-$*/bin/python -m pip install -q -c .venv-$*/constraints.txt -e '.[dev]' \
-	  '$(if $(filter newest,$*),transformers<6,transformers==$*)'
-	.venv-$*/bin/python -m pytest -q $(VERSIONED)
+test-transformers-%: $(VENV)/installed
+	rm -rf build/versions/$*
+	$(BIN)/python -m pip install -q --upgrade --target build/versions/$* $(or $(PACKAGES_$*),transformers==$*)
+	PYTHONPATH=build/versions/$* $(BIN)/python -m pytest -q $(or $(VERSIONED_$*),$(VERSIONED))
 
-test-transformers-oldest:
-	$(PYTHON) -m venv .venv-oldest
-	sed -nE '/^dependencies/,/^]/s/^ *"([a-z-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml | grep -v '^torch=' > .venv-oldest/constraints.txt
-	grep -E '^(torch|ruff|mypy|pyte|hypothesis|peft|atheris)=' constraints.txt >> .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e '.[dev]'
-	.venv-oldest/bin/python -m pytest -q $(VERSIONED)
+PACKAGES_newest = 'transformers<6'
+PACKAGES_oldest = $(shell sed -nE '/^dependencies/,/^]/s/^ *"([a-z-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml | grep -vE '^(torch|hqq)=')
 
 clean:
-	rm -rf $(VENV) .venv-* build out
+	rm -rf $(VENV) build out

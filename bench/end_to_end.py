@@ -1,8 +1,7 @@
 """Speed of a converted model through transformers' generate, attention and Python included, everything in RAM.
 
 decode   ms per token and layer of 64 tokens after a prompt of 32, beside a streaming sum over the experts' bytes
-parts    where that time goes: the native call and the rest; and, with the layers called one by one, the native calls of
-         attention and router, experts, and head
+parts    where that time goes: the native call and the rest; and the same with a lease of experts for each layer
 prompt   tokens a second of one forward pass over 512 tokens, logits of the last one
 busy     (--busy) decode with a spinning process on one core: median, p99 and largest ms per layer
 compare  (--compare) decode with one measure and without it, in turn
@@ -117,18 +116,18 @@ class Bench:
         }
 
     def parts(self) -> dict[str, Any]:
-        """ms per layer inside the one native call of a token and elsewhere; and inside the calls of its parts."""
-        step = self.model._one_token._step
-        native, ms = self._timed({"native": [(step, "_run")]})
-        steps = [layer._step for layer in self.model.model.layers]
-        calls = {
-            "attention_and_router": [(step, "_begin") for step in steps],
-            "experts": [(step, "_end") for step in steps],
-            "head": [(kernels, "linear_bf16")],
+        """ms per layer inside the one native call of a token, and elsewhere; and the same with a lease for each layer,
+        as where experts come and go: one native call a layer."""
+        decoder = self.model._serving._path._made[1]
+        calls = {"native": [(decoder, "_run")]}
+        native, ms = self._timed(calls)
+        with replaced(decoder, "_is_resident", [False] * self.layers):
+            leased, leased_ms = self._timed(calls)
+        return native | {
+            "rest": ms - native["native"],
+            "leased_native": leased["native"],
+            "leased_rest": leased_ms - leased["native"],
         }
-        with layer_by_layer():
-            parts, _ = self._timed(calls)
-        return native | {"rest": ms - native["native"]} | parts
 
     def _timed(self, calls: dict[str, list[tuple[Any, str]]]) -> tuple[dict[str, float], float]:
         """ms per token and layer inside each group of functions, and of the whole."""
@@ -221,26 +220,33 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def layer_by_layer(*others: Any) -> Iterator[None]:
-    """No native call for a whole token inside; and `others`."""
-    from loader import token_forward
+def transformers_code(*others: Any) -> Iterator[None]:
+    """Inside, transformers' code computes single tokens; and `others`."""
+    from loader.decode.paths import LeaveDecoder, Reason
+    from loader.hf.decoder_path import DecoderPath
+
+    def leave(*_: Any) -> Any:
+        raise LeaveDecoder(Reason.PROMPT)
 
     with ExitStack() as stack:
-        for context in (replaced(token_forward.TokenForward, "__call__", lambda *_: None), *others):
+        for context in (replaced(DecoderPath, "run", leave), *others):
             stack.enter_context(context)
         yield
 
 
 def _measures() -> dict[str, Callable[[], Any]]:
-    from loader import attention, growing_cache, head, layer, torch_threads
+    from loader import head
+    from loader.hf import growing_cache, serving
 
     return {
-        "whole-token": layer_by_layer,
-        "torch-threads": lambda: layer_by_layer(replaced(torch_threads, "FEW_TOKENS", 0)),
-        "native-steps": lambda: replaced(attention.PackedAttention, "is_plain", lambda self: False),
-        "whole-layer": lambda: layer_by_layer(replaced(layer.PackedDecoderLayer, "_is_heard", lambda self: True)),
-        "growing-cache": lambda: replaced(growing_cache.GrowingLayer, "update", growing_cache.DynamicLayer.update),
-        "head": lambda: layer_by_layer(replaced(head, "FEW_TOKENS", 0)),
+        "decoder": transformers_code,
+        "torch-threads": lambda: transformers_code(
+            replaced(serving, "torch_threads_for", lambda tokens: nullcontext())
+        ),
+        "growing-cache": lambda: transformers_code(
+            replaced(growing_cache.GrowingLayer, "update", growing_cache.DynamicLayer.update)
+        ),
+        "head": lambda: transformers_code(replaced(head, "FEW_TOKENS", 0)),
     }
 
 

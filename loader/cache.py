@@ -37,6 +37,9 @@ class ExpertSource(Protocol):
     def room(self, layer: int) -> int:
         """Return how many experts of `layer` one lease can hold."""
 
+    def is_resident(self, layer: int) -> bool:
+        """True if `layer` has a slot for each of its experts: none ever leaves."""
+
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
         """Asked for once a pass: what ranks the experts of layer + 1 from the input of the router of `layer`
         (`Prefetcher.router`), and how many of the first ones `guess` is to be given for one token. None where reading
@@ -114,6 +117,10 @@ class ExpertCache:
     def room(self, layer: int) -> int:
         """As `ExpertSource.room`."""
         return self._layers[layer].most
+
+    def is_resident(self, layer: int) -> bool:
+        """As `ExpertSource.is_resident`."""
+        return self._layers[layer].slots == self._experts
 
     def stream(
         self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool

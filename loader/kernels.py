@@ -136,17 +136,6 @@ def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of the rows of x [..., columns], dense, fp32 or bf16, by a weight [columns] of x's dtype: like x."""
-    columns = weight.numel()
-    if x.dtype is not weight.dtype or x.dtype not in DTYPES or x.shape[-1:] != (columns,):
-        raise ValueError(f"x of {x.dtype} {tuple(x.shape)}, weight of {weight.dtype} {tuple(weight.shape)}")
-    y = torch.empty_like(x)
-    rows = x.numel() // columns
-    _check(library().moe_rms_norm(DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), eps, columns, rows, y.data_ptr()))
-    return y
-
-
 def experts(
     x: torch.Tensor, calls: Sequence[ExpertCall], intermediate: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:

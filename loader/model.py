@@ -18,14 +18,13 @@ from formats.whole_files import check_files, generation_note
 from loader.configuration import loading_options
 from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device
-from loader.cuda.out_of_memory import give_up_slots_for_memory
+from loader.hf.serving import Serving
 from loader.listed_files import link_listed_files
 from loader.placement import CacheOptions, Placement, place
 from loader.policy import POLICIES
 from loader.prefetch import Prefetcher
 from loader.repository import Folder, OpenModel, Progress, open_model, small_files
 from loader.tokenizer import tokenizer_of
-from loader.torch_threads import run_few_tokens_on_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +80,8 @@ def from_pretrained(
     After a fork the child may use the model, on the CPU, with a cache of its own. It cannot be pickled: other processes
     load it. copy.deepcopy copies the trunk and shares the experts' cache.
 
-    The model has two methods more: `moe_stats()` gives a `MoeStats`, `reset_moe_stats()` sets the counters to zero.
+    The model is a subclass of its transformers class with two methods more: `moe_stats()` gives a `MoeStats`,
+    `reset_moe_stats()` sets the counters to zero.
 
     Raises FormatError, DamageError or VersionError naming what is wrong with the folder, before any weight is loaded;
     DoesNotFitError if a budget does not hold one token's experts, or the GPU not what was asked for; RecipeError for an
@@ -112,11 +112,7 @@ def from_pretrained(
         # By the routers: config.json may ask for another number of experts than the folder was made with.
         guesses = layers[0].mlp.gate.top_k if prefetch == "auto" else guesses
         cache.prefetcher = Prefetcher(routers, norms, guesses)
-    run_few_tokens_on_one_thread(model, placement.shortcut, cache.give_up)
-    if placement.gpus:
-        give_up_slots_for_memory(model, cache, placement.gpus)
-    model.moe_stats = cache.stats
-    model.reset_moe_stats = cache.reset_stats
+    model.serve(Serving(cache, placement.decoders, placement.retry))
     return model
 
 
@@ -151,6 +147,7 @@ def _placed(
 def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None) -> Any:
     from transformers import MixtralForCausalLM
 
+    from loader.hf.model_class import served_class
     from loader.plugin import Parts, loading
 
     # The configuration as our strict reader saw it, not as a second parser would.
@@ -160,7 +157,7 @@ def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementat
     # With an adapter_config.json beside the weights, transformers would load that too.
     with link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files, loading(parts):
         try:
-            model = MixtralForCausalLM.from_pretrained(os.fspath(files), dtype=dtype, **options)
+            model = served_class(MixtralForCausalLM).from_pretrained(os.fspath(files), dtype=dtype, **options)
         except ImportError as e:
             if attn_implementation is None:
                 raise

@@ -87,10 +87,9 @@ class CachedExperts(nn.Module):
         return self._cache
 
     @property
-    def layout(self) -> ExpertLayout | None:
-        """The layout of all experts, None if they have several."""
-        kinds = set(self._layouts.values())
-        return kinds.pop() if len(kinds) == 1 else None
+    def layouts(self) -> dict[int, ExpertLayout]:
+        """The layout of each expert."""
+        return self._layouts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H] in hidden_states' dtype.

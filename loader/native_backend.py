@@ -9,9 +9,9 @@ from formats.expert import ExpertLayout
 from formats.packing import Packing
 from loader import kernels
 from loader.copies import Shared
+from loader.experts_step import ExpertsStep
 from loader.plain_experts import PlainExperts
 from loader.precise_backend import PreciseBackend
-from loader.step_kernels import ExpertsStep
 
 
 class NativeBackend(Shared):

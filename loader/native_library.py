@@ -17,7 +17,7 @@ from formats.libraries import library_paths
 
 _log = logging.getLogger(__name__)
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FIX = "install a C++20 compiler (gcc 11, clang 14 or newer) and reinstall: pip install --force-reinstall moe-convert"
 
 
@@ -70,12 +70,12 @@ class Layer(ctypes.Structure):
         ("experts_norm", c_void_p),
         ("router", c_void_p),
         ("intermediate", c_int64),
-        ("eps", c_float),
+        ("attention_eps", c_float),
+        ("experts_eps", c_float),
         ("experts", c_int32),
         ("top_k", c_int32),
         ("gate_up_packing", c_int32),
         ("down_packing", c_int32),
-        ("reserved", c_int32),
     ]
 
 
@@ -84,13 +84,14 @@ class Model(ctypes.Structure):
 
     _fields_ = [
         ("layers", c_void_p),
-        ("blobs", c_void_p),
         ("embedding", c_void_p),
         ("norm", c_void_p),
         ("vocabulary", c_int64),
         ("head", Matrix),
         ("eps", c_float),
         ("count", c_int32),
+        ("experts", c_int32),
+        ("top_k", c_int32),
     ]
 
 
@@ -105,6 +106,7 @@ class Token(ctypes.Structure):
         ("values", c_void_p),
         ("capacity", c_void_p),
         ("length", c_int64),
+        ("blobs", c_void_p),
         ("room", c_void_p),
         ("index", c_void_p),
         ("weights", c_void_p),
@@ -131,9 +133,6 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "moe_experts": (_I, [POINTER(Expert), _I, _L, _L, _P, _P, _L, _I]),
     "moe_experts_topk": (_I, [_P, _I, _I, _I, _L, _L, _P, _P, _I, _P, _P, _L, _I]),
     "moe_attention_step": (_I, [POINTER(Attention), _P, _P, _P, _P, _P, _L, _L, _P]),
-    "moe_layer_begin": (_I, [POINTER(Layer), _P, _P, _P, _P, _P, _L, _L, _P, _P, _P, _P]),
-    "moe_layer_end": (_I, [_P, POINTER(Layer), _P, _P, _P, _P, _P]),
-    "moe_rms_norm": (_I, [_I, _P, _P, c_float, _L, _L, _P]),
     "moe_token_step": (_I, [_P, _P]),
     "moe_stream_sum": (c_uint64, [_P, _I, _L, _L]),
     "moe_empty_region_us": (c_double, [_I]),

@@ -10,9 +10,11 @@ from loader.backend import Backend, choose_backend
 from loader.budget import check_slots, experts_aside, ram_budget, slots_of_folder
 from loader.cache import ExpertCache
 from loader.cuda.device import Device
+from loader.decode.decoder import DecoderFactory
+from loader.decode.paths import LeaveDecoder, Reason
+from loader.hf.serving import Retry
 from loader.policy import POLICIES
 from loader.repository import OpenModel
-from loader.torch_threads import Shortcut
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,15 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Placement:
-    """backend: of the trunk, which is on `device`; experts: of each layer's experts. shortcut: for single tokens, not
-    where layers are on several GPUs. gpus: of each layer, none without GPUs."""
+    """backend: of the trunk, which is on `device`; experts: of each layer's experts. decoders: for single tokens, or
+    why there are none. retry: of passes for which a GPU had too little memory."""
 
     cache: ExpertCache
     backend: Backend
     experts: tuple[Backend, ...]
     device: torch.device
-    shortcut: Shortcut | None
-    gpus: tuple[Device, ...] = ()
+    decoders: DecoderFactory | LeaveDecoder
+    retry: Retry | None = None
 
 
 def place(opened: OpenModel, devices: Sequence[Device], options: CacheOptions) -> Placement:
@@ -48,8 +50,6 @@ def place(opened: OpenModel, devices: Sequence[Device], options: CacheOptions) -
 
 
 def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
-    from loader.token_forward import one_token
-
     artifact, io, slots = opened.artifact, opened.io(options.io), options.slots
     backend = choose_backend(options.kernels)
     if slots is None:
@@ -66,12 +66,13 @@ def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
         reader.close()
         raise
     layers = artifact.architecture.num_hidden_layers
-    return Placement(cache, backend, (backend,) * layers, torch.device("cpu"), one_token)
+    return Placement(cache, backend, (backend,) * layers, torch.device("cpu"), _cpu_decoders(backend))
 
 
 def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions) -> Placement:
+    from loader.cuda.decoder_factory import CudaDecoderFactory
+    from loader.cuda.out_of_memory import MemoryRetry
     from loader.cuda.stack import GpuExperts
-    from loader.cuda.steps import one_token_on
 
     if opened.io(options.io) == "mmap":
         raise RecipeError(
@@ -86,8 +87,17 @@ def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions
     except BaseException:
         reader.close()
         raise
-    shortcut = None
+    decoders: DecoderFactory | LeaveDecoder = LeaveDecoder(Reason.DEVICES, f"{len(devices)} GPUs")
     if len(devices) == 1:
         cpu = choose_backend(options.kernels) if found.share else None
-        shortcut = one_token_on(devices[0], found.trunk.products, found.share, cpu)
-    return Placement(found.cache, found.trunk, found.backends, devices[0].torch_device, shortcut, found.devices)
+        decoders = CudaDecoderFactory(devices[0], found.trunk.products, found.share, cpu)
+    retry = MemoryRetry(found.cache, found.devices)
+    return Placement(found.cache, found.trunk, found.backends, devices[0].torch_device, decoders, retry)
+
+
+def _cpu_decoders(backend: Backend) -> DecoderFactory | LeaveDecoder:
+    if backend.name != "native":
+        return LeaveDecoder(Reason.KERNELS, f"the {backend.name} backend computes products")
+    from loader.decode.cpu import CpuDecoderFactory
+
+    return CpuDecoderFactory(backend)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -25,14 +24,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError
 from formats.packing import tile_packing_named
-from loader.attention import PackedAttention
 from loader.backend import Backend
 from loader.cache import ExpertCache
-from loader.generation_inputs import prepare_tokens_in_place
 from loader.head import NativeHead
-from loader.layer import PackedDecoderLayer
 from loader.modules import CachedExperts, PackedLinear
-from loader.norm import NativeNorm
 
 METHOD = "moe_convert"
 
@@ -93,7 +88,6 @@ class MoeConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         self._is_trainable = parts.backend.for_gradients is not None
         with torch.device("meta"):
             _swap_modules(model, parts)
-        prepare_tokens_in_place(model)
         compare_with_trunk(model, parts.artifact)
         # Fillers keep the file free of holes; they are nobody's weights.
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -121,7 +115,9 @@ class _Patterns(list[str]):
 
 def _swap_modules(model: nn.Module, parts: Parts) -> None:
     artifact = parts.artifact
-    _swap_trunk_modules(model, parts.backend.name == "native")
+    if parts.backend.name == "native":
+        head: Any = model.lm_head
+        _replace(model, "lm_head", NativeHead(head.in_features, head.out_features, bias=False))
     for name, linear in artifact.index.trunk.packed.items():
         packing = tile_packing_named(linear.packing, name)
         _replace(model, name, PackedLinear(packing, linear.rows, linear.columns, parts.backend))
@@ -129,19 +125,6 @@ def _swap_modules(model: nn.Module, parts: Parts) -> None:
         layouts = {e: artifact.layout(layer, e) for e in range(artifact.architecture.num_local_experts)}
         experts = CachedExperts(layer, layouts, parts.cache, parts.experts[layer])
         _replace(model, f"model.layers.{layer}.mlp.experts", experts)
-
-
-def _swap_trunk_modules(model: nn.Module, native: bool) -> None:
-    for name, module in list(model.named_modules()):
-        if type(module) is MixtralAttention:
-            _replace(model, name, PackedAttention(module.config, module.layer_idx))
-        elif type(module) is MixtralDecoderLayer and native:
-            # Only the method differs; transformers has built all that is inside.
-            module.__class__ = PackedDecoderLayer
-        elif name == "model.norm" and native:
-            module.__class__ = NativeNorm
-        elif name == "lm_head" and native:
-            _replace(model, name, NativeHead(module.in_features, module.out_features, bias=False))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

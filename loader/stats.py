@@ -1,7 +1,9 @@
 """What the expert cache counted: hits, misses, evictions and bytes read, by layer and in total."""
 
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
+
+from loader.decode.paths import PathStats
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class MoeStats:
 
     `wait_s`: seconds in which a forward pass waited for reads. `busy_s`: seconds with a read under way. On a GPU the
     layers' bytes are those that went over its link, and copies that are only queued take none of these seconds; `ram`
-    is the tier between the files and the GPU.
+    is the tier between the files and the GPU. paths: tokens by who computed them (loader/decode).
     """
 
     layers: tuple[LayerStats, ...]
@@ -70,6 +72,7 @@ class MoeStats:
     wait_s: float = 0.0
     busy_s: float = 0.0
     ram: TierStats | None = None
+    paths: PathStats = field(default_factory=PathStats)
 
     @property
     def total(self) -> LayerStats:
@@ -84,6 +87,7 @@ class MoeStats:
             "busy_s": self.busy_s,
             "slots": sum(self.slots) / len(self.slots),
             "slot_bytes": self.slot_bytes,
+            "tokens": asdict(self.paths),
             "layers": [
                 {**self._values(layer), "slots": slots} for layer, slots in zip(self.layers, self.slots, strict=True)
             ],

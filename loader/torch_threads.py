@@ -5,22 +5,15 @@ operations then waits for a time slice (10 ms each, measured on two cores). A fe
 second thread could speed up: the work is in our own calls.
 """
 
-import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from loader.cache_length import cache_in, length_of, shorten
 from loader.forks import keep_over_forks
 
 FEW_TOKENS = 8
-
-Shortcut = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _State(threading.local):
@@ -77,40 +70,6 @@ def torch_threads_for(tokens: int) -> Iterator[None]:
                 del outside[thread]
 
 
-def run_few_tokens_on_one_thread(
-    model: nn.Module, first: Shortcut | None = None, after_failure: Callable[[], None] | None = None
-) -> None:
-    """Puts `torch_threads_for` around the model's forward: by a method of the instance, since its class is
-    transformers' own, and since torch's hooks do not run after a KeyboardInterrupt.
-
-    `first`(model, args, kwargs) is asked before, outside of it; what it gives, unless None, is the result. A pass that
-    does not come to its end leaves the KV cache as long as it was, and calls `after_failure`.
-    """
-
+def keep_threads_over_forks() -> None:
+    """Have forked children begin with no thread inside."""
     keep_over_forks(_passes)
-
-    @functools.wraps(type(model).forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        past = cache_in(args, kwargs)
-        length = length_of(past)
-        try:
-            if first is not None and (result := first(self, args, kwargs)) is not None:
-                return result
-            with torch_threads_for(_tokens(args, kwargs)):
-                return type(self).forward(self, *args, **kwargs)
-        except BaseException:
-            shorten(past, length)
-            if after_failure is not None:
-                after_failure()
-            raise
-
-    model.forward = MethodType(forward, model)
-
-
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens of a call of the model; without any to be seen, many."""
-    ids = args[0] if args else kwargs.get("input_ids")
-    if isinstance(ids, Tensor):
-        return ids.numel()
-    embeddings = kwargs.get("inputs_embeds")
-    return embeddings.shape[:-1].numel() if isinstance(embeddings, Tensor) else FEW_TOKENS + 1

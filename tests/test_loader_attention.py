@@ -1,20 +1,23 @@
-"""One token through the native attention step gives what transformers' attention gives."""
+"""One token through the native attention gives what transformers' attention gives."""
 
 import pytest
 import torch
-from transformers import DynamicCache, MixtralConfig, StaticCache
-from transformers.cache_utils import StaticLayer
+from native_attention import NativeAttention
+from transformers import DynamicCache, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRotaryEmbedding
 
 from formats.packing import dequantize, packing_named, unpack
 from loader import kernels
-from loader.attention import PackedAttention
-from loader.backend import TorchBackend
+from loader.decode.weights import AttentionWeights
+from loader.hf.growing_cache import growing_layer
+from loader.kernels import PackedMatrix
 from loader.modules import PackedLinear
+from loader.native_backend import NativeBackend
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 
 PACKING = packing_named("tile32-q4-g64-s8")
+PROJECTIONS = "q_proj", "k_proj", "v_proj", "o_proj"
 
 
 def random_tiles(rows, columns):
@@ -23,31 +26,37 @@ def random_tiles(rows, columns):
     return tiles
 
 
+class Ours:
+    """transformers' attention over packed projections; single tokens take the native attention."""
+
+    def __init__(self, packed, dtype):
+        self.packed, self.config = packed, packed.config
+        matrices = (getattr(packed, name) for name in PROJECTIONS)
+        weights = AttentionWeights(*(PackedMatrix(m.packed, m.packing.name, m.out_features) for m in matrices))
+        self._native = NativeAttention(weights, packed.config.hidden_size, packed.head_dim, packed.scaling, dtype)
+
+    def __call__(self, x, cos_sin, mask, cache):
+        if mask is not None:
+            return self.packed(x, cos_sin, mask, cache)
+        return self._native.append(x, *cos_sin, growing_layer(cache, 0)), None
+
+
 def attentions(heads, kv_heads, dim, dtype, hidden=192):
     """Our attention over packed weights, and transformers' over the same dequantized ones."""
-    from loader.native_backend import NativeBackend
-
     torch.manual_seed(0)
     config = MixtralConfig(
         hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=dim, num_hidden_layers=1
     )
     config._attn_implementation = "sdpa"
-    ours, plain = PackedAttention(config, 0), MixtralAttention(config, 0)
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    packed, plain = MixtralAttention(config, 0), MixtralAttention(config, 0)
+    for name in PROJECTIONS:
         linear = getattr(plain, name)
         rows, columns = linear.weight.shape
-        packed = PackedLinear(PACKING, rows, columns, NativeBackend())
-        packed.packed = random_tiles(rows, columns)
-        linear.weight.data = dequantize(unpack(packed.packed, PACKING, rows, columns), PACKING.group_size)
-        setattr(ours, name, packed)
-    return ours.eval(), plain.eval(), MixtralRotaryEmbedding(config), dtype
-
-
-def exact(module):
-    """The same module with torch's arithmetic."""
-    for linear in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
-        linear._backend = TorchBackend()
-    return module
+        ours = PackedLinear(PACKING, rows, columns, NativeBackend())
+        ours.packed = random_tiles(rows, columns)
+        linear.weight.data = dequantize(unpack(ours.packed, PACKING, rows, columns), PACKING.group_size)
+        setattr(packed, name, ours)
+    return Ours(packed.eval(), dtype), plain.eval(), MixtralRotaryEmbedding(config), dtype
 
 
 @torch.inference_mode()
@@ -88,11 +97,10 @@ def test_a_token_gets_what_transformers_attention_gives(isa, heads, kv_heads, di
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("prompt", [5, 64, 511, 512, 1500])
-def test_attention_over_a_prompt_differs_by_rounding_only(monkeypatch, dtype, limit, prompt):
+def test_attention_over_a_prompt_differs_by_rounding_only(dtype, limit, prompt):
     ours, _, rotary, _ = attentions(8, 2, 64, dtype)
     got, _ = steps(ours, rotary, dtype, [prompt, 1, 1, 1])
-    monkeypatch.setattr(PackedAttention, "is_plain", lambda self: False)
-    want, _ = steps(ours, rotary, dtype, [prompt, 1, 1, 1])
+    want, _ = steps(ours.packed, rotary, dtype, [prompt, 1, 1, 1])
     assert torch.equal(got[:, :prompt], want[:, :prompt])
     assert (got - want)[:, prompt:].float().norm() < limit * want[:, prompt:].float().norm()
 
@@ -108,33 +116,3 @@ def test_the_bits_are_the_same_on_any_number_of_threads_and_any_instruction_set(
     kernels.set_threads(0)
     kernels.set_isa("auto")
     assert all(torch.equal(result, results[0]) for result in results)
-
-
-def test_a_mask_goes_to_transformers_code(monkeypatch):
-    ours, _, rotary, _ = attentions(4, 2, 32, torch.float32)
-    monkeypatch.setattr(PackedAttention, "native_step", None)
-    x = torch.randn(1, 1, 192)
-    with torch.inference_mode():
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-        ours(x, rotary(x, torch.zeros(1, 1)), mask, DynamicCache())
-
-
-def test_gradients_go_to_transformers_code(monkeypatch):
-    ours, _, rotary, _ = attentions(4, 2, 32, torch.float32)
-    exact(ours)
-    monkeypatch.setattr(PackedAttention, "native_step", None)
-    x = torch.randn(1, 1, 192, requires_grad=True)
-    out, _ = ours(x, rotary(x, torch.zeros(1, 1)), None, DynamicCache())
-    out.sum().backward()
-    assert x.grad is not None
-
-
-def test_other_caches_stay_as_they_are(monkeypatch):
-    ours, _, rotary, _ = attentions(4, 2, 32, torch.float32)
-    monkeypatch.setattr(PackedAttention, "native_step", None)
-    x = torch.randn(1, 1, 192)
-    cache = StaticCache(config=ours.config, max_cache_len=8)
-    with torch.inference_mode():
-        # transformers 5.0 wants the position as well.
-        ours(x, rotary(x, torch.zeros(1, 1)), None, cache, cache_position=torch.zeros(1, dtype=torch.int64))
-    assert type(cache.layers[0]) is StaticLayer

@@ -6,18 +6,19 @@ import ctypes
 import pytest
 import torch
 from cuda_host import COMPILER, KERNELS
+from native_attention import NativeAttention
 from recording_device import RecordingDevice
 from test_loader_attention import random_tiles
 
 from formats.packing import packing_named
 from loader import kernels
-from loader.cuda import layer_step, token_step
+from loader.cuda import decoder, layer_step
 from loader.cuda.layer_step import SUFFIXES, Launches
 from loader.cuda.products import Products
 from loader.cuda.token_memory import SPAN, Sizes, TokenMemory
-from loader.growing_cache import GrowingLayer
+from loader.decode.weights import AttentionWeights
+from loader.hf.growing_cache import GrowingLayer
 from loader.kernels import PackedMatrix
-from loader.step_kernels import AttentionStep, AttentionWeights
 
 pytestmark = pytest.mark.skipif(not kernels.available() or COMPILER is None, reason="not built, or no C++ compiler")
 
@@ -48,7 +49,7 @@ def made(dtype, order=0, **numbers):
         ("attention", "kAttendThreads", layer_step._ATTEND_THREADS),
         ("norm", "kNormThreads", layer_step._NORM_THREADS),
         ("router", "kRouteThreads", layer_step._ROUTE_THREADS),
-        ("head", "kHeadThreads", token_step._HEAD_THREADS),
+        ("head", "kHeadThreads", decoder._HEAD_THREADS),
     ],
 )
 def test_launches_have_the_sizes_that_the_kernels_were_written_for(file, name, value):
@@ -78,8 +79,7 @@ def test_the_residual_sum_and_its_norm_are_the_cpus(dtype, hidden, order):
     total = torch.empty_like(x)
     launches.add_norm(x, added, weight, EPS, total)()
     assert torch.equal(total, (x.float() + added.to(dtype).float()).to(dtype))
-    expected = exact_norm(total, weight) if dtype is torch.float16 else kernels.rms_norm(total[None], weight, EPS)[0]
-    assert torch.equal(memory.normed, expected)
+    assert torch.equal(memory.normed, exact_norm(total, weight))
     assert torch.equal(memory.acts, quantized(device, memory.normed))
 
 
@@ -92,7 +92,7 @@ def test_the_first_layer_takes_its_input_as_it_is():
         memory.row.value = table[token].data_ptr()
         run()
         assert torch.equal(total, table[token])
-        assert torch.equal(memory.normed, kernels.rms_norm(table[token][None], weight, EPS)[0])
+        assert torch.equal(memory.normed, exact_norm(table[token], weight))
 
 
 def attention_weights(hidden, heads, kv_heads, dim):
@@ -124,7 +124,7 @@ def test_attention_over_any_number_of_positions_is_the_cpus(dtype, heads, kv_hea
     torch.manual_seed(10 * length + order)
     device, launches, memory = made(dtype, order, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=dim)
     weights = attention_weights(hidden, heads, kv_heads, dim)
-    cpu = AttentionStep(weights, hidden, dim, dim**-0.5, dtype)
+    cpu = NativeAttention(weights, hidden, dim, dim**-0.5, dtype)
     ours = cache_of(length, cpu.kind)
     theirs = copy.deepcopy(ours)
     x = torch.randn(1, 1, hidden).to(dtype)

@@ -4,12 +4,13 @@ import inspect
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MixtralForCausalLM
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import loader
-from loader.generation_inputs import LEAST_COLUMNS, GrowingRow
+from loader.hf.generation_inputs import LEAST_COLUMNS, GenerationInputs, GrowingRow
+from loader.hf.private_names import generation_methods
 
 IDS = torch.arange(7, 27)[None]
 
@@ -17,10 +18,6 @@ IDS = torch.arange(7, 27)[None]
 @pytest.fixture(scope="module")
 def model(converted):
     return loader.from_pretrained(converted("2bit"), dtype=torch.float32)
-
-
-def in_place(model):
-    return "prepare_inputs_for_generation" in model.__dict__
 
 
 def test_a_row_grows_in_place_and_is_a_new_one_where_it_was_cut():
@@ -74,7 +71,7 @@ def prepared(owner, model, values):
     ids=lambda change: "-".join(change) or "plain",
 )
 def test_the_values_are_transformers_own(model, change):
-    if not in_place(model):
+    if generation_methods() is None:
         pytest.skip("this version of transformers keeps its own")
     values = {
         "cache": DynamicCache(),
@@ -82,7 +79,9 @@ def test_the_values_are_transformers_own(model, change):
         "position_ids": torch.arange(5)[None],
         "use_cache": True,
     }
-    for ours, plain in zip(*(prepared(owner, model, values | change) for owner in (model, type(model))), strict=True):
+    for ours, plain in zip(
+        *(prepared(owner, model, values | change) for owner in (model, MixtralForCausalLM)), strict=True
+    ):
         assert list(ours) == list(plain)
         for name in plain:
             if isinstance(plain[name], torch.Tensor):
@@ -111,8 +110,8 @@ def test_generate_gives_the_same_tokens(model, monkeypatch, options):
                               pad_token_id=2, **options)  # fmt: skip
 
     ours = run()
-    for name in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
-        monkeypatch.delitem(model.__dict__, name, raising=False)
+    for name in ("prepared", "updated"):
+        monkeypatch.setattr(GenerationInputs, name, lambda *_: None)
     assert torch.equal(ours, run())
 
 

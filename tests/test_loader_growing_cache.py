@@ -1,15 +1,18 @@
 """The cache that grows in place gives what transformers' DynamicCache gives."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
+from decoding import transformers_code
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import loader
-from loader import attention, kernels
-from loader.growing_cache import GrowingLayer, growing_layer
+from loader import kernels
+from loader.hf import serving
+from loader.hf.growing_cache import GrowingLayer, growing_layer
 
 PROMPT = "So Jonah arose, and went to Nineveh, according to"
 
@@ -144,12 +147,12 @@ def batch(converted):
     return tokenizer([PROMPT, "def f(x):", "The"], return_tensors="pt", padding=True)
 
 
-def with_and_without(monkeypatch, run):
+def with_and_without(model, monkeypatch, run):
     """What `run` gives over the growing cache and over transformers' own; one token by transformers' code in both."""
-    monkeypatch.setattr(attention.PackedAttention, "is_plain", lambda self: False)
-    ours = run()
-    monkeypatch.setattr(attention, "growing_layer", lambda cache, layer: None)
-    return ours, run()
+    with transformers_code(model):
+        ours = run()
+        monkeypatch.setattr(serving, "growing_layers", lambda cache, count: None)
+        return ours, run()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_generate_gives_the_tokens_of_the_dynamic_cache(model, batch, monkeypatc
         pytest.skip("transformers: assisted generation takes one sequence")
     arguments = {name: batch[name][:rows] for name in ("input_ids", "attention_mask")}
     ours, plain = with_and_without(
-        monkeypatch, lambda: model.generate(**arguments, max_new_tokens=24, pad_token_id=2, **options)
+        model, monkeypatch, lambda: model.generate(**arguments, max_new_tokens=24, pad_token_id=2, **options)
     )
     assert torch.equal(ours, plain)
 
@@ -184,17 +187,15 @@ def test_generate_may_go_on_from_its_cache(model, batch, monkeypatch):
             ids, past = output.sequences, output.past_key_values
         return ids
 
-    ours, plain = with_and_without(monkeypatch, run)
+    ours, plain = with_and_without(model, monkeypatch, run)
     assert torch.equal(ours, plain)
     assert torch.equal(run(), plain)
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["transformers", "one-call"])
-def test_the_whole_prompt_at_once_and_token_by_token_agree(model, batch, native, monkeypatch):
-    if not native:
-        monkeypatch.setattr(attention.PackedAttention, "is_plain", lambda self: False)
+@pytest.mark.parametrize("code", [transformers_code, nullcontext], ids=["transformers", "decoder"])
+def test_the_whole_prompt_at_once_and_token_by_token_agree(model, batch, code):
     ids, cache, steps = batch["input_ids"][:1], DynamicCache(), []
-    with torch.inference_mode():
+    with torch.inference_mode(), code(model):
         whole = model(ids, use_cache=False).logits
         for position in range(ids.shape[1]):
             cache_of = {"past_key_values": cache}

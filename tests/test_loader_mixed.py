@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import NAME
 from test_loader_model import apart, dequantized, load, logits, slots_budget
-from test_loader_token import NAME
 from transformers import DynamicCache
 
 from converter.convert import convert_checkpoint
@@ -14,8 +14,6 @@ from converter.recipes import make_recipe
 from formats.artifact import Artifact
 from loader import kernels
 from loader.budget import expert_bytes_by_layer
-from loader.layer_step import LayerStep
-from loader.token_step import TokenStep
 
 RULES = {
     "by layer": "0=4bit,2-3/down=3bit,6/gate_up=3bit,7=tile32-q2-g16-s8",
@@ -54,33 +52,11 @@ def test_native_logits_differ_by_the_rounding_of_activations_only(mixed: dict[st
 
 
 @native
-def test_one_token_is_one_native_call_where_each_layer_has_one_layout(
-    mixed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count, run = [0], TokenStep.run
-
-    def counted(self: TokenStep, *args: Any) -> torch.Tensor:
-        count[0] += 1
-        return run(self, *args)
-
-    monkeypatch.setattr(TokenStep, "run", counted)
-    token_by_token(load(mixed["by layer"], kernels="native", ram_cache="1GiB"))
-    assert count[0] == IDS.shape[1]
-
-
-@native
-def test_layers_of_one_layout_keep_their_native_step_beside_layers_of_several(
-    mixed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    numbers, run = [], LayerStep.run
-
-    def counted(self: LayerStep, *args: Any) -> torch.Tensor:
-        numbers.append(args[4])
-        return run(self, *args)
-
-    monkeypatch.setattr(LayerStep, "run", counted)
-    token_by_token(load(mixed["by expert"], kernels="native", ram_cache="1GiB"))
-    assert set(numbers) == {0, 2, 3, 4, 6, 7}
+@pytest.mark.parametrize("rules", RULES)
+def test_single_tokens_take_the_decoder_whatever_the_layouts(mixed: dict[str, Path], rules: str) -> None:
+    model = load(mixed[rules], kernels="native", ram_cache="1GiB")
+    token_by_token(model)
+    assert model.moe_stats().paths.decoder == IDS.shape[1]
 
 
 @pytest.mark.parametrize("rules", RULES)

@@ -96,7 +96,7 @@ def test_tokenizer_adds_bos_as_the_source_does(tokenizer, example_folder):
 
 
 def test_the_model_is_transformers_own_class(model):
-    assert type(model) is MixtralForCausalLM
+    assert isinstance(model, MixtralForCausalLM)
     assert not model.training
 
 

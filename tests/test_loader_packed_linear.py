@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import paths, token_by_token
 from test_loader_attention import random_tiles
 from test_loader_model import load
 
@@ -56,11 +57,14 @@ def test_a_packed_linear_adds_its_bias_which_can_be_trained() -> None:
 
 
 @pytest.mark.skipif(not kernels.available(), reason="not built")
-def test_attention_with_a_bias_does_not_take_the_native_step(converted: Callable[[str], Path]) -> None:
+def test_attention_with_a_bias_does_not_take_the_decoder(converted: Callable[[str], Path]) -> None:
     model = load(converted("2bit"), kernels="native")
     attention = model.model.layers[0].self_attn
-    assert model.model.layers[1].self_attn.native_step(torch.float32) is not None
     old = attention.q_proj
     attention.q_proj = PackedLinear(old.packing, old.out_features, old.in_features, choose_backend("native"), bias=True)
     attention.q_proj.packed = old.packed
-    assert attention.native_step(torch.float32) is None
+    torch.nn.init.zeros_(attention.q_proj.bias)
+    model.eval()
+    with torch.no_grad():
+        decoded, reasons = paths(model, lambda: token_by_token(model))
+    assert (decoded, reasons) == (0, {"weights": 20})

@@ -17,9 +17,7 @@ from formats.expert import ExpertLayout, assemble, dequantize_expert
 from formats.packing import packing_named
 from loader import kernels
 from loader.backend import choose_backend
-from loader.layer_step import LayerStep
 from loader.plain_experts import PlainExperts
-from loader.token_step import TokenStep
 
 RULES = "0=16bit,1/down=16bit,2/gate_up=16bit,3:0-3=rows-f16,4:5/down=rows-f16"
 native = pytest.mark.skipif(not kernels.available(), reason="not built")
@@ -102,19 +100,10 @@ def test_logits_of_a_mixed_folder_are_those_of_its_weights(folder: Folder, backe
 
 
 @native
-def test_layers_of_tiles_keep_their_native_step_and_others_take_the_modules(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    numbers, run = [], LayerStep.run
-
-    def counted(self: LayerStep, *args: Any) -> torch.Tensor:
-        numbers.append(args[4])
-        return run(self, *args)
-
-    monkeypatch.setattr(LayerStep, "run", counted)
-    monkeypatch.setattr(TokenStep, "run", lambda *args: pytest.fail("the whole token in one call"))
-    token_by_token(load(folder("mixed"), kernels="native", ram_cache="1GiB"))
-    assert set(numbers) == {5, 6, 7}
+def test_single_tokens_of_a_mixed_folder_take_the_decoder(folder: Folder) -> None:
+    model = load(folder("mixed"), kernels="native", ram_cache="1GiB")
+    token_by_token(model)
+    assert model.moe_stats().paths.decoder == IDS.shape[1]
 
 
 def blob_of(layout: ExpertLayout, seed: int) -> torch.Tensor:

@@ -1,29 +1,28 @@
 """Few tokens run on one torch thread, and torch's number is back afterwards."""
 
-import copy
 import inspect
 import threading
 
 import pytest
 import torch
-from torch import nn
+from transformers import MixtralForCausalLM
 
 import loader
 from loader import torch_threads
-from loader.torch_threads import FEW_TOKENS, run_few_tokens_on_one_thread
+from loader.torch_threads import FEW_TOKENS, torch_threads_for
 
 
-class Probe(nn.Module):
-    """Notes torch's threads; does what it is told inside its forward."""
+class Probe:
+    """A pass of so many tokens: notes torch's threads; does what it is told inside."""
 
     def __init__(self, inside=lambda: None):
-        super().__init__()
         self.seen, self.inside = [], inside
 
-    def forward(self, input_ids=None, inputs_embeds=None):
-        self.seen.append(torch.get_num_threads())
-        self.inside()
-        self.seen.append(torch.get_num_threads())
+    def __call__(self, tokens):
+        with torch_threads_for(tokens):
+            self.seen.append(torch.get_num_threads())
+            self.inside()
+            self.seen.append(torch.get_num_threads())
 
 
 @pytest.fixture(autouse=True)
@@ -35,30 +34,33 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def probe(inside=lambda: None):
-    module = Probe(inside)
-    run_few_tokens_on_one_thread(module)
-    return module
+FEW, MANY = FEW_TOKENS, FEW_TOKENS + 1
 
 
-FEW, MANY = torch.zeros(2, FEW_TOKENS // 2), torch.zeros(1, FEW_TOKENS + 1)
+@pytest.mark.parametrize(("tokens", "threads"), [(1, 1), (FEW, 1), (MANY, 3)])
+def test_few_tokens_run_on_one_thread_and_many_on_torchs(tokens, threads):
+    probe = Probe()
+    probe(tokens)
+    assert probe.seen == [threads] * 2
+    assert torch.get_num_threads() == 3
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("call", "threads"),
     [
-        (lambda m: m(FEW), 1),
-        (lambda m: m(input_ids=FEW), 1),
-        (lambda m: m(inputs_embeds=torch.zeros(2, 4, 64)), 1),
-        (lambda m: m(MANY), 3),
-        (lambda m: m(input_ids=MANY), 3),
-        (lambda m: m(inputs_embeds=torch.zeros(2, 5, 64)), 3),
+        (lambda m, ids: m(ids[:, :FEW]), 1),
+        (lambda m, ids: m(ids[:, :4].repeat(2, 1)), 1),
+        (lambda m, ids: m(input_ids=ids[:, :MANY]), 3),
+        (lambda m, ids: m(inputs_embeds=m.model.embed_tokens(ids[:, :FEW])), 1),
+        (lambda m, ids: m(inputs_embeds=m.model.embed_tokens(ids[:, :MANY])), 3),
     ],
 )
-def test_few_tokens_run_on_one_thread_and_many_on_torchs(call, threads):
-    module = probe()
-    call(module)
-    assert module.seen == [threads] * 2
+def test_a_models_few_tokens_run_on_one_thread(converted, call, threads):
+    model, seen = loader.from_pretrained(converted("2bit")), []
+    model.model.norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    call(model, torch.arange(5, 25)[None])
+    assert seen == [threads]
     assert torch.get_num_threads() == 3
 
 
@@ -67,7 +69,7 @@ def test_the_number_is_back_after_an_exception(error):
     def fail():
         raise error
 
-    module = probe(fail)
+    module = Probe(fail)
     with pytest.raises(error):
         module(FEW)
     assert torch.get_num_threads() == 3
@@ -77,8 +79,8 @@ def test_the_number_is_back_after_an_exception(error):
 
 
 def test_nested_passes_count_as_one():
-    inner = probe()
-    outer = probe(lambda: (inner(FEW), inner(MANY), inner(FEW)))
+    inner = Probe()
+    outer = Probe(lambda: (inner(FEW), inner(MANY), inner(FEW)))
     outer(FEW)
     assert outer.seen == [1, 1]
     assert torch.get_num_threads() == 3
@@ -88,7 +90,7 @@ def test_nested_passes_count_as_one():
 
 
 def test_a_thread_that_begins_during_anothers_pass_gets_torchs_number():
-    many = probe()
+    many = Probe()
     seen = []
 
     def start():
@@ -96,7 +98,7 @@ def test_a_thread_that_begins_during_anothers_pass_gets_torchs_number():
         thread.start()
         thread.join()
 
-    few = probe(start)
+    few = Probe(start)
     few(FEW)
     assert many.seen == [3, 3]
     assert seen == [3]
@@ -106,8 +108,8 @@ def test_a_thread_that_begins_during_anothers_pass_gets_torchs_number():
 
 def test_the_number_is_back_when_passes_of_two_threads_overlap():
     inside, leave = threading.Event(), threading.Event()
-    first = probe(lambda: (inside.set(), leave.wait(10)))
-    second = probe()
+    first = Probe(lambda: (inside.set(), leave.wait(10)))
+    second = Probe()
     numbers = []
     thread = threading.Thread(target=lambda: (first(FEW), numbers.append(torch.get_num_threads())))
     thread.start()
@@ -121,15 +123,11 @@ def test_the_number_is_back_when_passes_of_two_threads_overlap():
     assert torch.get_num_threads() == 3
 
 
-def test_the_signature_stays():
-    assert list(inspect.signature(probe().forward).parameters) == ["input_ids", "inputs_embeds"]
-
-
-def test_a_copy_runs_itself():
-    module = probe()
-    other = copy.deepcopy(module)
-    other(FEW)
-    assert (module.seen, other.seen) == ([], [1, 1])
+def test_the_signatures_of_a_model_are_those_of_its_class(converted):
+    model = loader.from_pretrained(converted("2bit"))
+    for name in ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
+        ours, theirs = (inspect.signature(getattr(owner, name)) for owner in (type(model), MixtralForCausalLM))
+        assert ours == theirs
 
 
 def test_tokens_are_the_same_whatever_torchs_threads_are(converted):

@@ -112,8 +112,14 @@ def stats_table(result: dict[str, Any]) -> str:
         f" {result['new_tokens']} new tokens, {rate}\n"
         f"{cache['wait_share']:.0%} of {result['seconds']:.2f} s waited for reads, the disk was busy"
         f" {cache['busy_share']:.0%}; the slots hold {gigabytes(cache['slot_bytes'])}\n"
-        f"{_tier_line(cache)}recall: the misses that had been guessed; wasted: read for wrong guesses, beside read"
+        f"{_paths_line(cache['tokens'])}{_tier_line(cache)}"
+        "recall: the misses that had been guessed; wasted: read for wrong guesses, beside read"
     )
+
+
+def _paths_line(tokens: dict[str, Any]) -> str:
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(tokens["reasons"].items()))
+    return f"tokens by the decoder: {tokens['decoder']}; by transformers' code: {tokens['transformers']} ({reasons})\n"
 
 
 def _tier_line(cache: dict[str, Any]) -> str:

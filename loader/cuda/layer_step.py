@@ -10,9 +10,8 @@ from formats.packing import Packing, tile_packing_named
 from loader.cuda.device import Device
 from loader.cuda.products import Products, TokenExperts
 from loader.cuda.token_memory import Sizes, TokenMemory
+from loader.decode.weights import LayerWeights
 from loader.kernels import PackedMatrix
-from loader.layer_step import LayerWeights
-from loader.step_kernels import AttentionWeights
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """Dtypes of activations, with the endings of their kernels' names."""
@@ -85,26 +84,27 @@ class CudaLayerStep:
         products: Products,
         sizes: Sizes,
         memory: TokenMemory,
-        attention: AttentionWeights,
         weights: LayerWeights,
         experts: TokenExperts,
         *,
         first: bool,
     ) -> None:
         """first: x is the token's row of the embedding, not what the layer before left."""
-        check(sizes, attention, weights)
-        self.attention, self.weights, self.experts = attention, weights, experts
+        check(sizes, weights)
+        attention = weights.attention
+        self.weights, self.experts = weights, experts
         self._launches, self._memory = launches, memory
         self.keys, self.values, self.capacity = c_void_p(), c_void_p(), c_int64()
         x, added = (memory.row, None) if first else (memory.residual, memory.sum)
-        self._norm = launches.add_norm(x, added, weights.attention_norm, weights.eps, memory.x)
+        self._norm = launches.add_norm(x, added, weights.attention_norm, weights.attention_eps, memory.x)
         self._qkv = products.prepare_linear(
             memory.acts,
             [_entry(m, y) for m, y in ((attention.q, memory.q), (attention.k, memory.k), (attention.v, memory.v))],
             sizes.hidden,
         )
         self._o = products.prepare_linear(memory.mixed, [_entry(attention.o, memory.o)], sizes.wide)
-        self._experts_norm = launches.add_norm(memory.x, memory.o, weights.experts_norm, weights.eps, memory.residual)
+        norm = weights.experts_norm, weights.experts_eps
+        self._experts_norm = launches.add_norm(memory.x, memory.o, *norm, memory.residual)
         self._route = launches.route(weights.router)
         self._steps: tuple[Callable[[], None], ...] = ()
 
@@ -141,11 +141,11 @@ def fits(sizes: Sizes) -> bool:
     )
 
 
-def check(sizes: Sizes, attention: AttentionWeights, weights: LayerWeights) -> None:
+def check(sizes: Sizes, weights: LayerWeights) -> None:
     """ValueError if these are not weights of such a layer."""
     hidden, wide, narrow = sizes.hidden, sizes.wide, sizes.narrow
     for name, rows, columns in (("q", wide, hidden), ("k", narrow, hidden), ("v", narrow, hidden), ("o", hidden, wide)):
-        matrix: PackedMatrix = getattr(attention, name)
+        matrix: PackedMatrix = getattr(weights.attention, name)
         need = tile_packing_named(matrix.packing).matrix_bytes(rows, columns)
         if matrix.rows != rows or matrix.tiles.numel() < need or not matrix.tiles.is_contiguous():
             raise ValueError(f"{name}: {matrix.rows} rows in {matrix.tiles.numel()} bytes; {rows} take {need}")

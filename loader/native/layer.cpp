@@ -54,12 +54,12 @@ template <class T>
 int32_t begin_layer(const moe_layer& layer, const T* x, const void* cos, const void* sin, void* keys, void* values,
                     int64_t capacity, int64_t length, T* residual, T* normed, int64_t* index, float* weights) {
   const int64_t hidden = layer.attention.hidden;
-  rms_norm_row(x, static_cast<const T*>(layer.attention_norm), layer.eps, hidden, normed);
+  rms_norm_row(x, static_cast<const T*>(layer.attention_norm), layer.attention_eps, hidden, normed);
   if (const int32_t error =
           moe_attention_step(&layer.attention, normed, cos, sin, keys, values, capacity, length, residual))
     return error;
   for (int64_t i = 0; i < hidden; ++i) round_to(to_float(x[i]) + to_float(residual[i]), residual + i);
-  rms_norm_row<T>(residual, static_cast<const T*>(layer.experts_norm), layer.eps, hidden, normed);
+  rms_norm_row<T>(residual, static_cast<const T*>(layer.experts_norm), layer.experts_eps, hidden, normed);
   route<T>(normed, static_cast<const T*>(layer.router), hidden, layer.experts, layer.top_k, index, weights);
   return MOE_OK;
 }

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI_VERSION 3
+#define MOE_ABI_VERSION 4
 
 enum { MOE_OK = 0, MOE_E_PACKING = 1, MOE_E_SIZE = 2, MOE_E_ISA = 3, MOE_E_INDEX = 4, MOE_E_MEMORY = 5, MOE_MISSING = 6 };
 enum { MOE_ISA_AUTO = -1, MOE_ISA_PORTABLE = 0, MOE_ISA_AVX2 = 1, MOE_ISA_AVX512 = 2 };
@@ -108,8 +108,8 @@ typedef struct {
   moe_attention attention;
   const void *attention_norm, *experts_norm, *router;
   int64_t intermediate;
-  float eps;
-  int32_t experts, top_k, gate_up_packing, down_packing, reserved;
+  float attention_eps, experts_eps; /* of the two norms */
+  int32_t experts, top_k, gate_up_packing, down_packing;
 } moe_layer;
 MOE_API int32_t moe_layer_begin(const moe_layer* layer, const void* x, const void* cos, const void* sin, void* keys,
                                 void* values, int64_t capacity, int64_t length, void* residual, void* normed,
@@ -117,21 +117,17 @@ MOE_API int32_t moe_layer_begin(const moe_layer* layer, const void* x, const voi
 MOE_API int32_t moe_layer_end(const uint8_t* const* blobs, const moe_layer* layer, const int64_t* index,
                               const float* weights, const void* residual, const void* normed, void* out);
 
-/* RMSNorm of rows of `dtype` as in moe_layer_begin: x, y [tokens, columns], weight [columns]. */
-MOE_API int32_t moe_rms_norm(int32_t dtype, const void* x, const void* weight, float eps, int64_t columns, int64_t tokens,
-                             void* y);
-
-/* A whole model for one token: embedding row, layers, final norm, head. All layers have one hidden size, dtype, top_k and
- * number of experts; embedding [vocabulary, hidden] and norm [hidden] have that dtype. */
+/* A whole model for one token: embedding row, layers, final norm, head. All layers have one hidden size and dtype;
+ * embedding [vocabulary, hidden] and norm [hidden] have that dtype. */
 enum { MOE_HEAD_BF16 = -1 };
 typedef struct {
   const moe_layer* const* layers; /* [count] */
-  const uint8_t* const* blobs;    /* [count, experts]; null: not at hand */
   const void *embedding, *norm;
   int64_t vocabulary;
   moe_matrix head; /* y is not used; packing MOE_HEAD_BF16: tiles are bf16 [rows, hidden]; tiles null: no head */
   float eps;
   int32_t count;
+  int32_t experts, top_k; /* the largest of any layer */
 } moe_model;
 typedef struct {
   int64_t id;            /* the token, a row of the embedding */
@@ -139,15 +135,17 @@ typedef struct {
   void *const *keys, *const *values;
   const int64_t* capacity;
   int64_t length;
-  void* room;            /* [3, hidden] */
+  const uint8_t* const* blobs; /* [count, experts]; null: not in memory */
+  void* room;            /* [3, hidden]: input, first residual and normed input of the experts of the present layer */
   int64_t* index;        /* [count, top_k] */
   float* weights;        /* [count, top_k] */
   void* out;             /* [head.rows] logits, without a head the normed [hidden]; of the dtype */
   int32_t halves_done;   /* 0 at first; a layer has two: up to its router, its experts */
   int32_t reserved;
 } moe_token;
-/* MOE_MISSING: layer halves_done / 2 has chosen experts without a blob; once they are in `blobs`, the same call with the
- * same token goes on from there. After an error the positions from `length` on in the caches are undefined. */
+/* MOE_MISSING: layer halves_done / 2 has chosen experts without a blob. Once they are in `blobs`, the same call with the
+ * same token goes on from there; so it does after the caller wrote the layer's output to room[0] and added one to
+ * halves_done. Blobs of a layer are read until the next layer's halves begin. After an error the positions from `length` on in the caches are undefined. */
 MOE_API int32_t moe_token_step(const moe_model* model, moe_token* token);
 
 /* Sum of the 64-bit words of `bytes` bytes, read once front to back by the pool: the memory bound that

@@ -173,16 +173,16 @@ void whole_token(const Shape& s, const moe_layer& layer, const uint8_t* const* b
   const auto head = narrow<uint16_t>(5 * s.hidden);
   const uint8_t* missing[8] = {};
   const moe_layer* layers[] = {&layer};
-  moe_model model = {layers, missing, embedding.data(), layer.attention_norm, 3, {}, 1e-5f, 1};
+  moe_model model = {layers, embedding.data(), layer.attention_norm, 3, {}, 1e-5f, 1, s.experts, s.top_k};
   void *keys[] = {w.keys.data()}, *values[] = {w.values.data()};
-  moe_token token = {2, cos, sin, keys, values, &capacity, length, room.data(), w.index.data(), w.weights.data(),
-                     out.data(), 0, 0};
+  moe_token token = {2, cos, sin, keys, values, &capacity, length, missing, room.data(), w.index.data(),
+                     w.weights.data(), out.data(), 0, 0};
   check(moe_token_step(&model, &token) == MOE_MISSING && token.halves_done == 1, "experts are asked for");
   check(same(w.index, first.index) && same(w.keys, first.keys) && same(w.values, first.values), "up to the router");
-  model.blobs = blobs;
+  token.blobs = blobs;
   check(moe_token_step(&model, &token) == MOE_OK, "token goes on");
-  check(moe_rms_norm(layer.attention.dtype, first.out.data(), layer.attention_norm, 1e-5f, s.hidden, 1, normed.data()) ==
-            MOE_OK && same(out, normed), "token without a head");
+  moe::rms_norm_row(first.out.data(), static_cast<const T*>(layer.attention_norm), 1e-5f, s.hidden, normed.data());
+  check(same(out, normed), "token without a head");
   model.head = {reinterpret_cast<const uint8_t*>(head.data()), 5, nullptr, MOE_HEAD_BF16, 0};
   token.out = logits.data();
   check(moe_token_step(&model, &token) == MOE_OK && finite(logits), "token with a head");
@@ -208,7 +208,7 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
       {{q.data, wide, nullptr, kQ4, 0}, {k.data, kv, nullptr, kQ4, 0}, {v.data, kv, nullptr, kQ4, 0},
        {o.data, s.hidden, nullptr, kQ4, 0}, s.hidden, s.dim, 1.0f / std::sqrt(float(s.dim)),
        sizeof(T) == 2 ? MOE_BF16 : MOE_F32},
-      first_norm.data(), second_norm.data(), router.data(), s.intermediate, 1e-5f, s.experts, s.top_k, gate_up, down, 0};
+      first_norm.data(), second_norm.data(), router.data(), s.intermediate, 1e-5f, 1e-6f, s.experts, s.top_k, gate_up, down};
 
   std::vector<T> attended;
   std::unique_ptr<Written<T>> first;

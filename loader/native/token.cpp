@@ -38,14 +38,15 @@ int32_t step(const moe_model& model, moe_token& token) {
   for (; token.halves_done < 2 * model.count; ++token.halves_done) {
     const int32_t number = token.halves_done / 2;
     const moe_layer& layer = *model.layers[number];
-    int64_t* const index = token.index + number * layer.top_k;
-    float* const weights = token.weights + number * layer.top_k;
+    if (layer.top_k > model.top_k || layer.experts > model.experts) return MOE_E_SIZE;
+    int64_t* const index = token.index + number * model.top_k;
+    float* const weights = token.weights + number * model.top_k;
     int32_t error;
     if (token.halves_done % 2 == 0) {
       error = moe_layer_begin(&layer, x, token.cos, token.sin, token.keys[number], token.values[number],
                               token.capacity[number], token.length, residual, normed, index, weights);
     } else {
-      const uint8_t* const* blobs = model.blobs + number * layer.experts;
+      const uint8_t* const* blobs = token.blobs + number * model.experts;
       for (int k = 0; k < layer.top_k; ++k)
         if (!blobs[index[k]]) return MOE_MISSING;
       error = moe_layer_end(blobs, &layer, index, weights, residual, normed, x);
@@ -72,22 +73,6 @@ int32_t moe_token_step(const moe_model* model, moe_token* token) {
     return MOE_E_MEMORY;
   }
   return MOE_E_SIZE;
-}
-
-int32_t moe_rms_norm(int32_t dtype, const void* x, const void* weight, float eps, int64_t columns, int64_t tokens,
-                     void* y) {
-  if (columns <= 0 || tokens < 0) return MOE_E_SIZE;
-  for (int64_t t = 0; t < tokens; ++t) {
-    if (dtype == MOE_BF16)
-      rms_norm_row(static_cast<const uint16_t*>(x) + t * columns, static_cast<const uint16_t*>(weight), eps, columns,
-                   static_cast<uint16_t*>(y) + t * columns);
-    else if (dtype == MOE_F32)
-      rms_norm_row(static_cast<const float*>(x) + t * columns, static_cast<const float*>(weight), eps, columns,
-                   static_cast<float*>(y) + t * columns);
-    else
-      return MOE_E_SIZE;
-  }
-  return MOE_OK;
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// One token's attention over a KV cache: docs/numerics.md, "One token through attention and a layer", in the same order.
+// One token's attention over a KV cache: docs/numerics.md, "One token through the decoder", in the same order.
 #pragma once
 #include "common.cuh"
 #include "norm.cuh"

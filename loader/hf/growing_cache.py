@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-LEAST_POSITIONS = 256
+from loader.decode.decoder import Kind
 
-Kind = tuple[int, int, torch.dtype, torch.device]
-"""Heads, head width, dtype and device of a layer's keys and values."""
+LEAST_POSITIONS = 256
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -27,6 +26,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Addresses of the memory's keys and values, and its capacity, where native code may write one sequence."""
     _kind: Kind | None = None
     """What `_place` was checked for."""
+
+    @classmethod
+    def of(cls, plain: DynamicLayer) -> "GrowingLayer":
+        """Return a layer with the state of `plain`: its keys and values are the same tensors."""
+        layer = cls()
+        layer.__dict__.update(plain.__dict__)
+        return layer
 
     @property
     def keys(self) -> Any:
@@ -174,8 +180,7 @@ def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
         return None
     present = layers[layer]
     if type(present) is DynamicLayer:
-        # Only the methods differ; all state that the layer has stays.
-        present.__class__ = GrowingLayer
+        present = layers[layer] = GrowingLayer.of(present)
     return present if type(present) is GrowingLayer else None
 
 

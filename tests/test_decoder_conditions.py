@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
+from decoding import transformers_code
 from make_checkpoint import SHAPES, make_checkpoint
 from test_converter_rope_and_window import CONFIGS, with_config
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -14,8 +14,6 @@ import loader
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from loader import kernels
-from loader.attention import PackedAttention
-from loader.token_forward import TokenForward
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 
@@ -77,19 +75,10 @@ def test_logits_at_16_bits_are_those_of_plain_transformers(bfloat16_source, unch
         assert (token_by_token(ours, caches[1]) - expected).abs().max() < 1e-4 * expected.std()
 
 
-@contextmanager
-def transformers_code():
-    """Inside, transformers' code computes single tokens, over the same packed modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenForward, "__call__", lambda self, args, kwargs: None)
-        patch.setattr(PackedAttention, "is_plain", lambda self: False)
-        yield
-
-
 def compare(model, run, again=None):
     """`run` gives nearly the same both ways; `again`: the model of the second way, if not the same."""
     ours = run(model)
-    with transformers_code():
+    with transformers_code(again or model):
         expected = run(again or model)
     assert ours.dtype == expected.dtype and ours.shape == expected.shape
     # Activations pass through int8, whose roundings turn on last bits (docs/numerics.md).

@@ -1,6 +1,6 @@
-"""Names inside transformers that fast paths need and that only some of its releases have.
+"""Names inside transformers that only some of its releases have: the one file of the loader that uses them.
 
-Each is looked up here, once. In a release without it transformers' own code does the work, and a log line says what is
+Each is looked up once. In a release without it transformers' own code does the work, and a log line says what is
 slower.
 """
 
@@ -11,8 +11,12 @@ from typing import Any
 
 import transformers
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 _log = logging.getLogger(__name__)
+
+RECORDER_MODULE = "transformers.utils.output_capturing"
+"""The module of transformers' recording hooks."""
 
 
 @functools.cache
@@ -21,7 +25,7 @@ def active_collector() -> Any:
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:
-        _say("once outputs were recorded, each module is called for single tokens")
+        _say("once outputs were recorded, single tokens take transformers' code")
         return None
     return _active_collector
 
@@ -37,6 +41,20 @@ def generation_methods() -> tuple[Any, Any] | None:
             _say("generate copies mask and positions for each token")
             return None
     return prepare, update
+
+
+def attention_implementation(config: Any) -> Any:
+    """config._attn_implementation, where possible without the Python that its property runs through (5 µs)."""
+    try:
+        return object.__getattribute__(config, "_attn_implementation_internal")
+    except AttributeError:
+        return config._attn_implementation
+
+
+@functools.cache
+def cache_field() -> str:
+    """The name of the KV cache in a model's output and arguments: `cache` since 5.24, before `past_key_values`."""
+    return "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def _say(what_is_slower: str) -> None:

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from decoding import transformers_code
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, MixtralTopKRouter
 
 import loader
 from loader import kernels
-from loader.attention import PackedAttention
-from loader.token_forward import TokenForward
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 
@@ -23,11 +22,9 @@ def logits(model):
     return torch.cat([model(i, past_key_values=cache, use_cache=True).logits for i in IDS[:, 12:].split(1, 1)], 1)
 
 
-def logits_of_transformers(model, monkeypatch):
+def logits_of_transformers(model):
     """The same by transformers' code over the same packed modules."""
-    with monkeypatch.context() as patch:
-        patch.setattr(TokenForward, "__call__", lambda self, args, kwargs: None)
-        patch.setattr(PackedAttention, "is_plain", lambda self: False)
+    with transformers_code(model):
         return logits(model)
 
 
@@ -202,23 +199,23 @@ MODEL_CHANGES = [
 ]  # fmt: skip
 
 
-def check(model, change, monkeypatch):
+def check(model, change):
     before = logits(model)
     change(model)
     after = logits(model)
-    # Less than 0.01 is what int8 activations differ by (tests/test_loader_layer.py).
-    assert distance(after, logits_of_transformers(model, monkeypatch)) < 0.02 < distance(after, before)
+    # Less than 0.01 is what int8 activations differ by (tests/test_decoder.py).
+    assert distance(after, logits_of_transformers(model)) < 0.02 < distance(after, before)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", LAYER_CHANGES + MODEL_CHANGES)
-def test_the_next_token_uses_what_was_changed(converted, monkeypatch, change):
+def test_the_next_token_uses_what_was_changed(converted, change):
     model = loader.from_pretrained(converted("2bit"), dtype=torch.float32, ram_cache="1GiB")
-    check(model, change, monkeypatch)
+    check(model, change)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", LAYER_CHANGES)
-def test_the_next_token_uses_what_was_changed_where_experts_come_and_go(converted, monkeypatch, change):
+def test_the_next_token_uses_what_was_changed_where_experts_come_and_go(converted, change):
     model = loader.from_pretrained(converted("2bit"), dtype=torch.float32, slots=[2, 0, 1, 2, 0, 1, 2, 2])
-    check(model, change, monkeypatch)
+    check(model, change)

@@ -3,19 +3,16 @@
 transformers copies the whole attention mask and all position numbers for each token, in a dozen operations of torch.
 """
 
-import functools
 import threading
 from collections import OrderedDict
 from ctypes import c_int64
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from loader.token_request import is_numbers
-from loader.transformers_names import generation_methods
+from loader.decode.request import is_numbers
 
 LEAST_COLUMNS = 256
 _KNOWN = {"cache", "attention_mask", "position_ids", "use_cache"}
@@ -54,13 +51,10 @@ class GenerationInputs:
     def __init__(self) -> None:
         self._mask, self._positions = GrowingRow(), GrowingRow()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A new one, for a copy of the model: what has grown belongs to this one's threads."""
-        return GenerationInputs, ()
-
-    def prepared(self, input_ids: Any, following: Any, values: dict[str, Any]) -> dict[str, Any] | None:
-        """What prepare_inputs_for_generation gives for the last of `input_ids`, or None."""
-        if following != 1 or not _is_row(input_ids) or not _is_simple(values):
+    def prepared(self, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """What prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs) gives, or None."""
+        values = {name: value for name, value in kwargs.items() if name != "next_sequence_length"}
+        if args or kwargs.get("next_sequence_length") != 1 or not _is_row(input_ids) or not _is_simple(values):
             return None
         inputs: dict[str, Any] = {"input_ids": _last(input_ids), "cache": values["cache"]}
         if (positions := values.get("position_ids")) is not None:
@@ -71,8 +65,12 @@ class GenerationInputs:
             inputs["use_cache"] = values["use_cache"]
         return inputs
 
-    def updated(self, outputs: Any, values: dict[str, Any]) -> dict[str, Any] | None:
+    def updated(
+        self, outputs: Any, values: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
         """What _update_model_kwargs_for_generation makes of `values` after one token, or None."""
+        if args or kwargs.get("is_encoder_decoder") or kwargs.get("num_new_tokens", 1) != 1:
+            return None
         cache = OrderedDict.get(outputs, "cache")
         if cache is None or not _is_simple({**values, "cache": cache}):
             return None
@@ -101,33 +99,3 @@ def _is_simple(values: dict[str, Any]) -> bool:
 
 def _last(row: Tensor) -> Tensor:
     return row.narrow_copy(1, row.shape[1] - 1, 1)
-
-
-def prepare_tokens_in_place(model: nn.Module) -> None:
-    """Gives `model` the methods of a `GenerationInputs`, if transformers has those that they stand for."""
-    methods = generation_methods()
-    if methods is None:
-        return
-
-    @functools.wraps(methods[0])
-    def prepare(self: Any, input_ids: Any, next_sequence_length: Any = None, **values: Any) -> Any:
-        quick = self._generation_inputs.prepared(input_ids, next_sequence_length, values)
-        if quick is not None:
-            return quick
-        return type(self).prepare_inputs_for_generation(self, input_ids, next_sequence_length, **values)
-
-    @functools.wraps(methods[1])
-    def update(
-        self: Any, outputs: Any, model_kwargs: Any, is_encoder_decoder: bool = False, num_new_tokens: int = 1
-    ) -> Any:
-        if num_new_tokens == 1 and not is_encoder_decoder:
-            quick = self._generation_inputs.updated(outputs, model_kwargs)
-            if quick is not None:
-                return quick
-        return type(self)._update_model_kwargs_for_generation(
-            self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
-
-    model.__dict__["_generation_inputs"] = GenerationInputs()
-    model.__dict__["prepare_inputs_for_generation"] = MethodType(prepare, model)
-    model.__dict__["_update_model_kwargs_for_generation"] = MethodType(update, model)

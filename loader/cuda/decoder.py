@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from formats.expert import ExpertLayout
 from formats.packing import tile_packing_named
 from loader.backend import Backend
 from loader.cache import ExpertSource
@@ -19,26 +18,21 @@ from loader.cuda.device import Device
 from loader.cuda.layer_step import CudaLayerStep, Launches
 from loader.cuda.products import Products, TokenExperts
 from loader.cuda.token_memory import SPAN, Sizes, TokenMemory
-from loader.growing_cache import GrowingLayer, Kind
+from loader.decode.decoder import Kind, KvLayer
+from loader.decode.weights import ModelWeights
 from loader.kernels import PackedMatrix
-from loader.layer_state import State
-from loader.layer_step import LayerWeights
 from loader.lease import Lease
-from loader.step_kernels import AttentionWeights
-from loader.token_step import ModelWeights
 
 _HEAD_THREADS, _HEAD_ROWS = 256, 8
 """Threads and rows of one block of linear_bf16."""
 
-LayerParts = tuple[AttentionWeights, LayerWeights, ExpertLayout]
 
-
-class CudaTokenStep:
+class CudaDecoder:
     """A model's weights, all on the device, and its launches, prepared once. Keeps the weights alive. ValueError if
     they do not fit together.
 
-    It computes what `loader.token_step.TokenStep` computes, in the same order (docs/numerics.md). One token at a time;
-    threads may share it if they use one stream.
+    It computes what `loader.decode.cpu.CpuDecoder` computes, in the same order (docs/numerics.md). One token at a time;
+    threads may share it if they use one stream. All experts of a layer have one layout of tiles.
     """
 
     def __init__(
@@ -46,17 +40,13 @@ class CudaTokenStep:
         device: Device,
         products: Products,
         sizes: Sizes,
-        layers: Sequence[LayerParts],
         weights: ModelWeights,
-        states: Sequence[tuple[State | None, State | None]],
         share: CpuShare | None = None,
         cpu: Backend | None = None,
     ) -> None:
-        """states: of the layers, as `is_of` takes them. share: which of the experts the CPU computes, by the backend
-        `cpu`; None: none."""
-        self._sizes, self._share = sizes, share
-        self._weights, self._made_of = weights.detached(), (states, weights.addresses(), weights.eps)
-        self.dtype, self.vocabulary, self.has_head = sizes.dtype, len(weights.embedding), weights.head is not None
+        """share: which of the experts the CPU computes, by the backend `cpu`; None: none."""
+        self._sizes, self._share, self._weights = sizes, share, weights
+        self.has_head = weights.head is not None
         for tensor in (weights.embedding[0], weights.norm):
             if tensor.dtype is not sizes.dtype or tensor.shape != (sizes.hidden,):
                 raise ValueError(f"expected {sizes.dtype} of {sizes.hidden}, got {tensor.shape} {tensor.dtype}")
@@ -64,29 +54,22 @@ class CudaTokenStep:
         memory = self._memory = TokenMemory(device, sizes, for_cpu=share is not None)
         self._cpu = None if share is None or cpu is None else CpuPart(device, memory, cpu)
         launches = Launches(device, sizes, memory)
+        layouts = [layer.layouts[0] for layer in weights.layers]
         experts = {
-            layout: products.token_experts(layout, memory.acts, memory.weights, memory.sum)
-            for layout in {layout for _, _, layout in layers}
+            layout: products.token_experts(layout, memory.acts, memory.weights, memory.sum) for layout in set(layouts)
         }
-        of_all = {layout: dict.fromkeys(range(sizes.experts), layout) for layout in experts}
-        self._layouts = [of_all[layout] for _, _, layout in layers]
         self._layers = [
-            CudaLayerStep(launches, products, sizes, memory, attention, plain, experts[layout], first=number == 0)
-            for number, (attention, plain, layout) in enumerate(layers)
+            CudaLayerStep(launches, products, sizes, memory, layer, experts[layout], first=number == 0)
+            for number, (layer, layout) in enumerate(zip(weights.layers, layouts, strict=True))
         ]
         self._norm = launches.add_norm(memory.residual, memory.sum, self._weights.norm, weights.eps, memory.x)
         self._head = _head(device, products, sizes, memory, self._weights.head)
         self._lock = threading.Lock()
 
-    def is_of(self, states: Sequence[tuple[State | None, State | None]], weights: ModelWeights) -> bool:
-        """Whether it was made of these, at the places where they are now; states: of each layer's attention, and of the
-        rest of it (loader/layer_state.py)."""
-        return (states, weights.addresses(), weights.eps) == self._made_of
-
     def run(
-        self, token: int, cos: Tensor, sin: Tensor, row: int, past: Sequence[GrowingLayer], experts: ExpertSource
+        self, token: int, cos: Tensor, sin: Tensor, row: int, past: Sequence[KvLayer], experts: ExpertSource
     ) -> Tensor:
-        """As `loader.token_forward.Step.run`. Experts are asked for by rank, in the order of layers."""
+        """As `Decoder.run`. Experts are asked for by rank, in the order of layers."""
         with self._lock:
             length = past[0].get_seq_length()
             places = [layer.place(self._kind) for layer in past]
@@ -99,7 +82,7 @@ class CudaTokenStep:
                 with self._split(number, chosen) as split, experts.lease(number, split.on_gpu) as lease:
                     self._add(step.experts, lease, chosen, guess)
                     if split.on_cpu and self._cpu:
-                        self._cpu.add(split.on_cpu, self._layouts[number], chosen)
+                        self._cpu.add(split.on_cpu, self._weights.layers[number].layouts, chosen)
             self._norm()
             result = self._head()
             for layer in past:
@@ -126,7 +109,7 @@ class CudaTokenStep:
     def _ahead(self, experts: ExpertSource, layer: int) -> tuple[Tensor, int] | None:
         """As `ExpertSource.router_ahead`, None where the model has another dtype than when it was loaded."""
         ahead = experts.router_ahead(layer)
-        return ahead if ahead and ahead[0].dtype is self.dtype else None
+        return ahead if ahead and ahead[0].dtype is self._sizes.dtype else None
 
     def _add(self, experts: TokenExperts, lease: Lease, chosen: Sequence[int], meanwhile: Callable[[], None]) -> None:
         """The leased ones of the chosen experts, by rank, into `sum`; `meanwhile` is called once the GPU has something

@@ -1,0 +1,48 @@
+"""Makes decoders for one GPU."""
+
+from loader.backend import Backend
+from loader.cache import ExpertSource
+from loader.cuda.cpu_share import CpuShare
+from loader.cuda.decoder import CudaDecoder
+from loader.cuda.device import Device
+from loader.cuda.layer_step import fits
+from loader.cuda.products import Products
+from loader.cuda.token_memory import Sizes
+from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.weights import LayerWeights, ModelWeights
+
+
+class CudaDecoderFactory:
+    """Makes `CudaDecoder`s. share: which experts the CPU computes, by the backend `cpu`; None: none."""
+
+    def __init__(
+        self, device: Device, products: Products, share: CpuShare | None = None, cpu: Backend | None = None
+    ) -> None:
+        self.device = device.torch_device
+        self._device, self._products = device, products
+        self._share, self._cpu = share, cpu
+
+    def make(self, weights: ModelWeights, experts: ExpertSource) -> CudaDecoder:
+        """As `DecoderFactory.make`. All layers must have one size, and each layer's experts one layout of tiles."""
+        sizes = _sizes(weights.layers[0], weights)
+        for number, layer in enumerate(weights.layers):
+            if _sizes(layer, weights) != sizes:
+                raise LeaveDecoder(Reason.EXPERTS, f"layer {number} differs from layer 0 in sizes or top_k")
+            if layer.layout is None:
+                raise LeaveDecoder(Reason.WEIGHTS, f"layer {number} has experts of several packings, or in 16 bits")
+        if not fits(sizes):
+            raise LeaveDecoder(Reason.WEIGHTS, f"{sizes} is not a size of the GPU kernels")
+        return CudaDecoder(self._device, self._products, sizes, weights, self._share, self._cpu)
+
+
+def _sizes(layer: LayerWeights, model: ModelWeights) -> Sizes:
+    return Sizes(
+        dtype=model.dtype,
+        hidden=model.hidden,
+        heads=layer.attention.q.rows // layer.head_dim,
+        kv_heads=layer.attention.k.rows // layer.head_dim,
+        head_dim=layer.head_dim,
+        experts=layer.experts,
+        top_k=layer.top_k,
+        scale=layer.scale,
+    )

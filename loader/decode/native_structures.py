@@ -1,0 +1,87 @@
+"""A model's weights as the structures of the native kernels (loader/native/moe_kernels.h), sizes checked once.
+
+Structures hold addresses: whoever makes them keeps the weights alive. ValueError if sizes or dtypes do not fit.
+"""
+
+import torch
+from torch import Tensor
+
+from loader import kernels
+from loader.decode.weights import LayerWeights, ModelWeights
+from loader.kernels import PackedMatrix
+from loader.native_library import Attention, Layer, Matrix, library
+
+_HEAD_BF16 = -1
+
+
+def attention_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> Attention:
+    """The attention of a layer over activations of `dtype`."""
+    structure = Attention(hidden=hidden, head_dim=weights.head_dim, scale=weights.scale, dtype=kernels.DTYPES[dtype])
+    attention = weights.attention
+    for name, matrix, columns in (
+        ("q", attention.q, hidden),
+        ("k", attention.k, hidden),
+        ("v", attention.v, hidden),
+        ("o", attention.o, attention.q.rows),
+    ):
+        setattr(structure, name, _matrix(name, matrix, columns))
+    return structure
+
+
+def layer_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> Layer:
+    """A decoder layer. Without one layout of tiles for all experts only its first half can run natively."""
+    _check_dense("attention norm", weights.attention_norm, (hidden,), dtype)
+    _check_dense("experts norm", weights.experts_norm, (hidden,), dtype)
+    _check_dense("router", weights.router, (weights.experts, hidden), dtype)
+    structure = Layer(
+        attention=attention_structure(weights, hidden, dtype),
+        attention_norm=weights.attention_norm.data_ptr(),
+        experts_norm=weights.experts_norm.data_ptr(),
+        router=weights.router.data_ptr(),
+        attention_eps=weights.attention_eps,
+        experts_eps=weights.experts_eps,
+        experts=weights.experts,
+        top_k=weights.top_k,
+        gate_up_packing=-1,
+        down_packing=-1,
+    )
+    layout = weights.layout
+    if layout is not None:
+        if layout.hidden != hidden:
+            raise ValueError(f"experts for {layout.hidden} values, attention for {hidden}")
+        structure.intermediate = layout.intermediate
+        structure.gate_up_packing = library().moe_packing_id(layout.gate_up.name.encode())
+        structure.down_packing = library().moe_packing_id(layout.down.name.encode())
+    return structure
+
+
+def head_structure(weights: ModelWeights) -> Matrix:
+    """The output head; empty where it stays a module."""
+    head = weights.head
+    if head is None:
+        return Matrix()
+    if isinstance(head, Tensor):
+        _check_dense("head", head, (head.shape[0], weights.hidden), torch.bfloat16)
+        return Matrix(tiles=head.data_ptr(), rows=head.shape[0], packing=_HEAD_BF16)
+    return _matrix("head", head, weights.hidden)
+
+
+def check_model(weights: ModelWeights) -> None:
+    """ValueError unless embedding and last norm fit together."""
+    _check_dense("embedding", weights.embedding, tuple(weights.embedding.shape), weights.dtype)
+    _check_dense("norm", weights.norm, (weights.hidden,), weights.dtype)
+
+
+def _matrix(name: str, matrix: PackedMatrix, columns: int) -> Matrix:
+    need = kernels.packed_bytes(matrix.packing, matrix.rows, columns)
+    if matrix.tiles.numel() < need:
+        raise ValueError(
+            f"{name}: {matrix.tiles.numel()} bytes are too few for {matrix.rows} x {columns}; {need} needed"
+        )
+    packing = library().moe_packing_id(matrix.packing.encode())
+    return Matrix(tiles=matrix.tiles.data_ptr(), rows=matrix.rows, packing=packing)
+
+
+def _check_dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.dtype is not dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous {dtype} {shape}, got {tuple(tensor.shape)} {tensor.dtype}")

@@ -1,0 +1,46 @@
+"""One token through its experts of a layer in one native call; rules as in loader/kernels.py."""
+
+from ctypes import c_void_p
+
+import torch
+from torch import Tensor
+
+from formats.expert import ExpertLayout
+from loader import kernels
+from loader.native_library import library
+
+_ACCUMULATE = 1
+
+
+class ExpertsStep:
+    """One token's way through its experts of a layer: sizes and packings, checked once. Holds no experts."""
+
+    def __init__(self, layout: ExpertLayout, experts: int) -> None:
+        self._expert_bytes = kernels.expert_bytes(
+            layout.gate_up.name, layout.down.name, layout.hidden, layout.intermediate
+        )
+        self._hidden, self._pointers = layout.hidden, c_void_p * experts
+        ids = [library().moe_packing_id(packing.name.encode()) for packing in (layout.gate_up, layout.down)]
+        self._sizes = experts, *ids, layout.hidden, layout.intermediate
+        self._run = library().moe_experts_topk
+
+    def add(self, blobs: dict[int, Tensor], x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
+        """Adds to `out` as `Backend.experts` does; all tensors dense, of one token. ValueError if a size is another."""
+        pointers = self._pointers()
+        for expert, blob in blobs.items():
+            if blob.numel() < self._expert_bytes or not blob.is_contiguous():
+                raise ValueError(f"expert {expert}: {blob.numel()} bytes, {self._expert_bytes} needed")
+            pointers[expert] = blob.data_ptr()
+        dtypes = x.dtype, out.dtype, weights.dtype, index.dtype
+        if (
+            dtypes != (torch.float32, torch.float32, torch.float32, torch.int64)
+            or not x.numel() == out.numel() == self._hidden
+            or not out.is_contiguous()
+        ):
+            raise ValueError(f"one token of {self._hidden} float32: got {tuple(x.shape)}, {tuple(out.shape)}, {dtypes}")
+        error = self._run(
+            pointers, *self._sizes, index.data_ptr(), weights.data_ptr(), index.numel(), x.data_ptr(), out.data_ptr(),
+            1, _ACCUMULATE,
+        )  # fmt: skip
+        if error:
+            raise ValueError(f"native experts: error {error} for {index.tolist()}")

@@ -1,0 +1,112 @@
+"""One token through the decoder of a transformers model, and what leaves a token to transformers' code."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from formats.log_once import warn_once
+from loader.copies import Derived
+from loader.decode import mixtral
+from loader.decode.decoder import Decoder, DecoderFactory
+from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.request import TokenRequest, config_fields
+from loader.decode.rotary_table import RotaryTable
+from loader.hf.growing_cache import growing_layers
+from loader.hf.listeners import Watch
+from loader.hf.private_names import attention_implementation, cache_field
+
+
+class DecoderPath(Derived):
+    """The decoder of one model, made when the first token needs it, and made anew when a weight or setting changed.
+
+    docs/numerics.md ("One token through the decoder") lists the conditions.
+    """
+
+    def __init__(self, model: Any, factory: DecoderFactory) -> None:
+        """LeaveDecoder if the model has modules that no decoder computes."""
+        mixtral.check_modules(model)
+        self._model, self._inner, self._factory = model, model.model, factory
+        self._layers = len(model.model.layers)
+        self._watch = Watch(model)
+        self._experts = mixtral.experts_of(model)
+        self._signature = mixtral.signature(model)
+        self._made: tuple[list[Any], Decoder] | None = None
+        self._rotary: RotaryTable | None = None
+        self._blank_output = MoeCausalLMOutputWithPast()
+        self._cache_field = cache_field()
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the model's forward gives for these arguments. LeaveDecoder where transformers' code must."""
+        config = self._model.config
+        request = TokenRequest.of(args, kwargs, config, self._layers, self._factory.device)
+        if torch.is_grad_enabled():
+            raise LeaveDecoder(Reason.GRADIENTS)
+        self._check_surroundings(config)
+        past = growing_layers(request.cache, self._layers)
+        if past is None:
+            raise LeaveDecoder(Reason.KV_CACHE, "its layers are not plain, or of several lengths")
+        decoder = self._decoder()
+        length = past[0].get_seq_length()
+        token = request.token_after(length)
+        embedding = self._inner.embed_tokens.weight
+        if not 0 <= token < len(embedding):
+            # torch raises its IndexError.
+            raise LeaveDecoder(Reason.PROMPT)
+        result = decoder.run(token, *self._rotary_of(embedding.dtype).find(length), past, self._experts)
+        if config_fields(config).get("output_router_logits"):
+            _say_router_logits_are_off()
+        return self._output(result if decoder.has_head else self._model.lm_head(result), request.cache)
+
+    def _check_surroundings(self, config: Any) -> None:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise LeaveDecoder(Reason.AUTOCAST)
+        if (attention := attention_implementation(config)) != "sdpa":
+            raise LeaveDecoder(Reason.ATTENTION, str(attention))
+        if not mixtral.has_own_forward():
+            raise LeaveDecoder(Reason.HOOKS, "the forward of transformers' class was replaced")
+        self._watch.check()
+
+    def _decoder(self) -> Decoder:
+        """The decoder of the present weights."""
+        try:
+            now = self._signature.now()
+        except (AttributeError, KeyError) as e:
+            raise LeaveDecoder(Reason.REPLACED, f"a weight is no longer there: {e}") from None
+        made = self._made
+        if made is None or made[0] != now:
+            made = self._made = now, self._new_decoder()
+        return made[1]
+
+    def _new_decoder(self) -> Decoder:
+        weights = mixtral.read_weights(self._model, self._factory.device)
+        for number, layer in enumerate(weights.layers):
+            room = self._experts.room(number)
+            if layer.top_k > room:
+                raise LeaveDecoder(Reason.EXPERTS, f"layer {number} uses {layer.top_k}, the cache has room for {room}")
+        return self._factory.make(weights, self._experts)
+
+    def _rotary_of(self, dtype: torch.dtype) -> RotaryTable:
+        rotary, table = self._inner.rotary_emb, self._rotary
+        if not RotaryTable.fits(rotary):
+            raise LeaveDecoder(Reason.ROTARY, f"rope_type {getattr(rotary, 'rope_type', None)}")
+        if table is None or table.dtype is not dtype or not table.is_of(rotary):
+            table = self._rotary = RotaryTable(rotary, dtype)
+        return table
+
+    def _output(self, logits: Any, cache: Any) -> Any:
+        """MoeCausalLMOutputWithPast(logits=logits, cache=cache), without the 40 µs of its checks."""
+        output = MoeCausalLMOutputWithPast.__new__(MoeCausalLMOutputWithPast)
+        output.__dict__.update(self._blank_output.__dict__)
+        for name, value in (("logits", logits), (self._cache_field, cache)):
+            output.__dict__[name] = value
+            OrderedDict.__setitem__(output, name, value)
+        return output
+
+
+def _say_router_logits_are_off() -> None:
+    warn_once(
+        "config.json sets output_router_logits, which training uses: single tokens do not return router logits; "
+        "pass output_router_logits=True to the call to get them, by transformers' slower code"
+    )

@@ -1,0 +1,69 @@
+"""The class of a served model: a subclass of the family's causal model, made once for each family."""
+
+import functools
+from typing import Any
+
+from loader.hf.private_names import generation_methods
+from loader.hf.serving import Serving
+from loader.stats import MoeStats
+
+
+class MoeConvertMixin:
+    """The methods that a served model has besides those of its transformers class."""
+
+    _serving: Serving
+
+    def serve(self, serving: Serving) -> None:
+        """Give the loaded model its cache, decoder and counters. Once, before the first forward pass."""
+        self._serving = serving
+
+    def moe_stats(self) -> MoeStats:
+        """Return a snapshot of what the expert cache and the paths of tokens counted."""
+        return self._serving.stats()
+
+    def reset_moe_stats(self) -> None:
+        """Set all counters of `moe_stats` to zero; the cache keeps its experts."""
+        self._serving.reset_stats()
+
+
+@functools.cache
+def served_class(base: Any) -> Any:
+    """Return the subclass of `base`, a causal model of transformers, whose experts come from a cache.
+
+    It has the name and module of `base`: transformers reads both, for losses, pipelines and attention implementations.
+    """
+
+    class Served(MoeConvertMixin, base):  # type: ignore[misc]
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            """By `base`: no module has this class under its name. Pickling then reaches the cache, which refuses."""
+            return _blank, (base,), self.__dict__
+
+        @functools.wraps(base.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self._serving.forward(self, super().forward, args, kwargs)
+
+        if generation_methods() is not None:
+
+            @functools.wraps(base.prepare_inputs_for_generation)
+            def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+                inputs = self._serving.inputs.prepared(input_ids, args, kwargs)
+                return super().prepare_inputs_for_generation(input_ids, *args, **kwargs) if inputs is None else inputs
+
+            @functools.wraps(base._update_model_kwargs_for_generation)
+            def _update_model_kwargs_for_generation(
+                self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+            ) -> Any:
+                updated = self._serving.inputs.updated(outputs, model_kwargs, args, kwargs)
+                if updated is None:
+                    return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+                return updated
+
+    Served.__name__, Served.__qualname__, Served.__module__ = base.__name__, base.__qualname__, base.__module__
+    Served.__doc__ = base.__doc__
+    return Served
+
+
+def _blank(base: Any) -> Any:
+    """Return an object of `served_class(base)` without state, for copies."""
+    served = served_class(base)
+    return served.__new__(served)

@@ -1,0 +1,120 @@
+"""What a served model has besides its modules, and the way of each forward pass: decoder or transformers' code."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loader.cache import ExpertCache
+from loader.decode.decoder import DecoderFactory
+from loader.decode.paths import LeaveDecoder, PathCounters, Reason
+from loader.decode.request import is_single_token
+from loader.hf.cache_length import cache_in, length_of, shorten
+from loader.hf.decoder_path import DecoderPath
+from loader.hf.generation_inputs import GenerationInputs
+from loader.hf.growing_cache import growing_layers
+from loader.stats import MoeStats
+from loader.torch_threads import FEW_TOKENS, keep_threads_over_forks, torch_threads_for
+
+Forward = Callable[..., Any]
+
+
+class Retry(Protocol):
+    """Repeats a forward pass that failed for lack of memory (loader/cuda/out_of_memory.py)."""
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """Return what `forward` gives, perhaps the second time."""
+
+
+class Serving:
+    """The cache, decoder and counters of one model.
+
+    factory: makes the decoder, or says why there is none. retry: for GPUs, else None.
+    """
+
+    def __init__(self, cache: ExpertCache, factory: DecoderFactory | LeaveDecoder, retry: Retry | None = None) -> None:
+        self.cache = cache
+        self.inputs = GenerationInputs()
+        self._factory, self._retry = factory, retry
+        self._counters = PathCounters()
+        self._path: DecoderPath | LeaveDecoder | None = factory if isinstance(factory, LeaveDecoder) else None
+        keep_threads_over_forks()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Serving":
+        """One for a copy of the model: the same cache, a decoder and counters of its own."""
+        return Serving(self.cache, self._factory, self._retry)
+
+    def stats(self) -> MoeStats:
+        """Return a snapshot of the counters of cache and paths."""
+        return dataclasses.replace(self.cache.stats(), paths=self._counters.stats())
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero."""
+        self.cache.reset_stats()
+        self._counters.reset()
+
+    def forward(self, model: Any, plain: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what `plain`, the forward of transformers' class, gives for these arguments.
+
+        A pass that does not come to its end leaves the KV cache as long as it was.
+        """
+        if torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        if self._retry is None:
+            return self._pass(model, plain, args, kwargs)
+        return self._retry.run(lambda: self._pass(model, plain, args, kwargs))
+
+    def _pass(self, model: Any, plain: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        past = cache_in(args, kwargs)
+        length = length_of(past)
+        try:
+            try:
+                result = self._decoder_path(model).run(args, kwargs)
+                self._counters.count_decoded()
+                return result
+            except LeaveDecoder as e:
+                # Without the frames, which hold the tensors of this pass.
+                left = e.with_traceback(None)
+            tokens = _tokens(args, kwargs)
+            if not is_single_token(args, kwargs):
+                left = LeaveDecoder(Reason.PROMPT)
+            self._counters.count_left(left, tokens)
+            if past is not None:
+                # Also what a prompt appends grows in place.
+                growing_layers(past, model.config.num_hidden_layers)
+            with torch_threads_for(tokens):
+                return plain(*args, **kwargs)
+        except BaseException:
+            shorten(past, length)
+            self.cache.give_up()
+            raise
+
+    def _decoder_path(self, model: Any) -> DecoderPath:
+        path = self._path
+        if path is None:
+            path = self._path = self._new_path(model)
+        if isinstance(path, LeaveDecoder):
+            raise path
+        return path
+
+    def _new_path(self, model: Any) -> DecoderPath | LeaveDecoder:
+        if isinstance(self._factory, LeaveDecoder):
+            return self._factory
+        try:
+            return DecoderPath(model, self._factory)
+        except LeaveDecoder:
+            # Not for ever: a module that was replaced may come back.
+            raise
+        except Exception as e:
+            return LeaveDecoder(Reason.FAILED, f"{type(e).__name__}: {e}")
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens of a call of the model; if none are to be seen, many."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    embeddings = kwargs.get("inputs_embeds")
+    return embeddings.shape[:-1].numel() if isinstance(embeddings, Tensor) else FEW_TOKENS + 1
