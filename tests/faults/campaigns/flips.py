@@ -94,6 +94,11 @@ class CompleteFlips:
         raise Failed(f"verify is content with a damaged {name}")
 
 
+def without_warnings(output: str) -> str:
+    """A command's output without lines that warn."""
+    return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("WARNING: "))
+
+
 def is_said(name: str, output: str) -> bool:
     """True if the damaged file is one that users may change, and a note or warning says that it was changed."""
     return name in USERS_OWN and any(name in line for line in output.splitlines() if not line.startswith("ok"))
@@ -119,7 +124,7 @@ class TokenFlips:
         ended = lane.run("generate", lane.out, *PROMPT, *cache)
         if is_refused(ended):
             return "refused"
-        if ended.output == text:
+        if without_warnings(ended.output) == text:
             return "same tokens"
         if is_said(name, ended.output):
             return "a change that a user may make is said"
