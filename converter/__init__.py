@@ -1,3 +1,3 @@
-"""Converts a Mixtral checkpoint to the expert-addressable format of moe-convert."""
+"""Converts a mixture-of-experts checkpoint to the expert-addressable format of moe-convert."""
 
 __version__ = "0.1.0"

@@ -3,7 +3,7 @@
 import torch
 
 from converter.solver import DAMAGED_HINT
-from converter.source import Checkpoint, layer_of
+from converter.source import Checkpoint
 from converter.source_tensors import Weight
 from formats.errors import SourceError
 
@@ -39,5 +39,5 @@ def overflow_error(checkpoint: Checkpoint, layer: int | None, where: str) -> Sou
 
 def _weights_of(checkpoint: Checkpoint, layer: int | None) -> list[Weight]:
     experts = [weight for key, weight in checkpoint.experts.items() if key.layer == layer]
-    trunk = [weight for name, weight in checkpoint.trunk.items() if layer_of(("tensor", name)) == layer]
+    trunk = [weight for name, weight in checkpoint.trunk.items() if checkpoint.layer_of(("tensor", name)) == layer]
     return [*trunk, *experts]

@@ -77,7 +77,7 @@ def likely_bits(recipe: Recipe, architecture: Architecture) -> Recipe:
     if TARGET not in recipe.options or rules_of(recipe):
         return recipe
     errors = {p: {name: 4.0 ** -PACKINGS[name].nbits for name in names} for p, names in ladder(recipe).items()}
-    return choose_bits(recipe, architecture, [errors] * architecture.num_hidden_layers)
+    return choose_bits(recipe, architecture, [errors] * architecture.expert_layers)
 
 
 def _budget_bytes(recipe: Recipe, architecture: Architecture) -> int:
@@ -91,7 +91,7 @@ def _budget_bytes(recipe: Recipe, architecture: Architecture) -> int:
             f" {8 * least / weights:.3f} to {8 * most / weights:.3f} bits a weight",
             "choose a target between them, or another recipe to begin with",
         )
-    return math.floor((target * weights / 8 - least) * architecture.num_hidden_layers)
+    return math.floor((target * weights / 8 - least) * architecture.expert_layers)
 
 
 def _projection_bytes(architecture: Architecture, projection: str, packing: str) -> int:

@@ -81,7 +81,7 @@ def packings_by_expert(recipe: Recipe, architecture: Architecture) -> list[list[
     RecipeError for a rule about something that there is not.
     """
     rules = rules_of(recipe)
-    layers, experts = architecture.num_hidden_layers, architecture.num_local_experts
+    layers, experts = architecture.expert_layers, architecture.num_local_experts
     for rule in rules:
         for what, ranges, count in (("layer", rule.layers, layers), ("expert", rule.experts, experts)):
             if ranges and (last := max(end for _, end in ranges)) >= count:

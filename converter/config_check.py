@@ -5,28 +5,26 @@ from typing import Any
 
 import torch
 
+from converter.checkpoint.model_shape import ModelShape
 from formats.errors import SourceError
 from formats.field_rules import short
 from formats.generation_config import GENERATION_NAME
 
 
-def check_with_transformers(config: dict[str, Any], generation: dict[str, Any] | None, where: str) -> None:
-    """Builds config, generation config, embeddings and one layer without weights, and the rotary embedding.
+def check_with_transformers(
+    shape: ModelShape, config: dict[str, Any], generation: dict[str, Any] | None, where: str
+) -> None:
+    """Computes the first and the last position's rotary embedding, and builds the generation config.
 
     config, generation: gated. `where` is config.json's path. SourceError naming the file and transformers' reason: what
     it cannot build here it could not load after the conversion either.
     """
-    from transformers import GenerationConfig, MixtralConfig
-    from transformers.models.mixtral import modeling_mixtral as mixtral
+    from transformers import GenerationConfig
 
     try:
-        built = MixtralConfig.from_dict(copy.deepcopy(config))
-        built._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            torch.nn.Embedding(built.vocab_size, built.hidden_size, built.pad_token_id)
-            mixtral.MixtralDecoderLayer(built, 0)
-        rotary = mixtral.MixtralRotaryEmbedding(built)
-        cos, sin = rotary(torch.empty(1), torch.tensor([[0, built.max_position_embeddings - 1]]))
+        built = type(shape.model.base_model.rotary_emb)(copy.deepcopy(shape.model.config))
+        last = config["max_position_embeddings"] - 1
+        cos, sin = built(torch.empty(1), torch.tensor([[0, last]]))
     # Whatever a foreign library raises for a stranger's values: TypeError, KeyError, ZeroDivisionError and its own.
     except Exception as e:
         raise _refused(where, e) from e

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +14,7 @@ import torch
 
 from converter import calibration
 from converter.bit_budget import TARGET
+from converter.checkpoint.model_shape import HEAD
 from converter.convert_options import ConvertOptions
 from converter.finished_work import FinishedWork
 from converter.hub_model import HubModel
@@ -26,7 +27,7 @@ from converter.records import ExpertRecord, LinearRecord, Record, RecordKey, Sha
 from converter.shards import Stopped
 from converter.side_files import copy_files, write_config
 from converter.sizes import OutputPlan, plan_output
-from converter.source import Checkpoint, layer_of
+from converter.source import Checkpoint
 from converter.target_bits import with_chosen_bits
 from converter.weight_errors import write_quality
 from converter.workers import Worker, run_all
@@ -159,41 +160,49 @@ class _Job:
 
     def _units(self, writers: dict[int, LayerWriter], trunk: PlacedFile) -> Iterator[Unit]:
         """(key, source bytes, work) of every unit, in the order in which checkpoints store them."""
-        weights = self._checkpoint.trunk
+        shape = self._checkpoint.shape
         if not self._options.part:
-            yield from self._tensors(trunk, "model.embed_tokens.")
+            yield from self._trunk_units(trunk, lambda name: name == shape.embedding)
+        begin = shape.experts[self._layers[0] - 1].decoder_layer + 1 if self._layers and self._layers[0] else 0
         for layer in self._layers:
             writer = self._work.open_layer(layer)
             if writer:
                 writers[layer] = writer
-            yield from sorted(self._layer_units(layer, writer, trunk), key=lambda unit: self._checkpoint.place(unit[0]))
+            end = shape.experts[layer].decoder_layer
+            for dense in range(begin, end):
+                yield from self._decoder_units(trunk, dense, [])
+            yield from self._decoder_units(trunk, end, self._expert_units(layer, writer))
+            begin = end + 1
+        if self._layers and self._layers[-1] == len(shape.experts) - 1:
+            for dense in range(begin, len(shape.decoder_layers)):
+                yield from self._decoder_units(trunk, dense, [])
         if not self._options.part:
-            if "lm_head" in self._plan.packed:
-                yield (
-                    ("linear", "lm_head"),
-                    weights["lm_head.weight"].n_bytes,
-                    partial(self._worker.linear, trunk, "lm_head"),
-                )
-            yield from self._tensors(trunk, "lm_head.")
-            yield from self._tensors(trunk, "model.norm.")
+            yield from self._trunk_units(
+                trunk, lambda name: name != shape.embedding and shape.decoder_layer(name) is None
+            )
 
-    def _layer_units(self, layer: int, writer: LayerWriter | None, trunk: PlacedFile) -> Iterator[Unit]:
-        experts, weights = self._checkpoint.experts, self._checkpoint.trunk
-        for module in self._plan.packed:
-            if module.startswith(f"model.layers.{layer}."):
-                size = weights[f"{module}.weight"].n_bytes
-                yield ("linear", module), size, partial(self._worker.linear, trunk, module)
-        yield from self._tensors(trunk, f"model.layers.{layer}.")
+    def _decoder_units(self, trunk: PlacedFile, layer: int, experts: Iterable[Unit]) -> list[Unit]:
+        """The units of a decoder layer in the order of their bytes."""
+        shape = self._checkpoint.shape
+        units = [*self._trunk_units(trunk, lambda name: shape.decoder_layer(name) == layer), *experts]
+        return sorted(units, key=lambda unit: self._checkpoint.place(unit[0]))
+
+    def _expert_units(self, layer: int, writer: LayerWriter | None) -> Iterator[Unit]:
+        experts = self._checkpoint.experts
         for expert in range(len(self._plan.layouts[layer])):
             size = sum(w.n_bytes for key, w in experts.items() if (key.layer, key.expert) == (layer, expert))
             # Without a writer the layer is complete, and the unit is only counted.
             yield ("expert", layer, expert), size, partial(self._worker.expert, writer, layer, expert)  # type: ignore[arg-type]
 
-    def _tensors(self, trunk: PlacedFile, prefix: str) -> Iterator[Unit]:
-        """The units of the tensors that are copied as they are and whose names begin so."""
+    def _trunk_units(self, trunk: PlacedFile, chosen: Callable[[str], bool]) -> Iterator[Unit]:
+        """The units of the trunk's tensors whose names in the model are chosen: matrices to pack, then copies."""
         weights = self._checkpoint.trunk
+        for module in self._plan.packed:
+            if chosen(f"{module}.weight"):
+                size = weights[f"{module}.weight"].n_bytes
+                yield ("linear", module), size, partial(self._worker.linear, trunk, module)
         for entry in self._plan.trunk_entries:
-            if entry.name in weights and entry.name.startswith(prefix):
+            if entry.name in weights and chosen(entry.name):
                 work = partial(self._worker.tensor, trunk, entry.name)
                 yield ("tensor", entry.name), weights[entry.name].n_bytes, work
 
@@ -210,10 +219,10 @@ class _Job:
             self._run_todo(todo, writers)
             return
         # Layer by layer: the statistics of one layer at a time are in memory.
-        for of_layer, group in groupby(todo, key=lambda unit: layer_of(unit[0])):
+        for of_layer, group in groupby(todo, key=lambda unit: self._checkpoint.layer_of(unit[0])):
             if of_layer is None:
                 rest = list(group)
-                if any(key == ("linear", "lm_head") for key, _, _ in rest):
+                if any(key == ("linear", HEAD) for key, _, _ in rest):
                     passes.prepare_head()
                 self._run_todo(rest, writers)
             elif of_layer > self._plan.last_quantized_layer:

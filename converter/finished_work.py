@@ -67,7 +67,7 @@ class FinishedWork:
             return None
         self._records.pop(("layer", layer), None)
         self._reopen(final)
-        writer = LayerWriter(final, layer, self._plan.layouts[layer])
+        writer = LayerWriter(final, layer, self._plan.shape.experts[layer].path, self._plan.layouts[layer])
         for expert in range(len(self._plan.layouts[layer])):
             done = self._records.get(("expert", layer, expert))
             if isinstance(done, ExpertRecord) and (writer.fresh or writer.expert_xxh3(expert) != done.xxh3):
@@ -77,7 +77,7 @@ class FinishedWork:
     def open_trunk(self) -> PlacedFile:
         """The trunk's file."""
         self._reopen(self._out / TRUNK_NAME)
-        trunk = PlacedFile(self._out / TRUNK_NAME, self._plan.trunk_entries, {"format": "moe-convert"})
+        trunk = PlacedFile(self._out / TRUNK_NAME, self._plan.trunk_entries, self._plan.trunk_metadata)
         for record in self.records:
             if isinstance(record, LinearRecord | TensorRecord):
                 name = f"{record.module}.packed" if isinstance(record, LinearRecord) else record.name

@@ -13,6 +13,7 @@ from formats import FORMAT_VERSION, TRUNK_NAME
 from formats.expert import ExpertLayout
 from formats.index import CopiedFile, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk
 from formats.layer_file import layer_file_name
+from formats.trunk import parameter_count
 from formats.writer import PlacedFile
 
 
@@ -44,6 +45,7 @@ def assemble_index(
         producer=Producer("moe-convert", __version__, versions),
         source=Source(checkpoint.name, checkpoint.revision, shards),
         config=checkpoint.config,
+        architecture=checkpoint.architecture,
         recipe=recipe,
         packings=plan.packings,
         trunk=Trunk(
@@ -51,6 +53,8 @@ def assemble_index(
             size_bytes=trunk.size_bytes,
             header_sha256=hashlib.sha256(trunk.header).hexdigest(),
             sha256=trunk_sha256,
+            tensors=len(plan.trunk_entries),
+            parameters=parameter_count(plan.trunk_entries, plan.packed),
             packed=plan.packed,
         ),
         layers=[_layer_file(layer, record, layouts[layer], codec) for layer, record in enumerate(layers)],

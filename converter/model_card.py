@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from formats.hub import is_repo_name
@@ -16,7 +15,7 @@ from formats.io_errors import translated
 from formats.labels import to_label
 from formats.packing import PACKINGS, tile_packing_named
 from formats.quality import Comparison, Quality, read_quality
-from formats.trunk import attention_linears, packable_linears, plain_tensors
+from formats.trunk import ATTENTION
 from formats.writer import write_file
 
 CARD_NAME = "README.md"
@@ -26,6 +25,8 @@ MARK = "<!-- made by moe-convert: without this line the card is kept as it is --
 """A card that has it is made again by every upload."""
 KV_CONTEXT = 4096
 """Positions for which the memory table counts keys and values."""
+_MEMORY_ROWS = 8
+"""Of the memory table, about: a model with 128 experts a layer has no row for each."""
 _ENDS = str.maketrans({"`": "'", "|": "¦"})
 _CALIBRATION = {"builtin": "the text that moe-convert ships", "file": "a text of the converter's choice"}
 
@@ -44,9 +45,8 @@ class CardOptions:
 def parameter_count(index: Index) -> int:
     """The model's true parameters; a viewer of packed files counts bytes."""
     a = index.architecture
-    experts = 3 * a.hidden_size * a.intermediate_size * a.num_local_experts * a.num_hidden_layers
-    shapes = [*plain_tensors(a).values(), *packable_linears(a).values()]
-    return experts + sum(prod(shape) for shape in shapes)
+    experts = 3 * a.hidden_size * a.intermediate_size * a.num_local_experts * a.expert_layers
+    return experts + index.trunk.parameters
 
 
 def card_text(index: Index, quality: Quality | None, options: CardOptions) -> str:
@@ -61,7 +61,7 @@ def card_text(index: Index, quality: Quality | None, options: CardOptions) -> st
     quantized = any(name in PACKINGS for e in entries for name in (e.gate_up, e.down))
     experts_text = f"quantized to {experts:.3f} bits a weight" if quantized else "as in the source"
     lines = [
-        *_metadata(base, options, quantized or attention > 0),
+        *_metadata(index.architecture.model_type, base, options, quantized or attention > 0),
         MARK,
         "",
         f"# {name}, {_code(index.recipe.name)}",
@@ -111,7 +111,7 @@ def write_card(out: Path, index: Index) -> None:
     write_file(path, card_text(index, read_quality(out), CardOptions("PATH")).encode())
 
 
-def _metadata(base: str | None, options: CardOptions, quantized: bool) -> Iterator[str]:
+def _metadata(model_type: str, base: str | None, options: CardOptions, quantized: bool) -> Iterator[str]:
     yield "---"
     yield "library_name: moe-convert"
     yield "pipeline_tag: text-generation"
@@ -126,7 +126,7 @@ def _metadata(base: str | None, options: CardOptions, quantized: bool) -> Iterat
         if options.license_file:
             yield f"license_link: {json.dumps(options.license_file)}"
     yield "tags:"
-    yield from (f"- {tag}" for tag in ("mixtral", "moe", *(["quantized"] if quantized else []), "moe-convert"))
+    yield from (f"- {tag}" for tag in (model_type, "moe", *(["quantized"] if quantized else []), "moe-convert"))
     yield "---"
     yield ""
 
@@ -136,13 +136,9 @@ def _bits(index: Index) -> tuple[float, float]:
     a = index.architecture
     entries = [entry for layer in index.layers for entry in layer.experts]
     experts = 8 * sum(e.length for e in entries) / (len(entries) * 3 * a.hidden_size * a.intermediate_size)
-    packed = {
-        name: (shape, index.trunk.packed[name].packing)
-        for name, shape in attention_linears(a).items()
-        if name in index.trunk.packed
-    }
-    n_bytes = sum(tile_packing_named(packing).matrix_bytes(*shape) for shape, packing in packed.values())
-    return experts, 8 * n_bytes / max(1, sum(prod(shape) for shape, _ in packed.values()))
+    packed = [linear for name, linear in index.trunk.packed.items() if name.rpartition(".")[2] in ATTENTION]
+    n_bytes = sum(tile_packing_named(x.packing).matrix_bytes(x.rows, x.columns) for x in packed)
+    return experts, 8 * n_bytes / max(1, sum(x.rows * x.columns for x in packed))
 
 
 def _sizes(index: Index) -> Iterator[str]:
@@ -153,7 +149,7 @@ def _sizes(index: Index) -> Iterator[str]:
     yield "|---|---|"
     yield f"| parameters | {parameters:,} (the Hub's viewer counts packed bytes) |"
     yield f"| bits per parameter, everything | {8 * total / parameters:.3f} |"
-    yield f"| layers × experts | {a.num_hidden_layers} × {a.num_local_experts}, {a.num_experts_per_tok} used a token |"
+    yield f"| layers × experts | {a.expert_layers} × {a.num_local_experts}, {a.num_experts_per_tok} used a token |"
     yield f"| one expert | {_size(entries[0].length)} |"
     yield f"| all experts | {_size(sum(e.length for e in entries))} |"
     yield f"| everything else | {_size(index.trunk.size_bytes)} |"
@@ -169,7 +165,8 @@ def _memory(index: Index) -> Iterator[str]:
     yield ""
     yield "| experts of each layer in memory | memory | read from disk a token |"
     yield "|---|---|---|"
-    for held in range(a.num_experts_per_tok, a.num_local_experts + 1):
+    step = max(1, a.num_local_experts // _MEMORY_ROWS)
+    for held in range(a.num_experts_per_tok, a.num_local_experts + 1, step):
         read = slot * a.num_experts_per_tok * (1 - held / a.num_local_experts)
         memory = index.trunk.size_bytes + kv + held * slot
         yield f"| {held} of {a.num_local_experts} | {_size(memory)} | {_size(int(read))} |"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.checkpoint.model_shape import ModelShape
 from converter.sizes import plan_output
 from converter.source_kinds import check_folder
 from converter.source_tensors import Weight
@@ -10,30 +11,31 @@ from formats.checkpoint_config import read_config
 from formats.expert import ExpertLayout
 from formats.index import Architecture, Recipe
 from formats.safetensors_header import TensorEntry
-from formats.trunk import packable_linears, plain_tensors
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
 class Outline:
-    """Architecture, the tensors that are not experts, and the experts' dtype: config.json's (bfloat16 if it names none)
-    for all of them."""
+    """The model, the tensors that are not experts, and the experts' dtype: for all config.json's, else bfloat16."""
 
-    architecture: Architecture
+    shape: ModelShape
     trunk: dict[str, Weight]
     expert_dtypes: set[str]
 
+    @property
+    def architecture(self) -> Architecture:
+        """The model's numbers."""
+        return self.shape.architecture
+
     @classmethod
     def of_folder(cls, folder: Path) -> "Outline":
-        """From config.json in `folder`; SourceError unless it is a Mixtral's that this release converts."""
+        """From config.json in `folder`; SourceError unless it is of a model that this release converts."""
         check_folder(folder)
         config = read_config(folder)
-        architecture = Architecture.from_config(config, str(folder / "config.json"))
-        shapes: dict[str, tuple[int, ...]] = dict(plain_tensors(architecture))
-        shapes |= {f"{module}.weight": shape for module, shape in packable_linears(architecture).items()}
+        shape = ModelShape(config, str(folder / "config.json"))
         dtype = _DTYPES[config.get("dtype") or "bfloat16"]
-        return cls(architecture, {key: Weight(key, "", dtype, shape, 0) for key, shape in shapes.items()}, {dtype})
+        return cls(shape, {name: Weight(name, "", dtype, size, 0) for name, size in shape.trunk.items()}, {dtype})
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,19 @@ from typing import Protocol
 from converter.bit_budget import likely_bits
 from converter.bit_rules import UNPACKED, packings_by_expert
 from converter.calibration import calibration_memory_bytes, down_width
+from converter.checkpoint.model_shape import HEAD, ModelShape
 from converter.plain_rows import plain_packing_for
 from converter.solver import Solver
 from converter.source_tensors import Weight
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
-from formats.index import Architecture, PackedLinear, Recipe
+from formats.index import PackedLinear, Recipe
 from formats.io_errors import translated
 from formats.layer_file import layer_file_name, partial_path, raw_entries
 from formats.packing import PACKINGS, tile_packing_named
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
-from formats.trunk import attention_linears
+from formats.trunk import trunk_metadata
 
 CHUNK_WEIGHTS = 4 << 20
 """Weights that a worker solves at once. It decides where the hqq package stops iterating, and so the bytes."""
@@ -37,8 +38,8 @@ class Sized(Protocol):
     """A `Checkpoint`, or an `Outline` of one."""
 
     @property
-    def architecture(self) -> Architecture:
-        """The model's numbers."""
+    def shape(self) -> ModelShape:
+        """What the model is made of."""
 
     @property
     def trunk(self) -> dict[str, Weight]:
@@ -54,6 +55,8 @@ class OutputPlan:
     """Sizes in bytes of everything that a conversion of one checkpoint by one recipe writes."""
 
     layouts: list[list[ExpertLayout]]
+    """layouts[layer][expert]: of the layers that have experts."""
+    shape: ModelShape
     trunk_entries: list[TensorEntry]
     packed: dict[str, PackedLinear]
     expert_weights: int
@@ -69,15 +72,22 @@ class OutputPlan:
         return sorted(used | {linear.packing for linear in self.packed.values()})
 
     @property
+    def trunk_metadata(self) -> dict[str, str]:
+        """Of the trunk's header."""
+        return trunk_metadata(self.shape.architecture, self.packed)
+
+    @property
     def last_quantized_layer(self) -> int:
-        """The last of which something is quantized, the number of layers if the head is; -1 if nothing is."""
-        n = len(self.layouts)
-        return n if "lm_head" in self.packed else max(filter(self.quantizes, range(n)), default=-1)
+        """The last decoder layer of which something is quantized, their number if the head is; -1 if nothing is."""
+        n = len(self.shape.decoder_layers)
+        return n if HEAD in self.packed else max(filter(self.quantizes, range(n)), default=-1)
 
     def quantizes(self, layer: int) -> bool:
-        """Whether something of `layer` is quantized."""
-        experts = (p.name in PACKINGS for layout in self.layouts[layer] for p in (layout.gate_up, layout.down))
-        return any(experts) or any(module.startswith(f"model.layers.{layer}.") for module in self.packed)
+        """Whether something of a decoder layer is quantized."""
+        sites = zip(self.shape.experts, self.layouts, strict=True)
+        layouts = [layout for site, of_layer in sites if site.decoder_layer == layer for layout in of_layer]
+        experts = (p.name in PACKINGS for layout in layouts for p in (layout.gate_up, layout.down))
+        return any(experts) or any(self.shape.decoder_layer(module) == layer for module in self.packed)
 
     @property
     def expert_bytes(self) -> int:
@@ -100,7 +110,7 @@ class OutputPlan:
     @property
     def attention_bits(self) -> float:
         """Bits per weight of the attention projections."""
-        return 8 * self.attention_bytes / self.attention_weights
+        return 8 * self.attention_bytes / max(1, self.attention_weights)
 
     calibration_bytes: tuple[int, int]
     """Of the calibration, and of each worker for it."""
@@ -117,32 +127,34 @@ class OutputPlan:
 
 def plan_output(checkpoint: Sized, recipe: Recipe) -> OutputPlan:
     """The plan for `checkpoint` by `recipe`; where its rules of bits are not chosen yet, for likely ones."""
-    a = checkpoint.architecture
+    shape = checkpoint.shape
+    a = shape.architecture
     stored = {UNPACKED: plain_packing_for(checkpoint.expert_dtypes)}
     layouts = [
         [ExpertLayout.of(a, stored.get(gate_up, gate_up), stored.get(down, down), "recipe") for gate_up, down in layer]
         for layer in packings_by_expert(likely_bits(recipe, a), a)
     ]
-    linears = attention_linears(a)
+    linears = {module: size for module, size in shape.linears.items() if module != HEAD}
     packed: dict[str, PackedLinear] = {}
     if recipe.attention != UNPACKED:
         packed = {module: PackedLinear(recipe.attention, rows, columns) for module, (rows, columns) in linears.items()}
     if recipe.head != UNPACKED:
         if a.tie_word_embeddings:
             raise RecipeError("the head is the embedding (tie_word_embeddings) and cannot have bits of its own")
-        packed["lm_head"] = PackedLinear(recipe.head, a.vocab_size, a.hidden_size)
+        packed[HEAD] = PackedLinear(recipe.head, *shape.linears[HEAD])
     entries = _trunk_entries(checkpoint, packed)
     attention = [e for e in entries if e.name.rsplit(".", 1)[0] in linears]
     # Headers are padded to 4096; the exact sizes come from the writers.
     return OutputPlan(
         layouts=layouts,
+        shape=shape,
         trunk_entries=entries,
         packed=packed,
         expert_weights=sum(layout.n_weights for layer in layouts for layout in layer),
         attention_weights=sum(rows * columns for rows, columns in linears.values()),
         attention_bytes=sum(e.n_bytes for e in attention),
         trunk_bytes=entries[-1].end,
-        layer_bytes=[raw_entries(n, layer)[-1].end for n, layer in enumerate(layouts)],
+        layer_bytes=[raw_entries(site.path, layer)[-1].end for site, layer in zip(shape.experts, layouts, strict=True)],
         calibration_bytes=calibration_memory_bytes(
             a, int(recipe.options.get("calibration_tokens", 0)), down_width(recipe, a)
         ),

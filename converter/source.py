@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec.structs import replace
 from torch import Tensor
 
+from converter.checkpoint.model_shape import ModelShape
 from converter.config_check import check_with_transformers
 from converter.foreign_layouts import foreign_role
 from converter.hub_model import HubModel
@@ -19,7 +19,7 @@ from converter.shards import FolderShards, Shards, cut_off
 from converter.solver import DAMAGED_HINT
 from converter.source_files import shard_names
 from converter.source_kinds import INDEX_NAME, check_folder
-from converter.source_tensors import EMBEDDING, HEAD, TORCH_DTYPES, SourceTensors, Weight, stored_tensors
+from converter.source_tensors import HEAD, TORCH_DTYPES, SourceTensors, Weight, stored_tensors
 from formats.checkpoint_config import read_config
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
 from formats.generation_config import read_generation_config
@@ -34,11 +34,11 @@ _COMPARED_BYTES = 16 << 20
 
 
 class Checkpoint:
-    """A Mixtral checkpoint in a local folder or a Hub repository. Close it, or use it as a context.
+    """A checkpoint in a local folder or a Hub repository. Close it, or use it as a context.
 
-    Raises SourceError for anything that this release does not convert: no Mixtral, no safetensors, missing, extra,
-    misshapen or cut tensors; PathError for unsafe names; HubError. Nothing is written, and no weight is read but a head
-    that is stored beside an embedding that config.json ties it to.
+    Raises SourceError for anything that this release does not convert: another model type, no safetensors, missing,
+    extra, misshapen or cut tensors; PathError for unsafe names; HubError. Nothing is written, and no weight is read but
+    a head that is stored beside an embedding that config.json ties it to.
     """
 
     def __init__(self, source: Path | HubModel) -> None:
@@ -50,19 +50,20 @@ class Checkpoint:
         where = str(self.folder / "config.json")
         self.config = read_config(self.folder)
         """What transformers may get, and what is written (docs/security.md), with what the tensors decide."""
-        self.architecture = Architecture.from_config(self.config, where, error=SourceError)
-        generation = read_generation_config(self.folder, self.architecture.vocab_size, error=SourceError)
-        check_with_transformers(self.config, generation, where)
+        self.shape = ModelShape(self.config, where)
+        """What the model is made of, as transformers says it."""
+        generation = read_generation_config(self.folder, self.config["vocab_size"], error=SourceError)
+        check_with_transformers(self.shape, self.config, generation, where)
         self._shards: Shards = HubShards(source) if isinstance(source, HubModel) else FolderShards(source)
         self.overlaid: dict[str, str] = {}
         """Of the tensors that are in several shards, the shard that counts."""
         try:
             self._headers, self._weight_map = self._open_shards()
-            tensors = SourceTensors(self._shards.where, self.architecture)
+            tensors = SourceTensors(self._shards.where, self.shape)
             tensors.assign(self._weights())
             self.experts, self.trunk = tensors.experts, tensors.trunk
             self._settle_head()
-            tensors.check_complete()
+            tensors.check_complete(self.shape)
         except BaseException:
             self.close()
             raise
@@ -72,6 +73,11 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's numbers."""
+        return self.shape.architecture
 
     def close(self) -> None:
         self._shards.close()
@@ -116,8 +122,8 @@ class Checkpoint:
         if by_layer:
             layers: dict[int | None, frozenset[str]] = {}
             for key, names in needs:
-                layers[layer_of(key)] = layers.get(layer_of(key), frozenset()) | names
-            needs = [(key, names if layer_of(key) is None else layers[layer_of(key)]) for key, names in needs]
+                layers[self.layer_of(key)] = layers.get(self.layer_of(key), frozenset()) | names
+            needs = [(key, names if self.layer_of(key) is None else layers[self.layer_of(key)]) for key, names in needs]
         self._shards.expect(needs)
 
     def done(self, key: tuple[Any, ...]) -> None:
@@ -183,6 +189,12 @@ class Checkpoint:
         """Where the last tensor begins that a piece of work reads: work in this order needs few shards at once."""
         return max((weight.shard, weight.offset) for weight in self._weights_of(key))
 
+    def layer_of(self, key: tuple[Any, ...]) -> int | None:
+        """The decoder layer that a piece of work is done with: the first for embeddings; None for what comes after."""
+        if key[0] == "expert":
+            return self.shape.experts[int(key[1])].decoder_layer
+        return 0 if key[1] == self.shape.embedding else self.shape.decoder_layer(str(key[1]))
+
     def _shards_of(self, key: tuple[Any, ...]) -> frozenset[str]:
         """The shards that a piece of work reads."""
         return frozenset(weight.shard for weight in self._weights_of(key))
@@ -197,7 +209,7 @@ class Checkpoint:
         headers = {}
         there = self.hub.repo.files if self.hub else [p.name for p in self.folder.iterdir()]
         names, weight_map = shard_names(self.folder, there)
-        n_tensors = stored_tensors(self.architecture)
+        n_tensors = stored_tensors(self.shape)
         if len(names) > n_tensors:
             raise SourceError(
                 f"{self.folder / INDEX_NAME}: {len(names)} shards, of a model with {n_tensors} tensors",
@@ -214,7 +226,7 @@ class Checkpoint:
         stored = {tensor for header in headers.values() for tensor in header.entries}
         for tensor, shard in weight_map.items():
             # A head that is missing is the business of tie_word_embeddings.
-            if tensor not in stored and foreign_role(tensor) not in (None, HEAD):
+            if tensor not in stored and foreign_role(tensor, self.shape) not in (None, HEAD):
                 raise SourceError(
                     f"{self.folder / INDEX_NAME}: tensor {tensor} is not in {shard}", "get the checkpoint again"
                 )
@@ -249,21 +261,22 @@ class Checkpoint:
 
     def _settle_head(self) -> None:
         """Decides by the tensors, as transformers does, whether the head is the embedding; config follows."""
-        head, embedding = self.trunk.get(HEAD), self.trunk.get(EMBEDDING)
+        name = self.shape.embedding
+        head, embedding = self.trunk.get(HEAD), self.trunk.get(name)
         if not self.architecture.tie_word_embeddings or head is None:
             return
         if embedding is None:
-            notice(f"{self._shards.where}: {EMBEDDING} is not stored; {HEAD} is both, since they are tied")
-            self.trunk[EMBEDDING] = self.trunk.pop(HEAD)
+            notice(f"{self._shards.where}: {name} is not stored; {HEAD} is both, since they are tied")
+            self.trunk[name] = self.trunk.pop(HEAD)
         elif self._equal(head, embedding):
             del self.trunk[HEAD]
         else:
             notice(
                 f"{self._shards.where}: tie_word_embeddings in config.json is true, but {HEAD} in {head.shard} differs"
-                f" from {EMBEDDING} in {embedding.shard}: both are kept, not tied, as transformers does"
+                f" from {name} in {embedding.shard}: both are kept, not tied, as transformers does"
             )
             self.config = {**self.config, "tie_word_embeddings": False}
-            self.architecture = replace(self.architecture, tie_word_embeddings=False)
+            self.shape = ModelShape(self.config, str(self.folder / "config.json"))
 
     def _equal(self, one: Weight, other: Weight) -> bool:
         """Whether two matrices of the same shape have the same values."""
@@ -273,13 +286,3 @@ class Checkpoint:
             if not torch.equal(*rows):
                 return False
         return True
-
-
-def layer_of(key: tuple[Any, ...]) -> int | None:
-    """The layer that a piece of work is done with: the first for embeddings; None for the last norm and the head."""
-    if key[0] == "expert":
-        return int(key[1])
-    if key[1] == "model.embed_tokens.weight":
-        return 0
-    parts = str(key[1]).split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] else None

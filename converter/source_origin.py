@@ -12,6 +12,7 @@ import zstandard
 
 from converter.calibration import CalibrationPass, down_width
 from converter.calibration_text import calibration_tokens
+from converter.checkpoint.model_shape import HEAD
 from converter.hub_model import HubModel
 from converter.side_files import copied_bytes
 from converter.sizes import plan_output
@@ -62,7 +63,7 @@ class SourceOrigin(Origin):
         self._scratch.cleanup()
 
     def expert(self, entry: ExpertEntry) -> bytes:
-        self._prepare(entry.layer)
+        self._prepare(self._plan.shape.experts[entry.layer].decoder_layer)
         made = _Made()
         self._worker.expert(made, entry.layer, entry.expert)  # type: ignore[arg-type]
         data = made.data
@@ -87,17 +88,18 @@ class SourceOrigin(Origin):
         write_file(path, data)
 
     def _trunk(self, sha256: str, path: Path) -> None:
-        with PlacedFile(path, self._plan.trunk_entries, {"format": "moe-convert"}) as trunk:
-            for layer in range(len(self._plan.layouts)):
-                linears = [m for m in self._plan.packed if m.startswith(f"model.layers.{layer}.")]
+        with PlacedFile(path, self._plan.trunk_entries, self._plan.trunk_metadata) as trunk:
+            shape = self._plan.shape
+            for layer in range(len(shape.decoder_layers)):
+                linears = [m for m in self._plan.packed if shape.decoder_layer(m) == layer]
                 if linears:
                     self._prepare(layer)
                 for module in linears:
                     self._worker.linear(trunk, module)
-            if "lm_head" in self._plan.packed:
+            if HEAD in self._plan.packed:
                 if self._worker.calibration:
                     self._worker.calibration.prepare_head()
-                self._worker.linear(trunk, "lm_head")
+                self._worker.linear(trunk, HEAD)
             for entry in self._plan.trunk_entries:
                 if entry.name in self._checkpoint.trunk:
                     self._worker.tensor(trunk, entry.name)

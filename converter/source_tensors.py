@@ -1,4 +1,4 @@
-"""The tensors of a source checkpoint by their role in a Mixtral: each needed one there once, with the right shape."""
+"""The tensors of a source checkpoint by their role in the model: each needed one there once, with the right shape."""
 
 import re
 from collections.abc import Iterable
@@ -7,27 +7,31 @@ from math import prod
 
 import torch
 
+from converter.checkpoint.model_shape import ModelShape
 from converter.foreign_layouts import foreign_role, plain_name
 from converter.names import ExpertTensor, FusedTensor
 from converter.notices import notice
 from formats.errors import SourceError
-from formats.index import Architecture
-from formats.trunk import packable_linears, plain_tensors
+from formats.model_types import MODEL_TYPES, ModelType
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 _FIELDS = {
     "embed_tokens": "vocab_size, hidden_size",
     "lm_head": "vocab_size, hidden_size",
-    "gate": "num_local_experts, hidden_size",
+    "gate_proj": "intermediate_size, hidden_size",
+    "up_proj": "intermediate_size, hidden_size",
+    "down_proj": "hidden_size, intermediate_size",
+    "input_layernorm": "hidden_size",
+    "post_attention_layernorm": "hidden_size",
+    "norm": "hidden_size",
     "q_proj": "num_attention_heads * head_dim, hidden_size",
     "k_proj": "num_key_value_heads * head_dim, hidden_size",
     "v_proj": "num_key_value_heads * head_dim, hidden_size",
     "o_proj": "hidden_size, num_attention_heads * head_dim",
 }
-"""config.json's fields that give the shape of a module of the trunk; of a norm, hidden_size."""
+"""config.json's fields that give the shape of a module of the trunk, where they have the same names in every type."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,9 @@ class Weight:
         return prod(self.shape) * self.item_bytes
 
 
-def stored_tensors(architecture: Architecture) -> int:
-    """The most tensors that a checkpoint of a model with these numbers needs: one for each matrix and vector."""
-    a = architecture
-    experts = 3 * a.num_hidden_layers * a.num_local_experts
-    return experts + len(plain_tensors(a)) + len(packable_linears(a))
+def stored_tensors(shape: ModelShape) -> int:
+    """The most tensors that a checkpoint of the model needs: one for each matrix and vector."""
+    return len(shape.trunk) + sum(3 * module.experts for module in shape.experts)
 
 
 @dataclass
@@ -69,48 +71,45 @@ class SourceTensors:
 
     where: str
     """Of the checkpoint, for messages."""
-    architecture: Architecture
+    shape: ModelShape
     experts: dict[ExpertTensor, Weight] = field(default_factory=dict)
     trunk: dict[str, Weight] = field(default_factory=dict)
 
     def assign(self, weights: Iterable[Weight]) -> None:
         """Gives each tensor its role. SourceError for one that has none, a second one with the same, and a wrong shape
         or dtype."""
-        a = self.architecture
-        shapes = plain_tensors(a) | {f"{m}.weight": shape for m, shape in packable_linears(a).items()}
-        shapes[HEAD] = shapes[EMBEDDING]
+        a = self.shape.architecture
+        shapes = dict(self.shape.trunk)
+        shapes[HEAD] = shapes[self.shape.embedding]
         extra: list[Weight] = []
         renamed: list[Weight] = []
         for weight in weights:
-            role = foreign_role(weight.name)
+            role = foreign_role(weight.name, self.shape)
             if role is not None and plain_name(weight.name) != weight.name:
                 renamed.append(weight)
-            if isinstance(role, (ExpertTensor, FusedTensor)) and role.layer >= a.num_hidden_layers:
-                extra.append(weight)
-            elif isinstance(role, FusedTensor):
+            if isinstance(role, FusedTensor):
                 self._put_fused(role, weight)
             elif isinstance(role, ExpertTensor):
                 if role.expert >= a.num_local_experts:
                     extra.append(weight)
                 else:
-                    self._check(weight, self._projection_shape(role.projection), _projection_fields(role.projection))
+                    self._check(weight, self._projection_shape(role.projection), self._fields(role.projection))
                     self._put_expert(role, weight)
             elif role in shapes:
-                self._check(weight, shapes[role], _FIELDS.get(role.split(".")[-2], "hidden_size"))
+                self._check(weight, shapes[role], _FIELDS.get(role.split(".")[-2], ""))
                 self._put_trunk(role, weight)
             elif role is not None:
                 extra.append(weight)
         if extra:
-            raise _extra(self.where, extra, a)
+            raise _extra(self.where, extra, self.shape)
         if renamed:
             first = renamed[0].name
             notice(f"{self.where}: {len(renamed)} tensors are read under other names: {first} as {plain_name(first)}")
 
-    def check_complete(self) -> None:
-        """SourceError naming what is missing."""
-        a = self.architecture
-        needed = [*plain_tensors(a), *(f"{module}.weight" for module in packable_linears(a))]
-        missing = [name for name in needed if name not in self.trunk]
+    def check_complete(self, shape: ModelShape) -> None:
+        """SourceError naming what is missing of `shape`, whose head is tied or not as the tensors decided."""
+        a, modules = shape.architecture, shape.experts
+        missing = [name for name in shape.trunk if name not in self.trunk]
         if missing == [HEAD]:
             raise SourceError(
                 f"{self.where}: {HEAD} is not stored, and tie_word_embeddings in config.json is false (or not given,"
@@ -118,16 +117,17 @@ class SourceTensors:
                 'get the whole checkpoint; or set "tie_word_embeddings": true in config.json, if the head is the'
                 " embedding",
             )
-        layers = {key.layer for key in self.experts}
-        if layers and max(layers) + 1 < a.num_hidden_layers:
+        stored = {modules[key.layer].decoder_layer for key in self.experts}
+        stored |= {layer for name in self.trunk if (layer := shape.decoder_layer(name)) is not None}
+        if stored and (last := max(stored)) + 1 < a.num_hidden_layers:
             raise SourceError(
                 f"{self.where}: num_hidden_layers in config.json is {a.num_hidden_layers}, the tensors end with layer"
-                f" {max(layers)}",
-                f"get the whole checkpoint; if it is whole, set num_hidden_layers to {max(layers) + 1} in config.json",
+                f" {last}",
+                f"get the whole checkpoint; if it is whole, set num_hidden_layers to {last + 1} in config.json",
             )
         missing += [
-            f"layer {layer} expert {expert} {projection}"
-            for layer in range(a.num_hidden_layers)
+            f"layer {modules[layer].decoder_layer} expert {expert} {projection}"
+            for layer in range(a.expert_layers)
             for expert in range(a.num_local_experts)
             for projection in ("gate", "up", "down")
             if ExpertTensor(layer, expert, projection) not in self.experts
@@ -139,14 +139,26 @@ class SourceTensors:
             )
 
     def _projection_shape(self, projection: str) -> tuple[int, int]:
-        rows, columns = self.architecture.intermediate_size, self.architecture.hidden_size
+        rows, columns = self.shape.architecture.intermediate_size, self.shape.architecture.hidden_size
         return {"down": (columns, rows), "gate_up": (2 * rows, columns)}.get(projection, (rows, columns))
+
+    @property
+    def _model_type(self) -> ModelType:
+        return MODEL_TYPES[self.shape.model_type]
+
+    def _fields(self, projection: str) -> str:
+        """config.json's fields that give the shape of an expert's projection."""
+        width = self._model_type.expert_width
+        if projection == "down":
+            return f"hidden_size, {width}"
+        return f"2 * {width}, hidden_size" if projection == "gate_up" else f"{width}, hidden_size"
 
     def _put_fused(self, role: FusedTensor, weight: Weight) -> None:
         """Cuts a tensor of all experts into the experts' projections; no byte is read."""
-        experts = self.architecture.num_local_experts
+        experts = self.shape.architecture.num_local_experts
         rows, columns = self._projection_shape(role.projection)
-        self._check(weight, (experts, rows, columns), f"num_local_experts, {_projection_fields(role.projection)}")
+        fields = f"{self._model_type.experts}, {self._fields(role.projection)}"
+        self._check(weight, (experts, rows, columns), fields)
         parts = ("gate", "up") if role.projection == "gate_up" else (role.projection,)
         part_rows = rows // len(parts)
         for expert in range(experts):
@@ -179,15 +191,11 @@ class SourceTensors:
                 f"{place} is {weight.dtype}; read are {', '.join(TORCH_DTYPES)}", "use the original checkpoint"
             )
         if weight.shape != shape:
+            by = f" ({fields})" if fields else ""
             raise SourceError(
-                f"{place} has shape {list(weight.shape)}, config.json says {list(shape)} ({fields})",
+                f"{place} has shape {list(weight.shape)}, config.json says {list(shape)}{by}",
                 "get config.json and shards of the same checkpoint, or correct the field in config.json",
             )
-
-
-def _projection_fields(projection: str) -> str:
-    rows = "2 * intermediate_size" if projection == "gate_up" else "intermediate_size"
-    return "hidden_size, intermediate_size" if projection == "down" else f"{rows}, hidden_size"
 
 
 _EXTRA_HINTS = (
@@ -197,17 +205,20 @@ _EXTRA_HINTS = (
     (".qweight", "the weights are quantized; use the checkpoint that they were made from"),
 )
 """By a part of a tensor's name."""
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-def _extra(where: str, extra: list[Weight], architecture: Architecture) -> SourceError:
-    """The error of tensors that a Mixtral with these numbers does not have."""
+def _extra(where: str, extra: list[Weight], shape: ModelShape) -> SourceError:
+    """The error of tensors that the model does not have."""
     first = min(extra, key=lambda weight: weight.name)
     names = [plain_name(weight.name) for weight in extra]
-    for field_, said, pattern in (
-        ("num_hidden_layers", architecture.num_hidden_layers, r"model\.layers\.(\d+)\."),
-        ("num_local_experts", architecture.num_local_experts, r"model\.layers\.\d+\.\w+\.experts\.(\d+)\."),
+    layers = [layer for name in names if (layer := shape.decoder_layer(name)) is not None]
+    experts = [int(match[1]) for name in names if (match := _EXPERT.search(name))]
+    for field_, said, numbers in (
+        ("num_hidden_layers", len(shape.decoder_layers), layers),
+        (MODEL_TYPES[shape.model_type].experts, shape.experts[0].experts, experts),
     ):
-        stored = 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+        stored = 1 + max(numbers, default=-1)
         if stored > said:
             return SourceError(
                 f"{where}: {field_} in config.json is {said}, the tensors are of {stored}: {first.name} in"
@@ -219,4 +230,4 @@ def _extra(where: str, extra: list[Weight], architecture: Architecture) -> Sourc
         "remove what is not of the language model, such as a value or reward head",
     )
     some = ", ".join(sorted(weight.name for weight in extra)[:4])
-    return SourceError(f"{where}: {len(extra)} tensors do not belong to a Mixtral: {some}", hint)
+    return SourceError(f"{where}: {len(extra)} tensors do not belong to the model: {some}", hint)

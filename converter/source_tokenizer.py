@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.source import Checkpoint
+from formats.checkpoint_config import model_type_in
 from formats.errors import MoeConvertError, SourceError
 from formats.tokenizer_files import open_tokenizer_by
 
@@ -14,10 +15,12 @@ _WITHOUT = "--calibrate random (or none) needs no tokenizer"
 
 def open_source_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`, without code from there. TokenizerError."""
-    from transformers import AutoTokenizer, MixtralConfig
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
     # Without a config transformers would parse the folder's config.json, past our gate.
-    options = {"config": MixtralConfig(), "trust_remote_code": False, "local_files_only": True}
+    kind = model_type_in(folder)
+    config = AutoConfig.for_model(kind) if kind else PreTrainedConfig()
+    options = {"config": config, "trust_remote_code": False, "local_files_only": True}
     return open_tokenizer_by(lambda path: AutoTokenizer.from_pretrained(path, **options), folder)
 
 

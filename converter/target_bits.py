@@ -35,13 +35,11 @@ def with_chosen_bits(
     """
     a = checkpoint.architecture
     source = {name: checkpoint.shard_sample(name) for name in checkpoint.shards}
-    experts = [
-        [("expert", layer, expert) for expert in range(a.num_local_experts)] for layer in range(a.num_hidden_layers)
-    ]
+    experts = [[("expert", layer, expert) for expert in range(a.num_local_experts)] for layer in range(a.expert_layers)]
 
     def report(layers: int) -> None:
         if progress:
-            progress("choosing bits", layers * checkpoint.n_bytes // a.num_hidden_layers, checkpoint.n_bytes)
+            progress("choosing bits", layers * checkpoint.n_bytes // a.expert_layers, checkpoint.n_bytes)
         for key in experts[layers - 1] if layers else ():
             checkpoint.done(key)
 

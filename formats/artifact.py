@@ -7,6 +7,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from formats import INDEX_NAME
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
@@ -19,7 +21,7 @@ from formats.log_once import warn_once
 from formats.paths import locate, open_regular
 from formats.recorded_config import CONFIG_NAME, read_recorded_config
 from formats.safetensors_header import Header, TensorEntry, read_header
-from formats.trunk import check_trunk
+from formats.trunk import check_trunk, trunk_metadata
 from formats.unconverted import check_converted
 
 RESAVED_HINT = "it was cut off, or saved again by a general safetensors tool: get the file again, or convert again"
@@ -58,8 +60,8 @@ class Artifact:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The numbers of config.json: the index's, with another number of experts a token where a user chose so."""
-        return Architecture(**{name: self.config[name] for name in Architecture.__struct_fields__})
+        """The index's, with another number of experts a token where a user chose so in config.json."""
+        return replace(self.index.architecture, num_experts_per_tok=self.config["num_experts_per_tok"])
 
     @property
     def packings(self) -> set[str]:
@@ -83,7 +85,7 @@ class Artifact:
 
     def trunk_header(self) -> Header:
         """The header of the trunk, parsed again."""
-        return _header(self.folder, self.index.trunk.file, trunk_header_limit(self.index.architecture))
+        return _header(self.folder, self.index.trunk.file, trunk_header_limit(self.index.trunk))
 
 
 def read_head(folder: Path, index_name: str = INDEX_NAME) -> Head:
@@ -120,16 +122,13 @@ def _check_layer_file(folder: Path, index: Index, number: int) -> None:
     file = str(folder / layer.file)
     first = layer.experts[0]
     layouts = [ExpertLayout.of(index.architecture, e.gate_up, e.down) for e in layer.experts]
+    module = index.architecture.expert_modules[number]
     if first.codec == "none":
-        expected = raw_entries(number, layouts)
+        expected = raw_entries(module, layouts)
     else:
-        expected = zstd_entries(number, [e.length for e in layer.experts])
+        expected = zstd_entries(module, [e.length for e in layer.experts])
     _check_entries(header, expected, file)
-    metadata = layer_metadata(number, layouts, first.codec)
-    for key in sorted(metadata.keys() | header.metadata.keys()):
-        found, wanted = header.metadata.get(key), metadata.get(key)
-        if found != wanted:
-            raise FormatError(f"{file}: metadata {key!r} is {found!r}, the index says {wanted!r}", RESAVED_HINT)
+    _check_metadata(header, layer_metadata(number, module, layouts, first.codec), file)
     if first.offset != header.data_offset:
         raise FormatError(
             f"{folder / INDEX_NAME}: layers[{number}].experts[0].offset is {first.offset}, the data of {file} begins at"
@@ -144,11 +143,13 @@ def _check_layer_file(folder: Path, index: Index, number: int) -> None:
 def _check_trunk_file(folder: Path, index: Index) -> None:
     trunk = index.trunk
     _check_size(folder, trunk.file, trunk.size_bytes, RESAVED_HINT)
-    header = _header(folder, trunk.file, trunk_header_limit(index.architecture))
+    header = _header(folder, trunk.file, trunk_header_limit(trunk))
     for text in (*header.metadata, *header.metadata.values()):
         if has_controls(text):
             raise FormatError(f"{folder / trunk.file}: metadata {text[:200]!r} has control characters", RESAVED_HINT)
-    check_trunk(header.entries, index.architecture, trunk.packed, str(folder / trunk.file))
+    check_trunk(header.entries, trunk, str(folder / trunk.file))
+    expected = trunk_metadata(index.architecture, trunk.packed)
+    _check_metadata(header, {**header.metadata, **expected}, str(folder / trunk.file))
     if header.sha256 != trunk.header_sha256:
         raise DamageError(
             f"{folder / trunk.file}: the header's sha256 is {header.sha256}, the index says {trunk.header_sha256}",
@@ -170,6 +171,13 @@ def _check_entries(header: Header, expected: list[TensorEntry], file: str) -> No
             )
     if extra := sorted(header.entries.keys() - {entry.name for entry in expected}):
         raise FormatError(f"{file}: tensor {extra[0]!r} is not in the index", RESAVED_HINT)
+
+
+def _check_metadata(header: Header, expected: dict[str, str], file: str) -> None:
+    for key in sorted(expected.keys() | header.metadata.keys()):
+        found, wanted = header.metadata.get(key), expected.get(key)
+        if found != wanted:
+            raise FormatError(f"{file}: metadata {key!r} is {found!r}, the index says {wanted!r}", RESAVED_HINT)
 
 
 def _check_size(folder: Path, name: str, size_bytes: int, hint: str = "") -> None:

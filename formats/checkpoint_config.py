@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from formats.errors import DamageError, SourceError
+from formats.errors import DamageError, MoeConvertError, SourceError
 from formats.field_rules import short
 from formats.log_once import warn_once
 from formats.model_config import gate_config
+from formats.model_types import MODEL_TYPES
 from formats.paths import read_small_source
 from formats.strict_json import parse
 
@@ -14,8 +15,18 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """The file with a checkpoint's weights, or the index of its shards."""
 
 
+def model_type_in(folder: Path) -> str | None:
+    """The model type that config.json in `folder` names; None where there is no such file, or no tested type."""
+    try:
+        config = parse(read_small_source(folder, "config.json", str(folder)), str(folder / "config.json"))
+    except MoeConvertError:
+        return None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return kind if isinstance(kind, str) and kind in MODEL_TYPES else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """The gated config.json of a Mixtral that this release reads; SourceError for any other.
+    """The gated config.json of a model that this release converts; SourceError for any other.
 
     One log line says what was left out or replaced.
     """
@@ -31,11 +42,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SourceError(f"{where}: not an object", "get config.json again")
     kind, classes = config.get("model_type"), config.get("architectures")
-    if kind != "mixtral" or classes not in (None, ["MixtralForCausalLM"]):
+    known = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+    if known is None or classes not in (None, [known.causal_class]):
+        expected = f"{kind!r} with {[known.causal_class]}" if known else ", ".join(MODEL_TYPES)
         raise SourceError(
-            f"{where}: model_type {short(kind)}, architectures {short(classes)}; read is 'mixtral' with"
-            " ['MixtralForCausalLM']",
-            "use a Mixtral checkpoint (8x7B, 8x22B or a fine-tune of them)",
+            f"{where}: model_type {short(kind)}, architectures {short(classes)}; read is {expected}",
+            "use a checkpoint of one of the model types that README.md lists",
         )
     if config.get("quantization_config") is not None:
         raise SourceError(

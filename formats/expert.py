@@ -9,6 +9,9 @@ from formats.errors import FormatError
 from formats.index import Architecture
 from formats.packing import TILE_ROWS, AnyPacking, Packing, packing_named
 
+ACTIVATION = "silu"
+"""What gate goes through before it is multiplied by up."""
+
 
 @dataclass(frozen=True)
 class ExpertLayout:

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from formats.errors import MoeConvertError
 from formats.field_rules import Either, Flag, Integer, ListOf, Number, Rule, Text, optional, short, take_field
 from formats.log_once import warn_once
-from formats.model_config import MOST_TOKENS, check_token
+from formats.model_config import check_token
+from formats.model_types import MOST_TOKENS
 from formats.paths import read_small, read_small_source
 from formats.side_files import unusable
 from formats.strict_json import dump, parse

@@ -1,16 +1,18 @@
 """The index of a converted folder: its types, reading and writing (docs/format.md, "Index")."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
 from formats import FORMAT_VERSION, INDEX_NAME
-from formats.errors import FormatError, MoeConvertError, VersionError
+from formats.errors import FormatError, VersionError
 from formats.field_rules import short
 from formats.labels import LABEL_PATTERN, MAX_LABEL
 from formats.model_config import gate_config
+from formats.model_types import MODEL_TYPES
 from formats.paths import read_small
 from formats.side_files import MAX_BYTES, MAX_FILES
 from formats.strict_json import dump, parse, typed
@@ -21,6 +23,7 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Label = Annotated[str, Meta(max_length=MAX_LABEL, pattern=LABEL_PATTERN)]
 Option = Label | int | float | bool
+Projection = Literal["gate_up", "down"]
 
 _FLAT_OBJECT = re.compile(rb"\{\n[^{}]*\}")
 _LINE_BREAK = re.compile(rb"\n *")
@@ -34,8 +37,11 @@ class _Part(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Architecture(_Part, frozen=True):
-    """The numbers of the model, under the names of its config.json."""
+    """What a reader must know of the model, whatever its type. intermediate_size: of an expert; activation: of gate;
+    num_hidden_layers: of all decoder layers; expert_modules: the module path of each layer that has experts."""
 
+    model_type: Label
+    activation: Label
     hidden_size: Positive
     intermediate_size: Positive
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
@@ -46,14 +52,24 @@ class Architecture(_Part, frozen=True):
     head_dim: Positive
     vocab_size: Positive
     tie_word_embeddings: bool
+    expert_modules: Annotated[list[Label], Meta(min_length=1, max_length=1000)]
 
     @classmethod
-    def from_config(
-        cls, config: Any, where: str, *, error: type[MoeConvertError] = FormatError, converted: bool = False
-    ) -> "Architecture":
-        """The numbers of a Mixtral's config.json, as `gate_config` takes them."""
-        fields, _ = gate_config(config, where, error=error, converted=converted)
-        return cls(**{name: fields[name] for name in cls.__struct_fields__})
+    def of_config(cls, config: dict[str, Any], expert_modules: Sequence[str]) -> "Architecture":
+        """The numbers of a gated config.json whose model has its experts in `expert_modules`."""
+        model_type = MODEL_TYPES[config["model_type"]]
+        named = {
+            "activation": config["hidden_act"],
+            "intermediate_size": config[model_type.expert_width],
+            "num_local_experts": config[model_type.experts],
+            "expert_modules": list(expert_modules),
+        }
+        return cls(**{name: named[name] if name in named else config[name] for name in cls.__struct_fields__})
+
+    @property
+    def expert_layers(self) -> int:
+        """How many layers have experts: what files and recipes count as layers."""
+        return len(self.expert_modules)
 
 
 class Shard(_Part, frozen=True):
@@ -92,21 +108,25 @@ class Recipe(_Part, frozen=True):
     options: dict[Label, Option] = {}
 
 
-class PackedLinear(_Part, frozen=True):
-    """The packing and logical shape of a packed matrix of the trunk."""
+class PackedLinear(_Part, frozen=True, omit_defaults=True):
+    """The packing and logical shape of a packed matrix of the trunk. input_transform: as in LayerFile."""
 
     packing: Label
     rows: Positive
     columns: Positive
+    input_transform: Label | None = None
 
 
 class Trunk(_Part, frozen=True):
-    """The file of everything that is not an expert. `packed` is keyed by module: model.layers.0.self_attn.q_proj."""
+    """The file of everything that is not an expert. `packed` is keyed by module: model.layers.0.self_attn.q_proj.
+    tensors: in the file, without fillers; parameters: numbers that the model has there."""
 
     file: Label
     size_bytes: Natural
     header_sha256: Sha256
     sha256: Sha256
+    tensors: Positive
+    parameters: Natural
     packed: dict[Label, PackedLinear]
 
 
@@ -124,13 +144,15 @@ class ExpertEntry(_Part, frozen=True):
     codec: Label
 
 
-class LayerFile(_Part, frozen=True):
-    """The file of one layer's experts."""
+class LayerFile(_Part, frozen=True, omit_defaults=True):
+    """The file of one layer's experts. input_transform: what the inputs of gate and up, and those of down, go through
+    before the packed weights; absent where it is nothing."""
 
     file: Label
     size_bytes: Natural
     header_sha256: Sha256
     experts: list[ExpertEntry]
+    input_transform: dict[Projection, Label] = {}
 
 
 class CopiedFile(_Part, frozen=True):
@@ -141,25 +163,30 @@ class CopiedFile(_Part, frozen=True):
     sha256: Sha256
 
 
-class Index(_Part, frozen=True):
+class Part(_Part, frozen=True):
+    """Some layers of a conversion that several machines made: which, and by what. For information."""
+
+    name: Label
+    producer: Producer
+    layers: list[Natural]
+
+
+class Index(_Part, frozen=True, omit_defaults=True):
     """The whole index, in the order in which it is written. config: what config.json said then, as `gate_config`
-    gives it."""
+    gives it; architecture: of the model as it was converted."""
 
     format: Label
     format_version: Natural
     producer: Producer
     source: Source
     config: dict[Label, Any]
+    architecture: Architecture
     recipe: Recipe
     packings: list[Label]
     trunk: Trunk
     layers: list[LayerFile]
     files: Annotated[list[CopiedFile], Meta(max_length=MAX_FILES)]
-
-    @property
-    def architecture(self) -> Architecture:
-        """The numbers of `config`."""
-        return Architecture(**{name: self.config[name] for name in Architecture.__struct_fields__})
+    parts: list[Part] = []
 
     @property
     def whole_files(self) -> dict[str, tuple[int, str]]:

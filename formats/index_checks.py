@@ -1,23 +1,29 @@
 """The index against itself: what can be said of a converted folder before any other file of it is opened or fetched."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, INDEX_NAME, TRUNK_NAME
 from formats.errors import FormatError, MoeConvertError
-from formats.expert import ExpertLayout
-from formats.index import CODECS, Architecture, Index, LayerFile
+from formats.expert import ACTIVATION, ExpertLayout
+from formats.field_rules import short
+from formats.index import CODECS, Architecture, Index, LayerFile, Trunk
 from formats.layer_file import layer_file_name
 from formats.packing import packing_named, tile_packing_named
 from formats.paths import check_name
 from formats.safetensors_header import max_header_bytes
-from formats.trunk import packable_linears, plain_tensors
+
+_TENSORS_A_LAYER = 64
+"""Of the trunk, at most: a stranger's index must not allow a header of any size."""
+_MODULE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 
 
 def index_problems(index: Index, where: str) -> Iterator[tuple[str, MoeConvertError]]:
     """Every disagreement of `index` with itself, each with the name of the file whose place or size it concerns."""
-    checks: list[tuple[str, Callable[[], None]]] = [(INDEX_NAME, partial(_check_layers, index, where))]
+    whole = (_check_architecture, _check_layers, _check_transforms)
+    checks: list[tuple[str, Callable[[], None]]] = [(INDEX_NAME, partial(check, index, where)) for check in whole]
     checks += [(layer.file, partial(_check_layer, index, n, where)) for n, layer in enumerate(index.layers)]
     checks.append((index.trunk.file, partial(_check_trunk, index, where)))
     checks += [(INDEX_NAME, partial(_check_file_name, f.file, where)) for f in index.files]
@@ -34,15 +40,36 @@ def layer_header_limit(layer: LayerFile) -> int:
     return max_header_bytes(sum(2 if expert.codec == "none" else 1 for expert in layer.experts))
 
 
-def trunk_header_limit(architecture: Architecture) -> int:
+def trunk_header_limit(trunk: Trunk) -> int:
     """The most bytes that the header of the trunk may have."""
-    return max_header_bytes(len(plain_tensors(architecture)) + len(packable_linears(architecture)))
+    return max_header_bytes(trunk.tensors)
+
+
+def _check_architecture(index: Index, where: str) -> None:
+    """The architecture against `config`, and the paths of the experts' modules."""
+    here, modules = f"{where}: architecture", index.architecture.expert_modules
+    if index.architecture.activation != ACTIVATION:
+        raise FormatError(f"{here}.activation is {index.architecture.activation!r}, packed experts have {ACTIVATION!r}")
+    expected = Architecture.of_config(index.config, modules)
+    for name in Architecture.__struct_fields__:
+        found, wanted = getattr(index.architecture, name), getattr(expected, name)
+        if found != wanted:
+            raise FormatError(f"{here}.{name} is {short(found)}, config says {short(wanted)}")
+    if len(modules) > index.architecture.num_hidden_layers:
+        layers = index.architecture.num_hidden_layers
+        raise FormatError(f"{here}.expert_modules has {len(modules)} entries, of a model with {layers} layers")
+    path, count = Counter(modules).most_common(1)[0]
+    if count > 1:
+        raise FormatError(f"{here}.expert_modules has {short(path)} {count} times")
+    for module in (*modules, *index.trunk.packed):
+        if not _MODULE.fullmatch(module):
+            raise FormatError(f"{where}: {short(module)} is not the path of a module")
 
 
 def _check_layers(index: Index, where: str) -> None:
-    expected = index.architecture.num_hidden_layers
+    expected = index.architecture.expert_layers
     if len(index.layers) != expected:
-        raise FormatError(f"{where}: layers has {len(index.layers)} entries, config.json says {expected}")
+        raise FormatError(f"{where}: layers has {len(index.layers)} entries, expert_modules has {expected}")
 
 
 def _check_layer(index: Index, number: int, where: str) -> None:
@@ -60,8 +87,19 @@ def _check_layer(index: Index, number: int, where: str) -> None:
 def _check_trunk(index: Index, where: str) -> None:
     if index.trunk.file != TRUNK_NAME:
         raise FormatError(f"{where}: trunk.file is {index.trunk.file!r}, expected {TRUNK_NAME!r}")
+    most = _TENSORS_A_LAYER * (index.architecture.num_hidden_layers + 1)
+    if index.trunk.tensors > most:
+        raise FormatError(f"{where}: trunk.tensors is {index.trunk.tensors}, allowed are {most}")
     for module, linear in index.trunk.packed.items():
         tile_packing_named(linear.packing, f"{where}: trunk.packed: {module}")
+
+
+def _check_transforms(index: Index, where: str) -> None:
+    """FormatError for an input transform: there is none yet, and weights behind one are worthless without it."""
+    named = [(f"layers[{n}]", name) for n, layer in enumerate(index.layers) for name in layer.input_transform.values()]
+    named += [(m, linear.input_transform) for m, linear in index.trunk.packed.items() if linear.input_transform]
+    if named:
+        raise FormatError(f"{where}: {named[0][0]}.input_transform is {short(named[0][1])}, which is unknown")
 
 
 def _check_file_name(name: str, where: str) -> None:
@@ -92,7 +130,7 @@ def _check_experts(index: Index, number: int, here: str) -> None:
     layer = index.layers[number]
     if len(layer.experts) != index.architecture.num_local_experts:
         n = index.architecture.num_local_experts
-        raise FormatError(f"{here}.experts has {len(layer.experts)} entries, config.json says {n} experts")
+        raise FormatError(f"{here}.experts has {len(layer.experts)} entries, architecture says {n} experts")
     position: int | None = None
     for i, entry in enumerate(layer.experts):
         at = f"{here}.experts[{i}]"
@@ -106,7 +144,7 @@ def _check_experts(index: Index, number: int, here: str) -> None:
             )
         layout = ExpertLayout.of(index.architecture, entry.gate_up, entry.down, at)
         if entry.codec == "none" and entry.length != layout.n_bytes:
-            raise FormatError(f"{at}.length is {entry.length}, its packings and config.json take {layout.n_bytes}")
+            raise FormatError(f"{at}.length is {entry.length}, its packings and architecture take {layout.n_bytes}")
         if entry.codec == "zstd" and not 0 < entry.length <= 2 * layout.n_bytes + ALIGNMENT_BYTES:
             raise FormatError(f"{at}.length is {entry.length}, of a compressed expert of {layout.n_bytes}")
         if entry.offset % ALIGNMENT_BYTES:

@@ -1,15 +1,17 @@
 """The index written again from the files, where something that it says of them was lost or changed.
 
-From the files come: layers (place, length, checksums, packings and codec of each expert), the trunk's entry, the
-fields of config.json. Only an index has: producer, source, recipe, and the hashes of copied files; without a readable
-one they cannot be made up, and the rebuild is refused naming them. Hashes are taken of what is there: it cannot tell
-damage.
+From the files come: layers (place, length, checksums, packings and codec of each expert), the trunk's entry, the fields
+of config.json, and the architecture. Only an index has: producer, source, recipe, and the hashes of copied files;
+without a readable one they cannot be made up, and the rebuild is refused naming them. Hashes are taken of what is
+there: it cannot tell damage.
 """
 
 import hashlib
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from formats import ALIGNMENT_BYTES, FORMAT_VERSION, INDEX_NAME, TRUNK_NAME
 from formats.artifact import Artifact
@@ -23,6 +25,7 @@ from formats.index import (
     CopiedFile,
     ExpertEntry,
     Index,
+    Label,
     LayerFile,
     PackedLinear,
     Producer,
@@ -43,12 +46,11 @@ from formats.layer_file import (
 )
 from formats.model_config import RUN_TIME, gate_config
 from formats.output_file import OutputFile
-from formats.packing import PACKINGS
 from formats.paths import locate, open_regular, read_small
 from formats.recorded_config import CONFIG_NAME
 from formats.safetensors_header import Header, TensorEntry, build_header, read_header
 from formats.strict_json import parse, typed
-from formats.trunk import packable_linears
+from formats.trunk import parameter_count, without_fillers
 from formats.writer import write_file
 
 _ONLY_IN_INDEX: dict[str, Any] = {"producer": Producer, "source": Source, "recipe": Recipe, "files": list[CopiedFile]}
@@ -63,17 +65,17 @@ def rebuild_index(folder: Path) -> Index:
     old = _old(folder, where)
     kept = {name: typed(old[name], kind, f"{where}: {name}") for name, kind in _ONLY_IN_INDEX.items()}
     config = _config(folder, old)
-    architecture = Architecture(**{name: config[name] for name in Architecture.__struct_fields__})
+    trunk, architecture = _trunk(folder, config)
     with translated(folder, "read", DamageError):
-        layers = [_layer(folder, n, architecture) for n in range(architecture.num_hidden_layers)]
+        layers = [_layer(folder, n, architecture) for n in range(architecture.expert_layers)]
     _compare(old, layers, folder)
-    trunk = _trunk(folder, architecture, old)
     used = {name for layer in layers for e in layer.experts for name in (e.gate_up, e.down)}
     used |= {linear.packing for linear in trunk.packed.values()}
     index = Index(
         format="moe-convert",
         format_version=FORMAT_VERSION,
         config=config,
+        architecture=architecture,
         packings=sorted(used),
         trunk=trunk,
         layers=layers,
@@ -122,24 +124,25 @@ def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
     name = layer_file_name(number)
     header, size = _header(folder, name)
     path = folder / name
-    missing = [key for key in ("gate_up", "down", "codec") if key not in header.metadata]
-    if missing:
+    _check_metadata(header, ("gate_up", "down", "codec", "module"), path)
+    module, codec = header.metadata["module"], header.metadata["codec"]
+    if module != architecture.expert_modules[number]:
         raise FormatError(
-            f"{path}: its metadata has no {', '.join(missing)}: which packing it is cannot be known of the sizes alone",
+            f"{path}: its metadata is of {short(module)}, {TRUNK_NAME} says"
+            f" {short(architecture.expert_modules[number])}: files of several folders are mixed",
             _fetch(folder),
         )
-    codec = header.metadata["codec"]
     packings = [header.metadata[key].split(",") for key in ("gate_up", "down")]
     if codec not in CODECS or any(len(names) != architecture.num_local_experts for names in packings):
         raise FormatError(f"{path}: its metadata is of {len(packings[0])} experts and codec {codec!r}", _fetch(folder))
     layouts = [ExpertLayout.of(architecture, gate_up, down, str(path)) for gate_up, down in zip(*packings, strict=True)]
-    tensors = [_tensors(header, number, expert, codec, str(path)) for expert in range(len(layouts))]
+    tensors = [_tensors(header, module, expert, codec, str(path)) for expert in range(len(layouts))]
     if codec == "zstd":
-        expected = zstd_entries(number, [first.n_bytes for first, *_ in tensors])
+        expected = zstd_entries(module, [first.n_bytes for first, *_ in tensors])
     else:
-        expected = raw_entries(number, layouts)
+        expected = raw_entries(module, layouts)
     if header.data_offset % ALIGNMENT_BYTES or list(header.entries.values()) != expected:
-        _lay_out(path, header, expected, layer_metadata(number, layouts, codec))
+        _lay_out(path, header, expected, layer_metadata(number, module, layouts, codec))
         return _layer(folder, number, architecture)
     entries = []
     with open(path, "rb") as f:
@@ -152,10 +155,18 @@ def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
     return LayerFile(name, size, header.sha256, entries)
 
 
-def _tensors(header: Header, layer: int, expert: int, codec: str, where: str) -> list[TensorEntry]:
+def _check_metadata(header: Header, keys: tuple[str, ...], path: Path) -> None:
+    if missing := [key for key in keys if key not in header.metadata]:
+        raise FormatError(
+            f"{path}: its metadata has no {', '.join(missing)}, and the tensors alone do not say it",
+            _fetch(path.parent.parent if path.name != TRUNK_NAME else path.parent),
+        )
+
+
+def _tensors(header: Header, module: str, expert: int, codec: str, where: str) -> list[TensorEntry]:
     """The tensors of an expert, in the order of its bytes."""
     names = ["zstd"] if codec == "zstd" else ["gate_up", "down"]
-    found = [header.entries.get(f"{expert_prefix(layer, expert)}.{name}") for name in names]
+    found = [header.entries.get(f"{expert_prefix(module, expert)}.{name}") for name in names]
     if None in found:
         raise FormatError(f"{where}: tensors of expert {expert} are missing", _fetch(Path(where).parent.parent))
     return [entry for entry in found if entry]
@@ -191,20 +202,35 @@ def _compare(old: dict[str, Any], layers: list[LayerFile], folder: Path) -> None
                 )
 
 
-def _trunk(folder: Path, architecture: Architecture, old: dict[str, Any]) -> Trunk:
+def _trunk(folder: Path, config: dict[str, Any]) -> tuple[Trunk, Architecture]:
+    """The trunk's entry, and the architecture that its metadata and config.json give."""
     header, size = _header(folder, TRUNK_NAME)
-    packed = {}
-    for module, (rows, columns) in packable_linears(architecture).items():
-        if entry := header.entries.get(f"{module}.packed"):
-            fitting = [p.name for p in PACKINGS.values() if entry.shape == p.stored_shape(rows, columns)]
-            before = _dig(old, "trunk", "packed", module, "packing")
-            if before not in fitting and len(fitting) != 1:
-                what = " or ".join(fitting) or "none that is known"
-                raise FormatError(f"{folder / TRUNK_NAME}: the packing of {module} may be {what}", _fetch(folder))
-            packed[module] = PackedLinear(before if before in fitting else fitting[0], rows, columns)
-    with translated(folder / TRUNK_NAME, "read", DamageError), open(folder / TRUNK_NAME, "rb") as f:
+    path = folder / TRUNK_NAME
+    _check_metadata(header, ("model_type", "expert_modules", "packed"), path)
+    if (model_type := header.metadata["model_type"]) != config["model_type"]:
+        raise FormatError(
+            f"{path}: its metadata is of a {short(model_type)}, {CONFIG_NAME} says {config['model_type']!r}",
+            _fetch(folder),
+        )
+
+    def said(key: str, kind: Any) -> Any:
+        where = f"{path}: metadata {key}"
+        return typed(parse(header.metadata[key].encode(), where), kind, where)
+
+    packed = said("packed", dict[Label, PackedLinear])
+    modules = said("expert_modules", Annotated[list[Label], Meta(min_length=1, max_length=1000)])
+    with translated(path, "read", DamageError), open(path, "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return Trunk(TRUNK_NAME, size, header.sha256, sha256, packed)
+    trunk = Trunk(
+        file=TRUNK_NAME,
+        size_bytes=size,
+        header_sha256=header.sha256,
+        sha256=sha256,
+        tensors=len(without_fillers(header.entries.values())),
+        parameters=parameter_count(header.entries.values(), packed),
+        packed=packed,
+    )
+    return trunk, Architecture.of_config(config, modules)
 
 
 def _fetch(folder: Path) -> str:

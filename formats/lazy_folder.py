@@ -161,7 +161,7 @@ def _check_room(path: Path, index: Index) -> None:
 
 
 def _read_record(path: Path, artifact: Artifact, complete: bool) -> bytearray:
-    count = artifact.architecture.num_hidden_layers * artifact.architecture.num_local_experts
+    count = artifact.architecture.expert_layers * artifact.architecture.num_local_experts
     if complete:
         return bytearray(b"\1" * count)
     data = (path / RECORD_NAME).read_bytes() if (path / RECORD_NAME).is_file() else b""

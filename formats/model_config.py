@@ -5,71 +5,12 @@ remote classes, quantizers) or files, and fails late, far from the cause, on num
 but what `gate_config` returns (docs/security.md).
 """
 
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from formats.errors import MoeConvertError
-from formats.field_rules import (
-    Either,
-    Flag,
-    Integer,
-    ListOf,
-    Number,
-    OneOf,
-    Refuse,
-    Rule,
-    Text,
-    optional,
-    short,
-    take_field,
-)
+from formats.field_rules import Refuse, short, take_field
+from formats.model_types import MODEL_TYPES, UNSET, ModelType
 from formats.rope_parameters import SOURCES, merge_rope
-
-MOST_TOKENS = 1 << 24
-_SIZE = Integer(1, 1 << 20)
-_COUNT = Integer(1, 1000)
-_TOKEN = optional(Integer(-1, MOST_TOKENS))
-_UNSET = object()
-
-
-@dataclass(frozen=True)
-class Field:
-    """The rule for a field, and what stands for it where config.json has none: MixtralConfig's default, or nothing."""
-
-    rule: Rule
-    default: Any = _UNSET
-
-
-FIELDS: dict[str, Field] = {
-    "model_type": Field(OneOf(("mixtral",)), "mixtral"),
-    "architectures": Field(optional(OneOf((["MixtralForCausalLM"],))), ["MixtralForCausalLM"]),
-    "transformers_version": Field(optional(Text())),
-    "dtype": Field(optional(OneOf(("bfloat16", "float16", "float32")))),
-    "vocab_size": Field(Integer(1, MOST_TOKENS), 32000),
-    "hidden_size": Field(_SIZE, 4096),
-    "intermediate_size": Field(_SIZE, 14336),
-    "num_hidden_layers": Field(_COUNT, 32),
-    "num_attention_heads": Field(Integer(1, 1 << 16), 32),
-    "num_key_value_heads": Field(optional(Integer(1, 1 << 16)), 8),
-    "head_dim": Field(optional(Integer(2, 1 << 16)), None),
-    "hidden_act": Field(OneOf(("silu", "swish")), "silu"),
-    "max_position_embeddings": Field(Integer(2, 1 << 31), 131072),
-    "initializer_range": Field(Number(0, 1e3), 0.02),
-    "rms_norm_eps": Field(Number(0, 1), 1e-5),
-    "use_cache": Field(Flag(), True),
-    "pad_token_id": Field(_TOKEN, None),
-    "bos_token_id": Field(_TOKEN, 1),
-    "eos_token_id": Field(Either(_TOKEN, ListOf(Integer(0, MOST_TOKENS), 64)), 2),
-    "tie_word_embeddings": Field(optional(Flag()), False),
-    "sliding_window": Field(optional(Integer(1, 1 << 31)), None),
-    "attention_dropout": Field(Number(0, 1), 0.0),
-    "num_experts_per_tok": Field(_COUNT, 2),
-    "num_local_experts": Field(_COUNT, 8),
-    "output_router_logits": Field(Flag(), False),
-    "router_aux_loss_coef": Field(Number(0, 1e3), 0.001),
-    "router_jitter_noise": Field(Number(0, 0.999), 0.0),
-}
-"""What may reach transformers and is written to an output, beside rope_parameters (formats/rope_parameters.py)."""
 
 RUN_TIME = (
     "transformers_version", "dtype", "max_position_embeddings", "rope_parameters", "initializer_range", "use_cache",
@@ -82,10 +23,7 @@ NOT_TAKEN = (
     "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
     "problem_type",
 )  # fmt: skip
-"""Fields that MixtralConfig declares too, of no use to a causal language model; they change what its calls return."""
-
-ALIASES = {"num_experts": "num_local_experts", "torch_dtype": "dtype"}
-"""Other names by which transformers reads a field."""
+"""Fields that transformers declares too, of no use to a causal language model; they change what its calls return."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
@@ -95,13 +33,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_sharing_modes": (None, []),
     "compression_config": (None,),
 }
-"""Fields outside of FIELDS that change what transformers computes, and the values with which they change nothing."""
+"""Fields of no model type that change what transformers computes, and the values with which they change nothing."""
 
-SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts", "num_experts_per_tok",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
-)  # fmt: skip
-"""The numbers that an index records as `architecture`."""
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MOST_EXPERTS = 100_000
 """Of all layers together: a file that claims more would cost memory and time before its tensors are looked at."""
@@ -114,8 +47,8 @@ def gate_config(
     """(the fields that transformers may get, notes on what was left out or replaced) of a config.json's value.
 
     The result has every field that has a default, in bounds and with one name; it passes the gate unchanged.
-    A field that is not in FIELDS is left out; of a converted folder (`converted`) it is refused, because the converter
-    writes none. quantization_config is the caller's to check. Raises `error` naming `where`, field, value.
+    A field that is not the model type's is left out; of a converted folder (`converted`) it is refused, because the
+    converter writes none. quantization_config is the caller's to check. Raises `error` naming `where`, field, value.
     """
 
     def refuse(field: str, message: str) -> NoReturn:
@@ -124,9 +57,11 @@ def gate_config(
 
     if not isinstance(raw, dict):
         raise error(f"{where}: not an object", "get config.json again")
+    model_type = _model_type(raw.get("model_type"), refuse)
+    known = model_type.fields
     notes: list[str] = []
-    given = _renamed(raw, notes)
-    elsewhere = {*FIELDS, *SOURCES, "quantization_config"}
+    given = _renamed(raw, model_type, notes)
+    elsewhere = {"model_type", *known, *SOURCES, "quantization_config"}
     left_out = {name: value for name, value in given.items() if name not in elsewhere}
     for name, value in left_out.items():
         if converted:
@@ -134,17 +69,21 @@ def gate_config(
             raise error(message, f"remove {short(name)} from config.json; docs/security.md lists the fields")
         if value not in NEUTRAL.get(name, (value,)):
             refuse(name, f"{name} is {short(value)}, which is not read")
-    fields = {n: take_field(n, value, FIELDS[n].rule, refuse) for n, value in given.items() if n in FIELDS}
-    absent = [name for name in SIZES if name not in fields and name not in _COMPUTED]
+    fields = {
+        name: take_field(name, value, known[name].rule, refuse) if name in known else value
+        for name, value in given.items()
+        if name in known or name == "model_type"
+    }
+    absent = [name for name in model_type.sizes if name not in fields and name not in _COMPUTED]
     if converted and absent:
         raise error(f"{where}: field {absent[0]} is missing", "get config.json again from where it was published")
     if absent:
-        notes.append("left to transformers' defaults: " + ", ".join(f"{n} ({FIELDS[n].default})" for n in absent))
-    _fill_defaults(fields)
-    _check_sizes(fields, refuse)
-    _check_tokens(fields, notes, refuse)
+        notes.append("left to transformers' defaults: " + ", ".join(f"{n} ({known[n].default})" for n in absent))
+    _fill_defaults(fields, model_type)
+    _check_sizes(fields, model_type, refuse)
+    _check_tokens(fields, model_type, notes, refuse)
     positions, head_dim = fields["max_position_embeddings"], fields["head_dim"]
-    rope, unread = merge_rope(given, positions, head_dim, refuse)
+    rope, unread = merge_rope(given, positions, head_dim, model_type.rope_theta, refuse)
     fields["rope_parameters"] = rope
     if left := {**left_out, **unread}:
         names = [f"{short(name)} ({short(value)})" for name, value in list(left.items())[:16]]
@@ -163,13 +102,20 @@ def check_token(name: str, value: Any, vocab_size: int, refuse: Refuse) -> Any:
     return value
 
 
-def _renamed(raw: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """`raw` with one name for each field. As in transformers num_experts goes before, and torch_dtype after."""
-    given = {name: value for name, value in raw.items() if name not in ALIASES}
-    for alias, name in ALIASES.items():
+def _model_type(name: Any, refuse: Refuse) -> ModelType:
+    if type(name) is not str or name not in MODEL_TYPES:
+        refuse("model_type", f"model_type is {short(name)}, converted and loaded are {', '.join(MODEL_TYPES)}")
+    return MODEL_TYPES[name]
+
+
+def _renamed(raw: dict[str, Any], model_type: ModelType, notes: list[str]) -> dict[str, Any]:
+    """`raw` with one name a field. As in transformers the alias of the experts goes before, torch_dtype after."""
+    aliases = {model_type.experts_alias: model_type.experts, "torch_dtype": "dtype"}
+    given = {name: value for name, value in raw.items() if name not in aliases}
+    for alias, name in aliases.items():
         if alias not in raw:
             continue
-        order = (alias, name) if alias == "num_experts" else (name, alias)
+        order = (name, alias) if alias == "torch_dtype" else (alias, name)
         found = [(key, raw[key]) for key in order if raw.get(key) is not None]
         given[name] = found[0][1] if found else None
         if len(found) == 2 and found[0][1] != found[1][1]:
@@ -177,13 +123,14 @@ def _renamed(raw: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     return given
 
 
-def _fill_defaults(fields: dict[str, Any]) -> None:
+def _fill_defaults(fields: dict[str, Any], model_type: ModelType) -> None:
     """Writes each default of transformers where there is no value, and the numbers that it computes from others."""
-    for name, field in FIELDS.items():
-        if field.default is not _UNSET and name not in _TOKENS:
+    known = model_type.fields
+    for name, field in known.items():
+        if field.default is not UNSET and name not in _TOKENS:
             fields.setdefault(name, field.default)
     if fields["architectures"] is None:
-        fields["architectures"] = FIELDS["architectures"].default
+        fields["architectures"] = known["architectures"].default
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if fields["head_dim"] is None:
@@ -192,17 +139,21 @@ def _fill_defaults(fields: dict[str, Any]) -> None:
         fields["tie_word_embeddings"] = False
     if fields["hidden_act"] == "swish":
         fields["hidden_act"] = "silu"
+    if fields.get("mlp_only_layers", []) is None:
+        fields["mlp_only_layers"] = []
+    if fields.get("use_sliding_window") is False:
+        fields["sliding_window"] = None
 
 
-def _check_sizes(fields: dict[str, Any], refuse: Refuse) -> None:
-    for part, whole in (("num_experts_per_tok", "num_local_experts"), ("num_key_value_heads", "num_attention_heads")):
+def _check_sizes(fields: dict[str, Any], model_type: ModelType, refuse: Refuse) -> None:
+    for part, whole in (("num_experts_per_tok", model_type.experts), ("num_key_value_heads", "num_attention_heads")):
         if fields[part] > fields[whole]:
             refuse(part, f"{part} is {fields[part]}, more than {whole}, which is {fields[whole]}")
-    layers, experts = fields["num_hidden_layers"], fields["num_local_experts"]
+    layers, experts = fields["num_hidden_layers"], fields[model_type.experts]
     if layers * experts > MOST_EXPERTS:
         refuse(
-            "num_local_experts",
-            f"num_hidden_layers is {layers} and num_local_experts {experts}: over {MOST_EXPERTS} experts together",
+            model_type.experts,
+            f"num_hidden_layers is {layers} and {model_type.experts} {experts}: over {MOST_EXPERTS} experts together",
         )
     heads, key_value_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
     if heads % key_value_heads:
@@ -210,11 +161,15 @@ def _check_sizes(fields: dict[str, Any], refuse: Refuse) -> None:
         refuse("num_key_value_heads", message)
     if fields["head_dim"] < 2 or fields["head_dim"] % 2:
         refuse("head_dim", f"head_dim is {fields['head_dim']}, expected is an even number of at least 2")
+    if model_type.whole_heads and heads * fields["head_dim"] != fields["hidden_size"]:
+        message = f"head_dim is {fields['head_dim']}, expected is hidden_size ({fields['hidden_size']}) divided by"
+        refuse("head_dim", f"{message} num_attention_heads ({heads})")
 
 
-def _check_tokens(fields: dict[str, Any], notes: list[str], refuse: Refuse) -> None:
+def _check_tokens(fields: dict[str, Any], model_type: ModelType, notes: list[str], refuse: Refuse) -> None:
+    known = model_type.fields
     for name in _TOKENS:
-        value = fields.get(name, FIELDS[name].default)
+        value = fields.get(name, known[name].default)
         if name not in fields and value is not None and value >= fields["vocab_size"]:
             value = None
         fields[name] = check_token(name, value, fields["vocab_size"], refuse)

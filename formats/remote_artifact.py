@@ -31,7 +31,7 @@ def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Ar
     write_file(folder / index_name, data)
     # Counts before headers: config.json bounds the numbers of layers and experts.
     read_head(folder, index_name)
-    headers = [(index.trunk.file, index.trunk.size_bytes, trunk_header_limit(index.architecture))]
+    headers = [(index.trunk.file, index.trunk.size_bytes, trunk_header_limit(index.trunk))]
     headers += [(layer.file, layer.size_bytes, layer_header_limit(layer)) for layer in index.layers]
     for name, size, limit in headers:
         path = folder / name

@@ -133,11 +133,11 @@ def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:
     """The bytes before the data of a layer's file: `own` if they are as the index says, else written again."""
     layer = index.layers[number]
     layouts = [ExpertLayout.of(index.architecture, e.gate_up, e.down) for e in layer.experts]
-    codec = layer.experts[0].codec
+    module, codec = index.architecture.expert_modules[number], layer.experts[0].codec
     entries = (
-        raw_entries(number, layouts) if codec == "none" else zstd_entries(number, [e.length for e in layer.experts])
+        raw_entries(module, layouts) if codec == "none" else zstd_entries(module, [e.length for e in layer.experts])
     )
-    for header in (own, build_header(entries, layer_metadata(number, layouts, codec))):
+    for header in (own, build_header(entries, layer_metadata(number, module, layouts, codec))):
         if hashlib.sha256(header).hexdigest() == layer.header_sha256:
             return header
     raise DamageError(
@@ -155,7 +155,8 @@ def _mend_layer(folder: Path, index: Index, number: int, origin: Origin) -> list
     own = read(0, first)
     good_header = hashlib.sha256(own).hexdigest() == layer.header_sha256 and size == layer.size_bytes
     header = _parsed(read, size, str(path))
-    places = {e.expert: _find(read, header, e) for e in layer.experts}
+    module = index.architecture.expert_modules[number]
+    places = {e.expert: _find(read, header, module, e) for e in layer.experts}
     at_home = all(places[e.expert] == [(e.offset, e.offset + e.length)] for e in layer.experts)
     if good_header and at_home and not any(any(read(begin, end)) for begin, end in _fillers(layer.experts)):
         return None
@@ -187,11 +188,11 @@ Read = Callable[[int, int], bytes]
 """Bytes begin..end of a file; fewer where it ends."""
 
 
-def _find(read: Read, header: Header | None, entry: ExpertEntry) -> Places:
+def _find(read: Read, header: Header | None, module: str, entry: ExpertEntry) -> Places:
     """Where the expert's good bytes are: where the index says, or where the header has its tensors; else nowhere."""
     candidates: list[Places] = [[(entry.offset, entry.offset + entry.length)]]
     if header:
-        prefix = expert_prefix(entry.layer, entry.expert)
+        prefix = expert_prefix(module, entry.expert)
         names = [f"{prefix}.zstd"] if entry.codec == "zstd" else [f"{prefix}.gate_up", f"{prefix}.down"]
         tensors = [header.entries[name] for name in names if name in header.entries]
         if len(tensors) == len(names):

@@ -6,8 +6,6 @@ from formats.field_rules import Flag, Integer, ListOf, Number, Refuse, Rule, opt
 
 SOURCES = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 """Fields of config.json that the parameters come from."""
-DEFAULT_THETA = 1_000_000.0
-"""Of MixtralConfig."""
 
 _FACTOR = Number(2**-10, 2**20)
 _POSITIONS = Integer(2, 2**31)
@@ -53,11 +51,12 @@ _REQUIRED = {
 
 
 def merge_rope(
-    config: dict[str, Any], positions: int, head_dim: int, refuse: Refuse
+    config: dict[str, Any], positions: int, head_dim: int, default_theta: float, refuse: Refuse
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameters with rope_type and rope_theta, what was given but is read by nobody) of a config.json.
 
-    `positions` is its max_position_embeddings. Calls `refuse` for unknown types and for values out of range.
+    positions: its max_position_embeddings; default_theta: transformers' for its model type. Calls `refuse` for unknown
+    types and for values out of range.
     """
     scaling, own = (_object(name, config.get(name), refuse) for name in ("rope_scaling", "rope_parameters"))
     place, given = ("rope_scaling", scaling) if scaling else ("rope_parameters", own)
@@ -69,7 +68,7 @@ def merge_rope(
     kind = given.get("rope_type", given.get("type", "default"))
     if type(kind) is not str or kind not in TYPES:
         refuse(place, f"{place}: type is {short(kind)}, known are {', '.join(TYPES)}")
-    theta = _theta(config, given, place, unread, refuse)
+    theta = _theta(config, given, place, default_theta, unread, refuse)
     result: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
     rules = TYPES[kind]
     for name in _REQUIRED.get(kind, ()):
@@ -103,10 +102,12 @@ def _object(name: str, value: Any, refuse: Refuse) -> dict[str, Any]:
     return value or {}
 
 
-def _theta(config: dict[str, Any], given: dict[str, Any], place: str, unread: dict[str, Any], refuse: Refuse) -> float:
+def _theta(
+    config: dict[str, Any], given: dict[str, Any], place: str, default: float, unread: dict[str, Any], refuse: Refuse
+) -> float:
     outer = take_field("rope_theta", config["rope_theta"], _THETA, refuse) if "rope_theta" in config else None
     if "rope_theta" not in given:
-        return DEFAULT_THETA if outer is None else float(outer)
+        return default if outer is None else float(outer)
     theta = take_field(f"{place}.rope_theta", given["rope_theta"], _THETA, refuse)
     if outer not in (None, theta):
         unread["rope_theta"] = outer
@@ -114,9 +115,9 @@ def _theta(config: dict[str, Any], given: dict[str, Any], place: str, unread: di
 
 
 def _check_whole(name: str, value: Any, kind: str, refuse: Refuse) -> None:
-    """Mixtral rotates whole heads: transformers ignores the factor for the default type and fails for the others."""
+    """Only whole heads are rotated: transformers ignores the factor for the default type and fails for the others."""
     if value not in (None, 1) or type(value) is bool:
-        refuse(name, f"{name} is {short(value)}; a Mixtral rotates whole heads, so that only 1 is read")
+        refuse(name, f"{name} is {short(value)}; only whole heads are rotated, so that only 1 is read")
 
 
 def _check_together(rope: dict[str, Any], head_dim: int, place: str, refuse: Refuse) -> None:

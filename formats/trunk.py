@@ -1,77 +1,78 @@
-"""What trunk.safetensors must hold: names and shapes of everything that is not an expert."""
+"""What trunk.safetensors holds: packed matrices as the index names them, and numbers. What of it a model needs, its
+class says when it is loaded."""
 
+from collections.abc import Iterable
+from math import prod
+
+from msgspec.json import encode
+
+from formats import FORMAT_VERSION
 from formats.errors import FormatError
-from formats.index import Architecture, PackedLinear
+from formats.index import Architecture, PackedLinear, Trunk
+from formats.layer_file import FILLER_PREFIX
 from formats.packing import tile_packing_named
 from formats.safetensors_header import TensorEntry
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""transformers' names of an attention's matrices."""
+PACKED = ".packed"
+"""How the name of a packed matrix's tensor ends, after its module's path."""
 
 
-def attention_linears(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """Module name -> (rows, columns) of every attention projection."""
-    a = architecture
-    q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    shapes = {
-        "q_proj": (q, a.hidden_size),
-        "k_proj": (kv, a.hidden_size),
-        "v_proj": (kv, a.hidden_size),
-        "o_proj": (a.hidden_size, q),
-    }
+def trunk_metadata(architecture: Architecture, packed: dict[str, PackedLinear]) -> dict[str, str]:
+    """The header's metadata: what is needed, with config.json and the tensors, to write the index again."""
     return {
-        f"model.layers.{layer}.self_attn.{name}": shape
-        for layer in range(a.num_hidden_layers)
-        for name, shape in shapes.items()
+        "format": "moe-convert",
+        "format_version": str(FORMAT_VERSION),
+        "model_type": architecture.model_type,
+        "expert_modules": encode(architecture.expert_modules).decode(),
+        "packed": encode(packed).decode(),
     }
 
 
-def packable_linears(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """Module name -> (rows, columns) of the matrices that may be packed: attention, and a head of its own."""
-    head = {} if architecture.tie_word_embeddings else {"lm_head": (architecture.vocab_size, architecture.hidden_size)}
-    return attention_linears(architecture) | head
+def without_fillers(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
+    """The tensors that are something's weights."""
+    return [entry for entry in entries if not entry.name.startswith(FILLER_PREFIX)]
 
 
-def plain_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the trunk's tensors that are never packed: embeddings, routers, norms."""
-    a = architecture
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
-    for layer in range(a.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{prefix}.mlp.gate.weight"] = (a.num_local_experts, a.hidden_size)
-    shapes["model.norm.weight"] = (a.hidden_size,)
-    return shapes
+def parameter_count(entries: Iterable[TensorEntry], packed: dict[str, PackedLinear]) -> int:
+    """How many numbers the model has in the trunk: of a packed matrix its weights."""
+    count = sum(linear.rows * linear.columns for linear in packed.values())
+    return count + sum(
+        prod(entry.shape) for entry in without_fillers(entries) if entry.name.removesuffix(PACKED) not in packed
+    )
 
 
-def check_trunk(
-    entries: dict[str, TensorEntry], architecture: Architecture, packed: dict[str, PackedLinear], where: str
-) -> None:
-    """FormatError naming the first tensor of the trunk that is missing, extra, or of a wrong shape or dtype."""
-    linears = packable_linears(architecture)
-    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        name: (shape, FLOAT_DTYPES) for name, shape in plain_tensors(architecture).items()
-    }
-    for module, (rows, columns) in linears.items():
-        if module in packed:
-            entry = packed[module]
-            if (entry.rows, entry.columns) != (rows, columns):
-                raise FormatError(
-                    f"{where}: {module} is [{entry.rows}, {entry.columns}], config.json says [{rows}, {columns}]"
-                )
-            packing = tile_packing_named(entry.packing, f"{where}: {module}")
-            expected[f"{module}.packed"] = (packing.stored_shape(rows, columns), (packing.dtype,))
-        else:
-            expected[f"{module}.weight"] = ((rows, columns), FLOAT_DTYPES)
-    if unknown := sorted(packed.keys() - linears.keys()):
-        raise FormatError(f"{where}: packed module {unknown[0]} does not belong to this architecture")
-    if missing := sorted(expected.keys() - entries.keys()):
-        raise FormatError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:4])}")
-    extra = sorted(name for name in entries.keys() - expected.keys() if not name.startswith("__pad__."))
-    if extra:
-        raise FormatError(f"{where}: {len(extra)} tensors do not belong there: {', '.join(extra[:4])}")
-    for name, (shape, dtypes) in expected.items():
-        if entries[name].shape != shape:
-            raise FormatError(f"{where}: tensor {name} has shape {list(entries[name].shape)}, expected {list(shape)}")
-        if entries[name].dtype not in dtypes:
-            raise FormatError(f"{where}: tensor {name} is {entries[name].dtype}, expected {' or '.join(dtypes)}")
+def attention_size(entries: Iterable[TensorEntry], packed: dict[str, PackedLinear]) -> tuple[int, int]:
+    """(stored bytes, weights) of the attention's matrices."""
+    n_bytes = n_weights = 0
+    for entry in entries:
+        module, _, part = entry.name.rpartition(".")
+        if module.rpartition(".")[2] in ATTENTION and part in ("weight", "packed"):
+            n_bytes += entry.n_bytes
+            n_weights += packed[module].rows * packed[module].columns if module in packed else prod(entry.shape)
+    return n_bytes, n_weights
+
+
+def check_trunk(entries: dict[str, TensorEntry], trunk: Trunk, where: str) -> None:
+    """FormatError naming the first tensor that is not what the index says, or that is neither packed nor numbers."""
+    present = {entry.name: entry for entry in without_fillers(entries.values())}
+    for module, linear in trunk.packed.items():
+        packing = tile_packing_named(linear.packing, f"{where}: {module}")
+        entry = present.pop(f"{module}{PACKED}", None)
+        shape = packing.stored_shape(linear.rows, linear.columns)
+        if entry is None:
+            raise FormatError(f"{where}: tensor {module}{PACKED} is missing")
+        _check(entry, shape, (packing.dtype,), where)
+        if f"{module}.weight" in present:
+            raise FormatError(f"{where}: {module} is there packed and as {module}.weight")
+    for entry in present.values():
+        _check(entry, entry.shape, FLOAT_DTYPES, where)
+
+
+def _check(entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...], where: str) -> None:
+    if entry.shape != shape:
+        raise FormatError(f"{where}: tensor {entry.name} has shape {list(entry.shape)}, expected {list(shape)}")
+    if entry.dtype not in dtypes:
+        raise FormatError(f"{where}: tensor {entry.name} is {entry.dtype}, expected {' or '.join(dtypes)}")

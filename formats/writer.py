@@ -110,13 +110,15 @@ class PlacedFile:
 
 
 class LayerWriter(PlacedFile):
-    """A layer's file; `layouts[e]` is expert e's, `offsets[e]` is where it begins, in bytes."""
+    """A layer's file; `layouts[e]` is expert e's, `offsets[e]` is where it begins, in bytes. module: the path of the
+    layer's experts in the model."""
 
-    def __init__(self, path: Path, layer: int, layouts: list[ExpertLayout]) -> None:
-        super().__init__(path, raw_entries(layer, layouts), layer_metadata(layer, layouts, "none"))
+    def __init__(self, path: Path, layer: int, module: str, layouts: list[ExpertLayout]) -> None:
+        super().__init__(path, raw_entries(module, layouts), layer_metadata(layer, module, layouts, "none"))
         self._layer = layer
+        self._module = module
         self._layouts = layouts
-        self.offsets = [self.offset(f"{expert_prefix(layer, expert)}.gate_up") for expert in range(len(layouts))]
+        self.offsets = [self.offset(f"{expert_prefix(module, expert)}.gate_up") for expert in range(len(layouts))]
 
     def write_expert(self, expert: int, blob: torch.Tensor) -> Checksums:
         """Writes expert `expert`'s bytes (uint8 [n_bytes], contiguous) durably; returns their checksums."""
@@ -154,8 +156,8 @@ class LayerWriter(PlacedFile):
                 frames.write_at(frame, sum(lengths))
                 lengths.append(len(frame))
                 checksums.append(Checksums.of(frame))
-            entries = zstd_entries(self._layer, lengths)
-            header = build_header(entries, layer_metadata(self._layer, self._layouts, "zstd"))
+            entries = zstd_entries(self._module, lengths)
+            header = build_header(entries, layer_metadata(self._layer, self._module, self._layouts, "zstd"))
             out.write_at(header, 0)
             places: list[Place] = []
             for entry in entries:

@@ -1,4 +1,4 @@
-"""Runs a converted folder: a transformers Mixtral whose experts come from the files, through a cache.
+"""Runs a converted folder: a model of transformers whose experts come from the files, through a cache.
 
 import loader
 model = loader.from_pretrained("mixtral-2bit", ram_cache="6GiB")

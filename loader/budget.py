@@ -43,7 +43,7 @@ def experts_aside(architecture: Architecture) -> int:
 def expert_bytes_by_layer(artifact: SizedExperts) -> list[int]:
     """The bytes in memory of the largest expert of each layer."""
     experts = range(artifact.architecture.num_local_experts)
-    layers = range(artifact.architecture.num_hidden_layers)
+    layers = range(artifact.architecture.expert_layers)
     return [max(artifact.layout(layer, expert).n_bytes for expert in experts) for layer in layers]
 
 
@@ -127,8 +127,8 @@ def check_slots(slots: Sequence[int], artifact: Artifact) -> None:
     most = architecture.num_local_experts
     if not isinstance(slots, Sequence) or not all(isinstance(count, int) for count in slots):
         raise RecipeError(f"slots: {slots!r} is no list of numbers", "give one number for each layer")
-    if len(slots) != architecture.num_hidden_layers:
-        raise RecipeError(f"slots: {len(slots)} numbers for {architecture.num_hidden_layers} layers")
+    if len(slots) != architecture.expert_layers:
+        raise RecipeError(f"slots: {len(slots)} numbers for {architecture.expert_layers} layers")
     for layer, count in enumerate(slots):
         if not 0 <= count <= most:
             raise RecipeError(f"slots: {count} for layer {layer}; expected is 0 to {most}")

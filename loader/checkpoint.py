@@ -2,15 +2,19 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from formats import INDEX_NAME
 from formats.checkpoint_config import WEIGHTS, read_config
 from formats.errors import MoeConvertError, SourceError
+from formats.index import Architecture
 from formats.paths import read_small
 from formats.strict_json import parse
 from formats.unconverted import check_finished
-from loader.configuration import loading_options
+from loader.configuration import loading_options, model_class
+from loader.expert_layers import experts_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,18 +46,27 @@ def vocabulary_size(folder: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def checkpoint_architecture(folder: Path, config: dict[str, Any]) -> Architecture:
+    """The architecture of the checkpoint in `folder` with this gated config.json. SourceError where transformers
+    refuses it."""
+    from transformers import AutoModelForCausalLM
+
+    options = loading_options(folder, config, None, error=SourceError)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(options["config"], trust_remote_code=False)
+    return Architecture.of_config(config, list(experts_modules(model)))
+
+
 def load_checkpoint(folder: Path) -> "PreTrainedModel":
-    """The Mixtral in `folder` in its stored dtype, on the CPU.
+    """The model in `folder` in its stored dtype, on the CPU.
 
-    SourceError if it is another model; MoeConvertError if there are no safetensors files, or if transformers cannot
-    load it.
+    SourceError if its type is none that is tested; MoeConvertError if there are no safetensors files, or if
+    transformers cannot load it.
     """
-    from transformers import MixtralForCausalLM
-
     check_runnable(folder)
     options = loading_options(folder, read_config(folder), None, error=SourceError)
     try:
-        model = MixtralForCausalLM.from_pretrained(os.fspath(folder), dtype="auto", **options)
+        model = model_class(options["config"]).from_pretrained(os.fspath(folder), dtype="auto", **options)
     except (OSError, ValueError) as e:
         raise MoeConvertError(f"{folder}: transformers cannot load it: {e}") from e
     return model.eval()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from formats.errors import MoeConvertError
 from formats.quality import Comparison
+from loader.expert_layers import experts_modules
 from loader.perplexity import Progress
 
 Prediction = tuple[Callable[[int, int], Tensor], Tensor]
@@ -32,8 +33,8 @@ class Text:
 
 @torch.inference_mode()
 def model_predictions(model: Any, windows: Tensor, batch: int) -> Iterator[Prediction]:
-    """The predictions of a Mixtral of transformers for each of `windows` (int64 [n, window]), computed `batch` at a
-    time: its experts are read once for these."""
+    """The predictions of a causal language model of transformers for each of `windows` (int64 [n, window]), computed
+    `batch` at a time: its experts are read once for these."""
     for ids in torch.split(windows, batch):
         with _Choices(model) as choices:
             hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
@@ -134,7 +135,7 @@ def _logits(head: Any, hidden: Tensor, begin: int, end: int) -> Tensor:
 
 
 class _Choices:
-    """Collects the experts that each layer's router chooses, int64 [tokens, k], in `found`."""
+    """Collects the experts that tokens use in each layer, int64 [tokens, k], in `found`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -142,13 +143,14 @@ class _Choices:
         self._handles: list[Any] = []
 
     def __enter__(self) -> "_Choices":
-        for layer in self._model.model.layers:
-            self._handles.append(layer.mlp.gate.register_forward_hook(self._hook))
+        for experts in experts_modules(self._model).values():
+            self._handles.append(experts.register_forward_pre_hook(self._hook))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, _module: Any, _inputs: Any, output: Any) -> None:
-        self.found.append(output[-1].cpu())
+    def _hook(self, _module: Any, inputs: Any) -> None:
+        _, chosen, _ = inputs
+        self.found.append(chosen.cpu())

@@ -17,17 +17,18 @@ def loading_options(
     error: type[MoeConvertError],
     converted: bool = False,
 ) -> dict[str, Any]:
-    """Arguments for MixtralForCausalLM.from_pretrained, so that it parses no configuration of `folder` itself.
+    """Arguments for the from_pretrained of `model_class`, so that it parses no configuration of `folder` itself.
 
     fields: the gated config.json. attn_implementation: the user's choice; None takes sdpa, or what the class supports.
     Raises `error` naming the file where transformers refuses a value.
     """
-    from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+    from transformers import AutoConfig, GenerationConfig
 
     generation = read_generation_config(folder, fields["vocab_size"], error=error, converted=converted)
     where = folder / "config.json"
     try:
-        config = MixtralConfig.from_dict(copy.deepcopy(fields))
+        given = copy.deepcopy(fields)
+        config = AutoConfig.for_model(given.pop("model_type"), **given)
         if generation is None:
             defaults = GenerationConfig.from_model_config(copy.deepcopy(fields))
         else:
@@ -39,8 +40,15 @@ def loading_options(
     return {
         "config": config,
         "generation_config": defaults,
-        "attn_implementation": attn_implementation or ("sdpa" if MixtralForCausalLM._supports_sdpa else "eager"),
+        "attn_implementation": attn_implementation or ("sdpa" if model_class(config)._supports_sdpa else "eager"),
         "local_files_only": True,
         "use_safetensors": True,
         "trust_remote_code": False,
     }
+
+
+def model_class(config: Any) -> Any:
+    """transformers' class of a causal language model with this configuration object."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

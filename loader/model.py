@@ -15,9 +15,10 @@ from formats.index import Architecture
 from formats.log_once import warn_once
 from formats.readers import READERS
 from formats.whole_files import check_files, generation_note
-from loader.configuration import loading_options
+from loader.configuration import loading_options, model_class
 from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device
+from loader.expert_layers import routed_layers
 from loader.hf.serving import Serving
 from loader.listed_files import link_listed_files
 from loader.placement import CacheOptions, Placement, place
@@ -52,7 +53,7 @@ def from_pretrained(
     lazy: bool = False,
     progress: Progress | None = None,
 ) -> "PreTrainedModel":
-    """A transformers `MixtralForCausalLM` whose experts come from `folder` when tokens need them.
+    """A causal language model of transformers whose experts come from `folder` when tokens need them.
 
     folder: one that moe-convert wrote, or owner/model on the Hub, at `revision` (None: main), with `token` (None:
     huggingface_hub's). A repository is fetched whole into huggingface_hub's cache and used there. With `lazy` all but
@@ -107,11 +108,7 @@ def from_pretrained(
         model, placement = _placed(opened, [], options, dtype, attn_implementation)
     cache = placement.cache
     if guesses:
-        layers = model.model.layers
-        routers, norms = zip(*((x.mlp.gate.weight, x.post_attention_layernorm.weight) for x in layers), strict=True)
-        # By the routers: config.json may ask for another number of experts than the folder was made with.
-        guesses = layers[0].mlp.gate.top_k if prefetch == "auto" else guesses
-        cache.prefetcher = Prefetcher(routers, norms, guesses)
+        cache.prefetcher = _prefetcher(model, guesses if prefetch != "auto" else None)
     model.serve(Serving(cache, placement.decoders, placement.retry))
     return model
 
@@ -145,8 +142,6 @@ def _placed(
 
 
 def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None) -> Any:
-    from transformers import MixtralForCausalLM
-
     from loader.hf.model_class import served_class
     from loader.plugin import Parts, loading
 
@@ -157,7 +152,8 @@ def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementat
     # With an adapter_config.json beside the weights, transformers would load that too.
     with link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files, loading(parts):
         try:
-            model = served_class(MixtralForCausalLM).from_pretrained(os.fspath(files), dtype=dtype, **options)
+            base = model_class(options["config"])
+            model = served_class(base).from_pretrained(os.fspath(files), dtype=dtype, **options)
         except ImportError as e:
             if attn_implementation is None:
                 raise
@@ -202,6 +198,17 @@ def _check_attention(name: str | None) -> None:
     known = ("eager", *AttentionInterface().valid_keys())
     if name is not None and name not in known:
         raise RecipeError(f"attn_implementation: {name!r} is unknown; known are {', '.join(known)}")
+
+
+def _prefetcher(model: Any, guesses: int | None) -> Prefetcher | None:
+    """Guesses by the model's routers, as many experts as these choose where `guesses` is None."""
+    layers = routed_layers(model)
+    if layers is None:
+        _log.info("experts of the next layer are not guessed: the routers of %s are not known", type(model).__name__)
+        return None
+    # By the routers: config.json may ask for another number of experts than the folder was made with.
+    count = layers[0].router.top_k if guesses is None else guesses
+    return Prefetcher([x.router.weight for x in layers], [x.norm.weight for x in layers], count)
 
 
 def _guesses(prefetch: int | str, architecture: Architecture) -> int:

@@ -1,4 +1,4 @@
-"""The modules that stand in a transformers Mixtral where packed weights are used."""
+"""The modules that stand in a model of transformers where packed weights are used."""
 
 from typing import Any
 

@@ -65,7 +65,7 @@ def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
     except BaseException:
         reader.close()
         raise
-    layers = artifact.architecture.num_hidden_layers
+    layers = artifact.architecture.expert_layers
     return Placement(cache, backend, (backend,) * layers, torch.device("cpu"), _cpu_decoders(backend))
 
 

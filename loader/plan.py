@@ -214,7 +214,7 @@ def uniform_miss_ratios(architecture: Architecture) -> MissRatios:
     """Where each expert is equally likely at each token: 1 - slots / experts, for any policy that does not know the
     future."""
     count = architecture.num_local_experts
-    return [{slots: 1 - slots / count for slots in range(count + 1)}] * architecture.num_hidden_layers
+    return [{slots: 1 - slots / count for slots in range(count + 1)}] * architecture.expert_layers
 
 
 def traced_miss_ratios(trace: Trace, policy: Callable[[], Policy]) -> MissRatios:

@@ -1,4 +1,4 @@
-"""The seam to transformers: a quantizer plugin that puts our modules into a Mixtral before its weights are loaded.
+"""The seam to transformers: a quantizer plugin that puts our modules into a model before its weights are loaded.
 
 It works from transformers 5.3 on without a copy of modeling code: transformers builds the model, reads the trunk, ties,
 moves and casts; only the expert and attention modules are ours (docs/design.md, "Loader").
@@ -27,6 +27,7 @@ from formats.packing import tile_packing_named
 from loader.backend import Backend
 from loader.cache import ExpertCache
 from loader.head import NativeHead
+from loader.index_comparison import check_experts, check_matrix, check_no_experts_left
 from loader.modules import CachedExperts, PackedLinear
 
 METHOD = "moe_convert"
@@ -115,16 +116,19 @@ class _Patterns(list[str]):
 
 def _swap_modules(model: nn.Module, parts: Parts) -> None:
     artifact = parts.artifact
-    if parts.backend.name == "native":
-        head: Any = model.lm_head
+    head: Any = model.lm_head
+    if parts.backend.name == "native" and type(head) is nn.Linear and head.bias is None:
         _replace(model, "lm_head", NativeHead(head.in_features, head.out_features, bias=False))
     for name, linear in artifact.index.trunk.packed.items():
         packing = tile_packing_named(linear.packing, name)
+        check_matrix(model, name, linear, artifact)
         _replace(model, name, PackedLinear(packing, linear.rows, linear.columns, parts.backend))
-    for layer in range(artifact.architecture.num_hidden_layers):
+    for layer, path in enumerate(artifact.architecture.expert_modules):
+        check_experts(model, path, artifact)
         layouts = {e: artifact.layout(layer, e) for e in range(artifact.architecture.num_local_experts)}
         experts = CachedExperts(layer, layouts, parts.cache, parts.experts[layer])
-        _replace(model, f"model.layers.{layer}.mlp.experts", experts)
+        _replace(model, path, experts)
+    check_no_experts_left(model, artifact)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

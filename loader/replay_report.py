@@ -44,12 +44,12 @@ def replay_trace(trace: Trace, settings: Settings, *, progress: Callable[[str], 
     architecture = trace.header.architecture
     runs = []
     for name in (*settings.policies, OPTIMUM):
-        factories = _factories(name, settings, architecture.num_hidden_layers)
+        factories = _factories(name, settings, architecture.expert_layers)
         costs = None
         if not settings.equal_shares and settings.choose_from is not None and name != OPTIMUM:
             costs = miss_bytes(settings.choose_from, factories)
         for slots in settings.slots:
-            shares = [slots] * architecture.num_hidden_layers
+            shares = [slots] * architecture.expert_layers
             if costs is not None:
                 shares = least_cost_slots(costs, sum(shares))
             replays = [
@@ -76,7 +76,7 @@ def replay_trace(trace: Trace, settings: Settings, *, progress: Callable[[str], 
         "model": trace.header.model,
         "decoded_tokens": int(decoded.sum()),
         "prompt_tokens": int((~decoded).sum()),
-        "layers": architecture.num_hidden_layers,
+        "layers": architecture.expert_layers,
         "experts": architecture.num_local_experts,
         "chosen": architecture.num_experts_per_tok,
         "recall": {

@@ -1,4 +1,4 @@
-"""Listens to a Mixtral's routers: which experts they choose, and what the next layer's router would have guessed."""
+"""Listens to a model's experts: which ones tokens use, and what the next layer's router would have guessed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from formats.errors import MoeConvertError
+from loader.expert_layers import RoutedLayer, routed_layers
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,20 @@ class Routing:
 
 
 class RoutingRecorder:
-    """While it is entered, records every forward pass of `model` (a transformers MixtralForCausalLM).
+    """While it is entered, records every forward pass of `model`, a causal language model of transformers.
 
-    A guess at layer l is the next layer's router on layer l's router input; with the next norm, on the same residual
-    normed with layer l + 1's weight. In float32, best first, `guesses` of them. The hooks make packed layers take
-    transformers' code: slower, the same arithmetic for many tokens (docs/numerics.md).
+    A guess at layer l is the next layer's router on the input of layer l's experts; with the next norm, on the same
+    residual normed with layer l + 1's weight. In float32, best first, `guesses` of them. The hooks make packed layers
+    take transformers' code: slower, the same arithmetic for many tokens (docs/numerics.md).
     """
 
     def __init__(self, model: Any, guesses: int) -> None:
-        self._layers = list(getattr(getattr(model, "model", None), "layers", []))
-        if not self._layers or not all(hasattr(getattr(layer, "mlp", None), "gate") for layer in self._layers):
-            raise MoeConvertError(f"{type(model).__name__} has no routers to listen to", "name a Mixtral")
+        layers = routed_layers(model)
+        if layers is None:
+            raise MoeConvertError(
+                f"{type(model).__name__} has no routers to ask for guesses", "name a mixture of experts"
+            )
+        self._layers = layers
         self._guesses = guesses
         self._handles: list[Any] = []
         self._residual: Tensor | None = None
@@ -42,12 +46,9 @@ class RoutingRecorder:
     def __enter__(self) -> "RoutingRecorder":
         self._found = [{} for _ in self._layers]
         for number, layer in enumerate(self._layers):
-            norm, router = layer.post_attention_layernorm, layer.mlp.gate
-            self._handles.append(norm.register_forward_pre_hook(self._keep_residual))
+            self._handles.append(layer.norm.register_forward_pre_hook(self._keep_residual))
             self._handles.append(
-                router.register_forward_hook(
-                    lambda _, inputs, output, number=number: self._note(number, inputs, output)
-                )
+                layer.experts.register_forward_pre_hook(lambda _, inputs, number=number: self._note(number, *inputs))
             )
         return self
 
@@ -86,25 +87,23 @@ class RoutingRecorder:
     def _keep_residual(self, _module: Any, inputs: tuple[Tensor, ...]) -> None:
         self._residual = inputs[0]
 
-    def _note(self, number: int, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        """One router's call: it answers with (logits, weights [T, chosen], experts [T, chosen])."""
+    def _note(self, number: int, x: Tensor, experts: Tensor, weights: Tensor) -> None:
+        """One call of a layer's experts: x [T, hidden], experts and weights [T, chosen]."""
         found = self._found[number]
-        _, weights, experts = output
         self._add(found, "experts", experts.to(torch.uint8))
         self._add(found, "weights", weights.to(torch.float16))
         if number + 1 < len(self._layers):
             following = self._layers[number + 1]
-            x = inputs[0]
             self._add(found, "guesses", self._best(x, following))
             if self._residual is None:
-                raise MoeConvertError(f"layer {number}: the router ran without its norm")
-            norm = following.post_attention_layernorm
+                raise MoeConvertError(f"layer {number}: the experts ran without their norm")
+            norm = following.norm
             residual = self._residual.float()
             normed = functional.rms_norm(residual, residual.shape[-1:], norm.weight.float(), norm.variance_epsilon)
             self._add(found, "guesses_next_norm", self._best(normed, following))
 
-    def _best(self, x: Tensor, layer: Any) -> Tensor:
-        weight = layer.mlp.gate.weight.float()
+    def _best(self, x: Tensor, layer: RoutedLayer) -> Tensor:
+        weight = layer.router.weight.float()
         logits = functional.linear(x.reshape(-1, weight.shape[1]).float(), weight)
         return logits.topk(self._guesses, dim=-1).indices.to(torch.uint8)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from formats import INDEX_NAME, PENDING_NAME
+from formats.checkpoint_config import model_type_in
 from formats.errors import MoeConvertError, TokenizerError
 from formats.index import read_index
 from formats.side_files import is_read_by_transformers
@@ -48,10 +49,12 @@ def tokenizer_of(folder: Path, check: str = "fast") -> "PreTrainedTokenizerBase"
 
 
 def _open(folder: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, MixtralConfig
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
     # Without a config transformers would parse the folder's config.json, past our gate.
-    options = {"config": MixtralConfig(), "trust_remote_code": False, "local_files_only": True}
+    kind = model_type_in(folder)
+    config = AutoConfig.for_model(kind) if kind else PreTrainedConfig()
+    options = {"config": config, "trust_remote_code": False, "local_files_only": True}
     return open_tokenizer_by(lambda path: AutoTokenizer.from_pretrained(path, **options), folder)
 
 

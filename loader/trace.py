@@ -18,7 +18,7 @@ from formats.strict_json import parse, typed
 from formats.writer import write_file
 
 TRACE_FORMAT = "moe-convert trace"
-TRACE_VERSION = 1
+TRACE_VERSION = 2
 MAX_HEADER_BYTES = 16 << 20
 MAX_BYTES = 4 << 30
 """Of an unpacked trace: 5 million tokens of a model with 56 layers."""
@@ -67,7 +67,7 @@ class TraceHeader(_Part, frozen=True):
 
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (little-endian dtype, shape) of the arrays, in the order of the file."""
-        layers, chosen = self.architecture.num_hidden_layers, self.architecture.num_experts_per_tok
+        layers, chosen = self.architecture.expert_layers, self.architecture.num_experts_per_tok
         guessed = "u1", (self.tokens, layers - 1, self.guesses)
         return {
             "experts": ("u1", (self.tokens, layers, chosen)),
@@ -179,9 +179,9 @@ def _check_header(header: TraceHeader, where: str) -> None:
         raise FormatError(f"{where}: no sequences", _HINT)
     if architecture.num_local_experts > 256:
         raise FormatError(f"{where}: {architecture.num_local_experts} experts a layer; a trace numbers up to 256")
-    if len(header.expert_bytes) != architecture.num_hidden_layers:
+    if len(header.expert_bytes) != architecture.expert_layers:
         raise FormatError(
-            f"{where}: expert_bytes has {len(header.expert_bytes)} numbers for {architecture.num_hidden_layers} layers"
+            f"{where}: expert_bytes has {len(header.expert_bytes)} numbers for {architecture.expert_layers} layers"
         )
     if header.guesses > architecture.num_local_experts:
         raise FormatError(f"{where}: {header.guesses} guesses of {architecture.num_local_experts} experts")

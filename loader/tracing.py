@@ -16,7 +16,7 @@ from formats.checkpoint_config import read_config
 from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.labels import to_label
-from loader.checkpoint import check_runnable, is_converted
+from loader.checkpoint import check_runnable, checkpoint_architecture, is_converted
 from loader.perplexity import Progress, named_windows, read_text
 from loader.routing_recorder import Routing, RoutingRecorder
 from loader.tokenizer import check_tokens
@@ -44,10 +44,10 @@ class TracedModel:
             sizes = tuple(max(expert.length for expert in layer.experts) for layer in artifact.index.layers)
             return cls(to_label(folder.resolve().name), artifact.architecture, sizes)
         config = read_config(folder)
-        architecture = Architecture.from_config(config, str(folder / "config.json"))
+        architecture = checkpoint_architecture(folder, config)
         bytes_per_weight = 4 if config.get("dtype") == "float32" else 2
         size = 3 * architecture.hidden_size * architecture.intermediate_size * bytes_per_weight
-        return cls(to_label(folder.resolve().name), architecture, (size,) * architecture.num_hidden_layers)
+        return cls(to_label(folder.resolve().name), architecture, (size,) * architecture.expert_layers)
 
 
 def trace_texts(

@@ -3,7 +3,9 @@
 from typing import Any
 
 from formats.generation_config import GENERATION_FIELDS
-from formats.model_config import FIELDS
+from formats.model_types import MODEL_TYPES
+
+FIELDS = ("model_type", *MODEL_TYPES["mixtral"].fields)
 
 VALUES: list[Any] = [
     -1, 0, 1, 2, 3, 4096, None, 2**31, 2**63, 10**30, 0.5, -0.5, 1e308, True, False, "", "2", "nan", [], [1], ["a"], {},

@@ -20,6 +20,8 @@ def trace_of(experts, count=8, guesses=None, prompts=(), expert_bytes=None):
         producer="tests",
         model="made",
         architecture=Architecture(
+            model_type="mixtral",
+            activation="silu",
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=layers,
@@ -30,6 +32,7 @@ def trace_of(experts, count=8, guesses=None, prompts=(), expert_bytes=None):
             head_dim=32,
             vocab_size=100,
             tie_word_embeddings=False,
+            expert_modules=[f"model.layers.{layer}.mlp.experts" for layer in range(layers)],
         ),
         expert_bytes=list(expert_bytes or [1000] * layers),
         guesses=guesses.shape[2],

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import shape_of
 from brute_tiles import GROUP_SIZES, brute_pack, ranges
 
+from converter.checkpoint.model_shape import HEAD, ModelShape
 from formats import FORMAT_VERSION
 from formats.errors import FormatError
 from formats.expert import ExpertLayout, assemble
@@ -37,7 +39,7 @@ from formats.model_config import gate_config
 from formats.packing import PACKINGS, AnyPacking, Packing, QuantizedMatrix, dequantize, pack, tiles_of
 from formats.safetensors_header import TensorEntry
 from formats.strict_json import dump
-from formats.trunk import attention_linears, plain_tensors
+from formats.trunk import parameter_count, trunk_metadata
 from formats.writer import LayerWriter, PlacedFile, write_file
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -143,10 +145,11 @@ def write_folder(
 ) -> Path:
     """A whole converted folder of seeded codes or weights, written by formats' own writer; gives `folder`."""
     (folder / "experts").mkdir(parents=True)
-    architecture = Architecture.from_config(config, "config")
+    shape = shape_of(config)
+    architecture = shape.architecture
     layout = ExpertLayout.of(architecture, *packings)
     layers = [_write_layer(folder, layer, architecture, layout, codec) for layer in range(config["num_hidden_layers"])]
-    trunk = _write_trunk(folder, architecture)
+    trunk = _write_trunk(folder, shape)
     license_text = b"A licence, copied byte for byte.\n"
     write_file(folder / "LICENSE", license_text)
     write_file(folder / "config.json", dump(config))
@@ -156,6 +159,7 @@ def write_folder(
         producer=Producer("moe-convert", "0", {}),
         source=Source("seeded", None, [Shard("model.safetensors", 0, hashlib.sha256(b"").hexdigest())]),
         config=gate_config(config, "config", error=FormatError, converted=True)[0],
+        architecture=architecture,
         recipe=Recipe("custom" if "rows-bf16" in packings else "2bit", *packings, "tile32-q4-g64-s8", "none"),
         packings=sorted({*packings, "tile32-q4-g64-s8"}),
         trunk=trunk,
@@ -184,7 +188,7 @@ def expert_blob(layout: ExpertLayout, seed: int) -> torch.Tensor:
 def _write_layer(folder: Path, layer: int, architecture: Architecture, layout: ExpertLayout, codec: str) -> LayerFile:
     n_experts = architecture.num_local_experts
     path = folder / layer_file_name(layer)
-    with LayerWriter(path, layer, [layout] * n_experts) as writer:
+    with LayerWriter(path, layer, architecture.expert_modules[layer], [layout] * n_experts) as writer:
         blobs = [expert_blob(layout, 100 * layer + expert) for expert in range(n_experts)]
         digests = [writer.write_expert(expert, blob) for expert, blob in enumerate(blobs)]
         if codec == "none":
@@ -202,13 +206,12 @@ def _write_layer(folder: Path, layer: int, architecture: Architecture, layout: E
     return LayerFile(layer_file_name(layer), path.stat().st_size, hashlib.sha256(header).hexdigest(), entries)
 
 
-def _write_trunk(folder: Path, architecture: Architecture) -> Trunk:
+def _write_trunk(folder: Path, shape_of_model: ModelShape) -> Trunk:
     packing = PACKINGS["tile32-q4-g64-s8"]
-    linears = attention_linears(architecture)
+    linears = {module: size for module, size in shape_of_model.linears.items() if module != HEAD}
+    packed = {module: PackedLinear(packing.name, *size) for module, size in linears.items()}
     tensors: dict[str, torch.Tensor] = {}
-    plain = plain_tensors(architecture)
-    if not architecture.tie_word_embeddings:
-        plain["lm_head.weight"] = (architecture.vocab_size, architecture.hidden_size)
+    plain = {n: size for n, size in shape_of_model.trunk.items() if n.removesuffix(".weight") not in linears}
     for seed, (name, shape) in enumerate(plain.items()):
         values = [random.Random(1000 + seed).randint(-512, 511) / 256 for _ in range(int(torch.Size(shape).numel()))]
         tensors[name] = torch.tensor(values, dtype=torch.bfloat16).view(shape)
@@ -223,14 +226,21 @@ def _write_trunk(folder: Path, architecture: Architecture) -> Trunk:
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), position, end))
         position = end
     entries.append(TensorEntry(f"{FILLER_PREFIX}0", "U8", (aligned(position) - position,), position, aligned(position)))
-    with PlacedFile(folder / "trunk.safetensors", entries, {"format": "moe-convert"}) as file:
+    metadata = trunk_metadata(shape_of_model.architecture, packed)
+    with PlacedFile(folder / "trunk.safetensors", entries, metadata) as file:
         for name, tensor in tensors.items():
             file.write(name, tensor.view(torch.uint8))
         file.finish()
     data = (folder / "trunk.safetensors").read_bytes()
-    packed = {module: PackedLinear(packing.name, *shape) for module, shape in linears.items()}
-    header_sha256 = hashlib.sha256(file.header).hexdigest()
-    return Trunk("trunk.safetensors", len(data), header_sha256, hashlib.sha256(data).hexdigest(), packed)
+    return Trunk(
+        file="trunk.safetensors",
+        size_bytes=len(data),
+        header_sha256=hashlib.sha256(file.header).hexdigest(),
+        sha256=hashlib.sha256(data).hexdigest(),
+        tensors=len(tensors),
+        parameters=parameter_count(entries, packed),
+        packed=packed,
+    )
 
 
 def header_file(text: bytes, data: bytes = b"") -> bytes:

@@ -32,7 +32,7 @@ class PatternReader(ExpertReader):
         super().__init__(
             SimpleNamespace(
                 architecture=SimpleNamespace(
-                    num_local_experts=experts, num_hidden_layers=len(sizes), num_experts_per_tok=top_k
+                    num_local_experts=experts, expert_layers=len(sizes), num_experts_per_tok=top_k
                 ),
                 folder="made up",
                 layout=lambda layer, expert: layouts[sizes[layer]],

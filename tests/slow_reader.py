@@ -18,7 +18,7 @@ class SlowReader:
         layout = SimpleNamespace(n_bytes=EXPERT_BYTES)
         entry = SimpleNamespace(length=EXPERT_BYTES)
         self.artifact = SimpleNamespace(
-            architecture=SimpleNamespace(num_local_experts=experts, num_hidden_layers=layers),
+            architecture=SimpleNamespace(num_local_experts=experts, expert_layers=layers),
             layout=lambda layer, expert: layout,
             entry=lambda layer, expert: entry,
         )

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import architecture_of
 from bad_folders import BAD_FOLDERS, copy_of_good, refused, set_json, spoil
 from make_vectors import CONFIG, write_folder
 from safetensors.torch import load_file, save_file
 
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError
-from formats.index import Architecture
 from formats.verify import verify_folder
 
 LAYER = "experts/layer-000.safetensors"
@@ -38,7 +38,7 @@ def test_verification_of_a_bad_folder_reports_instead_of_raising(tmp_path: Path,
 
 def test_good_folder_opens() -> None:
     artifact = Artifact.open(Path(__file__).parent / "vectors/folder")
-    assert artifact.architecture == Architecture.from_config(CONFIG, "config")
+    assert artifact.architecture == architecture_of(CONFIG)
 
 
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_trunk_tensors_of_any_float_type_and_unpacked_attention_are_taken(tmp_pa
 def test_head_dim_and_key_value_heads_have_the_defaults_of_transformers() -> None:
     config = {k: v for k, v in CONFIG.items() if k not in ("head_dim", "tie_word_embeddings")}
     config["num_key_value_heads"] = None
-    architecture = Architecture.from_config(config, "config.json")
+    architecture = architecture_of(config)
     assert (architecture.head_dim, architecture.num_key_value_heads) == (16, 2)
     assert not architecture.tie_word_embeddings
 

@@ -13,19 +13,33 @@ import pytest
 from hostile_configs import CODE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MixtralConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MixtralConfig, PreTrainedConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from formats.errors import FormatError, MoeConvertError, SourceError
 from formats.generation_config import GENERATION_FIELDS
-from formats.model_config import FIELDS, NOT_TAKEN, gate_config
-from formats.rope_parameters import DEFAULT_THETA, TYPES
+from formats.model_config import NOT_TAKEN, gate_config
+from formats.model_types import MODEL_TYPES
+from formats.rope_parameters import TYPES
 
 SMALL: dict[str, Any] = {
     "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100,
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
 }  # fmt: skip
+SMALL_BY_TYPE: dict[str, dict[str, Any]] = {
+    "mixtral": SMALL,
+    "qwen3_moe": {
+        **{name: value for name, value in SMALL.items() if name != "num_local_experts"},
+        "model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 48,
+    },
+    "olmoe": {
+        **{name: value for name, value in SMALL.items() if name != "num_local_experts"},
+        "model_type": "olmoe", "num_experts": 4,
+    },
+}  # fmt: skip
+FIELDS = {"model_type"}.union(*(kind.fields for kind in MODEL_TYPES.values()))
+every_type = pytest.mark.parametrize("kind", MODEL_TYPES)
 PAGE = Path(__file__).parent.parent / "docs" / "security.md"
 NEEDED: dict[str, dict[str, Any]] = {
     "default": {},
@@ -54,29 +68,66 @@ def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in SMALL.items() if key != name}
 
 
-def declared() -> set[str]:
-    """The fields of MixtralConfig in the installed transformers."""
-    if dataclasses.is_dataclass(MixtralConfig):
-        return {field.name for field in dataclasses.fields(MixtralConfig)}
+def declared(kind: str) -> set[str]:
+    """The fields of a model type's configuration class in the installed transformers."""
+    own = CONFIG_MAPPING[kind]
+    if dataclasses.is_dataclass(own):
+        return {field.name for field in dataclasses.fields(own)}
     # Earlier versions declare them as arguments. Neither of these two is stored under its name.
-    arguments = (inspect.signature(kind.__init__).parameters for kind in (MixtralConfig, PreTrainedConfig))
+    arguments = (inspect.signature(one.__init__).parameters for one in (own, PreTrainedConfig))
     return set().union(*arguments) - {"self", "kwargs", "num_labels", "output_attentions"}
 
 
-def test_every_field_that_transformers_declares_is_taken_or_left_out_on_purpose() -> None:
-    known = {*FIELDS, *NOT_TAKEN, "rope_parameters"}
-    assert declared() - known == set(), "decide whether these may reach transformers"
-    assert known - declared() <= {"model_type", "transformers_version"}
+@every_type
+def test_every_field_that_transformers_declares_is_taken_or_left_out_on_purpose(kind: str) -> None:
+    known = {"model_type", *MODEL_TYPES[kind].fields, *NOT_TAKEN, "rope_parameters"}
+    assert declared(kind) - known == set(), "decide whether these may reach transformers"
+    # A head_dim is read where there is one, though not every class declares it.
+    assert known - declared(kind) <= {"model_type", "transformers_version", "head_dim"}
 
 
-def test_the_defaults_are_those_of_transformers() -> None:
-    plain = MixtralConfig()
-    filled, _ = gate_config({"model_type": "mixtral"}, "config.json", error=SourceError)
+@every_type
+def test_the_defaults_are_those_of_transformers(kind: str) -> None:
+    plain = CONFIG_MAPPING[kind]()
+    filled, _ = gate_config({"model_type": kind}, "config.json", error=SourceError)
     for name in filled.keys() - {"rope_parameters", "architectures", "head_dim"}:
         assert filled[name] == getattr(plain, name), name
     assert filled["head_dim"] == plain.hidden_size // plain.num_attention_heads
     assert filled["rope_parameters"] == plain.rope_parameters
-    assert plain.default_theta == DEFAULT_THETA
+    assert filled["architectures"] == [MODEL_FOR_CAUSAL_LM_MAPPING[type(plain)].__name__]
+
+
+@every_type
+def test_a_gated_config_passes_unchanged_and_gives_transformers_its_values(kind: str) -> None:
+    fields, _ = gate_config(SMALL_BY_TYPE[kind], "config.json", error=SourceError)
+    assert gate_config(fields, "again", error=FormatError, converted=True) == (fields, [])
+    config = CONFIG_MAPPING[kind].from_dict(json.loads(json.dumps(fields)))
+    for name in fields.keys() - {"dtype"}:
+        assert getattr(config, name) == fields[name], name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2_moe", "", None, 1, ["mixtral"]])
+def test_a_model_type_that_is_not_tested_is_refused_by_name(kind: Any) -> None:
+    refuse("model_type", ascii(kind), "mixtral, qwen3_moe, olmoe", model_type=kind)
+
+
+def test_the_experts_of_qwen3_moe_have_two_names() -> None:
+    given = {**SMALL_BY_TYPE["qwen3_moe"], "num_local_experts": 8}
+    fields, notes = gate_config(given, "config.json", error=SourceError)
+    assert fields["num_experts"] == CONFIG_MAPPING["qwen3_moe"](**given).num_experts == 8
+    assert "num_local_experts (8) goes before num_experts (4)" in notes[0]
+
+
+def test_a_sliding_window_that_is_not_used_is_none() -> None:
+    given = {**SMALL_BY_TYPE["qwen3_moe"], "sliding_window": 64}
+    for used, window in ((False, None), (True, 64)):
+        fields, _ = gate_config({**given, "use_sliding_window": used}, "config.json", error=SourceError)
+        assert fields["sliding_window"] == window
+
+
+def test_an_olmoe_whose_heads_are_not_as_wide_as_the_hidden_state_is_refused() -> None:
+    with pytest.raises(SourceError, match="head_dim is 32, expected is hidden_size"):
+        gate_config({**SMALL_BY_TYPE["olmoe"], "head_dim": 32}, "config.json", error=SourceError)
 
 
 @pytest.mark.parametrize("name", CODE)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import architecture_of
 from bad_folders import VECTORS
 from make_vectors import CONFIG, expert_blob, quantized, write_folder, write_vectors
 
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
-from formats.index import Architecture
 from formats.packing import ALL_PACKINGS, PACKINGS, dequantize, pack, unpack
 from formats.readers import READERS
 from formats.safetensors_header import read_header
@@ -89,7 +89,7 @@ def test_good_folder_verifies(folder: str) -> None:
 )
 def test_good_folder_reads(folder: str, packings: tuple[str, str], io: str) -> None:
     artifact = Artifact.open(VECTORS / folder)
-    layout = ExpertLayout.of(Architecture.from_config(CONFIG, ""), *packings)
+    layout = ExpertLayout.of(architecture_of(CONFIG), *packings)
     with READERS[io](artifact) as reader:
         for expert in (0, 1):
             assert torch.equal(reader.read(0, expert), expert_blob(layout, expert))

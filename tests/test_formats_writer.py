@@ -25,11 +25,12 @@ LAYOUTS = [
         ("tile32-q2-g16-s8", "tile32-q2-g16-s4"),
     )
 ]
+MODULE = "model.layers.3.mlp.experts"
 BLOBS = [expert_blob(layout, expert) for expert, layout in enumerate(LAYOUTS)]
 
 
 def written(path: Path, order: list[int]) -> bytes:
-    with LayerWriter(path, 3, LAYOUTS) as writer:
+    with LayerWriter(path, 3, MODULE, LAYOUTS) as writer:
         for expert in order:
             writer.write_expert(expert, BLOBS[expert])
         writer.finish()
@@ -48,7 +49,7 @@ def test_experts_in_any_order_give_the_same_bytes(tmp_path: Path, reference: byt
 
 def test_experts_from_several_threads_give_the_same_bytes(tmp_path: Path, reference: bytes) -> None:
     path = tmp_path / "layer.safetensors"
-    with LayerWriter(path, 3, LAYOUTS) as writer, ThreadPoolExecutor(4) as pool:
+    with LayerWriter(path, 3, MODULE, LAYOUTS) as writer, ThreadPoolExecutor(4) as pool:
         list(pool.map(writer.write_expert, [3, 1, 0, 2] * 4, [BLOBS[e] for e in [3, 1, 0, 2] * 4]))
         writer.finish()
     assert path.read_bytes() == reference
@@ -56,7 +57,7 @@ def test_experts_from_several_threads_give_the_same_bytes(tmp_path: Path, refere
 
 def test_expert_written_wrong_and_then_again_gives_the_same_bytes(tmp_path: Path, reference: bytes) -> None:
     path = tmp_path / "layer.safetensors"
-    with LayerWriter(path, 3, LAYOUTS) as writer:
+    with LayerWriter(path, 3, MODULE, LAYOUTS) as writer:
         writer.write_expert(2, 255 - BLOBS[2])
     assert not path.exists()
     assert written(path, [0, 1, 2, 3]) == reference
@@ -64,7 +65,7 @@ def test_expert_written_wrong_and_then_again_gives_the_same_bytes(tmp_path: Path
 
 def test_work_left_by_a_kill_is_kept(tmp_path: Path, reference: bytes) -> None:
     path = tmp_path / "layer.safetensors"
-    with LayerWriter(path, 3, LAYOUTS) as writer:
+    with LayerWriter(path, 3, MODULE, LAYOUTS) as writer:
         for expert in (0, 2):
             writer.write_expert(expert, BLOBS[expert])
     assert written(path, [1, 3]) == reference
@@ -84,14 +85,14 @@ def test_rubbish_of_another_size_left_by_another_run_does_not_show(tmp_path: Pat
 
 def test_only_finishing_gives_the_file_its_name(tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
-    with LayerWriter(path, 3, LAYOUTS) as writer:
+    with LayerWriter(path, 3, MODULE, LAYOUTS) as writer:
         assert [p.name for p in tmp_path.iterdir()] == ["layer.safetensors.partial"]
         writer.finish()
     assert [p.name for p in tmp_path.iterdir()] == ["layer.safetensors"]
 
 
 def test_size_and_places_are_known_before_the_first_weight(tmp_path: Path, reference: bytes) -> None:
-    with LayerWriter(tmp_path / "layer.safetensors", 3, LAYOUTS) as writer:
+    with LayerWriter(tmp_path / "layer.safetensors", 3, MODULE, LAYOUTS) as writer:
         assert partial_path(tmp_path / "layer.safetensors").stat().st_size == writer.size_bytes == len(reference)
         assert reference.startswith(writer.header)
         for expert, offset in enumerate(writer.offsets):
@@ -99,7 +100,7 @@ def test_size_and_places_are_known_before_the_first_weight(tmp_path: Path, refer
 
 
 def test_checksums_of_a_written_expert_are_those_of_its_bytes(tmp_path: Path) -> None:
-    with LayerWriter(tmp_path / "layer.safetensors", 3, LAYOUTS) as writer:
+    with LayerWriter(tmp_path / "layer.safetensors", 3, MODULE, LAYOUTS) as writer:
         assert writer.write_expert(1, BLOBS[1]) == (
             hashlib.sha256(bytes(BLOBS[1])).hexdigest(),
             xxhash.xxh3_128_hexdigest(bytes(BLOBS[1])),
@@ -109,7 +110,7 @@ def test_checksums_of_a_written_expert_are_those_of_its_bytes(tmp_path: Path) ->
 @pytest.mark.parametrize("blob", [torch.zeros(5, dtype=torch.uint8), torch.zeros(LAYOUTS[0].n_bytes)])
 def test_expert_of_another_size_or_type_is_not_written(tmp_path: Path, blob: torch.Tensor) -> None:
     with (
-        LayerWriter(tmp_path / "layer.safetensors", 3, LAYOUTS) as writer,
+        LayerWriter(tmp_path / "layer.safetensors", 3, MODULE, LAYOUTS) as writer,
         pytest.raises(ValueError, match="its layout takes uint8"),
     ):
         writer.write_expert(0, blob)
@@ -126,7 +127,7 @@ def test_layer_file_holds_each_expert_as_two_tensors(tmp_path: Path, reference: 
 
 
 def test_fillers_are_zero(reference: bytes, tmp_path: Path) -> None:
-    with LayerWriter(tmp_path / "layer.safetensors", 3, LAYOUTS) as writer:
+    with LayerWriter(tmp_path / "layer.safetensors", 3, MODULE, LAYOUTS) as writer:
         ends = [offset + layout.n_bytes for offset, layout in zip(writer.offsets, LAYOUTS, strict=True)]
     assert any(end % 4096 for end in ends)
     assert not any(any(reference[end : aligned(end)]) for end in ends)

@@ -320,7 +320,7 @@ def test_a_rotation_that_transformers_cannot_compute_is_found_before_the_first_w
 ) -> None:
     from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a foreign error")
 
     monkeypatch.setattr(MixtralRotaryEmbedding, "__init__", fail)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import architecture_of, shape_of
 from bad_folders import copy_of_good
 from hub_repos import Blob
 from hub_server import HubServer
@@ -24,7 +25,6 @@ from formats.expert import ExpertLayout
 from formats.hub import MAX_FILES, HubRepo
 from formats.hub_listing import fetch_listed
 from formats.hub_origin import HubOrigin
-from formats.index import Architecture
 from formats.index_checks import index_problems, layer_header_limit
 from formats.layer_file import layer_metadata, raw_entries
 from formats.lazy_folder import LazyFolder
@@ -73,6 +73,13 @@ def refused(hub: HubServer, folder: Path, tmp_path: Path) -> Callable[..., str]:
     return refuse
 
 
+def set_layers(index: Any, count: int) -> None:
+    """Lets index and config say that there are `count` layers."""
+    index["config"]["num_hidden_layers"] = count
+    modules = [f"model.layers.{layer}.mlp.experts" for layer in range(count)]
+    index["architecture"] |= {"num_hidden_layers": count, "expert_modules": modules}
+
+
 def edit_index(folder: Path, change: Callable[[Any], None], name: str = "moe_index.json") -> None:
     index = json.loads((folder / name).read_text())
     change(index)
@@ -104,7 +111,7 @@ def test_thousands_of_layers_of_one_file_are_refused_by_their_count(hub: HubServ
     edit_index(folder, thousands)
     hub.add(REPO, folder)
     hub.requests.clear()
-    with pytest.raises(FormatError, match=r"layers has 3000 entries, config\.json says 1"):
+    with pytest.raises(FormatError, match=r"layers has 3000 entries, expert_modules has 1"):
         OPENERS[way](folder.parent / "opened")
     assert hub.served() == hub.served("moe_index.json") == (folder / "moe_index.json").stat().st_size
 
@@ -115,7 +122,7 @@ def test_layers_that_name_one_file_are_refused_before_its_header(
 ) -> None:
     def many(index: Any) -> None:
         index["layers"] *= 20
-        index["config"]["num_hidden_layers"] = 20
+        set_layers(index, 20)
 
     edit_index(folder, many)
     hub.add(REPO, folder)
@@ -126,7 +133,7 @@ def test_a_count_that_config_json_does_not_have_is_refused_before_a_header(
     hub: HubServer, folder: Path, refused: Callable[..., str]
 ) -> None:
     def many(index: Any) -> None:
-        index["config"]["num_hidden_layers"] = 3
+        set_layers(index, 3)
         first = index["layers"][0]
         for n in (1, 2):
             experts = [{**expert, "layer": n} for expert in first["experts"]]
@@ -294,26 +301,30 @@ def test_more_shards_than_tensors_are_refused(source: Path, tmp_path: Path) -> N
         Checkpoint(folder)
 
 
-LARGE = Architecture(
-    hidden_size=7168, intermediate_size=2048, num_hidden_layers=60, num_local_experts=512, num_experts_per_tok=8,
-    num_attention_heads=128, num_key_value_heads=128, head_dim=128, vocab_size=129280, tie_word_embeddings=False,
-)  # fmt: skip
+LARGE = {
+    "model_type": "mixtral", "hidden_size": 7168, "intermediate_size": 2048, "num_hidden_layers": 60,
+    "num_local_experts": 512, "num_experts_per_tok": 8, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
 
 
 def test_the_headers_of_a_checkpoint_with_512_experts_a_layer_are_within_their_limit() -> None:
-    size, shape = 2 * LARGE.hidden_size * LARGE.intermediate_size, (LARGE.intermediate_size, LARGE.hidden_size)
+    shape = LARGE["intermediate_size"], LARGE["hidden_size"]
+    size = 2 * shape[0] * shape[1]
     prefix = "base_model.model.model.layers.59.block_sparse_moe.experts"
     names = [f"{prefix}.{expert}.{part}.weight" for expert in range(512) for part in ("w1", "w2", "w3")]
     entries = [TensorEntry(name, "BF16", shape, n * size, (n + 1) * size) for n, name in enumerate(names, 90_000)]
-    one_layer = msgspec_replace(LARGE, num_hidden_layers=1)
+    one_layer = shape_of({**LARGE, "num_hidden_layers": 1})
     assert len(build_header(entries, {})) < max_header_bytes(stored_tensors(one_layer), 0)
-    assert max_header_bytes(stored_tensors(LARGE)) < MAX_HEADER_BYTES
+    assert max_header_bytes(stored_tensors(shape_of(LARGE))) < MAX_HEADER_BYTES
 
 
 @pytest.mark.parametrize("packing", ["tile32-q2-g16-s4", "rows-bf16"])
 def test_the_header_of_a_layer_with_512_experts_is_within_its_limit(folder: Path, packing: str) -> None:
-    layouts = [ExpertLayout.of(LARGE, packing, packing)] * LARGE.num_local_experts
-    header = build_header(raw_entries(59, layouts), layer_metadata(59, layouts, "none"))
+    architecture = architecture_of(LARGE)
+    layouts = [ExpertLayout.of(architecture, packing, packing)] * architecture.num_local_experts
+    module = architecture.expert_modules[59]
+    header = build_header(raw_entries(module, layouts), layer_metadata(59, module, layouts, "none"))
     first = Artifact.open(folder).index.layers[0]
     assert len(header) < layer_header_limit(msgspec_replace(first, experts=first.experts[:1] * len(layouts)))
 

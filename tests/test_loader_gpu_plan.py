@@ -15,7 +15,12 @@ from loader.policy import LrfuPolicy
 from loader.tier_misses import uniform_tier_misses
 
 ARCHITECTURE = SimpleNamespace(
-    num_hidden_layers=2, num_local_experts=8, num_experts_per_tok=2, hidden_size=5, intermediate_size=10
+    num_hidden_layers=2,
+    expert_layers=2,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    hidden_size=5,
+    intermediate_size=10,
 )
 IN_MEMORY = (100, 300)
 MADE = SimpleNamespace(

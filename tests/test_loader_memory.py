@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import shape_of
 from memory_groups import memory_group
 from safetensors.torch import save_file
 
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from formats.artifact import Artifact
-from formats.index import Architecture
-from formats.trunk import packable_linears, plain_tensors
 from loader.plan import Machine, ModelSizes, plan_memory
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -54,10 +53,8 @@ def expert_shapes():
 
 
 def trunk_shapes():
-    architecture = Architecture.from_config(CONFIG, "made")
-    linears = {f"{module}.weight": shape for module, shape in packable_linears(architecture).items()}
-    plain = plain_tensors(architecture).items()
-    return {name.replace("mlp.gate", "block_sparse_moe.gate"): shape for name, shape in plain} | linears
+    trunk = shape_of(CONFIG).trunk
+    return {name.replace("mlp.gate", "block_sparse_moe.gate"): shape for name, shape in trunk.items()}
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import struct
 
 import pytest
 import torch
+from make_vectors import write_folder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import auto
@@ -14,7 +16,10 @@ from transformers.quantizers import auto
 import loader
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError, VersionError
+from formats.safetensors_header import read_header
 from loader.plugin import METHOD, compare_with_trunk
+
+LAYER = "experts/layer-000.safetensors"
 
 
 def edit_json(path, change):
@@ -28,13 +33,16 @@ def rewrite_trunk(folder, change):
     path = folder / "trunk.safetensors"
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
     data = path.read_bytes()
     header = data[: 8 + struct.unpack("<Q", data[:8])[0]]
 
     def update(index):
         index["trunk"]["size_bytes"] = len(data)
         index["trunk"]["header_sha256"] = hashlib.sha256(header).hexdigest()
+        index["trunk"]["sha256"] = hashlib.sha256(data).hexdigest()
 
     edit_json(folder / "moe_index.json", update)
 
@@ -159,3 +167,40 @@ def test_plain_transformers_refuses_the_folder_after_ours_was_loaded(converted):
     load(converted("2bit"))
     with pytest.raises(MoeConvertError, match=r"loader\.from_pretrained"):
         AutoModelForCausalLM.from_pretrained(converted("2bit"))
+
+
+def built_with(folder, **fields):
+    """A converted folder of random weights whose index and config.json say `fields`, which no header has."""
+    write_folder(folder)
+    edit_json(folder / "config.json", lambda config: config.update(fields))
+
+    def update(index):
+        index["config"].update(fields)
+        index["architecture"].update({name: fields[name] for name in fields if name in index["architecture"]})
+
+    edit_json(folder / "moe_index.json", update)
+    return folder
+
+
+def test_a_packed_matrix_that_the_model_has_with_another_shape_is_named(tmp_path):
+    folder = built_with(tmp_path / "folder", num_attention_heads=4)
+    Artifact.open(folder)
+    with pytest.raises(FormatError, match=r"q_proj of \[32, 32\] without bias, the model has a matrix \[64, 32\]"):
+        load(folder, check="none")
+
+
+def test_experts_at_a_path_that_the_model_has_not_are_named(tmp_path):
+    folder = write_folder(tmp_path / "folder")
+    elsewhere = "model.layers.0.mlp.exports"
+    for path in (folder / "moe_index.json", folder / "trunk.safetensors", folder / LAYER):
+        path.write_bytes(path.read_bytes().replace(b"model.layers.0.mlp.experts", elsewhere.encode()))
+
+    def hashed(index):
+        for part in (index["trunk"], index["layers"][0]):
+            with open(folder / part["file"], "rb") as file:
+                part["header_sha256"] = read_header(file.fileno(), part["file"]).sha256
+
+    edit_json(folder / "moe_index.json", hashed)
+    Artifact.open(folder)
+    with pytest.raises(FormatError, match=f"{elsewhere} is no module of the model"):
+        load(folder, check="none")

@@ -88,8 +88,8 @@ def test_a_wrong_header_is_refused_by_name(written, change, message):
 
 
 def test_another_version_is_refused(written):
-    rewrite(written, lambda h: h.update(format_version=2))
-    with pytest.raises(VersionError, match="format_version is 2"):
+    rewrite(written, lambda h: h.update(format_version=3))
+    with pytest.raises(VersionError, match="format_version is 3"):
         read_trace(written)
 
 

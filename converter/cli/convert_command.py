@@ -121,7 +121,7 @@ _OF_RECIPE = (
 )
 @output_options(interrupted="run the same command again: it goes on where it stopped")
 def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -> None:  # fmt: skip
-    """Quantize the Mixtral checkpoint MODEL and write it in the expert-addressable format.
+    """Quantize the checkpoint MODEL and write it in the expert-addressable format.
 
     MODEL is a folder, or owner/name of a repository on the Hub: its shards are fetched as they are needed and deleted
     when they are done; those in the cache of huggingface_hub are used where they are.

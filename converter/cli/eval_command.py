@@ -83,6 +83,7 @@ def command(
     import loader
     from formats.labels import to_label
     from loader.checkpoint import check_runnable, is_converted, load_checkpoint, vocabulary_size
+    from loader.expert_layers import experts_modules
     from loader.perplexity import measure_windows, named_windows, read_text
     from loader.tokenizer import check_tokens
 
@@ -95,7 +96,8 @@ def command(
         if not is_converted(folder):
             return load_checkpoint(folder)
         model: Any = loader.from_pretrained(folder, **options)
-        versions["kernels"] = model.model.layers[0].mlp.experts.backend_name
+        experts: Any = next(iter(experts_modules(model).values()))
+        versions["kernels"] = experts.backend_name
         return model
 
     def note(name: str, done: int, total: int) -> None:

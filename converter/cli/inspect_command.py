@@ -64,12 +64,11 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
     import msgspec
 
     from formats.quality import read_quality
-    from formats.trunk import attention_linears
+    from formats.trunk import attention_size
 
     index, a = artifact.index, artifact.architecture
-    linears = attention_linears(a)
-    attention = sum(e.n_bytes for e in artifact.trunk_header().entries.values() if e.name.rsplit(".", 1)[0] in linears)
-    attention_bits = 8 * attention / sum(rows * columns for rows, columns in linears.values())
+    attention, attention_weights = attention_size(artifact.trunk_header().entries.values(), index.trunk.packed)
+    attention_bits = 8 * attention / max(1, attention_weights)
     entries = [entry for layer in index.layers for entry in layer.experts]
     stored = sum(entry.length for entry in entries)
     weights = len(entries) * 3 * a.hidden_size * a.intermediate_size
@@ -93,6 +92,7 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         facts["layers"] = msgspec.to_builtins(index.layers)
     rows = [
         ("format", f"moe-convert {index.format_version}, by {index.producer.name} {index.producer.version}"),
+        ("model type", a.model_type),
         ("source", index.source.name + (f" at {index.source.revision}" if index.source.revision else "")),
         ("recipe", f"{index.recipe.name} (solver {index.recipe.solver})"),
         ("gate and up", _packings(entry.gate_up for entry in entries)),
@@ -100,7 +100,7 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         ("attention", index.recipe.attention),
         ("head", index.recipe.head),
         ("codec", entries[0].codec),
-        ("layers × experts", f"{a.num_hidden_layers} × {a.num_local_experts}, {a.num_experts_per_tok} a token"),
+        ("layers × experts", f"{a.expert_layers} × {a.num_local_experts}, {a.num_experts_per_tok} a token"),
         ("hidden, intermediate", f"{a.hidden_size}, {a.intermediate_size}"),
         ("bits per expert weight", f"{8 * stored / weights:.3f}"),
         ("bits per attention weight", f"{attention_bits:.3f}"),

@@ -20,7 +20,7 @@ from converter.cli.terminal import one_line, safe_terminal
 INTERRUPTED_CODE = 130
 
 COMMANDS = {
-    "convert": "Quantize a Mixtral checkpoint and write it in the expert-addressable format.",
+    "convert": "Quantize a mixture-of-experts checkpoint and write it in the expert-addressable format.",
     "inspect": "Show what a converted folder holds, from its index and headers.",
     "upload": "Publish a converted folder on the Hub, with a model card, in one commit.",
     "download": "Fetch a converted model from the Hub, and check every byte.",
@@ -60,7 +60,7 @@ class _LazyGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="moe-convert")
 def cli() -> None:
-    """Run Mixtral models on hardware that they don't fit on.
+    """Run mixture-of-experts models on hardware that they don't fit on.
 
     \b
     moe-convert convert ./my-mixtral -o my-mixtral-2bit

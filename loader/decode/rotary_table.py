@@ -13,7 +13,7 @@ BLOCKS = 8
 
 
 class RotaryTable:
-    """Rows of `rotary`, a MixtralRotaryEmbedding whose values depend on the position alone, in `dtype`."""
+    """Rows of `rotary`, a rotary embedding of transformers whose values depend on the position alone, in `dtype`."""
 
     def __init__(self, rotary: Any, dtype: torch.dtype) -> None:
         self._rotary, self.dtype = rotary, dtype

@@ -8,11 +8,11 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from formats.log_once import warn_once
 from loader.copies import Derived
-from loader.decode import mixtral
 from loader.decode.decoder import Decoder, DecoderFactory
 from loader.decode.paths import LeaveDecoder, Reason
 from loader.decode.request import TokenRequest, config_fields
 from loader.decode.rotary_table import RotaryTable
+from loader.decode.specs import spec_of
 from loader.hf.growing_cache import growing_layers
 from loader.hf.listeners import Watch
 from loader.hf.private_names import attention_implementation, cache_field
@@ -26,12 +26,13 @@ class DecoderPath(Derived):
 
     def __init__(self, model: Any, factory: DecoderFactory) -> None:
         """LeaveDecoder if the model has modules that no decoder computes."""
-        mixtral.check_modules(model)
+        spec = self._spec = spec_of(model)
+        spec.check_modules(model)
         self._model, self._inner, self._factory = model, model.model, factory
         self._layers = len(model.model.layers)
         self._watch = Watch(model)
-        self._experts = mixtral.experts_of(model)
-        self._signature = mixtral.signature(model)
+        self._experts = spec.experts_of(model)
+        self._signature = spec.signature(model)
         self._made: tuple[list[Any], Decoder] | None = None
         self._rotary: RotaryTable | None = None
         self._blank_output = MoeCausalLMOutputWithPast()
@@ -64,7 +65,7 @@ class DecoderPath(Derived):
             raise LeaveDecoder(Reason.AUTOCAST)
         if (attention := attention_implementation(config)) != "sdpa":
             raise LeaveDecoder(Reason.ATTENTION, str(attention))
-        if not mixtral.has_own_forward():
+        if not self._spec.has_own_forward():
             raise LeaveDecoder(Reason.HOOKS, "the forward of transformers' class was replaced")
         self._watch.check()
 
@@ -80,7 +81,7 @@ class DecoderPath(Derived):
         return made[1]
 
     def _new_decoder(self) -> Decoder:
-        weights = mixtral.read_weights(self._model, self._factory.device)
+        weights = self._spec.read_weights(self._model, self._factory.device)
         for number, layer in enumerate(weights.layers):
             room = self._experts.room(number)
             if layer.top_k > room:

@@ -1,0 +1,78 @@
+"""transformers' table of conversions: which tensor of the model a checkpoint's tensor becomes. Private there, and used
+only here."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from formats.errors import SourceError
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+# Old checkpoints store this buffer, in each layer or once; transformers computes it.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The tensor of the model that a checkpoint's tensor goes to, and the part of it, if it is a part.
+
+    part: its number among the `parts` tensors that an expert of the model's tensor is made of; expert: which one.
+    """
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+
+class ConversionTable:
+    """The conversions of one model, whose config.json is `where`. SourceError if the installed transformers has no such
+    table."""
+
+    def __init__(self, model: Any, where: str) -> None:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, rename_source_key
+        except ImportError as e:
+            raise _unknown_release(e) from e
+        self._where = where
+        transforms = get_model_conversion_mapping(model)
+        self._rename = rename_source_key
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._tensors = model.state_dict()
+        self._ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+
+    def target(self, name: str) -> Target | None:
+        """Where the tensor `name` goes; None for what transformers does not load.
+
+        A name that the table does not know is its own target. SourceError for a conversion that is not a selection of
+        experts and their projections.
+        """
+        if _COMPUTED.search(name):
+            return None
+        try:
+            target, pattern = self._rename(name, self._renamings, self._converters, self._prefix, self._tensors)
+        except (TypeError, ValueError) as e:
+            raise _unknown_release(e) from e
+        if pattern is None:
+            dropped = target not in self._tensors and any(ignored.search(name) for ignored in self._ignored)
+            return None if dropped else Target(target)
+        patterns = next(c.source_patterns for c in self._converters if pattern in c.source_patterns)
+        expert = _EXPERT.search(name)
+        if expert is None or len(patterns) > 2:
+            raise SourceError(
+                f"{self._where}: tensor {name} becomes {target} by a conversion that is not read",
+                "use the original checkpoint",
+            )
+        return Target(target, int(expert[1]), patterns.index(pattern), len(patterns))
+
+
+def _unknown_release(error: Exception) -> SourceError:
+    from transformers import __version__
+
+    return SourceError(
+        f"transformers {__version__} has no table of conversions as this release reads it: {error}",
+        "install a tested version: pip install 'transformers>=5.3,<6'",
+    )
