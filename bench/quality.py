@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter.bit_rules import rules_of
+from converter.conversion_recipe import ConversionRecipe
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.outline import Outline
 from converter.recipes import make_recipe
@@ -38,7 +38,6 @@ from converter.sizes import plan_output
 from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
 from formats.expert import ExpertLayout, dequantize_expert
-from formats.index import Recipe
 from formats.packing import dequantize, packing_named, unpack
 from loader.checkpoint import load_checkpoint
 from loader.model import load_tokenizer
@@ -109,7 +108,9 @@ def expert_bits(layouts: list[list[ExpertLayout]]) -> float:
     return 8 * sum(each) / (3 * rows * columns * len(each))
 
 
-def recipe_of(name: str, source: Path, solver: str, calibrate: str | None, down_width: str | None = None) -> Recipe:
+def recipe_of(
+    name: str, source: Path, solver: str, calibrate: str | None, down_width: str | None = None
+) -> ConversionRecipe:
     """The recipe called RECIPE, RECIPE/RULE,RULE (rules for all layers begin at their projection), or NUMBERbpw."""
     settings: dict[str, Any] = {"solver": solver, "calibrate": calibrate}
     if down_width:
@@ -226,7 +227,7 @@ def main() -> None:
                 )
                 seconds = time.perf_counter() - begin
                 put_converted(model, out)
-                bits, rules = expert_bits(done.plan.layouts), [rule.text for rule in rules_of(done.recipe)]
+                bits, rules = expert_bits(done.plan.layouts), [rule.text for rule in done.recipe.options.rules]
                 step = Step(recipe, name, bits, rules, **compare(original, model, batches), seconds=seconds)
                 shutil.rmtree(out)
                 steps.append(step)

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from converter.bit_rules import BY_BITS, PROJECTIONS, as_ranges, parse_rules, rule_options, rules_of, without_rules
+from converter.bit_rules import BY_BITS, PROJECTIONS, rule_for
+from converter.conversion_recipe import ConversionRecipe
 from formats.errors import RecipeError
 from formats.expert import ExpertLayout
-from formats.index import Architecture, Recipe
+from formats.index import Architecture
 from formats.packing import PACKINGS
-
-TARGET = "target_bpw"
-"""The option of a recipe whose rules of bits are chosen by calibration, within so many bits a weight of the experts."""
 
 Errors = Sequence[dict[str, dict[str, float]]]
 """Of each layer: projection -> packing -> what its error costs, in any unit."""
@@ -30,14 +28,14 @@ class _Step:
     packing: str
 
 
-def ladder(recipe: Recipe) -> dict[str, list[str]]:
+def ladder(recipe: ConversionRecipe) -> dict[str, list[str]]:
     """For each projection the packings to choose from: the recipe's own, and those of more bits."""
     own = {projection: getattr(recipe, projection) for projection in PROJECTIONS}
     return {p: [o, *(name for bits, name in BY_BITS.items() if bits > PACKINGS[o].nbits)] for p, o in own.items()}
 
 
-def choose_bits(recipe: Recipe, architecture: Architecture, errors: Errors) -> Recipe:
-    """`recipe`, whose option TARGET says how many bits, with the rules that lessen `errors` most within them.
+def choose_bits(recipe: ConversionRecipe, architecture: Architecture, errors: Errors) -> ConversionRecipe:
+    """`recipe`, whose option target_bpw says how many bits, with the rules that lessen `errors` most within them.
 
     Greedy: from the recipe's own packings on, the change that gains most for a byte and still fits comes first; of
     equal ones that of the lowest layer, gate_up before down. RecipeError if no choice takes so many bits.
@@ -60,29 +58,30 @@ def choose_bits(recipe: Recipe, architecture: Architecture, errors: Errors) -> R
         now = chosen[best.layer][best.projection]
         left -= sizes[best.projection][best.packing] - sizes[best.projection][now]
         chosen[best.layer][best.projection] = best.packing
-    texts = []
+    rules = []
     for projection, names in choices.items():
         for name in names[1:]:
             layers = [n for n, packings in enumerate(chosen) if packings[projection] == name]
             parts = [layers[i : i + _LAYERS_A_RULE] for i in range(0, len(layers), _LAYERS_A_RULE)]
-            texts += [f"{as_ranges(part)}/{projection}={name}" for part in parts]
+            rules += [rule_for(part, projection, name) for part in parts]
     # A rule in any case: it says that the choice was made.
-    texts = texts or [f"*/down={recipe.down}"]
-    rules = [rule for text in texts for rule in parse_rules(text)]
-    return replace(recipe, options=without_rules(recipe) | rule_options(rules))
+    rules = rules or [rule_for((), "down", recipe.down)]
+    return replace(recipe, options=replace(recipe.options, rules=tuple(rules)))
 
 
-def likely_bits(recipe: Recipe, architecture: Architecture) -> Recipe:
+def likely_bits(recipe: ConversionRecipe, architecture: Architecture) -> ConversionRecipe:
     """A recipe whose rules are yet to be chosen, with some that take about as many bytes; any other as it is."""
-    if TARGET not in recipe.options or rules_of(recipe):
+    if not recipe.options.rules_are_open:
         return recipe
     errors = {p: {name: 4.0 ** -PACKINGS[name].nbits for name in names} for p, names in ladder(recipe).items()}
     return choose_bits(recipe, architecture, [errors] * architecture.expert_layers)
 
 
-def _budget_bytes(recipe: Recipe, architecture: Architecture) -> int:
+def _budget_bytes(recipe: ConversionRecipe, architecture: Architecture) -> int:
     """What all layers' experts may take beyond the recipe's own packings, for one expert of each layer."""
-    target, choices = float(recipe.options[TARGET]), ladder(recipe)
+    target, choices = recipe.options.target_bpw, ladder(recipe)
+    if target is None:
+        raise ValueError(f"the recipe {recipe.name} has no target of bits")
     weights = 3 * architecture.hidden_size * architecture.intermediate_size
     least, most = (sum(_projection_bytes(architecture, p, names[at]) for p, names in choices.items()) for at in (0, -1))
     if not 8 * least <= target * weights <= 8 * most:

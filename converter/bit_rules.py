@@ -3,15 +3,14 @@
 As text: `0-3,28/down=3bit`, which is LAYERS[:EXPERTS][/PROJECTION]=BITS. Layers and experts are numbers and ranges
 (both ends included), or `*`; a projection is gate_up or down, both if none is named; bits are 2bit, 3bit, 4bit, 16bit
 (as in the source), or a packing by name. Several rules are separated by commas, and of several that fit, the last
-counts. A recipe has each as an option `rule.N`: the index needs no field for them.
+counts. The index has each as an option `rule.N` of its recipe (converter/recipe_options.py).
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from formats.errors import RecipeError
-from formats.index import Architecture, Option, Recipe
 from formats.packing import ALL_PACKINGS
 
 BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
@@ -21,7 +20,6 @@ UNPACKED = "none"
 """In place of a packing: stored as in the source."""
 
 PROJECTIONS = ("gate_up", "down")
-_OPTION = "rule."
 _MOST_CHARACTERS = 512
 """Of a string in the index."""
 _NUMBERS = r"\*|\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?)*"
@@ -58,54 +56,27 @@ def parse_rules(text: str) -> list[BitRule]:
         begin = match.end() + 1
 
 
-def rule_options(rules: Iterable[BitRule]) -> dict[str, Option]:
-    """As a recipe's options have them."""
-    return {f"{_OPTION}{number}": rule.text for number, rule in enumerate(rules, 1)}
-
-
-def without_rules(recipe: Recipe) -> dict[str, Option]:
-    """A recipe's other options."""
-    return {name: value for name, value in recipe.options.items() if not name.startswith(_OPTION)}
-
-
-def rules_of(recipe: Recipe) -> list[BitRule]:
-    """The rules among a recipe's options."""
-    names = [name for name in recipe.options if name.startswith(_OPTION)]
-    names.sort(key=lambda name: int(name.removeprefix(_OPTION)))
-    return [rule for name in names for rule in parse_rules(str(recipe.options[name]))]
-
-
-def packings_by_expert(recipe: Recipe, architecture: Architecture) -> list[list[tuple[str, str]]]:
-    """(gate_up, down) of each expert of each layer, packings or UNPACKED.
-
-    RecipeError for a rule about something that there is not.
-    """
-    rules = rules_of(recipe)
-    layers, experts = architecture.expert_layers, architecture.num_local_experts
-    for rule in rules:
-        for what, ranges, count in (("layer", rule.layers, layers), ("expert", rule.experts, experts)):
-            if ranges and (last := max(end for _, end in ranges)) >= count:
-                raise RecipeError(f"rule {rule.text}: there is no {what} {last}, the last is {count - 1}")
-
-    def packing(layer: int, expert: int, projection: str) -> str:
-        found: str = getattr(recipe, projection)
-        return next((r.packing for r in reversed(rules) if r.fits(layer, expert, projection)), found)
-
-    return [
-        [(packing(layer, expert, "gate_up"), packing(layer, expert, "down")) for expert in range(experts)]
-        for layer in range(layers)
-    ]
+def rule_for(layers: Sequence[int], projection: str, packing: str) -> BitRule:
+    """The rule that gives a projection of some layers (ascending; none for all) a packing."""
+    ranges = tuple(_runs(layers))
+    text = f"{as_ranges(layers) or '*'}/{projection}={packing}"
+    return BitRule(ranges, (), (projection,), packing, text)
 
 
 def as_ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers as a rule has them: 0-3,7."""
-    runs: list[list[int]] = []
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in _runs(numbers))
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, last) of each run of successive numbers."""
+    runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
+            runs[-1] = (runs[-1][0], number)
         else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+            runs.append((number, number))
+    return runs
 
 
 def _rule(match: re.Match[str]) -> BitRule:

@@ -22,7 +22,7 @@ from converter.layer_statistics import DOWN_BLOCK, ExpertInputs, LayerStatistics
 from converter.source import Checkpoint
 from converter.state_file import read_state, write_state
 from converter.statistics import InputStatistics, RunAll, block_moments, effective_tokens, second_moment
-from formats.index import Architecture, Recipe
+from formats.index import Architecture
 
 VERSION = 2
 """Of everything here that the statistics depend on: part of a conversion's fingerprint."""
@@ -228,13 +228,6 @@ class CalibrationPass:
     def _check(self, values: Tensor, layer: int | None, where: str) -> None:
         if not bool(torch.isfinite(values).all()):
             raise overflow_error(self._checkpoint, layer, where)
-
-
-def down_width(recipe: Recipe, architecture: Architecture) -> int:
-    """Columns of a block of down's statistics: what the recipe says, at most all, in whole superblocks."""
-    asked = recipe.options.get("down_width", DOWN_BLOCK)
-    most = -(-architecture.intermediate_size // DOWN_BLOCK) * DOWN_BLOCK
-    return min(asked, most) if isinstance(asked, int) else most
 
 
 def calibration_memory_bytes(architecture: Architecture, tokens: int, width: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import zstandard
@@ -44,11 +45,14 @@ class CalibrationTokens:
         return hashlib.sha256(self.windows.numpy().tobytes() + self.weights.numpy().tobytes()).hexdigest()
 
 
-def calibration_tokens(checkpoint: Checkpoint, kind: str, tokens: int, file: Path | None = None) -> CalibrationTokens:
+def calibration_tokens(
+    checkpoint: Checkpoint, kind: str, tokens: int, file: Path | None = None, tokenizer: Any = None
+) -> CalibrationTokens:
     """About `tokens` tokens (whole windows) for `checkpoint`.
 
     kind: "random", drawn uniformly from the vocabulary; "builtin", the text that the package ships, or "file", the
     UTF-8 text in `file`: windows from all over the text, and a share of random ones. The same for the same arguments.
+    tokenizer: the checkpoint's, None to open it here.
     Raises SourceError for a text that cannot be read, is no UTF-8, or has too few tokens, and where the checkpoint's
     tokenizer cannot be loaded; RecipeError for too few tokens.
     """
@@ -69,7 +73,8 @@ def calibration_tokens(checkpoint: Checkpoint, kind: str, tokens: int, file: Pat
         windows, weights = drawn, torch.ones(n_random)
     else:
         where, text = _read(kind, file)
-        chosen = _spread(_encode(checkpoint, where, text), n_windows - n_random, window - (bos is not None), where)
+        ids = _encode(checkpoint, where, text, tokenizer)
+        chosen = _spread(ids, n_windows - n_random, window - (bos is not None), where)
         if bos is not None:
             chosen = torch.nn.functional.pad(chosen, (1, 0), value=bos)
         windows = torch.cat([chosen, drawn])
@@ -107,9 +112,9 @@ def _read(kind: str, file: Path | None) -> tuple[str, str]:
         raise SourceError(f"{where}: not UTF-8 at byte {e.start}", "save the text as UTF-8") from None
 
 
-def _encode(checkpoint: Checkpoint, where: str, text: str) -> Tensor:
+def _encode(checkpoint: Checkpoint, where: str, text: str, tokenizer: Any) -> Tensor:
     try:
-        tokenizer = open_source_tokenizer(checkpoint.folder)
+        tokenizer = tokenizer or open_source_tokenizer(checkpoint.folder)
         # Piece by piece: some tokenizers take a time that grows with the square of the length.
         ids = [
             i for piece in _pieces(text) for i in tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]

@@ -25,13 +25,14 @@ def difference(path: Path, record: LayerRecord) -> str | None:
         if size_bytes != record.size_bytes:
             return f"it has {size_bytes} bytes instead of {record.size_bytes}"
         # The header is padded: the first expert begins where it ends.
-        if sha256_of(os.pread(descriptor, record.places[0][0], 0)) != record.header_sha256:
+        if sha256_of(os.pread(descriptor, record.places[0].offset, 0)) != record.header_sha256:
             return "the bytes of its header changed"
-        ends = [*(offset for offset, *_ in record.places[1:]), size_bytes]
-        for expert, ((offset, length, _, xxh3), next_offset) in enumerate(zip(record.places, ends, strict=True)):
-            if _xxh3(descriptor, offset, length) != xxh3:
+        begins = [*(place.offset for place in record.places), size_bytes]
+        for expert, place in enumerate(record.places):
+            if _xxh3(descriptor, place.offset, place.length) != place.xxh3:
                 return f"the bytes of expert {expert} changed"
-            if any(os.pread(descriptor, next_offset - offset - length, offset + length)):
+            end = place.offset + place.length
+            if any(os.pread(descriptor, begins[expert + 1] - end, end)):
                 return f"the zero bytes behind expert {expert} changed"
     return None
 

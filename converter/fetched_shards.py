@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from math import inf
 from pathlib import Path
 
-from converter.shards import Stopped
+from converter.conversion.keys import UnitKey
+from converter.shards import ShardNeed, Stopped
 from formats.errors import DoesNotFitError, SourceError
 from formats.hub import HubRepo
 from formats.io_errors import io_error, translated
@@ -36,9 +37,9 @@ class FetchedShards:
 
     def __init__(self, repo: HubRepo, folder: Path, max_bytes: int, stop: threading.Event) -> None:
         self._repo, self._folder, self._max_bytes, self._stop = repo, folder, max_bytes, stop
-        self._needs: list[tuple[object, frozenset[str]]] = []
+        self._needs: list[ShardNeed] = []
         self._left: dict[str, set[int]] = {}
-        self._positions: dict[object, int] = {}
+        self._positions: dict[UnitKey, int] = {}
         self._files: dict[str, int] = {}
         self._fetching: set[str] = set()
         self._wanted: Counter[str] = Counter()
@@ -47,7 +48,7 @@ class FetchedShards:
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
 
-    def expect(self, needs: Iterable[tuple[object, frozenset[str]]]) -> None:
+    def expect(self, needs: Iterable[ShardNeed]) -> None:
         """Begins to fetch what the work needs, in its order, instead of what was expected before. DoesNotFitError if
         the limit is less than one piece's."""
         with self._changed:
@@ -64,27 +65,27 @@ class FetchedShards:
             self._threads.append(thread)
             thread.start()
 
-    def _plan(self, needs: list[tuple[object, frozenset[str]]]) -> None:
+    def _plan(self, needs: list[ShardNeed]) -> None:
         self._needs = needs
         self._positions.clear()
         self._left.clear()
-        for position, (key, names) in enumerate(self._needs):
-            self._positions[key] = position
-            for name in names:
+        for position, need in enumerate(self._needs):
+            self._positions[need.key] = position
+            for name in need.shards:
                 self._left.setdefault(name, set()).add(position)
-            if (size := self._size(names)) > self._max_bytes:
+            if (size := self._size(need.shards)) > self._max_bytes:
                 raise DoesNotFitError(
-                    f"--max-disk {self._max_bytes}: {len(names)} shards are needed at once, {size} bytes",
+                    f"--max-disk {self._max_bytes}: {len(need.shards)} shards are needed at once, {size} bytes",
                     f"allow {size}, or add --no-keep to read without keeping anything",
                 )
 
-    def done(self, key: object) -> None:
+    def done(self, key: UnitKey) -> None:
         """The work is done; shards that were needed for it alone are deleted."""
         with self._changed:
             position = self._positions.get(key)
             if position is None:
                 return
-            for name in self._needs[position][1]:
+            for name in self._needs[position].shards:
                 self._left[name].discard(position)
                 self._drop_if_idle(name)
             self._changed.notify_all()

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from converter.conversion.keys import UnitKey
 from converter.fetched_shards import FetchedShards
 from converter.hub_model import HubModel
-from converter.shards import Shards, file_sha256, pread_into
+from converter.shards import ShardNeed, Shards, file_sha256, pread_into
 from formats.errors import SourceError
 from formats.io_errors import translated
 from formats.paths import open_regular
@@ -95,11 +96,11 @@ class HubShards(Shards):
         if self._model.keep:
             self._fetched = FetchedShards(self._repo, folder, self.disk_bytes(), self.stop)
 
-    def expect(self, needs: Iterable[tuple[object, frozenset[str]]]) -> None:
+    def expect(self, needs: Iterable[ShardNeed]) -> None:
         if self._fetched:
-            self._fetched.expect((key, names - self._cached.keys()) for key, names in needs)
+            self._fetched.expect(ShardNeed(need.key, need.shards - self._cached.keys()) for need in needs)
 
-    def done(self, key: object) -> None:
+    def done(self, key: UnitKey) -> None:
         if self._fetched:
             self._fetched.done(key)
 

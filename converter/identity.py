@@ -9,14 +9,14 @@ import msgspec
 from msgspec.structs import replace
 
 from converter import __version__, calibration
-from converter.bit_budget import TARGET
-from converter.bit_rules import without_rules
 from converter.calibration_text import CalibrationTokens
+from converter.conversion_recipe import ConversionRecipe
+from converter.recipe_options import without_rules
 from converter.sizes import CHUNK_WEIGHTS
 from converter.solver import Solver
 from converter.source import Checkpoint
 from formats.errors import OutputError
-from formats.index import Index, Recipe, read_index
+from formats.index import Index, read_index
 from formats.recorded_config import changed_fields
 
 Progress = Callable[[str, int, int], None]
@@ -36,7 +36,7 @@ def overlay_version(checkpoint: Checkpoint) -> str | None:
 
 
 def fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, codec: str, solver: Solver, tokens: CalibrationTokens | None
+    checkpoint: Checkpoint, recipe: ConversionRecipe, codec: str, solver: Solver, tokens: CalibrationTokens | None
 ) -> dict[str, Any]:
     """What must be the same for a resume."""
     calibrated = {"calibration": calibration_version(tokens)} if tokens else {}
@@ -48,27 +48,32 @@ def fingerprint(
         **pinned,
         "source": {name: checkpoint.shard_sample(name) for name in checkpoint.shards},
         "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
-        "recipe": msgspec.to_builtins(recipe),
+        **recorded_recipe(recipe),
         "codec": codec,
         "code": {"moe-convert": __version__, "chunk_weights": CHUNK_WEIGHTS, "solver": solver.version},
     }
 
 
+def recorded_recipe(recipe: ConversionRecipe) -> dict[str, Any]:
+    """The field of a fingerprint that says the recipe."""
+    return {"recipe": msgspec.to_builtins(recipe.recorded)}
+
+
 def check_same(
-    out: Path, checkpoint: Checkpoint, recipe: Recipe, codec: str, tokens: CalibrationTokens | None
+    out: Path, checkpoint: Checkpoint, recipe: ConversionRecipe, codec: str, tokens: CalibrationTokens | None
 ) -> Index:
     """The index of the complete conversion in `out`; OutputError if it is of another source, recipe or calibration.
 
     Reads no weights: of the source's shards it compares names and sizes.
     """
     index = read_index(out)
-    found = index.recipe
-    if TARGET in recipe.options:
+    found, asked = index.recipe, recipe.recorded
+    if recipe.options.rules_are_open:
         # Its rules were chosen for it; the same would be chosen again.
-        found = replace(found, options=without_rules(found))
-    for field in recipe.__struct_fields__:
-        if getattr(found, field) != getattr(recipe, field):
-            _refuse(out, f"recipe ({field})", getattr(found, field), getattr(recipe, field))
+        found = replace(found, options=without_rules(found.options))
+    for field in asked.__struct_fields__:
+        if getattr(found, field) != getattr(asked, field):
+            _refuse(out, f"recipe ({field})", getattr(found, field), getattr(asked, field))
     if index.layers[0].experts[0].codec != codec:
         _refuse(out, "codec", index.layers[0].experts[0].codec, codec)
     there, now = index.producer.versions.get("calibration"), calibration_version(tokens) if tokens else None

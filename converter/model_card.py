@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.recipe_options import Calibration
+from formats.errors import RecipeError
 from formats.hub import is_repo_name
 from formats.index import Index, Recipe
 from formats.io_errors import translated
@@ -28,7 +30,11 @@ KV_CONTEXT = 4096
 _MEMORY_ROWS = 8
 """Of the memory table, about: a model with 128 experts a layer has no row for each."""
 _ENDS = str.maketrans({"`": "'", "|": "¦"})
-_CALIBRATION = {"builtin": "the text that moe-convert ships", "file": "a text of the converter's choice"}
+_CALIBRATION = {
+    "builtin": "the text that moe-convert ships",
+    "file": "a text of the converter's choice",
+    "random": "random",
+}
 
 
 @dataclass(frozen=True)
@@ -214,12 +220,11 @@ def _origin(index: Index) -> Iterator[str]:
 
 
 def _calibration(recipe: Recipe) -> str:
-    kind = str(recipe.options.get("calibrate", "none"))
-    if kind == "none":
-        return "none"
-    count = recipe.options.get("calibration_tokens", "")
-    tokens = str(count) if isinstance(count, int) else _code(str(count))
-    return f"{tokens} tokens, {_CALIBRATION.get(kind, 'random')}"
+    try:
+        calibration = Calibration.read(recipe.options)
+    except RecipeError:
+        return "said by the index in a way that this release does not read"
+    return f"{calibration.tokens} tokens, {_CALIBRATION[calibration.kind]}" if calibration else "none"
 
 
 def _code(text: str) -> str:

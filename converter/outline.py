@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.checkpoint.model_shape import ModelShape
+from converter.conversion_recipe import ConversionRecipe
 from converter.sizes import plan_output
 from converter.source_kinds import check_folder
 from converter.source_tensors import Weight
 from formats.checkpoint_config import read_config
 from formats.expert import ExpertLayout
-from formats.index import Architecture, Recipe
+from formats.index import Architecture
 from formats.safetensors_header import TensorEntry
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -48,7 +49,7 @@ class PlannedFolder:
     trunk: list[TensorEntry]
 
     @classmethod
-    def of(cls, folder: Path, recipe: Recipe) -> "PlannedFolder":
+    def of(cls, folder: Path, recipe: ConversionRecipe) -> "PlannedFolder":
         """Of the checkpoint in `folder` by `recipe`. SourceError as `Outline.of_folder`."""
         outline = Outline.of_folder(folder)
         plan = plan_output(outline, recipe)

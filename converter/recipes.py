@@ -8,23 +8,23 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from converter import solver_native
-from converter.bit_budget import TARGET
-from converter.bit_rules import BY_BITS, UNPACKED, parse_rules, rule_options, rules_of
+from converter.bit_rules import BY_BITS, UNPACKED, parse_rules
 from converter.calibration_text import DEFAULT_TOKENS, FEWEST_TOKENS, KINDS
+from converter.conversion_recipe import ConversionRecipe
 from converter.layer_statistics import DOWN_BLOCK
+from converter.recipe_options import Calibration, DownWidth, RecipeOptions
 from converter.solvers import NO_SOLVER, SOLVERS
 from formats.errors import RecipeError
-from formats.index import Option, Recipe
 from formats.packing import ALL_PACKINGS, PACKINGS
 
 DEFAULT_RECIPE = "2bit"
 CALIBRATED_SOLVER = "feedback"
 UNCALIBRATED_SOLVER = "refit"
-_CALIBRATION: dict[str, Option] = {"calibrate": "builtin", "calibration_tokens": DEFAULT_TOKENS}
+_CALIBRATED = RecipeOptions(Calibration("builtin", DEFAULT_TOKENS))
 _ATTENTION = "tile32-q4-g64-s8"
 
-RECIPES: dict[str, Recipe] = {
-    name: Recipe(name, BY_BITS[gate_up], BY_BITS[down], _ATTENTION, CALIBRATED_SOLVER, UNPACKED, _CALIBRATION)
+RECIPES: dict[str, ConversionRecipe] = {
+    name: ConversionRecipe(name, BY_BITS[gate_up], BY_BITS[down], _ATTENTION, CALIBRATED_SOLVER, options=_CALIBRATED)
     for name, gate_up, down in (
         ("2bit", 2, 2),
         ("2bit-down3", 2, 3),
@@ -32,10 +32,10 @@ RECIPES: dict[str, Recipe] = {
         ("4bit", 4, 4),
     )
 } | {
-    name: Recipe(name, experts, experts, _ATTENTION, "hqq")
+    name: ConversionRecipe(name, experts, experts, _ATTENTION, "hqq")
     for name, experts in {"paper-2bit": "tile32-q2-g16-s8", "paper-3bit": "tile32-q3-g64-s8"}.items()
 }
-RECIPES["16bit"] = Recipe("16bit", UNPACKED, UNPACKED, UNPACKED, NO_SOLVER, UNPACKED)
+RECIPES["16bit"] = ConversionRecipe("16bit", UNPACKED, UNPACKED, UNPACKED, NO_SOLVER, UNPACKED)
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def make_recipe(
     rules: Sequence[str] = (),
     target_bpw: float | None = None,
     down_width: int | str | None = None,
-) -> Recipe:
+) -> ConversionRecipe:
     """The named recipe with what the options change: expert bits and group size, or packings by name.
 
     `attn_bits` and `head_bits` are 4; these and `bits` may be 16, for as in the source. `calibrate` is a key of
@@ -83,18 +83,14 @@ def make_recipe(
         raise RecipeError(f"solver {solver!r} is unknown; known are {', '.join(SOLVERS)}")
     if calibrate not in (None, *KINDS):
         raise RecipeError(f"--calibrate {calibrate}: known are {', '.join(KINDS)}")
-    options: dict[str, Option] = {}
-    if not quantized and attention == head == UNPACKED:
-        chosen_solver = NO_SOLVER
-    else:
+    chosen_solver, calibration = NO_SOLVER, None
+    if quantized or not attention == head == UNPACKED:
         chosen_solver = solver or _solver(base.solver, quantized, calibrate, calibration_tokens)
-        options = _calibration_options(chosen_solver, calibrate, calibration_tokens)
-    options |= rule_options(parsed)
-    if target_bpw is not None:
-        options |= _target(target_bpw, chosen_solver, rules, packings)
-    if down_width is not None:
-        options |= _down_width(down_width, chosen_solver)
-    chosen = Recipe(name, *packings, attention, chosen_solver, head, options)
+        calibration = _calibration(chosen_solver, calibrate, calibration_tokens)
+    target = None if target_bpw is None else _target(target_bpw, chosen_solver, rules, packings)
+    width = DOWN_BLOCK if down_width is None else _down_width(down_width, chosen_solver)
+    options = RecipeOptions(calibration, target, width, tuple(parsed))
+    chosen = ConversionRecipe(name, *packings, attention, chosen_solver, head, options)
     return chosen if chosen == base else _named_by_contents(chosen)
 
 
@@ -122,23 +118,23 @@ def _say_once() -> None:
     )
 
 
-def _calibration_options(solver: str, calibrate: str | None, tokens: int | None) -> dict[str, Option]:
-    """What the recipe says about calibration; nothing where there is none."""
+def _calibration(solver: str, calibrate: str | None, tokens: int | None) -> Calibration | None:
+    """The recipe's calibration; None without one."""
     if solver == NO_SOLVER:
         raise RecipeError("the solver none quantizes nothing", "choose another, or 16 bits of everything")
     if solver != CALIBRATED_SOLVER:
         if calibrate not in (None, "none") or tokens is not None:
             raise RecipeError(f"the solver {solver} uses no calibration", f"--solver {CALIBRATED_SOLVER} does")
-        return {}
+        return None
     if calibrate == "none":
         raise RecipeError(f"the solver {solver} needs calibration", "--solver refit does without")
     tokens = DEFAULT_TOKENS if tokens is None else tokens
     if tokens < FEWEST_TOKENS:
         raise RecipeError(f"--calibration-tokens {tokens}: at least {FEWEST_TOKENS}", f"{DEFAULT_TOKENS} do well")
-    return {"calibrate": calibrate or "builtin", "calibration_tokens": tokens}
+    return Calibration(calibrate or "builtin", tokens)
 
 
-def _target(bits: float, solver: str, rules: Sequence[str], packings: tuple[str, str]) -> dict[str, Option]:
+def _target(bits: float, solver: str, rules: Sequence[str], packings: tuple[str, str]) -> float:
     if not PACKINGS.keys() >= set(packings):
         raise RecipeError("target-bpw: gives more bits to layers of quantized experts, not to 16", "begin with 2bit")
     if not (math.isfinite(bits) and bits > 0):
@@ -149,17 +145,19 @@ def _target(bits: float, solver: str, rules: Sequence[str], packings: tuple[str,
         raise RecipeError(
             f"target-bpw: the solver {solver} has no calibration to choose bits by", f"use --solver {CALIBRATED_SOLVER}"
         )
-    return {TARGET: float(bits)}
+    return float(bits)
 
 
-def _down_width(width: int | str, solver: str) -> dict[str, Option]:
+def _down_width(width: int | str, solver: str) -> DownWidth:
     if solver != CALIBRATED_SOLVER:
         raise RecipeError(
             f"down-width: the solver {solver} makes up for no errors", f"use --solver {CALIBRATED_SOLVER}"
         )
-    if width != "full" and not (isinstance(width, int) and width > 0 and width % 256 == 0):
+    if width == "full":
+        return "full"
+    if not (isinstance(width, int) and width > 0 and width % 256 == 0):
         raise RecipeError(f"down-width {width}: expected is a multiple of 256, or full")
-    return {} if width == DOWN_BLOCK else {"down_width": width}
+    return width
 
 
 def _trunk_packing(option: str, bits: int | None, default: str) -> str:
@@ -182,12 +180,12 @@ def _experts_packing(bits: int | None, group_size: int | None, default: str) -> 
     return preferred if any(p.name == preferred for p in fitting) else fitting[0].name
 
 
-def _named_by_contents(recipe: Recipe) -> Recipe:
+def _named_by_contents(recipe: ConversionRecipe) -> ConversionRecipe:
     """A recipe of a named one's packings has its name, the paper's only with its solver; any other is called custom,
     and one with a target by that."""
-    if TARGET in recipe.options:
-        return replace(recipe, name=f"{recipe.options[TARGET]:g}bpw")
-    if rules_of(recipe):
+    if recipe.options.target_bpw is not None:
+        return replace(recipe, name=f"{recipe.options.target_bpw:g}bpw")
+    if recipe.options.rules:
         return replace(recipe, name="custom")
     for known in RECIPES.values():
         named = replace(recipe, name=known.name)

@@ -1,15 +1,13 @@
 """What a conversion records of each finished piece of work: one class a kind, tagged by the field `unit`."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from converter.conversion.keys import ExpertKey, LayerKey, LinearKey, RecordKey, ShardKey, TensorKey
 from converter.solver import SquaredError
 from formats.index import Label, Natural, Sha256, Xxh3
 from formats.writer import Place
-
-RecordKey = tuple[Any, ...]
-"""What a record is about, such as ("expert", layer, expert). A later record replaces one with the same key."""
 
 
 class _Record(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="unit"):
@@ -41,8 +39,8 @@ class ExpertRecord(_Record, frozen=True, tag="expert"):
     uncalibrated: list[Label] = []
 
     @property
-    def key(self) -> RecordKey:
-        return "expert", self.layer, self.expert
+    def key(self) -> ExpertKey:
+        return ExpertKey(self.layer, self.expert)
 
 
 class LinearRecord(_Record, frozen=True, tag="linear"):
@@ -54,8 +52,8 @@ class LinearRecord(_Record, frozen=True, tag="linear"):
     uncalibrated: bool = False
 
     @property
-    def key(self) -> RecordKey:
-        return "linear", self.module
+    def key(self) -> LinearKey:
+        return LinearKey(self.module)
 
 
 class TensorRecord(_Record, frozen=True, tag="tensor"):
@@ -65,8 +63,8 @@ class TensorRecord(_Record, frozen=True, tag="tensor"):
     xxh3: Xxh3
 
     @property
-    def key(self) -> RecordKey:
-        return "tensor", self.name
+    def key(self) -> TensorKey:
+        return TensorKey(self.name)
 
 
 class LayerRecord(_Record, frozen=True, tag="layer"):
@@ -78,8 +76,8 @@ class LayerRecord(_Record, frozen=True, tag="layer"):
     places: Annotated[list[Place], Meta(min_length=1)]
 
     @property
-    def key(self) -> RecordKey:
-        return "layer", self.layer
+    def key(self) -> LayerKey:
+        return LayerKey(self.layer)
 
 
 class ShardRecord(_Record, frozen=True, tag="shard"):
@@ -89,8 +87,9 @@ class ShardRecord(_Record, frozen=True, tag="shard"):
     sha256: Sha256
 
     @property
-    def key(self) -> RecordKey:
-        return "shard", self.name
+    def key(self) -> ShardKey:
+        return ShardKey(self.name)
 
 
+UnitRecord = ExpertRecord | LinearRecord | TensorRecord
 Record = ExpertRecord | LinearRecord | TensorRecord | LayerRecord | ShardRecord

@@ -6,8 +6,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
+from converter.conversion.keys import UnitKey
 from formats.errors import SourceError
 from formats.io_errors import translated
 from formats.paths import check_no_pointer, locate_source, open_regular
@@ -19,6 +21,14 @@ _SAMPLE_BYTES = 4096
 
 class Stopped(Exception):
     """The conversion is being stopped; the work was given up."""
+
+
+@dataclass(frozen=True)
+class ShardNeed:
+    """The shards that a piece of work reads, by their names."""
+
+    key: UnitKey
+    shards: frozenset[str]
 
 
 class Shards(ABC):
@@ -56,11 +66,11 @@ class Shards(ABC):
     def identity(self, name: str, header: Header) -> str:
         """A text that another model's shard does not have; cheap to get."""
 
-    def expect(self, needs: Iterable[tuple[object, frozenset[str]]]) -> None:
-        """What will be read: the shards that each piece of work needs, in the order in which it will be done."""
+    def expect(self, needs: Iterable[ShardNeed]) -> None:
+        """What will be read, in the order in which the work will be done."""
         return None
 
-    def done(self, key: object) -> None:
+    def done(self, key: UnitKey) -> None:
         """The piece of work was done."""
         return None
 

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Protocol
 
 from converter.bit_budget import likely_bits
-from converter.bit_rules import UNPACKED, packings_by_expert
-from converter.calibration import calibration_memory_bytes, down_width
+from converter.bit_rules import UNPACKED
+from converter.calibration import calibration_memory_bytes
 from converter.checkpoint.model_shape import HEAD, ModelShape
+from converter.conversion_recipe import ConversionRecipe, packings_by_expert
 from converter.plain_rows import plain_packing_for
 from converter.solver import Solver
 from converter.source_tensors import Weight
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
-from formats.index import PackedLinear, Recipe
+from formats.index import PackedLinear
 from formats.io_errors import translated
 from formats.layer_file import layer_file_name, partial_path, raw_entries
 from formats.packing import PACKINGS, tile_packing_named
@@ -125,7 +126,7 @@ class OutputPlan:
         )
 
 
-def plan_output(checkpoint: Sized, recipe: Recipe) -> OutputPlan:
+def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
     """The plan for `checkpoint` by `recipe`; where its rules of bits are not chosen yet, for likely ones."""
     shape = checkpoint.shape
     a = shape.architecture
@@ -156,7 +157,7 @@ def plan_output(checkpoint: Sized, recipe: Recipe) -> OutputPlan:
         trunk_bytes=entries[-1].end,
         layer_bytes=[raw_entries(site.path, layer)[-1].end for site, layer in zip(shape.experts, layouts, strict=True)],
         calibration_bytes=calibration_memory_bytes(
-            a, int(recipe.options.get("calibration_tokens", 0)), down_width(recipe, a)
+            a, recipe.options.calibration_tokens, recipe.options.down_block(a.intermediate_size)
         ),
     )
 

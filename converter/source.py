@@ -3,19 +3,18 @@
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from converter.checkpoint.model_shape import ModelShape
 from converter.config_check import check_with_transformers
+from converter.conversion.keys import UnitKey
 from converter.foreign_layouts import foreign_role
 from converter.hub_model import HubModel
 from converter.hub_shards import HubShards
-from converter.names import ExpertTensor
 from converter.notices import notice
-from converter.shards import FolderShards, Shards, cut_off
+from converter.shards import FolderShards, ShardNeed, Shards, cut_off
 from converter.solver import DAMAGED_HINT
 from converter.source_files import shard_names
 from converter.source_kinds import INDEX_NAME, check_folder
@@ -112,21 +111,11 @@ class Checkpoint:
         if isinstance(self._shards, HubShards):
             self._shards.fetch_into(folder)
 
-    def expect(self, keys: Iterable[tuple[Any, ...]], *, by_layer: bool) -> None:
-        """The work that will be done, in order: ("expert", layer, expert), ("linear", module), ("tensor", name).
-
-        by_layer: whether each piece of work in a layer may read all of that layer, as calibration does.
-        DoesNotFitError if that is more than may be on disk at once.
-        """
-        needs = [(key, self._shards_of(key)) for key in keys]
-        if by_layer:
-            layers: dict[int | None, frozenset[str]] = {}
-            for key, names in needs:
-                layers[self.layer_of(key)] = layers.get(self.layer_of(key), frozenset()) | names
-            needs = [(key, names if self.layer_of(key) is None else layers[self.layer_of(key)]) for key, names in needs]
+    def expect(self, needs: Iterable[ShardNeed]) -> None:
+        """The work that will be done, in order. DoesNotFitError if one piece needs more than may be on disk at once."""
         self._shards.expect(needs)
 
-    def done(self, key: tuple[Any, ...]) -> None:
+    def done(self, key: UnitKey) -> None:
         """A piece of work that was expected is done."""
         self._shards.done(key)
 
@@ -185,24 +174,10 @@ class Checkpoint:
         """What another model's shard of that name does not have; cheap."""
         return self._shards.identity(name, self._headers[name])
 
-    def place(self, key: tuple[Any, ...]) -> tuple[str, int]:
-        """Where the last tensor begins that a piece of work reads: work in this order needs few shards at once."""
-        return max((weight.shard, weight.offset) for weight in self._weights_of(key))
-
-    def layer_of(self, key: tuple[Any, ...]) -> int | None:
-        """The decoder layer that a piece of work is done with: the first for embeddings; None for what comes after."""
-        if key[0] == "expert":
-            return self.shape.experts[int(key[1])].decoder_layer
-        return 0 if key[1] == self.shape.embedding else self.shape.decoder_layer(str(key[1]))
-
-    def _shards_of(self, key: tuple[Any, ...]) -> frozenset[str]:
-        """The shards that a piece of work reads."""
-        return frozenset(weight.shard for weight in self._weights_of(key))
-
-    def _weights_of(self, key: tuple[Any, ...]) -> list[Weight]:
-        if key[0] == "expert":
-            return [self.experts[ExpertTensor(key[1], key[2], projection)] for projection in ("gate", "up", "down")]
-        return [self.trunk[f"{key[1]}.weight" if key[0] == "linear" else key[1]]]
+    def layer_of(self, name: str) -> int | None:
+        """The decoder layer of a tensor or module of the trunk: the first for the embeddings; None for what comes after
+        the layers."""
+        return 0 if name == self.shape.embedding else self.shape.decoder_layer(name)
 
     def _open_shards(self) -> tuple[dict[str, Header], dict[str, str]]:
         """(name -> header of each shard, the index's weight map)."""

@@ -10,17 +10,20 @@ from typing import Any
 import torch
 import zstandard
 
-from converter.calibration import CalibrationPass, down_width
+from converter.calibration import CalibrationPass
 from converter.calibration_text import calibration_tokens
 from converter.checkpoint.model_shape import HEAD
+from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
+from converter.conversion.output_files import write_linear, write_tensor
+from converter.conversion_recipe import ConversionRecipe
 from converter.hub_model import HubModel
+from converter.recipe_options import RecipeOptions
 from converter.side_files import copied_bytes
 from converter.sizes import plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint
 from converter.workers import Worker
 from formats import TRUNK_NAME
-from formats.checksums import Checksums
 from formats.errors import MoeConvertError
 from formats.index import ExpertEntry, Index
 from formats.layer_file import partial_path
@@ -40,17 +43,13 @@ class SourceOrigin(Origin):
         self._index = index
         self._checkpoint = Checkpoint(source)
         self._solver = choose_solver(index.recipe.solver)
-        self._plan = plan_output(self._checkpoint, index.recipe)
+        recipe = ConversionRecipe.read(index.recipe)
+        self._plan = plan_output(self._checkpoint, recipe)
         self._worker = Worker(self._checkpoint, self._plan, self._solver, threading.Event())
         self._scratch = tempfile.TemporaryDirectory(prefix="moe-convert-")
         self._prepared = -1
         self._threads = torch.get_num_threads()
-        kind, tokens = (index.recipe.options.get(name) for name in ("calibrate", "calibration_tokens"))
-        if kind is not None and isinstance(tokens, int) and self._plan.last_quantized_layer >= 0:
-            drawn = calibration_tokens(self._checkpoint, str(kind), tokens, calibration_file)
-            scratch = Path(self._scratch.name)
-            width = down_width(index.recipe, self._checkpoint.architecture)
-            self._worker.calibration = CalibrationPass(self._checkpoint, drawn, scratch, None, _in_turn, width)
+        self._calibration = self._calibration_pass(recipe.options, calibration_file)
 
     def __enter__(self) -> "SourceOrigin":
         # As in a conversion: sums over a tensor depend on torch's threads.
@@ -63,10 +62,10 @@ class SourceOrigin(Origin):
         self._scratch.cleanup()
 
     def expert(self, entry: ExpertEntry) -> bytes:
-        self._prepare(self._plan.shape.experts[entry.layer].decoder_layer)
-        made = _Made()
-        self._worker.expert(made, entry.layer, entry.expert)  # type: ignore[arg-type]
-        data = made.data
+        calibration = self._prepared_for(self._plan.shape.experts[entry.layer].decoder_layer)
+        key = ExpertKey(entry.layer, entry.expert)
+        _, blob = self._worker.expert(key, calibration.layer if calibration else None)
+        data = blob.numpy().tobytes()
         if entry.codec == "zstd":
             data = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(data)
         found = hashlib.sha256(data).hexdigest()
@@ -91,18 +90,17 @@ class SourceOrigin(Origin):
         with PlacedFile(path, self._plan.trunk_entries, self._plan.trunk_metadata) as trunk:
             shape = self._plan.shape
             for layer in range(len(shape.decoder_layers)):
-                linears = [m for m in self._plan.packed if shape.decoder_layer(m) == layer]
-                if linears:
-                    self._prepare(layer)
+                linears = [module for module in self._plan.packed if shape.decoder_layer(module) == layer]
                 for module in linears:
-                    self._worker.linear(trunk, module)
+                    self._linear(trunk, LinearKey(module), self._prepared_for(layer))
             if HEAD in self._plan.packed:
-                if self._worker.calibration:
-                    self._worker.calibration.prepare_head()
-                self._worker.linear(trunk, HEAD)
+                if self._calibration:
+                    self._calibration.prepare_head()
+                self._linear(trunk, LinearKey(HEAD), self._calibration)
             for entry in self._plan.trunk_entries:
                 if entry.name in self._checkpoint.trunk:
-                    self._worker.tensor(trunk, entry.name)
+                    key = TensorKey(entry.name)
+                    write_tensor(trunk, key, self._worker.tensor(key))
             with open(partial_path(path), "rb") as f:
                 found = hashlib.file_digest(f, "sha256").hexdigest()
             if found == sha256:
@@ -111,10 +109,26 @@ class SourceOrigin(Origin):
         remove(partial_path(path))
         raise self._other(TRUNK_NAME, found, sha256)
 
-    def _prepare(self, layer: int) -> None:
-        if self._worker.calibration and self._prepared != layer and self._plan.quantizes(layer):
-            self._worker.calibration.prepare(layer)
+    def _calibration_pass(self, options: RecipeOptions, file: Path | None) -> CalibrationPass | None:
+        calibration = options.calibration
+        if calibration is None or self._plan.last_quantized_layer < 0:
+            return None
+        drawn = calibration_tokens(self._checkpoint, calibration.kind, calibration.tokens, file)
+        width = options.down_block(self._checkpoint.architecture.intermediate_size)
+        return CalibrationPass(self._checkpoint, drawn, Path(self._scratch.name), None, _in_turn, width)
+
+    def _linear(self, trunk: PlacedFile, key: LinearKey, calibration: CalibrationPass | None) -> None:
+        _, tiles = self._worker.linear(key, calibration.linear(key.module) if calibration else None)
+        write_linear(trunk, key, tiles)
+
+    def _prepared_for(self, layer: int) -> CalibrationPass | None:
+        """The calibration with the statistics of `layer`; None where nothing is calibrated."""
+        if not (self._calibration and self._plan.quantizes(layer)):
+            return None
+        if self._prepared != layer:
+            self._calibration.prepare(layer)
             self._prepared = layer
+        return self._calibration
 
     def _other(self, what: str, found: str, expected: str) -> MoeConvertError:
         producer = self._index.producer
@@ -124,16 +138,6 @@ class SourceOrigin(Origin):
             f" checkpoint, or other versions or another machine than {producer.name} {producer.version} ({versions})",
             "--from OWNER/MODEL, where the folder was published, or convert again",
         )
-
-
-class _Made:
-    """Takes the expert that a worker would write to a layer's file."""
-
-    data = b""
-
-    def write_expert(self, expert: int, blob: torch.Tensor) -> Checksums:
-        self.data = blob.numpy().tobytes()
-        return Checksums("", "")
 
 
 def _in_turn(tasks: Iterable[Callable[[], Any]]) -> list[Any]:

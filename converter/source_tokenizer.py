@@ -24,20 +24,21 @@ def open_source_tokenizer(folder: Path) -> Any:
     return open_tokenizer_by(lambda path: AutoTokenizer.from_pretrained(path, **options), folder)
 
 
-def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> None:
-    """Loads the tokenizer, and compares its vocabulary with the rows of the embeddings.
+def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> Any:
+    """Loads the tokenizer, and compares its vocabulary with the rows of the embeddings; None if it cannot be loaded.
 
     needed: by the calibration. SourceError then where it cannot be loaded; else a warning. Tokens without a row are
     only warned of: many a vocabulary has more than its model, and a text need not use them.
     """
     folder, rows = checkpoint.folder, checkpoint.architecture.vocab_size
     try:
-        vocabulary: dict[str, int] = open_source_tokenizer(folder).get_vocab()
+        tokenizer = open_source_tokenizer(folder)
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
     except MoeConvertError as e:
         if needed:
             raise SourceError(e.message, "; or ".join(filter(None, (e.hint, _WITHOUT)))) from e
         _log.warning("the converted model has no usable tokenizer: %s", "; ".join(filter(None, (e.message, e.hint))))
-        return
+        return None
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
     if beyond:
         number, token = beyond[-1]
@@ -45,3 +46,4 @@ def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> None:
             "%s: the tokenizer has %d tokens beyond the model's %d embeddings, the last is %d (%r): a text with one of"
             " them is refused", folder, len(beyond), rows, number, token,
         )  # fmt: skip
+    return tokenizer

@@ -1,59 +1,49 @@
-"""A recipe whose target of bits becomes rules: measured once, kept beside the work, the same for any workers."""
+"""A target of bits that becomes rules: measured once, kept beside the work, the same for any workers."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from converter.bit_budget import choose_bits, ladder
-from converter.bit_rules import rules_of
 from converter.bit_sensitivity import BitSensitivity
 from converter.calibration_text import CalibrationTokens
+from converter.conversion.plan import ConversionPlan
+from converter.conversion.units import expert_units, shard_needs
 from converter.identity import Progress
 from converter.solver import CalibratedSolver
-from converter.solvers import choose_solver
-from converter.source import Checkpoint
 from converter.workers import run_all
-from formats.index import Recipe
 
 _log = logging.getLogger(__name__)
 
 
 def with_chosen_bits(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    tokens: CalibrationTokens,
-    out: Path,
-    max_workers: int,
-    progress: Progress | None,
-) -> Recipe:
-    """`recipe` with the rules that fit its target best, by the errors of the checkpoint's layers for `tokens`.
+    plan: ConversionPlan, solver: CalibratedSolver, tokens: CalibrationTokens, progress: Progress
+) -> ConversionPlan:
+    """The plan by the rules that fit its recipe's target best, by the errors of the checkpoint's layers for `tokens`.
 
-    What was measured is kept in folder `out` until the conversion is complete. Errors as BitSensitivity, choose_bits.
+    What was measured is kept in the out folder until the conversion is complete. Errors as BitSensitivity, choose_bits.
     """
-    a = checkpoint.architecture
-    source = {name: checkpoint.shard_sample(name) for name in checkpoint.shards}
-    experts = [[("expert", layer, expert) for expert in range(a.num_local_experts)] for layer in range(a.expert_layers)]
+    checkpoint, recipe = plan.checkpoint, plan.recipe
+    layers = [list(expert_units(checkpoint, layer)) for layer in range(len(plan.output.layouts))]
 
-    def report(layers: int) -> None:
-        if progress:
-            progress("choosing bits", layers * checkpoint.n_bytes // a.expert_layers, checkpoint.n_bytes)
-        for key in experts[layers - 1] if layers else ():
-            checkpoint.done(key)
+    def report(done: int) -> None:
+        progress("choosing bits", done * checkpoint.n_bytes // len(layers), checkpoint.n_bytes)
+        for unit in layers[done - 1] if done else ():
+            checkpoint.done(unit.key)
 
-    checkpoint.expect([key for layer in experts for key in layer], by_layer=True)
-    solver = choose_solver(recipe.solver)
-    assert isinstance(solver, CalibratedSolver)  # as the recipe was checked
-    pool = ThreadPoolExecutor(max_workers, initializer=torch.set_num_threads, initargs=(1,))
+    checkpoint.expect(shard_needs([unit for layer in layers for unit in layer], by_layer=True))
+    pool = ThreadPoolExecutor(plan.workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        sensitivity = BitSensitivity(checkpoint, solver, ladder(recipe), tokens, out, source, partial(run_all, pool))
-        chosen = choose_bits(recipe, a, sensitivity.measure(report))
+        sensitivity = BitSensitivity(
+            checkpoint, solver, ladder(recipe), tokens, plan.out, plan.fingerprint["source"], partial(run_all, pool)
+        )
+        chosen = choose_bits(recipe, checkpoint.architecture, sensitivity.measure(report))
     except BaseException:
         checkpoint.stop.set()
         raise
     finally:
         pool.shutdown()
-    _log.info("bits for %s: %s", recipe.name, ", ".join(rule.text for rule in rules_of(chosen)))
-    return chosen
+    _log.info("bits for %s: %s", recipe.name, ", ".join(rule.text for rule in chosen.options.rules))
+    return plan.with_recipe(chosen)

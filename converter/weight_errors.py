@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from converter.conversion.units import PROJECTIONS
 from converter.records import ExpertRecord, LinearRecord, Record
 from converter.solver import SquaredError
-from converter.workers import PROJECTIONS
 from formats.quality import QUALITY_NAME
 from formats.writer import write_file
 
@@ -21,8 +21,8 @@ def write_quality(records: Iterable[Record], out: Path) -> dict[str, Any]:
 
 def quality_of(records: list[Record]) -> dict[str, Any]:
     """quality.json: relative weight errors ‖quantized − weight‖ / ‖weight‖ by expert and projection, and in total."""
-    experts = sorted((r for r in records if isinstance(r, ExpertRecord)), key=lambda r: r.key)
-    linears = sorted((r for r in records if isinstance(r, LinearRecord)), key=lambda r: r.key)
+    experts = sorted((r for r in records if isinstance(r, ExpertRecord)), key=lambda r: (r.layer, r.expert))
+    linears = sorted((r for r in records if isinstance(r, LinearRecord)), key=lambda r: r.module)
     errors = {p: [getattr(r.errors, p) for r in experts] for p in PROJECTIONS}
 
     def total(parts: Iterable[SquaredError]) -> float:

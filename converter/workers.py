@@ -1,34 +1,34 @@
-"""The units of work: quantize one expert or one matrix of the trunk, or copy one tensor."""
+"""What a worker does: quantize one expert or one matrix of the trunk, or read one tensor that is copied."""
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
-import xxhash
 
-from converter.calibration import CalibrationPass
+from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
+from converter.conversion.units import PROJECTIONS
 from converter.down_correction import DownCorrection
 from converter.feedback_reference import SingularStatisticsError
+from converter.layer_statistics import LayerStatistics
 from converter.names import ExpertTensor
 from converter.plain_rows import store_rows
-from converter.records import ExpertRecord, LinearRecord, ProjectionErrors, TensorRecord
+from converter.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.shards import Stopped
 from converter.sizes import OutputPlan, chunk_rows
 from converter.solver import CalibratedSolver, Solver, SquaredError, UnfitWeightsError
 from converter.source import Checkpoint
 from converter.source_tensors import Weight
 from converter.statistics import InputStatistics
-from formats.checksums import xxh3_of
+from formats.checksums import Checksums, xxh3_of
 from formats.expert import split
 from formats.packing import AnyPacking, Packing, tile_packing_named
 from formats.plain_packing import PlainPacking
-from formats.writer import LayerWriter, PlacedFile
 
-PROJECTIONS = ("gate", "up", "down")
+_BLOCK_BYTES = 32 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +45,7 @@ def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Any]]) -> lis
 
 
 class Worker:
-    """Does units; safe to use from several threads. Each returns the record that the journal keeps of it."""
-
-    calibration: CalibrationPass | None = None
-    """Where there is one, it is prepared for the layer of the units that run."""
+    """Does units; safe to use from several threads. It returns bytes and a record, and writes nothing."""
 
     def __init__(self, checkpoint: Checkpoint, plan: OutputPlan, solver: Solver, stop: threading.Event) -> None:
         self._checkpoint = checkpoint
@@ -56,9 +53,12 @@ class Worker:
         self._solver = solver
         self._stop = stop
 
-    def expert(self, writer: LayerWriter, layer: int, expert: int) -> ExpertRecord:
-        """Quantizes an expert, or copies what stays as it is, and writes it durably."""
-        layout = self._plan.layouts[layer][expert]
+    def expert(self, key: ExpertKey, calibrated: LayerStatistics | None) -> tuple[ExpertRecord, torch.Tensor]:
+        """Quantizes an expert, or copies what stays as it is: its record, and its bytes (uint8).
+
+        calibrated: the statistics of its layer, None without calibration.
+        """
+        layout = self._plan.layouts[key.layer][key.expert]
         blob = torch.empty(layout.n_bytes, dtype=torch.uint8)
         errors: dict[str, SquaredError] = {}
         fallback: list[str] = []
@@ -66,54 +66,47 @@ class Worker:
         statistics: InputStatistics | None = None
         correction: DownCorrection | None = None
         gate_stored, up_stored, down_stored = split(layout, blob)
-        if self.calibration and isinstance(layout.gate_up, Packing):
+        if calibrated and isinstance(layout.gate_up, Packing):
             self._check_stop()
-            statistics, tokens = self.calibration.layer.of_gate_up(expert)
+            statistics, tokens = calibrated.of_gate_up(key.expert)
         for projection, stored in zip(PROJECTIONS, (gate_stored, up_stored, down_stored), strict=True):
-            weight = self._checkpoint.experts[ExpertTensor(layer, expert, projection)]
+            weight = self._checkpoint.experts[ExpertTensor(key.layer, key.expert, projection)]
             packing = layout.down if projection == "down" else layout.gate_up
             if isinstance(packing, PlainPacking):
                 errors[projection] = self._in_chunks(weight, packing, stored, store_rows)
                 continue
-            if projection == "down" and self.calibration:
+            if projection == "down" and calibrated:
                 self._check_stop()
                 hidden = weight.shape[0]
                 gate, up = (partial(_rows, t, layout.gate_up, hidden) for t in (gate_stored, up_stored))
-                statistics, correction = self.calibration.layer.of_down(expert, gate, up)
-            errors[projection], calibrated = self._quantize(weight, packing, stored, statistics, correction)
-            if statistics and not calibrated:
+                statistics, correction = calibrated.of_down(key.expert, gate, up)
+            errors[projection], was_calibrated = self._quantize(weight, packing, stored, statistics, correction)
+            if statistics and not was_calibrated:
                 fallback.append(projection)
-        checksums = writer.write_expert(expert, blob)
-        return ExpertRecord(layer, expert, *checksums, ProjectionErrors(**errors), tokens, fallback)
+        checksums = Checksums.of(blob.numpy().data)
+        return ExpertRecord(key.layer, key.expert, *checksums, ProjectionErrors(**errors), tokens, fallback), blob
 
-    def linear(self, trunk: PlacedFile, module: str) -> LinearRecord:
-        """Quantizes a matrix of the trunk and writes it durably."""
-        linear = self._plan.packed[module]
+    def linear(self, key: LinearKey, statistics: InputStatistics | None) -> tuple[LinearRecord, torch.Tensor]:
+        """Quantizes a matrix of the trunk: its record, and its bytes (uint8). statistics: None without calibration."""
+        linear = self._plan.packed[key.module]
         packing = tile_packing_named(linear.packing)
         tiles = torch.empty(packing.stored_shape(linear.rows, linear.columns), dtype=torch.uint8)
-        statistics = self.calibration.linear(module) if self.calibration else None
-        weight = self._checkpoint.trunk[f"{module}.weight"]
+        weight = self._checkpoint.trunk[f"{key.module}.weight"]
         error, calibrated = self._quantize(weight, packing, tiles, statistics)
-        trunk.write(f"{module}.packed", tiles)
-        trunk.sync()
-        return LinearRecord(module, xxh3_of(tiles.numpy().data), error, bool(statistics) and not calibrated)
+        uncalibrated = bool(statistics) and not calibrated
+        return LinearRecord(key.module, xxh3_of(tiles.numpy().data), error, uncalibrated), tiles
 
-    def tensor(self, trunk: PlacedFile, name: str) -> TensorRecord:
-        """Copies a tensor as it is, and makes it durable."""
-        weight = self._checkpoint.trunk[name]
+    def tensor(self, key: TensorKey) -> Iterator[torch.Tensor]:
+        """The bytes (uint8) of a tensor that is copied as it is, in blocks: it may be larger than an expert."""
+        weight = self._checkpoint.trunk[key.name]
         rows = weight.shape[0]
         row_bytes = weight.n_bytes // rows
-        step = max(1, (32 << 20) // row_bytes)
-        checksum = xxhash.xxh3_128()
+        step = max(1, _BLOCK_BYTES // row_bytes)
         for begin in range(0, rows, step):
             self._check_stop()
             block = self._checkpoint.read_rows(weight, begin, min(begin + step, rows))
             self._checkpoint.check_finite(weight, begin, block)
-            data = block.view(torch.uint8)
-            trunk.write(name, data, begin * row_bytes)
-            checksum.update(data.numpy().data)
-        trunk.sync()
-        return TensorRecord(name, checksum.hexdigest())
+            yield block.view(torch.uint8)
 
     def _quantize(
         self,

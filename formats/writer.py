@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import xxhash
@@ -29,8 +29,14 @@ ZSTD_LEVEL = 19
 
 _READ_BYTES = 16 << 20
 
-Place = tuple[int, int, str, str]
-"""Where an expert's stored bytes lie in its file, and their checksums: offset, length, sha256, xxh3."""
+
+class Place(NamedTuple):
+    """Where an expert's stored bytes lie in its file, in bytes, and their checksums."""
+
+    offset: int
+    length: int
+    sha256: str
+    xxh3: str
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -122,13 +128,16 @@ class LayerWriter(PlacedFile):
 
     def write_expert(self, expert: int, blob: torch.Tensor) -> Checksums:
         """Writes expert `expert`'s bytes (uint8 [n_bytes], contiguous) durably; returns their checksums."""
+        self.place_expert(expert, blob)
+        return Checksums.of(blob.numpy().data)
+
+    def place_expert(self, expert: int, blob: torch.Tensor) -> None:
+        """Writes an expert's bytes, as `write_expert`; computes no checksums."""
         n_bytes = self._layouts[expert].n_bytes
         if blob.dtype != torch.uint8 or blob.shape != (n_bytes,):
             raise ValueError(f"expert of {blob.dtype} {list(blob.shape)}, its layout takes uint8 [{n_bytes}]")
-        data = blob.numpy().data
-        self._file.write_at(data, self.offsets[expert])
+        self._file.write_at(blob.numpy().data, self.offsets[expert])
         self.sync()
-        return Checksums.of(data)
 
     def expert_xxh3(self, expert: int) -> str:
         """The xxh3 of an expert's bytes as they are in the file, in hex."""
@@ -164,7 +173,7 @@ class LayerWriter(PlacedFile):
                 offset, data = len(header) + entry.begin, bytes(entry.n_bytes)
                 if entry.name.endswith(".zstd"):
                     data = _whole(frames, entry.n_bytes, sum(lengths[: len(places)]))
-                    places.append((offset, entry.n_bytes, *checksums[len(places)]))
+                    places.append(Place(offset, entry.n_bytes, *checksums[len(places)]))
                 out.write_at(data, offset)
             self.close()
             out.finish(self.path)

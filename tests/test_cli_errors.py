@@ -399,9 +399,9 @@ def test_signals_end_a_command_with_what_is_left_and_how_to_go_on(
 def test_an_interrupted_conversion_says_that_the_same_command_goes_on(
     run_command: Run, monkeypatch: pytest.MonkeyPatch, inputs: Inputs
 ) -> None:
-    import converter.convert
+    import converter.conversion.flow
 
-    monkeypatch.setattr(converter.convert, "convert_checkpoint", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(converter.conversion.flow, "convert", raising(KeyboardInterrupt()))
     code, _, err = run_command("convert", inputs.checkpoint, "-o", inputs.out)
     assert (code, err) == (130, "interrupted: run the same command again: it goes on where it stopped\n")
 

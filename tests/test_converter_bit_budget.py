@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from converter.bit_budget import choose_bits, likely_bits
-from converter.bit_rules import rules_of
+from converter.conversion_recipe import ConversionRecipe
 from converter.outline import Outline
 from converter.recipes import make_recipe
 from converter.sizes import OutputPlan, plan_output
 from formats.errors import RecipeError
-from formats.index import Recipe
 
 Q2, Q3, Q4 = "tile32-q2-g16-s4", "tile32-q3-g32-s4", "tile32-q4-g64-s8"
 
@@ -32,7 +31,7 @@ def errors(**largest: float) -> list[dict[str, dict[str, float]]]:
 
 def chosen(outline: Outline, target: float, found: Any) -> tuple[list[str], OutputPlan]:
     recipe = choose_bits(make_recipe(target_bpw=target, solver="feedback"), outline.architecture, found)
-    return [rule.text for rule in rules_of(recipe)], plan_output(outline, recipe)
+    return [rule.text for rule in recipe.options.rules], plan_output(outline, recipe)
 
 
 def test_the_costliest_gets_bits_first(outline: Outline) -> None:
@@ -85,5 +84,5 @@ def test_a_target_that_cannot_be_met_is_refused(settings: dict[str, Any], words:
 
 
 def test_a_recipe_with_a_target_is_called_by_it() -> None:
-    recipe: Recipe = make_recipe(target_bpw=2.7, solver="feedback")
-    assert (recipe.name, recipe.options["target_bpw"]) == ("2.7bpw", 2.7)
+    recipe: ConversionRecipe = make_recipe(target_bpw=2.7, solver="feedback")
+    assert (recipe.name, recipe.recorded.options["target_bpw"]) == ("2.7bpw", 2.7)

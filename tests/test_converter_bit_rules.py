@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from converter.bit_rules import as_ranges, packings_by_expert, parse_rules, rules_of
+from converter.bit_rules import as_ranges, parse_rules
+from converter.conversion_recipe import ConversionRecipe, packings_by_expert
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.outline import Outline
 from converter.recipe_file import recipe_settings
@@ -37,11 +38,13 @@ def test_of_rules_that_fit_the_last_counts(architecture: Architecture) -> None:
 
 
 def test_a_recipe_keeps_rules_as_options_with_the_packings_names_in_their_order() -> None:
-    recipe = make_recipe(rules=[f"{layer}=3bit" for layer in range(11)])
+    recipe = make_recipe(rules=[f"{layer}=3bit" for layer in range(11)]).recorded
     assert recipe.name == "custom"
     assert recipe.options["rule.11"] == f"10={Q3}"
     shuffled = replace(recipe, options=dict(sorted(recipe.options.items())))
-    assert [rule.layers for rule in rules_of(shuffled)] == [((layer, layer),) for layer in range(11)]
+    assert [rule.layers for rule in ConversionRecipe.read(shuffled).options.rules] == [
+        ((layer, layer),) for layer in range(11)
+    ]
 
 
 def test_ranges_are_written_as_they_are_read() -> None:

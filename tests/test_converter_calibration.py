@@ -376,8 +376,11 @@ def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], wo
 
 def test_calibration_and_the_solver_imply_each_other() -> None:
     assert make_recipe("2bit", calibrate="random").solver == "feedback"
-    assert make_recipe("2bit", solver="feedback").options == {"calibrate": "builtin", "calibration_tokens": 8192}
-    assert make_recipe("2bit", calibrate="none").options == {}
+    assert make_recipe("2bit", solver="feedback").recorded.options == {
+        "calibrate": "builtin",
+        "calibration_tokens": 8192,
+    }
+    assert make_recipe("2bit", calibrate="none").recorded.options == {}
 
 
 def test_command_takes_a_file_and_says_what_it_did(

@@ -22,10 +22,11 @@ import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from converter.conversion.keys import ExpertKey
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.journal import Journal
 from converter.recipes import make_recipe
-from converter.records import Record
+from converter.records import LayerRecord, Record, ShardRecord
 from converter.source import Checkpoint
 from converter.workers import Worker
 from formats.artifact import Artifact
@@ -93,9 +94,9 @@ def converted_experts(monkeypatch: pytest.MonkeyPatch, conversion: Callable[[], 
     done: list[tuple[int, int]] = []
     original = Worker.expert
 
-    def expert(self: Worker, writer: Any, layer: int, number: int) -> Any:
-        done.append((layer, number))
-        return original(self, writer, layer, number)
+    def expert(self: Worker, key: ExpertKey, calibrated: Any) -> Any:
+        done.append((key.layer, key.expert))
+        return original(self, key, calibrated)
 
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "expert", expert)
@@ -400,15 +401,15 @@ def test_kills_at_random_moments_do_not_change_a_byte(
     assert hashes(out) == hashes(whole)
 
 
-@pytest.mark.parametrize("moment", ["layer", "shard"])
+@pytest.mark.parametrize("moment", [LayerRecord, ShardRecord])
 def test_kill_between_renaming_a_file_and_recording_it_is_mended(
-    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: type[Record]
 ) -> None:
     out = tmp_path / "out"
     original = Journal.append
 
     def append(self: Journal, record: Record) -> None:
-        if record.key[0] == moment:
+        if isinstance(record, moment):
             raise Interruption
         original(self, record)
 
@@ -425,7 +426,7 @@ def test_kill_before_the_index_is_mended(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("converter.convert.write_card", lambda *_: (_ for _ in ()).throw(Interruption))
+        patch.setattr("converter.conversion.completion.write_card", lambda *_: (_ for _ in ()).throw(Interruption))
         with pytest.raises(Interruption):
             convert(source, out)
     assert (out / "trunk.safetensors").exists()

@@ -8,7 +8,7 @@ import torch
 from make_checkpoint import Shape, make_checkpoint
 from test_converter_convert import hashes
 
-from converter.calibration import CalibrationPass, down_width
+from converter.calibration import CalibrationPass
 from converter.calibration_text import calibration_tokens
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.outline import Outline
@@ -39,7 +39,7 @@ def test_statistics_have_blocks_of_the_width_that_the_recipe_says(
     recipe = make_recipe(solver="feedback", down_width=asked)
     with Checkpoint(source) as checkpoint:
         tokens = calibration_tokens(checkpoint, "random", 1024)
-        columns = down_width(recipe, checkpoint.architecture)
+        columns = recipe.options.down_block(checkpoint.architecture.intermediate_size)
         passes = CalibrationPass(checkpoint, tokens, tmp_path, "test", one_by_one, columns)
         passes.prepare(0)
         layer = passes.layer

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
+from converter.conversion.keys import ExpertKey
 from converter.fetched_shards import FetchedShards
-from converter.shards import Stopped
+from converter.shards import ShardNeed, Stopped
 from formats.errors import DoesNotFitError, HubError
 from formats.hub import HubRepo
 from formats.ranges import Retries
@@ -33,7 +34,9 @@ class Store:
         self.fetched = FetchedShards(repo, folder, shards * SIZE, self.stop)
 
     def expect(self, *needs: str) -> None:
-        self.fetched.expect((i, frozenset(f"{n}.safetensors" for n in names)) for i, names in enumerate(needs))
+        self.fetched.expect(
+            ShardNeed(ExpertKey(0, i), frozenset(f"{n}.safetensors" for n in names)) for i, names in enumerate(needs)
+        )
 
     def read(self, name: str) -> bytes:
         with self.fetched.hold(f"{name}.safetensors") as descriptor:
@@ -44,7 +47,10 @@ class Store:
     def work(self, position: int, names: str) -> None:
         for name in names:
             assert self.read(name) == FILES[name]
-        self.fetched.done(position)
+        self.done(position)
+
+    def done(self, position: int) -> None:
+        self.fetched.done(ExpertKey(0, position))
 
 
 def _size_of(folder: Path) -> int:
@@ -104,7 +110,7 @@ def test_workers_that_need_different_shards_all_get_on(
                 for _ in range(20):
                     for name in needs[position]:
                         assert store.read(name) == FILES[name]
-                store.fetched.done(position)
+                store.done(position)
         except BaseException as e:
             errors.append(e)
 

@@ -152,7 +152,7 @@ def test_no_calibration_runs_where_nothing_is_quantized(
 )
 def test_solver_is_that_of_what_is_quantized(options: dict[str, Any], name: str, solver: str) -> None:
     recipe = make_recipe(**options)
-    assert (recipe.name, recipe.solver, "calibrate" in recipe.options) == (name, solver, solver == "feedback")
+    assert (recipe.name, recipe.solver, "calibrate" in recipe.recorded.options) == (name, solver, solver == "feedback")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
 def test_file_may_say_16_bits(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text('{"bits": 16, "attn_bits": 16, "rules": ["0/down=2bit"]}')
     recipe = make_recipe(**recipe_settings(str(tmp_path / "mine.json")))
-    assert (recipe.gate_up, recipe.options["rule.1"]) == ("none", "0/down=tile32-q2-g16-s4")
+    assert (recipe.gate_up, recipe.recorded.options["rule.1"]) == ("none", "0/down=tile32-q2-g16-s4")
 
 
 def test_option_may_be_called_expert_bits_and_a_dry_run_says_the_sizes(source: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from hub_server import HubServer
 
 from converter import worker_count
+from converter.conversion.plan import plan_conversion
 from converter.convert import ConvertOptions
-from converter.preflight import check_conversion
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 
@@ -180,9 +180,7 @@ def test_memory_that_is_short_now_is_a_warning_with_both_numbers(
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20, total=1 << 40))
     with Checkpoint(checkpoint) as opened, caplog.at_level(logging.WARNING):
-        checked = check_conversion(
-            opened, make_recipe("2bit"), ConvertOptions(max_workers=2), checkpoint.parent / "out"
-        )
+        checked = plan_conversion(opened, make_recipe("2bit"), ConvertOptions(max_workers=2), checkpoint.parent / "out")
     assert checked.workers == 2
     assert f"about {checked.memory_bytes} bytes of memory, available are 1048576" in caplog.text
 
@@ -196,7 +194,7 @@ def test_workers_are_as_many_as_processors_and_fewer_where_memory_is_short(
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=1 << 40))
         with Checkpoint(checkpoint) as opened:
             out = checkpoint.parent / "out"
-            return check_conversion(opened, make_recipe("2bit", solver="hqq"), ConvertOptions(max_workers=None), out)
+            return plan_conversion(opened, make_recipe("2bit", solver="hqq"), ConvertOptions(max_workers=None), out)
 
     assert workers(1 << 39).workers == 8
     some = workers(400 << 20)

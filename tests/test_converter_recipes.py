@@ -1,8 +1,12 @@
 """Recipes and options."""
 
+from typing import Any
+
 import pytest
 
 from converter import recipes, solver_native
+from converter.conversion_recipe import ConversionRecipe
+from converter.recipe_options import RecipeOptions
 from converter.recipes import RECIPES, make_recipe
 from formats.errors import RecipeError
 
@@ -24,7 +28,7 @@ def test_named_recipes_use_the_packings_of_the_design() -> None:
 
 
 def test_plain_recipes_calibrate_and_the_papers_do_not() -> None:
-    assert {name: (recipe.solver, recipe.options.get("calibrate")) for name, recipe in RECIPES.items()} == {
+    assert {name: (recipe.solver, recipe.recorded.options.get("calibrate")) for name, recipe in RECIPES.items()} == {
         "2bit": ("feedback", "builtin"),
         "2bit-down3": ("feedback", "builtin"),
         "3bit": ("feedback", "builtin"),
@@ -49,7 +53,7 @@ def test_without_the_native_library_the_default_is_hqq_and_says_so(
     monkeypatch.setattr(solver_native, "available", lambda: False)
     recipes._say_once.cache_clear()
     chosen = [make_recipe("2bit"), make_recipe("3bit")]
-    assert [(recipe.solver, recipe.options) for recipe in chosen] == [("hqq", {})] * 2
+    assert [(recipe.solver, recipe.recorded.options) for recipe in chosen] == [("hqq", {})] * 2
     assert caplog.text.count("without calibration") == 1
     assert make_recipe("2bit", solver="feedback").solver == "feedback"
 
@@ -89,3 +93,44 @@ def test_down_may_have_a_packing_of_its_own() -> None:
 def test_what_does_not_exist_is_refused_by_name(options: dict[str, object], word: str) -> None:
     with pytest.raises(RecipeError, match=word):
         make_recipe(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"calibrate": "none"},
+        {"rules": ["0-3,5:1/down=3bit", "*=16bit"], "down_width": "full"},
+        {"target_bpw": 2.7, "down_width": 1024},
+        {"bits": 16, "attn_bits": 16},
+    ],
+    ids=str,
+)
+def test_recipe_that_is_read_from_an_index_is_the_one_that_was_recorded(settings: dict[str, Any]) -> None:
+    recipe = make_recipe(**settings)
+    assert ConversionRecipe.read(recipe.recorded) == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"calibrate": "magic", "calibration_tokens": 1024}, "calibrate is 'magic'"),
+        ({"calibrate": "builtin"}, "calibration_tokens is None"),
+        ({"calibrate": "builtin", "calibration_tokens": True}, "calibration_tokens is True"),
+        ({"target_bpw": "much"}, "target_bpw is 'much'"),
+        ({"down_width": 0}, "down_width is 0"),
+        ({"down_width": "half"}, "down_width is 'half'"),
+        ({"rule.x": "0=3bit"}, r"rule\.x is '0=3bit'"),
+        ({"rule.1": 3}, r"rule\.1 is 3"),
+        ({"rule.1": "0=3bit,1=3bit"}, "one rule of bits"),
+        ({"rule.1": "nonsense"}, "'nonsense' is no rule"),
+    ],
+    ids=str,
+)
+def test_option_of_an_index_that_means_nothing_is_refused_by_name(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        RecipeOptions.read(options)
+
+
+def test_option_that_this_release_does_not_know_is_left_out() -> None:
+    assert RecipeOptions.read({"from_a_later_release": 7}) == RecipeOptions()

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_converter_convert import Interruption, hashes, interrupted
 from torch import Tensor
 
-from converter.bit_rules import rules_of
 from converter.bit_sensitivity import BitSensitivity
+from converter.conversion_recipe import ConversionRecipe
 from converter.convert import Converted, ConvertOptions, convert_checkpoint
 from converter.hub_model import HubModel
 from converter.recipes import make_recipe
@@ -68,7 +68,7 @@ def test_a_mixed_folder_has_the_packings_of_its_rules_and_is_whole(source: Path,
 
 
 def rules_in(recipe: Recipe) -> list[str]:
-    return [rule.text for rule in rules_of(recipe)]
+    return [rule.text for rule in ConversionRecipe.read(recipe).options.rules]
 
 
 def offset(layer: Any) -> int:
@@ -99,12 +99,12 @@ def test_other_rules_are_another_conversion(source: Path, tmp_path: Path, monkey
 def test_the_choice_is_in_the_index_and_what_it_says_is_what_was_done(source: Path, tmp_path: Path) -> None:
     done = to_target(source, tmp_path / "out")
     index = read_index(tmp_path / "out")
-    assert index.recipe == done.recipe
+    assert index.recipe == done.recipe.recorded
     assert index.recipe.options["target_bpw"] == 10.0
     assert index.recipe.options["rule.1"]
     assert 9.5 < done.plan.expert_bits <= 10.0
     chosen = make_recipe(rules=rules_in(index.recipe), calibrate="random", calibration_tokens=1024)
-    assert chosen.options | {"target_bpw": 10.0} == index.recipe.options
+    assert chosen.recorded.options | {"target_bpw": 10.0} == index.recipe.options
     convert_checkpoint(source, tmp_path / "by-rules", chosen, ConvertOptions())
     for layer in range(3):
         name = f"experts/layer-{layer:03}.safetensors"
@@ -158,7 +158,7 @@ def test_the_layer_whose_error_is_largest_gets_the_bits(source: Path, tmp_path: 
         tmp_path / "loud",
         lambda name, tensor: tensor * 2.0**-10 if name.endswith(".w2.weight") and ".layers.1." not in name else tensor,
     )
-    rules = rules_in(to_target(loud, tmp_path / "out").recipe)
+    rules = rules_in(to_target(loud, tmp_path / "out").recipe.recorded)
     assert {rule.partition("/")[0] for rule in rules} == {"1"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from converter.cli import shared_options
-from converter.cli.convert_facts import facts_of, needs_of, text_of
+from converter.cli.convert_facts import facts_of, needs_of, summary_of, text_of
 from converter.cli.output import Output, output_options
 
 _OF_RECIPE = (
@@ -134,8 +134,9 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     moe-convert convert ./my-finetune --bits 16 --attn-bits 16
     moe-convert convert ./my-finetune --dry-run
     """
-    from converter.convert import ConvertOptions, convert_checkpoint
-    from converter.preflight import check_conversion
+    from converter.conversion.flow import convert
+    from converter.conversion.plan import plan_conversion
+    from converter.convert_options import ConvertOptions
     from converter.recipe_file import recipe_settings
     from converter.recipes import make_recipe
     from converter.source import Checkpoint
@@ -160,14 +161,15 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     source, out = _source(model, out_dir, recipe.name, options)
     _check_upload(source, options)
     pinned = {} if isinstance(source, Path) else {"source": f"{source.repo.repo}@{source.repo.commit}"}
-    if options["dry_run"]:
-        with Checkpoint(source) as checkpoint:
-            checked = check_conversion(checkpoint, recipe, how, out)
-            facts = pinned | facts_of(checked.plan, recipe, checkpoint.n_bytes, out) | needs_of(checked)
+    with Checkpoint(source) as checkpoint:
+        plan = plan_conversion(checkpoint, recipe, how, out)
+        if options["dry_run"]:
+            facts = pinned | facts_of(plan.output, recipe, checkpoint.n_bytes, out) | needs_of(plan)
             facts |= {"fetched_disk_bytes": checkpoint.fetch_bytes} if pinned else {}
-        output.result(facts, text_of(facts))
-        return
-    done = convert_checkpoint(source, out, recipe, how, output.progress())
+            output.result(facts, text_of(facts))
+            return
+        output.note(summary_of(plan))
+        done = convert(plan, output.progress())
     facts = pinned | facts_of(done.plan, done.recipe, done.source_bytes, out) | {"done": done.done}
     if done.quality:
         facts["weight_error"] = {name: done.quality["totals"][name] for name in ("experts", "attention")}

@@ -1,26 +1,26 @@
 """What `convert` prints of a conversion, or of one that could be: sizes, bits, files, memory and disk."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter.cli.output import gigabytes, table
-from formats.index import Recipe
+
+if TYPE_CHECKING:
+    from converter.conversion.plan import ConversionPlan
+    from converter.conversion_recipe import ConversionRecipe
+    from converter.sizes import OutputPlan
 
 
-def facts_of(plan: Any, recipe: Recipe, source_bytes: int, out: Path) -> dict[str, Any]:
-    """Plain values for JSON of an `OutputPlan` and its recipe."""
-    from converter.bit_budget import TARGET
-    from converter.bit_rules import rules_of
-
-    rules = [rule.text for rule in rules_of(recipe)]
-    if TARGET in recipe.options and not rules:
-        rules = ["chosen by calibration"]
+def facts_of(plan: "OutputPlan", recipe: "ConversionRecipe", source_bytes: int, out: Path) -> dict[str, Any]:
+    """Plain values for JSON of the bytes of a conversion and its recipe."""
+    options = recipe.options
+    rules = ["chosen by calibration"] if options.rules_are_open else [rule.text for rule in options.rules]
     return {
         "out_dir": str(out),
         "recipe": recipe.name,
         **({"layer_bits": rules} if rules else {}),
         "solver": recipe.solver,
-        "calibration": recipe.options.get("calibrate", "none"),
+        "calibration": options.calibration.kind if options.calibration else "none",
         "source_bytes": source_bytes,
         "converted_bytes": plan.total_bytes,
         "expert_bits": round(plan.expert_bits, 4),
@@ -30,13 +30,22 @@ def facts_of(plan: Any, recipe: Recipe, source_bytes: int, out: Path) -> dict[st
     }
 
 
-def needs_of(checked: Any) -> dict[str, Any]:
-    """Plain values for JSON of what a `Preflight` says of workers, memory and disk."""
+def needs_of(plan: "ConversionPlan") -> dict[str, Any]:
+    """Plain values for JSON of what a plan says of workers, memory and disk."""
     return {
-        "workers": checked.workers,
-        "memory_bytes": checked.memory_bytes,
-        "free_disk_bytes": checked.free_disk_bytes,
+        "workers": plan.workers,
+        "memory_bytes": plan.memory_bytes,
+        "free_disk_bytes": plan.free_disk_bytes,
     }
+
+
+def summary_of(plan: "ConversionPlan") -> str:
+    """A plan in one line."""
+    source, converted = gigabytes(plan.checkpoint.n_bytes), gigabytes(plan.output.total_bytes)
+    return (
+        f"plan: {source} to {converted} in {plan.out}; {plan.output.expert_bits:.3f} bits a weight of the experts;"
+        f" {plan.workers} workers, about {gigabytes(plan.memory_bytes)} of memory"
+    )
 
 
 def text_of(facts: dict[str, Any]) -> str:

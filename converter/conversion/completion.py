@@ -1,0 +1,50 @@
+"""The end of a conversion: trunk, the files beside the weights, and last the index."""
+
+from typing import Any
+
+from converter.conversion.keys import ShardKey
+from converter.conversion.output_files import OutputFiles
+from converter.conversion.plan import ConversionPlan
+from converter.finished_work import FinishedWork
+from converter.index_assembly import assemble_index
+from converter.model_card import write_card
+from converter.records import ShardRecord
+from converter.side_files import copy_files, write_config
+from converter.weight_errors import write_quality
+from formats import EXPERTS_FOLDER, INDEX_NAME
+from formats.index import dump_index
+from formats.output_file import fsync_folder
+from formats.writer import write_file
+
+
+def complete(
+    plan: ConversionPlan, work: FinishedWork, files: OutputFiles, shard_sha256: dict[str, str]
+) -> dict[str, Any]:
+    """Completes the folder, whose units are all done; returns the value of quality.json.
+
+    shard_sha256: of each shard of the source, in hex.
+    """
+    checkpoint, out, recipe = plan.checkpoint, plan.out, plan.recipe.recorded
+    for name, sha256 in shard_sha256.items():
+        if ShardKey(name) not in work:
+            work.add(ShardRecord(name, sha256))
+    files.trunk.finish()
+    copied = [write_config(checkpoint, recipe, out), *copy_files(checkpoint.folder, plan.side_files, out)]
+    quality = write_quality(work.records, out)
+    index = assemble_index(
+        checkpoint,
+        shard_sha256,
+        recipe,
+        plan.output,
+        plan.options.codec,
+        plan.solver,
+        plan.tokens,
+        files.trunk,
+        [record for layer in range(len(plan.output.layouts)) if (record := work.layer(layer))],
+        copied,
+    )
+    write_card(out, index)
+    # Partial files that were removed stay removed.
+    fsync_folder(out / EXPERTS_FOLDER)
+    write_file(out / INDEX_NAME, dump_index(index))
+    return quality

@@ -1,0 +1,115 @@
+"""A conversion's plan: what can be known of it before its first weight is read. A dry run and a conversion make the
+same."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from converter.calibration_text import CalibrationTokens, calibration_tokens
+from converter.conversion_recipe import ConversionRecipe
+from converter.convert_options import ConvertOptions
+from converter.identity import check_same, fingerprint, recorded_recipe
+from converter.journal import check_begun
+from converter.output_needs import OutputNeeds
+from converter.output_probe import probe_output
+from converter.side_files import check_side_files
+from converter.sizes import OutputPlan, check_disk, plan_output
+from converter.solver import Solver
+from converter.solvers import choose_solver
+from converter.source import Checkpoint
+from converter.source_tokenizer import check_source_tokenizer
+from converter.worker_count import choose_workers
+from formats import INDEX_NAME
+from formats.io_errors import translated
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """What is converted, into which folder and bytes, by what. `checkpoint` is open, and its opener's to close."""
+
+    checkpoint: Checkpoint
+    recipe: ConversionRecipe
+    options: ConvertOptions
+    out: Path
+    output: OutputPlan
+    side_files: list[str]
+    """Names of the files that are copied."""
+    needs: OutputNeeds
+    solver: Solver
+    tokens: CalibrationTokens | None
+    """The calibration's; None without one."""
+    workers: int
+    free_disk_bytes: int
+    fingerprint: dict[str, Any]
+    """What must be the same for a resume."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory, estimated."""
+        return self.output.memory_bytes(self.workers, self.solver)
+
+    @property
+    def layers(self) -> range:
+        """The layers that are converted: all, or those of one part."""
+        n, (i, parts) = len(self.output.layouts), self.options.part or (1, 1)
+        return range(n * (i - 1) // parts, n * i // parts)
+
+    def with_recipe(self, recipe: ConversionRecipe) -> "ConversionPlan":
+        """The same conversion by a recipe whose rules of bits are chosen."""
+        return replace(
+            self,
+            recipe=recipe,
+            output=plan_output(self.checkpoint, recipe),
+            fingerprint=self.fingerprint | recorded_recipe(recipe),
+        )
+
+
+def plan_conversion(
+    checkpoint: Checkpoint, recipe: ConversionRecipe, options: ConvertOptions, out: Path
+) -> ConversionPlan:
+    """Plans the conversion of `checkpoint` into folder `out`; checks everything that would stop it later.
+
+    Raises RecipeError, SourceError, OutputError, DoesNotFitError. Writes nothing but a temporary file that it removes.
+    """
+    with translated(out, "used"):
+        output = plan_output(checkpoint, recipe)
+        side_files = check_side_files(checkpoint.folder)
+        calibration = recipe.options.calibration if output.last_quantized_layer >= 0 else None
+        by_text = calibration is not None and calibration.kind != "random"
+        tokenizer = check_source_tokenizer(checkpoint, needed=by_text)
+        needs = OutputNeeds.of(checkpoint, output, side_files, [options.calibration_file])
+        probe_output(out, needs, force=options.force)
+        free_disk_bytes = check_disk(output, out, options.codec, checkpoint.fetch_bytes)
+        solver = choose_solver(recipe.solver)
+        workers = choose_workers(output, solver, options)
+        tokens = None
+        if calibration:
+            tokens = calibration_tokens(
+                checkpoint, calibration.kind, calibration.tokens, options.calibration_file, tokenizer
+            )
+        plan = ConversionPlan(
+            checkpoint=checkpoint,
+            recipe=recipe,
+            options=options,
+            out=out,
+            output=output,
+            side_files=side_files,
+            needs=needs,
+            solver=solver,
+            tokens=tokens,
+            workers=workers,
+            free_disk_bytes=free_disk_bytes,
+            fingerprint=fingerprint(checkpoint, recipe, options.codec, solver, tokens),
+        )
+        if not options.force:
+            _check_earlier(plan)
+        return plan
+
+
+def _check_earlier(plan: ConversionPlan) -> None:
+    """OutputError if the out folder holds a conversion, complete or not, of something else."""
+    if (plan.out / INDEX_NAME).exists():
+        check_same(plan.out, plan.checkpoint, plan.recipe, plan.options.codec, plan.tokens)
+    # The rules that a target becomes are in the journal, and chosen later.
+    elif plan.options.resume and not plan.recipe.options.rules_are_open:
+        check_begun(plan.out, plan.fingerprint)

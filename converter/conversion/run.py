@@ -1,0 +1,157 @@
+"""The run of a conversion: the units that are left, over threads, journaled, in any order, to the same bytes."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from converter.calibration import CalibrationPass
+from converter.conversion.completion import complete
+from converter.conversion.keys import ExpertKey, LinearKey
+from converter.conversion.output_files import OutputFiles
+from converter.conversion.plan import ConversionPlan
+from converter.conversion.shard_hashes import ShardHashes
+from converter.conversion.units import Unit, shard_needs, units_of
+from converter.finished_work import FinishedWork
+from converter.identity import Progress
+from converter.records import ExpertRecord, UnitRecord
+from converter.shards import Stopped
+from converter.workers import Worker, run_all
+
+
+def run_conversion(plan: ConversionPlan, progress: Progress) -> dict[str, Any] | None:
+    """Does what is left; returns the value of quality.json, or None if only a part was asked for."""
+    checkpoint, options = plan.checkpoint, plan.options
+    with ExitStack() as stack:
+        work = stack.enter_context(closing(FinishedWork(plan.out, plan.fingerprint)))
+        hashes = stack.enter_context(ShardHashes(checkpoint, work))
+        # Left in the opposite order: what hashes or waits ends before it is waited for.
+        stack.callback(checkpoint.stop.set)
+        files = stack.enter_context(OutputFiles(plan.out, plan.output, options.codec, work, plan.layers))
+        pool = ThreadPoolExecutor(plan.workers, initializer=torch.set_num_threads, initargs=(1,))
+        stack.enter_context(pool)
+        stack.callback(checkpoint.stop.set)
+        _Run(plan, work, files, pool, progress).run()
+        shard_sha256 = hashes.result()
+        return None if options.part else complete(plan, work, files, shard_sha256)
+
+
+class _Run:
+    """The units of one plan, of which some may be done already."""
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        work: FinishedWork,
+        files: OutputFiles,
+        pool: ThreadPoolExecutor,
+        progress: Progress,
+    ) -> None:
+        self._plan, self._work, self._files, self._pool, self._progress = plan, work, files, pool, progress
+        self._stop = plan.checkpoint.stop
+        self._worker = Worker(plan.checkpoint, plan.output, plan.solver, self._stop)
+        self._units = units_of(plan.checkpoint, plan.output, plan.layers, outer=not plan.options.part)
+        self._total_bytes = sum(unit.source_bytes for unit in self._units)
+        self._done_bytes = sum(unit.source_bytes for unit in self._units if unit.key in work)
+
+    def run(self) -> None:
+        """Does the units that are not done yet."""
+        self._progress("converting", self._done_bytes, self._total_bytes)
+        for layer in self._plan.layers:
+            self._files.finish_layer(layer)
+        todo = [unit for unit in self._units if unit.key not in self._work]
+        self._plan.checkpoint.expect(shard_needs(todo, by_layer=self._plan.tokens is not None))
+        if self._plan.tokens is None:
+            self._do(todo, None)
+        else:
+            self._do_calibrated(todo, self._calibration_pass())
+
+    def _calibration_pass(self) -> CalibrationPass:
+        plan = self._plan
+        assert plan.tokens
+        return CalibrationPass(
+            plan.checkpoint,
+            plan.tokens,
+            plan.out,
+            plan.fingerprint,
+            partial(run_all, self._pool),
+            plan.recipe.options.down_block(plan.checkpoint.architecture.intermediate_size),
+        )
+
+    def _do_calibrated(self, todo: list[Unit], calibration: CalibrationPass) -> None:
+        """Layer by layer: the statistics of one layer at a time are in memory."""
+        output = self._plan.output
+        for layer, group in groupby(todo, key=lambda unit: unit.layer):
+            units = list(group)
+            if layer is None:
+                if any(isinstance(unit.key, LinearKey) for unit in units):
+                    calibration.prepare_head()
+                self._do(units, calibration)
+            elif layer > output.last_quantized_layer:
+                self._do(units, None)
+            else:
+                quantizes = output.quantizes(layer)
+                calibration.prepare(layer, gather=quantizes)
+                self._do(units, calibration if quantizes else None)
+                calibration.finish(layer)
+
+    def _do(self, units: Iterable[Unit], calibration: CalibrationPass | None) -> None:
+        """Does units over the pool's threads, and records each once its bytes are durable."""
+        left = iter(units)
+        running: dict[Future[UnitRecord], Unit] = {}
+        try:
+            while True:
+                while len(running) < self._plan.workers and (unit := next(left, None)):
+                    running[self._pool.submit(self._convert, unit, calibration)] = unit
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._record(future.result(), running.pop(future))
+        except BaseException:
+            self._stop.set()
+            _keep_first_error(running)
+            raise
+
+    def _convert(self, unit: Unit, calibration: CalibrationPass | None) -> UnitRecord:
+        """Does one unit and writes its bytes durably. calibration: prepared for the unit, None without one."""
+        key = unit.key
+        if isinstance(key, ExpertKey):
+            expert, data = self._worker.expert(key, calibration.layer if calibration else None)
+            self._files.write_expert(key, data)
+            return expert
+        if isinstance(key, LinearKey):
+            linear, tiles = self._worker.linear(key, calibration.linear(key.module) if calibration else None)
+            self._files.write_linear(key, tiles)
+            return linear
+        return self._files.write_tensor(key, self._worker.tensor(key))
+
+    def _record(self, record: UnitRecord, unit: Unit) -> None:
+        self._work.add(record)
+        self._plan.checkpoint.done(unit.key)
+        self._done_bytes += unit.source_bytes
+        if isinstance(record, ExpertRecord):
+            self._files.finish_layer(record.layer)
+        self._progress("converting", self._done_bytes, self._total_bytes)
+
+
+def _keep_first_error(running: dict[Future[UnitRecord], Unit]) -> None:
+    """Lets running units end; of several that failed, the one that did so by itself is what the caller raises."""
+    for future in running:
+        with contextlib.suppress(Stopped, Exception):
+            future.result()
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Sums over a tensor depend on torch's threads, and so would where hqq stops: one thread, more workers instead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,75 @@
+"""What one command does once: the checkpoint opened, the bytes planned, the text tokenized, the rules parsed."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from converter.bit_rules import parse_rules
+from converter.calibration_text import calibration_tokens
+from converter.sizes import plan_output
+from converter.source import Checkpoint
+
+Run = Callable[..., tuple[int, str, str]]
+STEPS: dict[CodeType, str] = {
+    Checkpoint.__init__.__code__: "checkpoint opened",
+    plan_output.__code__: "planned",
+    calibration_tokens.__code__: "text tokenized",
+    AutoTokenizer.from_pretrained.__func__.__code__: "tokenizer opened",
+    parse_rules.__code__: "rules parsed",
+}
+CALIBRATED = ("--calibrate", "builtin", "--calibration-tokens", "1024")
+ONCE = {"checkpoint opened": 1, "planned": 1, "tokenizer opened": 1}
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often the steps run in this thread, whoever calls them by whichever name."""
+    found: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code in STEPS:
+            found[STEPS[frame.f_code]] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        (("--solver", "hqq"), ONCE),
+        (("--solver", "hqq", "--dry-run"), ONCE),
+        (("--solver", "hqq", "--layer-bits", "0=3bit,1/down=4bit"), ONCE | {"rules parsed": 1}),
+        (CALIBRATED, ONCE | {"text tokenized": 1}),
+        ((*CALIBRATED, "--target-bpw", "9.5", "--dry-run"), ONCE | {"text tokenized": 1}),
+        # The bits that were chosen change the plan.
+        ((*CALIBRATED, "--target-bpw", "9.5"), ONCE | {"text tokenized": 1, "planned": 2}),
+    ],
+    ids=["plain", "plain dry run", "rules", "calibrated", "target dry run", "target"],
+)
+def test_command_does_each_step_once(
+    run_command: Run, source: Path, tmp_path: Path, options: tuple[str, ...], counts: dict[str, int]
+) -> None:
+    with counted() as found:
+        code, _, err = run_command("convert", source, "-o", tmp_path / "out", "-q", *options)
+    assert (code, err) == (0, "")
+    assert found == counts
+
+
+def test_finding_a_complete_conversion_takes_one_plan(run_command: Run, source: Path, tmp_path: Path) -> None:
+    line = ("convert", source, "-o", tmp_path / "out", "-q", "--solver", "hqq")
+    run_command(*line)
+    with counted() as found:
+        assert run_command(*line)[0] == 0
+    assert found == ONCE
