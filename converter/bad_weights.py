@@ -38,6 +38,7 @@ def overflow_error(checkpoint: Checkpoint, layer: int | None, where: str) -> Sou
 
 
 def _weights_of(checkpoint: Checkpoint, layer: int | None) -> list[Weight]:
-    experts = [weight for key, weight in checkpoint.experts.items() if key.layer == layer]
+    sites = checkpoint.shape.experts
+    experts = [weight for key, weight in checkpoint.experts.items() if sites[key.layer].decoder_layer == layer]
     trunk = [weight for name, weight in checkpoint.trunk.items() if checkpoint.layer_of(name) == layer]
     return [*trunk, *experts]

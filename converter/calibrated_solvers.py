@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from converter import feedback_native, solver_native
+from converter.calibration.input_statistics import InputStatistics
 from converter.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
 from converter.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
 from converter.solver import SquaredError
-from converter.statistics import InputStatistics
 from formats.packing import Packing, pack
 
 

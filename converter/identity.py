@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 import msgspec
 from msgspec.structs import replace
 
-from converter import __version__, calibration
+from converter import __version__
+from converter.calibration.calibration_pass import VERSION as CALIBRATION_VERSION
 from converter.calibration_text import CalibrationTokens
 from converter.conversion_recipe import ConversionRecipe
 from converter.recipe_options import without_rules
@@ -25,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 def calibration_version(tokens: CalibrationTokens) -> str:
     """What the bytes of a calibrated conversion depend on besides the recipe."""
-    return f"{calibration.VERSION}, tokens {tokens.sha256}"
+    return f"{CALIBRATION_VERSION}, tokens {tokens.sha256}"
 
 
 def overlay_version(checkpoint: Checkpoint) -> str | None:

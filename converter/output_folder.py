@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from converter.calibration import STATE_FOLDER
+from converter.calibration.calibration_pass import STATE_FOLDER
 from converter.output_needs import OutputNeeds
 from formats import EXPERTS_FOLDER, INDEX_NAME, JOURNAL_NAME, LOCK_NAME
 from formats.errors import OutputError

@@ -9,8 +9,8 @@ from typing import Any, Literal, NoReturn
 from msgspec import Struct
 
 from converter.bit_rules import BitRule, parse_rules
+from converter.calibration.layer_statistics import DOWN_BLOCK
 from converter.calibration_text import KINDS
-from converter.layer_statistics import DOWN_BLOCK
 from formats.errors import RecipeError
 from formats.field_rules import short
 from formats.index import Option

@@ -9,9 +9,9 @@ from msgspec.structs import replace
 
 from converter import solver_native
 from converter.bit_rules import BY_BITS, UNPACKED, parse_rules
+from converter.calibration.layer_statistics import DOWN_BLOCK
 from converter.calibration_text import DEFAULT_TOKENS, FEWEST_TOKENS, KINDS
 from converter.conversion_recipe import ConversionRecipe
-from converter.layer_statistics import DOWN_BLOCK
 from converter.recipe_options import Calibration, DownWidth, RecipeOptions
 from converter.solvers import NO_SOLVER, SOLVERS
 from formats.errors import RecipeError

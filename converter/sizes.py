@@ -9,7 +9,7 @@ from typing import Protocol
 
 from converter.bit_budget import likely_bits
 from converter.bit_rules import UNPACKED
-from converter.calibration import calibration_memory_bytes
+from converter.calibration.pass_memory import calibration_memory_bytes
 from converter.checkpoint.model_shape import HEAD, ModelShape
 from converter.conversion_recipe import ConversionRecipe, packings_by_expert
 from converter.plain_rows import plain_packing_for

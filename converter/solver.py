@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from converter.statistics import InputStatistics
+from converter.calibration.input_statistics import InputStatistics
 from formats.errors import SourceError
 from formats.packing import Packing
 

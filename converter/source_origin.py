@@ -3,19 +3,19 @@
 import hashlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import zstandard
 
-from converter.calibration import CalibrationPass
+from converter.calibration.calibration_pass import CalibrationPass
+from converter.calibration.layer_statistics import LayerStatistics
 from converter.calibration_text import calibration_tokens
 from converter.checkpoint.model_shape import HEAD
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
 from converter.conversion.output_files import write_linear, write_tensor
 from converter.conversion_recipe import ConversionRecipe
+from converter.forward.ordered_tasks import one_by_one
 from converter.hub_model import HubModel
 from converter.recipe_options import RecipeOptions
 from converter.side_files import copied_bytes
@@ -47,7 +47,7 @@ class SourceOrigin(Origin):
         self._plan = plan_output(self._checkpoint, recipe)
         self._worker = Worker(self._checkpoint, self._plan, self._solver, threading.Event())
         self._scratch = tempfile.TemporaryDirectory(prefix="moe-convert-")
-        self._prepared = -1
+        self._prepared: tuple[int, LayerStatistics] | None = None
         self._threads = torch.get_num_threads()
         self._calibration = self._calibration_pass(recipe.options, calibration_file)
 
@@ -62,9 +62,8 @@ class SourceOrigin(Origin):
         self._scratch.cleanup()
 
     def expert(self, entry: ExpertEntry) -> bytes:
-        calibration = self._prepared_for(self._plan.shape.experts[entry.layer].decoder_layer)
-        key = ExpertKey(entry.layer, entry.expert)
-        _, blob = self._worker.expert(key, calibration.layer if calibration else None)
+        statistics = self._statistics_of(self._plan.shape.experts[entry.layer].decoder_layer)
+        _, blob = self._worker.expert(ExpertKey(entry.layer, entry.expert), statistics)
         data = blob.numpy().tobytes()
         if entry.codec == "zstd":
             data = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(data)
@@ -92,11 +91,11 @@ class SourceOrigin(Origin):
             for layer in range(len(shape.decoder_layers)):
                 linears = [module for module in self._plan.packed if shape.decoder_layer(module) == layer]
                 for module in linears:
-                    self._linear(trunk, LinearKey(module), self._prepared_for(layer))
+                    self._linear(trunk, LinearKey(module), self._statistics_of(layer))
             if HEAD in self._plan.packed:
-                if self._calibration:
-                    self._calibration.prepare_head()
-                self._linear(trunk, LinearKey(HEAD), self._calibration)
+                head = self._calibration.prepare_head() if self._calibration else None
+                self._linear(trunk, LinearKey(HEAD), head)
+                self._prepared = None
             for entry in self._plan.trunk_entries:
                 if entry.name in self._checkpoint.trunk:
                     key = TensorKey(entry.name)
@@ -115,20 +114,19 @@ class SourceOrigin(Origin):
             return None
         drawn = calibration_tokens(self._checkpoint, calibration.kind, calibration.tokens, file)
         width = options.down_block(self._checkpoint.architecture.intermediate_size)
-        return CalibrationPass(self._checkpoint, drawn, Path(self._scratch.name), None, _in_turn, width)
+        return CalibrationPass(self._checkpoint, drawn, Path(self._scratch.name), None, one_by_one, width)
 
-    def _linear(self, trunk: PlacedFile, key: LinearKey, calibration: CalibrationPass | None) -> None:
-        _, tiles = self._worker.linear(key, calibration.linear(key.module) if calibration else None)
+    def _linear(self, trunk: PlacedFile, key: LinearKey, statistics: LayerStatistics | None) -> None:
+        _, tiles = self._worker.linear(key, statistics.linears[key.module] if statistics else None)
         write_linear(trunk, key, tiles)
 
-    def _prepared_for(self, layer: int) -> CalibrationPass | None:
-        """The calibration with the statistics of `layer`; None where nothing is calibrated."""
+    def _statistics_of(self, layer: int) -> LayerStatistics | None:
+        """The statistics of a decoder layer; None where nothing is calibrated."""
         if not (self._calibration and self._plan.quantizes(layer)):
             return None
-        if self._prepared != layer:
-            self._calibration.prepare(layer)
-            self._prepared = layer
-        return self._calibration
+        if self._prepared is None or self._prepared[0] != layer:
+            self._prepared = layer, self._calibration.prepare(layer)
+        return self._prepared[1]
 
     def _other(self, what: str, found: str, expected: str) -> MoeConvertError:
         producer = self._index.producer
@@ -138,7 +136,3 @@ class SourceOrigin(Origin):
             f" checkpoint, or other versions or another machine than {producer.name} {producer.version} ({versions})",
             "--from OWNER/MODEL, where the folder was published, or convert again",
         )
-
-
-def _in_turn(tasks: Iterable[Callable[[], Any]]) -> list[Any]:
-    return [task() for task in tasks]

@@ -205,7 +205,7 @@ _EXTRA_HINTS = (
     (".qweight", "the weights are quantized; use the checkpoint that they were made from"),
 )
 """By a part of a tensor's name."""
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.([0-9]{1,9})\.")
 
 
 def _extra(where: str, extra: list[Weight], shape: ModelShape) -> SourceError:

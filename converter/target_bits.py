@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from converter.bit_budget import choose_bits, ladder
-from converter.bit_sensitivity import BitSensitivity
+from converter.calibration.bit_sensitivity import BitSensitivity
 from converter.calibration_text import CalibrationTokens
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.units import expert_units, shard_needs

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from converter.calibration.input_statistics import InputStatistics
+from converter.calibration.layer_statistics import LayerStatistics
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
 from converter.conversion.units import PROJECTIONS
 from converter.down_correction import DownCorrection
 from converter.feedback_reference import SingularStatisticsError
-from converter.layer_statistics import LayerStatistics
 from converter.names import ExpertTensor
 from converter.plain_rows import store_rows
 from converter.records import ExpertRecord, LinearRecord, ProjectionErrors
@@ -22,7 +23,6 @@ from converter.sizes import OutputPlan, chunk_rows
 from converter.solver import CalibratedSolver, Solver, SquaredError, UnfitWeightsError
 from converter.source import Checkpoint
 from converter.source_tensors import Weight
-from converter.statistics import InputStatistics
 from formats.checksums import Checksums, xxh3_of
 from formats.expert import split
 from formats.packing import AnyPacking, Packing, tile_packing_named

@@ -12,12 +12,12 @@ from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from test_converter_convert import Interruption, hashes, stop_after
 
-import converter.calibration as calibration_module
 from converter import calibrated_solvers
-from converter.calibration import STATE_FOLDER, CalibrationPass
+from converter.calibration import calibration_pass
+from converter.calibration.calibration_pass import STATE_FOLDER, CalibrationPass
+from converter.calibration.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs
 from converter.calibration_text import CalibrationTokens, calibration_tokens
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from converter.state_file import write_state
@@ -60,7 +60,7 @@ def moment(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_module, "fast_products", lambda _: torch.float32)
+    monkeypatch.setattr(calibration_pass, "fast_products", lambda _: torch.float32)
 
 
 @pytest.mark.usefixtures("float32_products")
@@ -76,16 +76,16 @@ def test_statistics_are_those_of_the_transformers_model(source: Path, tmp_path: 
     with Checkpoint(source) as checkpoint:
         tokens = calibration_tokens(checkpoint, "random", 1024)
         passes = passing(source, tmp_path, tokens, checkpoint)
-        passes.prepare(layer)
+        statistics = passes.prepare(layer)
         prefix = f"model.layers.{layer}.self_attn"
         with torch.no_grad():
             model(input_ids=tokens.windows, use_cache=False)
-            torch.testing.assert_close(passes.linear(f"{prefix}.k_proj").hessian[0], moment(inputs["q"]))
-            torch.testing.assert_close(passes.linear(f"{prefix}.o_proj").hessian[0], moment(inputs["o"]))
+            torch.testing.assert_close(statistics.linears[f"{prefix}.k_proj"].hessian[0], moment(inputs["q"]))
+            torch.testing.assert_close(statistics.linears[f"{prefix}.o_proj"].hessian[0], moment(inputs["o"]))
             *_, chosen = block.mlp.gate(inputs["mlp"])
             here = (chosen == 1).any(1)
             x = inputs["mlp"][here]
-            gate_up, count = passes.layer.of_gate_up(1)
+            gate_up, count = statistics.of_gate_up(1)
             assert count == len(x)
             prior = PRIOR_SHARE * 64
             expected = (len(x) * moment(x) + prior * moment(inputs["mlp"])) / (len(x) + prior)
@@ -93,12 +93,12 @@ def test_statistics_are_those_of_the_transformers_model(source: Path, tmp_path: 
             rows = block.mlp.experts.gate_up_proj[1].split(96)
             gate, up = (x @ part.T for part in rows)
             h = torch.nn.functional.silu(gate) * up
-            down, correction = passes.layer.of_down(1, *(lambda b, e, part=part: part[b:e] for part in rows))
+            down, correction = statistics.of_down(1, *(lambda b, e, part=part: part[b:e] for part in rows))
             assert correction is not None
             assert float(correction.factor.abs().max()) < 0.01  # nothing is lost, but for bfloat16
         assert down.hessian.shape == (1, DOWN_BLOCK, DOWN_BLOCK)
         share = len(h) / (len(h) + PRIOR_SHARE * DOWN_BLOCK)
-        pooled = passes.layer.down.hessian
+        pooled = statistics.down.hessian
         torch.testing.assert_close(down.hessian[0, :96, :96], share * moment(h) + (1 - share) * pooled[0, :96, :96])
         assert not down.hessian[0, 96:].any()
 
@@ -111,9 +111,9 @@ def test_the_pass_ends_where_the_model_does(source: Path, tmp_path: Path) -> Non
     with Checkpoint(source) as checkpoint, torch.no_grad():
         tokens = calibration_tokens(checkpoint, "random", 1024)
         passes = passing(source, tmp_path, tokens, checkpoint)
-        passes.prepare_head()
+        head = passes.prepare_head().linears["lm_head"]
         expected = moment(model.model(input_ids=tokens.windows, use_cache=False).last_hidden_state.flatten(0, 1))
-        torch.testing.assert_close(passes.linear("lm_head").hessian[0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(head.hessian[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_products_give_nearly_the_same_statistics(
@@ -121,11 +121,11 @@ def test_bfloat16_products_give_nearly_the_same_statistics(
 ) -> None:
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(calibration_module, "fast_products", lambda _, dtype=dtype: dtype)
+        monkeypatch.setattr(calibration_pass, "fast_products", lambda _, dtype=dtype: dtype)
         with Checkpoint(source) as checkpoint:
             passes = passing(source, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint)
-            passes.prepare(2)
-            found.append([passes.layer.of_gate_up(0)[0].hessian, passes.layer.down.hessian])
+            layer = passes.prepare(2)
+            found.append([layer.of_gate_up(0)[0].hessian, layer.down.hessian])
     for exact, near in zip(*found, strict=True):
         assert 0 < float((near - exact).norm() / exact.norm()) < 0.02
 
@@ -285,8 +285,7 @@ def test_expert_that_no_token_reached_gets_its_layers_statistics(source: Path, t
     save_file(tensors, folder / "model.safetensors")
     with Checkpoint(folder) as checkpoint:
         passes = passing(folder, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint)
-        passes.prepare(0)
-        layer = passes.layer
+        layer = passes.prepare(0)
         layer.experts[0] = ExpertInputs(torch.empty(0, dtype=torch.int64), torch.empty(0, 96, dtype=torch.bfloat16))
         gate_up, count = layer.of_gate_up(0)
         down, correction = layer.of_down(0, lambda begin, end: torch.ones(end - begin, 64), lambda *_: torch.ones(0))

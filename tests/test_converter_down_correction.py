@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from converter.calibration.input_statistics import block_moments
 from converter.down_correction import DownCorrection
-from converter.statistics import block_moments
 
 WIDTH = 64
 

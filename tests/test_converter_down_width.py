@@ -8,7 +8,8 @@ import torch
 from make_checkpoint import Shape, make_checkpoint
 from test_converter_convert import hashes
 
-from converter.calibration import CalibrationPass
+from converter.calibration.calibration_pass import CalibrationPass
+from converter.calibration.input_statistics import second_moment
 from converter.calibration_text import calibration_tokens
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.outline import Outline
@@ -16,7 +17,6 @@ from converter.recipes import make_recipe
 from converter.sizes import plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint
-from converter.statistics import second_moment
 from formats.errors import RecipeError
 from formats.index import read_index
 
@@ -41,8 +41,7 @@ def test_statistics_have_blocks_of_the_width_that_the_recipe_says(
         tokens = calibration_tokens(checkpoint, "random", 1024)
         columns = recipe.options.down_block(checkpoint.architecture.intermediate_size)
         passes = CalibrationPass(checkpoint, tokens, tmp_path, "test", one_by_one, columns)
-        passes.prepare(0)
-        layer = passes.layer
+        layer = passes.prepare(0)
         assert layer.down.hessian.shape == (blocks, width, width)
         rows = torch.zeros(640, 64)
         statistics, correction = layer.of_down(1, lambda b, e: rows[b:e], lambda b, e: rows[b:e])
@@ -51,7 +50,7 @@ def test_statistics_have_blocks_of_the_width_that_the_recipe_says(
         if blocks == 1:
             inner = torch.cat([e.inner for e in layer.experts]).float()
             weights = torch.cat([layer.weights[e.tokens] for e in layer.experts])
-            expected = second_moment(inner, weights, one_by_one) / weights.sum()
+            expected = second_moment([inner], weights, one_by_one) / weights.sum()
             # The inner activations are kept in bfloat16.
             assert float((layer.down.hessian[0, :640, :640] - expected).norm()) < 0.01 * float(expected.norm())
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_converter_convert import Interruption, hashes, stop_after
 
 from converter import solver_native
-from converter.calibration import CalibrationPass
+from converter.calibration.calibration_pass import CalibrationPass
 from converter.cli.main import cli
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.names import ExpertTensor

@@ -9,7 +9,7 @@ import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from test_converter_streamed_model import some_windows, streamed, transformers_answer
 
-from converter.calibration import CalibrationPass
+from converter.calibration.calibration_pass import CalibrationPass
 from converter.calibration_text import CalibrationTokens
 from converter.source import Checkpoint
 
@@ -101,6 +101,5 @@ def test_calibration_statistics_are_those_of_a_model_with_a_window(weights: Path
     with torch.no_grad(), Checkpoint(folder) as checkpoint:
         model(input_ids=tokens.windows, use_cache=False)
         passes = CalibrationPass(checkpoint, tokens, tmp_path / "out", "test", lambda tasks: [task() for task in tasks])
-        passes.prepare(1)
-        found = passes.linear("model.layers.1.self_attn.o_proj").hessian[0]
+        found = passes.prepare(1).linears["model.layers.1.self_attn.o_proj"].hessian[0]
     torch.testing.assert_close(found, seen[0].T @ seen[0] / len(seen[0]))

@@ -10,9 +10,9 @@ import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from converter import layer_forward, streamed_model
+from converter.forward import expert_forward, outer_model, streamed_model
+from converter.forward.streamed_model import StreamedModel
 from converter.source import Checkpoint
-from converter.streamed_model import StreamedModel
 from formats.errors import DoesNotFitError, SourceError
 
 
@@ -68,8 +68,8 @@ def test_pieces_change_nothing_but_rounding(source: Path, monkeypatch: pytest.Mo
     windows = some_windows(5, 40)
     whole = streamed(source, windows)[0]
     monkeypatch.setattr(streamed_model, "TOKENS_AT_ONCE", 7)
-    monkeypatch.setattr(layer_forward, "ROWS_AT_ONCE", 32)
-    monkeypatch.setattr(layer_forward, "VOCABULARY_AT_ONCE", 1000)
+    monkeypatch.setattr(expert_forward, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(outer_model, "VOCABULARY_AT_ONCE", 1000)
     torch.testing.assert_close(streamed(source, windows)[0], whole)
 
 
@@ -99,21 +99,23 @@ class CountingCheckpoint(Checkpoint):
         self.alive -= n_bytes
 
 
-def test_weights_of_one_layers_attention_are_the_most_in_memory(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_forward, "ROWS_AT_ONCE", 32)
-    monkeypatch.setattr(layer_forward, "VOCABULARY_AT_ONCE", 64)
+def test_a_layers_weights_and_two_slices_of_an_expert_are_the_most_in_memory(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_forward, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(outer_model, "VOCABULARY_AT_ONCE", 64)
     windows = some_windows(4, 32)
     with CountingCheckpoint(source) as checkpoint:
         model = StreamedModel(checkpoint, windows)
         model.run()
         for logits, _ in model.predictions():
             logits(0, 32)
-        # hidden 64, two of four key and value heads of 16: q, k, v, o, and the norm.
-        attention = 4 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 64)
+        # hidden 64, two of four key and value heads of 16, 4 experts: q, k, v, o, two norms, the router.
+        layer = 4 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 2 * 64 + 4 * 64)
         whole = checkpoint.n_bytes
-    assert checkpoint.most == attention
+    assert checkpoint.most == layer + 4 * (2 * 32 * 64)
     assert checkpoint.alive == 0
-    assert whole > 20 * attention
+    assert whole > 15 * checkpoint.most
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells mappings by /proc")
@@ -128,7 +130,7 @@ def test_activations_stand_in_nameless_files(source: Path) -> None:
     with Checkpoint(source) as checkpoint:
         model = StreamedModel(checkpoint, some_windows(2, 16))
         model.run()
-        for tensor in (model._stream, model._after):
+        for tensor in (model._stream, *model._files.tensors):
             assert mapped(tensor.data_ptr()).endswith("(deleted)")
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_converter_convert import Interruption, hashes, interrupted
 from torch import Tensor
 
-from converter.bit_sensitivity import BitSensitivity
+from converter.calibration.bit_sensitivity import BitSensitivity
 from converter.conversion_recipe import ConversionRecipe
 from converter.convert import Converted, ConvertOptions, convert_checkpoint
 from converter.hub_model import HubModel

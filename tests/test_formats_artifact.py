@@ -41,6 +41,14 @@ def test_good_folder_opens() -> None:
     assert artifact.architecture == architecture_of(CONFIG)
 
 
+def test_an_index_may_name_the_parts_that_it_was_made_of(tmp_path: Path) -> None:
+    folder = copy_of_good(tmp_path)
+    part = {"name": "node-0", "producer": {"name": "moe-convert", "version": "0", "versions": {}}, "layers": [0]}
+    spoil(folder, {"file": "moe_index.json", "at": "/parts", "json": json.dumps([part])})
+    (found,) = Artifact.open(folder).index.parts
+    assert (found.name, found.layers) == ("node-0", [0])
+
+
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "MoeConvertError", f"{tmp_path / 'nowhere'} is not a folder")
 

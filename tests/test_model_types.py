@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loader
-from converter.convert import convert_checkpoint
+from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from formats.artifact import Artifact
@@ -140,3 +140,23 @@ def test_layers_are_counted_among_those_with_experts(converted: Any, name: str, 
     architecture = Artifact.open(folder).architecture
     assert architecture.expert_modules == [f"model.layers.{layer}.mlp.experts" for layer in decoder_layers]
     assert len(list((folder / "experts").iterdir())) == len(decoder_layers)
+
+
+def test_parts_of_a_model_with_dense_layers_make_the_same_bytes(converted: Any, sources: Any, tmp_path: Path) -> None:
+    name = "qwen3_moe with dense layers"
+    recipe = make_recipe("2bit", calibrate="none")
+    for part in ((1, 2), (2, 2), None):
+        convert_checkpoint(sources(name), tmp_path / "out", recipe, ConvertOptions(part=part))
+    whole = converted(name, "2bit")
+    for file in (path.relative_to(whole) for path in whole.rglob("*.safetensors")):
+        assert (tmp_path / "out" / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_zstd_frames_of_a_model_with_dense_layers_load(sources: Any, converted: Any, tmp_path: Path) -> None:
+    name = "qwen3_moe with dense layers"
+    recipe = make_recipe("2bit", calibrate="none")
+    convert_checkpoint(sources(name), tmp_path / "out", recipe, ConvertOptions(codec="zstd"))
+    assert verify_folder(tmp_path / "out", read_data=True).problems == []
+    packed, plain = (loader.from_pretrained(f, device="cpu") for f in (tmp_path / "out", converted(name, "2bit")))
+    with torch.inference_mode():
+        assert torch.equal(packed(TOKENS).logits, plain(TOKENS).logits)

@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.errors import SourceError
 
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.([0-9]{1,9})\.")
 # Old checkpoints store this buffer, in each layer or once; transformers computes it.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq")
 

@@ -109,7 +109,7 @@ class ModelShape:
     def decoder_layer(self, name: str) -> int | None:
         """The decoder layer that a tensor or module is in; None for what is in none."""
         layers_path = self.decoder_layers[0].rpartition(".")[0]
-        match = re.match(rf"{re.escape(layers_path)}\.(\d+)(?:\.|$)", name)
+        match = re.match(re.escape(layers_path) + r"\.([0-9]{1,9})(?:\.|$)", name)
         return int(match[1]) if match else None
 
     @cached_property

@@ -10,8 +10,8 @@ import torch
 
 from converter import __version__
 from converter.cli.output import Output
+from converter.forward.streamed_model import StreamedModel
 from converter.source import Checkpoint
-from converter.streamed_model import StreamedModel
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.index import Architecture

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from converter.calibration import CalibrationPass
+from converter.calibration.calibration_pass import CalibrationPass
+from converter.calibration.layer_statistics import LayerStatistics
 from converter.conversion.completion import complete
 from converter.conversion.keys import ExpertKey, LinearKey
 from converter.conversion.output_files import OutputFiles
@@ -89,25 +90,24 @@ class _Run:
         for layer, group in groupby(todo, key=lambda unit: unit.layer):
             units = list(group)
             if layer is None:
-                if any(isinstance(unit.key, LinearKey) for unit in units):
-                    calibration.prepare_head()
-                self._do(units, calibration)
+                has_linear = any(isinstance(unit.key, LinearKey) for unit in units)
+                self._do(units, calibration.prepare_head() if has_linear else None)
             elif layer > output.last_quantized_layer:
                 self._do(units, None)
             else:
                 quantizes = output.quantizes(layer)
-                calibration.prepare(layer, gather=quantizes)
-                self._do(units, calibration if quantizes else None)
+                statistics = calibration.prepare(layer, gather=quantizes)
+                self._do(units, statistics if quantizes else None)
                 calibration.finish(layer)
 
-    def _do(self, units: Iterable[Unit], calibration: CalibrationPass | None) -> None:
+    def _do(self, units: Iterable[Unit], statistics: LayerStatistics | None) -> None:
         """Does units over the pool's threads, and records each once its bytes are durable."""
         left = iter(units)
         running: dict[Future[UnitRecord], Unit] = {}
         try:
             while True:
                 while len(running) < self._plan.workers and (unit := next(left, None)):
-                    running[self._pool.submit(self._convert, unit, calibration)] = unit
+                    running[self._pool.submit(self._convert, unit, statistics)] = unit
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -117,15 +117,15 @@ class _Run:
             _keep_first_error(running)
             raise
 
-    def _convert(self, unit: Unit, calibration: CalibrationPass | None) -> UnitRecord:
-        """Does one unit and writes its bytes durably. calibration: prepared for the unit, None without one."""
+    def _convert(self, unit: Unit, statistics: LayerStatistics | None) -> UnitRecord:
+        """Does one unit and writes its bytes durably. statistics: of its layer, None without calibration."""
         key = unit.key
         if isinstance(key, ExpertKey):
-            expert, data = self._worker.expert(key, calibration.layer if calibration else None)
+            expert, data = self._worker.expert(key, statistics)
             self._files.write_expert(key, data)
             return expert
         if isinstance(key, LinearKey):
-            linear, tiles = self._worker.linear(key, calibration.linear(key.module) if calibration else None)
+            linear, tiles = self._worker.linear(key, statistics.linears[key.module] if statistics else None)
             self._files.write_linear(key, tiles)
             return linear
         return self._files.write_tensor(key, self._worker.tensor(key))

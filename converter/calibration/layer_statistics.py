@@ -1,15 +1,15 @@
 """What calibration knows of one layer: its linears' statistics, some computed when an expert's turn comes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from converter.calibration.input_statistics import InputStatistics, block_moments, effective_tokens, second_moment
 from converter.down_correction import DownCorrection
-from converter.layer_forward import ROWS_AT_ONCE, inner_activations
-from converter.statistics import InputStatistics, block_moments, effective_tokens, second_moment
+from converter.forward.expert_forward import ROWS_AT_ONCE, inner_activations
+from converter.forward.ordered_tasks import one_by_one
 
 DOWN_BLOCK = 256
 """Columns of a block of down's statistics, if nothing else is asked for; full width takes 822 MB an expert of 8x7B."""
@@ -28,18 +28,25 @@ class ExpertInputs:
     inner: Tensor
 
 
+def _nothing() -> InputStatistics:
+    return InputStatistics(torch.empty(0, 0, 0), 0.0)
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
-    """linears: of attention's projections, by name. inputs: float32 [tokens, hidden], the experts'; weights: float32
-    [tokens]. gate_up and down are of all experts together. products: in what weights are multiplied."""
+    """linears: of the packable linears, by module path. The rest is of the experts, and empty in a layer without any.
+
+    inputs: float32 [tokens, hidden], the experts'; weights: float32 [tokens]. gate_up and down are of all experts
+    together. products: the dtype in which weights are multiplied.
+    """
 
     linears: dict[str, InputStatistics]
-    inputs: Tensor
-    weights: Tensor
-    experts: list[ExpertInputs]
-    gate_up: InputStatistics
-    down: InputStatistics
-    products: torch.dtype
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    experts: list[ExpertInputs] = field(default_factory=list)
+    gate_up: InputStatistics = field(default_factory=_nothing)
+    down: InputStatistics = field(default_factory=_nothing)
+    products: torch.dtype = torch.float32
 
     def of_gate_up(self, expert: int) -> tuple[InputStatistics, int]:
         """Of an expert's gate and up, and how many tokens reached it."""
@@ -47,7 +54,7 @@ class LayerStatistics:
         weights = self.weights[tokens]
         if not len(weights):
             return self.gate_up, 0
-        moment = second_moment(self.inputs[tokens], weights, _one_by_one) / float(weights.double().sum())
+        moment = second_moment([self.inputs[tokens]], weights, one_by_one) / float(weights.double().sum())
         own = InputStatistics(moment[None], effective_tokens(weights))
         return own.shrunk(self.gate_up, PRIOR_SHARE * moment.shape[0]), len(weights)
 
@@ -81,7 +88,3 @@ class LayerStatistics:
 def rows_at_once(width: int) -> int:
     """How many rows of gate and up are used at once: whole blocks of `width` columns of down."""
     return width * max(1, ROWS_AT_ONCE // width)
-
-
-def _one_by_one(tasks: Any) -> list[Any]:
-    return [task() for task in tasks]

@@ -1,17 +1,16 @@
 """Second moments of a linear's inputs: what calibration gathers and the feedback solver minimizes errors under."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
-RunAll = Callable[[Iterable[Callable[[], Any]]], list[Any]]
-"""Runs tasks, possibly side by side, and returns their results in the tasks' order."""
+from converter.forward.ordered_tasks import RunAll
 
+T = TypeVar("T")
 STRIPE_COLUMNS = 1024
 """Columns of a moment that one task sums. Fixed, so that the number of workers changes no bit of a sum."""
 
@@ -45,21 +44,26 @@ class InputStatistics:
         return InputStatistics(torch.lerp(towards.hessian, self.hessian, share), self.tokens)
 
 
-def second_moment(x: Tensor, weights: Tensor, run_all: RunAll) -> Tensor:
-    """Σ w·x·xᵀ, float32 [columns, columns], of x [tokens, columns] with weights [tokens] (both float32)."""
-    columns = x.shape[1]
-    result = torch.empty(columns, columns)
-    weighted = x * weights[:, None]
+def second_moment(parts: Sequence[Tensor], weights: Tensor, run_all: RunAll) -> Tensor:
+    """Σ w·x·xᵀ, float32 [columns, columns], of the rows x of all parts, [n, columns] each. weights: [all rows].
 
-    def stripe(row: int, column: int) -> None:
-        rows, across = slice(row, row + STRIPE_COLUMNS), slice(column, column + STRIPE_COLUMNS)
-        part = weighted[:, rows].T @ x[:, across]
-        result[rows, across] = part
-        if row != column:
-            result[across, rows] = part.T
-
+    All are float32. Parts are summed in their order.
+    """
+    columns = parts[0].shape[1]
+    result = torch.zeros(columns, columns)
     starts = range(0, columns, STRIPE_COLUMNS)
-    run_all([partial(stripe, r, c) for r in starts for c in starts if c <= r])
+    for x, w in zip(parts, torch.split(weights, [len(part) for part in parts]), strict=True):
+        weighted = x * w[:, None]
+
+        def add(row: int, column: int, x: Tensor = x, weighted: Tensor = weighted) -> None:
+            rows, across = slice(row, row + STRIPE_COLUMNS), slice(column, column + STRIPE_COLUMNS)
+            result[rows, across].addmm_(weighted[:, rows].T, x[:, across])
+
+        run_all([partial(add, r, c) for r in starts for c in starts if c <= r])
+    for row in starts:
+        for column in range(0, row, STRIPE_COLUMNS):
+            rows, across = slice(row, row + STRIPE_COLUMNS), slice(column, column + STRIPE_COLUMNS)
+            result[across, rows] = result[rows, across].T
     return result
 
 
