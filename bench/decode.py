@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
+from formats.packing import PACKINGS
 from loader import kernels
-
-PACKINGS = ("tile32-q2-g16-s4", "tile32-q2-g16-s8", "tile32-q3-g32-s4", "tile32-q3-g64-s8", "tile32-q4-g64-s8")
 
 
 class Experts:
@@ -178,7 +177,7 @@ def main() -> None:
     """Run the chosen parts and print a table, or one JSON object with --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="cold,isa,prompt,tokens", help="comma list (default: all)")
-    parser.add_argument("--packings", default=",".join(PACKINGS), help="comma list (default: all five)")
+    parser.add_argument("--packings", default=",".join(PACKINGS), help="comma list (default: all)")
     parser.add_argument("--threads", default="", help="comma list (default: 1 and one per core)")
     parser.add_argument("--gigabytes", type=float, default=2.4, help="experts in memory, per packing (default: 2.4)")
     parser.add_argument("--pairs", type=int, default=9, help="measured pairs (default: 9)")

@@ -15,7 +15,8 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from converter import feedback_native, solver_native
+from converter import feedback_native, solver_library, solver_native
+from formats.native_abi import ISAS
 from formats.packing import PACKINGS, Packing, dequantize, unpack
 
 
@@ -110,14 +111,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=4096, help="a multiple of 256")
     parser.add_argument("--runs", type=int, default=5, help="of the native solver; the hqq package runs once")
-    parser.add_argument("--isa", choices=list(solver_native.ISAS), default="auto")
+    parser.add_argument("--isa", choices=list(ISAS), default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     torch.set_num_threads(1)
     subject = Subject(options.rows, options.columns)
     progress = sys.stderr if options.json else sys.stdout
     print(
-        f"{solver_native.describe()}; isa {options.isa}; gaussian bf16 [{options.rows}, {options.columns}], 1 thread\n"
+        f"{solver_library.describe()}; isa {options.isa}; gaussian bf16 [{options.rows}, {options.columns}], 1 thread\n"
         f"factorization: full width {subject.factorize_s:.2f} s and {subject.metric_s:.2f} s for the gain's metric, "
         f"blocks of 256 {subject.factorize_blocks_s:.2f} s\n"
         "                  Mweights/s                                error in the Hessian's metric\n"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from converter import feedback_native, solver_native
+from converter import feedback_native, solver_library, solver_native
 from converter.calibration.input_statistics import InputStatistics
 from converter.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
 from converter.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
@@ -46,7 +46,7 @@ class ReferenceFeedback(ReferenceRefit):
 class NativeRefit:
     """`refit` by the native library."""
 
-    version = f"refit native {solver_native.ABI}"
+    version = f"refit native {solver_library.ABI_VERSION}"
     bytes_a_weight = 4
 
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
@@ -59,7 +59,7 @@ class NativeRefit:
 class NativeFeedback(NativeRefit):
     """`feedback` by the native library."""
 
-    version = f"feedback native {solver_native.ABI}"
+    version = f"feedback native {solver_library.ABI_VERSION}"
 
     def solve_calibrated(
         self, weight: Tensor, packing: Packing, tiles: Tensor, statistics: InputStatistics

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter import solver_native
+from converter.refit_native import refit_tiles
+from converter.tile_place import check_place
 from formats.errors import MoeConvertError
 
 DAMPING = 0.01
@@ -163,7 +164,7 @@ def quantize_feedback_tiles(
     static: S and M from the weights alone, before any error is carried to them; faster by a little, worse by a lot.
     Returns fp64 [tiles, 4]: see `FeedbackError.total`.
     """
-    place = solver_native.check_place(weight, packing, out, tile_begin, tile_end, stride_tiles)
+    place = check_place(weight, packing, out, tile_begin, tile_end, stride_tiles)
     blocks, hessians = (factor, hessian) if factor.dim() == 3 else (factor[None], hessian[None])
     columns, block = weight.shape[1], blocks.shape[-1]
     good = factor.dtype == torch.float32 and factor.is_contiguous() and blocks.dim() == 3
@@ -188,14 +189,11 @@ def quantize_feedback_tiles(
         gain = {"diagonal": metric.diagonal / unit, "pairing": metric.pairing / unit}
         if metric.low_rank.shape[1]:
             gain["low_rank"] = metric.low_rank / unit**0.5
-    solver_native.refit_tiles(
-        weight,
-        out,
+    refit_tiles(
         place,
         errors,
         importance=(squares / unit).float(),
         factor=factor,
-        factor_block=block,
         order=order,
         damping=added / unit,
         **gain,

@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.journal import read_pin
+from converter.journal import Pin, read_pin
 from converter.source_kinds import INDEX_NAME, check_names
 from formats.errors import SourceError
 from formats.generation_config import GENERATION_NAME
@@ -49,15 +49,14 @@ class HubModel:
         """
         stop = threading.Event()
         pin = read_pin(resume) if resume else None
-        same = pin is not None and (pin.get("repo"), pin.get("asked")) == (name, revision)
-        commit = str(pin["commit"]) if pin and same else revision
+        commit = pin.commit if pin and (pin.repo, pin.asked) == (name, revision) else revision
         repo = HubRepo.open(name, commit, token, Retries(wait=stop.wait))
         return cls(repo, _small_files(repo), revision, stop, keep, max_disk_bytes)
 
     @property
-    def pin(self) -> dict[str, str | None]:
+    def pin(self) -> Pin:
         """What a journal records, by which a resume finds the same commit."""
-        return {"repo": self.repo.repo, "asked": self.asked, "commit": self.repo.commit}
+        return Pin(self.repo.repo, self.asked, self.repo.commit)
 
 
 def _small_files(repo: HubRepo) -> Path:

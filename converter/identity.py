@@ -41,7 +41,7 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What must be the same for a resume."""
     calibrated = {"calibration": calibration_version(tokens)} if tokens else {}
-    pinned = {"hub": checkpoint.hub.pin} if checkpoint.hub else {}
+    pinned = {"hub": msgspec.to_builtins(checkpoint.hub.pin)} if checkpoint.hub else {}
     overlaid = {"overlay": overlay_version(checkpoint)} if checkpoint.overlaid else {}
     return {
         **calibrated,

@@ -96,15 +96,25 @@ def _compare(path: Path, line: bytes, new: dict[str, Any]) -> None:
             )
 
 
-def read_pin(folder: Path) -> dict[str, Any] | None:
-    """Repository, revision and commit that an unfinished conversion in `folder` was begun from; None if from no Hub."""
+class Pin(msgspec.Struct, frozen=True):
+    """The commit of a Hub repository that a conversion is made from. asked: the revision that the user named."""
+
+    repo: str
+    asked: str | None
+    commit: str
+
+
+def read_pin(folder: Path) -> Pin | None:
+    """What an unfinished conversion in `folder` was begun from; None if from no Hub."""
     try:
         with open(folder / JOURNAL_NAME, "rb") as f:
             first = _fingerprint(f.readline(1 << 20).removesuffix(b"\n"))
     except OSError:
         return None
-    pin = first.get("hub") if first else None
-    return pin if isinstance(pin, dict) and isinstance(pin.get("commit"), str) else None
+    try:
+        return msgspec.convert(first and first.get("hub"), Pin | None)
+    except msgspec.ValidationError:
+        return None
 
 
 def _checked(line: bytes) -> bytes | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from converter import solver_native
+from converter import solver_library
 from converter.bit_rules import BY_BITS, UNPACKED, parse_rules
 from converter.calibration.layer_statistics import DOWN_BLOCK
 from converter.calibration_text import DEFAULT_TOKENS, FEWEST_TOKENS, KINDS
@@ -102,7 +102,7 @@ def _solver(of_recipe: str, experts: bool, calibrate: str | None, tokens: int | 
         return of_recipe
     if calibrate == "none":
         return UNCALIBRATED_SOLVER
-    if tokens is None and not solver_native.available():
+    if tokens is None and not solver_library.available():
         _say_once()
         return "hqq"
     # For attention alone the passes through all experts are not worth their time.
@@ -114,7 +114,7 @@ def _say_once() -> None:
     _log.warning(
         "%s; quantizing by hqq without calibration, which does worse. --solver feedback calibrates in torch, many times"
         " slower",
-        solver_native.describe(),
+        solver_library.describe(),
     )
 
 

@@ -3,7 +3,7 @@
 import functools
 import logging
 
-from converter import solver_native
+from converter import solver_library, solver_native
 from converter.plain_rows import NoSolver
 from converter.solver import Solver
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def _warn_once() -> None:
-    _log.warning("%s; the hqq package does the same a hundred times slower", solver_native.describe())
+    _log.warning("%s; the hqq package does the same a hundred times slower", solver_library.describe())
 
 
 def choose_solver(name: str) -> Solver:
@@ -32,12 +32,12 @@ def choose_solver(name: str) -> Solver:
     if name in ("refit", "feedback"):
         from converter import calibrated_solvers as solvers
 
-        if solver_native.available():
+        if solver_library.available():
             return solvers.NativeRefit() if name == "refit" else solvers.NativeFeedback()
-        _log.warning("%s; the reference in torch is many times slower", solver_native.describe())
+        _log.warning("%s; the reference in torch is many times slower", solver_library.describe())
         return solvers.ReferenceRefit() if name == "refit" else solvers.ReferenceFeedback()
     if name == "hqq":
-        if solver_native.available():
+        if solver_library.available():
             return solver_native.NativeSolver()
         _warn_once()
     # Here, so that the native solver needs no hqq package, which takes seconds to import.

@@ -11,9 +11,9 @@ import zstandard
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.calibration.layer_statistics import LayerStatistics
 from converter.calibration_text import calibration_tokens
-from converter.checkpoint.model_shape import HEAD
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
 from converter.conversion.output_files import write_linear, write_tensor
+from converter.conversion.units import Unit, units_of
 from converter.conversion_recipe import ConversionRecipe
 from converter.forward.ordered_tasks import one_by_one
 from converter.hub_model import HubModel
@@ -46,6 +46,8 @@ class SourceOrigin(Origin):
         recipe = ConversionRecipe.read(index.recipe)
         self._plan = plan_output(self._checkpoint, recipe)
         self._worker = Worker(self._checkpoint, self._plan, self._solver, threading.Event())
+        layers = range(len(self._plan.layouts))
+        self._units = {unit.key: unit for unit in units_of(self._checkpoint, self._plan, layers, outer=True)}
         self._scratch = tempfile.TemporaryDirectory(prefix="moe-convert-")
         self._prepared: tuple[int, LayerStatistics] | None = None
         self._threads = torch.get_num_threads()
@@ -62,8 +64,8 @@ class SourceOrigin(Origin):
         self._scratch.cleanup()
 
     def expert(self, entry: ExpertEntry) -> bytes:
-        statistics = self._statistics_of(self._plan.shape.experts[entry.layer].decoder_layer)
-        _, blob = self._worker.expert(ExpertKey(entry.layer, entry.expert), statistics)
+        key = ExpertKey(entry.layer, entry.expert)
+        _, blob = self._worker.expert(key, self._statistics_of(self._units[key]))
         data = blob.numpy().tobytes()
         if entry.codec == "zstd":
             data = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(data)
@@ -87,18 +89,12 @@ class SourceOrigin(Origin):
 
     def _trunk(self, sha256: str, path: Path) -> None:
         with PlacedFile(path, self._plan.trunk_entries, self._plan.trunk_metadata) as trunk:
-            shape = self._plan.shape
-            for layer in range(len(shape.decoder_layers)):
-                linears = [module for module in self._plan.packed if shape.decoder_layer(module) == layer]
-                for module in linears:
-                    self._linear(trunk, LinearKey(module), self._statistics_of(layer))
-            if HEAD in self._plan.packed:
-                head = self._calibration.prepare_head() if self._calibration else None
-                self._linear(trunk, LinearKey(HEAD), head)
-                self._prepared = None
-            for entry in self._plan.trunk_entries:
-                if entry.name in self._checkpoint.trunk:
-                    key = TensorKey(entry.name)
+            for key, unit in self._units.items():
+                if isinstance(key, LinearKey):
+                    statistics = self._statistics_of(unit)
+                    _, tiles = self._worker.linear(key, statistics.linears[key.module] if statistics else None)
+                    write_linear(trunk, key, tiles)
+                elif isinstance(key, TensorKey):
                     write_tensor(trunk, key, self._worker.tensor(key))
             with open(partial_path(path), "rb") as f:
                 found = hashlib.file_digest(f, "sha256").hexdigest()
@@ -116,16 +112,19 @@ class SourceOrigin(Origin):
         width = options.down_block(self._checkpoint.architecture.intermediate_size)
         return CalibrationPass(self._checkpoint, drawn, Path(self._scratch.name), None, one_by_one, width)
 
-    def _linear(self, trunk: PlacedFile, key: LinearKey, statistics: LayerStatistics | None) -> None:
-        _, tiles = self._worker.linear(key, statistics.linears[key.module] if statistics else None)
-        write_linear(trunk, key, tiles)
-
-    def _statistics_of(self, layer: int) -> LayerStatistics | None:
-        """The statistics of a decoder layer; None where nothing is calibrated."""
-        if not (self._calibration and self._plan.quantizes(layer)):
+    def _statistics_of(self, unit: Unit) -> LayerStatistics | None:
+        """The statistics of the decoder layer of a unit, or of the head; None where nothing is calibrated."""
+        if self._calibration is None:
             return None
-        if self._prepared is None or self._prepared[0] != layer:
-            self._prepared = layer, self._calibration.prepare(layer)
+        if unit.layer is None:
+            self._prepared = None
+            return self._calibration.prepare_head()
+        if not self._plan.quantizes(unit.layer):
+            return None
+        if self._prepared is None or self._prepared[0] != unit.layer:
+            # Before the next layer's: they are large.
+            self._prepared = None
+            self._prepared = unit.layer, self._calibration.prepare(unit.layer)
         return self._prepared[1]
 
     def _other(self, what: str, found: str, expected: str) -> MoeConvertError:

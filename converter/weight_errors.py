@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from converter.conversion.units import PROJECTIONS
+from converter.conversion.units import EXPERT_MATRICES
 from converter.records import ExpertRecord, LinearRecord, Record
 from converter.solver import SquaredError
 from formats.quality import QUALITY_NAME
@@ -23,7 +23,7 @@ def quality_of(records: list[Record]) -> dict[str, Any]:
     """quality.json: relative weight errors ‖quantized − weight‖ / ‖weight‖ by expert and projection, and in total."""
     experts = sorted((r for r in records if isinstance(r, ExpertRecord)), key=lambda r: (r.layer, r.expert))
     linears = sorted((r for r in records if isinstance(r, LinearRecord)), key=lambda r: r.module)
-    errors = {p: [getattr(r.errors, p) for r in experts] for p in PROJECTIONS}
+    errors = {p: [getattr(r.errors, p) for r in experts] for p in EXPERT_MATRICES}
 
     def total(parts: Iterable[SquaredError]) -> float:
         return sum(parts, SquaredError()).relative
@@ -42,7 +42,7 @@ def quality_of(records: list[Record]) -> dict[str, Any]:
 
 
 def _of_expert(record: ExpertRecord) -> dict[str, Any]:
-    errors = {p: getattr(record.errors, p).relative for p in PROJECTIONS}
+    errors = {p: getattr(record.errors, p).relative for p in EXPERT_MATRICES}
     tokens = record.calibration_tokens
     found = {} if tokens is None else {"calibration_tokens": tokens}
     return {"layer": record.layer, "expert": record.expert, **errors, **found}

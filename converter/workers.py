@@ -12,7 +12,7 @@ import torch
 from converter.calibration.input_statistics import InputStatistics
 from converter.calibration.layer_statistics import LayerStatistics
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
-from converter.conversion.units import PROJECTIONS
+from converter.conversion.units import EXPERT_MATRICES
 from converter.down_correction import DownCorrection
 from converter.feedback_reference import SingularStatisticsError
 from converter.names import ExpertTensor
@@ -69,7 +69,7 @@ class Worker:
         if calibrated and isinstance(layout.gate_up, Packing):
             self._check_stop()
             statistics, tokens = calibrated.of_gate_up(key.expert)
-        for projection, stored in zip(PROJECTIONS, (gate_stored, up_stored, down_stored), strict=True):
+        for projection, stored in zip(EXPERT_MATRICES, (gate_stored, up_stored, down_stored), strict=True):
             weight = self._checkpoint.experts[ExpertTensor(key.layer, key.expert, projection)]
             packing = layout.down if projection == "down" else layout.gate_up
             if isinstance(packing, PlainPacking):

@@ -1,13 +1,13 @@
 """One token through its experts of a layer in one native call; rules as in loader/kernels.py."""
 
-from ctypes import c_void_p
+from ctypes import addressof, byref, c_void_p
 
 import torch
 from torch import Tensor
 
 from formats.expert import ExpertLayout
 from loader import kernels
-from loader.native_library import library
+from loader.native_library import LayerExperts, Routing, library, packing_id
 
 _ACCUMULATE = 1
 
@@ -20,8 +20,13 @@ class ExpertsStep:
             layout.gate_up.name, layout.down.name, layout.hidden, layout.intermediate
         )
         self._hidden, self._pointers = layout.hidden, c_void_p * experts
-        ids = [library().moe_packing_id(packing.name.encode()) for packing in (layout.gate_up, layout.down)]
-        self._sizes = experts, *ids, layout.hidden, layout.intermediate
+        self._sizes = {
+            "hidden": layout.hidden,
+            "intermediate": layout.intermediate,
+            "count": experts,
+            "gate_up_packing": packing_id(layout.gate_up.name),
+            "down_packing": packing_id(layout.down.name),
+        }
         self._run = library().moe_experts_topk
 
     def add(self, blobs: dict[int, Tensor], x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -38,9 +43,8 @@ class ExpertsStep:
             or not out.is_contiguous()
         ):
             raise ValueError(f"one token of {self._hidden} float32: got {tuple(x.shape)}, {tuple(out.shape)}, {dtypes}")
-        error = self._run(
-            pointers, *self._sizes, index.data_ptr(), weights.data_ptr(), index.numel(), x.data_ptr(), out.data_ptr(),
-            1, _ACCUMULATE,
-        )  # fmt: skip
+        experts = LayerExperts(blobs=addressof(pointers), **self._sizes)
+        routing = Routing(index.data_ptr(), weights.data_ptr(), tokens=1, top_k=index.numel())
+        error = self._run(byref(experts), byref(routing), x.data_ptr(), out.data_ptr(), _ACCUMULATE)
         if error:
             raise ValueError(f"native experts: error {error} for {index.tolist()}")

@@ -6,26 +6,24 @@ a wrong dtype, shape or size raises ValueError before the library is called.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from ctypes import c_void_p
+from ctypes import addressof, byref, c_void_p
 from typing import NamedTuple
 
 import torch
 
-from loader.native_library import FIX, Expert, Matrix, find, library
+from formats.native_abi import DTYPES as ALL_DTYPES
+from formats.native_abi import ISA_NAMES, ISAS, Status
+from loader.native_library import FIX, Expert, LayerExperts, Matrix, Routing, find, library, packing_id
 
-_ISA_IDS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
-_ISA_NAMES = {number: name for name, number in _ISA_IDS.items()}
 _ACCUMULATE, _PARTIAL = 1, 2
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes of activations that norm and native steps take, with their numbers in moe_kernels.h."""
-_OUT_OF_MEMORY = 5
+DTYPES = {dtype: ALL_DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16)}
+"""Dtypes of activations that native steps take, with their numbers in the C ABI."""
 _ERRORS = {
-    1: "unknown packing",
-    2: "a negative or too large size",
-    3: "this processor or build lacks the instruction set",
-    4: "a token or expert index out of range, or an expert without bytes",
+    Status.PACKING: "unknown packing",
+    Status.SIZE: "a negative or too large size",
+    Status.ISA: "this processor or build lacks the instruction set",
+    Status.INDEX: "a token or expert index out of range, or an expert without bytes",
 }
 
 
@@ -62,21 +60,21 @@ def describe() -> str:
 
 def isa() -> str:
     """The instruction set in use: "avx512", "avx2" or "portable"."""
-    return _ISA_NAMES[library().moe_isa()]
+    return ISA_NAMES[library().moe_isa()]
 
 
 def set_isa(name: str) -> None:
     """Force an instruction set ("auto" undoes it): for tests and benchmarks. ValueError where it cannot run here."""
-    if name not in _ISA_IDS:
-        raise ValueError(f"unknown instruction set {name!r}; known: {', '.join(_ISA_IDS)}")
-    _check(library().moe_set_isa(_ISA_IDS[name]))
+    if name not in ISAS:
+        raise ValueError(f"unknown instruction set {name!r}; known: {', '.join(ISAS)}")
+    _check(library().moe_set_isa(ISAS[name]))
 
 
 def supported_isas() -> list[str]:
     """The instruction sets that run on this processor, fastest first."""
     native = library()
-    before = native.moe_isa() if native.moe_isa_reason().endswith(b"forced by moe_set_isa") else _ISA_IDS["auto"]
-    names = [name for name in ("avx512", "avx2", "portable") if native.moe_set_isa(_ISA_IDS[name]) == 0]
+    before = native.moe_isa() if native.moe_isa_reason().endswith(b"forced by moe_set_isa") else ISAS["auto"]
+    names = [name for name in ("avx512", "avx2", "portable") if native.moe_set_isa(ISAS[name]) == 0]
     native.moe_set_isa(before)
     return names
 
@@ -93,18 +91,18 @@ def threads() -> int:
 
 def packed_bytes(packing: str, rows: int, columns: int) -> int:
     """Bytes of one packed matrix [rows, columns]."""
-    return int(library().moe_packed_bytes(_packing_id(packing), rows, columns))
+    return int(library().moe_packed_bytes(packing_id(packing), rows, columns))
 
 
 def expert_bytes(gate_up: str, down: str, hidden: int, intermediate: int) -> int:
     """Bytes of one expert: its gate/up section in one packing, its down section in another."""
-    return int(library().moe_expert_bytes(_packing_id(gate_up), _packing_id(down), hidden, intermediate))
+    return int(library().moe_expert_bytes(packing_id(gate_up), packing_id(down), hidden, intermediate))
 
 
 def linear(x: torch.Tensor, tiles: torch.Tensor, packing: str, rows: int) -> torch.Tensor:
     """x [T, columns] fp32 times a packed matrix [rows, columns], transposed: fp32 [T, rows]."""
     tokens, columns = _matrix_shape("x", x, torch.float32)
-    number = _packing_id(packing)
+    number = packing_id(packing)
     _bytes("tiles", tiles, library().moe_packed_bytes(number, rows, columns))
     y = torch.empty((tokens, rows), dtype=torch.float32, device=x.device)
     _check(library().moe_linear(number, tiles.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), tokens))
@@ -116,7 +114,7 @@ def linear_many(x: torch.Tensor, matrices: Sequence[PackedMatrix]) -> list[torch
     tokens, columns = _matrix_shape("x", x, torch.float32)
     results, entries = [], (Matrix * len(matrices))()
     for entry, (tiles, packing, rows) in zip(entries, matrices, strict=True):
-        entry.packing = _packing_id(packing)
+        entry.packing = packing_id(packing)
         _bytes("tiles", tiles, library().moe_packed_bytes(entry.packing, rows, columns))
         y = torch.empty((tokens, rows), dtype=torch.float32, device=x.device)
         results.append(y)
@@ -148,7 +146,7 @@ def experts(
     out = torch.empty_like(x) if out is None else _same_shape(out, x)
     entries = (Expert * len(calls))()
     for entry, call in zip(entries, calls, strict=True):
-        entry.gate_up_packing, entry.down_packing = _packing_id(call.gate_up), _packing_id(call.down)
+        entry.gate_up_packing, entry.down_packing = packing_id(call.gate_up), packing_id(call.down)
         need = library().moe_expert_bytes(entry.gate_up_packing, entry.down_packing, hidden, intermediate)
         _bytes("blob", call.blob, need)
         count = _vector_length("tokens", call.tokens, torch.int32)
@@ -171,11 +169,18 @@ class ExpertTable:
     """
 
     def __init__(self, experts: int, hidden: int, intermediate: int, gate_up: str, down: str) -> None:
-        self._library = library()
-        self._ids = _packing_id(gate_up), _packing_id(down)
-        self._hidden, self._intermediate, self._count = hidden, intermediate, experts
+        self._run = library().moe_experts_topk
+        self._hidden, self._count = hidden, experts
         self.expert_bytes = expert_bytes(gate_up, down, hidden, intermediate)
         self._pointers = (c_void_p * experts)()
+        self._experts = LayerExperts(
+            blobs=addressof(self._pointers),
+            hidden=hidden,
+            intermediate=intermediate,
+            count=experts,
+            gate_up_packing=packing_id(gate_up),
+            down_packing=packing_id(down),
+        )
         self._blobs: list[torch.Tensor | None] = [None] * experts
 
     def set(self, expert: int, blob: torch.Tensor | None) -> None:
@@ -210,10 +215,8 @@ class ExpertTable:
             )
         flags = (0 if out is None else _ACCUMULATE) | (_PARTIAL if partial else 0)
         out = torch.empty_like(x) if out is None else _same_shape(out, x)
-        sizes = self._count, *self._ids, hidden, self._intermediate
-        routing = index.data_ptr(), weights.data_ptr(), top_k
-        call = self._library.moe_experts_topk
-        _check(call(self._pointers, *sizes, *routing, x.data_ptr(), out.data_ptr(), tokens, flags))
+        routing = Routing(index.data_ptr(), weights.data_ptr(), tokens, top_k)
+        _check(self._run(byref(self._experts), byref(routing), x.data_ptr(), out.data_ptr(), flags))
         return out
 
 
@@ -231,19 +234,11 @@ def empty_region_us(repeats: int = 1000) -> float:
     return float(library().moe_empty_region_us(repeats))
 
 
-@functools.lru_cache(maxsize=64)
-def _packing_id(name: str) -> int:
-    number = int(library().moe_packing_id(name.encode()))
-    if number < 0:
-        raise ValueError(f"unknown packing {name!r}; the native library knows the tile32-* packings of docs/format.md")
-    return number
-
-
 def _check(code: int) -> None:
-    if code == _OUT_OF_MEMORY:
+    if code == Status.MEMORY:
         raise MemoryError("native kernels: out of memory for the quantized activations")
     if code:
-        raise ValueError(f"native kernels: {_ERRORS.get(code, f'error {code}')}")
+        raise ValueError(f"native kernels: {_ERRORS.get(Status(code), f'error {code}')}")
 
 
 def _dense(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

@@ -10,14 +10,12 @@ import functools
 import logging
 import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
-from pathlib import Path
-from typing import Any
 
-from formats.libraries import library_paths
+from formats.libraries import Signatures, load_library
 
 _log = logging.getLogger(__name__)
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FIX = "install a C++20 compiler (gcc 11, clang 14 or newer) and reinstall: pip install --force-reinstall moe-convert"
 
 
@@ -46,6 +44,32 @@ class Expert(ctypes.Structure):
     ]
 
 
+class LayerExperts(ctypes.Structure):
+    """moe_layer_experts."""
+
+    _fields_ = [
+        ("blobs", c_void_p),
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+        ("count", c_int32),
+        ("gate_up_packing", c_int32),
+        ("down_packing", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class Routing(ctypes.Structure):
+    """moe_routing."""
+
+    _fields_ = [
+        ("index", c_void_p),
+        ("weights", c_void_p),
+        ("tokens", c_int64),
+        ("top_k", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
 class Attention(ctypes.Structure):
     """moe_attention."""
 
@@ -58,6 +82,17 @@ class Attention(ctypes.Structure):
         ("head_dim", c_int64),
         ("scale", c_float),
         ("dtype", c_int32),
+    ]
+
+
+class KvCache(ctypes.Structure):
+    """moe_kv."""
+
+    _fields_ = [
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("capacity", c_int64),
+        ("length", c_int64),
     ]
 
 
@@ -117,8 +152,7 @@ class Token(ctypes.Structure):
 
 
 _P, _I, _L = c_void_p, c_int32, c_int64
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "moe_abi_version": (_I, []),
+_SIGNATURES: Signatures = {
     "moe_set_threads": (_I, [_I]),
     "moe_threads": (_I, []),
     "moe_isa": (_I, []),
@@ -131,40 +165,22 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "moe_linear_many": (_I, [POINTER(Matrix), _I, _L, _P, _L]),
     "moe_linear_bf16": (_I, [_P, _L, _L, _P, _P, _L]),
     "moe_experts": (_I, [POINTER(Expert), _I, _L, _L, _P, _P, _L, _I]),
-    "moe_experts_topk": (_I, [_P, _I, _I, _I, _L, _L, _P, _P, _I, _P, _P, _L, _I]),
-    "moe_attention_step": (_I, [POINTER(Attention), _P, _P, _P, _P, _P, _L, _L, _P]),
+    "moe_experts_topk": (_I, [POINTER(LayerExperts), POINTER(Routing), _P, _P, _I]),
+    "moe_attention_step": (_I, [POINTER(Attention), _P, _P, _P, POINTER(KvCache), _P]),
     "moe_token_step": (_I, [_P, _P]),
     "moe_stream_sum": (c_uint64, [_P, _I, _L, _L]),
     "moe_empty_region_us": (c_double, [_I]),
 }
 
 
-def _candidates() -> list[Path]:
-    name = "libmoe_kernels.dylib" if sys.platform == "darwin" else "libmoe_kernels.so"
-    return library_paths("loader", name)
-
-
 @functools.lru_cache(maxsize=1)
 def find() -> tuple[ctypes.CDLL | None, str]:
     """The library and its path, or None and one sentence on why it is not there (logged once, as a warning)."""
-    reason = f"native kernels are not built (looked for {', '.join(map(str, _candidates()))})"
-    for path in _candidates():
-        if not path.is_file():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-            library.moe_abi_version.restype = c_int32
-            version = library.moe_abi_version()
-            if version == ABI_VERSION:
-                for name, (result, arguments) in _SIGNATURES.items():
-                    function = getattr(library, name)
-                    function.restype, function.argtypes = result, arguments
-                return library, str(path)
-            reason = f"{path} has ABI version {version}, this package needs {ABI_VERSION}"
-        except (OSError, AttributeError) as error:
-            reason = f"{path} cannot be loaded: {error}"
-    _log.warning("%s; the torch path runs instead, which is much slower. To fix it: %s", reason, FIX)
-    return None, reason
+    name = "libmoe_kernels.dylib" if sys.platform == "darwin" else "libmoe_kernels.so"
+    found, reason = load_library("loader", name, ("moe_abi_version", ABI_VERSION), _SIGNATURES)
+    if found is None:
+        _log.warning("%s; the torch path runs instead, which is much slower. To fix it: %s", reason, FIX)
+    return found, reason
 
 
 def library() -> ctypes.CDLL:
@@ -173,3 +189,12 @@ def library() -> ctypes.CDLL:
     if loaded is None:
         raise RuntimeError(f"{reason}; {FIX}")
     return loaded
+
+
+@functools.lru_cache(maxsize=64)
+def packing_id(name: str) -> int:
+    """The library's number of a tile packing. ValueError if it knows none of that name."""
+    number = int(library().moe_packing_id(name.encode()))
+    if number < 0:
+        raise ValueError(f"unknown packing {name!r}; the native library knows the tile32-* packings of docs/format.md")
+    return number

@@ -11,13 +11,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent / "cuda_host"
 KERNELS = Path(__file__).parents[1] / "loader/cuda/kernels"
+SHARED = Path(__file__).parents[1] / "formats/native"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 @cache
 def host_library(*defines):
     """The library, built with these macros when its sources are new. Tests that use it need a C++ compiler."""
-    sources = sorted([*HERE.iterdir(), *KERNELS.iterdir()])
+    sources = sorted([*HERE.iterdir(), *KERNELS.iterdir(), SHARED / "packings.h"])
     digest = hashlib.sha256(b"".join([*(path.read_bytes() for path in sources), repr(defines).encode()]))
     digest = digest.hexdigest()[:16]
     built = Path(tempfile.gettempdir()) / f"moe-cuda-host-{os.getuid()}-{digest}.so"
@@ -25,7 +26,7 @@ def host_library(*defines):
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder) / "host.so"
             subprocess.run(
-                [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{HERE}",
+                [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{HERE}", f"-I{SHARED}",
                  *(f"-D{name}" for name in defines),
                  *HERE.glob("*.cpp"), "-o", fresh],
                 check=True,

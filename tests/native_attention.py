@@ -6,7 +6,7 @@ import torch
 
 from loader.decode.native_structures import attention_structure
 from loader.decode.weights import LayerWeights
-from loader.native_library import library
+from loader.native_library import KvCache, library
 
 
 class NativeAttention:
@@ -26,8 +26,9 @@ class NativeAttention:
         assert x.dtype is cos.dtype is sin.dtype is self._dtype
         keys, values, capacity = past.place(self.kind)
         out = torch.empty_like(x)
-        addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys, values
-        error = library().moe_attention_step(byref(self._structure), *addresses, capacity, length, out.data_ptr())
+        cache = KvCache(keys, values, capacity, length)
+        addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), byref(cache)
+        error = library().moe_attention_step(byref(self._structure), *addresses, out.data_ptr())
         assert error == 0
         past.show(length + 1)
         return out

@@ -402,7 +402,7 @@ def test_an_interrupted_conversion_says_that_the_same_command_goes_on(
     import converter.conversion.flow
 
     monkeypatch.setattr(converter.conversion.flow, "convert", raising(KeyboardInterrupt()))
-    code, _, err = run_command("convert", inputs.checkpoint, "-o", inputs.out)
+    code, _, err = run_command("convert", inputs.checkpoint, "-o", inputs.out, "-q")
     assert (code, err) == (130, "interrupted: run the same command again: it goes on where it stopped\n")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from source_folders import SINGLE, W1, Tensors, fused, make_single, put, rewrite
 
-from converter import solver_native
+from converter import solver_library
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from formats.errors import MoeConvertError
@@ -25,7 +25,7 @@ def test_bad_weight_is_named_with_its_place_by_every_solver(
     native: bool, solver: str, value: float, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        monkeypatch.setattr(solver_native, "available", lambda: False)
+        monkeypatch.setattr(solver_library, "available", lambda: False)
     rewrite(source, put(W1, value))
     calibration = {"calibrate": "random", "calibration_tokens": 1024} if solver == "feedback" else {}
     with pytest.raises(MoeConvertError) as caught:

@@ -1,8 +1,10 @@
 """Calibrated conversions: statistics are those of the model, the same bytes by every way, bad input is named."""
 
+import gc
 import hashlib
 import json
 import tarfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from test_converter_convert import Interruption, hashes, stop_after
 from converter import calibrated_solvers
 from converter.calibration import calibration_pass
 from converter.calibration.calibration_pass import STATE_FOLDER, CalibrationPass
-from converter.calibration.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs
+from converter.calibration.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs, LayerStatistics
 from converter.calibration_text import CalibrationTokens, calibration_tokens
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
@@ -150,6 +152,23 @@ def test_interruption_is_resumed_to_the_same_bytes(
     convert(source, out)
     assert hashes(out) == reference
     assert verify_folder(out, read_data=True).problems == []
+
+
+def test_statistics_of_one_layer_at_a_time_are_in_memory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, prepared, alive = CalibrationPass.prepare, [], []
+
+    def watched(self: CalibrationPass, layer: int, *, gather: bool) -> LayerStatistics:
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in prepared))
+        statistics = prepare(self, layer, gather=gather)
+        prepared.append(weakref.ref(statistics))
+        return statistics
+
+    monkeypatch.setattr(CalibrationPass, "prepare", watched)
+    convert(source, tmp_path / "out", max_workers=2)
+    assert alive == [0, 0, 0]
 
 
 def test_resume_begins_at_the_last_finished_layer(

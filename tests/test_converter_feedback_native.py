@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter import feedback_native, solver_native
+from converter import feedback_native, solver_library, solver_native
 from converter.feedback_native import FeedbackError, SingularHessianError, factorize, quantize_feedback
 from converter.feedback_order import columns_in_order, group_order, hessian_in_order
 from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
 
-pytestmark = pytest.mark.skipif(not solver_native.available(), reason=solver_native.describe())
+pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
 
 PACKING_NAMES = list(PACKINGS)
 ISAS = ["portable", "avx2", "avx512"]
@@ -81,7 +81,7 @@ def error_in(metric: Tensor, weight: Tensor, out: Tensor, name: str) -> float:
 def usable(isa: str) -> bool:
     try:
         refit(torch.ones(1, 16), PACKING_NAMES[0], isa=isa)
-    except solver_native.NativeSolverError:
+    except solver_library.NativeSolverError:
         return False
     return True
 
@@ -415,9 +415,9 @@ def test_non_finite_weights_are_refused_with_their_number(isa: str) -> None:
 @pytest.mark.parametrize("name", PACKING_NAMES)
 def test_weights_beyond_fp16_super_scales_are_refused(name: str) -> None:
     for factor in (1e10, 1e38):
-        with pytest.raises(solver_native.ScaleOverflowError):
+        with pytest.raises(solver_library.ScaleOverflowError):
             feedback(weights((16, 64)) * factor, name, hessian(64))
-        with pytest.raises(solver_native.ScaleOverflowError):
+        with pytest.raises(solver_library.ScaleOverflowError):
             refit(weights((16, 64)) * factor, name)
 
 
@@ -475,7 +475,7 @@ def test_groups_in_another_order_are_those_of_moved_columns(name: str, columns: 
     assert not torch.equal(moved, torch.arange(columns))
     try:
         out, error = feedback(weight, name, ordered, order=order, isa=isa)
-    except solver_native.NativeSolverError:
+    except solver_library.NativeSolverError:
         pytest.skip(f"no {isa}")
     other, same = feedback(weight[:, moved].contiguous(), name, ordered, isa=isa)
     found, expected = (

@@ -11,7 +11,7 @@ from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from test_converter_convert import Interruption, hashes, stop_after
 
-from converter import solver_native
+from converter import solver_library
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.cli.main import cli
 from converter.convert import ConvertOptions, convert_checkpoint
@@ -285,5 +285,5 @@ def test_rows_are_copied_in_bounded_pieces(source: Path, tmp_path: Path, monkeyp
 def test_without_the_native_library_attention_beside_16_bits_is_quantized_by_hqq(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(solver_native, "available", lambda: False)
+    monkeypatch.setattr(solver_library, "available", lambda: False)
     assert (make_recipe(bits=16).solver, make_recipe("16bit").solver) == ("hqq", "none")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from converter import recipes, solver_native
+from converter import recipes, solver_library
 from converter.conversion_recipe import ConversionRecipe
 from converter.recipe_options import RecipeOptions
 from converter.recipes import RECIPES, make_recipe
@@ -50,7 +50,7 @@ def test_calibration_chooses_the_solver(name: str, calibrate: str, solver: str) 
 def test_without_the_native_library_the_default_is_hqq_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(solver_native, "available", lambda: False)
+    monkeypatch.setattr(solver_library, "available", lambda: False)
     recipes._say_once.cache_clear()
     chosen = [make_recipe("2bit"), make_recipe("3bit")]
     assert [(recipe.solver, recipe.recorded.options) for recipe in chosen] == [("hqq", {})] * 2

@@ -8,11 +8,11 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from converter import solver_native
+from converter import solver_library, solver_native
 from converter.solver_package import quantize_rows, round_scales
 from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, unpack
 
-pytestmark = pytest.mark.skipif(not solver_native.available(), reason=solver_native.describe())
+pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
 
 PACKING_NAMES = list(PACKINGS)
 ISAS = ["portable", "avx2", "avx512"]
@@ -143,7 +143,7 @@ def quantize(weight: Tensor, name: str, **options) -> tuple[Tensor, solver_nativ
 def usable(isa: str) -> bool:
     try:
         quantize(torch.ones(1, 16), PACKING_NAMES[0], isa=isa)
-    except solver_native.NativeSolverError:
+    except solver_library.NativeSolverError:
         return False
     return True
 
@@ -309,7 +309,7 @@ def test_non_finite_weights_are_refused_with_their_number(dtype: torch.dtype, is
 def test_weights_beyond_fp16_super_scales_are_refused(refit: bool) -> None:
     for name in PACKING_NAMES:
         for factor in (1e8, 1e38):
-            with pytest.raises(solver_native.ScaleOverflowError):
+            with pytest.raises(solver_library.ScaleOverflowError):
                 quantize(weights("sigma1", (16, 64)).clamp(-3, 3) * factor, name, refit=refit)
 
 
@@ -336,5 +336,5 @@ def test_wrong_tensors_are_refused() -> None:
 
 
 def test_describe_names_the_isa_and_the_library() -> None:
-    assert solver_native.LIBRARY in solver_native.describe()
-    assert any(isa in solver_native.describe() for isa in ISAS)
+    assert solver_library.LIBRARY in solver_library.describe()
+    assert any(isa in solver_library.describe() for isa in ISAS)

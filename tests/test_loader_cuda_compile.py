@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from formats.packing import PACKINGS
 from loader.cuda import nvrtc
 
 pytestmark = pytest.mark.skipif(not nvrtc.is_available(), reason="no NVRTC")
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90")
-NAMES = re.findall(r"X\((\w+)\)", (Path(__file__).parent / "cuda_host/names.inc").read_text())
+TEXT = (Path(__file__).parent / "cuda_host/names.inc").read_text()
+SUFFIXES = [name.removeprefix("tile32-").replace("-", "_") for name in PACKINGS]
+NAMES = [
+    *re.findall(r"X\((\w+)\)", TEXT),
+    *(name.replace("##", "").replace("Q", q) for name in re.findall(r"X\((\w+##Q\S*)\)", TEXT) for q in SUFFIXES),
+]
 PRODUCTS = [name for name in NAMES if name.startswith(("gemv_", "gemm_", "gate_up_", "down_", "add_pairs"))]
 
 FRAME_SIZE = 0x11

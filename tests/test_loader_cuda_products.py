@@ -100,18 +100,6 @@ def test_constants_are_those_of_the_format():
     assert (numbers["kTileRows"], numbers["kBlockCols"], numbers["kHeadBytes"]) == (
         str(TILE_ROWS), str(BLOCK_COLUMNS), str(HEAD_BYTES),
     )  # fmt: skip
-    layouts = re.findall(r"struct Layout<k(\w+)> : LayoutOf<(\d+), (\d+), (\d+), (\d+), (\d+)> \{\};", text)
-    assert [(name, *map(int, sizes)) for name, *sizes in layouts] == [
-        (
-            p.name[len("tile32-") :].replace("-", "").upper(),
-            p.nbits,
-            p.group_size,
-            p.scale_bits,
-            p.block_bytes,
-            p.chunks,
-        )
-        for p in PACKINGS.values()
-    ]
 
 
 @pytest.mark.parametrize("order", ORDERS)

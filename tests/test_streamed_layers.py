@@ -16,9 +16,10 @@ from converter.calibration.layer_statistics import LayerStatistics
 from converter.calibration_text import CalibrationTokens
 from converter.forward.layer_calls import CallRecorder, LayerCall
 from converter.forward.layer_forward import LayerForward
-from converter.forward.loaded_layer import AbsentExperts, CurrentRun, LoadedLayer
+from converter.forward.loaded_layer import AbsentExperts, CurrentRun, HeardLinear, LoadedLayer
 from converter.forward.ordered_tasks import one_by_one
 from converter.forward.streamed_model import StreamedModel
+from converter.forward.trunk_weights import TrunkWeights
 from converter.source import Checkpoint
 from formats.errors import SourceError
 
@@ -120,6 +121,21 @@ def check_experts(statistics: LayerStatistics, experts: Any, inputs: list[Tensor
 def checkpoint(folder_of: Callable[[str], Path]) -> Iterator[Checkpoint]:
     with Checkpoint(folder_of("mixtral")) as opened:
         yield opened
+
+
+def test_narrow_products_skip_routers_norms_and_small_linears(checkpoint: Checkpoint) -> None:
+    weights, layer = TrunkWeights(checkpoint, torch.bfloat16), "model.layers.0"
+    found = {}
+    for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate", "input_layernorm"):
+        module = checkpoint.shape.model.get_submodule(f"{layer}.{path}")
+        if isinstance(module, nn.Linear):
+            module = HeardLinear(module, path, CurrentRun())
+        with weights.filled(module, f"{layer}.{path}"):
+            found[path] = module.weight.dtype
+        assert module.weight.is_meta
+    # q has 64 rows, k 32.
+    assert found.pop("self_attn.q_proj") == torch.bfloat16
+    assert set(found.values()) == {torch.float32}
 
 
 class ChangedRotary(nn.Module):

@@ -20,11 +20,11 @@ def command(output: Output) -> None:
     moe-convert env
     moe-convert env --json
     """
-    from converter import solver_native
+    from converter import solver_library
     from loader import kernels
     from loader.cuda.choice import describe_gpus
 
     facts = {"moe-convert": __version__, "python": platform.python_version(), "machine": platform.machine()}
     facts |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    facts |= {"kernels": kernels.describe(), "solver": solver_native.describe(), "gpu": describe_gpus()}
+    facts |= {"kernels": kernels.describe(), "solver": solver_library.describe(), "gpu": describe_gpus()}
     output.result(facts, table([(name, value) for name, value in facts.items()], left=2))

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,10 +28,15 @@ class OutputFiles:
     record, with a warning, and the unit is done again. A complete layer file that changed becomes partial again.
     """
 
-    def __init__(self, out: Path, plan: OutputPlan, codec: str, work: FinishedWork, layers: Iterable[int]) -> None:
-        self._out, self._plan, self._codec, self._work = out, plan, codec, work
+    def __init__(self, out: Path, plan: OutputPlan, codec: str, work: FinishedWork, layers: Sequence[int]) -> None:
+        self._out = out
+        self._plan = plan
+        self._codec = codec
+        self._work = work
         self._layers: dict[int, LayerWriter] = {}
         self.trunk = self._open_trunk()
+        if recorded := [layer for layer in layers if work.layer(layer)]:
+            _log.info("%s: comparing %d complete layer files with the journal", out, len(recorded))
         try:
             for layer in layers:
                 if not self._is_complete(layer):
@@ -55,7 +60,7 @@ class OutputFiles:
         write_linear(self.trunk, key, tiles)
 
     def write_tensor(self, key: TensorKey, blocks: Iterator[torch.Tensor]) -> TensorRecord:
-        """Writes a tensor of the trunk durably."""
+        """Writes a tensor of the trunk durably; as the function `write_tensor`."""
         return write_tensor(self.trunk, key, blocks)
 
     def finish_layer(self, layer: int) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.calibration.layer_statistics import LayerStatistics
+from converter.calibration_text import CalibrationTokens
 from converter.conversion.completion import complete
 from converter.conversion.keys import ExpertKey, LinearKey
 from converter.conversion.output_files import OutputFiles
@@ -37,12 +38,12 @@ def run_conversion(plan: ConversionPlan, progress: Progress) -> dict[str, Any] |
         pool = ThreadPoolExecutor(plan.workers, initializer=torch.set_num_threads, initargs=(1,))
         stack.enter_context(pool)
         stack.callback(checkpoint.stop.set)
-        _Run(plan, work, files, pool, progress).run()
+        _UnitRun(plan, work, files, pool, progress).do_all()
         shard_sha256 = hashes.result()
         return None if options.part else complete(plan, work, files, shard_sha256)
 
 
-class _Run:
+class _UnitRun:
     """The units of one plan, of which some may be done already."""
 
     def __init__(
@@ -53,40 +54,36 @@ class _Run:
         pool: ThreadPoolExecutor,
         progress: Progress,
     ) -> None:
-        self._plan, self._work, self._files, self._pool, self._progress = plan, work, files, pool, progress
+        self._plan = plan
+        self._work = work
+        self._files = files
+        self._pool = pool
+        self._progress = progress
         self._stop = plan.checkpoint.stop
         self._worker = Worker(plan.checkpoint, plan.output, plan.solver, self._stop)
         self._units = units_of(plan.checkpoint, plan.output, plan.layers, outer=not plan.options.part)
         self._total_bytes = sum(unit.source_bytes for unit in self._units)
         self._done_bytes = sum(unit.source_bytes for unit in self._units if unit.key in work)
 
-    def run(self) -> None:
+    def do_all(self) -> None:
         """Does the units that are not done yet."""
         self._progress("converting", self._done_bytes, self._total_bytes)
         for layer in self._plan.layers:
             self._files.finish_layer(layer)
         todo = [unit for unit in self._units if unit.key not in self._work]
-        self._plan.checkpoint.expect(shard_needs(todo, by_layer=self._plan.tokens is not None))
-        if self._plan.tokens is None:
+        tokens = self._plan.tokens
+        self._plan.checkpoint.expect(shard_needs(todo, by_layer=tokens is not None))
+        if tokens is None:
             self._do(todo, None)
         else:
-            self._do_calibrated(todo, self._calibration_pass())
+            self._do_calibrated(todo, tokens)
 
-    def _calibration_pass(self) -> CalibrationPass:
-        plan = self._plan
-        assert plan.tokens
-        return CalibrationPass(
-            plan.checkpoint,
-            plan.tokens,
-            plan.out,
-            plan.fingerprint,
-            partial(run_all, self._pool),
-            plan.recipe.options.down_block(plan.checkpoint.architecture.intermediate_size),
-        )
-
-    def _do_calibrated(self, todo: list[Unit], calibration: CalibrationPass) -> None:
+    def _do_calibrated(self, todo: list[Unit], tokens: CalibrationTokens) -> None:
         """Layer by layer: the statistics of one layer at a time are in memory."""
-        output = self._plan.output
+        plan, output = self._plan, self._plan.output
+        width = plan.recipe.options.down_block(plan.checkpoint.architecture.intermediate_size)
+        in_pool = partial(run_all, self._pool)
+        calibration = CalibrationPass(plan.checkpoint, tokens, plan.out, plan.fingerprint, in_pool, width)
         for layer, group in groupby(todo, key=lambda unit: unit.layer):
             units = list(group)
             if layer is None:
@@ -95,9 +92,8 @@ class _Run:
             elif layer > output.last_quantized_layer:
                 self._do(units, None)
             else:
-                quantizes = output.quantizes(layer)
-                statistics = calibration.prepare(layer, gather=quantizes)
-                self._do(units, statistics if quantizes else None)
+                # In no variable here: they would stay in memory while those of the next layer are gathered.
+                self._do(units, calibration.prepare(layer, gather=output.quantizes(layer)))
                 calibration.finish(layer)
 
     def _do(self, units: Iterable[Unit], statistics: LayerStatistics | None) -> None:

@@ -11,7 +11,7 @@ from converter.sizes import OutputPlan
 from converter.source import Checkpoint
 from converter.source_tensors import Weight
 
-PROJECTIONS = ("gate", "up", "down")
+EXPERT_MATRICES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def expert_units(checkpoint: Checkpoint, layer: int) -> Iterator[Unit]:
     """The units of the experts of one layer of experts."""
     decoder_layer = checkpoint.shape.experts[layer].decoder_layer
     for expert in range(checkpoint.architecture.num_local_experts):
-        weights = (checkpoint.experts[ExpertTensor(layer, expert, projection)] for projection in PROJECTIONS)
+        weights = (checkpoint.experts[ExpertTensor(layer, expert, projection)] for projection in EXPERT_MATRICES)
         yield Unit(ExpertKey(layer, expert), decoder_layer, tuple(weights))
 
 

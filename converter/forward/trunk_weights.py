@@ -51,19 +51,12 @@ class TrunkWeights:
     def _fill(self, module: nn.Module, path: str, replaced: "_Replaced") -> None:
         for tensors in (module._parameters, module._buffers):
             for part, absent in list(tensors.items()):
-                value = (
-                    self._value(module, f"{path}.{part}".lstrip(".")) if absent is not None and absent.is_meta else None
-                )
-                if value is not None:
-                    replaced.put(tensors, part, value)
-
-    def _value(self, module: nn.Module, name: str) -> Tensor | None:
-        """The tensor `name`, None if the checkpoint has none of that name."""
-        weight = self._checkpoint.trunk.get(name)
-        if weight is None:
-            return None
-        values = read_finite(self._checkpoint, weight, 0, weight.shape[0])
-        return values.to(self._products if self._is_large(module) else torch.float32)
+                weight = self._checkpoint.trunk.get(f"{path}.{part}".lstrip("."))
+                if weight is None or absent is None or not absent.is_meta:
+                    continue
+                values = read_finite(self._checkpoint, weight, 0, weight.shape[0])
+                large = part == "weight" and self._is_large(module)
+                replaced.put(tensors, part, values.to(self._products if large else torch.float32))
 
     def _is_large(self, module: nn.Module) -> bool:
         return (

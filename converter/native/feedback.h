@@ -46,8 +46,8 @@ inline void pack_factor(const float* block, int64_t ld, const float* inverse, in
 
 // acc[r][c] += from_r[j] * strip[j][c] for j in 0..count-1; batches are `stride` floats apart.
 template <class S, int R>
-inline __attribute__((always_inline)) void add_products(const float* from, int64_t stride, const float* strip, int64_t count,
-                                                        typename S::F (&acc)[R][kStrip]) {
+inline __attribute__((always_inline)) void add_products(const float* from, int64_t stride, const float* strip,
+                                                        int64_t count, typename S::F (&acc)[R][kStrip]) {
   using F = typename S::F;
   for (int64_t j = 0; j < count; ++j) {
     F x[R];
@@ -111,24 +111,34 @@ struct BatchScales {
   }
 };
 
-// Columns of one group and R batches.
+// What the groups of a panel share: its batches' super-scales and sums, and the factor's block on the diagonal.
+struct Panel {
+  const uint16_t (*half_s)[16];
+  const uint16_t (*half_m)[16];
+  const float* diagonal_block;
+  MetricSums* sums;
+  int64_t begin, columns;
+};
+
+// Columns g0..g1-1, one group, of R batches.
 template <class S, int R>
-void code_group(const RefitJob& job, int batch0, const uint16_t (*half_s)[16], const uint16_t (*half_m)[16], int64_t p0,
-                int64_t p1, int64_t g0, int64_t g1, const float* diagonal_block, MetricSums* sums) {
+void code_group(const RefitJob& job, const Panel& panel, int batch0, int64_t g0, int64_t g1) {
   using F = typename S::F;
+  const int64_t p0 = panel.begin;
   const F none = S::set(0.0f), limit = S::set((float)((1 << job.nbits) - 1));
   const ScaleSteps steps = scale_steps(job.scale_bits);
-  const int64_t stride = 16 * job.padded, group = g0 / job.group_size, group_stride = 16 * (job.padded / job.group_size);
+  const int64_t stride = 16 * job.padded, group = g0 / job.group_size,
+                group_stride = 16 * (job.padded / job.group_size);
   float *w = job.w + batch0 * stride, *e = job.e + batch0 * stride;
-  const int64_t rows = p1 - p0, strips = (g1 - g0 + kStrip - 1) / kStrip;
-  const float* strips_of_group = diagonal_block + (g0 - p0) / kStrip * rows * kStrip;
+  const int64_t rows = panel.columns, strips = (g1 - g0 + kStrip - 1) / kStrip;
+  const float* strips_of_group = panel.diagonal_block + (g0 - p0) / kStrip * rows * kStrip;
   const bool feedback = job.factor != nullptr;
   if (feedback && g0 > p0) {
     update_strips<S, R>(e + 16 * p0, stride, e + 16 * g0, stride, strips_of_group, rows, g0 - p0, strips);
   }
   F a[R], b[R], inverse[R], zero[R], largest[R];
   for (int r = 0; r < R; ++r) {
-    const BatchScales<S> scales(half_s[batch0 + r], half_m[batch0 + r]);
+    const BatchScales<S> scales(panel.half_s[batch0 + r], panel.half_m[batch0 + r]);
     float* s = job.s + (batch0 + r) * group_stride + 16 * group;
     float* m = job.m + (batch0 + r) * group_stride + 16 * group;
     if (feedback && job.dynamic) {
@@ -189,9 +199,9 @@ void code_group(const RefitJob& job, int batch0, const uint16_t (*half_s)[16], c
     }
   }
   for (int r = 0; r < R; ++r) {
-    add_lanes<S>(error[r], sums[batch0 + r].error);
-    add_lanes<S>(energy[r], sums[batch0 + r].energy);
-    add_lanes<S>(cross[r], sums[batch0 + r].cross);
+    add_lanes<S>(error[r], panel.sums[batch0 + r].error);
+    add_lanes<S>(energy[r], panel.sums[batch0 + r].energy);
+    add_lanes<S>(cross[r], panel.sums[batch0 + r].cross);
   }
 }
 
@@ -251,14 +261,15 @@ void code_panel(const RefitJob& job, int batches, const uint16_t (*half_s)[16], 
     for (int64_t p0 = block0; p0 < block1; p0 += kPanelColumns) {
       const int64_t p1 = p0 + kPanelColumns < block1 ? p0 + kPanelColumns : block1;
       const int64_t strips = (p1 - p0 + kStrip - 1) / kStrip;
+      const Panel panel = {half_s, half_m, diagonal_block, sums, p0, p1 - p0};
       if (job.exact) __builtin_memset(job.innovation, 0, sizeof(float) * kPanelBatches * kPanelColumns * 16);
       if (factor != nullptr) {
         for (int64_t j0 = block0; j0 < p0; j0 += kChunkColumns) {
           const int64_t j1 = j0 + kChunkColumns;  // p0 - block0 is a multiple of it
           pack_factor(factor, block, inverse, j0 - block0, j1 - block0, p0 - block0, p1 - block0, chunk);
           each_run<S>(batches, [&]<int R>(int batch) {
-            update_strips<S, R>(job.e + batch * stride + 16 * j0, stride, job.e + batch * stride + 16 * p0, stride, chunk,
-                                kChunkColumns, kChunkColumns, strips);
+            update_strips<S, R>(job.e + batch * stride + 16 * j0, stride, job.e + batch * stride + 16 * p0, stride,
+                                chunk, kChunkColumns, kChunkColumns, strips);
             if (job.exact) {
               update_strips<S, R>(job.w + batch * stride + 16 * j0, stride, job.innovation + batch * 16 * kPanelColumns,
                                   16 * kPanelColumns, chunk, kChunkColumns, kChunkColumns, strips);
@@ -274,7 +285,7 @@ void code_panel(const RefitJob& job, int batches, const uint16_t (*half_s)[16], 
         }
         for (int64_t g0 = p0; g0 < p1; g0 += job.group_size) {
           const int64_t g1 = g0 + job.group_size < p1 ? g0 + job.group_size : p1;
-          code_group<S, R>(job, batch, half_s, half_m, p0, p1, g0, g1, diagonal_block, sums);
+          code_group<S, R>(job, panel, batch, g0, g1);
         }
       });
     }

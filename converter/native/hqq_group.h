@@ -33,9 +33,10 @@ typename S::F power_minus_0_3(typename S::F a) {
   using F = typename S::F;
   using U = typename S::U;
   const U bits = S::bits(a);
-  const U exponent = S::template right_signed<23>(S::sub_u(bits, S::set_u(0x3f3504f3u)));  // mantissa in sqrt(1/2)..sqrt(2)
+  const U exponent =
+      S::template right_signed<23>(S::sub_u(bits, S::set_u(0x3f3504f3u)));  // mantissa in sqrt(1/2)..sqrt(2)
   const F f = S::sub(S::from_bits(S::sub_u(bits, S::template left<23>(exponent))), S::set(1.0f));
-  constexpr float kLog2[10] = {1.4426950216293335f, -0.7213473320007324f,  0.48089852929115295f, -0.36069655418395996f,
+  constexpr float kLog2[10] = {1.4426950216293335f,  -0.7213473320007324f,  0.48089852929115295f, -0.36069655418395996f,
                                0.28855255246162415f, -0.23960812389850616f, 0.20485764741897583f, -0.19138838350772858f,
                                0.18476031720638275f, -0.10749787837266922f};
   F p = S::set(kLog2[9]);
@@ -43,8 +44,13 @@ typename S::F power_minus_0_3(typename S::F a) {
   const F y = S::mul(S::set(-0.3f), S::add(S::to_float(exponent), S::mul(p, f)));
   const U biased = S::bits(S::add(y, S::set(kRounder)));
   const F rest = S::sub(y, S::sub(S::from_bits(biased), S::set(kRounder)));
-  constexpr float kExp2[7] = {1.0f, 0.6931471824645996f, 0.24022650718688965f, 0.05550327152013779f,
-                              0.009618056938052177f, 0.0013400427997112274f, 0.00015461444854736328f};
+  constexpr float kExp2[7] = {1.0f,
+                              0.6931471824645996f,
+                              0.24022650718688965f,
+                              0.05550327152013779f,
+                              0.009618056938052177f,
+                              0.0013400427997112274f,
+                              0.00015461444854736328f};
   p = S::set(kExp2[6]);
   for (int i = 5; i >= 0; --i) p = S::add(S::mul(p, rest), S::set(kExp2[i]));
   return S::from_bits(S::add_u(S::bits(p), S::template left<23>(S::sub_u(biased, S::set_u(kRounderBits)))));

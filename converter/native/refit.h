@@ -14,8 +14,8 @@ namespace moe {
 namespace {
 
 constexpr double kMaxGain = 1.5;
-// Super-scales are fitted to the weights as they are; the errors carried to a group widen it. Without it KL .0066 against
-// .0063 on tiny-mixtral at 2 bits, .0077 against .0074 on its outlier variant.
+// Super-scales are fitted to the weights as they are; the errors carried to a group widen it. Without it KL .0066
+// against .0063 on tiny-mixtral at 2 bits, .0077 against .0074 on its outlier variant.
 constexpr float kRoom = 1.06f;
 
 // The batch's weights into job.w, groups in the order of feedback, lanes past the matrix's end 0. False: a weight too
@@ -34,7 +34,8 @@ bool load_batch(const RefitJob& job, const RowBatch<S>& batch, float* w) {
     for (int c = 0; c < kBlockCols; ++c) {
       const F x = c < columns ? S::select(batch.valid, S::load(loaded + kLanes * c), none) : none;
       most = S::max(S::from_bits(S::and_u(S::bits(x), S::set_u(0x7fffffffu))), most);
-      const int64_t to = job.position[block * groups_of_block + c / job.group_size] * job.group_size + c % job.group_size;
+      const int64_t to =
+          job.position[block * groups_of_block + c / job.group_size] * job.group_size + c % job.group_size;
       S::store(w + kLanes * to, x);
     }
   }
@@ -51,8 +52,8 @@ void fit_batch(const RefitJob& job, int batch, uint16_t* half_s, uint16_t* half_
   F most_a = none, most_b = none;
   const auto group_of = [&](int64_t g) {
     const int64_t first = g * job.group_size, left = job.columns - first;
-    return WeightedGroup<S>(w + 16 * first, job.importance + first, (int)(left < job.group_size ? left : job.group_size),
-                            limit, job.scale_bits == 4);
+    return WeightedGroup<S>(w + 16 * first, job.importance + first,
+                            (int)(left < job.group_size ? left : job.group_size), limit, job.scale_bits == 4);
   };
   for (int64_t g = 0; g < job.groups; ++g) {
     const WeightedGroup<S> group = group_of(g);
@@ -68,7 +69,8 @@ void fit_batch(const RefitJob& job, int batch, uint16_t* half_s, uint16_t* half_
   float start_s[16], start_m[16];
   S::store(start_s, S::div(most_a, S::set(steps.s_max)));
   S::store(start_m, S::div(most_b, S::set(steps.m_max)));
-  search_super_scales<S>({job.a, job.b, job.mean, job.spread, job.total, job.groups}, steps, start_s, start_m, half_s, half_m);
+  search_super_scales<S>({job.a, job.b, job.mean, job.spread, job.total, job.groups}, steps, start_s, start_m, half_s,
+                         half_m);
   if (job.factor != nullptr && job.dynamic) {
     for (int l = 0; l < 16; ++l) {
       half_s[l] = super_scale(half_to_float(half_s[l]) * kRoom);
@@ -124,7 +126,8 @@ void write_half(const RefitJob& job, int batch, int count, int r, const uint16_t
     for (int64_t g0 = begin; g0 < end; g0 += job.group_size) {
       const int64_t g1 = g0 + job.group_size < end ? g0 + job.group_size : end, g = g0 / job.group_size;
       const int64_t p = job.position[g], moved = (p - g) * job.group_size;
-      const F s_of = S::load(job.s + batch * group_stride + 16 * p), m_of = S::load(job.m + batch * group_stride + 16 * p);
+      const F s_of = S::load(job.s + batch * group_stride + 16 * p),
+              m_of = S::load(job.m + batch * group_stride + 16 * p);
       const F step = S::mul(scales.ds, s_of), offset = S::mul(scales.dm, m_of);
       S::store_u(s + kLanes * ((g0 - begin) / job.group_size), to_integer<S>(s_of));
       S::store_u(m + kLanes * ((g0 - begin) / job.group_size), to_integer<S>(m_of));
@@ -137,7 +140,8 @@ void write_half(const RefitJob& job, int batch, int count, int r, const uint16_t
       }
     }
     pack_block<S>(job.packing, {codes, s, m}, r, tile + kHeadBytes + block * job.block_bytes);
-    const double damping = job.factor != nullptr && job.damping != nullptr ? job.damping[begin / job.factor_block] : 0.0;
+    const double damping =
+        job.factor != nullptr && job.damping != nullptr ? job.damping[begin / job.factor_block] : 0.0;
     S::store_d(error_of, squared_error);
     S::store_d(squares_of, squares);
     for (int l = 0; l < count; ++l) {
@@ -160,15 +164,16 @@ int32_t refit_panel(const RefitJob& job, int64_t tile_begin, int64_t tile_end, u
     plain.non_finite = non_finite_of(job, tile * kTileRows, left < kTileRows ? left : kTileRows);
     finite = finite && plain.non_finite == 0;
   }
-  if (!finite) return MOE_NON_FINITE;
+  if (!finite) return MOE_E_NON_FINITE;
   const int64_t row0 = tile_begin * kTileRows, end = tile_end * kTileRows < job.rows ? tile_end * kTileRows : job.rows;
   const int batches = (int)((end - row0 + kLanes - 1) / kLanes);
   uint16_t half_s[kPanelBatches][16], half_m[kPanelBatches][16];
   MetricSums sums[kPanelBatches] = {};
   for (int batch = 0; batch < batches; ++batch) {
-    if (!load_batch<S>(job, RowBatch<S>(job, row0 + batch * kLanes), job.w + batch * 16 * job.padded)) return MOE_OVERFLOW;
+    if (!load_batch<S>(job, RowBatch<S>(job, row0 + batch * kLanes), job.w + batch * 16 * job.padded))
+      return MOE_E_OVERFLOW;
     fit_batch<S>(job, batch, half_s[batch], half_m[batch]);
-    if (!fit_in_fp16(half_s[batch], half_m[batch])) return MOE_OVERFLOW;
+    if (!fit_in_fp16(half_s[batch], half_m[batch])) return MOE_E_OVERFLOW;
     __builtin_memset(job.e + batch * 16 * job.padded, 0, sizeof(float) * 16 * (uint64_t)job.padded);
   }
   code_panel<S>(job, batches, half_s, half_m, sums);
@@ -183,7 +188,7 @@ int32_t refit_panel(const RefitJob& job, int64_t tile_begin, int64_t tile_end, u
     uint8_t* tile = out + batch / 2 * tile_stride;
     RefitResult* result = results + batch / 2;
     apply_gains(sums[batch], count, half_s[batch], half_m[batch], result);
-    if (!fit_in_fp16(half_s[batch], half_m[batch])) return MOE_OVERFLOW;
+    if (!fit_in_fp16(half_s[batch], half_m[batch])) return MOE_E_OVERFLOW;
     if (batch % 2 == 0 && left <= kHalfRows) {
       __builtin_memset(tile, 0, (uint64_t)(kHeadBytes + job.blocks * job.block_bytes));
     }

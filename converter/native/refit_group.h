@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "half_float.h"
+#include "../../formats/native/half_float.h"
 #include "hqq_group.h"
 #include "round_group.h"
 
@@ -29,7 +29,8 @@ struct WeightedGroup {
   typename S::F w_sum;  // weighted
   typename S::F low, high;
 
-  WeightedGroup(const float* weights, const float* of_columns, int columns, typename S::F largest, bool unsigned_minimum)
+  WeightedGroup(const float* weights, const float* of_columns, int columns, typename S::F largest,
+                bool unsigned_minimum)
       : w(weights), importance(of_columns), count(columns), limit(largest), unsigned_m(unsigned_minimum) {
     float total = 0.0f;
     w_sum = S::set(0.0f);
@@ -156,8 +157,8 @@ FittedGroup<S> fit_group(const WeightedGroup<S>& group, int nbits) {
 // Under super-scales: S and M that cause the least error with codes of their own. Tries S near the fitted a, with M
 // first for the fitted codes' mean, then for the codes that came out.
 template <class S>
-ScalePair<S> choose_pair(const WeightedGroup<S>& group, const FittedGroup<S>& fitted, typename S::F ds, typename S::F dm,
-                         const ScaleSteps& steps) {
+ScalePair<S> choose_pair(const WeightedGroup<S>& group, const FittedGroup<S>& fitted, typename S::F ds,
+                         typename S::F dm, const ScaleSteps& steps) {
   using F = typename S::F;
   const F none = S::set(0.0f), w_mean = S::mul(group.w_sum, S::set(group.share));
   const F to_m = reciprocal_or_zero<S>(dm);
@@ -242,10 +243,12 @@ template <class S>
 void search_super_scales(const FittedRows& rows, const ScaleSteps& steps, const float* start_s, const float* start_m,
                          uint16_t* ds, uint16_t* dm) {
   using F = typename S::F;
-  const SuperScaleSearch search = steps.s_max < 16.0f ? SuperScaleSearch{48, 1.02f, 1.0f / 96} : SuperScaleSearch{9, 1.0f, 1.0f / 64};
+  const SuperScaleSearch search =
+      steps.s_max < 16.0f ? SuperScaleSearch{48, 1.02f, 1.0f / 96} : SuperScaleSearch{9, 1.0f, 1.0f / 64};
   const auto a_of = [&](int64_t g) { return S::load(rows.a + 16 * g); };
   search_super_scale<S>(
-      rows.groups, 0.0f, steps.s_max, search, start_s, a_of, [&](int64_t g) { return S::load(rows.spread + 16 * g); }, ds);
+      rows.groups, 0.0f, steps.s_max, search, start_s, a_of, [&](int64_t g) { return S::load(rows.spread + 16 * g); },
+      ds);
   float scale[16];
   widen(ds, scale);
   const F step = S::load(scale), to_steps = reciprocal_or_zero<S>(step);
@@ -254,7 +257,8 @@ void search_super_scales(const FittedRows& rows, const ScaleSteps& steps, const 
     return S::fma(S::sub(rounded, a), S::load(rows.mean + 16 * g), S::load(rows.b + 16 * g));
   };
   search_super_scale<S>(
-      rows.groups, steps.m_min, steps.m_max, search, start_m, b_of, [&](int64_t g) { return S::set(rows.total[g]); }, dm);
+      rows.groups, steps.m_min, steps.m_max, search, start_m, b_of, [&](int64_t g) { return S::set(rows.total[g]); },
+      dm);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "half_float.h"
+#include "../../formats/native/half_float.h"
 #include "hqq_group.h"
 
 namespace moe {
@@ -73,8 +73,7 @@ struct Steps {
   typename S::F limit;  // 0 where S is 0: the code is 0 then, whatever the division by 0 gave
 
   Steps(const GroupTask<S>& task, const ScalePair<S>& pair)
-      : step(S::mul(task.ds, pair.s)),
-        offset(S::mul(task.dm, pair.m)),
+      : step(S::mul(task.ds, pair.s)), offset(S::mul(task.dm, pair.m)),
         limit(S::select(S::greater(pair.s, S::set(0.0f)), task.limit, S::set(0.0f))) {}
 
   typename S::U biased(typename S::F w) const { return biased_code<S>(S::div(S::add(w, offset), step), limit); }

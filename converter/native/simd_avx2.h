@@ -55,16 +55,23 @@ struct SimdAvx2 {
   static U sub_u(U x, U y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
   static U and_u(U x, U y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
   static U or_u(U x, U y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
-  template <int N> static U left(U x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
-  template <int N> static U right(U x) { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
-  template <int N> static U right_signed(U x) { return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)}; }
+  template <int N>
+  static U left(U x) {
+    return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};
+  }
+  template <int N>
+  static U right(U x) {
+    return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)};
+  }
+  template <int N>
+  static U right_signed(U x) {
+    return {_mm256_srai_epi32(x.a, N), _mm256_srai_epi32(x.b, N)};
+  }
   static M greater(F x, F y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)}; }
   static M differ(F x, F y) { return {_mm256_cmp_ps(x.a, y.a, _CMP_NEQ_UQ), _mm256_cmp_ps(x.b, y.b, _CMP_NEQ_UQ)}; }
   static M both(M x, M y) { return {_mm256_and_ps(x.a, y.a), _mm256_and_ps(x.b, y.b)}; }
   static bool any(M x) { return _mm256_movemask_ps(_mm256_or_ps(x.a, x.b)) != 0; }
-  static F select(M m, F yes, F no) {
-    return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
-  }
+  static F select(M m, F yes, F no) { return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)}; }
 
   static D zero_d() {
     const __m256d z = _mm256_setzero_pd();
@@ -86,7 +93,8 @@ struct SimdAvx2 {
     store(p, x);
     store(q, y);
     for (int i = 0; i < 4; ++i) {
-      const __m256d wide = _mm256_mul_pd(_mm256_cvtps_pd(_mm_loadu_ps(p + 4 * i)), _mm256_cvtps_pd(_mm_loadu_ps(q + 4 * i)));
+      const __m256d wide =
+          _mm256_mul_pd(_mm256_cvtps_pd(_mm_loadu_ps(p + 4 * i)), _mm256_cvtps_pd(_mm_loadu_ps(q + 4 * i)));
       d.d[i] = _mm256_add_pd(d.d[i], wide);
     }
     return d;
@@ -133,13 +141,13 @@ struct SimdAvx2 {
 
   // 32 columns of 16 rows -> out[column][row].
   static void load_columns(const uint8_t* const rows[16], int32_t dtype, float* out) {
-    const int words = dtype == MOE_FP32 ? 32 : 16;
+    const int words = dtype == MOE_F32 ? 32 : 16;
     for (int half = 0; half < 2; ++half) {
       for (int first = 0; first < words; first += 8) {
         __m256i v[8];
         transpose8(rows + 8 * half, 4 * first, v);
         for (int i = 0; i < 8; ++i) {
-          if (dtype == MOE_FP32) {
+          if (dtype == MOE_F32) {
             _mm256_storeu_si256((__m256i*)(out + 16 * (first + i) + 8 * half), v[i]);
             continue;
           }

@@ -40,9 +40,18 @@ struct SimdAvx512 {
   static U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
   static U and_u(U a, U b) { return _mm512_and_si512(a, b); }
   static U or_u(U a, U b) { return _mm512_or_si512(a, b); }
-  template <int N> static U left(U a) { return _mm512_slli_epi32(a, N); }
-  template <int N> static U right(U a) { return _mm512_srli_epi32(a, N); }
-  template <int N> static U right_signed(U a) { return _mm512_srai_epi32(a, N); }
+  template <int N>
+  static U left(U a) {
+    return _mm512_slli_epi32(a, N);
+  }
+  template <int N>
+  static U right(U a) {
+    return _mm512_srli_epi32(a, N);
+  }
+  template <int N>
+  static U right_signed(U a) {
+    return _mm512_srai_epi32(a, N);
+  }
   static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static M differ(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
   static M both(M a, M b) { return a & b; }
@@ -84,7 +93,8 @@ struct SimdAvx512 {
     }
     for (int k = 0; k < 4; ++k) {
       const U x0 = _mm512_shuffle_i32x4(v[k], v[4 + k], 0x88), x1 = _mm512_shuffle_i32x4(v[k], v[4 + k], 0xdd);
-      const U y0 = _mm512_shuffle_i32x4(v[8 + k], v[12 + k], 0x88), y1 = _mm512_shuffle_i32x4(v[8 + k], v[12 + k], 0xdd);
+      const U y0 = _mm512_shuffle_i32x4(v[8 + k], v[12 + k], 0x88),
+              y1 = _mm512_shuffle_i32x4(v[8 + k], v[12 + k], 0xdd);
       a[k] = _mm512_shuffle_i32x4(x0, y0, 0x88);
       a[8 + k] = _mm512_shuffle_i32x4(x0, y0, 0xdd);
       a[4 + k] = _mm512_shuffle_i32x4(x1, y1, 0x88);
@@ -96,7 +106,7 @@ struct SimdAvx512 {
   // 32 columns of 16 rows -> out[column][row].
   static void load_columns(const uint8_t* const rows[16], int32_t dtype, float* out) {
     U v[16];
-    if (dtype == MOE_FP32) {
+    if (dtype == MOE_F32) {
       for (int part = 0; part < 2; ++part) {
         for (int r = 0; r < 16; ++r) v[r] = _mm512_loadu_si512(rows[r] + 64 * part);
         transpose(v);

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "half_float.h"
+#include "../../formats/native/half_float.h"
 #include "solver_api.h"
 
 namespace moe {
@@ -30,8 +30,8 @@ struct SimdPortable {
   };
   static constexpr int kBatchesAtOnce = 1;  // batches of 16 rows that feedback.h updates together
 
-#define MOE_EACH(R, expression)                   \
-  R r;                                            \
+#define MOE_EACH(R, expression)                    \
+  R r;                                             \
   for (int i = 0; i < 4; ++i) r.v[i] = expression; \
   return r
 
@@ -79,9 +79,18 @@ struct SimdPortable {
   static U sub_u(U a, U b) { MOE_EACH(U, a.v[i] - b.v[i]); }
   static U and_u(U a, U b) { MOE_EACH(U, a.v[i] & b.v[i]); }
   static U or_u(U a, U b) { MOE_EACH(U, a.v[i] | b.v[i]); }
-  template <int N> static U left(U a) { MOE_EACH(U, a.v[i] << N); }
-  template <int N> static U right(U a) { MOE_EACH(U, a.v[i] >> N); }
-  template <int N> static U right_signed(U a) { MOE_EACH(U, (U4)((I4)a.v[i] >> N)); }
+  template <int N>
+  static U left(U a) {
+    MOE_EACH(U, a.v[i] << N);
+  }
+  template <int N>
+  static U right(U a) {
+    MOE_EACH(U, a.v[i] >> N);
+  }
+  template <int N>
+  static U right_signed(U a) {
+    MOE_EACH(U, (U4)((I4)a.v[i] >> N));
+  }
   static M greater(F a, F b) { MOE_EACH(M, (I4)(a.v[i] > b.v[i])); }
   static M differ(F a, F b) { MOE_EACH(M, (I4)(a.v[i] != b.v[i])); }
   static M both(M a, M b) { MOE_EACH(M, a.v[i] & b.v[i]); }
@@ -132,14 +141,14 @@ struct SimdPortable {
   static void load_columns(const uint8_t* const rows[16], int32_t dtype, float* out) {
     for (int r = 0; r < 16; ++r) {
       float* to = out + r;
-      if (dtype == MOE_FP32) {
+      if (dtype == MOE_F32) {
         for (int c = 0; c < 32; ++c) std::memcpy(to + 16 * c, rows[r] + 4 * c, 4);
         continue;
       }
       uint16_t row[32];
       std::memcpy(row, rows[r], sizeof row);
       if (dtype == MOE_BF16) {
-        for (int c = 0; c < 32; ++c) to[16 * c] = bits_to_float((uint32_t)row[c] << 16);
+        for (int c = 0; c < 32; ++c) to[16 * c] = float_of((uint32_t)row[c] << 16);
       } else {
         for (int c = 0; c < 32; ++c) to[16 * c] = half_to_float(row[c]);
       }

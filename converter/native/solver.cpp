@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "../../formats/native/cpu_features.h"
 #include "../../formats/native/tile_layout.h"
 #include "refit_job.h"
 #include "solver_job.h"
@@ -13,20 +14,11 @@ namespace {
 
 using namespace moe;
 
-constexpr int32_t kAbi = 3;
 // Sizes are products of these, and must fit in 63 bits.
 constexpr int64_t kMaxRows = int64_t{1} << 31, kMaxColumns = int64_t{1} << 24;
 
 int32_t best_isa() {
-#if defined(MOE_SOLVER_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return MOE_ISA_AVX512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return MOE_ISA_AVX2;
-#endif
-  return MOE_ISA_PORTABLE;
+  return cpu_runs(MOE_ISA_AVX512) ? MOE_ISA_AVX512 : cpu_runs(MOE_ISA_AVX2) ? MOE_ISA_AVX2 : MOE_ISA_PORTABLE;
 }
 
 struct Kernels {
@@ -35,29 +27,48 @@ struct Kernels {
 };
 
 Kernels kernels_of(int32_t isa) {
-  const int32_t best = best_isa();
-  if (isa == MOE_ISA_AUTO) isa = best;
-  if (isa < 0 || isa > best) return {};
-#if defined(MOE_SOLVER_X86)
+  if (isa == MOE_ISA_AUTO) isa = best_isa();
+  if (!cpu_runs(isa)) return {};
+#if defined(MOE_X86)
   if (isa == MOE_ISA_AVX512) return {&kSolverAvx512, &kRefitAvx512};
   if (isa == MOE_ISA_AVX2) return {&kSolverAvx2, &kRefitAvx2};
 #endif
   return {&kSolverPortable, &kRefitPortable};
 }
 
-bool good_matrix(int32_t dtype, const void* weights, int64_t rows, int64_t columns) {
-  return weights != nullptr && dtype >= MOE_FP32 && dtype <= MOE_FP16 && rows >= 1 && rows <= kMaxRows && columns >= 1 &&
-         columns <= kMaxColumns;
+bool good_matrix(const moe_weights& weights) {
+  return weights.data != nullptr && weights.dtype >= MOE_F32 && weights.dtype <= MOE_F16 && weights.rows >= 1 &&
+         weights.rows <= kMaxRows && weights.columns >= 1 && weights.columns <= kMaxColumns;
 }
 
-SolverJob job_of(int32_t dtype, const void* weights, int64_t rows, int64_t columns, uint32_t flags) {
+int32_t check(const moe_weights& weights, const moe_tiles& tiles) {
+  if (!known_packing(tiles.packing)) return MOE_E_PACKING;
+  const bool good = good_matrix(weights) && tiles.begin >= 0 && tiles.begin <= tiles.end &&
+                    tiles.end <= tiles_of(weights.rows) && tiles.out != nullptr &&
+                    tiles.stride_bytes >= tile_bytes(Packing(tiles.packing), weights.columns);
+  return good ? MOE_OK : MOE_E_ARGUMENT;
+}
+
+bool good_metric(const moe_metric& metric, int64_t columns) {
+  const bool has_factor = metric.factor != nullptr, has_diagonal = metric.diagonal != nullptr;
+  if (has_factor && metric.importance == nullptr) return false;
+  if (has_factor &&
+      (metric.factor_block < 1 || (metric.factor_block % kBlockCols != 0 && metric.factor_block != columns))) {
+    return false;
+  }
+  if (has_diagonal != (metric.pairing != nullptr) || (has_diagonal && !has_factor)) return false;
+  if ((metric.rank != 0) != (metric.low_rank != nullptr) || (metric.rank != 0 && !has_diagonal)) return false;
+  return metric.rank >= 0 && metric.rank <= kMaxRank;
+}
+
+SolverJob job_of(const moe_weights& weights, uint32_t flags) {
   SolverJob job{};
-  job.weights = static_cast<const uint8_t*>(weights);
-  job.rows = rows;
-  job.columns = columns;
-  job.blocks = blocks_of(columns);
-  job.dtype = dtype;
-  job.element_bytes = dtype == MOE_FP32 ? 4 : 2;
+  job.weights = static_cast<const uint8_t*>(weights.data);
+  job.rows = weights.rows;
+  job.columns = weights.columns;
+  job.blocks = blocks_of(weights.columns);
+  job.dtype = weights.dtype;
+  job.element_bytes = weights.dtype == MOE_F32 ? 4 : 2;
   job.packing = -1;
   job.flags = flags;
   return job;
@@ -116,8 +127,12 @@ ColumnCopies place(RefitJob* job, Scratch* scratch) {
   job->packed = scratch->take<float>((kPanelColumns + kChunkColumns) * kPanelColumns);
   job->low_w = scratch->take<float>(all * job->rank);
   job->low_e = scratch->take<float>(all * job->rank);
-  return {scratch->take<float>(padded), scratch->take<float>(padded), scratch->take<float>(padded),
-          scratch->take<float>(padded), scratch->take<float>(job->rank * padded), scratch->take<int32_t>(groups)};
+  return {scratch->take<float>(padded),
+          scratch->take<float>(padded),
+          scratch->take<float>(padded),
+          scratch->take<float>(padded),
+          scratch->take<float>(job->rank * padded),
+          scratch->take<int32_t>(groups)};
 }
 
 // The places of groups from their order; false if that is none, or crosses a factor block.
@@ -136,139 +151,127 @@ bool place_groups(const RefitJob& job, const int32_t* order, int32_t* position) 
   return true;
 }
 
+// The metric's numbers by column, 0 past the end, where the kernels expect them.
+void copy_metric(const moe_metric& metric, const ColumnCopies& copies, RefitJob* job) {
+  for (int64_t k = 0; k < job->padded; ++k) {
+    const bool inside = k < job->columns;
+    copies.importance[k] = !inside ? 0.0f : metric.importance != nullptr ? metric.importance[k] : 1.0f;
+    copies.diagonal[k] = !inside ? 0.0f : metric.diagonal != nullptr ? metric.diagonal[k] : copies.importance[k];
+    copies.pairing[k] = !inside ? 0.0f : metric.diagonal != nullptr ? metric.pairing[k] : copies.importance[k];
+    for (int64_t i = 0; i < job->rank; ++i) {
+      const float part = inside && i < metric.rank ? metric.low_rank[k * metric.rank + i] : 0.0f;
+      copies.low_rank[(i / kStrip * job->padded + k) * kStrip + i % kStrip] = part;
+    }
+    copies.inverse[k] = 0.0f;
+    if (!inside || metric.factor == nullptr) continue;
+    const int64_t size = metric.factor_block, block = k / size, own = k % size;
+    copies.inverse[k] = 1.0f / metric.factor[(block * size + own) * size + own];
+  }
+  job->importance = copies.importance;
+  job->diagonal = copies.diagonal;
+  job->pairing = copies.pairing;
+  job->low_rank = copies.low_rank;
+  job->inverse = copies.inverse;
+}
+
 }  // namespace
 
-int32_t moe_solver_abi(void) { return kAbi; }
+int32_t moe_solver_abi(void) { return MOE_SOLVER_ABI_VERSION; }
 
 int32_t moe_solver_isa(void) { return best_isa(); }
 
-int32_t moe_quantize(int32_t packing, int32_t dtype, const void* weights, int64_t rows, int64_t columns,
-                     int64_t tile_begin, int64_t tile_end, uint8_t* out, int64_t tile_stride_bytes, uint32_t flags,
-                     int32_t isa, double* errors, int64_t* non_finite) {
-  if (packing < 0 || packing >= kPackings || !good_matrix(dtype, weights, rows, columns) || tile_begin < 0 ||
-      tile_begin > tile_end || tile_end > tiles_of(rows) || out == nullptr || flags > MOE_ROUND_ZERO ||
-      tile_stride_bytes < tile_bytes(static_cast<Packing>(packing), columns)) {
-    return MOE_BAD_ARGUMENT;
-  }
+int32_t moe_packing_id(const char* name) { return packing_named(name); }
+
+int32_t moe_quantize(const moe_weights* weights, moe_tiles* tiles, uint32_t flags, int32_t isa) {
+  if (const int32_t error = check(*weights, *tiles)) return error;
+  if (flags > MOE_ROUND_ZERO) return MOE_E_ARGUMENT;
   const SolverKernels* kernels = kernels_of(isa).solver;
-  if (kernels == nullptr) return MOE_NO_ISA;
-  SolverJob job = job_of(dtype, weights, rows, columns, flags);
-  set_packing(&job, packing);
+  if (kernels == nullptr) return MOE_E_ISA;
+  SolverJob job = job_of(*weights, flags);
+  set_packing(&job, tiles->packing);
   const size_t numbers = (size_t)job.blocks * (kBlockCols / job.group_size) * kHalfRows;
   const std::unique_ptr<float, Free> scratch(static_cast<float*>(std::aligned_alloc(64, 2 * numbers * sizeof(float))));
-  if (scratch == nullptr) return MOE_NO_MEMORY;
+  if (scratch == nullptr) return MOE_E_MEMORY;
   job.group_scale = scratch.get();
   job.group_minimum = scratch.get() + numbers;
 
   int32_t status = MOE_OK;
-  int64_t bad = 0;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int64_t index = tile - tile_begin;
+  tiles->non_finite = 0;
+  for (int64_t tile = tiles->begin; tile < tiles->end; ++tile) {
+    const int64_t index = tile - tiles->begin;
     TileResult result{};
-    const int32_t tile_status = kernels->tile(job, tile, out + index * tile_stride_bytes, &result);
-    bad += result.non_finite;
+    const int32_t tile_status = kernels->tile(job, tile, tiles->out + index * tiles->stride_bytes, &result);
+    tiles->non_finite += result.non_finite;
     // All tiles are looked at, so that the count of non-finite weights is complete; it outranks an overflow.
-    if (tile_status == MOE_NON_FINITE || status == MOE_OK) status = tile_status;
-    if (errors != nullptr) {
-      errors[2 * index] = result.squared_error;
-      errors[2 * index + 1] = result.sum_squares;
+    if (tile_status == MOE_E_NON_FINITE || status == MOE_OK) status = tile_status;
+    if (tiles->errors != nullptr) {
+      tiles->errors[2 * index] = result.squared_error;
+      tiles->errors[2 * index + 1] = result.sum_squares;
     }
   }
-  if (non_finite != nullptr) *non_finite = bad;
   return status;
 }
 
-int32_t moe_refit(int32_t packing, int32_t dtype, const void* weights, int64_t rows, int64_t columns, int64_t tile_begin,
-                  int64_t tile_end, uint8_t* out, int64_t tile_stride_bytes, const float* factor, int64_t factor_block,
-                  const int32_t* order, const float* importance, const float* diagonal, const float* pairing, const float* low_rank,
-                  int64_t rank, const double* damping, uint32_t flags, int32_t isa, double* errors,
-                  int64_t* non_finite) {
-  if (packing < 0 || packing >= kPackings || !good_matrix(dtype, weights, rows, columns) || tile_begin < 0 ||
-      tile_begin > tile_end || tile_end > tiles_of(rows) || out == nullptr || (flags & ~(uint32_t)MOE_STATIC) != 0 ||
-      errors == nullptr || tile_stride_bytes < tile_bytes(static_cast<Packing>(packing), columns)) {
-    return MOE_BAD_ARGUMENT;
-  }
-  if (factor != nullptr && (importance == nullptr || factor_block < 1 ||
-                            (factor_block % kBlockCols != 0 && factor_block != columns))) {
-    return MOE_BAD_ARGUMENT;
-  }
-  if ((diagonal != nullptr) != (pairing != nullptr) || (diagonal != nullptr && factor == nullptr) || rank < 0 ||
-      rank > kMaxRank || (rank != 0) != (low_rank != nullptr) || (rank != 0 && diagonal == nullptr)) {
-    return MOE_BAD_ARGUMENT;
+int32_t moe_refit(const moe_weights* weights, moe_tiles* tiles, const moe_metric* metric, uint32_t flags, int32_t isa) {
+  if (const int32_t error = check(*weights, *tiles)) return error;
+  if ((flags & ~(uint32_t)MOE_STATIC) != 0 || tiles->errors == nullptr || !good_metric(*metric, weights->columns)) {
+    return MOE_E_ARGUMENT;
   }
   const RefitKernels* kernels = kernels_of(isa).refit;
-  if (kernels == nullptr) return MOE_NO_ISA;
+  if (kernels == nullptr) return MOE_E_ISA;
   RefitJob job{};
-  static_cast<SolverJob&>(job) = job_of(dtype, weights, rows, columns, flags);
-  set_packing(&job, packing);
-  job.factor = factor;
-  job.factor_block = factor_block;
-  job.damping = damping;
-  job.rank = (rank + kStrip - 1) / kStrip * kStrip;
-  job.exact = factor != nullptr && diagonal == nullptr;
+  static_cast<SolverJob&>(job) = job_of(*weights, flags);
+  set_packing(&job, tiles->packing);
+  job.factor = metric->factor;
+  job.factor_block = metric->factor_block;
+  job.damping = metric->damping;
+  job.rank = (metric->rank + kStrip - 1) / kStrip * kStrip;
+  job.exact = metric->factor != nullptr && metric->diagonal == nullptr;
   job.dynamic = (flags & MOE_STATIC) == 0;
   job.padded = job.blocks * kBlockCols;
-  job.groups = (columns + job.group_size - 1) / job.group_size;
+  job.groups = (job.columns + job.group_size - 1) / job.group_size;
   Scratch sizes(nullptr);
   place(&job, &sizes);
   const std::unique_ptr<uint8_t, Free> memory(static_cast<uint8_t*>(std::aligned_alloc(64, (size_t)sizes.used())));
-  if (memory == nullptr) return MOE_NO_MEMORY;
+  if (memory == nullptr) return MOE_E_MEMORY;
   Scratch scratch(memory.get());
   const ColumnCopies copies = place(&job, &scratch);
-  if (!place_groups(job, order, copies.position)) return MOE_BAD_ARGUMENT;
+  if (!place_groups(job, metric->order, copies.position)) return MOE_E_ARGUMENT;
   job.position = copies.position;
-  for (int64_t k = 0; k < job.padded; ++k) {
-    const bool inside = k < columns;
-    copies.importance[k] = !inside ? 0.0f : importance != nullptr ? importance[k] : 1.0f;
-    copies.diagonal[k] = !inside ? 0.0f : diagonal != nullptr ? diagonal[k] : copies.importance[k];
-    copies.pairing[k] = !inside ? 0.0f : diagonal != nullptr ? pairing[k] : copies.importance[k];
-    for (int64_t i = 0; i < job.rank; ++i) {
-      const float part = inside && i < rank ? low_rank[k * rank + i] : 0.0f;
-      copies.low_rank[(i / kStrip * job.padded + k) * kStrip + i % kStrip] = part;
-    }
-    copies.inverse[k] = 0.0f;
-    if (!inside || factor == nullptr) continue;
-    const int64_t block = k / factor_block, own = k % factor_block;
-    copies.inverse[k] = 1.0f / factor[(block * factor_block + own) * factor_block + own];
-  }
-  job.importance = copies.importance;
-  job.diagonal = copies.diagonal;
-  job.pairing = copies.pairing;
-  job.low_rank = copies.low_rank;
-  job.inverse = copies.inverse;
+  copy_metric(*metric, copies, &job);
 
   int32_t status = MOE_OK;
-  int64_t bad = 0;
-  for (int64_t tile = tile_begin; tile < tile_end; tile += kPanelTiles) {
-    const int64_t index = tile - tile_begin, end = std::min<int64_t>(tile + kPanelTiles, tile_end);
+  tiles->non_finite = 0;
+  for (int64_t tile = tiles->begin; tile < tiles->end; tile += kPanelTiles) {
+    const int64_t index = tile - tiles->begin, end = std::min<int64_t>(tile + kPanelTiles, tiles->end);
     RefitResult results[kPanelTiles] = {};
-    const int32_t panel_status = kernels->panel(job, tile, end, out + index * tile_stride_bytes, tile_stride_bytes, results);
-    if (panel_status == MOE_NON_FINITE || status == MOE_OK) status = panel_status;
+    const int32_t panel_status =
+        kernels->panel(job, tile, end, tiles->out + index * tiles->stride_bytes, tiles->stride_bytes, results);
+    if (panel_status == MOE_E_NON_FINITE || status == MOE_OK) status = panel_status;
     for (int64_t i = 0; i < end - tile; ++i) {
-      bad += results[i].plain.non_finite;
-      double* to = errors + 4 * (index + i);
+      tiles->non_finite += results[i].plain.non_finite;
+      double* to = tiles->errors + 4 * (index + i);
       to[0] = results[i].plain.squared_error;
       to[1] = results[i].plain.sum_squares;
       to[2] = results[i].error;
       to[3] = results[i].energy;
     }
   }
-  if (non_finite != nullptr) *non_finite = bad;
   return status;
 }
 
-int32_t moe_hqq(int32_t nbits, int32_t group_size, int32_t dtype, const void* weights, int64_t rows, int64_t columns,
-                uint32_t flags, int32_t isa, float* scale, float* zero, uint8_t* codes) {
+int32_t moe_hqq(const moe_weights* weights, int32_t nbits, int32_t group_size, uint32_t flags, int32_t isa,
+                float* scale, float* zero, uint8_t* codes) {
   const bool good_group = group_size == 16 || group_size == 32 || group_size == 64;
-  if (nbits < 2 || nbits > 4 || !good_group || !good_matrix(dtype, weights, rows, columns) || flags > MOE_ROUND_ZERO ||
-      scale == nullptr || zero == nullptr || codes == nullptr) {
-    return MOE_BAD_ARGUMENT;
+  if (nbits < 2 || nbits > 4 || !good_group || !good_matrix(*weights) || flags > MOE_ROUND_ZERO || scale == nullptr ||
+      zero == nullptr || codes == nullptr) {
+    return MOE_E_ARGUMENT;
   }
   const SolverKernels* kernels = kernels_of(isa).solver;
-  if (kernels == nullptr) return MOE_NO_ISA;
-  SolverJob job = job_of(dtype, weights, rows, columns, flags);
+  if (kernels == nullptr) return MOE_E_ISA;
+  SolverJob job = job_of(*weights, flags);
   job.nbits = nbits;
   job.group_size = group_size;
-  for (int64_t row = 0; row < rows; row += kHalfRows) kernels->hqq(job, row, scale, zero, codes);
+  for (int64_t row = 0; row < job.rows; row += kHalfRows) kernels->hqq(job, row, scale, zero, codes);
   return MOE_OK;
 }

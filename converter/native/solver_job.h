@@ -9,11 +9,11 @@ struct SolverJob {
   const uint8_t* weights;
   int64_t rows;
   int64_t columns;
-  int64_t blocks;        // superblocks of a row
+  int64_t blocks;  // superblocks of a row
   int64_t block_bytes;
   int32_t dtype;
   int32_t element_bytes;
-  int32_t packing;       // -1: HQQ alone
+  int32_t packing;  // -1: HQQ alone
   int32_t nbits;
   int32_t group_size;
   int32_t scale_bits;
@@ -29,14 +29,14 @@ struct TileResult {
 };
 
 struct SolverKernels {
-  // Writes one tile; gives a MoeStatus.
+  // Writes one tile; gives a moe_status.
   int32_t (*tile)(const SolverJob&, int64_t tile, uint8_t* out, TileResult* result);
   // HQQ of the 16 rows from row0.
   void (*hqq)(const SolverJob&, int64_t row0, float* scale, float* zero, uint8_t* codes);
 };
 
 extern const SolverKernels kSolverPortable;
-#if defined(MOE_SOLVER_X86)
+#if defined(MOE_X86)
 extern const SolverKernels kSolverAvx2;
 extern const SolverKernels kSolverAvx512;
 #endif

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "half_float.h"
+#include "../../formats/native/half_float.h"
 #include "hqq_group.h"
 #include "round_group.h"
 #include "solver_api.h"
@@ -81,7 +81,7 @@ int64_t count_non_finite(const uint8_t* from, int64_t count, Word exponent) {
 int64_t non_finite_of(const SolverJob& job, int64_t row0, int64_t rows) {
   const uint8_t* from = job.weights + row0 * job.columns * job.element_bytes;
   const int64_t count = rows * job.columns;
-  if (job.dtype == MOE_FP32) return count_non_finite<uint32_t>(from, count, 0x7f800000u);
+  if (job.dtype == MOE_F32) return count_non_finite<uint32_t>(from, count, 0x7f800000u);
   return count_non_finite<uint16_t>(from, count, job.dtype == MOE_BF16 ? 0x7f80 : 0x7c00);
 }
 
@@ -103,7 +103,8 @@ void solve_rows(const RowBatch<S>& batch, uint16_t* ds, uint16_t* dm) {
                                               (job.flags & MOE_ROUND_ZERO) != 0);
       F scale, minimum;
       hqq.scale_and_minimum(limit, &scale, &minimum);
-      scale = S::select(S::greater(S::max(S::sub(none, hqq.low), hqq.high), S::set(kTooLarge)), S::set(kInfinity), scale);
+      scale =
+          S::select(S::greater(S::max(S::sub(none, hqq.low), hqq.high), S::set(kTooLarge)), S::set(kInfinity), scale);
       scale = S::select(batch.valid, scale, none);
       minimum = S::select(batch.valid, minimum, none);
       most_scale = S::max(scale, most_scale);
@@ -170,7 +171,7 @@ int32_t half_tile(const SolverJob& job, int64_t row0, int r, uint8_t* tile, Tile
   const RowBatch<S> batch(job, row0);
   uint16_t half_s[kLanes], half_m[kLanes];
   solve_rows<S>(batch, half_s, half_m);
-  if (!fit_in_fp16(half_s, half_m)) return MOE_OVERFLOW;
+  if (!fit_in_fp16(half_s, half_m)) return MOE_E_OVERFLOW;
   const RowScales<S> scales(half_s, half_m);
   alignas(64) float w[kBlockCols * kLanes];
   __builtin_memcpy(tile + 64 * r, half_s, sizeof half_s);
@@ -215,7 +216,7 @@ int32_t quantize_tile(const SolverJob& job, int64_t tile, uint8_t* out, TileResu
   const int64_t row0 = tile * kTileRows, left = job.rows - row0;
   const int64_t rows = left < kTileRows ? left : kTileRows;
   *result = {0.0, 0.0, non_finite_of(job, row0, rows)};
-  if (result->non_finite != 0) return MOE_NON_FINITE;
+  if (result->non_finite != 0) return MOE_E_NON_FINITE;
   if (rows <= kHalfRows) __builtin_memset(out, 0, (uint64_t)(kHeadBytes + job.blocks * job.block_bytes));
   for (int r = 0; r < 2 && r * kHalfRows < rows; ++r) {
     const int32_t status = half_tile<S>(job, row0 + r * kHalfRows, r, out, result);

@@ -32,12 +32,12 @@ float random_weight() {
 
 // Truncated to bf16, and for fp16 the exponent moved; plenty for a test.
 std::vector<uint8_t> matrix(int dtype, long count) {
-  std::vector<uint8_t> bytes((size_t)count * (dtype == MOE_FP32 ? 4 : 2));
+  std::vector<uint8_t> bytes((size_t)count * (dtype == MOE_F32 ? 4 : 2));
   for (long i = 0; i < count; ++i) {
     const float value = random_weight();
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
-    if (dtype == MOE_FP32) {
+    if (dtype == MOE_F32) {
       std::memcpy(&bytes[4 * i], &bits, 4);
       continue;
     }
@@ -53,22 +53,22 @@ void check(int packing, int dtype, long rows, long columns, long gap) {
   const int64_t tiles = moe::tiles_of(rows), tile_bytes = moe::tile_bytes((moe::Packing)packing, columns);
   const int64_t stride = tile_bytes + gap, bytes = (tiles - 1) * stride + tile_bytes;
   const std::vector<uint8_t> weights = matrix(dtype, rows * columns);
+  const moe_weights source = {weights.data(), rows, columns, dtype, 0};
   for (uint32_t flags = 0; flags < 2; ++flags) {
     std::vector<uint8_t> first;
     for (int isa = MOE_ISA_PORTABLE; isa <= MOE_ISA_AVX512; ++isa) {
       std::vector<uint8_t> out((size_t)bytes, 0xa5);
       std::vector<double> errors((size_t)(2 * tiles));
-      int64_t non_finite = -1;
-      const int32_t status = moe_quantize(packing, dtype, weights.data(), rows, columns, 0, tiles, out.data(), stride, flags,
-                                          isa, errors.data(), &non_finite);
-      if (status == MOE_NO_ISA) continue;
-      expect(status == MOE_OK && non_finite == 0, "status", packing, dtype, rows, columns, isa);
+      moe_tiles all = {0, tiles, out.data(), stride, errors.data(), -1, packing, 0};
+      const int32_t status = moe_quantize(&source, &all, flags, isa);
+      if (status == MOE_E_ISA) continue;
+      expect(status == MOE_OK && all.non_finite == 0, "status", packing, dtype, rows, columns, isa);
       if (first.empty()) first = out;
       expect(out == first, "bytes differ between ISAs", packing, dtype, rows, columns, isa);
       // The last tile alone, with the optional outputs left out.
       std::vector<uint8_t> last((size_t)tile_bytes);
-      moe_quantize(packing, dtype, weights.data(), rows, columns, tiles - 1, tiles, last.data(), tile_bytes, flags, isa,
-                   nullptr, nullptr);
+      moe_tiles one = {tiles - 1, tiles, last.data(), tile_bytes, nullptr, 0, packing, 0};
+      moe_quantize(&source, &one, flags, isa);
       expect(std::memcmp(last.data(), out.data() + (tiles - 1) * stride, (size_t)tile_bytes) == 0, "last tile", packing,
              dtype, rows, columns, isa);
     }
@@ -81,7 +81,8 @@ std::vector<float> factor_of(long columns, long block) {
   std::vector<float> factor((size_t)(blocks * block * block));
   for (long b = 0; b < blocks; ++b) {
     for (long j = 0; j < block; ++j) {
-      for (long k = j; k < block; ++k) factor[(size_t)((b * block + j) * block + k)] = j == k ? 1.0f : 5 * random_weight() / (float)block;
+      for (long k = j; k < block; ++k)
+        factor[(size_t)((b * block + j) * block + k)] = j == k ? 1.0f : 5 * random_weight() / (float)block;
     }
   }
   return factor;
@@ -93,8 +94,10 @@ void check_refit(int packing, int dtype, long rows, long columns, long gap) {
   const int64_t tiles = moe::tiles_of(rows), tile_bytes = moe::tile_bytes((moe::Packing)packing, columns);
   const int64_t stride = tile_bytes + gap, bytes = (tiles - 1) * stride + tile_bytes;
   const std::vector<uint8_t> weights = matrix(dtype, rows * columns);
+  const moe_weights source = {weights.data(), rows, columns, dtype, 0};
   const long rank = 5;
-  const std::vector<float> importance((size_t)columns, 0.7f), diagonal((size_t)columns, 1.3f), pairing((size_t)columns, 0.6f);
+  const std::vector<float> importance((size_t)columns, 0.7f), diagonal((size_t)columns, 1.3f),
+      pairing((size_t)columns, 0.6f);
   const std::vector<float> low_rank((size_t)(columns * rank), 0.1f);
   for (int kind = 0; kind < kKinds; ++kind) {
     const long block = kind == kBlocks ? 256 : columns;
@@ -106,47 +109,59 @@ void check_refit(int packing, int dtype, long rows, long columns, long gap) {
     std::vector<int32_t> order((size_t)groups);
     for (int32_t g = 0; g < groups; ++g) order[(size_t)g] = groups - 1 - g;
     const bool estimated = kind == kDiagonalGain || kind == kLowRankGain;
-    const auto run = [&](int isa, int64_t begin, std::vector<uint8_t>* out, std::vector<double>* errors, int64_t* non_finite) {
-      return moe_refit(packing, dtype, weights.data(), rows, columns, begin, tiles, out->data(), stride,
-                       factor.empty() ? nullptr : factor.data(), factor.empty() ? 0 : block,
-                       kind == kOrdered ? order.data() : nullptr,
-                       kind == kPlain ? nullptr : importance.data(), estimated ? diagonal.data() : nullptr,
-                       estimated ? pairing.data() : nullptr, kind == kLowRankGain ? low_rank.data() : nullptr,
-                       kind == kLowRankGain ? rank : 0, factor.empty() ? nullptr : damping.data(),
-                       kind == kStatic ? (uint32_t)MOE_STATIC : 0u, isa, errors->data(), non_finite);
+    moe_metric metric = {};
+    if (kind != kPlain) metric.importance = importance.data();
+    if (!factor.empty()) {
+      metric.factor = factor.data();
+      metric.factor_block = block;
+      metric.damping = damping.data();
+    }
+    if (kind == kOrdered) metric.order = order.data();
+    if (estimated) {
+      metric.diagonal = diagonal.data();
+      metric.pairing = pairing.data();
+    }
+    if (kind == kLowRankGain) {
+      metric.low_rank = low_rank.data();
+      metric.rank = rank;
+    }
+    const auto run = [&](int isa, moe_tiles* to) {
+      return moe_refit(&source, to, &metric, kind == kStatic ? MOE_STATIC : 0, isa);
     };
     std::vector<uint8_t> first;
     std::vector<double> first_errors;
     for (int isa = MOE_ISA_PORTABLE; isa <= MOE_ISA_AVX512; ++isa) {
       std::vector<uint8_t> out((size_t)bytes, 0xa5), last((size_t)tile_bytes);
       std::vector<double> errors((size_t)(4 * tiles)), last_errors(4);
-      int64_t non_finite = -1;
-      const int32_t status = run(isa, 0, &out, &errors, &non_finite);
-      if (status == MOE_NO_ISA) continue;
-      expect(status == MOE_OK && non_finite == 0, "refit's status", packing, dtype, rows, columns, isa);
+      moe_tiles all = {0, tiles, out.data(), stride, errors.data(), -1, packing, 0};
+      const int32_t status = run(isa, &all);
+      if (status == MOE_E_ISA) continue;
+      expect(status == MOE_OK && all.non_finite == 0, "refit's status", packing, dtype, rows, columns, isa);
       if (first.empty()) {
         first = out;
         first_errors = errors;
       }
-      expect(out == first && errors == first_errors, "refit's bytes differ between ISAs", packing, dtype, rows, columns, isa);
-      run(isa, tiles - 1, &last, &last_errors, nullptr);
+      expect(out == first && errors == first_errors, "refit's bytes differ between ISAs", packing, dtype, rows, columns,
+             isa);
+      moe_tiles one = {tiles - 1, tiles, last.data(), stride, last_errors.data(), 0, packing, 0};
+      run(isa, &one);
       expect(std::memcmp(last.data(), out.data() + (tiles - 1) * stride, (size_t)tile_bytes) == 0, "refit's last tile",
              packing, dtype, rows, columns, isa);
-      expect(std::equal(last_errors.begin(), last_errors.end(), errors.end() - 4), "refit's last sums", packing, dtype, rows,
-             columns, isa);
+      expect(std::equal(last_errors.begin(), last_errors.end(), errors.end() - 4), "refit's last sums", packing, dtype,
+             rows, columns, isa);
     }
   }
 }
 
 void check_hqq(int nbits, int group_size, int dtype, long rows, long columns) {
   const std::vector<uint8_t> weights = matrix(dtype, rows * columns);
+  const moe_weights source = {weights.data(), rows, columns, dtype, 0};
   const long groups = (columns + group_size - 1) / group_size;
   for (int isa = MOE_ISA_PORTABLE; isa <= MOE_ISA_AVX512; ++isa) {
     std::vector<float> scale((size_t)(rows * groups)), zero((size_t)(rows * groups));
     std::vector<uint8_t> codes((size_t)(rows * columns));
-    const int32_t status =
-        moe_hqq(nbits, group_size, dtype, weights.data(), rows, columns, 0, isa, scale.data(), zero.data(), codes.data());
-    expect(status == MOE_OK || status == MOE_NO_ISA, "hqq", nbits, dtype, rows, columns, isa);
+    const int32_t status = moe_hqq(&source, nbits, group_size, 0, isa, scale.data(), zero.data(), codes.data());
+    expect(status == MOE_OK || status == MOE_E_ISA, "hqq", nbits, dtype, rows, columns, isa);
   }
 }
 
@@ -161,22 +176,26 @@ void check_extremes() {
             std::vector<float> weights(7 * 77, fill != 0 ? value : 0.01f);
             weights[7 * 77 - 1] = value;
             std::vector<uint8_t> out((size_t)moe::tile_bytes((moe::Packing)packing, 77));
-            int64_t bad = 0;
-            const int32_t status = moe_quantize(packing, MOE_FP32, weights.data(), 7, 77, 0, 1, out.data(),
-                                                (int64_t)out.size(), flags, isa, nullptr, &bad);
+            const moe_weights source = {weights.data(), 7, 77, MOE_F32, 0};
+            moe_tiles tiles = {0, 1, out.data(), (int64_t)out.size(), nullptr, 0, packing, 0};
+            const int32_t status = moe_quantize(&source, &tiles, flags, isa);
+            const int64_t bad = tiles.non_finite;
             const bool finite = std::isfinite(value);
-            expect(status == MOE_NO_ISA || (status == MOE_NON_FINITE) == !finite, "extremes", packing, (int)flags, fill,
-                   (long)status, isa);
+            expect(status == MOE_E_ISA || (status == MOE_E_NON_FINITE) == !finite, "extremes", packing, (int)flags,
+                   fill, (long)status, isa);
             std::vector<double> errors(4);
             const std::vector<float> factor = factor_of(77, 77), importance(77, 1.0f);
             for (int with = 0; with < 2; ++with) {
-              const int32_t refit = moe_refit(packing, MOE_FP32, weights.data(), 7, 77, 0, 1, out.data(), (int64_t)out.size(),
-                                              with != 0 ? factor.data() : nullptr, 77, nullptr, importance.data(), nullptr, nullptr,
-                                              nullptr, 0, nullptr, 0, isa, errors.data(), nullptr);
-              expect(refit == MOE_NO_ISA || (refit == MOE_NON_FINITE) == !finite, "refit's extremes", packing, with, fill,
-                     (long)refit, isa);
+              moe_metric metric = {};
+              metric.factor = with != 0 ? factor.data() : nullptr;
+              metric.factor_block = 77;
+              metric.importance = importance.data();
+              tiles.errors = errors.data();
+              const int32_t refit = moe_refit(&source, &tiles, &metric, 0, isa);
+              expect(refit == MOE_E_ISA || (refit == MOE_E_NON_FINITE) == !finite, "refit's extremes", packing, with,
+                     fill, (long)refit, isa);
             }
-            if (!finite && status != MOE_NO_ISA) {
+            if (!finite && status != MOE_E_ISA) {
               expect(bad == (fill != 0 ? 7 * 77 : 1), "count of non-finite", packing, (int)flags, fill, (long)bad, isa);
             }
           }
@@ -189,11 +208,12 @@ void check_extremes() {
 }  // namespace
 
 int main() {
-  const long shapes[][2] = {{1, 1},   {1, 16},  {2, 31},   {15, 33},  {16, 64},  {17, 65},  {31, 255},
+  const long shapes[][2] = {{1, 1},    {1, 16},   {2, 31},   {15, 33},  {16, 64},  {17, 65},   {31, 255},
                             {32, 256}, {33, 192}, {40, 300}, {65, 257}, {48, 511}, {70, 1030}, {300, 140}};
   for (const auto& shape : shapes) {
-    for (int dtype = MOE_FP32; dtype <= MOE_FP16; ++dtype) {
-      for (int packing = 0; packing < moe::kPackings; ++packing) check(packing, dtype, shape[0], shape[1], packing % 2 * 131);
+    for (int dtype = MOE_F32; dtype <= MOE_F16; ++dtype) {
+      for (int packing = 0; packing < moe::kPackings; ++packing)
+        check(packing, dtype, shape[0], shape[1], packing % 2 * 131);
       // Slow: every packing with one dtype.
       for (int packing = 0; packing < moe::kPackings; ++packing) {
         if (dtype == packing % 3) check_refit(packing, dtype, shape[0], shape[1], packing % 2 * 131);

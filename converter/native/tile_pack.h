@@ -61,24 +61,6 @@ typename S::U scale_nibbles(const BlockCodes& b, int first) {
   return S::or_u(scale_bytes<S>(b.s, first), S::template left<4>(scale_bytes<S>(b.m, first)));
 }
 
-// `block`: where the superblock begins in the tile.
-template <class S>
-void pack_q2_g16(const BlockCodes& b, int r, bool wide_scales, uint8_t* block) {
-  const int quad_bytes = wide_scales ? 768 : 640;
-  for (int q = 0; q < 4; ++q) {
-    uint8_t* quad = block + q * quad_bytes;
-    for (int j = 0; j < 4; ++j) {
-      S::store_u(quad + 64 * (2 * j + r), code_vector<S, 4, 2, 3>(b.codes, 64 * q + 4 * j, 16));
-    }
-    if (wide_scales) {
-      S::store_u(quad + 512 + 128 * r, scale_bytes<S>(b.s, 4 * q));
-      S::store_u(quad + 576 + 128 * r, scale_bytes<S>(b.m, 4 * q));
-    } else {
-      S::store_u(quad + 512 + 64 * r, scale_nibbles<S>(b, 4 * q));
-    }
-  }
-}
-
 // Code vectors 2i and 2i + 1 and their high bits: 192 bytes.
 template <class S>
 void pack_q3_pair(const uint32_t* codes, int first, int stride, uint8_t* to) {
@@ -87,48 +69,51 @@ void pack_q3_pair(const uint32_t* codes, int first, int stride, uint8_t* to) {
   S::store_u(to + 128, high_bits<S>(codes, first, stride));
 }
 
-template <class S>
-void pack_q3_g32(const BlockCodes& b, int r, uint8_t* block) {
-  for (int q = 0; q < 2; ++q) {
-    uint8_t* half = block + q * 1664;
-    for (int i = 0; i < 4; ++i) pack_q3_pair<S>(b.codes, 128 * q + 8 * i, 32, half + 192 * (2 * i + r));
-    S::store_u(half + 1536 + 64 * r, scale_nibbles<S>(b, 4 * q));
+// One chunk of a superblock: its codes, then its S and M. first: its first column.
+template <class S, Packing P>
+void pack_chunk(const BlockCodes& b, int first, int r, uint8_t* chunk) {
+  constexpr PackingInfo kInfo = kPackingInfo[P];
+  constexpr int kGroup = kInfo.group_size, kPlanes = kInfo.planes(), kCodeBytes = kInfo.code_bytes();
+  if constexpr (kInfo.nbits == 3) {
+    for (int i = 0; i < kGroup / 8; ++i) pack_q3_pair<S>(b.codes, first + 8 * i, kGroup, chunk + 192 * (2 * i + r));
+  } else {
+    constexpr int kBits = kInfo.nbits;
+    for (int j = 0; j < kGroup / 4; ++j) {
+      S::store_u(chunk + 64 * (2 * j + r),
+                 code_vector<S, kPlanes, kBits, (1 << kBits) - 1>(b.codes, first + 4 * j, kGroup));
+    }
+  }
+  const int group = first / kGroup;
+  uint8_t* const scales = chunk + kCodeBytes;
+  if constexpr (kGroup == 64) {  // by group, a byte a row
+    uint8_t* const s = scales + 32 * kPlanes * r;
+    for (int v = 0; v < kPlanes; ++v) {
+      S::store_bytes(s + 16 * v, S::load_u(b.s + 16 * (group + v)));
+      S::store_bytes(s + 16 * (kPlanes + v), S::load_u(b.m + 16 * (group + v)));
+    }
+  } else if constexpr (kInfo.scale_bits == 8) {  // by row, a byte a group
+    S::store_u(scales + 128 * r, scale_bytes<S>(b.s, group));
+    S::store_u(scales + 128 * r + 64, scale_bytes<S>(b.m, group));
+  } else {
+    S::store_u(scales + 64 * r, scale_nibbles<S>(b, group));
   }
 }
 
-template <class S>
-void pack_q3_g64(const BlockCodes& b, int r, uint8_t* block) {
-  for (int i = 0; i < 8; ++i) pack_q3_pair<S>(b.codes, 8 * i, 64, block + 192 * (2 * i + r));
-  uint8_t* scales = block + 3072 + 128 * r;
-  for (int v = 0; v < 4; ++v) {
-    S::store_bytes(scales + 16 * v, S::load_u(b.s + 16 * v));
-    S::store_bytes(scales + 64 + 16 * v, S::load_u(b.m + 16 * v));
-  }
-}
-
-template <class S>
-void pack_q4_g64(const BlockCodes& b, int r, uint8_t* block) {
-  for (int h = 0; h < 2; ++h) {
-    uint8_t* half = block + h * 2176;
-    for (int j = 0; j < 16; ++j) {
-      S::store_u(half + 64 * (2 * j + r), code_vector<S, 2, 4, 15>(b.codes, 128 * h + 4 * j, 64));
-    }
-    uint8_t* scales = half + 2048 + 64 * r;
-    for (int v = 0; v < 2; ++v) {
-      S::store_bytes(scales + 16 * v, S::load_u(b.s + 16 * (2 * h + v)));
-      S::store_bytes(scales + 32 + 16 * v, S::load_u(b.m + 16 * (2 * h + v)));
-    }
-  }
+// `block`: where the superblock begins in the tile.
+template <class S, Packing P>
+void pack_superblock(const BlockCodes& b, int r, uint8_t* block) {
+  constexpr int kChunks = kPackingInfo[P].chunks, kColumns = kPackingInfo[P].chunk_columns();
+  constexpr int kBytes = kPackingInfo[P].chunk_bytes();
+  for (int chunk = 0; chunk < kChunks; ++chunk) pack_chunk<S, P>(b, kColumns * chunk, r, block + kBytes * chunk);
 }
 
 template <class S>
 void pack_block(int packing, const BlockCodes& b, int r, uint8_t* block) {
   switch (packing) {
-    case kQ2G16S4: pack_q2_g16<S>(b, r, false, block); break;
-    case kQ2G16S8: pack_q2_g16<S>(b, r, true, block); break;
-    case kQ3G32S4: pack_q3_g32<S>(b, r, block); break;
-    case kQ3G64S8: pack_q3_g64<S>(b, r, block); break;
-    case kQ4G64S8: pack_q4_g64<S>(b, r, block); break;
+#define MOE_PACK(id, ...) \
+  case id: return pack_superblock<S, id>(b, r, block);
+    MOE_PACKINGS(MOE_PACK)
+#undef MOE_PACK
   }
 }
 

@@ -1,41 +1,61 @@
-// Constants of the tile packings (docs/format.md, "Packings"). The only place where native code states them;
-// tests/test_formats_native_header.py compares them with formats/packing.py.
+// Sizes of the tile packings for code that runs on the CPU; loader/cuda/kernels/tiles.cuh has them for GPUs.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+
+#include "packings.h"
 
 namespace moe {
 
-inline constexpr int kTileRows = 32;     // rows of one tile
-inline constexpr int kBlockCols = 256;   // input columns of one superblock
-inline constexpr int kHeadBytes = 128;   // for r in 0, 1: 16 x fp16 ds, 16 x fp16 dm
-inline constexpr int kHalfRows = 16;     // rows of one half r
+inline constexpr int kTileRows = 32;    // rows of one tile
+inline constexpr int kBlockCols = 256;  // input columns of one superblock
+inline constexpr int kHeadBytes = 128;  // for r in 0, 1: 16 x fp16 ds, 16 x fp16 dm
+inline constexpr int kHalfRows = 16;    // rows of one half r
 
-// The ids are part of the C ABI, not of the file format: files name packings by their names.
 enum Packing : int32_t {
-  kQ2G16S4 = 0,  // tile32-q2-g16-s4
-  kQ2G16S8 = 1,  // tile32-q2-g16-s8
-  kQ3G32S4 = 2,  // tile32-q3-g32-s4
-  kQ3G64S8 = 3,  // tile32-q3-g64-s8
-  kQ4G64S8 = 4,  // tile32-q4-g64-s8
+#define MOE_ID(id, ...) id,
+  MOE_PACKINGS(MOE_ID)
+#undef MOE_ID
 };
-inline constexpr int kPackings = 5;
+
+// A packing as a type: functions that a packing has of its own are overloads over it.
+template <Packing P>
+struct Of {};
 
 struct PackingInfo {
   const char* name;
   int nbits;
-  int group_size;    // input columns that share one S and one M
-  int scale_bits;    // 4: S and M unsigned nibbles; 8: S unsigned, M signed
-  int block_bytes;   // bytes of one superblock of 32 rows x 256 columns
+  int group_size;   // input columns that share one S and one M
+  int scale_bits;   // of S and of M
+  int chunks;       // of a superblock: their codes, then their S and M
+  int block_bytes;  // bytes of one superblock of 32 rows x 256 columns
+
+  constexpr PackingInfo(const char* name, int nbits, int group_size, int scale_bits, int chunks)
+      : name(name), nbits(nbits), group_size(group_size), scale_bits(scale_bits), chunks(chunks),
+        block_bytes(kTileRows * (kBlockCols * nbits + kBlockCols / group_size * 2 * scale_bits) / 8) {}
+
+  constexpr int chunk_columns() const { return kBlockCols / chunks; }
+  constexpr int chunk_bytes() const { return block_bytes / chunks; }
+  constexpr int code_bytes() const { return kTileRows * chunk_columns() * nbits / 8; }  // of a chunk
+  constexpr int planes() const { return chunk_columns() / group_size; }  // groups of a chunk, side by side in each byte
 };
 
-inline constexpr PackingInfo kPackingInfo[kPackings] = {
-    {"tile32-q2-g16-s4", 2, 16, 4, 2560},
-    {"tile32-q2-g16-s8", 2, 16, 8, 3072},
-    {"tile32-q3-g32-s4", 3, 32, 4, 3328},
-    {"tile32-q3-g64-s8", 3, 64, 8, 3328},
-    {"tile32-q4-g64-s8", 4, 64, 8, 4352},
+inline constexpr PackingInfo kPackingInfo[] = {
+#define MOE_INFO(id, suffix, name, nbits, group_size, scale_bits, chunks) {name, nbits, group_size, scale_bits, chunks},
+    MOE_PACKINGS(MOE_INFO)
+#undef MOE_INFO
 };
+inline constexpr int kPackings = int(sizeof(kPackingInfo) / sizeof(kPackingInfo[0]));
+
+inline bool known_packing(int32_t packing) { return packing >= 0 && packing < kPackings; }
+
+// The id of a name, -1 if unknown.
+inline int32_t packing_named(const char* name) {
+  for (int32_t i = 0; i < kPackings; ++i)
+    if (name && std::strcmp(name, kPackingInfo[i].name) == 0) return i;
+  return -1;
+}
 
 constexpr int64_t blocks_of(int64_t columns) { return (columns + kBlockCols - 1) / kBlockCols; }
 constexpr int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }

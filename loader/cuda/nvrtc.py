@@ -13,6 +13,8 @@ import torch
 from formats.errors import MoeConvertError
 
 KERNELS = Path(__file__).parent / "kernels"
+SHARED = Path(__file__).parents[2] / "formats/native/packings.h"
+"""The list of packings, which the CPU's native code includes, too."""
 _MAIN = "moe_kernels.cu"
 OPTIONS = ("--std=c++17", "--fmad=false")
 """Without --fmad=false a product and a sum would become one fma, and the bits would not be the CPU's."""
@@ -24,7 +26,7 @@ def compile_kernels(arch: str, cache: Path | None = None) -> bytes:
     MoeConvertError if NVRTC is not there, does not know `arch`, or refuses the source (with its log).
     """
     nvrtc = _library()
-    sources = {path.name: path.read_bytes() for path in sorted(KERNELS.iterdir())}
+    sources = {path.name: path.read_bytes() for path in (*sorted(KERNELS.iterdir()), SHARED)}
     key = hashlib.sha256(repr((arch, OPTIONS, _version(nvrtc), sources)).encode()).hexdigest()
     kept = cache / f"kernels-{arch}-{key[:32]}.cubin" if cache else None
     if kept and (found := _read_kept(kept)):

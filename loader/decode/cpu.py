@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from formats.expert import ExpertLayout
+from formats.native_abi import Status
 from loader import kernels
 from loader.backend import Backend
 from loader.cache import ExpertSource
@@ -20,7 +21,6 @@ from loader.lease import Lease
 from loader.native_library import Model, Token, library
 from loader.prefetch import in_order, ranked
 
-_MISSING = 6
 _HEAD_WIDTH_MULTIPLE = 16
 _WEIGHTS_DEVICE = torch.device("cpu")
 
@@ -110,7 +110,7 @@ class CpuDecoder(Derived):
         )  # fmt: skip
         counted = 0
         error = self._run(byref(self._model), byref(state))
-        while error == _MISSING:
+        while error == Status.MISSING:
             number = state.halves_done // 2
             self._count_hits(experts, index, counted, number)
             counted = number + 1

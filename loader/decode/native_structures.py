@@ -9,7 +9,7 @@ from torch import Tensor
 from loader import kernels
 from loader.decode.weights import LayerWeights, ModelWeights
 from loader.kernels import PackedMatrix
-from loader.native_library import Attention, Layer, Matrix, library
+from loader.native_library import Attention, Layer, Matrix, packing_id
 
 _HEAD_BF16 = -1
 
@@ -50,8 +50,8 @@ def layer_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> L
         if layout.hidden != hidden:
             raise ValueError(f"experts for {layout.hidden} values, attention for {hidden}")
         structure.intermediate = layout.intermediate
-        structure.gate_up_packing = library().moe_packing_id(layout.gate_up.name.encode())
-        structure.down_packing = library().moe_packing_id(layout.down.name.encode())
+        structure.gate_up_packing = packing_id(layout.gate_up.name)
+        structure.down_packing = packing_id(layout.down.name)
     return structure
 
 
@@ -78,8 +78,7 @@ def _matrix(name: str, matrix: PackedMatrix, columns: int) -> Matrix:
         raise ValueError(
             f"{name}: {matrix.tiles.numel()} bytes are too few for {matrix.rows} x {columns}; {need} needed"
         )
-    packing = library().moe_packing_id(matrix.packing.encode())
-    return Matrix(tiles=matrix.tiles.data_ptr(), rows=matrix.rows, packing=packing)
+    return Matrix(tiles=matrix.tiles.data_ptr(), rows=matrix.rows, packing=packing_id(matrix.packing))
 
 
 def _check_dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -19,13 +19,10 @@ constexpr int64_t kSpan = 512;  // positions of one work item: fixed, so that th
 const AttentionKernels& attention_kernels() {
   switch (moe_isa()) {
 #if defined(MOE_X86)
-    case MOE_ISA_AVX512:
-      return kAvx512Attention;
-    case MOE_ISA_AVX2:
-      return kAvx2Attention;
+    case MOE_ISA_AVX512: return kAvx512Attention;
+    case MOE_ISA_AVX2: return kAvx2Attention;
 #endif
-    default:
-      return kPortableAttention;
+    default: return kPortableAttention;
   }
 }
 
@@ -50,13 +47,18 @@ struct Step {
     }
   }
 
-  void append(const float* x, T* cache, int64_t capacity, int64_t position) const {
-    for (int64_t h = 0; h < kv_heads; ++h)
-      for (int64_t i = 0; i < dim; ++i) round_to(x[h * dim + i], cache + (h * capacity + position) * dim + i);
+  // The token's keys or values after those of the cache.
+  void append(const float* x, void* to, const moe_kv& cache) const {
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      T* row = static_cast<T*>(to) + (h * cache.capacity + cache.length) * dim;
+      for (int64_t i = 0; i < dim; ++i) round_to(x[h * dim + i], row + i);
+    }
   }
 
-  // All heads over `length` positions; out fp32 [heads * dim].
-  void attend(const float* q, const T* keys, const T* values, int64_t capacity, int64_t length, float* out) const {
+  // All heads over the cache and the token; out fp32 [heads * dim].
+  void attend(const float* q, const moe_kv& cache, float* out) const {
+    const T *keys = static_cast<const T*>(cache.keys), *values = static_cast<const T*>(cache.values);
+    const int64_t length = cache.length + 1;
     const int64_t spans = (length + kSpan - 1) / kSpan;
     std::vector<float> room(size_t(spans * heads * (dim + 2)));
     float* const acc = room.data();
@@ -70,9 +72,9 @@ struct Step {
       pool.run(spans * kv_heads, [&](int64_t item) {
         const int64_t span = item % spans, h = item / spans, begin = span * kSpan;
         const int64_t n = length - begin < kSpan ? length - begin : kSpan, at = span * heads + h * group;
-        const int64_t offset = (h * capacity + begin) * dim;
-        attend_span(q + h * group * dim, keys + offset, values + offset, n, int(group), int(dim), layer.scale,
-                    acc + at * dim, top + at, total + at);
+        const int64_t offset = (h * cache.capacity + begin) * dim;
+        attend_span({q + h * group * dim, keys + offset, values + offset, n, int(group), int(dim), layer.scale,
+                     acc + at * dim, top + at, total + at});
       });
     }
     for (int64_t h = 0; h < heads; ++h) {
@@ -89,7 +91,7 @@ struct Step {
     }
   }
 
-  int32_t run(const T* x, const T* cos, const T* sin, T* keys, T* values, int64_t capacity, int64_t length, T* out) {
+  int32_t run(const T* x, const T* cos, const T* sin, const moe_kv& cache, T* out) {
     const int64_t hidden = layer.hidden, wide = heads * dim, narrow = kv_heads * dim;
     std::vector<float> room(size_t(2 * hidden + 2 * wide + 2 * narrow));
     float* const input = room.data();
@@ -106,9 +108,9 @@ struct Step {
     if (const int32_t error = moe_linear_many(qkv, 3, hidden, input, 1)) return error;
     rotate(q, heads, cos, sin);
     rotate(k, kv_heads, cos, sin);
-    append(k, keys, capacity, length);
-    append(v, values, capacity, length);
-    attend(q, keys, values, capacity, length + 1, mixed);
+    append(k, cache.keys, cache);
+    append(v, cache.values, cache);
+    attend(q, cache, mixed);
     moe_matrix o = layer.o;
     o.y = result;
     if (const int32_t error = moe_linear_many(&o, 1, wide, mixed, 1)) return error;
@@ -118,21 +120,21 @@ struct Step {
 };
 
 template <class T>
-int32_t run_step(const moe_attention& layer, const void* x, const void* cos, const void* sin, void* keys, void* values,
-                 int64_t capacity, int64_t length, void* out) {
-  return Step<T>(layer).run(static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin),
-                            static_cast<T*>(keys), static_cast<T*>(values), capacity, length, static_cast<T*>(out));
+int32_t run_step(const moe_attention& layer, const void* x, const void* cos, const void* sin, const moe_kv& cache,
+                 void* out) {
+  return Step<T>(layer).run(static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin), cache,
+                            static_cast<T*>(out));
 }
 
 }  // namespace
 
 namespace moe {
 
-int32_t check_attention(const moe_attention& l, int64_t capacity, int64_t length) {
+int32_t check_attention(const moe_attention& l, const moe_kv& cache) {
   const int64_t dim = l.head_dim;
   if ((l.dtype != MOE_BF16 && l.dtype != MOE_F32) || dim <= 0 || dim % 16 || l.hidden <= 0 || l.k.rows <= 0 ||
       l.q.rows <= 0 || l.q.rows % dim || l.k.rows % dim || l.q.rows % l.k.rows || l.v.rows != l.k.rows ||
-      l.o.rows != l.hidden || length < 0 || capacity <= length)
+      l.o.rows != l.hidden || cache.length < 0 || cache.capacity <= cache.length)
     return MOE_E_SIZE;
   for (const moe_matrix* m : {&l.q, &l.k, &l.v, &l.o})
     if (!known_packing(m->packing)) return MOE_E_PACKING;
@@ -143,12 +145,12 @@ int32_t check_attention(const moe_attention& l, int64_t capacity, int64_t length
 
 extern "C" {
 
-int32_t moe_attention_step(const moe_attention* layer, const void* x, const void* cos, const void* sin, void* keys,
-                           void* values, int64_t capacity, int64_t length, void* out) {
-  if (const int32_t error = check_attention(*layer, capacity, length)) return error;
+int32_t moe_attention_step(const moe_attention* layer, const void* x, const void* cos, const void* sin,
+                           const moe_kv* cache, void* out) {
+  if (const int32_t error = check_attention(*layer, *cache)) return error;
   try {
-    if (layer->dtype == MOE_BF16) return run_step<uint16_t>(*layer, x, cos, sin, keys, values, capacity, length, out);
-    return run_step<float>(*layer, x, cos, sin, keys, values, capacity, length, out);
+    if (layer->dtype == MOE_BF16) return run_step<uint16_t>(*layer, x, cos, sin, *cache, out);
+    return run_step<float>(*layer, x, cos, sin, *cache, out);
   } catch (const std::bad_alloc&) {
     return MOE_E_MEMORY;
   }

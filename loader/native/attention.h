@@ -6,10 +6,18 @@
 
 namespace moe {
 
-// `heads` query heads [heads][dim] over `length` positions of one head of K and V ([length][dim], dense): running sums
-// acc [heads][dim], the largest score and the sum of exp(score - largest) of each head. dim is a multiple of 16.
-using AttendFn = void (*)(const float* q, const void* k, const void* v, int64_t length, int heads, int dim, float scale,
-                          float* acc, float* top, float* total);
+// Query heads over some positions of one head of K and V. dim is a multiple of 16.
+struct AttendTask {
+  const float* q;  // [heads][dim]
+  const void* k;   // [length][dim], dense, as v
+  const void* v;
+  int64_t length;
+  int heads, dim;
+  float scale;
+  // By head: running sums [heads][dim], the largest score, the sum of exp(score - largest).
+  float *acc, *top, *total;
+};
+using AttendFn = void (*)(const AttendTask& task);
 
 struct AttentionKernels {
   AttendFn attend_f32, attend_bf16;
@@ -22,6 +30,6 @@ extern const AttentionKernels kAvx512Attention;
 #endif
 
 // What moe_attention_step refuses before it writes anything: MOE_OK, MOE_E_SIZE or MOE_E_PACKING.
-int32_t check_attention(const moe_attention& layer, int64_t capacity, int64_t length);
+int32_t check_attention(const moe_attention& layer, const moe_kv& cache);
 
 }  // namespace moe

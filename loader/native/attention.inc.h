@@ -75,23 +75,24 @@ inline void weigh_block(const float* weights, const T* v, int n, int dim, const 
 }
 
 template <int G, class T>
-void attend_group(const float* q, const T* k, const T* v, int64_t length, int dim, float scale, float* acc, float* top,
-                  float* total) {
+void attend_group(const AttendTask& task) {
+  const int dim = task.dim;
+  float *const top = task.top, *const total = task.total, *const acc = task.acc;
   alignas(64) float weights[G * kBlock];
   for (int g = 0; g < G; ++g) {
     top[g] = -__builtin_inff();
     total[g] = 0.0f;
     for (int d = 0; d < dim; ++d) acc[g * dim + d] = 0.0f;
   }
-  for (int64_t begin = 0; begin < length; begin += kBlock) {
-    const int n = int(length - begin < kBlock ? length - begin : kBlock);
-    score_block<G>(q, k + begin * dim, n, dim, weights);
+  for (int64_t begin = 0; begin < task.length; begin += kBlock) {
+    const int n = int(task.length - begin < kBlock ? task.length - begin : kBlock);
+    score_block<G>(task.q, static_cast<const T*>(task.k) + begin * dim, n, dim, weights);
     float keep[G];
     for (int g = 0; g < G; ++g) {
       float* w = weights + g * kBlock;
       float most = top[g];
       for (int p = 0; p < n; ++p) {
-        w[p] *= scale;
+        w[p] *= task.scale;
         most = w[p] > most ? w[p] : most;
       }
       for (int p = n; p < kBlock; ++p) w[p] = -__builtin_inff();
@@ -109,20 +110,23 @@ void attend_group(const float* q, const T* k, const T* v, int64_t length, int di
       total[g] = total[g] * keep[g] + sum16(sum);
       top[g] = most;
     }
-    weigh_block<G>(weights, v + begin * dim, n, dim, keep, acc);
+    weigh_block<G>(weights, static_cast<const T*>(task.v) + begin * dim, n, dim, keep, acc);
   }
 }
 
 template <int G, class T>
-void attend_heads(const float* q, const T* k, const T* v, int64_t length, int heads, int dim, float scale, float* acc,
-                  float* top, float* total) {
-  for (; heads >= G; heads -= G, q += G * dim, acc += G * dim, top += G, total += G)
-    attend_group<G>(q, k, v, length, dim, scale, acc, top, total);
-  if constexpr (G > 1) attend_heads<G - 1>(q, k, v, length, heads, dim, scale, acc, top, total);
+void attend_heads(AttendTask task) {
+  for (; task.heads >= G; task.heads -= G) {
+    attend_group<G, T>(task);
+    task.q += G * task.dim;
+    task.acc += G * task.dim;
+    task.top += G;
+    task.total += G;
+  }
+  if constexpr (G > 1) attend_heads<G - 1, T>(task);
 }
 
 template <class T>
-void attend(const float* q, const void* k, const void* v, int64_t length, int heads, int dim, float scale, float* acc,
-            float* top, float* total) {
-  attend_heads<4>(q, static_cast<const T*>(k), static_cast<const T*>(v), length, heads, dim, scale, acc, top, total);
+void attend(const AttendTask& task) {
+  attend_heads<4, T>(task);
 }

@@ -2,8 +2,8 @@
 #include "dispatch.h"
 
 #include <atomic>
-#include <cstring>
 
+#include "../../formats/native/cpu_features.h"
 #include "moe_kernels.h"
 #include "pool.h"
 
@@ -15,19 +15,7 @@ struct Choice {
   const char* reason;
 };
 
-bool supported(int32_t isa) {
-  if (isa == MOE_ISA_PORTABLE) return true;
-#if defined(MOE_X86)
-  __builtin_cpu_init();  // its answers include whether the operating system saves the wide registers
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (isa == MOE_ISA_AVX2) return avx2;
-  if (isa == MOE_ISA_AVX512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-#endif
-  return false;
-}
+bool supported(int32_t isa) { return cpu_runs(isa) && (isa != MOE_ISA_AVX512 || cpu_has_vnni()); }
 
 Choice automatic() {
 #if defined(MOE_X86)
@@ -107,10 +95,6 @@ int64_t moe_expert_bytes(int32_t gate_up_packing, int32_t down_packing, int64_t 
   return gate < 0 || down < 0 ? -1 : 2 * gate + down;
 }
 
-int32_t moe_packing_id(const char* name) {
-  for (int32_t i = 0; i < kPackings; ++i)
-    if (name && std::strcmp(name, kPackingInfo[i].name) == 0) return i;
-  return -1;
-}
+int32_t moe_packing_id(const char* name) { return packing_named(name); }
 
 }  // extern "C"

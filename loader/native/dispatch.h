@@ -6,6 +6,4 @@ namespace moe {
 
 const IsaKernels& kernels();
 
-inline bool known_packing(int32_t packing) { return packing >= 0 && packing < kPackings; }
-
 }  // namespace moe

@@ -1,9 +1,7 @@
 // Quantizing activations, SwiGLU, bf16 dots: plain loops, compiled once in each instruction set's translation unit.
-// Only correctly rounded operations in a fixed order (no contraction: -ffp-contract=off), so all units give the same bits.
-// Included inside an anonymous namespace: an inline function shared by units of different ISAs would be an ODR trap.
-
-inline uint32_t bits_of(float f) { return __builtin_bit_cast(uint32_t, f); }
-inline float float_of(uint32_t u) { return __builtin_bit_cast(float, u); }
+// Only correctly rounded operations in a fixed order (no contraction: -ffp-contract=off), so all units give the same
+// bits. Included inside an anonymous namespace: an inline function shared by units of different ISAs would be an ODR
+// trap.
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
 constexpr float kTiny = 1e-30f;        // a block below it counts as zero: 127 / amax must stay finite

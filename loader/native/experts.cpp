@@ -172,32 +172,34 @@ int32_t moe_experts(const moe_expert* experts, int32_t count, int64_t hidden, in
   return MOE_OK;
 }
 
-int32_t moe_experts_topk(const uint8_t* const* blobs, int32_t expert_count, int32_t gate_up_packing,
-                         int32_t down_packing, int64_t hidden, int64_t intermediate, const int64_t* index,
-                         const float* weights, int32_t top_k, const float* x, float* out, int64_t tokens,
+int32_t moe_experts_topk(const moe_layer_experts* experts, const moe_routing* routing, const float* x, float* out,
                          int32_t flags) {
-  if (expert_count < 0 || top_k < 0 || tokens < 0 || tokens > INT32_MAX) return MOE_E_SIZE;
+  const int64_t tokens = routing->tokens;
+  const int32_t top_k = routing->top_k;
+  if (experts->count < 0 || top_k < 0 || tokens < 0 || tokens > INT32_MAX) return MOE_E_SIZE;
   const int64_t pairs = tokens * top_k;
-  for (int64_t p = 0; p < pairs; ++p)
-    if (index[p] < 0 || index[p] >= expert_count || (!blobs[index[p]] && !(flags & MOE_PARTIAL))) return MOE_E_INDEX;
+  for (int64_t p = 0; p < pairs; ++p) {
+    const int64_t e = routing->index[p];
+    if (e < 0 || e >= experts->count || (!experts->blobs[e] && !(flags & MOE_PARTIAL))) return MOE_E_INDEX;
+  }
   try {
     std::vector<moe_expert> used;
     std::vector<int32_t> rows(static_cast<size_t>(pairs));
     std::vector<float> scaled(static_cast<size_t>(pairs));
     size_t n = 0;
-    for (int32_t e = 0; e < expert_count; ++e) {
-      if (!blobs[e]) continue;
+    for (int32_t e = 0; e < experts->count; ++e) {
+      if (!experts->blobs[e]) continue;
       const size_t begin = n;
       for (int64_t p = 0; p < pairs; ++p) {
-        if (index[p] != e) continue;
+        if (routing->index[p] != e) continue;
         rows[n] = int32_t(p / top_k);
-        scaled[n++] = weights[p];
+        scaled[n++] = routing->weights[p];
       }
       if (n > begin)
-        used.push_back({blobs[e], rows.data() + begin, scaled.data() + begin, int64_t(n - begin), gate_up_packing,
-                        down_packing});
+        used.push_back({experts->blobs[e], rows.data() + begin, scaled.data() + begin, int64_t(n - begin),
+                        experts->gate_up_packing, experts->down_packing});
     }
-    return moe_experts(used.data(), int32_t(used.size()), hidden, intermediate, x, out, tokens,
+    return moe_experts(used.data(), int32_t(used.size()), experts->hidden, experts->intermediate, x, out, tokens,
                        flags & MOE_ACCUMULATE);
   } catch (const std::bad_alloc&) {
     return MOE_E_MEMORY;

@@ -1,110 +1,19 @@
-// AVX-512 VNNI, many tokens of 2- and 3-bit codes: the codes of 64 columns of one half stay in sixteen registers while the tokens pass by, so
-// nothing is unpacked to memory; each product takes its activations as a broadcast from memory.
+// AVX-512 VNNI, many tokens of 2- and 3-bit codes: the codes of 64 columns of one half stay in sixteen registers while
+// the tokens pass by, so nothing is unpacked to memory; each product takes its activations as a broadcast from memory.
 // Accumulated per token and 64 columns: 16 vpdpbusd, and 3 to 6 more instructions of the same two pipes.
-
-typedef int32_t Aliased __attribute__((may_alias));
-
-inline I dot4(I sum, I codes, const int8_t* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*(const Aliased*)x));
-  return sum;
-}
-inline I dot2(I sum, I pairs, const int16_t* x) {
-  asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(*(const Aliased*)x));
-  return sum;
-}
-
-// 64 columns of one half: code[k] holds columns 4k to 4k + 3, with S multiplied in where it has 4 bits (S * q <= 105 fits
-// a byte).
-struct Columns64 {
-  I code[16];
-  I s[2];  // q2-g16-s8: S of the groups (0, 1) and (2, 3) as 16-bit pairs
-  F sf;    // groups of 64
-};
-
-// Bytes a and b of each 32-bit lane as two 16-bit halves.
-inline I two_bytes(I lanes, int a, int b) {
-  const char c = char(a), d = char(b);
-  return _mm512_shuffle_epi8(lanes, _mm512_broadcast_i32x4(_mm_setr_epi8(
-    c, -128, d, -128, char(c + 4), -128, char(d + 4), -128, char(c + 8), -128, char(d + 8), -128, char(c + 12), -128,
-    char(d + 12), -128)));
-}
-
-// Where the scales of 64 columns begin: b of a superblock, half r; of the planes that lie together.
-template <Packing P>
-inline const uint8_t* scales_at(const uint8_t* p, int b, int r) {
-  if constexpr (P == kQ2G16S4) return p + 640 * b + 512 + 64 * r;
-  if constexpr (P == kQ2G16S8) return p + 768 * b + 512 + 128 * r;
-  if constexpr (P == kQ3G32S4) return p + 1664 * (b / 2) + 1536 + 64 * r;
-  if constexpr (P == kQ3G64S8) return p + 3072 + 128 * r + 16 * b;
-}
-
-template <Packing P>
-MOE_INLINE inline void columns_q2(const uint8_t* p, int b, int r, Columns64& c) {
-  const I s = _mm512_loadu_si512(scales_at<P>(p, b, r));
-  if constexpr (P == kQ2G16S8) {
-    c.s[0] = two_bytes(s, 0, 1);
-    c.s[1] = two_bytes(s, 2, 3);
-  }
-  p += kPackingInfo[P].block_bytes / 4 * b + 64 * r;
-  unrolled<4>([&](auto j) MOE_INLINE {
-    const I w = load_codes(p + 128 * j);
-    unrolled<4>([&](auto v) MOE_INLINE {
-      I& code = c.code[4 * v + j];
-      code = _mm512_and_si512(v == 0 ? w : _mm512_srli_epi16(w, 2 * v), bytes(3));
-      if constexpr (P == kQ2G16S4)
-        code = _mm512_mullo_epi16(code, two_bytes(_mm512_and_si512(s, bytes(15)), v, v));
-    });
-  });
-}
-
-// Plane v of vector o = 0, 1 of the two that share `high`.
-MOE_INLINE inline I code3(I w, I high, int v, int o) {
-  const I low = v == 0 ? w : _mm512_srli_epi16(w, 2 * v);
-  const int from = v < 3 ? 2 * v + 2 + o : o;  // the bit of `high` that is bit 2 of the code
-  const I top = from >= 2 ? _mm512_srli_epi16(high, from - 2) : _mm512_slli_epi16(high, 2 - from);
-  return _mm512_and_si512(select(low, top, bytes(4)), bytes(7));
-}
-
-template <int b>
-MOE_INLINE inline void columns_q3_g32(const uint8_t* p, int r, Columns64& c) {
-  constexpr int kFirst = 2 * (b % 2);  // 64 columns are two of the four planes
-  const I s = _mm512_and_si512(_mm512_loadu_si512(scales_at<kQ3G32S4>(p, b, r)), bytes(15));
-  p += 1664 * (b / 2) + 192 * r;
-  unrolled<4>([&](auto i) MOE_INLINE {
-    const I high = load_codes(p + 384 * i + 128);
-    unrolled<2>([&](auto o) MOE_INLINE {
-      const I w = load_codes(p + 384 * i + 64 * o);
-      unrolled<2>([&](auto v) MOE_INLINE {
-        c.code[8 * v + 2 * i + o] = _mm512_mullo_epi16(code3(w, high, kFirst + v, o), two_bytes(s, kFirst + v, kFirst + v));
-      });
-    });
-  });
-}
-
-template <int b>
-MOE_INLINE inline void columns_q3_g64(const uint8_t* p, int r, Columns64& c) {
-  c.sf = bytes_u8(scales_at<kQ3G64S8>(p, b, r));
-  p += 192 * r;
-  unrolled<8>([&](auto i) MOE_INLINE {
-    const I high = load_codes(p + 384 * i + 128);
-    unrolled<2>([&](auto o) MOE_INLINE { c.code[2 * i + o] = code3(load_codes(p + 384 * i + 64 * o), high, b, o); });
-  });
-}
 
 // s[t] += d * A over 64 columns (b of the superblock at p) of one half, for n tokens.
 template <Packing P, int b>
 [[gnu::noinline]] void gemm_columns(const uint8_t* p, int r, const ActBlock* x, int n, F* s) {
   Columns64 c;
-  if constexpr (P == kQ2G16S4 || P == kQ2G16S8) columns_q2<P>(p, b, r, c);
-  if constexpr (P == kQ3G32S4) columns_q3_g32<b>(p, r, c);
-  if constexpr (P == kQ3G64S8) columns_q3_g64<b>(p, r, c);
+  columns64<b>(Of<P>{}, p, r, c);
   for (int t = 0; t < n; ++t) {
     I dot[4];  // four chains hide vpdpbusd's latency
     unrolled<16>([&](auto k) MOE_INLINE {
       dot[k / 4] = dot4(k % 4 == 0 ? none() : dot[k / 4], c.code[k], x[t].x + 64 * b + 4 * k);
     });
     I sum;
-    if constexpr (P == kQ2G16S8) {  // dots of 16 columns (<= 6096) as 16-bit pairs
+    if constexpr (kHasWideScales<P>) {  // dots of 16 columns (<= 6096) as 16-bit pairs
       sum = _mm512_dpwssd_epi32(none(), low_or(dot[0], _mm512_slli_epi32(dot[1], 16)), c.s[0]);
       sum = _mm512_dpwssd_epi32(sum, low_or(dot[2], _mm512_slli_epi32(dot[3], 16)), c.s[1]);
     } else {
@@ -126,7 +35,7 @@ template <Packing P>
   unrolled<4>([&](auto b) MOE_INLINE {
     const uint8_t* ps = scales_at<P>(p, b, r);
     if constexpr (kGroup == 64) wide[b] = bytes_i8(ps + 64);
-    if constexpr (P == kQ2G16S8) {
+    if constexpr (kHasWideScales<P>) {
       const I sm = _mm512_loadu_si512(ps + 64);
       pairs[b][0] = _mm512_srai_epi16(_mm512_slli_epi16(sm, 8), 8);
       pairs[b][1] = _mm512_srai_epi16(sm, 8);

@@ -6,16 +6,16 @@
 
 namespace moe {
 
-inline constexpr int kActCols = 64;        // input columns that share one activation scale
-inline constexpr int kMaxTokens = 96;      // tokens of one tile call; their sums take 96 x 32 x 2 floats = 24 KiB
+inline constexpr int kActCols = 64;    // input columns that share one activation scale
+inline constexpr int kMaxTokens = 96;  // tokens of one tile call; their sums take 96 x 32 x 2 floats = 24 KiB
 
 // 256 quantized columns of one token. Zero where the row is padded.
 struct alignas(64) ActBlock {
-  int8_t x[256];      // round(x * 127 / amax) of each 64 columns, in column order
-  int16_t s16[16];    // sums of x over 16 columns; of each four sums g0..g3 in the order g0, g2, g1, g3
-  int16_t s32[8];     // sums over 32 columns, in order
-  float d[4];         // amax / 127 of each 64 columns; NaN if one of them is not finite
-  float u[4];         // d * (sum over 64 columns)
+  int8_t x[256];    // round(x * 127 / amax) of each 64 columns, in column order
+  int16_t s16[16];  // sums of x over 16 columns; of each four sums g0..g3 in the order g0, g2, g1, g3
+  int16_t s32[8];   // sums over 32 columns, in order
+  float d[4];       // amax / 127 of each 64 columns; NaN if one of them is not finite
+  float u[4];       // d * (sum over 64 columns)
 };
 static_assert(sizeof(ActBlock) == 384);
 

@@ -1,6 +1,7 @@
 // AVX2, FMA and F16C.
 #include <immintrin.h>
 
+#include "../../formats/native/half_float.h"
 #include "isa.h"
 #include "unrolled.h"
 
@@ -8,8 +9,13 @@ namespace moe {
 namespace {
 
 #include "elementwise.inc.h"
+#include "lanes_avx2.inc.h"
 constexpr int kVector = 32;
 #include "unpack.inc.h"
+#define MOE_PART_UNPACK
+#define MOE_PART_AVX2
+#include "packings/all.inc.h"
+#include "gemm_unpacked.inc.h"
 #include "gemv_avx2.inc.h"
 
 struct Avx2 {
@@ -26,7 +32,7 @@ struct Avx2 {
   [[gnu::noinline]] static void micro(const Unpacked& u, const ActBlock* x, float* s, float* m) {
     constexpr int kColumns = kPackingInfo[P].group_size;
     // Vectors that fit one 16-bit sum: a whole group, but 8 where a code reaches 15.
-    constexpr int kRun = P == kQ4G64S8 ? 8 : kColumns / 4;
+    constexpr int kRun = kPackingInfo[P].nbits == 4 ? 8 : kColumns / 4;
     for (int b = 0; b < 4; ++b) {
       for (int part = 0; part < 4; ++part) {
         const int r = part / 2, y = part % 2;
@@ -83,13 +89,10 @@ void tile_any(const uint8_t* tile, int64_t blocks, Activations x, int tokens, fl
 
 }  // namespace
 
+#define MOE_TILE(id, ...) tile_any<id>,
+
 extern const IsaKernels kAvx2Kernels = {
-    {tile_any<kQ2G16S4>, tile_any<kQ2G16S8>, tile_any<kQ3G32S4>, tile_any<kQ3G64S8>, tile_any<kQ4G64S8>},
-    quantize_row,
-    quantize64,
-    swiglu_rows,
-    dot_bf16_batch<2>,
-    sum_words,
+    {MOE_PACKINGS(MOE_TILE)}, quantize_row, quantize64, swiglu_rows, dot_bf16_batch<2>, sum_words,
 };
 
 }  // namespace moe

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../../formats/native/half_float.h"
 #include "isa.h"
 #include "unrolled.h"
 
@@ -10,13 +11,11 @@ namespace moe {
 namespace {
 
 #include "elementwise.inc.h"
+#include "lanes_avx512.inc.h"
+#define MOE_PART_AVX512
+#include "packings/all.inc.h"
 #include "gemv_avx512.inc.h"
 #include "gemm_avx512.inc.h"
-
-// Up to this many tokens, taking the planes again for each four tokens costs no more than the GEMM, which does not read
-// cold weights in their order (measured at 5 to 128 tokens). For 4 bits it never does.
-template <Packing P>
-constexpr int kGemvTokens = P == kQ4G64S8 ? kMaxTokens : P == kQ2G16S8 ? 28 : 12;
 
 template <Packing P>
 void tile_any(const uint8_t* tile, int64_t blocks, Activations x, int tokens, float* y) {
@@ -33,13 +32,10 @@ void tile_any(const uint8_t* tile, int64_t blocks, Activations x, int tokens, fl
 
 }  // namespace
 
+#define MOE_TILE(id, ...) tile_any<id>,
+
 extern const IsaKernels kAvx512Kernels = {
-    {tile_any<kQ2G16S4>, tile_any<kQ2G16S8>, tile_any<kQ3G32S4>, tile_any<kQ3G64S8>, tile_any<kQ4G64S8>},
-    quantize_row,
-    quantize64,
-    swiglu_rows,
-    dot_bf16_batch<4>,
-    sum_words,
+    {MOE_PACKINGS(MOE_TILE)}, quantize_row, quantize64, swiglu_rows, dot_bf16_batch<4>, sum_words,
 };
 
 }  // namespace moe

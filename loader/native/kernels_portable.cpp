@@ -1,4 +1,5 @@
 // The path that is right on any processor: plain C++, auto-vectorised where the compiler can.
+#include "../../formats/native/half_float.h"
 #include "isa.h"
 #include "unrolled.h"
 
@@ -8,13 +9,9 @@ namespace {
 #include "elementwise.inc.h"
 constexpr int kVector = 16;
 #include "unpack.inc.h"
-
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
-  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
-  // Shifted into a float's exponent field and rescaled by 2^112: right for subnormal halves, too.
-  return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
-}
+#define MOE_PART_UNPACK
+#include "packings/all.inc.h"
+#include "gemm_unpacked.inc.h"
 
 struct Portable {
   template <Packing P>
@@ -85,14 +82,10 @@ struct Portable {
 
 }  // namespace
 
+#define MOE_TILE(id, ...) tile_gemm<Portable, id>,
+
 extern const IsaKernels kPortableKernels = {
-    {tile_gemm<Portable, kQ2G16S4>, tile_gemm<Portable, kQ2G16S8>, tile_gemm<Portable, kQ3G32S4>,
-     tile_gemm<Portable, kQ3G64S8>, tile_gemm<Portable, kQ4G64S8>},
-    quantize_row,
-    quantize64,
-    swiglu_rows,
-    dot_bf16_batch<4>,
-    sum_words,
+    {MOE_PACKINGS(MOE_TILE)}, quantize_row, quantize64, swiglu_rows, dot_bf16_batch<4>, sum_words,
 };
 
 }  // namespace moe

@@ -1,11 +1,11 @@
-// A decoder layer for one token in two calls, between which the experts' bytes are fetched.
+#include "layer.h"
+
 #include <cmath>
 #include <new>
 #include <vector>
 
 #include "attention.h"
 #include "dispatch.h"
-#include "moe_kernels.h"
 #include "rounding.h"
 
 using namespace moe;
@@ -51,70 +51,61 @@ void route(const T* x, const T* router, int64_t hidden, int experts, int top_k, 
 }
 
 template <class T>
-int32_t begin_layer(const moe_layer& layer, const T* x, const void* cos, const void* sin, void* keys, void* values,
-                    int64_t capacity, int64_t length, T* residual, T* normed, int64_t* index, float* weights) {
+int32_t begin(const moe_layer& layer, const LayerToken& token) {
   const int64_t hidden = layer.attention.hidden;
+  const T* const x = static_cast<const T*>(token.x);
+  T* const residual = static_cast<T*>(token.residual);
+  T* const normed = static_cast<T*>(token.normed);
   rms_norm_row(x, static_cast<const T*>(layer.attention_norm), layer.attention_eps, hidden, normed);
-  if (const int32_t error =
-          moe_attention_step(&layer.attention, normed, cos, sin, keys, values, capacity, length, residual))
+  if (const int32_t error = moe_attention_step(&layer.attention, normed, token.cos, token.sin, &token.cache, residual))
     return error;
   for (int64_t i = 0; i < hidden; ++i) round_to(to_float(x[i]) + to_float(residual[i]), residual + i);
   rms_norm_row<T>(residual, static_cast<const T*>(layer.experts_norm), layer.experts_eps, hidden, normed);
-  route<T>(normed, static_cast<const T*>(layer.router), hidden, layer.experts, layer.top_k, index, weights);
+  route<T>(normed, static_cast<const T*>(layer.router), hidden, layer.experts, layer.top_k, token.index, token.weights);
   return MOE_OK;
 }
 
 template <class T>
-int32_t end_layer(const uint8_t* const* blobs, const moe_layer& layer, const int64_t* index, const float* weights,
-                  const T* residual, const T* normed, T* out) {
+int32_t end(const moe_layer& layer, const LayerToken& token, const uint8_t* const* blobs, T* out) {
   const int64_t hidden = layer.attention.hidden;
+  const T* const residual = static_cast<const T*>(token.residual);
+  const T* const normed = static_cast<const T*>(token.normed);
   std::vector<float> room(size_t(2 * hidden));
   float* const x = room.data();
   float* const sum = x + hidden;
   for (int64_t i = 0; i < hidden; ++i) x[i] = to_float(normed[i]);
-  if (const int32_t error =
-          moe_experts_topk(blobs, layer.experts, layer.gate_up_packing, layer.down_packing, hidden, layer.intermediate,
-                           index, weights, layer.top_k, x, sum, 1, 0))
-    return error;
+  const moe_layer_experts experts = {
+      blobs, hidden, layer.intermediate, layer.experts, layer.gate_up_packing, layer.down_packing, 0};
+  const moe_routing routing = {token.index, token.weights, 1, layer.top_k, 0};
+  if (const int32_t error = moe_experts_topk(&experts, &routing, x, sum, 0)) return error;
   for (int64_t i = 0; i < hidden; ++i) round_to(to_float(residual[i]) + rounded<T>(sum[i]), out + i);
   return MOE_OK;
 }
 
 }  // namespace
 
-extern "C" {
+namespace moe {
 
-int32_t moe_layer_begin(const moe_layer* layer, const void* x, const void* cos, const void* sin, void* keys,
-                        void* values, int64_t capacity, int64_t length, void* residual, void* normed, int64_t* index,
-                        float* weights) {
-  if (layer->experts <= 0 || layer->top_k <= 0 || layer->top_k > layer->experts) return MOE_E_SIZE;
-  if (const int32_t error = check_attention(layer->attention, capacity, length)) return error;
+int32_t begin_layer(const moe_layer& layer, const LayerToken& token) {
+  if (layer.experts <= 0 || layer.top_k <= 0 || layer.top_k > layer.experts) return MOE_E_SIZE;
+  if (const int32_t error = check_attention(layer.attention, token.cache)) return error;
   try {
-    if (layer->attention.dtype == MOE_BF16)
-      return begin_layer(*layer, static_cast<const uint16_t*>(x), cos, sin, keys, values, capacity, length,
-                         static_cast<uint16_t*>(residual), static_cast<uint16_t*>(normed), index, weights);
-    if (layer->attention.dtype == MOE_F32)
-      return begin_layer(*layer, static_cast<const float*>(x), cos, sin, keys, values, capacity, length,
-                         static_cast<float*>(residual), static_cast<float*>(normed), index, weights);
+    if (layer.attention.dtype == MOE_BF16) return begin<uint16_t>(layer, token);
+    if (layer.attention.dtype == MOE_F32) return begin<float>(layer, token);
   } catch (const std::bad_alloc&) {
     return MOE_E_MEMORY;
   }
   return MOE_E_SIZE;
 }
 
-int32_t moe_layer_end(const uint8_t* const* blobs, const moe_layer* layer, const int64_t* index, const float* weights,
-                      const void* residual, const void* normed, void* out) {
+int32_t end_layer(const moe_layer& layer, const LayerToken& token, const uint8_t* const* blobs, void* out) {
   try {
-    if (layer->attention.dtype == MOE_BF16)
-      return end_layer(blobs, *layer, index, weights, static_cast<const uint16_t*>(residual),
-                       static_cast<const uint16_t*>(normed), static_cast<uint16_t*>(out));
-    if (layer->attention.dtype == MOE_F32)
-      return end_layer(blobs, *layer, index, weights, static_cast<const float*>(residual),
-                       static_cast<const float*>(normed), static_cast<float*>(out));
+    if (layer.attention.dtype == MOE_BF16) return end(layer, token, blobs, static_cast<uint16_t*>(out));
+    if (layer.attention.dtype == MOE_F32) return end(layer, token, blobs, static_cast<float*>(out));
   } catch (const std::bad_alloc&) {
     return MOE_E_MEMORY;
   }
   return MOE_E_SIZE;
 }
 
-}  // extern "C"
+}  // namespace moe

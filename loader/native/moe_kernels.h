@@ -1,8 +1,8 @@
 /* C ABI of libmoe_kernels: packed linears, fused Mixtral experts, bf16 linears, on CPU.
  *
- * Arithmetic: docs/numerics.md. Bytes: docs/format.md; packing ids: formats/native/tile_layout.h.
+ * Arithmetic: docs/numerics.md. Bytes: docs/format.md; packings: formats/native/packings.h.
  * All functions are thread safe: calls from several threads run one after the other, each on the whole pool.
- * A call returns 0, or one of the MOE_E_* codes and then has written nothing.
+ * A call returns a status of formats/native/abi.h; after an error it has written nothing.
  * Pointers to tiles and activations need no alignment beyond that of their type. All tensors are dense, row major.
  */
 #ifndef MOE_KERNELS_H
@@ -10,20 +10,13 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define MOE_API __declspec(dllexport)
-#else
-#define MOE_API __attribute__((visibility("default")))
-#endif
+#include "../../formats/native/abi.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define MOE_ABI_VERSION 4
-
-enum { MOE_OK = 0, MOE_E_PACKING = 1, MOE_E_SIZE = 2, MOE_E_ISA = 3, MOE_E_INDEX = 4, MOE_E_MEMORY = 5, MOE_MISSING = 6 };
-enum { MOE_ISA_AUTO = -1, MOE_ISA_PORTABLE = 0, MOE_ISA_AVX2 = 1, MOE_ISA_AVX512 = 2 };
+#define MOE_ABI_VERSION 5
 
 /* One packed matrix: y[tokens, rows] = x[tokens, columns] * W^T. */
 typedef struct {
@@ -36,9 +29,9 @@ typedef struct {
 
 /* One expert and the tokens that were routed to it. */
 typedef struct {
-  const uint8_t* blob;    /* gate/up section (tiles interleaved), then down section: moe_expert_bytes() bytes */
-  const int32_t* tokens;  /* [token_count] row numbers in x and out */
-  const float* weights;   /* [token_count] router weights */
+  const uint8_t* blob;   /* gate/up section (tiles interleaved), then down section: moe_expert_bytes() bytes */
+  const int32_t* tokens; /* [token_count] row numbers in x and out */
+  const float* weights;  /* [token_count] router weights */
   int64_t token_count;
   int32_t gate_up_packing;
   int32_t down_packing;
@@ -63,8 +56,8 @@ MOE_API int64_t moe_expert_bytes(int32_t gate_up_packing, int32_t down_packing, 
 MOE_API int32_t moe_packing_id(const char* name);
 
 /* y = x * W^T for any number of tokens; x fp32 [tokens, columns], y fp32 [tokens, rows]. */
-MOE_API int32_t moe_linear(int32_t packing, const uint8_t* tiles, int64_t rows, int64_t columns, const float* x, float* y,
-                           int64_t tokens);
+MOE_API int32_t moe_linear(int32_t packing, const uint8_t* tiles, int64_t rows, int64_t columns, const float* x,
+                           float* y, int64_t tokens);
 /* Several matrices (q, k, v) over one quantized x, in one parallel region. */
 MOE_API int32_t moe_linear_many(const moe_matrix* matrices, int32_t count, int64_t columns, const float* x,
                                 int64_t tokens);
@@ -72,38 +65,49 @@ MOE_API int32_t moe_linear_many(const moe_matrix* matrices, int32_t count, int64
 /* out[t] (+)= sum over experts, in the order given, of weight * down(silu(gate(x[t])) * up(x[t])).
  * x, out: fp32 [tokens, hidden]. accumulate 0: out is overwritten (zero where no expert serves a token).
  * One call over a list equals consecutive accumulating calls over its parts, bit for bit. */
-MOE_API int32_t moe_experts(const moe_expert* experts, int32_t count, int64_t hidden, int64_t intermediate, const float* x,
-                            float* out, int64_t tokens, int32_t accumulate);
-/* The same from a router's answer: index int64 [tokens, top_k], weights fp32 [tokens, top_k]; blobs[expert] may be
- * null for experts that no token uses; one packing pair for all. Experts are summed in ascending order.
+MOE_API int32_t moe_experts(const moe_expert* experts, int32_t count, int64_t hidden, int64_t intermediate,
+                            const float* x, float* out, int64_t tokens, int32_t accumulate);
+/* All experts of a layer by number, one packing pair for all. A blob may be null if no token uses its expert. */
+typedef struct {
+  const uint8_t* const* blobs; /* [count] */
+  int64_t hidden, intermediate;
+  int32_t count, gate_up_packing, down_packing, reserved;
+} moe_layer_experts;
+/* A router's answer. */
+typedef struct {
+  const int64_t* index; /* [tokens, top_k] */
+  const float* weights; /* [tokens, top_k] */
+  int64_t tokens;
+  int32_t top_k, reserved;
+} moe_routing;
+/* moe_experts from a router's answer: experts are summed in ascending order.
  * flags: MOE_ACCUMULATE adds to out; MOE_PARTIAL leaves out the pairs whose expert is null instead of refusing them. */
 enum { MOE_ACCUMULATE = 1, MOE_PARTIAL = 2 };
-MOE_API int32_t moe_experts_topk(const uint8_t* const* blobs, int32_t expert_count, int32_t gate_up_packing,
-                                 int32_t down_packing, int64_t hidden, int64_t intermediate, const int64_t* index,
-                                 const float* weights, int32_t top_k, const float* x, float* out, int64_t tokens,
-                                 int32_t flags);
+MOE_API int32_t moe_experts_topk(const moe_layer_experts* experts, const moe_routing* routing, const float* x,
+                                 float* out, int32_t flags);
 
 /* y = x * W^T, w bf16 [rows, columns] as uint16, fp32 accumulation (lm_head). */
 MOE_API int32_t moe_linear_bf16(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
                                 int64_t tokens);
 
 /* One token's way through a layer's attention: q, k, v over one quantized x, rotary embedding, append to the cache,
- * attention over it, o. x, out [hidden], cos, sin [head_dim], keys, values [kv heads][capacity][head_dim] have `dtype`;
- * all arithmetic is fp32. `length` positions are in the cache before; the token becomes number `length` < capacity.
- * head_dim is a multiple of 16; the y of the four matrices are not used. */
-enum { MOE_F32 = 0, MOE_BF16 = 1 };
+ * attention over it, o. x, out [hidden], cos, sin [head_dim] and the cache have `dtype` (MOE_F32, MOE_BF16); all
+ * arithmetic is fp32. head_dim is a multiple of 16; the y of the four matrices are not used. */
 typedef struct {
   moe_matrix q, k, v, o;
   int64_t hidden, head_dim;
   float scale;
   int32_t dtype;
 } moe_attention;
+/* A layer's cache: `length` positions before the token, which becomes number `length` < capacity. */
+typedef struct {
+  void *keys, *values; /* [kv heads][capacity][head_dim] */
+  int64_t capacity, length;
+} moe_kv;
 MOE_API int32_t moe_attention_step(const moe_attention* layer, const void* x, const void* cos, const void* sin,
-                                   void* keys, void* values, int64_t capacity, int64_t length, void* out);
+                                   const moe_kv* cache, void* out);
 
-/* A decoder layer for one token: begin runs norm, attention, residual sum, norm and router (index int64 [top_k], weights
- * fp32 [top_k]); end adds the experts, whose blobs [experts] it needs, to the residual. x, residual, normed, out [hidden]
- * and the norms' and the router's weights [hidden], [experts, hidden] have the attention's dtype. */
+/* A decoder layer. The norms' and the router's weights [hidden], [experts, hidden] have the attention's dtype. */
 typedef struct {
   moe_attention attention;
   const void *attention_norm, *experts_norm, *router;
@@ -111,11 +115,6 @@ typedef struct {
   float attention_eps, experts_eps; /* of the two norms */
   int32_t experts, top_k, gate_up_packing, down_packing;
 } moe_layer;
-MOE_API int32_t moe_layer_begin(const moe_layer* layer, const void* x, const void* cos, const void* sin, void* keys,
-                                void* values, int64_t capacity, int64_t length, void* residual, void* normed,
-                                int64_t* index, float* weights);
-MOE_API int32_t moe_layer_end(const uint8_t* const* blobs, const moe_layer* layer, const int64_t* index,
-                              const float* weights, const void* residual, const void* normed, void* out);
 
 /* A whole model for one token: embedding row, layers, final norm, head. All layers have one hidden size and dtype;
  * embedding [vocabulary, hidden] and norm [hidden] have that dtype. */
@@ -130,22 +129,23 @@ typedef struct {
   int32_t experts, top_k; /* the largest of any layer */
 } moe_model;
 typedef struct {
-  int64_t id;            /* the token, a row of the embedding */
-  const void *cos, *sin; /* as in moe_layer_begin, which also says what follows; by layer [count] */
-  void *const *keys, *const *values;
+  int64_t id;                        /* the token, a row of the embedding */
+  const void *cos, *sin;             /* [head_dim] */
+  void *const *keys, *const *values; /* as in moe_kv, by layer [count] */
   const int64_t* capacity;
   int64_t length;
   const uint8_t* const* blobs; /* [count, experts]; null: not in memory */
-  void* room;            /* [3, hidden]: input, first residual and normed input of the experts of the present layer */
-  int64_t* index;        /* [count, top_k] */
-  float* weights;        /* [count, top_k] */
-  void* out;             /* [head.rows] logits, without a head the normed [hidden]; of the dtype */
-  int32_t halves_done;   /* 0 at first; a layer has two: up to its router, its experts */
+  void* room;          /* [3, hidden]: input, first residual and normed input of the experts of the present layer */
+  int64_t* index;      /* [count, top_k] */
+  float* weights;      /* [count, top_k] */
+  void* out;           /* [head.rows] logits, without a head the normed [hidden]; of the dtype */
+  int32_t halves_done; /* 0 at first; a layer has two: up to its router, its experts */
   int32_t reserved;
 } moe_token;
-/* MOE_MISSING: layer halves_done / 2 has chosen experts without a blob. Once they are in `blobs`, the same call with the
- * same token goes on from there; so it does after the caller wrote the layer's output to room[0] and added one to
- * halves_done. Blobs of a layer are read until the next layer's halves begin. After an error the positions from `length` on in the caches are undefined. */
+/* MOE_MISSING: layer halves_done / 2 has chosen experts without a blob. Once they are in `blobs`, the same call with
+ * the same token goes on from there; so it does after the caller wrote the layer's output to room[0] and added one to
+ * halves_done. Blobs of a layer are read until the next layer's halves begin. After an error the positions from
+ * `length` on in the caches are undefined. */
 MOE_API int32_t moe_token_step(const moe_model* model, moe_token* token);
 
 /* Sum of the 64-bit words of `bytes` bytes, read once front to back by the pool: the memory bound that

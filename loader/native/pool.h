@@ -27,7 +27,8 @@ class Pool {
 
   template <class F>
   void run(int64_t items, const F& f) {
-    run(items, [](void* c, int64_t item) { (*static_cast<const F*>(c))(item); }, const_cast<F*>(&f));
+    run(
+        items, [](void* c, int64_t item) { (*static_cast<const F*>(c))(item); }, const_cast<F*>(&f));
   }
 
   // Grow-only scratch for the call that holds the mutex; 64-byte aligned; null if memory is short.

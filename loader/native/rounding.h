@@ -1,5 +1,5 @@
-// fp32 and bf16 activations, exp, and RMSNorm with transformers' rounding: correctly rounded operations only, whose bits
-// the GPU kernels repeat.
+// fp32 and bf16 activations, exp, and RMSNorm with transformers' rounding: correctly rounded operations only, whose
+// bits the GPU kernels repeat.
 #pragma once
 #include <cmath>
 #include <cstdint>

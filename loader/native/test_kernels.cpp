@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../../formats/native/tile_layout.h"
+#include "layer.h"
 #include "moe_kernels.h"
 #include "rounding.h"
 
@@ -24,7 +25,8 @@ int failures = 0;
 void expect(bool ok, const char* what, int packing, int64_t a, int64_t b, int64_t c) {
   if (ok) return;
   ++failures;
-  std::fprintf(stderr, "FAILED %s: packing %d, %lld %lld %lld\n", what, packing, (long long)a, (long long)b, (long long)c);
+  std::fprintf(stderr, "FAILED %s: packing %d, %lld %lld %lld\n", what, packing, (long long)a, (long long)b,
+               (long long)c);
 }
 
 // An exact-size heap block whose data begins `offset` bytes in, so that the end is watched, too.
@@ -60,8 +62,8 @@ void linears(int32_t packing, int64_t rows, int64_t columns, int64_t tokens) {
   for (int isa = MOE_ISA_AVX512; isa >= MOE_ISA_PORTABLE; --isa) {
     if (moe_set_isa(isa) != MOE_OK) continue;
     std::vector<float> y(static_cast<size_t>(tokens * rows), NAN);
-    expect(moe_linear(packing, tiles.data, rows, columns, x.data(), y.data(), tokens) == MOE_OK, "linear", packing, rows,
-           columns, tokens);
+    expect(moe_linear(packing, tiles.data, rows, columns, x.data(), y.data(), tokens) == MOE_OK, "linear", packing,
+           rows, columns, tokens);
     if (first.empty()) first = y;
     expect(!std::memcmp(y.data(), first.data(), y.size() * sizeof(float)), "same bits", packing, rows, columns, tokens);
   }
@@ -79,20 +81,22 @@ void experts(int32_t gate_up, int32_t down, int64_t hidden, int64_t intermediate
   const auto x = values(tokens * hidden), weights = values(tokens * 2);
   std::vector<int64_t> index(static_cast<size_t>(tokens * 2));
   for (int64_t t = 0; t < tokens; ++t) index[size_t(2 * t)] = t % 3 ? 0 : 2, index[size_t(2 * t + 1)] = t % 3 ? 2 : 0;
+  const moe_layer_experts all = {blobs, hidden, intermediate, 3, gate_up, down, 0};
+  const moe_routing routing = {index.data(), weights.data(), tokens, 2, 0};
   std::vector<float> first;
   for (int isa = MOE_ISA_AVX512; isa >= MOE_ISA_PORTABLE; --isa) {
     if (moe_set_isa(isa) != MOE_OK) continue;
     std::vector<float> out(static_cast<size_t>(tokens * hidden), NAN);
-    expect(moe_experts_topk(blobs, 3, gate_up, down, hidden, intermediate, index.data(), weights.data(), 2, x.data(),
-                            out.data(), tokens, 0) == MOE_OK, "experts", gate_up, hidden, intermediate, tokens);
+    expect(moe_experts_topk(&all, &routing, x.data(), out.data(), 0) == MOE_OK, "experts", gate_up, hidden,
+           intermediate, tokens);
     if (first.empty()) first = out;
     expect(!std::memcmp(out.data(), first.data(), out.size() * sizeof(float)), "same bits of experts", gate_up, hidden,
            intermediate, tokens);
   }
   index[0] = 1;
   std::vector<float> out(static_cast<size_t>(tokens * hidden));
-  expect(moe_experts_topk(blobs, 3, gate_up, down, hidden, intermediate, index.data(), weights.data(), 2, x.data(),
-                          out.data(), tokens, 0) == MOE_E_INDEX, "missing expert refused", gate_up, hidden, intermediate, tokens);
+  expect(moe_experts_topk(&all, &routing, x.data(), out.data(), 0) == MOE_E_INDEX, "missing expert refused", gate_up,
+         hidden, intermediate, tokens);
 }
 
 void bf16(int64_t rows, int64_t columns, int64_t tokens) {
@@ -103,9 +107,11 @@ void bf16(int64_t rows, int64_t columns, int64_t tokens) {
   for (int isa = MOE_ISA_AVX512; isa >= MOE_ISA_PORTABLE; --isa) {
     if (moe_set_isa(isa) != MOE_OK) continue;
     std::vector<float> y(static_cast<size_t>(tokens * rows), NAN);
-    expect(moe_linear_bf16(w.data(), rows, columns, x.data(), y.data(), tokens) == MOE_OK, "bf16", -1, rows, columns, tokens);
+    expect(moe_linear_bf16(w.data(), rows, columns, x.data(), y.data(), tokens) == MOE_OK, "bf16", -1, rows, columns,
+           tokens);
     if (first.empty()) first = y;
-    expect(!std::memcmp(y.data(), first.data(), y.size() * sizeof(float)), "same bits of bf16", -1, rows, columns, tokens);
+    expect(!std::memcmp(y.data(), first.data(), y.size() * sizeof(float)), "same bits of bf16", -1, rows, columns,
+           tokens);
   }
 }
 
@@ -158,6 +164,13 @@ struct Written {
         keys[size_t(at * s.dim + i)] = values[size_t(at * s.dim + i)] = nan_of<T>();
   }
 
+  // Writes here.
+  moe::LayerToken token(const std::vector<T>& x, const std::vector<T>& cos, const std::vector<T>& sin, int64_t capacity,
+                        int64_t length) {
+    return {x.data(),        cos.data(),    sin.data(),   {keys.data(), values.data(), capacity, length},
+            residual.data(), normed.data(), index.data(), weights.data()};
+  }
+
   bool operator==(const Written& o) const {
     return same(keys, o.keys) && same(values, o.values) && same(residual, o.residual) && same(normed, o.normed) &&
            same(out, o.out) && same(index, o.index) && same(weights, o.weights);
@@ -166,7 +179,8 @@ struct Written {
 
 template <class T>
 void whole_token(const Shape& s, const moe_layer& layer, const uint8_t* const* blobs, const std::vector<T>& x,
-                 const void* cos, const void* sin, int64_t capacity, int64_t length, Written<T> w, const Written<T>& first) {
+                 const void* cos, const void* sin, int64_t capacity, int64_t length, Written<T> w,
+                 const Written<T>& first) {
   const auto check = [&](bool ok, const char* what) { expect(ok, what, -1, s.hidden, int64_t(sizeof(T)), length); };
   std::vector<T> embedding(3 * x.size()), room(3 * x.size()), normed(x.size()), out(x.size()), logits(5);
   std::copy(x.begin(), x.end(), embedding.begin() + 2 * int64_t(x.size()));
@@ -175,8 +189,9 @@ void whole_token(const Shape& s, const moe_layer& layer, const uint8_t* const* b
   const moe_layer* layers[] = {&layer};
   moe_model model = {layers, embedding.data(), layer.attention_norm, 3, {}, 1e-5f, 1, s.experts, s.top_k};
   void *keys[] = {w.keys.data()}, *values[] = {w.values.data()};
-  moe_token token = {2, cos, sin, keys, values, &capacity, length, missing, room.data(), w.index.data(),
-                     w.weights.data(), out.data(), 0, 0};
+  moe_token token = {2,      cos,     sin,         keys,           values,           &capacity,
+                     length, missing, room.data(), w.index.data(), w.weights.data(), out.data(),
+                     0,      0};
   check(moe_token_step(&model, &token) == MOE_MISSING && token.halves_done == 1, "experts are asked for");
   check(same(w.index, first.index) && same(w.keys, first.keys) && same(w.values, first.values), "up to the router");
   token.blobs = blobs;
@@ -194,7 +209,9 @@ template <class T>
 void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int64_t length) {
   constexpr int32_t kQ4 = moe::kQ4G64S8;
   const int64_t wide = s.heads * s.dim, kv = s.kv_heads * s.dim, cached = kv * capacity;
-  const auto check = [&](bool ok, const char* what) { expect(ok, what, gate_up, s.hidden, int64_t(sizeof(T)), length); };
+  const auto check = [&](bool ok, const char* what) {
+    expect(ok, what, gate_up, s.hidden, int64_t(sizeof(T)), length);
+  };
   Bytes q(moe_packed_bytes(kQ4, wide, s.hidden), 1), k(moe_packed_bytes(kQ4, kv, s.hidden), 0),
       v(moe_packed_bytes(kQ4, kv, s.hidden), 7), o(moe_packed_bytes(kQ4, s.hidden, wide), 33);
   set_heads(q.data, kQ4, wide, s.hidden);
@@ -204,11 +221,24 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   const auto x = narrow<T>(s.hidden), cos = narrow<T>(s.dim, 0.5f), sin = narrow<T>(s.dim, 0.5f);
   const auto first_norm = narrow<T>(s.hidden), second_norm = narrow<T>(s.hidden);
   const auto router = narrow<T>(s.experts * s.hidden, 0.1f), keys = narrow<T>(cached), vals = narrow<T>(cached);
-  const moe_layer layer = {
-      {{q.data, wide, nullptr, kQ4, 0}, {k.data, kv, nullptr, kQ4, 0}, {v.data, kv, nullptr, kQ4, 0},
-       {o.data, s.hidden, nullptr, kQ4, 0}, s.hidden, s.dim, 1.0f / std::sqrt(float(s.dim)),
-       sizeof(T) == 2 ? MOE_BF16 : MOE_F32},
-      first_norm.data(), second_norm.data(), router.data(), s.intermediate, 1e-5f, 1e-6f, s.experts, s.top_k, gate_up, down};
+  const moe_layer layer = {{{q.data, wide, nullptr, kQ4, 0},
+                            {k.data, kv, nullptr, kQ4, 0},
+                            {v.data, kv, nullptr, kQ4, 0},
+                            {o.data, s.hidden, nullptr, kQ4, 0},
+                            s.hidden,
+                            s.dim,
+                            1.0f / std::sqrt(float(s.dim)),
+                            sizeof(T) == 2 ? MOE_BF16 : MOE_F32},
+                           first_norm.data(),
+                           second_norm.data(),
+                           router.data(),
+                           s.intermediate,
+                           1e-5f,
+                           1e-6f,
+                           s.experts,
+                           s.top_k,
+                           gate_up,
+                           down};
 
   std::vector<T> attended;
   std::unique_ptr<Written<T>> first;
@@ -217,15 +247,16 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   for (int isa = MOE_ISA_AVX512; isa >= MOE_ISA_PORTABLE; --isa) {
     if (moe_set_isa(isa) != MOE_OK) continue;
     Written<T> step(s, capacity, length, keys, vals);
-    check(moe_attention_step(&layer.attention, x.data(), cos.data(), sin.data(), step.keys.data(), step.values.data(),
-                             capacity, length, step.out.data()) == MOE_OK, "attention");
+    const moe_kv cache = {step.keys.data(), step.values.data(), capacity, length};
+    check(moe_attention_step(&layer.attention, x.data(), cos.data(), sin.data(), &cache, step.out.data()) == MOE_OK,
+          "attention");
     check(finite(step.out), "attention is finite");
     if (attended.empty()) attended = step.out;
     check(same(attended, step.out), "same bits of attention");
 
     Written<T> w(s, capacity, length, keys, vals);
-    check(moe_layer_begin(&layer, x.data(), cos.data(), sin.data(), w.keys.data(), w.values.data(), capacity, length,
-                          w.residual.data(), w.normed.data(), w.index.data(), w.weights.data()) == MOE_OK, "layer begin");
+    const moe::LayerToken token = w.token(x, cos, sin, capacity, length);
+    check(moe::begin_layer(layer, token) == MOE_OK, "layer begin");
     float sum = 0.0f;
     for (size_t i = 0; i < w.index.size(); ++i) {
       sum += w.weights[i];
@@ -239,8 +270,7 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
       blobs[w.index[i]] = blob;
     }
     check(std::fabs(sum - 1.0f) < 1e-5f, "router weights sum to 1");
-    check(moe_layer_end(blobs, &layer, w.index.data(), w.weights.data(), w.residual.data(), w.normed.data(),
-                        w.out.data()) == MOE_OK, "layer end");
+    check(moe::end_layer(layer, token, blobs, w.out.data()) == MOE_OK, "layer end");
     check(finite(w.residual) && finite(w.normed) && finite(w.weights) && finite(w.out), "layer is finite");
     for (int64_t at = 0; at < s.kv_heads * capacity; ++at)
       check(std::isfinite(moe::to_float(w.keys[size_t(at * s.dim)])) == (at % capacity <= length), "appended in place");
@@ -251,11 +281,12 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   const auto refused = [&](const moe_layer& bad, int64_t room, int32_t error, const char* what) {
     Written<T> w(s, capacity, length, keys, vals);
     const Written<T> before = w;
-    check(moe_attention_step(&bad.attention, x.data(), cos.data(), sin.data(), w.keys.data(), w.values.data(), room,
-                             length, w.out.data()) == error || bad.top_k > bad.experts, what);
+    const moe_kv cache = {w.keys.data(), w.values.data(), room, length};
+    check(moe_attention_step(&bad.attention, x.data(), cos.data(), sin.data(), &cache, w.out.data()) == error ||
+              bad.top_k > bad.experts,
+          what);
     if (bad.top_k > bad.experts) w = before;
-    check(moe_layer_begin(&bad, x.data(), cos.data(), sin.data(), w.keys.data(), w.values.data(), room, length,
-                          w.residual.data(), w.normed.data(), w.index.data(), w.weights.data()) == error, what);
+    check(moe::begin_layer(bad, w.token(x, cos, sin, room, length)) == error, what);
     check(w == before, "a refusal has written nothing");
   };
   refused(layer, length, MOE_E_SIZE, "full cache refused");
@@ -272,11 +303,12 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   bad.top_k = s.experts + 1;
   refused(bad, capacity, MOE_E_SIZE, "top_k refused");
   if (!first) return;
-  whole_token<T>(s, layer, blobs, x, cos.data(), sin.data(), capacity, length, {s, capacity, length, keys, vals}, *first);
+  whole_token<T>(s, layer, blobs, x, cos.data(), sin.data(), capacity, length, {s, capacity, length, keys, vals},
+                 *first);
   blobs[first->index[0]] = nullptr;
   const auto before = first->out;
-  check(moe_layer_end(blobs, &layer, first->index.data(), first->weights.data(), first->residual.data(),
-                      first->normed.data(), first->out.data()) == MOE_E_INDEX && same(before, first->out),
+  check(moe::end_layer(layer, first->token(x, cos, sin, capacity, length), blobs, first->out.data()) == MOE_E_INDEX &&
+            same(before, first->out),
         "layer without its expert refused");
 }
 
@@ -290,7 +322,8 @@ int main() {
       for (const auto& [rows, columns] : shapes)
         for (int64_t tokens : {1, 2, 3, 4, 5, 8, 9, 13, 49}) linears(packing, rows, columns, tokens);
       for (const auto& [hidden, intermediate] : shapes)
-        for (int64_t tokens : {1, 2, 7, 50}) experts(packing, (packing + 1) % moe::kPackings, hidden, intermediate, tokens);
+        for (int64_t tokens : {1, 2, 7, 50})
+          experts(packing, (packing + 1) % moe::kPackings, hidden, intermediate, tokens);
     }
     for (const auto& [rows, columns] : shapes)
       for (int64_t tokens : {1, 3, 8, 9}) bf16(rows, columns, tokens);

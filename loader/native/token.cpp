@@ -3,6 +3,7 @@
 #include <new>
 #include <vector>
 
+#include "layer.h"
 #include "moe_kernels.h"
 #include "rounding.h"
 
@@ -19,8 +20,8 @@ int32_t head(const moe_model& model, const T* x, T* logits) {
   for (int64_t i = 0; i < hidden; ++i) room[size_t(i)] = to_float(x[i]);
   const int32_t error =
       model.head.packing == MOE_HEAD_BF16
-          ? moe_linear_bf16(reinterpret_cast<const uint16_t*>(model.head.tiles), model.head.rows, hidden, room.data(), y,
-                            1)
+          ? moe_linear_bf16(reinterpret_cast<const uint16_t*>(model.head.tiles), model.head.rows, hidden, room.data(),
+                            y, 1)
           : moe_linear(model.head.packing, model.head.tiles, model.head.rows, hidden, room.data(), y, 1);
   if (error == MOE_OK)
     for (int64_t i = 0; i < model.head.rows; ++i) round_to(y[i], logits + i);
@@ -39,17 +40,23 @@ int32_t step(const moe_model& model, moe_token& token) {
     const int32_t number = token.halves_done / 2;
     const moe_layer& layer = *model.layers[number];
     if (layer.top_k > model.top_k || layer.experts > model.experts) return MOE_E_SIZE;
-    int64_t* const index = token.index + number * model.top_k;
-    float* const weights = token.weights + number * model.top_k;
+    const moe_kv cache = {token.keys[number], token.values[number], token.capacity[number], token.length};
+    const LayerToken at = {x,
+                           token.cos,
+                           token.sin,
+                           cache,
+                           residual,
+                           normed,
+                           token.index + number * model.top_k,
+                           token.weights + number * model.top_k};
     int32_t error;
     if (token.halves_done % 2 == 0) {
-      error = moe_layer_begin(&layer, x, token.cos, token.sin, token.keys[number], token.values[number],
-                              token.capacity[number], token.length, residual, normed, index, weights);
+      error = begin_layer(layer, at);
     } else {
       const uint8_t* const* blobs = token.blobs + number * model.experts;
       for (int k = 0; k < layer.top_k; ++k)
-        if (!blobs[index[k]]) return MOE_MISSING;
-      error = moe_layer_end(blobs, &layer, index, weights, residual, normed, x);
+        if (!blobs[at.index[k]]) return MOE_MISSING;
+      error = end_layer(layer, at, blobs, x);
     }
     if (error) return error;
   }

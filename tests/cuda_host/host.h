@@ -20,7 +20,9 @@
 
 namespace host {
 
-struct Dim3 { unsigned x = 1, y = 1, z = 1; };
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
 
 enum class State { kReady, kWarp, kBlock, kDone };
 
@@ -28,7 +30,7 @@ struct Fiber {
   void* stack_top = nullptr;  // saved stack pointer
   char* stack = nullptr;
   State state = State::kDone;
-  unsigned generation = 0;    // warp operations so far: they alternate between two boards
+  unsigned generation = 0;  // warp operations so far: they alternate between two boards
 };
 
 constexpr int kMostThreads = 1024;
@@ -76,7 +78,8 @@ T from_lane(T value, unsigned lane) {
 
 // D = A * B + C of one warp, integers: rows of A and D, columns of B and D; lane = 4 * group + member.
 // a[row / 8 + rows / 8 * (k / 16)]: row % 8 = group, k % 16 = 4 * member + byte. b[k / 16]: column = group, same k.
-// d[2 * (row / 8) + column % 2]: row % 8 = group, column / 2 = member. (PTX ISA, "mma.m8n8k16", "m16n8k16", "m16n8k32".)
+// d[2 * (row / 8) + column % 2]: row % 8 = group, column / 2 = member. (PTX ISA, "mma.m8n8k16", "m16n8k16",
+// "m16n8k32".)
 inline void mma_s8(int rows, int depth, const uint32_t* a, const uint32_t* b, int32_t* d) {
   const int a_words = rows / 8 * (depth / 16), b_words = depth / 16;
   uint32_t words[kWords];
@@ -109,9 +112,13 @@ inline void __syncwarp(unsigned = 0xffffffffu) {
 }
 inline void __threadfence() {}
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) { return host::from_lane(value, host::machine.current % 32 ^ unsigned(mask)); }
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return host::from_lane(value, host::machine.current % 32 ^ unsigned(mask));
+}
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) { return host::from_lane(value, unsigned(lane)); }
+T __shfl_sync(unsigned, T value, int lane) {
+  return host::from_lane(value, unsigned(lane));
+}
 template <class T>
 T __shfl_down_sync(unsigned, T value, unsigned delta) {
   const unsigned lane = host::machine.current % 32;
@@ -137,9 +144,13 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 template <class T>
-const T& min(const T& a, const T& b) { return b < a ? b : a; }
+const T& min(const T& a, const T& b) {
+  return b < a ? b : a;
+}
 template <class T>
-const T& max(const T& a, const T& b) { return a < b ? b : a; }
+const T& max(const T& a, const T& b) {
+  return a < b ? b : a;
+}
 
 float host_half_to_float(uint16_t bits);
 uint16_t host_float_to_half(float value);

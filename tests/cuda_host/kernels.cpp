@@ -54,7 +54,8 @@ int host_launch(const char* name, const unsigned* grid, unsigned threads, unsign
             Body run;
             void** arguments;
           } work{entry->run, arguments};
-          host::run_block(threads, [](void* w) { static_cast<Work*>(w)->run(static_cast<Work*>(w)->arguments); }, &work);
+          host::run_block(
+              threads, [](void* w) { static_cast<Work*>(w)->run(static_cast<Work*>(w)->arguments); }, &work);
         }
   } catch (const std::exception& e) {
     host::machine.error = e.what();

@@ -6,10 +6,10 @@
 namespace moe {
 
 constexpr int kAttendThreads = 256;
-constexpr int kSpan = 512;    // positions of one block, with running sums of their own
-constexpr int kScores = 64;   // positions that share one largest score
+constexpr int kSpan = 512;   // positions of one block, with running sums of their own
+constexpr int kScores = 64;  // positions that share one largest score
 constexpr int kParts = kSpan / kScores;
-constexpr int kHeads = 2;     // query heads of one block
+constexpr int kHeads = 2;  // query heads of one block
 constexpr int kMostDim = 256;
 static_assert(kParts == kAttendThreads / kWarp, "a warp for each part");
 static_assert(kScores * 4 == kAttendThreads, "four lanes for each position");
@@ -46,13 +46,13 @@ MOE_DEVICE float sum16_by_4(const float (&part)[4]) {
 }
 
 // q [heads * dim], k, v [kv heads * dim] before the rotary embedding; cos, sin [dim] of the token; keys, values
-// [kv heads][capacity][dim], to which k and v are appended at `position`, group = heads / kv heads. Grid (spans of kSpan
-// positions, kv heads, ceil(group / kHeads)). acc [spans][heads][dim]: sums of v by exp(score - largest score); top, total
-// [spans][heads]: the largest score, the sum of the exps. dim: a multiple of 16 up to kMostDim.
+// [kv heads][capacity][dim], to which k and v are appended at `position`, group = heads / kv heads. Grid (spans of
+// kSpan positions, kv heads, ceil(group / kHeads)). acc [spans][heads][dim]: sums of v by exp(score - largest score);
+// top, total [spans][heads]: the largest score, the sum of the exps. dim: a multiple of 16 up to kMostDim.
 template <class T>
-MOE_DEVICE void attend_span(const float* q, const float* k, const float* v, const T* cos, const T* sin, T* keys, T* values,
-                            int64_t capacity, int64_t position, int64_t group, int64_t dim, float scale, float* acc,
-                            float* top, float* total) {
+MOE_DEVICE void attend_span(const float* q, const float* k, const float* v, const T* cos, const T* sin, T* keys,
+                            T* values, int64_t capacity, int64_t position, int64_t group, int64_t dim, float scale,
+                            float* acc, float* top, float* total) {
   MOE_SHARED Four<float> query[kHeads][kMostDim / 4];
   MOE_SHARED float weight[kHeads][kSpan];  // scores, then exp(score - largest)
   MOE_SHARED float most[kHeads][kParts], keep[kHeads][kParts], sum[kHeads][kParts];
@@ -169,9 +169,10 @@ MOE_DEVICE void attend_span(const float* q, const float* k, const float* v, cons
   }
 }
 
-// The spans of each head into one, in order, and o's input quantized. Grid ceil(blocks64(heads * dim) / 8), 128 threads.
-MOE_DEVICE void combine(const float* acc, const float* top, const float* total, int64_t spans, int64_t heads, int64_t dim,
-                        ActBlock* out) {
+// The spans of each head into one, in order, and o's input quantized. Grid ceil(blocks64(heads * dim) / 8), 128
+// threads.
+MOE_DEVICE void combine(const float* acc, const float* top, const float* total, int64_t spans, int64_t heads,
+                        int64_t dim, ActBlock* out) {
   const int64_t block = int64_t(blockIdx.x) * 8 + threadIdx.x / 16, blocks = blocks64(heads * dim);
   const int lane = threadIdx.x % 16;
   const int64_t column = block * kActCols + lane * 4, head = column / dim;
@@ -192,19 +193,20 @@ MOE_DEVICE void combine(const float* acc, const float* top, const float* total, 
 
 }  // namespace moe
 
-#define MOE_ATTEND(name, T)                                                                                            \
-  MOE_KERNEL(moe::kAttendThreads)                                                                                      \
-  name(const float* q, const float* k, const float* v, const T* cos, const T* sin, T* keys, T* values,                 \
-       int64_t capacity, int64_t position, int64_t group, int64_t dim, float scale, float* acc, float* top,            \
-       float* total) {                                                                                                 \
-    moe::attend_span(q, k, v, cos, sin, keys, values, capacity, position, group, dim, scale, acc, top, total);         \
+#define MOE_ATTEND(name, T)                                                                                    \
+  MOE_KERNEL(moe::kAttendThreads)                                                                              \
+  name(const float* q, const float* k, const float* v, const T* cos, const T* sin, T* keys, T* values,         \
+       int64_t capacity, int64_t position, int64_t group, int64_t dim, float scale, float* acc, float* top,    \
+       float* total) {                                                                                         \
+    moe::attend_span(q, k, v, cos, sin, keys, values, capacity, position, group, dim, scale, acc, top, total); \
   }
 MOE_ATTEND(attend_f32, float)
 MOE_ATTEND(attend_bf16, moe::Bf16)
 MOE_ATTEND(attend_f16, moe::F16)
 #undef MOE_ATTEND
 
-MOE_KERNEL(128) attend_combine(const float* acc, const float* top, const float* total, int64_t spans, int64_t heads,
-                               int64_t dim, moe::ActBlock* out) {
+MOE_KERNEL(128)
+attend_combine(const float* acc, const float* top, const float* total, int64_t spans, int64_t heads, int64_t dim,
+               moe::ActBlock* out) {
   moe::combine(acc, top, total, spans, heads, dim, out);
 }

@@ -44,8 +44,12 @@ MOE_DEVICE int64_t blocks64(int64_t columns) { return (columns + 255) / 256 * 4;
 MOE_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 MOE_DEVICE float float_of(uint32_t v) { return __uint_as_float(v); }
 
-struct Bf16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
 
 MOE_DEVICE float to_float(float v) { return v; }
 MOE_DEVICE float to_float(Bf16 v) { return float_of(uint32_t(v.bits) << 16); }
@@ -104,8 +108,8 @@ MOE_DEVICE float exp_poly(float x) {
 
 MOE_DEVICE float silu_mul(float gate, float up) { return gate / (1.0f + exp_poly(-gate)) * up; }
 
-// Quantizes 64 columns by 16 lanes: lane i (0..15) of an aligned group of 16 holds columns 4i..4i+3 in v. All 32 lanes of
-// the warp must call it, two groups at a time; `to` differs by group, null for a group that has nothing to write.
+// Quantizes 64 columns by 16 lanes: lane i (0..15) of an aligned group of 16 holds columns 4i..4i+3 in v. All 32 lanes
+// of the warp must call it, two groups at a time; `to` differs by group, null for a group that has nothing to write.
 MOE_DEVICE void quantize_by_16(const float (&v)[4], int lane16, ActBlock* to) {
   uint32_t top = 0;
   for (int i = 0; i < 4; ++i) {
@@ -130,8 +134,8 @@ MOE_DEVICE void quantize_by_16(const float (&v)[4], int lane16, ActBlock* to) {
   int32_t all = sum + __shfl_xor_sync(kAllLanes, sum, 4);
   all += __shfl_xor_sync(kAllLanes, all, 8);
   if (!to) return;
-  const uint32_t word = (uint32_t(q[0]) & 255) | (uint32_t(q[1]) & 255) << 8 | (uint32_t(q[2]) & 255) << 16 |
-                        uint32_t(q[3]) << 24;
+  const uint32_t word =
+      (uint32_t(q[0]) & 255) | (uint32_t(q[1]) & 255) << 8 | (uint32_t(q[2]) & 255) << 16 | uint32_t(q[3]) << 24;
   reinterpret_cast<uint32_t*>(to->x)[lane16] = word;
   if (lane16 % 4 == 0) to->sum[lane16 / 4] = int16_t(sum);
   if (lane16 == 0) {

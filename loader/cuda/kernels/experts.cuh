@@ -66,28 +66,30 @@ MOE_DEVICE void down_token(const Experts& experts, int64_t count, int64_t down_o
       float* to = out + row0 + row;
       *to = (overwrite && segment == 0 ? 0.0f : *to) + weighted;
     }
-  } work = {experts, h, weights, out, down_offset + int64_t(blockIdx.x) * tile_bytes<P>(intermediate),
-            blocks64(intermediate), int64_t(blockIdx.x) * kTileRows, hidden, first != 0};
+  } work = {experts,
+            h,
+            weights,
+            out,
+            down_offset + int64_t(blockIdx.x) * tile_bytes<P>(intermediate),
+            blocks64(intermediate),
+            int64_t(blockIdx.x) * kTileRows,
+            hidden,
+            first != 0};
   folded_products<P, 1, kDownWarps, 1>(work, superblocks(intermediate), int(count));
 }
 
 }  // namespace moe
 
-#define MOE_TOKEN_EXPERTS(name, packing)                                                                       \
-  MOE_KERNEL(256, 2)                                                                                           \
-  gate_up_token_##name(MOE_STRUCT moe::Experts experts, int64_t hidden, int64_t intermediate,                  \
-                       const moe::ActBlock* acts, moe::ActBlock* h) {                                          \
-    moe::gate_up_token<moe::packing>(experts, hidden, intermediate, acts, h);                                  \
-  }                                                                                                            \
-  MOE_KERNEL(384)                                                                                              \
-  down_token_##name(MOE_STRUCT moe::Experts experts, int64_t count, int64_t down_offset, int64_t hidden,       \
-                    int64_t intermediate, const moe::ActBlock* h, const float* weights, int64_t first,         \
-                    float* out) {                                                                              \
-    moe::down_token<moe::packing>(experts, count, down_offset, hidden, intermediate, h, weights, first, out);  \
+#define MOE_TOKEN_EXPERTS(packing, name, ...)                                                                        \
+  MOE_KERNEL(256, 2)                                                                                                 \
+  gate_up_token_##name(MOE_STRUCT moe::Experts experts, int64_t hidden, int64_t intermediate,                        \
+                       const moe::ActBlock* acts, moe::ActBlock* h) {                                                \
+    moe::gate_up_token<moe::packing>(experts, hidden, intermediate, acts, h);                                        \
+  }                                                                                                                  \
+  MOE_KERNEL(384)                                                                                                    \
+  down_token_##name(MOE_STRUCT moe::Experts experts, int64_t count, int64_t down_offset, int64_t hidden,             \
+                    int64_t intermediate, const moe::ActBlock* h, const float* weights, int64_t first, float* out) { \
+    moe::down_token<moe::packing>(experts, count, down_offset, hidden, intermediate, h, weights, first, out);        \
   }
-MOE_TOKEN_EXPERTS(q2_g16_s4, kQ2G16S4)
-MOE_TOKEN_EXPERTS(q2_g16_s8, kQ2G16S8)
-MOE_TOKEN_EXPERTS(q3_g32_s4, kQ3G32S4)
-MOE_TOKEN_EXPERTS(q3_g64_s8, kQ3G64S8)
-MOE_TOKEN_EXPERTS(q4_g64_s8, kQ4G64S8)
+MOE_PACKINGS(MOE_TOKEN_EXPERTS)
 #undef MOE_TOKEN_EXPERTS

@@ -17,7 +17,11 @@ struct Groups {
   int64_t token_tile[9];  // first block (y) of each group
   int64_t count;
 };
-struct Place { int group; int64_t first; int tokens; };
+struct Place {
+  int group;
+  int64_t first;
+  int tokens;
+};
 MOE_DEVICE Place place_in(const Groups& groups) {
   int i = 0;
   while (int64_t(blockIdx.y) >= groups.token_tile[i + 1]) ++i;
@@ -26,7 +30,10 @@ MOE_DEVICE Place place_in(const Groups& groups) {
   return {i, first, int(left < kTokenTile ? left : kTokenTile)};
 }
 
-struct alignas(16) TokenSums { uint32_t sum01, sum23; float d, u; };  // the last 16 bytes of an ActBlock
+struct alignas(16) TokenSums {
+  uint32_t sum01, sum23;
+  float d, u;
+};  // the last 16 bytes of an ActBlock
 
 // Activations of a block's tokens, one superblock: [block of 64][token], so that tokens lie 80 bytes apart and the
 // words of a B fragment in 32 different banks.
@@ -92,8 +99,7 @@ MOE_DEVICE void add_block(const ChunkPart<P>& part, int block, const ActBlock (&
           value = float(byte_of(part.s64[block], row)) * value;
           m = fmaf(float(signed_byte_of(part.m64[block], row)), token[e].u, m);
         } else {
-          const int32_t zero =
-              part.scales(row).template zero_term<L::kGroup>(token[e].sum01, token[e].sum23, block);
+          const int32_t zero = part.scales(row).template zero_term<L::kGroup>(token[e].sum01, token[e].sum23, block);
           m = fmaf(summed(zero), token[e].d, m);
         }
         s = fmaf(value, token[e].d, s);
@@ -226,25 +232,21 @@ MOE_DEVICE void add_pairs_of(const float* y, const int32_t* place, const int32_t
 
 }  // namespace moe
 
-#define MOE_GEMM(name, packing)                                                                                \
-  MOE_KERNEL(128, 3)                                                                                           \
-  gemm_##name(MOE_STRUCT moe::Groups groups, int64_t offset, int64_t rows, int64_t columns,                    \
-              const moe::ActBlock* acts, float* y) {                                                           \
-    moe::gemm<moe::packing>(groups, offset, rows, columns, acts, y);                                           \
-  }                                                                                                            \
-  MOE_KERNEL(128, 3)                                                                                           \
-  gemm_gate_up_##name(MOE_STRUCT moe::Groups groups, int64_t hidden, int64_t intermediate,                     \
-                      const moe::ActBlock* acts, const int32_t* token, moe::ActBlock* h) {                     \
-    moe::gemm_gate_up<moe::packing>(groups, hidden, intermediate, acts, token, h);                             \
+#define MOE_GEMM(packing, name, ...)                                                                                   \
+  MOE_KERNEL(128, 3)                                                                                                   \
+  gemm_##name(MOE_STRUCT moe::Groups groups, int64_t offset, int64_t rows, int64_t columns, const moe::ActBlock* acts, \
+              float* y) {                                                                                              \
+    moe::gemm<moe::packing>(groups, offset, rows, columns, acts, y);                                                   \
+  }                                                                                                                    \
+  MOE_KERNEL(128, 3)                                                                                                   \
+  gemm_gate_up_##name(MOE_STRUCT moe::Groups groups, int64_t hidden, int64_t intermediate, const moe::ActBlock* acts,  \
+                      const int32_t* token, moe::ActBlock* h) {                                                        \
+    moe::gemm_gate_up<moe::packing>(groups, hidden, intermediate, acts, token, h);                                     \
   }
-MOE_GEMM(q2_g16_s4, kQ2G16S4)
-MOE_GEMM(q2_g16_s8, kQ2G16S8)
-MOE_GEMM(q3_g32_s4, kQ3G32S4)
-MOE_GEMM(q3_g64_s8, kQ3G64S8)
-MOE_GEMM(q4_g64_s8, kQ4G64S8)
+MOE_PACKINGS(MOE_GEMM)
 #undef MOE_GEMM
 MOE_KERNEL(256)
-add_pairs(const float* y, const int32_t* place, const int32_t* rank, const float* weights, int64_t first,
-          int64_t pairs, int64_t top_k, int64_t hidden, float* out) {
+add_pairs(const float* y, const int32_t* place, const int32_t* rank, const float* weights, int64_t first, int64_t pairs,
+          int64_t top_k, int64_t hidden, float* out) {
   moe::add_pairs_of(y, place, rank, weights, first, pairs, top_k, hidden, out);
 }

@@ -10,7 +10,7 @@ namespace moe {
 template <int P>
 struct RowBlock {
   using L = Layout<P>;
-  static constexpr int kWords = L::kBits * 8;                    // 32-bit words of codes, those of high bits included
+  static constexpr int kWords = L::kBits * 8;  // 32-bit words of codes, those of high bits included
   static constexpr int kScales = L::kGroup == 64 ? 8 : L::kChunks * (L::kScaleBits / 4);
   uint32_t word[kWords], scale[kScales];
 
@@ -105,11 +105,13 @@ struct RowBlock {
   }
 };
 
-struct alignas(8) Pair { float codes, zero; };  // of the two sums of a row
+struct alignas(8) Pair {
+  float codes, zero;
+};  // of the two sums of a row
 
 // Sums before they are folded: two buffers where they fit into 33 KB, so that a round needs one barrier.
 template <int T, int kWarps>
-constexpr int kRoundBuffers = T * kWarps <= 16 ? 2 : 1;
+constexpr int kRoundBuffers = T* kWarps <= 16 ? 2 : 1;
 
 template <int T, int kWarps>
 struct Round {
@@ -226,28 +228,28 @@ MOE_DEVICE void gemv(const Matrices& matrices, int64_t columns, const ActBlock* 
     MOE_DEVICE void finish(int, int, int t, int row, float v) {
       if (t < tokens && first + row < rows) y[t * rows + first + row] = v;
     }
-  } work = {matrices.tiles[i] + tile * tile_bytes<P>(columns), acts, matrices.y[i], matrices.rows[i],
-            tile * kTileRows, blocks64(columns), int(tokens)};
+  } work = {matrices.tiles[i] + tile * tile_bytes<P>(columns),
+            acts,
+            matrices.y[i],
+            matrices.rows[i],
+            tile * kTileRows,
+            blocks64(columns),
+            int(tokens)};
   folded_products<P, T, kGemvWarps<T>, 1>(work, superblocks(columns), 1);
 }
 
 }  // namespace moe
 
-#define MOE_GEMV(name, packing, T, ...)                                                                \
-  MOE_KERNEL(__VA_ARGS__)                                                                              \
-  gemv_##name##_t##T(MOE_STRUCT moe::Matrices matrices, int64_t columns, const moe::ActBlock* acts,    \
-                     int64_t tokens) {                                                                 \
-    moe::gemv<moe::packing, T>(matrices, columns, acts, tokens);                                       \
+#define MOE_GEMV(name, packing, T, ...)                                                                               \
+  MOE_KERNEL(__VA_ARGS__)                                                                                             \
+  gemv_##name##_t##T(MOE_STRUCT moe::Matrices matrices, int64_t columns, const moe::ActBlock* acts, int64_t tokens) { \
+    moe::gemv<moe::packing, T>(matrices, columns, acts, tokens);                                                      \
   }
-#define MOE_GEMVS(name, packing)  \
-  MOE_GEMV(name, packing, 1, 256) \
-  MOE_GEMV(name, packing, 2, 256) \
-  MOE_GEMV(name, packing, 4, 256) \
+#define MOE_GEMVS(packing, name, ...) \
+  MOE_GEMV(name, packing, 1, 256)     \
+  MOE_GEMV(name, packing, 2, 256)     \
+  MOE_GEMV(name, packing, 4, 256)     \
   MOE_GEMV(name, packing, 8, 128)
-MOE_GEMVS(q2_g16_s4, kQ2G16S4)
-MOE_GEMVS(q2_g16_s8, kQ2G16S8)
-MOE_GEMVS(q3_g32_s4, kQ3G32S4)
-MOE_GEMVS(q3_g64_s8, kQ3G64S8)
-MOE_GEMVS(q4_g64_s8, kQ4G64S8)
+MOE_PACKINGS(MOE_GEMVS)
 #undef MOE_GEMVS
 #undef MOE_GEMV

@@ -30,8 +30,8 @@ MOE_DEVICE float dot_row(const T* w, const T* x, int64_t n) {
 }  // namespace moe
 
 // y = x W^T, rounded to bf16; w [rows, columns], columns even. Grid ceil(rows / 8).
-MOE_KERNEL(moe::kHeadThreads) linear_bf16(const moe::Bf16* w, const moe::Bf16* x, int64_t rows, int64_t columns,
-                                          moe::Bf16* y) {
+MOE_KERNEL(moe::kHeadThreads)
+linear_bf16(const moe::Bf16* w, const moe::Bf16* x, int64_t rows, int64_t columns, moe::Bf16* y) {
   const int64_t row = int64_t(blockIdx.x) * (moe::kHeadThreads / moe::kWarp) + threadIdx.x / moe::kWarp;
   if (row >= rows) return;
   const float sum = moe::dot_row(w + row * columns, x, columns);

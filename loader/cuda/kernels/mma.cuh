@@ -25,7 +25,8 @@ MOE_DEVICE void mma_8x8x16(int32_t& c0, int32_t& c1, uint32_t a, uint32_t b) {
 #elif !defined(MOE_ON_HOST) && __CUDA_ARCH__ < 800
 MOE_DEVICE void mma_8x8x16(int32_t& c0, int32_t& c1, uint32_t a, uint32_t b) {
   asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-      : "+r"(c0), "+r"(c1) : "r"(a), "r"(b));
+               : "+r"(c0), "+r"(c1)
+               : "r"(a), "r"(b));
 }
 #endif
 
@@ -36,7 +37,8 @@ MOE_DEVICE void mma_k16(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   host::mma_s8(16, 16, a, &b, c);
 #elif !defined(MOE_MMA_BY_SHUFFLES) && __CUDA_ARCH__ >= 800
   asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a0), "r"(a1), "r"(b));
 #else
   mma_8x8x16(c[0], c[1], a0, b);
   mma_8x8x16(c[2], c[3], a1, b);
@@ -49,9 +51,11 @@ MOE_DEVICE void mma_k32(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
   host::mma_s8(16, 32, a, b, c);
 #elif !defined(MOE_MMA_BY_SHUFFLES) && __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-               "{%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
   mma_k16(c, a0, a1, b0);
   mma_k16(c, a2, a3, b1);
@@ -67,7 +71,9 @@ MOE_DEVICE void copy16(void* shared, const void* global) {
   asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(at) : "l"(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(global) : "memory");
 #else
-  struct alignas(16) Line { uint32_t w[4]; };
+  struct alignas(16) Line {
+    uint32_t w[4];
+  };
   *static_cast<Line*>(shared) = *static_cast<const Line*>(global);
 #endif
 }

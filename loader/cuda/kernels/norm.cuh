@@ -16,12 +16,12 @@ struct alignas(4 * sizeof(T)) Four {
   T v[4];
 };
 
-// y = x + rounded(added), or x where `added` is null; normed = RMSNorm of y, rounded to T before and after the weight, as
-// transformers does; acts: normed, quantized. One block of kNormThreads; columns is a multiple of 4. The squares are
+// y = x + rounded(added), or x where `added` is null; normed = RMSNorm of y, rounded to T before and after the weight,
+// as transformers does; acts: normed, quantized. One block of kNormThreads; columns is a multiple of 4. The squares are
 // summed in float64 in an order of its own: rounded to fp32, the factor is the CPU's (docs/numerics.md).
 template <class T>
-MOE_DEVICE void add_norm_row(const T* x, const float* added, const T* weight, float eps, int64_t columns, T* y, T* normed,
-                             ActBlock* acts) {
+MOE_DEVICE void add_norm_row(const T* x, const float* added, const T* weight, float eps, int64_t columns, T* y,
+                             T* normed, ActBlock* acts) {
   MOE_SHARED double sums[kNormThreads / kWarp];
   MOE_SHARED float factor;
   constexpr int64_t kStep = 4 * kNormThreads;
@@ -64,15 +64,18 @@ MOE_DEVICE void add_norm_row(const T* x, const float* added, const T* weight, fl
 
 }  // namespace moe
 
-MOE_KERNEL(moe::kNormThreads) add_norm_f32(const float* x, const float* added, const float* weight, float eps,
-                                           int64_t columns, float* y, float* normed, moe::ActBlock* acts) {
+MOE_KERNEL(moe::kNormThreads)
+add_norm_f32(const float* x, const float* added, const float* weight, float eps, int64_t columns, float* y,
+             float* normed, moe::ActBlock* acts) {
   moe::add_norm_row(x, added, weight, eps, columns, y, normed, acts);
 }
-MOE_KERNEL(moe::kNormThreads) add_norm_bf16(const moe::Bf16* x, const float* added, const moe::Bf16* weight, float eps,
-                                            int64_t columns, moe::Bf16* y, moe::Bf16* normed, moe::ActBlock* acts) {
+MOE_KERNEL(moe::kNormThreads)
+add_norm_bf16(const moe::Bf16* x, const float* added, const moe::Bf16* weight, float eps, int64_t columns, moe::Bf16* y,
+              moe::Bf16* normed, moe::ActBlock* acts) {
   moe::add_norm_row(x, added, weight, eps, columns, y, normed, acts);
 }
-MOE_KERNEL(moe::kNormThreads) add_norm_f16(const moe::F16* x, const float* added, const moe::F16* weight, float eps,
-                                           int64_t columns, moe::F16* y, moe::F16* normed, moe::ActBlock* acts) {
+MOE_KERNEL(moe::kNormThreads)
+add_norm_f16(const moe::F16* x, const float* added, const moe::F16* weight, float eps, int64_t columns, moe::F16* y,
+             moe::F16* normed, moe::ActBlock* acts) {
   moe::add_norm_row(x, added, weight, eps, columns, y, normed, acts);
 }

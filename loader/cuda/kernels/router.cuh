@@ -30,9 +30,9 @@ MOE_DEVICE void largest(const float* values, int32_t* taken, int64_t n, int64_t 
   }
 }
 
-// x [hidden], router [experts, hidden] -> choice [top_k] by rank, and their weights [top_k], which sum to 1; next: another
-// router, or null, of which only the `guesses` largest are wanted, behind the choice. One block of kRouteThreads; shared:
-// 16 bytes an expert.
+// x [hidden], router [experts, hidden] -> choice [top_k] by rank, and their weights [top_k], which sum to 1; next:
+// another router, or null, of which only the `guesses` largest are wanted, behind the choice. One block of
+// kRouteThreads; shared: 16 bytes an expert.
 template <class T>
 MOE_DEVICE void route(const T* x, const T* router, const T* next, int64_t hidden, int64_t experts, int64_t top_k,
                       int64_t guesses, float* weights, int32_t* choice) {
@@ -66,11 +66,11 @@ MOE_DEVICE void route(const T* x, const T* router, const T* next, int64_t hidden
 
 }  // namespace moe
 
-#define MOE_ROUTE(name, T)                                                                                             \
-  MOE_KERNEL(moe::kRouteThreads)                                                                                       \
-  name(const T* x, const T* router, const T* next, int64_t hidden, int64_t experts, int64_t top_k, int64_t guesses,    \
-       float* weights, int32_t* choice) {                                                                              \
-    moe::route(x, router, next, hidden, experts, top_k, guesses, weights, choice);                                     \
+#define MOE_ROUTE(name, T)                                                                                          \
+  MOE_KERNEL(moe::kRouteThreads)                                                                                    \
+  name(const T* x, const T* router, const T* next, int64_t hidden, int64_t experts, int64_t top_k, int64_t guesses, \
+       float* weights, int32_t* choice) {                                                                           \
+    moe::route(x, router, next, hidden, experts, top_k, guesses, weights, choice);                                  \
   }
 MOE_ROUTE(route_f32, float)
 MOE_ROUTE(route_bf16, moe::Bf16)

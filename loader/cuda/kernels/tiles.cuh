@@ -1,7 +1,9 @@
 // The tile packings (docs/format.md, "Packings") as a thread of a GPU reads them, in place.
-// tests/test_loader_cuda_products.py compares the constants with formats/packing.py.
+// formats/native/packings.h lists them. tests/test_loader_cuda_products.py compares the constants with
+// formats/packing.py.
 #pragma once
 #include "common.cuh"
+#include "packings.h"
 
 // A structure among a kernel's parameters: read where it lies, also by a computed index.
 #if defined(MOE_ON_HOST)
@@ -16,24 +18,29 @@ constexpr int kTileRows = 32;
 constexpr int kBlockCols = 256;
 constexpr int kHeadBytes = 128;
 
-enum Packing { kQ2G16S4, kQ2G16S8, kQ3G32S4, kQ3G64S8, kQ4G64S8 };
+enum Packing {
+#define MOE_ID(id, ...) id,
+  MOE_PACKINGS(MOE_ID)
+#undef MOE_ID
+};
 
 // chunk: the columns whose codes share bytes; plane: a group of it, side by side with the others in each byte.
-template <int kBits_, int kGroup_, int kScaleBits_, int kBlockBytes_, int kChunks_>
+template <int kBits_, int kGroup_, int kScaleBits_, int kChunks_>
 struct LayoutOf {
-  static constexpr int kBits = kBits_, kGroup = kGroup_, kScaleBits = kScaleBits_, kBlockBytes = kBlockBytes_;
+  static constexpr int kBits = kBits_, kGroup = kGroup_, kScaleBits = kScaleBits_;
+  static constexpr int kBlockBytes = kTileRows * (kBlockCols * kBits + kBlockCols / kGroup * 2 * kScaleBits) / 8;
   static constexpr int kChunks = kChunks_, kPlanes = kBlockCols / kGroup / kChunks, kChunkBytes = kBlockBytes / kChunks;
-  static constexpr int kQuads = kGroup / 16;                 // code vectors of one plane, by fours: 16 columns
-  static constexpr int kChunkBlocks = 4 / kChunks;           // blocks of 64 columns
+  static constexpr int kQuads = kGroup / 16;        // code vectors of one plane, by fours: 16 columns
+  static constexpr int kChunkBlocks = 4 / kChunks;  // blocks of 64 columns
   static constexpr int kCodeBytes = kBlockCols * kTileRows * kBits / 8 / kChunks;  // then S and M
 };
 template <int P>
 struct Layout;
-template <> struct Layout<kQ2G16S4> : LayoutOf<2, 16, 4, 2560, 4> {};
-template <> struct Layout<kQ2G16S8> : LayoutOf<2, 16, 8, 3072, 4> {};
-template <> struct Layout<kQ3G32S4> : LayoutOf<3, 32, 4, 3328, 2> {};
-template <> struct Layout<kQ3G64S8> : LayoutOf<3, 64, 8, 3328, 1> {};
-template <> struct Layout<kQ4G64S8> : LayoutOf<4, 64, 8, 4352, 2> {};
+#define MOE_LAYOUT(id, suffix, name, ...) \
+  template <>                             \
+  struct Layout<id> : LayoutOf<__VA_ARGS__> {};
+MOE_PACKINGS(MOE_LAYOUT)
+#undef MOE_LAYOUT
 
 MOE_DEVICE int superblocks(int64_t columns) { return int((columns + kBlockCols - 1) / kBlockCols); }
 MOE_DEVICE int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
@@ -42,7 +49,9 @@ MOE_DEVICE int64_t tile_bytes(int64_t columns) {
   return kHeadBytes + int64_t(superblocks(columns)) * Layout<P>::kBlockBytes;
 }
 
-struct alignas(16) Words4 { uint32_t w[4]; };
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
 
 // Packed weights are read once: past the first cache, which is left to the activations.
 MOE_DEVICE uint32_t stream_word(const uint8_t* p) {
@@ -60,7 +69,8 @@ MOE_DEVICE Words4 stream_words(const uint8_t* p) {
 #else
   Words4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p));
   return v;
 #endif
 }
@@ -70,8 +80,7 @@ MOE_DEVICE Words4 cached_words(const void* p) {
   return *static_cast<const Words4*>(p);
 #else
   Words4 v;
-  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
   return v;
 #endif
 }
@@ -150,7 +159,9 @@ struct GroupScales {
 };
 
 // ds and dm of one row.
-struct Head { float ds, dm; };
+struct Head {
+  float ds, dm;
+};
 MOE_DEVICE Head head_of(const uint8_t* tile, int row) {
   const uint16_t* p = reinterpret_cast<const uint16_t*>(tile + 64 * (row / 16)) + row % 16;
   return {half_to_float(p[0]), half_to_float(p[16])};

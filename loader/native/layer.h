@@ -1,0 +1,24 @@
+// A decoder layer for one token in two calls, between which the experts' bytes are fetched.
+#pragma once
+#include <cstdint>
+
+#include "moe_kernels.h"
+
+namespace moe {
+
+// x, residual, normed [hidden], cos, sin [head_dim] have the attention's dtype.
+struct LayerToken {
+  const void *x, *cos, *sin;
+  moe_kv cache;
+  void *residual, *normed;  // first residual sum, and the input of router and experts
+  int64_t* index;           // [top_k]
+  float* weights;           // [top_k]
+};
+
+// Norm, attention, residual sum, norm and router: all of the token but x, cos and sin. A status.
+int32_t begin_layer(const moe_layer& layer, const LayerToken& token);
+
+// Adds the experts, whose blobs [experts] it needs, to the residual: out [hidden]. A status.
+int32_t end_layer(const moe_layer& layer, const LayerToken& token, const uint8_t* const* blobs, void* out);
+
+}  // namespace moe
