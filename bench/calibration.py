@@ -23,9 +23,9 @@ from convert import anonymous_bytes
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.calibration.pass_memory import calibration_memory_bytes
 from converter.calibration_text import calibration_tokens
+from converter.conversion.worker import run_all
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
-from converter.workers import run_all
 
 
 class PeakMemory:

@@ -46,7 +46,7 @@ class ReferenceFeedback(ReferenceRefit):
 class NativeRefit:
     """`refit` by the native library."""
 
-    version = f"refit native {solver_library.ABI_VERSION}"
+    version = f"refit native {solver_library.RESULT_VERSION}"
     bytes_a_weight = 4
 
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
@@ -59,7 +59,7 @@ class NativeRefit:
 class NativeFeedback(NativeRefit):
     """`feedback` by the native library."""
 
-    version = f"feedback native {solver_library.ABI_VERSION}"
+    version = f"feedback native {solver_library.RESULT_VERSION}"
 
     def solve_calibrated(
         self, weight: Tensor, packing: Packing, tiles: Tensor, statistics: InputStatistics

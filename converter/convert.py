@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from converter.conversion.flow import Converted, convert
+from converter.conversion.identity import Progress
 from converter.conversion.plan import plan_conversion
 from converter.conversion_recipe import ConversionRecipe
 from converter.convert_options import ConvertOptions
 from converter.hub_model import HubModel
-from converter.identity import Progress
 from converter.source import Checkpoint
 
 __all__ = ["ConvertOptions", "Converted", "convert_checkpoint"]

@@ -4,7 +4,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.journal import Pin, read_pin
+from converter.conversion.journal import Pin, read_pin
 from converter.source_kinds import INDEX_NAME, check_names
 from formats.errors import SourceError
 from formats.generation_config import GENERATION_NAME

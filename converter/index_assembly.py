@@ -4,8 +4,8 @@ import hashlib
 
 from converter import __version__
 from converter.calibration_text import CalibrationTokens
-from converter.identity import calibration_version, overlay_version
-from converter.records import LayerRecord
+from converter.conversion.identity import calibration_version, overlay_version
+from converter.conversion.records import LayerRecord
 from converter.sizes import OutputPlan
 from converter.solver import Solver
 from converter.source import Checkpoint

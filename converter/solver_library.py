@@ -11,6 +11,8 @@ from formats.native_abi import ISA_NAMES, Status
 
 LIBRARY = "libmoe_solver.so"
 ABI_VERSION = 4
+RESULT_VERSION = 3
+"""Raised by one when any solver writes other bytes: a resume and a repair from the source then refuse."""
 
 
 class ScaleOverflowError(UnfitWeightsError):

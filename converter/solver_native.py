@@ -9,7 +9,7 @@ from torch import Tensor
 
 from converter.refit_native import refit_tiles
 from converter.solver import SquaredError
-from converter.solver_library import ABI_VERSION, library, raise_for
+from converter.solver_library import RESULT_VERSION, library, raise_for
 from converter.tile_place import check_place, check_weight, weights_structure
 from formats.native_abi import ISAS
 from formats.packing import Packing
@@ -49,7 +49,7 @@ class HqqGroups:
 class NativeSolver:
     """Quantizes by the native library, hundreds of Mweights a second and core; the same bytes on every ISA."""
 
-    version = f"native {ABI_VERSION}"
+    version = f"native {RESULT_VERSION}"
     bytes_a_weight = 4
 
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:

@@ -14,6 +14,7 @@ from converter.calibration_text import calibration_tokens
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
 from converter.conversion.output_files import write_linear, write_tensor
 from converter.conversion.units import Unit, units_of
+from converter.conversion.worker import Worker
 from converter.conversion_recipe import ConversionRecipe
 from converter.forward.ordered_tasks import one_by_one
 from converter.hub_model import HubModel
@@ -22,7 +23,6 @@ from converter.side_files import copied_bytes
 from converter.sizes import plan_output
 from converter.solvers import choose_solver
 from converter.source import Checkpoint
-from converter.workers import Worker
 from formats import TRUNK_NAME
 from formats.errors import MoeConvertError
 from formats.index import ExpertEntry, Index

@@ -9,11 +9,11 @@ import torch
 from converter.bit_budget import choose_bits, ladder
 from converter.calibration.bit_sensitivity import BitSensitivity
 from converter.calibration_text import CalibrationTokens
+from converter.conversion.identity import Progress
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.units import expert_units, shard_needs
-from converter.identity import Progress
+from converter.conversion.worker import run_all
 from converter.solver import CalibratedSolver
-from converter.workers import run_all
 
 _log = logging.getLogger(__name__)
 

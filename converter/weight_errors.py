@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from converter.conversion.records import ExpertRecord, LinearRecord, Record
 from converter.conversion.units import EXPERT_MATRICES
-from converter.records import ExpertRecord, LinearRecord, Record
 from converter.solver import SquaredError
 from formats.quality import QUALITY_NAME
 from formats.writer import write_file

@@ -22,13 +22,13 @@ import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from converter.conversion.journal import Journal
 from converter.conversion.keys import ExpertKey
+from converter.conversion.records import LayerRecord, Record, ShardRecord
+from converter.conversion.worker import Worker
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.journal import Journal
 from converter.recipes import make_recipe
-from converter.records import LayerRecord, Record, ShardRecord
 from converter.source import Checkpoint
-from converter.workers import Worker
 from formats.artifact import Artifact
 from formats.direct_reader import DirectReader
 from formats.errors import DoesNotFitError, NotConvertedError, OutputError, RecipeError, SourceError
@@ -459,7 +459,7 @@ def test_resume_by_another_code_version_is_refused(
 ) -> None:
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
-    monkeypatch.setattr("converter.identity.__version__", "99.0")
+    monkeypatch.setattr("converter.conversion.identity.__version__", "99.0")
     with pytest.raises(OutputError, match="another code"):
         convert(source, out)
 

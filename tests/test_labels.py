@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.cli.terminal import printable
+from converter.conversion.records import Record
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
-from converter.records import Record
 from formats.artifact import Artifact
 from formats.errors import FormatError
 from formats.index import Index, Label

@@ -2,13 +2,13 @@
 
 from typing import Any
 
+from converter.conversion.finished_work import FinishedWork
 from converter.conversion.keys import ShardKey
 from converter.conversion.output_files import OutputFiles
 from converter.conversion.plan import ConversionPlan
-from converter.finished_work import FinishedWork
+from converter.conversion.records import ShardRecord
 from converter.index_assembly import assemble_index
 from converter.model_card import write_card
-from converter.records import ShardRecord
 from converter.side_files import copy_files, write_config
 from converter.weight_errors import write_quality
 from formats import EXPERTS_FOLDER, INDEX_NAME

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from converter.conversion.identity import Progress, check_contents, check_same
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.run import one_torch_thread, run_conversion
 from converter.conversion_recipe import ConversionRecipe
-from converter.identity import Progress, check_contents, check_same
 from converter.output_folder import SOURCE_FOLDER, OutputFolder
 from converter.sizes import OutputPlan
 from converter.solver import CalibratedSolver

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import xxhash
 
-from converter.complete_layer import difference
+from converter.conversion.complete_layer import difference
+from converter.conversion.finished_work import FinishedWork
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
-from converter.finished_work import FinishedWork
-from converter.records import ExpertRecord, LayerRecord, LinearRecord, TensorRecord
+from converter.conversion.records import ExpertRecord, LayerRecord, LinearRecord, TensorRecord
 from converter.sizes import OutputPlan
 from formats import TRUNK_NAME
 from formats.layer_file import compression_paths, layer_file_name, partial_path

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from converter.calibration_text import CalibrationTokens, calibration_tokens
+from converter.conversion.identity import check_same, fingerprint, recorded_recipe
+from converter.conversion.journal import check_begun
 from converter.conversion_recipe import ConversionRecipe
 from converter.convert_options import ConvertOptions
-from converter.identity import check_same, fingerprint, recorded_recipe
-from converter.journal import check_begun
 from converter.output_needs import OutputNeeds
 from converter.output_probe import probe_output
 from converter.side_files import check_side_files

@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from converter.finished_work import FinishedWork
+from converter.conversion.finished_work import FinishedWork
 from converter.source import Checkpoint
 
 

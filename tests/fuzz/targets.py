@@ -18,11 +18,8 @@ from made_traces import random_experts, trace_of
 from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.bit_rules import parse_rules
-from converter.journal import JOURNAL_NAME, Journal, read_pin
-from converter.outline import PlannedFolder
-from converter.recipe_file import recipe_settings
-from converter.recipes import make_recipe
-from converter.records import (
+from converter.conversion.journal import JOURNAL_NAME, Journal, read_pin
+from converter.conversion.records import (
     ExpertRecord,
     LayerRecord,
     LinearRecord,
@@ -30,6 +27,9 @@ from converter.records import (
     ShardRecord,
     TensorRecord,
 )
+from converter.outline import PlannedFolder
+from converter.recipe_file import recipe_settings
+from converter.recipes import make_recipe
 from converter.solver import SquaredError
 from converter.source import Checkpoint
 from formats.checksums import xxh3_of

@@ -12,12 +12,12 @@ import torch
 from converter.calibration.input_statistics import InputStatistics
 from converter.calibration.layer_statistics import LayerStatistics
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
+from converter.conversion.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.conversion.units import EXPERT_MATRICES
 from converter.down_correction import DownCorrection
 from converter.feedback_reference import SingularStatisticsError
 from converter.names import ExpertTensor
 from converter.plain_rows import store_rows
-from converter.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.shards import Stopped
 from converter.sizes import OutputPlan, chunk_rows
 from converter.solver import CalibratedSolver, Solver, SquaredError, UnfitWeightsError

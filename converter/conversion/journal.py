@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from converter.records import Record
+from converter.conversion.records import Record
 from formats import JOURNAL_NAME
 from formats.checksums import xxh3_of
 from formats.errors import OutputError

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from converter.conversion.journal import Journal
 from converter.conversion.keys import ExpertKey, LayerKey, RecordKey, ShardKey
-from converter.journal import Journal
-from converter.records import ExpertRecord, LayerRecord, Record, ShardRecord
+from converter.conversion.records import ExpertRecord, LayerRecord, Record, ShardRecord
 
 
 class FinishedWork:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import xxhash
 
-from converter.records import LayerRecord
+from converter.conversion.records import LayerRecord
 from formats.checksums import sha256_of
 from formats.io_errors import translated
 from formats.paths import open_regular
