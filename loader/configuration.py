@@ -7,6 +7,7 @@ from typing import Any
 from formats.errors import MoeConvertError
 from formats.field_rules import short
 from formats.generation_config import read_generation_config
+from formats.model_types import MODEL_TYPES
 
 
 def loading_options(
@@ -48,7 +49,10 @@ def loading_options(
 
 
 def model_class(config: Any) -> Any:
-    """transformers' class of a causal language model with this configuration object."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    """transformers' class of a causal language model with this configuration object.
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    By its name: the registry of classes has ours for these configurations (loader/hf/registration.py).
+    """
+    import transformers
+
+    return getattr(transformers, MODEL_TYPES[config.model_type].causal_class)

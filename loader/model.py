@@ -9,20 +9,19 @@ import torch
 
 from formats import TRUNK_NAME
 from formats.artifact import Artifact
-from formats.checksums import CHECKS
 from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.index import Architecture
 from formats.log_once import warn_once
-from formats.readers import READERS
 from formats.whole_files import check_files, generation_note
 from loader.configuration import loading_options, model_class
 from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device
+from loader.default_options import with_defaults
 from loader.expert_layers import routed_layers
 from loader.hf.serving import Serving
 from loader.listed_files import link_listed_files
+from loader.option_values import check_options
 from loader.placement import CacheOptions, Placement, place
-from loader.policy import POLICIES
 from loader.prefetch import Prefetcher
 from loader.repository import Folder, OpenModel, Progress, open_model, small_files
 from loader.tokenizer import tokenizer_of
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+@with_defaults
 def from_pretrained(
     folder: Folder,
     *,
@@ -88,10 +88,7 @@ def from_pretrained(
     DoesNotFitError if a budget does not hold one token's experts, or the GPU not what was asked for; RecipeError for an
     unknown option value.
     """
-    _check_known("cpu_share", cpu_share, ("off", "auto"))
-    _check_known("io", io, ("auto", *READERS))
-    _check_known("policy", policy, tuple(POLICIES))
-    _check_known("check", check, CHECKS)
+    check_options(cpu_share=cpu_share, io=io, policy=policy, check=check)
     dtype = _floating(dtype)
     _check_attention(attn_implementation)
     opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
@@ -121,7 +118,7 @@ def load_tokenizer(
     Of a converted model only the files that its index lists are used, and compared with it; check: "none" takes those
     that somebody edited too. TokenizerError (MoeConvertError) naming what is wrong; HubError, FormatError, DamageError.
     """
-    _check_known("check", check, CHECKS)
+    check_options(check=check)
     return tokenizer_of(small_files(folder, revision, token), check)
 
 
@@ -218,8 +215,3 @@ def _guesses(prefetch: int | str, architecture: Architecture) -> int:
         return prefetch
     most = architecture.num_local_experts
     raise RecipeError(f"prefetch: {prefetch!r} is not a number of experts; expected is auto or 0 to {most}")
-
-
-def _check_known(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise RecipeError(f"{option}: {value!r} is unknown; known are {', '.join(known)}")

@@ -49,15 +49,20 @@ _PARTS: ContextVar[Parts | None] = ContextVar("moe_convert_parts", default=None)
 @contextmanager
 def loading(parts: Parts) -> Iterator[None]:
     """Inside, this thread's `from_pretrained` builds its model of `parts`. Registers the plugin where it is not yet."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(MoeConvertConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(MoeConvertQuantizer)
+    register_plugin()
     token = _PARTS.set(parts)
     try:
         yield
     finally:
         _PARTS.reset(token)
+
+
+def register_plugin() -> None:
+    """Make transformers know our quant_method, where it does not yet."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(MoeConvertConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(MoeConvertQuantizer)
 
 
 def _parts() -> Parts:

@@ -26,16 +26,12 @@ def choose_devices(wish: Devices, packings: Iterable[str]) -> list[Device]:
     `packings` as the reference does, else the processor, with a warning that says why. RecipeError for anything else;
     MoeConvertError if what was named is not there or is wrong.
     """
-    names = _names(wish)
+    names = device_names(wish)
     if names == ["cpu"]:
         return []
     if names == ["auto"]:
         return _automatic(packings)
     known = [name for name in names if isinstance(name, str)]
-    for name in known:
-        kind, _, number = name.partition(":")
-        if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
-            raise RecipeError(f"device: {name!r} is unknown; known are auto, cpu, cuda, cuda:N and several of the last")
     from loader.cuda.torch_device import cuda_devices
 
     opened = iter(cuda_devices(known, kept_root() / "gpu-kernels") if known else [])
@@ -45,6 +41,18 @@ def choose_devices(wish: Devices, packings: Iterable[str]) -> list[Device]:
     for device in devices:
         check_products(device, packings)
     return devices
+
+
+def device_names(wish: Devices) -> list[str | Device]:
+    """Return the devices of `wish` by their names, a `Device` as it is. RecipeError for what names none."""
+    names = _names(wish)
+    if names in (["auto"], ["cpu"]):
+        return names
+    for name in [name for name in names if isinstance(name, str)]:
+        kind, _, number = name.partition(":")
+        if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
+            raise RecipeError(f"device: {name!r} is unknown; known are auto, cpu, cuda, cuda:N and several of the last")
+    return names
 
 
 def _names(wish: Devices) -> list[str | Device]:

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+from loader.hf.model_size import packed_weights
 from loader.hf.private_names import generation_methods
 from loader.hf.serving import Serving
 from loader.stats import MoeStats
@@ -24,6 +25,17 @@ class MoeConvertMixin:
     def reset_moe_stats(self) -> None:
         """Set all counters of `moe_stats` to zero; the cache keeps its experts."""
         self._serving.reset_stats()
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters of the model that was converted: of packed weights and experts too."""
+        counted: int = super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc]
+        return counted if only_trainable else counted + packed_weights(self)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes that the trunk takes and that the experts' cache may take, in RAM and on GPUs."""
+        trunk: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
+        stats = self.moe_stats()
+        return trunk + stats.slot_bytes + (stats.ram.buffer_bytes if stats.ram else 0)
 
 
 @functools.cache

@@ -1,0 +1,16 @@
+"""The weights of a served model that are no parameters of torch: those of packed layers and of experts."""
+
+from typing import Any
+
+from loader.modules import CachedExperts, PackedLinear
+
+
+def packed_weights(model: Any) -> int:
+    """Return the number of weights in the packed layers and in all experts, in a cache or not."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            total += module.out_features * module.in_features
+        elif isinstance(module, CachedExperts):
+            total += sum(layout.n_weights for layout in module.layouts.values())
+    return total

@@ -1,0 +1,43 @@
+"""The values that options of loader.from_pretrained may have, so far as they can be checked without a folder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from formats.checksums import CHECKS
+from formats.errors import RecipeError
+from formats.readers import READERS
+from formats.sizes import parse_size
+from loader.backend import KERNELS
+from loader.cuda.choice import device_names
+from loader.policy import POLICIES
+
+_NAMES: dict[str, tuple[str, ...]] = {
+    "io": ("auto", *READERS),
+    "policy": tuple(POLICIES),
+    "cpu_share": ("off", "auto"),
+    "check": CHECKS,
+    "kernels": KERNELS,
+}
+
+
+def check_options(**options: Any) -> None:
+    """RecipeError naming the first of `options` whose value is not a possible one."""
+    for option, value in options.items():
+        if option in _NAMES:
+            if value not in _NAMES[option]:
+                raise RecipeError(f"{option}: {value!r} is unknown; known are {', '.join(_NAMES[option])}")
+        elif option in ("gpu_cache", "ram_cache"):
+            if value != "auto":
+                parse_size(value, option)
+        elif option == "slots":
+            if not isinstance(value, Sequence) or not all(_is_count(count) for count in value):
+                raise RecipeError(f"slots: {value!r} is no list of numbers", "give one number for each layer")
+        elif option == "prefetch":
+            if value != "auto" and not _is_count(value):
+                raise RecipeError(f"prefetch: {value!r} is not a number of experts; expected is auto or 0 and more")
+        elif option == "device":
+            device_names(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
