@@ -1,4 +1,5 @@
-"""What `make demo` runs: the example model converted to 2 bits, verified, made to write, and compared with itself."""
+"""What `make demo` runs: the example model converted to 2 bits, verified, made to write, and compared with itself. The
+last line that it prints starts a chat with it."""
 
 import json
 import subprocess
@@ -35,6 +36,15 @@ def main() -> None:
     index = json.loads(moe_convert("inspect", str(OUT), "--json"))
     print()
     print(table(generated, before, after, index))
+    print(f"\nTo talk with it:\n{chat_line()}")
+
+
+def chat_line() -> str:
+    """The command that starts a chat with the converted model, from the folder of the Makefile."""
+    root = HERE.parent
+    program = Path(sys.executable).with_name("moe-convert")
+    shown = program.relative_to(root) if program.is_relative_to(root) else program
+    return f"{shown} chat {OUT.relative_to(root)}"
 
 
 def table(generated: dict, before: dict, after: dict, index: dict) -> str:

@@ -23,11 +23,19 @@ def check_tasks(tasks: list[str], folder: Path | None) -> Any:
 
 
 def run_tasks(
-    model: Any, tokenizer: Any, tasks: list[str], *, batch: int, limit: int | None = None, folder: Path | None = None
+    model: Any,
+    tokenizer: Any,
+    tasks: list[str],
+    *,
+    batch: int,
+    chat: bool = False,
+    limit: int | None = None,
+    folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """Task or group → metric → value, as lm-eval names them: "acc", "acc_stderr", a filter behind a comma if there is
     one ("exact_match,strict").
 
+    chat: documents go through the tokenizer's chat template, which writes BOS itself; lm-eval then adds none.
     limit: only so many documents a task. folder: of further task definitions (YAML; they may name Python code, which
     lm-eval runs). Data sets that are not on this machine are fetched from the Hub. MoeConvertError if lm-eval is not
     installed or has no data, RecipeError if it knows no such task.
@@ -36,9 +44,11 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    options = {"add_bos_token": False} if chat else {}
     try:
         found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, **options),
+            apply_chat_template=chat,
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,

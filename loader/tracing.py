@@ -19,6 +19,7 @@ from formats.labels import to_label
 from loader.checkpoint import check_runnable, checkpoint_architecture, is_converted
 from loader.perplexity import Progress, named_windows, read_text
 from loader.routing_recorder import Routing, RoutingRecorder
+from loader.serving.chat_template import prompt_ids
 from loader.tokenizer import check_tokens
 from loader.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
 
@@ -118,11 +119,12 @@ def trace_prompts(
     producer: str,
     prompts: Sequence[Path],
     *,
+    raw: bool = False,
     max_new_tokens: int = 64,
     progress: Progress | None = None,
 ) -> Trace:
-    """As `trace_inputs`, of UTF-8 files with one prompt a line."""
-    inputs = read_prompts(tokenizer, described, prompts)
+    """As `trace_inputs`, of UTF-8 files with one prompt a line, read as in `read_prompts`."""
+    inputs = read_prompts(tokenizer, described, prompts, raw=raw)
     return trace_inputs(
         model, tokenizer, described, producer, prompts, inputs, max_new_tokens=max_new_tokens, progress=progress
     )
@@ -135,7 +137,7 @@ def trace_inputs(
     described: TracedModel,
     producer: str,
     prompts: Sequence[Path],
-    inputs_by_text: Sequence[Sequence[Any]],
+    inputs_by_text: Sequence[Sequence[list[int]]],
     *,
     max_new_tokens: int = 64,
     progress: Progress | None = None,
@@ -147,34 +149,45 @@ def trace_inputs(
 
     def run(number: int, path: Path) -> Iterator[TracedSequence]:
         lines = inputs_by_text[number]
-        for done, inputs in enumerate(lines, 1):
+        for done, prompt in enumerate(lines, 1):
+            inputs = torch.tensor([prompt], device=model.device)
             ids = model.generate(
-                **{name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")},
+                inputs,
+                attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
                 do_sample=False, temperature=None, top_p=None, top_k=None,
                 pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
             if progress:
                 progress(path.name, done, len(lines))
-            yield TracedSequence(number, ids.shape[1] - 1, inputs["input_ids"].shape[1])
+            yield TracedSequence(number, ids.shape[1] - 1, len(prompt))
 
     return _trace(model, described, producer, prompts, run)
 
 
-def read_prompts(tokenizer: Any, described: TracedModel, prompts: Sequence[Path]) -> list[list[Any]]:
-    """What the tokenizer makes of each line of each file. MoeConvertError if a file has no prompt, or a prompt has no
-    token or one that the model has not."""
+def read_prompts(
+    tokenizer: Any, described: TracedModel, prompts: Sequence[Path], *, raw: bool = False
+) -> list[list[list[int]]]:
+    """The tokens of each line of each file: as a user's message where the tokenizer has a chat template, unless `raw`.
+
+    MoeConvertError if a file has no prompt, or a prompt has no token or one that the model has not.
+    """
     found = []
     for path in prompts:
         lines = [line for line in read_text(path).splitlines() if line.strip()]
         if not lines:
             raise MoeConvertError(f"{path}: no prompts", "write one prompt a line")
-        found.append([tokenizer(line, return_tensors="pt") for line in lines])
-        for line, inputs in zip(lines, found[-1], strict=True):
-            if not inputs["input_ids"].numel():
-                raise MoeConvertError(f"{path}: prompt {line[:40]!r} has no token", "remove the line")
-            check_tokens(inputs["input_ids"], tokenizer, described.architecture.vocab_size, str(path))
+        found.append([_prompt_of(tokenizer, line, path, raw) for line in lines])
+        for ids in found[-1]:
+            check_tokens(torch.tensor(ids), tokenizer, described.architecture.vocab_size, str(path))
     return found
+
+
+def _prompt_of(tokenizer: Any, line: str, path: Path, raw: bool) -> list[int]:
+    try:
+        return prompt_ids(tokenizer, line, raw=raw)
+    except MoeConvertError as e:
+        raise MoeConvertError(f"{path}: prompt {line[:40]!r}: {e.message}", e.hint) from e
 
 
 def _trace(

@@ -1,5 +1,6 @@
 """What many tests share: the example model, and its conversions, each made once a session."""
 
+import json
 import os
 import shutil
 import signal
@@ -54,6 +55,16 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def converted_copy(converted: Callable[[str], Path], tmp_path: Path) -> Path:
     """A copy of the example at 2 bits, to be broken."""
     return Path(shutil.copytree(converted("2bit"), tmp_path / "copy"))
+
+
+@pytest.fixture
+def templated(converted_copy: Path) -> Path:
+    """A copy of the example at 2 bits whose tokenizer has the chat template tests/templates/instruct.jinja; to be
+    opened with check="none", as the index does not list it so."""
+    config = converted_copy / "tokenizer_config.json"
+    template = (Path(__file__).parent / "templates" / "instruct.jinja").read_text()
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
+    return converted_copy
 
 
 @pytest.fixture

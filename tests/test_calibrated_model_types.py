@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import MODELS, write_checkpoint
+from hub_server import HubServer
+from random_models import MODELS, make_model, write_checkpoint
 from test_converter_convert import Interruption, hashes, stop_after
 
 import loader
 from converter.convert import ConvertOptions, convert_checkpoint
+from converter.hub_model import HubModel
 from converter.recipes import make_recipe
+from converter.source import Checkpoint
 from formats.index import read_index
 from formats.verify import verify_folder
 
@@ -61,3 +64,19 @@ def test_bits_are_chosen_for_layers_with_experts(tmp_path: Path, calibrated: Cal
     assert verify_folder(tmp_path / "out").problems == []
     assert len(read_index(tmp_path / "out").layers) == 3
     assert 14 < done.plan.expert_bits <= 18
+
+
+def test_bits_for_a_repository_are_chosen_within_the_shards_of_one_layer(hub: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    make_model("qwen3_moe with dense layers").save_pretrained(folder, max_shard_size="60KB")
+    hub.add("me/dense", folder)
+    with Checkpoint(folder) as checkpoint:
+        shards: dict[int | None, set[str]] = {}
+        for name, weight in checkpoint.trunk.items():
+            shards.setdefault(checkpoint.layer_of(name), set()).add(weight.shard)
+        for key, weight in checkpoint.experts.items():
+            shards[checkpoint.shape.experts[key.layer].decoder_layer].add(weight.shard)
+        limit = max(sum(checkpoint.shards[name] for name in names) for names in shards.values())
+    source = HubModel.open("me/dense", max_disk_bytes=limit)
+    done = convert_checkpoint(source, tmp_path / "out", make_recipe("2bit", target_bpw=18.0, **RANDOM))
+    assert done.done == "converted"

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of random weights: activations take much more than the process's own noise."""
+    """A layer of random weights: activations take much more than the process's own noise."""
     folder = tmp_path_factory.mktemp("source") / "wide"
-    make_checkpoint(folder, Shape(1024, 2048, 8, 2, experts=4), 2)
+    make_checkpoint(folder, Shape(1024, 2048, 8, 2, experts=4), 1)
     return folder
 
 

@@ -83,6 +83,7 @@ CONVERTED_ONLY = {
     "rebuild": "repair {} --index",
     "upload": "upload {} me/model --license mit",
     "generate": "generate {} --prompt x",
+    "chat": "chat {}",
 }
 ANY_MODEL = {
     "eval": "eval {} --text $text",
@@ -143,6 +144,12 @@ OTHERS = [
     ("generate $good --prompt x --trace $file", 3, "a file: not a trace", "moe-convert trace"),
     ("generate $good --prompt x --ram-cache 1B", 4, "1 bytes", "at least"),
     ("generate $good --prompt x --device cuda:99", 1, "cuda:99", "cpu"),
+    ("generate $good --prompt x --temperature 1e-300", 2, "temperature", ""),
+    ("chat $good --template $missing", 2, "not there", ""),
+    ("chat $good --template $empty", 1, "empty.txt: the file is empty", "text"),
+    ("chat $good --template $latin", 1, "latin.txt: not UTF-8", "UTF-8"),
+    ("chat $good --ram-cache 1B", 4, "1 bytes", "at least"),
+    ("chat $good --top-k -1", 2, "--top-k", ""),
     ("env --nonsense", 2, "--nonsense", ""),
 ]
 
@@ -190,7 +197,9 @@ def test_folder_without_a_model_is_named(run_command: Run, inputs: Inputs, comma
     assert not inputs.out.exists()
 
 
-@pytest.mark.parametrize("command", ["inspect", "download", "generate --prompt x", "generate --prompt x --lazy"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "download", "generate --prompt x", "generate --prompt x --lazy", "chat"]
+)
 def test_repository_that_is_not_converted_is_named(run_command: Run, hub: HubServer, command: str) -> None:
     hub.add("me/plain", {"config.json": b"{}", "model.safetensors": b"weights"})
     name, *options = command.split()
@@ -410,16 +419,17 @@ def test_an_interrupted_conversion_says_that_the_same_command_goes_on(
 def test_an_interrupted_generation_says_how_much_there_is(
     run_command: Run, monkeypatch: pytest.MonkeyPatch, inputs: Inputs, options: list[str], words: str
 ) -> None:
-    from converter.cli.generation_stats import Clock
+    from loader.serving.text_stream import TextStream
 
-    put, calls = Clock.put, iter(range(100))
+    push, calls = TextStream.push, iter(range(1, 100))
 
-    def put_three(self: Clock, value: Any) -> None:
-        if next(calls) == 4:
+    def push_three(self: TextStream, token: int) -> str:
+        piece = push(self, token)
+        if next(calls) == 3:
             raise KeyboardInterrupt
-        put(self, value)
+        return piece
 
-    monkeypatch.setattr(Clock, "put", put_three)
+    monkeypatch.setattr(TextStream, "push", push_three)
     code, out, err = run_command("generate", inputs.good, "--prompt", "So Jonah arose", "--kernels", "torch", *options)
     assert code == 130
     assert bool(out.strip()) == (not options)

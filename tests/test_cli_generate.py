@@ -10,7 +10,8 @@ from made_traces import random_experts, trace_of
 from msgspec.structs import replace
 
 import loader
-from converter.cli.generation_stats import Clock, stats_table
+from converter.cli.generation_stats import live_line, stats_table
+from converter.cli.live_text import LiveText
 from formats.artifact import Artifact
 from loader.budget import aside_bytes, expert_bytes_by_layer
 from loader.stats import LayerStats
@@ -63,6 +64,43 @@ def test_json_has_text_and_counters(run, expected):
     assert result["tokens_per_s"] > 0
 
 
+def test_json_has_the_tokens_and_why_they_end(run, expected, converted):
+    result = json.loads(run("--prompt", PROMPT, "--json")[1])
+    tokenizer = loader.load_tokenizer(converted("2bit"))
+    assert len(result["token_ids"]) == 6
+    assert tokenizer.decode(result["token_ids"]) == expected
+    assert result["finish_reason"] == "length"
+
+
+def test_the_prompt_is_the_users_message_of_the_tokenizers_template(run, templated, expected):
+    chat, raw = (
+        json.loads(run("--prompt", PROMPT, "--check", "none", "--json", *options, path=templated)[1])
+        for options in ([], ["--raw"])
+    )
+    as_text = json.loads(run("--prompt", f"<s>[user] {PROMPT}\n", "--json")[1])
+    assert raw["text"] == expected
+    assert chat["token_ids"] == as_text["token_ids"] != raw["token_ids"]
+    # [user] and the line feed, and one BOS.
+    assert chat["prompt_tokens"] == as_text["prompt_tokens"] > raw["prompt_tokens"]
+
+
+def test_a_template_that_refuses_is_an_error_before_the_weights(run, templated, monkeypatch):
+    config = templated / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("{{ bos_token }}", "{{ raise_exception('not today') }}"))
+    (templated / "trunk.safetensors").unlink()
+    code, out, err = run("--prompt", PROMPT, "--check", "none", path=templated)
+    assert (code, out) == (1, "")
+    assert "the chat template fails: TemplateError: not today" in err
+
+
+def test_sampling_options_reach_the_sampling(run, expected):
+    certain = run("--prompt", PROMPT, "--temperature", "2", "--top-k", "1", "--seed", "1")[1]
+    assert certain == expected + "\n"
+    certain = run("--prompt", PROMPT, "--temperature", "2", "--min-p", "1", "--seed", "1")[1]
+    assert certain == expected + "\n"
+    assert run("--prompt", PROMPT, "--repetition-penalty", "50")[1] != expected + "\n"
+
+
 def test_stats_go_to_stderr(run, expected):
     _, out, err = run("--prompt", PROMPT, "--stats")
     assert out == expected + "\n"
@@ -85,23 +123,82 @@ def test_stats_show_guesses_waits_and_what_was_wasted(run, converted):
         assert json.loads(out)["cache"]["guesses"] == 0
 
 
+class Terminal:
+    """A terminal that stdout and stderr write to."""
+
+    def __init__(self, columns, lines, monkeypatch):
+        pyte = pytest.importorskip("pyte")
+        self.screen = pyte.HistoryScreen(columns, lines, history=10_000)
+        stream = pyte.Stream(self.screen)
+        # The kernel's terminal returns the carriage at each line feed.
+        self.feed = lambda text: stream.feed(text.replace("\r\n", "\n").replace("\n", "\r\n"))
+        shown = SimpleNamespace(isatty=lambda: True, write=self.feed, flush=lambda: None)
+        monkeypatch.setattr("sys.stdout", shown)
+        monkeypatch.setattr("sys.stderr", shown)
+        monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((columns, lines)))
+
+    def text(self):
+        """Everything that was shown, with the lines that scrolled out."""
+        above = ["".join(row[x].data for x in range(self.screen.columns)) for row in self.screen.history.top]
+        return "\n".join(line.rstrip() for line in [*above, *self.screen.display]).rstrip()
+
+
 def test_the_live_line_stays_below_the_text_and_goes_at_the_end(monkeypatch):
-    pyte = pytest.importorskip("pyte")
-    screen = pyte.Screen(30, 4)
-    terminal = pyte.Stream(screen)
-    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True, write=terminal.feed, flush=lambda: None))
-    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((30, 4)))
+    terminal = Terminal(30, 4, monkeypatch)
+    screen = terminal.screen
     total = LayerStats(hits=3, misses=1, bytes_read=2_000_000)
     model = SimpleNamespace(moe_stats=lambda: SimpleNamespace(total=total))
-    text = SimpleNamespace(put=terminal.feed, end=lambda: terminal.feed("\r\n"))
-    clock = Clock(text, model, live=True)
-    for number, token in enumerate(["", "one ", "two ", "of a line that is longer than ", "it is wide\r\n", "\r\nend"]):
-        clock.put(token)
-        if number:
-            assert screen.display[screen.cursor.y + 1].startswith(f"{number} tokens, ")
-            assert sum("tokens, " in line for line in screen.display) == 1
-    clock.end()
+    answer = SimpleNamespace(token_ids=[], tokens_per_s=None)
+    text = LiveText(lambda: live_line(answer, model))
+    for number, piece in enumerate(["one ", "two ", "of a line that is longer than ", "it is wide\n", "\nend"], 1):
+        answer.token_ids.append(number)
+        text(piece)
+        assert screen.display[screen.cursor.y + 1].startswith(f"{number} tokens, ")
+        assert sum("tokens, " in line for line in screen.display) == 1
+    text.end()
     assert [line.rstrip() for line in screen.display] == ["er than it is wide", "", "end", ""]
+
+
+PIECES = [
+    ["x" * 79, "y", "z" * 80, "one\n", "two"],
+    [letter for letter in "Of lines that are longer than the terminal is wide, letter by letter. " * 9],
+    ["漢字" * 45, "x", "🙂👩‍👩‍👧 " * 30, "e\u0301" * 100, "\n", "a\tb\t" * 30, "end"],
+    ["line\n" * 40, "\n", " " * 80, "."],
+]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("pieces", PIECES, ids=["edges", "letters", "wide", "scrolled"])
+def test_the_live_line_changes_no_character_of_the_text(monkeypatch, columns, pieces):
+    plain, live = (Terminal(columns, 24, monkeypatch) for _ in range(2))
+    drawn = []
+
+    def status():
+        drawn.append(len(drawn))
+        return f"{len(drawn)} tokens, " + "-" * 200
+
+    text = LiveText(status)
+    for piece in pieces:
+        text(piece)
+        plain.feed(piece)
+        rows = live.text().splitlines()
+        assert "\n".join(row for row in rows if " tokens, --" not in row).rstrip() == plain.text()
+    text.end()
+    assert live.text() == plain.text()
+    assert drawn
+
+
+def test_a_resize_draws_no_line_before_the_next_one_begins(monkeypatch):
+    Terminal(80, 24, monkeypatch)
+    drawn = []
+    text = LiveText(lambda: drawn.append(1) or "line")
+    text("begun ")
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((40, 24)))
+    text("and resized")
+    assert len(drawn) == 1
+    text("\n")
+    text("next")
+    assert len(drawn) == 3
 
 
 def test_a_pipe_gets_no_live_line(run):

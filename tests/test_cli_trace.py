@@ -41,6 +41,25 @@ def test_prompts_of_an_ordinary_checkpoint_are_traced(run, example_folder, tmp_p
     assert all(s.tokens == s.prompt_tokens + 2 for s in read_trace(out).header.sequences)
 
 
+def test_a_prompt_is_the_users_message_of_the_tokenizers_template(run, templated, tmp_path):
+    prompts, out = tmp_path / "p.txt", tmp_path / "t.zst"
+    lengths = {}
+    for line, options in (("So", []), ("So", ["--raw"]), ("<s>[user] So", ["--raw"])):
+        prompts.write_text(line)
+        options = [*options, "--check", "none", "--max-new-tokens", 2]
+        assert run(templated, "--prompts", prompts, *options, "-o", out)[0] == 0
+        lengths[line, len(options)] = read_trace(out).header.sequences[0].prompt_tokens
+    plain, written, templated_line = lengths["So", 5], lengths["<s>[user] So", 5], lengths["So", 4]
+    # The template ends a message with a line feed.
+    assert plain < written < templated_line == written + 1
+
+
+def test_raw_needs_prompts(run, converted, english, tmp_path):
+    code, _, err = run(converted("2bit"), "--text", english, "--raw", "-o", tmp_path / "t.zst")
+    assert code == 2
+    assert "--raw needs --prompts" in err
+
+
 def test_either_text_or_prompts_must_be_given(run, converted, english, tmp_path):
     for options in ([], ["--text", english, "--prompts", english]):
         code, _, err = run(converted("2bit"), *options, "-o", tmp_path / "t.zst")

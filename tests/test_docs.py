@@ -6,6 +6,7 @@ python tests/test_docs.py     writes docs/commands.md again
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -48,6 +49,19 @@ def test_readme_python_runs_as_it_stands(
     shown = capsys.readouterr().out
     assert "So Jonah arose, and went to" in shown
     assert "misses=" in shown
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_python_of_the_page_on_loading_runs_as_it_stands(converted: Any, number: int) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "load.md").read_text(), re.S)[number]
+    if "lm_eval" in code:
+        pytest.importorskip("lm_eval")
+    folder = converted("2bit")
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("out/tiny-mixtral-2bit", str(folder)), "load.md", "exec"), names)
+    model: Any = names["model"]
+    # Of lm-eval's object, the model in it.
+    assert (model if hasattr(model, "moe_stats") else model.model).moe_stats().slots
 
 
 if __name__ == "__main__":

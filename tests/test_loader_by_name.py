@@ -89,16 +89,18 @@ EARLY = """
 import sys
 import loader
 print({"torch", "transformers"}.isdisjoint(sys.modules))
-# It imports the registry in the middle of its own import.
-import transformers.modeling_layers
+# These import the registries in the middle of their own import.
+import transformers.modeling_layers, transformers.modeling_utils
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers import AutoModelForCausalLM, MixtralConfig
 print("transformers.models.mixtral.modeling_mixtral" in sys.modules)
+print("moe_convert" in AUTO_QUANTIZER_MAPPING)
 print(type(AutoModelForCausalLM._model_mapping[MixtralConfig]).__module__)
 """
 
 
 def test_importing_the_loader_imports_neither_torch_nor_transformers_and_registers_all_the_same() -> None:
-    assert run_python(EARLY).split() == ["True", "False", "loader.hf.registry_entry"]
+    assert run_python(EARLY).split() == ["True", "False", "True", "loader.hf.registry_entry"]
 
 
 def test_what_waits_for_an_import_runs_once_when_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

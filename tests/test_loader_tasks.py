@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,34 @@ def test_unknown_task_is_named(run: Any, converted: Callable[[str], Path], task_
     assert "lm-eval has no task no_such_task" in err
 
 
+@pytest.mark.parametrize(("options", "chat"), [([], True), (["--raw"], False)])
+def test_documents_go_through_the_template_with_no_bos_before_it(
+    run: Any, templated: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], chat: bool
+) -> None:
+    """With a stand-in for lm-eval: what it is told."""
+    told: dict[str, Any] = {}
+
+    def evaluate(model: Any, **arguments: Any) -> dict[str, Any]:
+        told.update(arguments)
+        return {"results": {"letters": {"acc,none": 0.5}}}
+
+    manager = SimpleNamespace(all_tasks=["letters"])
+    for name, members in {
+        "lm_eval": {"simple_evaluate": evaluate, "__spec__": SimpleNamespace()},
+        "lm_eval.tasks": {"TaskManager": lambda **_: manager},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **arguments: told.update(arguments)},
+    }.items():
+        module = ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    code, out, err = run(templated, "--tasks", "letters", "--kernels", "torch", "--check", "none", "--json", *options)
+    assert code == 0, err
+    assert json.loads(out)["chat_template"] == told["apply_chat_template"] == chat
+    assert told.get("add_bos_token", True) != chat
+    assert ("chat template" in err) == chat
+
+
 def test_without_lm_eval_the_extra_is_named(
     run: Any, converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +138,7 @@ def test_without_lm_eval_the_extra_is_named(
         (["--tasks", "a", "--against", "b"], "--against compares on texts"),
         (["--tasks", "a", "--save"], "--save needs --against"),
         (["--text", "{text}", "--limit", "3"], "need --tasks"),
+        (["--text", "{text}", "--raw"], "need --tasks"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

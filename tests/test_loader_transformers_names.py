@@ -6,6 +6,7 @@ import pytest
 import transformers
 from transformers import DynamicCache, MixtralConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
+from transformers.models.auto import modeling_auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import output_capturing
 
@@ -56,6 +57,9 @@ NEEDED = {
         GenerationMixin,
         "loader/hf/model_class.py has its own",
     ),
+    "modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": (modeling_auto, "loader/hf/registration.py finds the classes"),
+    "modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": (modeling_auto, "loader/hf/registration.py adds types"),
+    "modeling_auto.AutoModelForMultimodalLM": (modeling_auto, "loader/hf/registration.py registers there"),
     "PreTrainedModel._supports_sdpa": (PreTrainedModel, "loader/configuration.py chooses the attention"),
 }
 
@@ -69,6 +73,12 @@ def test_this_release_has_the_name(name):
 @pytest.mark.parametrize("name", ["layers", "layer_class_to_replicate", "offloading"])
 def test_a_kv_cache_of_this_release_has_the_attribute(name):
     assert hasattr(DynamicCache(), name), f"transformers {transformers.__version__}: DynamicCache lacks {name}"
+
+
+def test_this_release_keeps_the_choice_of_experts_where_the_loader_looks():
+    config = MixtralConfig()
+    config._experts_implementation = "eager"
+    assert private_names.experts_implementation(config) == "eager"
 
 
 def test_this_release_says_which_attention_a_configuration_has():

@@ -39,6 +39,7 @@ Examples:
     "--task-folder", type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="More task definitions (YAML; they may run Python code from there).",
 )  # fmt: skip
+@shared_options.raw
 @shared_options.window
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time.")
 @click.option("--max-windows", type=click.IntRange(min=1), help="Only the first windows of each text.")
@@ -57,6 +58,7 @@ def command(
     tasks: str | None,
     limit: int | None,
     task_folder: Path | None,
+    raw: bool,
     window: int,
     batch: int,
     max_windows: int | None,
@@ -72,9 +74,10 @@ def command(
     predictions (nats a token), how often both have the same first choice, and for what share of the tokens a router
     chooses the same experts, with standard errors over windows. Checkpoints are computed in float32 then.
 
-    With --tasks, instead: benchmarks by lm-eval, which pip install 'moe-convert[eval]' brings.
+    With --tasks, instead: benchmarks by lm-eval, which pip install 'moe-convert[eval]' brings. Documents go through the
+    tokenizer's chat template if it has one, unless --raw is given: numbers with and without do not compare.
     """
-    _check_options(texts=texts, against=against, save=save, tasks=tasks, limit=limit, task_folder=task_folder)
+    _check_options(texts=texts, against=against, save=save, tasks=tasks, limit=limit, task_folder=task_folder, raw=raw)
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks:
         require_extra("lm_eval", "eval", "--tasks")
@@ -105,13 +108,21 @@ def command(
             output.note(f"{name}: {total} windows")
 
     if tasks:
+        from loader.serving.chat_template import check_template, has_template, template_of
         from loader.tasks import check_tasks, run_tasks
 
         check_tasks(names, task_folder)
         tokenizer = loader.load_tokenizer(path, check=options["check"])
-        found = run_tasks(load(path), tokenizer, names, batch=batch, limit=limit, folder=task_folder)
+        chat = has_template(tokenizer) and not raw
+        if chat:
+            check_template(template_of(tokenizer), "")
+            output.note("documents go through the tokenizer's chat template; --raw leaves them as they are")
+        found = run_tasks(load(path), tokenizer, names, batch=batch, chat=chat, limit=limit, folder=task_folder)
         lines = [(task, name, f"{value:.4f}") for task, metrics in found.items() for name, value in metrics.items()]
-        output.result({"path": str(path), "tasks": found}, table([("task", "metric", "value"), *lines], left=2))
+        output.result(
+            {"path": str(path), "chat_template": chat, "tasks": found},
+            table([("task", "metric", "value"), *lines], left=2),
+        )
         return
     named = [(to_label(text.name), read_text(text)) for text in texts]
     if against:
@@ -163,7 +174,9 @@ def _check_loading(path: Path, options: dict[str, Any]) -> None:
             parse_size(options[name], name)
 
 
-def _check_options(*, texts: Any, against: Any, save: bool, tasks: Any, limit: Any, task_folder: Any) -> None:
+def _check_options(
+    *, texts: Any, against: Any, save: bool, tasks: Any, limit: Any, task_folder: Any, raw: bool
+) -> None:
     if bool(texts) == bool(tasks):
         raise click.UsageError("give either --text or --tasks")
     if against and tasks:
@@ -172,8 +185,8 @@ def _check_options(*, texts: Any, against: Any, save: bool, tasks: Any, limit: A
         raise click.UsageError("--save needs --against")
     if tasks and not any(name.strip() for name in tasks.split(",")):
         raise click.UsageError("--tasks names no task")
-    if (limit or task_folder) and not tasks:
-        raise click.UsageError("--limit and --task-folder need --tasks")
+    if (limit or task_folder or raw) and not tasks:
+        raise click.UsageError("--limit, --task-folder and --raw need --tasks")
 
 
 def evaluation_table(evaluation: Evaluation) -> str:

@@ -1,78 +1,16 @@
 """What `generate --stats` shows: a live line while tokens come, and a table at the end."""
 
-import shutil
-import sys
-import time
 from typing import Any
 
 from converter.cli.output import gigabytes, table
 
 
-class Clock:
-    """A streamer that notes when tokens come and passes them on to `streamer`, if there is one.
-
-    live: keep a line about the cache of `model` under the text, where stderr is a terminal.
-    """
-
-    def __init__(self, streamer: Any, model: Any, *, live: bool) -> None:
-        self._streamer, self._model = streamer, model
-        self._line = _LiveLine() if live and sys.stderr.isatty() else None
-        self._at_s: list[float] = []
-        self._started_s = time.perf_counter()
-
-    def put(self, value: Any) -> None:
-        """Called with the prompt, then with each token."""
-        self._at_s.append(time.perf_counter())
-        if self._line:
-            self._line.clear()
-        if self._streamer:
-            self._streamer.put(value)
-        if self._line and len(self._at_s) > 1:
-            self._line.draw(self._state())
-
-    def end(self) -> None:
-        """Called last."""
-        if self._line:
-            self._line.clear()
-        if self._streamer:
-            self._streamer.end()
-
-    @property
-    def tokens(self) -> int:
-        """New tokens until now; the first call brought the prompt."""
-        return max(0, len(self._at_s) - 1)
-
-    def times(self, new_tokens: int) -> dict[str, float | None]:
-        """Seconds since the beginning and to the first new token, and tokens a second after it (None where there was
-        one only)."""
-        # The first call brings the prompt.
-        first_s, last_s = self._at_s[1], self._at_s[-1]
-        rate = (new_tokens - 1) / (last_s - first_s) if new_tokens > 1 else None
-        return {
-            "seconds": time.perf_counter() - self._started_s,
-            "first_token_s": first_s - self._started_s,
-            "tokens_per_s": rate,
-        }
-
-    def _state(self) -> str:
-        tokens, total = len(self._at_s) - 1, self._model.moe_stats().total
-        rate = f"{(tokens - 1) / (self._at_s[-1] - self._at_s[1]):.2f} tokens/s, " if tokens > 1 else ""
-        return f"{tokens} tokens, {rate}hit ratio {total.hit_ratio:.3f}, read {gigabytes(total.bytes_read)}"
-
-
-class _LiveLine:
-    """The line below the cursor of the terminal at stderr; the cursor stays where the text goes on."""
-
-    def draw(self, text: str) -> None:
-        # Down and up first: at the bottom that scrolls, before the position is saved.
-        self._write(f"\x1bD\x1b[A\x1b7\x1b[B\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}\x1b8")
-
-    def clear(self) -> None:
-        self._write("\x1b7\x1b[B\r\x1b[K\x1b8")
-
-    def _write(self, codes: str) -> None:
-        sys.stderr.write(codes)
-        sys.stderr.flush()
+def live_line(answer: Any, model: Any) -> str:
+    """Return the state of an answer and of the cache of its model."""
+    total = model.moe_stats().total
+    rate = f"{answer.tokens_per_s:.2f} tokens/s, " if answer.tokens_per_s else ""
+    counted = f"{len(answer.token_ids)} tokens, {rate}"
+    return f"{counted}hit ratio {total.hit_ratio:.3f}, read {gigabytes(total.bytes_read)}"
 
 
 def with_shares(cache: dict[str, Any], seconds: float | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import click
 
 from converter import __version__
 from converter.cli.failures import failure_of, is_closed_pipe
-from converter.cli.output import Interrupted
+from converter.cli.output import Interrupted, Terminated
 from converter.cli.terminal import one_line, safe_terminal
 
 INTERRUPTED_CODE = 130
@@ -28,6 +28,7 @@ COMMANDS = {
     "repair": "Mend what verify finds, from a repository or the source: only the damaged experts.",
     "plan": "Show what fits where within a memory budget, and the speed to expect.",
     "generate": "Generate text with a converted model.",
+    "chat": "Talk with a converted model.",
     "eval": "Measure perplexity of a converted folder or an ordinary checkpoint.",
     "trace": "Record which experts a text or prompts use.",
     "replay": "Replay a trace: cache policies, slots and prefetch, and what is possible at best.",
@@ -65,6 +66,7 @@ def cli() -> None:
     \b
     moe-convert convert ./my-mixtral -o my-mixtral-2bit
     moe-convert generate my-mixtral-2bit --prompt "Once upon a time"
+    moe-convert chat my-mixtral-2bit
 
     Shell completion: eval "$(_MOE_CONVERT_COMPLETE=bash_source moe-convert)", likewise zsh_source and fish_source.
     """
@@ -135,7 +137,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
         return
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -22,21 +22,28 @@ LINE_EVERY_S = 30.0
 """Where stderr is no terminal, progress is a line this often."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, also for a command that goes on after Ctrl-C."""
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM while a command ran; the text says what is done and how to go on."""
 
 
-def output_options(interrupted: str) -> Callable[[F], F]:
+def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], F]:
     """Adds --json, --quiet and --verbose; the command gets them as one `output: Output`.
 
-    interrupted: what Ctrl-C leaves, and how to go on.
+    interrupted: what Ctrl-C leaves, and how to go on. has_json: False for a command without a result.
     """
+    json_option: Callable[[F], F] = click.option(
+        "--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout."
+    )
 
     def decorate(function: F) -> F:
-        @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+        @(json_option if has_json else _unchanged)
         @click.option("-q", "--quiet", is_flag=True, help="No progress, warnings only.")
         @click.option("-v", "--verbose", is_flag=True, help="Say more; show the traceback of an error.")
-        def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, quiet: bool, verbose: bool, as_json: bool = False, **kwargs: Any) -> Any:
             level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
             logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
             for room in ("converter", "formats", "loader"):
@@ -64,6 +71,10 @@ def output_options(interrupted: str) -> Callable[[F], F]:
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+def _unchanged(function: F) -> F:
+    return function
 
 
 class Output:

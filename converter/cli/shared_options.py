@@ -40,3 +40,6 @@ kernels = click.option("--kernels", type=click.Choice(["auto", "native", "torch"
 window = click.option(
     "--window", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a window, BOS included."
 )
+raw = click.option(
+    "--raw", is_flag=True, help="Leave prompts as they are, also where the tokenizer has a chat template."
+)

@@ -24,6 +24,7 @@ Examples:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--text", "texts", type=_FILES, multiple=True, help="A UTF-8 text; give the option again for more.")
 @click.option("--prompts", type=_FILES, multiple=True, help="A UTF-8 file with one prompt a line, in place of --text.")
+@shared_options.raw
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The trace to write.")
 @shared_options.window
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time.")
@@ -39,6 +40,7 @@ def command(
     path: Path,
     texts: tuple[Path, ...],
     prompts: tuple[Path, ...],
+    raw: bool,
     out: Path,
     window: int,
     batch: int,
@@ -52,11 +54,14 @@ def command(
     """Record the routing of the model in PATH, a converted folder or an ordinary checkpoint.
 
     For each token and layer: the experts with their weights, and what a prefetcher would have guessed for the next
-    layer. A --text runs in windows that do not overlap, as in eval, and counts as decoded in reading order; each of
-    --prompts is continued. docs/traces.md describes the file; it holds no text.
+    layer. A --text runs in windows that do not overlap, as in eval, and counts as decoded in reading order. Each of
+    --prompts is continued, as a user's message where the tokenizer has a chat template. docs/traces.md describes the
+    file; it holds no text.
     """
     if bool(texts) == bool(prompts):
         raise click.UsageError("give either --text or --prompts")
+    if raw and not prompts:
+        raise click.UsageError("--raw needs --prompts")
     import transformers
 
     import loader
@@ -75,7 +80,7 @@ def command(
     if texts:
         windows = text_windows(tokenizer, described, texts, window, max_tokens)
     else:
-        inputs = read_prompts(tokenizer, described, prompts)
+        inputs = read_prompts(tokenizer, described, prompts, raw=raw)
     model: Any = (
         loader.from_pretrained(path, ram_cache=ram_cache, check=check, kernels=kernels)
         if is_converted(path)

@@ -9,7 +9,7 @@ from formats.field_rules import short
 from formats.hub import is_offline
 from formats.recorded_config import METHOD
 from loader.hf.device_map import device_of_map
-from loader.hf.private_names import attention_implementation
+from loader.hf.private_names import attention_implementation, experts_implementation
 from loader.model import from_pretrained
 
 NO_EFFECT = frozenset({
@@ -66,7 +66,7 @@ def loader_options(name: str, given: Any, there: Any, arguments: dict[str, Any])
     options = {
         **_device(left),
         **_dtype(left, given, there),
-        **_attention(left, given),
+        **_attention(left, given, there),
         **_repository(name, left, given),
     }
     if unknown := sorted(left.keys() - set(_OPTIONS)):
@@ -103,14 +103,17 @@ def _dtype(left: dict[str, Any], given: Any, there: Any) -> dict[str, Any]:
     return {} if dtype is None else {"dtype": dtype}
 
 
-def _attention(left: dict[str, Any], given: Any) -> dict[str, Any]:
-    experts = getattr(given, "_experts_implementation_internal", None)
-    if experts is not None:
+def _attention(left: dict[str, Any], given: Any, there: Any) -> dict[str, Any]:
+    experts = experts_implementation(given)
+    if experts != experts_implementation(there):
         raise RecipeError(
             f"experts_implementation: {short(experts)} is not supported for a converted model",
             ONLY["experts_implementation"][1],
         )
-    name = left.pop("attn_implementation", None) or attention_implementation(given)
+    name = left.pop("attn_implementation", None)
+    # What config.json says is for the gates to judge.
+    if name is None and attention_implementation(given) != attention_implementation(there):
+        name = attention_implementation(given)
     return {} if name is None else {"attn_implementation": name}
 
 

@@ -51,6 +51,11 @@ def attention_implementation(config: Any) -> Any:
         return config._attn_implementation
 
 
+def experts_implementation(config: Any) -> Any:
+    """The choice of transformers' own experts in a configuration, None where none was made."""
+    return getattr(config, "_experts_implementation_internal", None)
+
+
 @functools.cache
 def cache_field() -> str:
     """The name of the KV cache in a model's output and arguments: `cache` since 5.24, before `past_key_values`."""

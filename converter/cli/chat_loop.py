@@ -1,0 +1,125 @@
+"""The conversation of `moe-convert chat`: messages to the session, commands to `ChatCommands`, answers to stdout."""
+
+import sys
+
+import click
+
+from converter.cli.chat_commands import ChatCommands
+from converter.cli.chat_input import Lines, read_message
+from converter.cli.failures import failure_of
+from converter.cli.live_text import LiveText
+from converter.cli.output import Output, Terminated
+from converter.cli.terminal import one_line
+from formats.errors import MoeConvertError
+from loader.serving.generation import Answer
+from loader.serving.session import ContextFullError, Session
+
+
+class ChatLoop:
+    """Reads messages until the input ends. Answers go to stdout, everything else to stderr.
+
+    Where somebody types, an error or Ctrl-C ends the present answer only; from a pipe they end the command.
+    """
+
+    def __init__(self, session: Session, lines: Lines, commands: ChatCommands, output: Output) -> None:
+        self._session = session
+        self._lines = lines
+        self._commands = commands
+        self._output = output
+        self._is_stopped = False
+        # What ends the line on which Ctrl-C was typed.
+        self._line_end = "\n"
+
+    def run(self) -> None:
+        """Return when the user leaves."""
+        while not self._commands.is_over:
+            try:
+                self._say_what_stopped()
+                text = read_message(self._lines)
+                if not self._is_handled(text):
+                    self._answer(text)
+            except EOFError:
+                if self._lines.is_terminal:
+                    click.echo(err=True)
+                return
+            except KeyboardInterrupt as e:
+                if isinstance(e, Terminated) or not self._lines.is_terminal:
+                    raise
+                # Nothing else here, where a second Ctrl-C would end the chat.
+                self._is_stopped = True
+            except MoeConvertError as e:
+                if not self._lines.is_terminal:
+                    raise
+                self._report(e)
+
+    def _say_what_stopped(self) -> None:
+        if self._is_stopped:
+            self._is_stopped = False
+            click.echo(f"{self._line_end}(stopped; Ctrl-D leaves)", err=True)
+        self._line_end = "\n"
+
+    def _is_handled(self, text: str) -> bool:
+        """Run a command, pass over an empty message; False for a message to the model."""
+        if not text.strip():
+            return True
+        if not text.startswith("/") or text.startswith("//"):
+            return False
+        self._commands.run(text)
+        return True
+
+    def _answer(self, text: str) -> None:
+        # Two slashes stand for a message that begins with one.
+        message = text[1:] if text.startswith("//") else text
+        try:
+            self._say_answer(self._ask(message))
+        except ContextFullError as e:
+            if self._has_dropped(message, e):
+                self._say_answer(self._ask(message))
+
+    def _ask(self, message: str) -> Answer:
+        shown = LiveText()
+        before = len(self._session.answers)
+        try:
+            return self._session.ask(message, shown)
+        finally:
+            if len(self._session.answers) > before:
+                shown.end()
+                self._line_end = ""
+
+    def _say_answer(self, answer: Answer) -> None:
+        """Say why an answer ended, unless the model ended it."""
+        if answer.finish_reason != "length":
+            return
+        tokens = len(answer.token_ids)
+        if answer.prompt_tokens + tokens >= self._session.context_tokens:
+            context = self._session.context_tokens
+            self._output.note(f"(cut: the context of {context} tokens is full; /reset begins anew)")
+        else:
+            self._output.note(f"(cut after {tokens} tokens, see --max-new-tokens)")
+
+    def _has_dropped(self, message: str, error: ContextFullError) -> bool:
+        """Say that the context is full, and drop the oldest turns if the user agrees; a pipe cannot be asked."""
+        session = self._session
+        count = session.turns_to_drop(message)
+        if count is None:
+            raise MoeConvertError(
+                f"the message alone leaves no room for an answer in the context of {error.context_tokens} tokens",
+                "send less, or lower --max-new-tokens",
+            ) from error
+        click.echo(f"{error.message}.", err=True)
+        if self._lines.is_terminal and not self._agrees(f"Drop the oldest {count} of {session.turns} turns? [Y/n] "):
+            click.echo("The message was not sent; /reset begins anew, /save keeps the conversation.", err=True)
+            return False
+        session.drop(count)
+        click.echo(f"Dropped the oldest {count} turns.", err=True)
+        return True
+
+    def _agrees(self, question: str) -> bool:
+        return self._lines.read(question).strip().lower() in ("", "y", "yes")
+
+    def _report(self, error: MoeConvertError) -> None:
+        sys.stdout.flush()
+        failure = failure_of(error)
+        click.echo(f"error: {one_line(failure.message)}", err=True)
+        if failure.hint:
+            click.echo(f"  next: {one_line(failure.hint)}", err=True)

@@ -1,0 +1,149 @@
+"""One answer of a model while it is generated, and the answer when it is done."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from loader.hf.private_names import cache_field
+from loader.serving.prefix_cache import PrefixCache
+from loader.serving.settings import GenerationSettings
+from loader.serving.text_stream import TextStream
+
+OnText = Callable[[str], None]
+"""Called after each token with the text that it completes, which may be empty, and once at the end."""
+FinishReason = Literal["stop", "length", "cancelled", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a generation gave.
+
+    finish_reason: "stop": an end token or a stop string came; "length": max_new_tokens did; "cancelled": `stop` was
+    called; "interrupted": an exception ended it. reused_tokens: those of the prompt that the prefix cache held.
+    first_token_s is None without a token, tokens_per_s (after the first token) with fewer than two.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    reused_tokens: int
+    seconds: float
+    first_token_s: float | None
+    tokens_per_s: float | None
+
+
+class Generation:
+    """One answer to the tokens `prompt`. `answer` can be read at any time, also after an interrupt.
+
+    processors: transformers' logits processors, after those of the settings.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        cache: PrefixCache,
+        *,
+        processors: Sequence[Any] = (),
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._prompt = list(prompt)
+        self._settings = settings
+        self._cache = cache
+        self._processors = list(processors)
+        self._end_tokens = end_tokens(model, tokenizer)
+        self._text = TextStream(tokenizer, settings.stop)
+        self._token_ids: list[int] = []
+        self._reused = 0
+        self._is_cancelled = False
+        self._begin_s = time.perf_counter()
+        self._token_s: list[float] = []
+
+    def run(self, on_text: OnText) -> Answer:
+        """Generate in this thread until the answer ends; `on_text` gets the text as it comes."""
+        settings = self._settings
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        self._begin_s = time.perf_counter()
+        self._reused = self._cache.begin(self._prompt)
+        ids = torch.tensor([self._prompt], device=self._model.device)
+        arguments = settings.arguments()
+        if self._end_tokens:
+            arguments["eos_token_id"] = sorted(self._end_tokens)
+        try:
+            with torch.inference_mode():
+                self._model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    # A stopping criterion, not a streamer: releases of transformers call that before or after they
+                    # ask whether to stop, and a stop would come one token late.
+                    stopping_criteria=[lambda ids, scores, **_: self._take(ids, on_text)],
+                    logits_processor=self._processors,
+                    # One prompt has no padding; without an id transformers warns at every call.
+                    pad_token_id=_pad_token(self._model, self._tokenizer),
+                    **{cache_field(): self._cache.kv},
+                    **arguments,
+                )
+        finally:
+            self._cache.record([*self._prompt, *self._token_ids])
+        on_text(self._text.finish())
+        return self.answer
+
+    def stop(self) -> None:
+        """End the answer after the present token, from any thread."""
+        self._is_cancelled = True
+
+    @property
+    def answer(self) -> Answer:
+        """The answer until now."""
+        times_s = self._token_s
+        count = len(times_s)
+        return Answer(
+            text=self._text.text,
+            token_ids=tuple(self._token_ids),
+            finish_reason=self._finish_reason(),
+            prompt_tokens=len(self._prompt),
+            reused_tokens=self._reused,
+            seconds=time.perf_counter() - self._begin_s,
+            first_token_s=times_s[0] - self._begin_s if times_s else None,
+            tokens_per_s=(count - 1) / (times_s[-1] - times_s[0]) if count > 1 else None,
+        )
+
+    def _take(self, ids: Any, on_text: OnText) -> Any:
+        """Take the last of `ids` [1, tokens]; return whether the answer is over, one flag a sequence."""
+        token = int(ids[0, -1])
+        self._token_s.append(time.perf_counter())
+        self._token_ids.append(token)
+        on_text(self._text.push(token))
+        is_over = self._is_cancelled or self._text.stopped
+        return torch.full((1,), is_over, dtype=torch.bool, device=ids.device)
+
+    def _finish_reason(self) -> FinishReason:
+        ids = self._token_ids
+        if self._text.stopped or (ids and ids[-1] in self._end_tokens):
+            return "stop"
+        if len(ids) >= self._settings.max_new_tokens:
+            return "length"
+        return "cancelled" if self._is_cancelled else "interrupted"
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer: those of the model's generation_config and the tokenizer's EOS."""
+    configured = model.generation_config.eos_token_id
+    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
+    return frozenset(int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None and token >= 0)
+
+
+def _pad_token(model: Any, tokenizer: Any) -> int | None:
+    """Return the padding token, or what stands in for it where the model has none."""
+    for token in (model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return None

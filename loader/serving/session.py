@@ -1,0 +1,132 @@
+"""A conversation: messages, template, KV cache, settings."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from formats.errors import MoeConvertError
+from loader.serving.chat_template import Message, Template
+from loader.serving.generation import Answer, Generation, OnText
+from loader.serving.prefix_cache import PrefixCache
+from loader.serving.settings import GenerationSettings
+from loader.tokenizer import check_tokens, embedding_rows
+
+
+class ContextFullError(MoeConvertError):
+    """A conversation that leaves no room for an answer. `prompt_tokens` do not fit `context_tokens`."""
+
+    def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
+        super().__init__(
+            f"the context is full: the conversation has {prompt_tokens} of {context_tokens} tokens",
+            "drop the oldest turns, or begin anew",
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_tokens = context_tokens
+
+
+class Session:
+    """One conversation with a model. An interrupt ends the answer and keeps the session.
+
+    context_tokens: what prompt and answer may take together; None: as many as the model was made for.
+    Raises MoeConvertError if the template refuses the system message.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: Template,
+        settings: GenerationSettings,
+        *,
+        system: str = "",
+        context_tokens: int | None = None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = template
+        self._cache = PrefixCache(model)
+        self._turns: list[tuple[Message, Message]] = []
+        self._system = ""
+        made_for = model.config.get_text_config(decoder=True).max_position_embeddings
+        self.context_tokens: int = min(context_tokens or made_for, made_for)
+        self.settings = settings
+        self.answers: list[Answer] = []
+        """Every answer since the session began."""
+        self.set_system(system)
+
+    @property
+    def system(self) -> str:
+        """The system message; empty if there is none."""
+        return self._system
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation: the system message, then questions and answers in turn."""
+        return self._messages(0)
+
+    @property
+    def turns(self) -> int:
+        """Questions that were answered."""
+        return len(self._turns)
+
+    def set_system(self, text: str) -> None:
+        """Set the system message; the turns stay. MoeConvertError if the template refuses it."""
+        before, self._system = self._system, text
+        try:
+            self._prompt("Hello", 0)
+        except MoeConvertError:
+            self._system = before
+            raise
+
+    def ask(self, text: str, on_text: OnText) -> Answer:
+        """Answer `text`; `on_text` gets the answer as it comes.
+
+        Question and answer join the conversation, also what came of the answer before an exception, if anything.
+        ContextFullError if the prompt leaves too little room; MoeConvertError if the template refuses it or it has a
+        token that the model lacks.
+        """
+        prompt = self._prompt(text, 0)
+        if not self._has_room(len(prompt)):
+            raise ContextFullError(len(prompt), self.context_tokens)
+        room = self.context_tokens - len(prompt)
+        settings = replace(self.settings, max_new_tokens=min(self.settings.max_new_tokens, room))
+        generation = Generation(self._model, self._tokenizer, prompt, settings, self._cache)
+        try:
+            return generation.run(on_text)
+        finally:
+            answer = generation.answer
+            if answer.token_ids:
+                self.answers.append(answer)
+                self._turns.append((_message("user", text), _message("assistant", answer.text)))
+
+    def turns_to_drop(self, text: str) -> int | None:
+        """Return how many of the oldest turns must go for an answer to `text`; None if it does not fit alone."""
+        fits = (count for count in range(len(self._turns) + 1) if self._has_room(len(self._prompt(text, count))))
+        return next(fits, None)
+
+    def drop(self, turns: int) -> None:
+        """Forget the oldest `turns`."""
+        del self._turns[:turns]
+
+    def reset(self) -> None:
+        """Forget all turns; the system message and the settings stay."""
+        self._turns.clear()
+        self._cache.clear()
+
+    def _has_room(self, prompt_tokens: int) -> bool:
+        """True if an answer fits behind the prompt: of full length, or a quarter of the context."""
+        return prompt_tokens + min(self.settings.max_new_tokens, self.context_tokens // 4) <= self.context_tokens
+
+    def _messages(self, dropped: int) -> list[Message]:
+        system = [_message("system", self._system)] if self._system else []
+        return system + [message for turn in self._turns[dropped:] for message in turn]
+
+    def _prompt(self, text: str, dropped: int) -> list[int]:
+        ids = self._template.ids([*self._messages(dropped), _message("user", text)])
+        check_tokens(torch.tensor(ids), self._tokenizer, embedding_rows(self._model), "the message")
+        return ids
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
