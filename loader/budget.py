@@ -47,15 +47,15 @@ def expert_bytes_by_layer(artifact: SizedExperts) -> list[int]:
     return [max(artifact.layout(layer, expert).n_bytes for expert in experts) for layer in layers]
 
 
-def ram_budget(ram_cache: int | str, artifact: Artifact, *, trunk_in_ram: bool = True) -> int:
+def ram_budget(ram_cache: int | str, artifact: Artifact, *, trunk_in_ram: bool = True, reserve_bytes: int = 0) -> int:
     """The bytes that experts may take in RAM. `ram_cache` is a size for `parse_size`, or "auto": the memory that is
     available now, less the trunk that is loaded next if it stays there, less a reserve (RESERVE_BYTES,
-    RESERVE_SHARE)."""
+    RESERVE_SHARE) and `reserve_bytes`."""
     if ram_cache != "auto":
         return parse_size(ram_cache, "ram_cache")
     available, total = available_memory()
     trunk = artifact.index.trunk.size_bytes if trunk_in_ram else 0
-    return max(0, available - trunk - max(RESERVE_BYTES, total // RESERVE_SHARE))
+    return max(0, available - trunk - max(RESERVE_BYTES, total // RESERVE_SHARE) - reserve_bytes)
 
 
 def aside_bytes(artifact: SizedExperts, aside: int) -> int:

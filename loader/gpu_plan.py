@@ -49,6 +49,7 @@ class GpuPart:
     vram_bytes: int
     trunk_bytes: int
     kv_bytes: int
+    prefix_bytes: int
     workspace_bytes: int
     cache_bytes: int
     aside_bytes: int
@@ -106,6 +107,7 @@ def plan_gpu(
         ram_bytes=ram_bytes,
         trunk_bytes=0,
         kv_bytes=0,
+        prefix_bytes=0,
         workspace_bytes=process,
         cache_bytes=ram_cache,
         aside_bytes=0,
@@ -118,6 +120,7 @@ def plan_gpu(
             vram_bytes=vram_bytes,
             trunk_bytes=sizes.trunk,
             kv_bytes=sizes.kv_per_position * context,
+            prefix_bytes=sizes.prefix,
             workspace_bytes=CONTEXT_BYTES + sizes.activations(prompt),
             cache_bytes=gpu_cache,
             aside_bytes=sizes.aside,
@@ -132,9 +135,9 @@ def plan_gpu(
 def _gpu_cache(sizes: ModelSizes, vram_bytes: int, context: int, prompt: int) -> int:
     """What experts get of the GPU's memory."""
     kv, workspace = sizes.kv_per_position * context, CONTEXT_BYTES + sizes.activations(prompt)
-    cache = vram_bytes - sizes.trunk - kv - workspace
+    cache = vram_bytes - sizes.trunk - kv - sizes.prefix - workspace
     if cache < sizes.aside:
-        parts = {"the trunk": sizes.trunk, f"{context} positions of KV cache": kv}
+        parts = {"the trunk": sizes.trunk, f"{context} positions of KV cache": kv, "prefix caches": sizes.prefix}
         parts |= {"CUDA's context and activations": workspace, "experts on their way": sizes.aside}
         raise _does_not_fit("GPU memory", vram_bytes, parts)
     return cache

@@ -52,6 +52,7 @@ def from_pretrained(
     token: str | None = None,
     lazy: bool = False,
     progress: Progress | None = None,
+    reserve_bytes: int = 0,
 ) -> "PreTrainedModel":
     """A causal language model of transformers whose experts come from `folder` when tokens need them.
 
@@ -76,6 +77,7 @@ def from_pretrained(
     its bytes come from a disk or a network into memory, or are first used in a map; "sha256": compares the experts'
     sha256 instead; "none". Whatever it is, config.json must say what the index says, but for the fields that a user may
     change (docs/security.md).
+    reserve_bytes: what "auto" budgets leave free besides, for KV caches of a server for example.
     kernels: on the CPU: "native", "torch" (the slow reference), or "auto". attn_implementation: as in transformers.
 
     After a fork the child may use the model, on the CPU, with a cache of its own. It cannot be pickled: other processes
@@ -94,7 +96,7 @@ def from_pretrained(
     opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
     artifact = opened.artifact
     guesses = _guesses(prefetch, artifact.architecture)
-    options = CacheOptions(gpu_cache, ram_cache, slots, io, policy, cpu_share, check, kernels)
+    options = CacheOptions(gpu_cache, ram_cache, slots, io, policy, cpu_share, check, kernels, reserve_bytes)
     devices = choose_devices(device, artifact.packings)
     try:
         model, placement = _placed(opened, devices, options, dtype, attn_implementation)

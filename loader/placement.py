@@ -29,6 +29,7 @@ class CacheOptions:
     cpu_share: str
     check: str
     kernels: str
+    reserve_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
     artifact, io, slots = opened.artifact, opened.io(options.io), options.slots
     backend = choose_backend(options.kernels)
     if slots is None:
-        slots = slots_of_folder(artifact, ram_budget(options.ram_cache, artifact), io)
+        budget = ram_budget(options.ram_cache, artifact, reserve_bytes=options.reserve_bytes)
+        slots = slots_of_folder(artifact, budget, io)
     else:
         check_slots(slots, artifact)
     if io == "auto":
@@ -83,6 +85,7 @@ def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions
         found = GpuExperts.open(
             opened.artifact, reader, devices, gpu_cache=options.gpu_cache, ram_cache=options.ram_cache,
             slots=options.slots, policy=POLICIES[options.policy], cpu_share=options.cpu_share == "auto",
+            reserve_bytes=options.reserve_bytes,
         )  # fmt: skip
     except BaseException:
         reader.close()

@@ -35,7 +35,8 @@ class ModelSizes:
 
     experts: their sizes in memory. stored: of an expert of each layer in its file, on the mean. trunk: everything in
     memory that is not an expert. trunk_read: what of it a token reads (embeddings give one row). kv_per_position: keys
-    and values of all layers. in_place: whether experts in memory can be used where the file is mapped.
+    and values of all layers. in_place: whether experts in memory can be used where the file is mapped. prefix: what
+    prefix caches of a server may take.
     """
 
     experts: SizedExperts
@@ -44,6 +45,7 @@ class ModelSizes:
     trunk_read: int
     kv_per_position: int
     in_place: bool
+    prefix: int = 0
 
     @classmethod
     def of_folder(cls, artifact: Artifact) -> "ModelSizes":
@@ -98,7 +100,7 @@ class ModelSizes:
 
     def fixed(self, context: int, prompt: int) -> int:
         """What the process takes beside experts."""
-        return self.trunk + self.kv_per_position * context + self.workspace(prompt)
+        return self.trunk + self.kv_per_position * context + self.prefix + self.workspace(prompt)
 
     def used_per_token(self, context: int) -> int:
         """Bytes of weights, keys and values that computing one token reads, at the end of the context."""
@@ -123,15 +125,17 @@ class Machine:
 class Plan:
     """What takes how many bytes, and what to expect.
 
-    ram_bytes: the budget. cache_bytes: what of it experts get (`ram_cache` of `from_pretrained`). aside_bytes: of
-    experts on their way, slot_bytes: of those in slots, together at most cache_bytes. slots: of each layer. miss_ratio:
-    of the experts that a token needs. read_bytes_per_token: from the disk. tokens_per_s: (low, high) of one sequence at
-    the end of the context: without overlap of reading and computing, at EFFICIENCY, and with perfect overlap.
+    ram_bytes: the budget. kv_bytes: of one context; prefix_bytes: of a server's prefix caches. cache_bytes: what of the
+    budget experts get (`ram_cache` of `from_pretrained`). aside_bytes: of experts on their way, slot_bytes: of those in
+    slots, together at most cache_bytes. slots: of each layer. miss_ratio: of the experts that a token needs.
+    read_bytes_per_token: from the disk. tokens_per_s: (low, high) of one sequence at the end of the context: without
+    overlap of reading and computing, at EFFICIENCY, and with perfect overlap.
     """
 
     ram_bytes: int
     trunk_bytes: int
     kv_bytes: int
+    prefix_bytes: int
     workspace_bytes: int
     cache_bytes: int
     aside_bytes: int
@@ -165,7 +169,8 @@ def plan_memory(
     if cache_bytes < sizes.aside:
         raise DoesNotFitError(
             f"{ram_bytes} bytes: the trunk takes {sizes.trunk}, {context} positions of KV cache"
-            f" {sizes.kv_per_position * context}, the process {sizes.workspace(prompt)}, experts on their way"
+            f" {sizes.kv_per_position * context}, prefix caches {sizes.prefix},"
+            f" the process {sizes.workspace(prompt)}, experts on their way"
             f" {sizes.aside}: {fixed + sizes.aside} in all",
             f"give at least {math.ceil((fixed + sizes.aside) / 2**20)}MiB, or a shorter context or prompt, or convert"
             " to fewer bits",
@@ -181,6 +186,7 @@ def plan_memory(
         ram_bytes=ram_bytes,
         trunk_bytes=sizes.trunk,
         kv_bytes=sizes.kv_per_position * context,
+        prefix_bytes=sizes.prefix,
         workspace_bytes=sizes.workspace(prompt),
         cache_bytes=cache_bytes,
         aside_bytes=0 if sizes.in_place and cache_bytes >= sizes.all_experts else sizes.aside,

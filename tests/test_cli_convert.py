@@ -118,7 +118,8 @@ def test_every_command_has_help_with_an_example_and_json(name: str) -> None:
     result = CliRunner().invoke(cli, [name, "--help"])
     assert result.exit_code == 0
     assert f"moe-convert {name}" in result.output
-    assert "--json" in result.output
+    # A conversation has no one result.
+    assert name == "chat" or "--json" in result.output
 
 
 def test_help_comes_without_loading_torch() -> None:

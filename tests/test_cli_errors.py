@@ -84,6 +84,7 @@ CONVERTED_ONLY = {
     "upload": "upload {} me/model --license mit",
     "generate": "generate {} --prompt x",
     "chat": "chat {}",
+    "serve": "serve {} --port 0",
 }
 ANY_MODEL = {
     "eval": "eval {} --text $text",
@@ -150,6 +151,12 @@ OTHERS = [
     ("chat $good --template $latin", 1, "latin.txt: not UTF-8", "UTF-8"),
     ("chat $good --ram-cache 1B", 4, "1 bytes", "at least"),
     ("chat $good --top-k -1", 2, "--top-k", ""),
+    ("serve $good --port 0 --template $missing", 2, "not there", ""),
+    ("serve $good --port 0 --template $empty", 1, "empty.txt: the file is empty", "text"),
+    ("serve $good --port 0 --ram-cache 1B", 4, "1 bytes", "at least"),
+    ("serve $good --port 70000", 2, "--port", ""),
+    ("serve $good --port 0 --max-context 100000", 2, "--max-context", ""),
+    ("serve $good --port 0 --prefix-cache lots", 2, "--prefix-cache", ""),
     ("env --nonsense", 2, "--nonsense", ""),
 ]
 
@@ -198,7 +205,7 @@ def test_folder_without_a_model_is_named(run_command: Run, inputs: Inputs, comma
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "download", "generate --prompt x", "generate --prompt x --lazy", "chat"]
+    "command", ["inspect", "download", "generate --prompt x", "generate --prompt x --lazy", "chat", "serve --port 0"]
 )
 def test_repository_that_is_not_converted_is_named(run_command: Run, hub: HubServer, command: str) -> None:
     hub.add("me/plain", {"config.json": b"{}", "model.safetensors": b"weights"})

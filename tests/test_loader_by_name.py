@@ -13,6 +13,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,7 +27,11 @@ from transformers.quantizers import AutoQuantizationConfig
 import loader
 from formats import JOURNAL_NAME
 from formats.errors import NotConvertedError
+from formats.model_config import FIELDS
 from loader.hf.import_hook import after_import
+from loader.hf.model_class import served_class
+from loader.hf.registration import MODEL_TYPES
+from loader.hf.registry_entry import RegistryEntry
 
 needs_lm_eval = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]")
 
@@ -165,6 +170,14 @@ def test_registry_answers_for_the_plain_class(folder: Path) -> None:
     assert entry._no_split_modules == MixtralForCausalLM._no_split_modules
     assert issubclass(MixtralForCausalLM, entry)
     assert isinstance(loader.from_pretrained(folder), entry)
+    assert served_class(entry) is served_class(MixtralForCausalLM)
+
+
+def test_every_model_type_that_is_admitted_is_registered() -> None:
+    rule: Any = FIELDS["model_type"].rule
+    assert rule.values == MODEL_TYPES
+    for model_type in MODEL_TYPES:
+        assert type(AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]) is RegistryEntry
 
 
 def test_sizes_count_packed_weights_and_experts(folder: Path, plain: Any) -> None:

@@ -1,10 +1,10 @@
 """Sampling settings, and the text of tokens as it comes."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import EXAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -13,6 +13,7 @@ from formats.errors import RecipeError
 from loader.serving.settings import GenerationSettings
 from loader.serving.text_stream import TextStream
 
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
 TOKENIZER: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(EXAMPLE)
 
 

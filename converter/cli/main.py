@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": "Show what fits where within a memory budget, and the speed to expect.",
     "generate": "Generate text with a converted model.",
     "chat": "Talk with a converted model.",
+    "serve": "Serve a converted model over HTTP, as OpenAI's interface describes it.",
     "eval": "Measure perplexity of a converted folder or an ordinary checkpoint.",
     "trace": "Record which experts a text or prompts use.",
     "replay": "Replay a trace: cache policies, slots and prefetch, and what is possible at best.",

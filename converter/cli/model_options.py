@@ -98,7 +98,7 @@ def _slots(trace: Path, path: Path, options: dict[str, Any]) -> list[int]:
     if not path.is_dir():
         raise click.UsageError(f"--trace: only for a folder, and {path} is none")
     artifact = Artifact.open(path)
-    budget = ram_budget(options["ram_cache"], artifact)
+    budget = ram_budget(options["ram_cache"], artifact, reserve_bytes=options.get("reserve_bytes", 0))
     return slots_from_trace(read_trace(trace), artifact, budget, POLICIES[options["policy"]], io=options["io"])
 
 

@@ -1,7 +1,7 @@
 """`moe-convert plan`: what fits where within a memory budget, and the tokens per second to expect."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ Exit code 4: not even the least fits; the message says how much is needed.""",
     help="GPU memory, e.g. 12GiB: trunk, KV cache and some experts there; without --ram, all experts in RAM.",
 )  # fmt: skip
 @click.option("--ctx", type=click.IntRange(min=1), default=4096, show_default=True, help="Positions of the KV cache.")
+@shared_options.prefix_cache("0", "Memory for the prefix caches of moe-convert serve, e.g. 1GiB.")
 @click.option(
     "--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the longest prompt."
 )
@@ -84,7 +85,7 @@ def command(path: Path, ram: str | None, vram: str | None, output: Output, **opt
         raise click.UsageError(f"--verify: {path} is not a converted folder")
     if options["verify"] and vram and not has_gpu():
         raise click.UsageError("--verify with --vram: there is no GPU here")
-    sizes = source.sizes
+    sizes = replace(source.sizes, prefix=options["prefix_cache"])
     if vram:
         speeds, plans = _gpu_plans(sizes, source.files, vram, ram, context, prompt, options)
     else:

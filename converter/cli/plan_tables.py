@@ -36,6 +36,7 @@ def _parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
     rows = [
         ("trunk", plan["trunk_bytes"]),
         ("KV cache", plan["kv_bytes"]),
+        *([("prefix caches", plan["prefix_bytes"])] if plan["prefix_bytes"] else []),
         ("process and activations", plan["workspace_bytes"]),
         *_cache_rows(plan, result),
         ("budget", plan["ram_bytes"]),
@@ -62,6 +63,7 @@ def _gpu_parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
         ("on the GPU", None),
         ("  trunk", gpu["trunk_bytes"]),
         ("  KV cache", gpu["kv_bytes"]),
+        *([("  prefix caches", gpu["prefix_bytes"])] if gpu["prefix_bytes"] else []),
         ("  CUDA context and activations", gpu["workspace_bytes"]),
         *((f"  {name}", n_bytes) for name, n_bytes in _cache_rows(gpu, result)),
         ("  budget", gpu["vram_bytes"]),

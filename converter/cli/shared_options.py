@@ -1,8 +1,12 @@
 """Options that several commands have, each said once."""
 
+from collections.abc import Callable
+from typing import Any
+
 import click
 
 from formats.checksums import CHECKS
+from formats.sizes import parse_size
 
 revision = click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
 token = click.option(
@@ -43,3 +47,14 @@ window = click.option(
 raw = click.option(
     "--raw", is_flag=True, help="Leave prompts as they are, also where the tokenizer has a chat template."
 )
+
+
+def prefix_cache(default: str, text: str) -> Callable[[Any], Any]:
+    """Return the option --prefix-cache, whose value is bytes; 0 is a size too."""
+
+    def parsed(_context: click.Context, _option: click.Parameter, value: str) -> int:
+        return 0 if value == "0" else parse_size(value, "--prefix-cache")
+
+    return click.option(
+        "--prefix-cache", metavar="SIZE", default=default, show_default=True, callback=parsed, help=text
+    )

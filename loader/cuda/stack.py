@@ -47,12 +47,14 @@ class GpuExperts:
         slots: Sequence[int] | None,
         policy: Callable[[], Policy],
         cpu_share: bool,
+        reserve_bytes: int = 0,
     ) -> "GpuExperts":
-        """Over `reader`, which the cache closes; the trunk will be on the first of `devices`. slots: of each layer,
-        instead of what `gpu_cache` holds. DoesNotFitError with the numbers if a budget, or what is free, is too
-        small."""
+        """Over `reader`, which the cache closes; the trunk, and `reserve_bytes` more, will be on the first of
+        `devices`. slots: of each layer, instead of what `gpu_cache` holds. DoesNotFitError with the numbers if a
+        budget, or what is free, is too small."""
         aside = experts_aside(artifact.architecture)
-        trunk = [artifact.index.trunk.size_bytes] + [0] * (len(devices) - 1)
+        # On the first as the trunk is: KV caches.
+        trunk = [artifact.index.trunk.size_bytes + reserve_bytes] + [0] * (len(devices) - 1)
         if slots is None:
             places = gpu_slots(gpu_cache, devices, artifact, aside, trunk)
         else:

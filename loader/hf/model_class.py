@@ -38,12 +38,18 @@ class MoeConvertMixin:
         return trunk + stats.slot_bytes + (stats.ram.buffer_bytes if stats.ram else 0)
 
 
-@functools.cache
 def served_class(base: Any) -> Any:
     """Return the subclass of `base`, a causal model of transformers, whose experts come from a cache.
 
-    It has the name and module of `base`: transformers reads both, for losses, pipelines and attention implementations.
+    base: the class, or what stands for it in transformers' registry. The subclass has its name and module: transformers
+    reads both, for losses, pipelines and attention implementations.
     """
+    # Of a RegistryEntry, the class that it stands for.
+    return _made_once(getattr(base, "plain_class", base))
+
+
+@functools.cache
+def _made_once(base: Any) -> Any:
 
     class Served(MoeConvertMixin, base):  # type: ignore[misc]
         def __reduce_ex__(self, protocol: Any) -> Any:

@@ -1,5 +1,6 @@
 """The text of an answer, token by token: whole characters only, and never a part of a stop string."""
 
+from collections.abc import Sequence
 from typing import Any
 
 MOST_WAITING = 16
@@ -9,21 +10,29 @@ _UNFINISHED = "�"
 
 class TextStream:
     """Turns tokens into pieces of text. Together the pieces are what the tokenizer makes of all tokens, cut before the
-    first of the strings `stop`."""
+    first of the strings `stop`.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+    before: tokens that the answer goes on after, which decide whether it begins with a space.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        self._ids: list[int] = []
+        self._ids = list(before)
         # Tokens before `_shown` are in the text; those from `_begin` on are decoded again with what follows, since a
         # token's text depends on its neighbours.
         self._begin = 0
-        self._shown = 0
+        self._shown = len(self._ids)
         self._held = ""
         self.text = ""
         """All pieces until now."""
         self.stopped = False
         """True once a stop string has come."""
+
+    @property
+    def length(self) -> int:
+        """Characters so far, those that are held back included."""
+        return len(self.text) + len(self._held)
 
     def push(self, token: int) -> str:
         """Return the text that `token` completes, which may be empty."""

@@ -1,0 +1,94 @@
+"""Chooses the next token from the model's logits."""
+
+import secrets
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from loader.serving.events import TokenLogprob
+from loader.serving.request import Sampling
+
+LEAST_TEMPERATURE = 1e-4
+"""Below, the likeliest token is chosen: logits divided by so little leave the range of a float."""
+
+
+class Sampler:
+    """Chooses the tokens of one answer. Random numbers come from a generator of its own: what other answers drew
+    changes nothing."""
+
+    def __init__(self, sampling: Sampling, logprobs: int | None = None, matcher: Any = None) -> None:
+        """logprobs: as in `Request`. matcher: a `GrammarMatch`, or None."""
+        self._sampling = sampling
+        self._logprobs = logprobs
+        self._matcher = matcher
+        self._counts: Counter[int] = Counter()
+        self._warpers = _warpers(sampling)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self._generator = torch.Generator().manual_seed(seed % 2**63)
+        penalty = sampling.repetition_penalty
+        self._repetition = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
+
+    def choose(self, logits: Tensor, tokens: Sequence[int]) -> TokenLogprob:
+        """Return the token after `tokens` (prompt and answer so far), from `logits` of shape [vocabulary]. `logprob` is
+        0.0 unless logprobs were asked for."""
+        raw = logits.detach().to("cpu", torch.float32)
+        scores = self._scores(raw.clone(), tokens)
+        if self._sampling.temperature < LEAST_TEMPERATURE:
+            token = int(scores.argmax())
+        else:
+            warped = self._warpers(None, scores[None])[0]
+            token = int(torch.multinomial(warped.softmax(-1), 1, generator=self._generator))
+        self._counts[token] += 1
+        if self._matcher is not None:
+            self._matcher.accept(token)
+        return TokenLogprob(token, 0.0) if self._logprobs is None else self._reported(raw, token, self._logprobs)
+
+    @property
+    def is_done(self) -> bool:
+        """True where the grammar allows nothing more."""
+        return self._matcher is not None and bool(self._matcher.is_done)
+
+    def _scores(self, scores: Tensor, tokens: Sequence[int]) -> Tensor:
+        sampling = self._sampling
+        if self._repetition is not None:
+            scores = self._repetition(torch.tensor([tokens]), scores[None])[0]
+        if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
+            seen = torch.tensor(list(self._counts))
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+            scores[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        for token, bias in sampling.bias.items():
+            scores[token] += bias
+        if self._matcher is not None:
+            self._matcher.mask(scores)
+        return scores
+
+    def _reported(self, raw: Tensor, token: int, count: int) -> TokenLogprob:
+        logprobs = raw.log_softmax(-1)
+        values, tokens = logprobs.topk(count)
+        top = zip(tokens.tolist(), values.tolist(), strict=True)
+        return TokenLogprob(token, float(logprobs[token]), tuple(top))
+
+
+def _warpers(sampling: Sampling) -> Any:
+    """In the order of transformers' generate."""
+    warpers = LogitsProcessorList()
+    if sampling.temperature >= LEAST_TEMPERATURE and sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers

@@ -1,0 +1,70 @@
+"""One answer's tokens, each as soon as it is chosen, over a KV cache that the caller owns."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from loader.hf.private_names import cache_field
+from loader.serving.events import TokenLogprob
+from loader.serving.sampler import Sampler
+
+PROMPT_PART = 1024
+"""Tokens of a prompt computed at once: their activations bound the memory. Each part reads all experts that it uses, so
+that fewer tokens would read them more often."""
+
+
+class CancelledError(Exception):
+    """The generation was cancelled."""
+
+
+def generate_tokens(
+    model: Any, tokens: Sequence[int], cache: Any, sampler: Sampler, is_cancelled: Callable[[], bool]
+) -> Iterator[TokenLogprob]:
+    """Yield the tokens after `tokens`, without end: whoever iterates stops. CancelledError within one token.
+
+    cache: keys and values of the first of `tokens`, fewer than all; it grows by what is computed.
+    """
+    tokens = list(tokens)
+    while True:
+        logits = _logits(model, tokens, cache, is_cancelled)
+        if is_cancelled():
+            raise CancelledError
+        chosen = sampler.choose(logits, tokens)
+        tokens.append(chosen.token)
+        yield chosen
+
+
+def _logits(model: Any, tokens: list[int], cache: Any, is_cancelled: Callable[[], bool]) -> Any:
+    """Of the token after `tokens`; computes what the cache lacks."""
+    begin = cache.get_seq_length()
+    while True:
+        if is_cancelled():
+            raise CancelledError
+        end = min(begin + PROMPT_PART, len(tokens))
+        ids = torch.tensor([tokens[begin:end]], device=model.device)
+        # Without a mask every position attends to all before it.
+        arguments: dict[str, Any] = {cache_field(): cache}
+        with _cancelled_between_layers(model, is_cancelled) if end - begin > 1 else contextlib.nullcontext():
+            output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **arguments)
+        begin = end
+        if begin == len(tokens):
+            return output.logits[0, -1]
+
+
+@contextlib.contextmanager
+def _cancelled_between_layers(model: Any, is_cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Ends the pass of a long prompt, which may take minutes, before its next layer. The model gives a KV cache its
+    former length back when a pass does not come to its end."""
+
+    def check(*_: Any) -> None:
+        if is_cancelled():
+            raise CancelledError
+
+    hooks = [layer.register_forward_pre_hook(check) for layer in model.get_decoder().layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

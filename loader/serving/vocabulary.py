@@ -1,0 +1,45 @@
+"""What a model and its tokenizer say about tokens: which end an answer, which have text, how many there are."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from loader.serving.generation import end_tokens
+from loader.tokenizer import embedding_rows
+
+
+class Vocabulary:
+    """The tokens of one model."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.size = int(getattr(model.config, "vocab_size", 0) or embedding_rows(model))
+        self.end_tokens = end_tokens(model, tokenizer)
+        added = tokenizer.added_tokens_decoder
+        special = {number for number, token in added.items() if token.special}
+        self._hidden = frozenset(special | set(tokenizer.all_special_ids)) | self.end_tokens
+
+    def text(self, token: int) -> str:
+        """Return the text of one token alone, special tokens included."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def decoder(self, markers: Iterable[int] = ()) -> "Decoder":
+        """Return what makes text of tokens, of all but special ones that are not in `markers`."""
+        return Decoder(self._tokenizer, self._hidden - set(markers))
+
+    def markers(self, texts: Iterable[str]) -> frozenset[int]:
+        """Return the tokens that are one of `texts`, where the tokenizer has one."""
+        known = self._tokenizer.get_vocab()
+        return frozenset(known[text] for text in texts if text in known)
+
+
+class Decoder:
+    """Tokens to text, without those in `hidden`. Has the one method of a tokenizer that a `TextStream` calls."""
+
+    def __init__(self, tokenizer: Any, hidden: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        """Return the text of `ids`; which special tokens are hidden was said before."""
+        shown = [token for token in ids if token not in self._hidden]
+        return str(self._tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
