@@ -92,7 +92,8 @@ class CompletionBody(_Common, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    echo: bool = False
+    """Refused where it is true."""
 
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
@@ -112,6 +113,8 @@ def parse_body(data: bytes, kind: type[Body]) -> Body:
         raise RefusedError("stream_options is for a request with stream", "stream_options")
     if isinstance(body, ChatBody):
         _check_chat(body)
+    elif body.echo:
+        raise RefusedError("echo: true is not supported", "echo")
     return body
 
 
