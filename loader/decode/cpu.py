@@ -1,6 +1,7 @@
 """The decoder of the CPU: one native call a token where all experts are in RAM, else one a layer that has misses."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from ctypes import addressof, byref, c_char, c_float, c_int64, c_void_p
 from typing import Any
 
@@ -20,6 +21,7 @@ from loader.decode.weights import ModelWeights
 from loader.lease import Lease
 from loader.native_library import Model, Token, library
 from loader.prefetch import in_order, ranked
+from loader.torch_threads import torch_threads_for
 
 _HEAD_WIDTH_MULTIPLE = 16
 _WEIGHTS_DEVICE = torch.device("cpu")
@@ -110,24 +112,26 @@ class CpuDecoder(Derived):
         )  # fmt: skip
         counted = 0
         error = self._run(byref(self._model), byref(state))
-        while error == Status.MISSING:
-            number = state.halves_done // 2
-            self._count_hits(experts, index, counted, number)
-            counted = number + 1
-            chosen = self._chosen(index, number)
-            with experts.lease(number, chosen) as lease:
-                self._guess(experts, number, room)
-                if self._is_resident[number]:
-                    self._hold(lease, number, blobs)
-                elif self._layouts[number] is None:
-                    self._add_by_backend(lease, number, index, scores, room)
-                    state.halves_done += 1
-                elif lease.is_complete or len(chosen) > 2:
-                    self._place(lease.all(), number, blobs)
-                else:
-                    self._add_in_parts(lease, number, index, scores, room)
-                    state.halves_done += 1
-                error = self._run(byref(self._model), byref(state))
+        # Guesses and parts are products of torch, whose threads would spin on the cores that the native pool needs.
+        with torch_threads_for(1) if error == Status.MISSING else nullcontext():
+            while error == Status.MISSING:
+                number = state.halves_done // 2
+                self._count_hits(experts, index, counted, number)
+                counted = number + 1
+                chosen = self._chosen(index, number)
+                with experts.lease(number, chosen) as lease:
+                    self._guess(experts, number, room)
+                    if self._is_resident[number]:
+                        self._hold(lease, number, blobs)
+                    elif self._layouts[number] is None:
+                        self._add_by_backend(lease, number, index, scores, room)
+                        state.halves_done += 1
+                    elif lease.is_complete or len(chosen) > 2:
+                        self._place(lease.all(), number, blobs)
+                    else:
+                        self._add_in_parts(lease, number, index, scores, room)
+                        state.halves_done += 1
+                    error = self._run(byref(self._model), byref(state))
         if error:
             raise ValueError(f"native model: error {error} at position {length}, token {token}")
         self._count_hits(experts, index, counted, len(past))
