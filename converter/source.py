@@ -151,7 +151,7 @@ class Checkpoint:
         if bool(bad.any()):
             row, *rest = bad.nonzero()[0].tolist()
             raise SourceError(
-                f"{self._shards.where}/{weight.shard}: tensor {weight.name} has {int(bad.sum())} NaN or infinite"
+                f"{self.place_of(weight)} has {int(bad.sum())} NaN or infinite"
                 f" values, the first at {weight.place(begin + row, *rest)}",
                 DAMAGED_HINT,
             )
@@ -161,7 +161,7 @@ class Checkpoint:
         magnitude = rows.float().abs()
         row, column = divmod(int(magnitude.argmax()), rows.shape[1])
         return SourceError(
-            f"{self._shards.where}/{weight.shard}: tensor {weight.name}: {error.message}; the largest of its weights is"
+            f"{self.place_of(weight)}: {error.message}; the largest of its weights is"
             f" {float(rows[row, column]):g} at {weight.place(begin + row, column)}",
             error.hint,
         )
