@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from end_to_end import Clock
 
-import formats.reader
+import formats.reading.reader
 import loader
 from formats.artifact import Artifact
-from formats.whole_files import file_sha256
+from formats.reading.whole_files import file_sha256
 from loader.machine import disk_bytes_per_s
 
 CHECKS = ("none", "fast")
@@ -104,7 +104,7 @@ def decode(model: Any, prompt: int, tokens: int) -> dict[str, float]:
 def counted(model: Any, prompt: int, tokens: int) -> dict[str, float]:
     """Bytes hashed, and the processor's seconds for it, a token, prompt included: of one pass with a stop watch."""
     found = {"bytes": 0.0, "s": 0.0}
-    real = formats.reader.xxh3_of
+    real = formats.reading.reader.xxh3_of
 
     def watched(data: Any) -> str:
         begin_s = time.thread_time()
@@ -113,11 +113,11 @@ def counted(model: Any, prompt: int, tokens: int) -> dict[str, float]:
         found["bytes"] += data.nbytes
         return checksum
 
-    formats.reader.xxh3_of = watched
+    formats.reading.reader.xxh3_of = watched
     try:
         decode(model, prompt, tokens)
     finally:
-        formats.reader.xxh3_of = real
+        formats.reading.reader.xxh3_of = real
     return {name: value / tokens for name, value in found.items()}
 
 

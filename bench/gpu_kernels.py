@@ -16,7 +16,7 @@ from torch import Tensor
 from formats import ALIGNMENT_BYTES
 from formats.expert import ExpertLayout
 from formats.packing import HEAD_BYTES, Packing
-from formats.reader import aligned_bytes
+from formats.reading.reader import aligned_bytes
 from loader.cuda.device import Device
 from loader.cuda.products import Products
 

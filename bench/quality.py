@@ -36,9 +36,9 @@ from converter.outline import Outline
 from converter.recipes import make_recipe
 from converter.sizes import plan_output
 from formats.artifact import Artifact
-from formats.direct_reader import DirectReader
 from formats.expert import ExpertLayout, dequantize_expert
 from formats.packing import dequantize, packing_named, unpack
+from formats.reading.direct_reader import DirectReader
 from loader.checkpoint import load_checkpoint
 from loader.model import load_tokenizer
 from loader.perplexity import windows_of

@@ -16,7 +16,7 @@ from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from converter import feedback_native, solver_library, solver_native
-from formats.native_abi import ISAS
+from formats.native.abi import ISAS
 from formats.packing import PACKINGS, Packing, dequantize, unpack
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from converter.checkpoint.model_shape import ModelShape
+from formats.config.field_rules import short
+from formats.config.generation_config import GENERATION_NAME
 from formats.errors import SourceError
-from formats.field_rules import short
-from formats.generation_config import GENERATION_NAME
 
 
 def check_with_transformers(

@@ -14,9 +14,9 @@ from pathlib import Path
 from converter.conversion.keys import UnitKey
 from converter.shards import ShardNeed, Stopped
 from formats.errors import DoesNotFitError, SourceError
-from formats.hub import HubRepo
-from formats.io_errors import io_error, translated
-from formats.output_file import OutputFile, make_folder, remove, rename
+from formats.files.io_errors import io_error, translated
+from formats.files.output_file import OutputFile, make_folder, remove, rename
+from formats.hub.repo import HubRepo
 
 _CONNECTIONS = 2
 _LOOK_EVERY_S = 0.2

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from converter.conversion.journal import Pin, read_pin
 from converter.source_kinds import INDEX_NAME, check_names
+from formats.config.generation_config import GENERATION_NAME
+from formats.config.side_files import MAX_BYTES, MAX_FILES, is_side_file
 from formats.errors import SourceError
-from formats.generation_config import GENERATION_NAME
-from formats.hub import HubRepo
-from formats.hub_files import MAX_SMALL_BYTES
-from formats.ranges import Retries
-from formats.side_files import MAX_BYTES, MAX_FILES, is_side_file
+from formats.hub.ranges import Retries
+from formats.hub.repo import HubRepo
+from formats.hub.repo_files import MAX_SMALL_BYTES
 
 _MAX_SMALL_BYTES = 1 << 30
 _LIMITS = {"config.json": MAX_SMALL_BYTES, GENERATION_NAME: MAX_SMALL_BYTES, INDEX_NAME: 64 << 20}

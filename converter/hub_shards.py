@@ -11,8 +11,8 @@ from converter.fetched_shards import FetchedShards
 from converter.hub_model import HubModel
 from converter.shards import ShardNeed, Shards, file_sha256, pread_into
 from formats.errors import SourceError
-from formats.io_errors import translated
-from formats.paths import open_regular
+from formats.files.io_errors import translated
+from formats.files.paths import open_regular
 from formats.safetensors_header import Header, header_from, read_header
 
 _HEADER_BYTES = 64 << 10

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from converter.recipe_options import Calibration
 from formats.errors import RecipeError
-from formats.hub import is_repo_name
+from formats.files.io_errors import translated
+from formats.hub.repo import is_repo_name
 from formats.index import Index, Recipe
-from formats.io_errors import translated
 from formats.labels import to_label
 from formats.packing import PACKINGS, tile_packing_named
 from formats.quality import Comparison, Quality, read_quality

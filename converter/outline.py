@@ -8,7 +8,7 @@ from converter.conversion_recipe import ConversionRecipe
 from converter.sizes import plan_output
 from converter.source_kinds import check_folder
 from converter.source_tensors import Weight
-from formats.checkpoint_config import read_config
+from formats.config.checkpoint_config import read_config
 from formats.expert import ExpertLayout
 from formats.index import Architecture
 from formats.safetensors_header import TensorEntry

@@ -10,10 +10,10 @@ from converter.calibration.calibration_pass import STATE_FOLDER
 from converter.output_needs import OutputNeeds
 from formats import EXPERTS_FOLDER, INDEX_NAME, JOURNAL_NAME, LOCK_NAME
 from formats.errors import OutputError
-from formats.file_lock import lock_file
-from formats.io_errors import translated
-from formats.output_file import OutputFile, fsync_folder, make_folder, make_folders, refuse_links, remove
-from formats.overlap import refuse_inputs, refuse_overlap
+from formats.files.file_lock import lock_file
+from formats.files.io_errors import translated
+from formats.files.output_file import OutputFile, fsync_folder, make_folder, make_folders, refuse_links, remove
+from formats.files.overlap import refuse_inputs, refuse_overlap
 
 SOURCE_FOLDER = ".moe-convert.source"
 """Holds a Hub repository's shards while they are needed."""

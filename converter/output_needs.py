@@ -9,7 +9,7 @@ from converter.sizes import OutputPlan
 from converter.source import Checkpoint
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import SourceError
-from formats.io_errors import translated
+from formats.files.io_errors import translated
 from formats.layer_file import compression_paths, layer_file_name, partial_path
 from formats.quality import QUALITY_NAME
 

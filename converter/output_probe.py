@@ -8,8 +8,8 @@ from pathlib import Path
 from converter.output_folder import check_output
 from converter.output_needs import OutputNeeds
 from formats.errors import DoesNotFitError, OutputError
-from formats.file_lock import lock_file
-from formats.io_errors import translated
+from formats.files.file_lock import lock_file
+from formats.files.io_errors import translated
 
 _SPARE_INODES = 8
 """Lock, journal, the folders, and files of the conversion's state."""

@@ -12,11 +12,11 @@ from converter.model_card import CARD_NAME, MARK, CardOptions, card_text
 from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.artifact import Artifact
 from formats.errors import HubError, MoeConvertError
-from formats.hub import HubRepo, hub_call, is_repo_name
+from formats.files.paths import locate, read_small
+from formats.hub.ranges import RemoteFile, Retries
+from formats.hub.repo import HubRepo, hub_call, is_repo_name
 from formats.index import Index
-from formats.paths import locate, read_small
 from formats.quality import QUALITY_NAME, read_quality
-from formats.ranges import RemoteFile, Retries
 
 _TOKEN_HINT = "give one that may write with --token, or log in: hf auth login"
 LICENSE_FILE = re.compile(r"LICEN[SC]E([.\-_].*)?", re.IGNORECASE)

@@ -6,8 +6,8 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from converter.recipes import DEFAULT_RECIPE
+from formats.config.strict_json import parse, typed
 from formats.errors import RecipeError
-from formats.strict_json import parse, typed
 
 _MOST_BYTES = 1 << 20
 

@@ -11,8 +11,8 @@ from msgspec import Struct
 from converter.bit_rules import BitRule, parse_rules
 from converter.calibration.layer_statistics import DOWN_BLOCK
 from converter.calibration_text import KINDS
+from formats.config.field_rules import short
 from formats.errors import RecipeError
-from formats.field_rules import short
 from formats.index import Option
 
 _RULE = "rule."

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from converter.solver_library import Metric, library, raise_for
 from converter.tile_place import TilePlace, weights_structure
-from formats.native_abi import ISAS
+from formats.native.abi import ISAS
 
 _STATIC = 4
 

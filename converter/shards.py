@@ -11,8 +11,8 @@ from pathlib import Path
 
 from converter.conversion.keys import UnitKey
 from formats.errors import SourceError
-from formats.io_errors import translated
-from formats.paths import check_no_pointer, locate_source, open_regular
+from formats.files.io_errors import translated
+from formats.files.paths import check_no_pointer, locate_source, open_regular
 from formats.safetensors_header import Header, read_header
 
 _SAMPLES = 64

@@ -7,13 +7,9 @@ from pathlib import Path
 
 from converter.source import Checkpoint
 from formats import FORMAT_VERSION
-from formats.errors import SourceError
-from formats.generation_config import GENERATION_NAME, clean_generation_config
-from formats.index import CopiedFile, Recipe
-from formats.output_file import make_folder
-from formats.paths import locate_source, read_small_source
-from formats.recorded_config import CONFIG_NAME, METHOD
-from formats.side_files import (
+from formats.config.generation_config import GENERATION_NAME, clean_generation_config
+from formats.config.recorded_config import CONFIG_NAME, METHOD
+from formats.config.side_files import (
     MAX_BYTES,
     MAX_FILES,
     TEMPLATES_FOLDER,
@@ -23,6 +19,10 @@ from formats.side_files import (
     resembles_side_file,
     unusable,
 )
+from formats.errors import SourceError
+from formats.files.output_file import make_folder
+from formats.files.paths import locate_source, read_small_source
+from formats.index import CopiedFile, Recipe
 from formats.writer import write_file
 
 _log = logging.getLogger(__name__)

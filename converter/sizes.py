@@ -18,8 +18,8 @@ from converter.source_tensors import Weight
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
+from formats.files.io_errors import translated
 from formats.index import PackedLinear
-from formats.io_errors import translated
 from formats.layer_file import layer_file_name, partial_path, raw_entries
 from formats.packing import PACKINGS, tile_packing_named
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry

@@ -6,8 +6,8 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 
 from converter.solver import NonFiniteWeightsError, UnfitWeightsError
 from formats.errors import MoeConvertError
-from formats.libraries import Signatures, load_library
-from formats.native_abi import ISA_NAMES, Status
+from formats.native.abi import ISA_NAMES, Status
+from formats.native.libraries import Signatures, load_library
 
 LIBRARY = "libmoe_solver.so"
 ABI_VERSION = 4

@@ -11,7 +11,7 @@ from converter.refit_native import refit_tiles
 from converter.solver import SquaredError
 from converter.solver_library import RESULT_VERSION, library, raise_for
 from converter.tile_place import check_place, check_weight, weights_structure
-from formats.native_abi import ISAS
+from formats.native.abi import ISAS
 from formats.packing import Packing
 
 _ROUND_ZERO = 1

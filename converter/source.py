@@ -19,9 +19,9 @@ from converter.solver import DAMAGED_HINT
 from converter.source_files import shard_names
 from converter.source_kinds import INDEX_NAME, check_folder
 from converter.source_tensors import HEAD, TORCH_DTYPES, SourceTensors, Weight, stored_tensors
-from formats.checkpoint_config import read_config
+from formats.config.checkpoint_config import read_config
+from formats.config.generation_config import read_generation_config
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
-from formats.generation_config import read_generation_config
 from formats.index import Architecture
 from formats.labels import to_label
 from formats.safetensors_header import Header, max_header_bytes

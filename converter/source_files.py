@@ -6,9 +6,9 @@ from pathlib import Path
 
 from converter.notices import notice
 from converter.source_kinds import INDEX_NAME, SINGLE_NAME
+from formats.config.strict_json import parse
 from formats.errors import SourceError
-from formats.paths import check_name, read_small_source
-from formats.strict_json import parse
+from formats.files.paths import check_name, read_small_source
 
 
 def shard_names(folder: Path, there: Collection[str]) -> tuple[list[str], dict[str, str]]:

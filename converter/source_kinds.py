@@ -8,8 +8,8 @@ from pathlib import Path
 from formats import INDEX_NAME as CONVERTED_NAME
 from formats import JOURNAL_NAME
 from formats.errors import SourceError
-from formats.hub import is_repo_name, repo_of_address
-from formats.paths import similar_folders
+from formats.files.paths import similar_folders
+from formats.hub.repo import is_repo_name, repo_of_address
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -25,10 +25,10 @@ from converter.solvers import choose_solver
 from converter.source import Checkpoint
 from formats import TRUNK_NAME
 from formats.errors import MoeConvertError
+from formats.files.output_file import remove
 from formats.index import ExpertEntry, Index
 from formats.layer_file import partial_path
-from formats.output_file import remove
-from formats.repair import Origin
+from formats.repair.repairs import Origin
 from formats.writer import ZSTD_LEVEL, PlacedFile, write_file
 
 

@@ -11,8 +11,8 @@ from converter.checkpoint.model_shape import ModelShape
 from converter.foreign_layouts import foreign_role, plain_name
 from converter.names import ExpertTensor, FusedTensor
 from converter.notices import notice
+from formats.config.model_types import MODEL_TYPES, ModelType
 from formats.errors import SourceError
-from formats.model_types import MODEL_TYPES, ModelType
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 HEAD = "lm_head.weight"

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from converter.source import Checkpoint
-from formats.checkpoint_config import model_type_in
+from formats.config.checkpoint_config import model_type_in
+from formats.config.tokenizer_files import open_tokenizer_by
 from formats.errors import MoeConvertError, SourceError
-from formats.tokenizer_files import open_tokenizer_by
 
 _log = logging.getLogger(__name__)
 _WITHOUT = "--calibrate random (or none) needs no tokenizer"

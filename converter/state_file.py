@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from formats.checksums import sha256_of
-from formats.output_file import make_folder
+from formats.files.output_file import make_folder
 from formats.writer import write_file
 
 _log = logging.getLogger(__name__)

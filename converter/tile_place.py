@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from converter.solver_library import Tiles, Weights, packing_id
-from formats.native_abi import DTYPES
+from formats.native.abi import DTYPES
 from formats.packing import Packing, tile_packing_named, tiles_of
 
 

@@ -8,8 +8,8 @@ import psutil
 from converter.convert_options import ConvertOptions
 from converter.sizes import OutputPlan
 from converter.solver import Solver
-from formats.control_group import within_group
 from formats.errors import DoesNotFitError
+from formats.files.control_group import within_group
 
 _SHARE = 0.9
 """Of the available memory, which other processes use too."""

@@ -10,19 +10,19 @@ from typing import Any
 from msgspec.structs import replace
 
 from formats import INDEX_NAME
+from formats.config.recorded_config import CONFIG_NAME, read_recorded_config
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
+from formats.files.io_errors import translated
+from formats.files.log_once import warn_once
+from formats.files.paths import locate, open_regular
 from formats.index import Architecture, ExpertEntry, Index, read_index
 from formats.index_checks import index_problems, layer_header_limit, trunk_header_limit
-from formats.io_errors import translated
 from formats.labels import has_controls
 from formats.layer_file import layer_metadata, raw_entries, zstd_entries
-from formats.log_once import warn_once
-from formats.paths import locate, open_regular
-from formats.recorded_config import CONFIG_NAME, read_recorded_config
+from formats.repair.unconverted import check_converted
 from formats.safetensors_header import Header, TensorEntry, read_header
 from formats.trunk import check_trunk, trunk_metadata
-from formats.unconverted import check_converted
 
 RESAVED_HINT = "it was cut off, or saved again by a general safetensors tool: get the file again, or convert again"
 
@@ -38,7 +38,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A converted folder whose structure was checked; the experts' bytes were not (formats/verify.py does)."""
+    """A converted folder whose structure was checked; the experts' bytes were not (formats/reading/verify.py does)."""
 
     folder: Path
     index: Index

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from formats import FORMAT_VERSION, INDEX_NAME
+from formats.config.field_rules import short
+from formats.config.model_config import gate_config
+from formats.config.model_types import MODEL_TYPES
+from formats.config.side_files import MAX_BYTES, MAX_FILES
+from formats.config.strict_json import dump, parse, typed
 from formats.errors import FormatError, VersionError
-from formats.field_rules import short
+from formats.files.paths import read_small
 from formats.labels import LABEL_PATTERN, MAX_LABEL
-from formats.model_config import gate_config
-from formats.model_types import MODEL_TYPES
-from formats.paths import read_small
-from formats.side_files import MAX_BYTES, MAX_FILES
-from formats.strict_json import dump, parse, typed
 
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]

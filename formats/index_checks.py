@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from formats import ALIGNMENT_BYTES, EXPERTS_FOLDER, INDEX_NAME, TRUNK_NAME
+from formats.config.field_rules import short
 from formats.errors import FormatError, MoeConvertError
 from formats.expert import ACTIVATION, ExpertLayout
-from formats.field_rules import short
+from formats.files.paths import check_name
 from formats.index import CODECS, Architecture, Index, LayerFile, Trunk
 from formats.layer_file import layer_file_name
 from formats.packing import packing_named, tile_packing_named
-from formats.paths import check_name
 from formats.safetensors_header import max_header_bytes
 
 _TENSORS_A_LAYER = 64

@@ -10,9 +10,9 @@ from math import prod
 from typing import Any
 
 from formats import ALIGNMENT_BYTES
+from formats.config.strict_json import parse
 from formats.errors import DamageError, FormatError
 from formats.labels import has_controls
-from formats.strict_json import parse
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package."""

@@ -11,6 +11,7 @@ import zstandard
 from formats.checksums import Checksums, xxh3_of
 from formats.errors import OutputError
 from formats.expert import ExpertLayout
+from formats.files.output_file import OutputFile, remove
 from formats.layer_file import (
     FILLER_PREFIX,
     compression_paths,
@@ -20,7 +21,6 @@ from formats.layer_file import (
     raw_entries,
     zstd_entries,
 )
-from formats.output_file import OutputFile, remove
 from formats.safetensors_header import TensorEntry, build_header
 
 ZSTD_LEVEL = 19

@@ -8,9 +8,9 @@ from typing import Protocol
 import psutil
 
 from formats.artifact import Artifact
-from formats.control_group import within_group
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
+from formats.files.control_group import within_group
 from formats.index import Architecture
 from formats.sizes import parse_size
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from formats import ALIGNMENT_BYTES
-from formats.reader import aligned_bytes
+from formats.reading.reader import aligned_bytes
 
 
 def buffer_bytes(n_bytes: int) -> int:

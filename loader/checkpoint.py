@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from formats import INDEX_NAME
-from formats.checkpoint_config import WEIGHTS, read_config
+from formats.config.checkpoint_config import WEIGHTS, read_config
+from formats.config.strict_json import parse
 from formats.errors import MoeConvertError, SourceError
+from formats.files.paths import read_small
 from formats.index import Architecture
-from formats.paths import read_small
-from formats.strict_json import parse
-from formats.unconverted import check_finished
+from formats.repair.unconverted import check_finished
 from loader.configuration import loading_options, model_class
 from loader.expert_layers import experts_modules
 

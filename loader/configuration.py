@@ -4,10 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from formats.config.field_rules import short
+from formats.config.generation_config import read_generation_config
+from formats.config.model_types import MODEL_TYPES
 from formats.errors import MoeConvertError
-from formats.field_rules import short
-from formats.generation_config import read_generation_config
-from formats.model_types import MODEL_TYPES
 
 
 def loading_options(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from formats.errors import MoeConvertError
-from formats.reader import PIECE_BYTES
+from formats.reading.reader import PIECE_BYTES
 from loader.changes import Changes, nothing
 from loader.reader import Load
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from formats.native_abi import DTYPES as ALL_DTYPES
-from formats.native_abi import ISA_NAMES, ISAS, Status
+from formats.native.abi import DTYPES as ALL_DTYPES
+from formats.native.abi import ISA_NAMES, ISAS, Status
 from loader.native_library import FIX, Expert, LayerExperts, Matrix, Routing, find, library, packing_id
 
 _ACCUMULATE, _PARTIAL = 1, 2

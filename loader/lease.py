@@ -35,7 +35,7 @@ class Lease(Use):
 
     def parts(self) -> Iterator[dict[int, Tensor]]:
         """What is `ready`, if anything, then the others as they arrive; of those whose copies are queued, one by one,
-        so that the first need not wait for the last. Errors as `formats.reader.Load`."""
+        so that the first need not wait for the last. Errors as `formats.reading.reader.Load`."""
         if self.ready:
             self._slots.before_use(self.ready.values())
             yield self.ready

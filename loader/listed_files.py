@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from formats import INDEX_NAME
+from formats.config.side_files import is_read_by_transformers, names_beside_weights
+from formats.files.paths import locate
 from formats.index import Index
-from formats.paths import locate
-from formats.side_files import is_read_by_transformers, names_beside_weights
 
 _log = logging.getLogger(__name__)
 _ADAPTERS = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}

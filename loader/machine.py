@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from formats import ALIGNMENT_BYTES
-from formats.direct_file import DirectFile
 from formats.errors import MoeConvertError
-from formats.reader import aligned_bytes
+from formats.reading.direct_file import DirectFile
+from formats.reading.reader import aligned_bytes
 from loader import kernels
 
 _MEMORY_BYTES = 256 << 20

@@ -10,9 +10,9 @@ import torch
 from formats import TRUNK_NAME
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, FormatError, RecipeError
+from formats.files.log_once import warn_once
 from formats.index import Architecture
-from formats.log_once import warn_once
-from formats.whole_files import check_files, generation_note
+from formats.reading.whole_files import check_files, generation_note
 from loader.configuration import loading_options, model_class
 from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device

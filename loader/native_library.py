@@ -11,7 +11,7 @@ import logging
 import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 
-from formats.libraries import Signatures, load_library
+from formats.native.libraries import Signatures, load_library
 
 _log = logging.getLogger(__name__)
 

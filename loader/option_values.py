@@ -5,7 +5,7 @@ from typing import Any
 
 from formats.checksums import CHECKS
 from formats.errors import RecipeError
-from formats.readers import READERS
+from formats.reading.readers import READERS
 from formats.sizes import parse_size
 from loader.backend import KERNELS
 from loader.cuda.choice import device_names

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from formats.artifact import Artifact
-from formats.reader import ExpertReader, Load, aligned_bytes
+from formats.reading.reader import ExpertReader, Load, aligned_bytes
 from loader.budget import expert_bytes_by_layer
 from loader.buffers import BufferPool, Memory
 from loader.policy import LrfuPolicy
@@ -181,7 +181,7 @@ class PinnedTier:
             return entry
 
     def step(self, entry: Entry, at_most: int | None) -> int:
-        """Reads on. Errors as `formats.reader.Load`."""
+        """Reads on. Errors as `formats.reading.reader.Load`."""
         with entry.lock:
             if entry.blob is not None:
                 return 0
@@ -287,7 +287,7 @@ class TierUse:
         return self._entry.blob
 
     def step(self, at_most: int | None = None) -> int:
-        """Reads on, at most so many bytes; how many. Errors as `formats.reader.Load`."""
+        """Reads on, at most so many bytes; how many. Errors as `formats.reading.reader.Load`."""
         if self._entry is None:
             self._entry = self._tier.open(*self._key, self)
         read = self._tier.step(self._entry, at_most)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from formats.reader import PIECE_BYTES
+from formats.reading.reader import PIECE_BYTES
 from loader.stats import LayerStats
 
 TRIAL_GUESSES = 32

@@ -1,4 +1,4 @@
-"""What the cache asks of a reader: `formats.reader.ExpertReader` for RAM, loader/cuda/gpu_reader.py for GPUs."""
+"""What the cache asks of a reader: `formats.reading.reader.ExpertReader` for RAM, loader/cuda/gpu_reader.py for GPUs."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -9,7 +9,7 @@ from formats.artifact import Artifact
 
 
 class Load(Protocol):
-    """One expert on its way, as `formats.reader.Load`; for one thread at a time."""
+    """One expert on its way, as `formats.reading.reader.Load`; for one thread at a time."""
 
     @property
     def done(self) -> int:
@@ -28,7 +28,7 @@ class Load(Protocol):
         """Whether a copy that gives `result` its bytes may not be over; uses of it are ordered after (`before_use`)."""
 
     def step(self, at_most: int | None = None) -> int:
-        """Brings on at most so many bytes, by default all; how many. Errors as `formats.reader.Load`."""
+        """Brings on at most so many bytes, by default all; how many. Errors as `formats.reading.reader.Load`."""
 
     def result(self) -> Tensor:
         """uint8 [n_bytes]."""

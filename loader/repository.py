@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.artifact import Artifact
+from formats.config.side_files import is_read_by_transformers
 from formats.errors import MoeConvertError, RecipeError
-from formats.hub import HubRepo, is_repo_name
-from formats.hub_listing import fetch_listed
-from formats.hub_reader import HubReader
-from formats.lazy_folder import LazyFolder
-from formats.reader import ExpertReader
-from formats.readers import READERS
-from formats.side_files import is_read_by_transformers
+from formats.hub.lazy_folder import LazyFolder
+from formats.hub.lazy_reader import HubReader
+from formats.hub.repo import HubRepo, is_repo_name
+from formats.hub.repo_listing import fetch_listed
+from formats.reading.reader import ExpertReader
+from formats.reading.readers import READERS
 
 Folder = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]

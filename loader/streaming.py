@@ -28,7 +28,7 @@ def stream(
     the tokens had come one by one (with `ascending` as far as no expert has to leave before its turn).
 
     `look_ahead` is called before the last part, when the disk has no more to do for this layer. Errors as
-    `formats.reader.Load`.
+    `formats.reading.reader.Load`.
     """
     use, changes = _Stream(slots, experts, state, ascending), state.changes
     try:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from formats import INDEX_NAME, PENDING_NAME
-from formats.checkpoint_config import model_type_in
+from formats.config.checkpoint_config import model_type_in
+from formats.config.side_files import is_read_by_transformers
+from formats.config.tokenizer_files import open_tokenizer_by
 from formats.errors import MoeConvertError, TokenizerError
 from formats.index import read_index
-from formats.side_files import is_read_by_transformers
-from formats.tokenizer_files import open_tokenizer_by
-from formats.whole_files import check_files
+from formats.reading.whole_files import check_files
 from loader.listed_files import link_listed_files
 
 if TYPE_CHECKING:

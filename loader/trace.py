@@ -11,10 +11,10 @@ import zstandard
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
+from formats.config.strict_json import parse, typed
 from formats.errors import DamageError, FormatError, MoeConvertError, VersionError
+from formats.files.io_errors import translated
 from formats.index import Architecture, Label, Natural, Positive, Sha256
-from formats.io_errors import translated
-from formats.strict_json import parse, typed
 from formats.writer import write_file
 
 TRACE_FORMAT = "moe-convert trace"

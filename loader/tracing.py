@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from formats.artifact import Artifact
-from formats.checkpoint_config import read_config
+from formats.config.checkpoint_config import read_config
 from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.labels import to_label

@@ -3,9 +3,9 @@
 from typing import Any
 
 from converter.checkpoint.model_shape import ModelShape
+from formats.config.model_config import gate_config
 from formats.errors import FormatError
 from formats.index import Architecture
-from formats.model_config import gate_config
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:

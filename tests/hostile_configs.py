@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from formats.generation_config import GENERATION_FIELDS
-from formats.model_types import MODEL_TYPES
+from formats.config.generation_config import GENERATION_FIELDS
+from formats.config.model_types import MODEL_TYPES
 
 FIELDS = ("model_type", *MODEL_TYPES["mixtral"].fields)
 

@@ -18,6 +18,8 @@ from brute_tiles import GROUP_SIZES, brute_pack, ranges
 
 from converter.checkpoint.model_shape import HEAD, ModelShape
 from formats import FORMAT_VERSION
+from formats.config.model_config import gate_config
+from formats.config.strict_json import dump
 from formats.errors import FormatError
 from formats.expert import ExpertLayout, assemble
 from formats.index import (
@@ -35,10 +37,8 @@ from formats.index import (
     dump_index,
 )
 from formats.layer_file import FILLER_PREFIX, aligned, layer_file_name
-from formats.model_config import gate_config
 from formats.packing import PACKINGS, AnyPacking, Packing, QuantizedMatrix, dequantize, pack, tiles_of
 from formats.safetensors_header import TensorEntry
-from formats.strict_json import dump
 from formats.trunk import parameter_count, trunk_metadata
 from formats.writer import LayerWriter, PlacedFile, write_file
 

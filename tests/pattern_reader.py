@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from recording_device import RecordingDevice
 
-from formats.reader import ExpertReader, Load
+from formats.reading.reader import ExpertReader, Load
 from loader.buffers import Memory, buffer_bytes
 from loader.cache import ExpertCache
 from loader.cuda.gpu_reader import GpuReader

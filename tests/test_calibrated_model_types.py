@@ -16,7 +16,7 @@ from converter.hub_model import HubModel
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from formats.index import read_index
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 
 RANDOM = {"calibrate": "random", "calibration_tokens": 1024}
 

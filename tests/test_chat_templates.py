@@ -15,7 +15,7 @@ from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from formats.errors import MoeConvertError
 from formats.index import read_index
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 
 REPO = "me/chatty"
 TEMPLATES = {

@@ -20,7 +20,7 @@ from made_traces import random_experts, trace_of
 from support_hints import arguments_of, check_hint, hints_in
 
 import converter.cli.checks
-import formats.verify
+import formats.reading.verify
 from converter.cli.failures import failure_of
 from converter.cli.main import COMMANDS
 from converter.cli.terminal import printable
@@ -325,7 +325,7 @@ def test_any_exception_is_one_message_with_a_next_step(
     message: str,
     hint: str,
 ) -> None:
-    monkeypatch.setattr(formats.verify, "verify_folder", raising(error))
+    monkeypatch.setattr(formats.reading.verify, "verify_folder", raising(error))
     got, out, err = run_command("verify", tmp_path)
     assert (got, out) == (code, "")
     assert message in err
@@ -334,7 +334,7 @@ def test_any_exception_is_one_message_with_a_next_step(
 
 
 def test_traceback_is_shown_with_verbose(run_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(formats.verify, "verify_folder", raising(RuntimeError("boom")))
+    monkeypatch.setattr(formats.reading.verify, "verify_folder", raising(RuntimeError("boom")))
     code, _, err = run_command("verify", tmp_path, "-v")
     assert code == 1
     assert "Traceback (most recent call last)" in err
@@ -387,7 +387,7 @@ def test_log_records_and_warnings_cannot_control_the_terminal(
         caplog.handler.stream.write(warnings.formatwarning("\x1b[3J", UserWarning, "file.py", 1))
         raise MoeConvertError("done")
 
-    monkeypatch.setattr(formats.verify, "verify_folder", say)
+    monkeypatch.setattr(formats.reading.verify, "verify_folder", say)
     run_command("verify", tmp_path)
     assert "tensor \\x1b[2J" in caplog.text
     assert "\\x1b[3J" in caplog.text
@@ -402,7 +402,7 @@ def test_signals_end_a_command_with_what_is_left_and_how_to_go_on(
 
     # Where the suite runs in the background, SIGINT is ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(formats.verify, "verify_folder", interrupted)
+    monkeypatch.setattr(formats.reading.verify, "verify_folder", interrupted)
     try:
         code, out, err = run_command("verify", tmp_path)
     finally:

@@ -13,7 +13,7 @@ from test_formats_reader import flip
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
 from formats.artifact import Artifact
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 
 REPO = "me/tiny-2bit"
 LAYER_1 = "experts/layer-001.safetensors"

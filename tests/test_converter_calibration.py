@@ -25,7 +25,7 @@ from converter.source import Checkpoint
 from converter.state_file import write_state
 from formats.errors import OutputError, RecipeError, SourceError
 from formats.index import read_index
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 
 
 @pytest.fixture(autouse=True)

@@ -30,12 +30,12 @@ from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from formats.artifact import Artifact
-from formats.direct_reader import DirectReader
 from formats.errors import DoesNotFitError, NotConvertedError, OutputError, RecipeError, SourceError
 from formats.expert import dequantize_expert
 from formats.index import read_index
 from formats.layer_file import compression_paths, partial_path
-from formats.verify import verify_folder
+from formats.reading.direct_reader import DirectReader
+from formats.reading.verify import verify_folder
 from formats.writer import LayerWriter
 
 ROOT = Path(__file__).parent.parent

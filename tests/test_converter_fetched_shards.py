@@ -13,8 +13,8 @@ from converter.conversion.keys import ExpertKey
 from converter.fetched_shards import FetchedShards
 from converter.shards import ShardNeed, Stopped
 from formats.errors import DoesNotFitError, HubError
-from formats.hub import HubRepo
-from formats.ranges import Retries
+from formats.hub.ranges import Retries
+from formats.hub.repo import HubRepo
 
 SIZE = 1000
 FILES = {name: bytes([i]) * SIZE for i, name in enumerate("ABCDE")}

@@ -24,7 +24,7 @@ from converter.output_folder import SOURCE_FOLDER
 from converter.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, HubError, OutputError, SourceError
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 
 ROOT = Path(__file__).parent.parent
 LAYERS, SHARDS = 12, 8

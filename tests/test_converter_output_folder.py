@@ -21,9 +21,9 @@ from converter.side_files import check_side_files
 from converter.sizes import plan_output
 from converter.source import Checkpoint
 from formats.errors import DoesNotFitError, OutputError
+from formats.files.output_file import OutputFile
 from formats.index import read_index
 from formats.layer_file import layer_file_name
-from formats.output_file import OutputFile
 
 JOURNAL = ".moe-convert.journal"
 PARTIAL = f"{layer_file_name(0)}.partial"

@@ -23,13 +23,13 @@ from converter.source import Checkpoint
 from converter.source_origin import SourceOrigin
 from formats import FORMAT_VERSION
 from formats.artifact import Artifact
-from formats.direct_reader import DirectReader
 from formats.errors import RecipeError, SourceError
 from formats.expert import split
 from formats.index import read_index
 from formats.packing import Packing
-from formats.repair import repair_folder
-from formats.verify import verify_folder
+from formats.reading.direct_reader import DirectReader
+from formats.reading.verify import verify_folder
+from formats.repair.repairs import repair_folder
 
 RANDOM: dict[str, Any] = {"calibrate": "random", "calibration_tokens": 1024}
 

@@ -20,7 +20,7 @@ from converter.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import OutputError, SourceError
 from formats.index import Recipe, read_index
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 
 RULES = "1=3bit,2:0,2/down=4bit"
 

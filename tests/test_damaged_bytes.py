@@ -18,8 +18,8 @@ from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DamageError
-from formats.repair import NoOrigin, repair_folder
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
+from formats.repair.repairs import NoOrigin, repair_folder
 from loader.budget import aside_bytes, expert_bytes_by_layer
 from loader.pinned_tier import PinnedTier
 from loader.repository import open_model

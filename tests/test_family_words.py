@@ -9,7 +9,7 @@ WORDS = re.compile(r"\bw1\b|block_sparse_moe|mixtral", re.IGNORECASE)
 NAMES = re.compile(r"my-mixtral(-2bit)?|mixtral-2bit|Mixtral-8x7B[\w.-]*|tiny-mixtral")
 
 EXEMPT = {
-    "formats/model_types.py": "the list of tested model types",
+    "formats/config/model_types.py": "the list of tested model types",
     "converter/foreign_layouts.py": "names that other programs write",
     "loader/decode/mixtral.py": "a spec of the decoder",
     "loader/decode/specs.py": "the table of specs",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 
 LAYER = "experts/layer-000.safetensors"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from formats.errors import OutputError
-from formats.file_lock import lock_file
-from formats.output_file import OutputFile
+from formats.files.file_lock import lock_file
+from formats.files.output_file import OutputFile
 
 
 def test_held_lock_is_not_taken(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MixtralConfig, PreTrainedConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+from formats.config.generation_config import GENERATION_FIELDS
+from formats.config.model_config import NOT_TAKEN, gate_config
+from formats.config.model_types import MODEL_TYPES
+from formats.config.rope_parameters import TYPES
 from formats.errors import FormatError, MoeConvertError, SourceError
-from formats.generation_config import GENERATION_FIELDS
-from formats.model_config import NOT_TAKEN, gate_config
-from formats.model_types import MODEL_TYPES
-from formats.rope_parameters import TYPES
 
 SMALL: dict[str, Any] = {
     "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100,
@@ -299,7 +299,7 @@ def edit(tmp_path: Path, source: Path) -> Callable[..., Path]:
 
 
 def test_one_log_line_names_what_a_source_loses(edit: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
-    from formats.checkpoint_config import read_config
+    from formats.config.checkpoint_config import read_config
 
     folder = edit(auto_map={"AutoModel": "evil.Model"}, _attn_implementation="a/b", pad_token_id=-1)
     with caplog.at_level(logging.WARNING):

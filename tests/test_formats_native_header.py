@@ -1,4 +1,4 @@
-"""The native headers state the same constants as formats/packing.py and formats/native_abi.py, each once."""
+"""The native headers state the same constants as formats/packing.py and formats/native/abi.py, each once."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from formats.native_abi import DTYPES, ISAS, Status
+from formats.native.abi import DTYPES, ISAS, Status
 from formats.packing import BLOCK_COLUMNS, HALF_ROWS, HEAD_BYTES, PACKINGS, TILE_ROWS
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from formats.errors import DamageError, PathError
-from formats.paths import check_name, locate, locate_source, open_regular, read_small
+from formats.files.paths import check_name, locate, locate_source, open_regular, read_small
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from formats.artifact import Artifact
-from formats.direct_reader import DirectReader
 from formats.errors import FormatError, VersionError
 from formats.expert import ExpertLayout, assemble, dequantize_expert, gate_and_up, sections, split
 from formats.index import read_index
-from formats.index_rebuild import rebuild_index
 from formats.packing import AnyPacking, packing_named
-from formats.repair import NoOrigin, repair_folder
-from formats.verify import verify_folder
+from formats.reading.direct_reader import DirectReader
+from formats.reading.verify import verify_folder
+from formats.repair.index_rebuild import rebuild_index
+from formats.repair.repairs import NoOrigin, repair_folder
 
 Q2, Q4, BF16, F16 = "tile32-q2-g16-s4", "tile32-q4-g64-s8", "rows-bf16", "rows-f16"
 PAIRS = [(BF16, BF16), (F16, F16), (BF16, Q2), (Q4, F16), (Q2, Q4)]

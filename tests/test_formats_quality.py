@@ -9,7 +9,7 @@ import pytest
 
 from formats.errors import DamageError, FormatError
 from formats.quality import Comparison, Evaluation, read_quality, save_evaluation
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 
 
 def comparison(name: str, **changes: Any) -> Comparison:

@@ -12,8 +12,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import get_session
 
 from formats.errors import HubError
-from formats.hub import HubRepo, hub_call, is_repo_name
-from formats.ranges import RemoteFile, Retries
+from formats.hub.ranges import RemoteFile, Retries
+from formats.hub.repo import HubRepo, hub_call, is_repo_name
 
 WEIGHTS = bytes(i * i % 251 for i in range(5 << 19))
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": WEIGHTS}

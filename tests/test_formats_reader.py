@@ -15,10 +15,10 @@ from bad_folders import copy_of_good
 from make_vectors import CONFIG, expert_blob, write_folder
 
 from formats.artifact import Artifact
-from formats.direct_reader import DirectReader
 from formats.errors import DamageError
-from formats.mmap_reader import MmapReader
-from formats.reader import ExpertReader, aligned_bytes
+from formats.reading.direct_reader import DirectReader
+from formats.reading.mmap_reader import MmapReader
+from formats.reading.reader import ExpertReader, aligned_bytes
 
 LAYER = "experts/layer-000.safetensors"
 
@@ -125,7 +125,7 @@ class ReaderSuite:
     def test_read_that_stays_refused_names_the_expert(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, hint: str
     ) -> None:
-        monkeypatch.setattr("formats.reader._PAUSES_S", (0.0, 0.0))
+        monkeypatch.setattr("formats.reading.reader._PAUSES_S", (0.0, 0.0))
         asked = []
 
         def never(*arguments: Any) -> None:

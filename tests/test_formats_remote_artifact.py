@@ -10,9 +10,9 @@ from hub_server import HubServer
 from converter.cli.main import main
 from formats.artifact import Artifact
 from formats.errors import DamageError, FormatError, NotConvertedError
-from formats.hub import HubRepo
-from formats.ranges import Retries
-from formats.remote_artifact import open_remote
+from formats.hub.ranges import Retries
+from formats.hub.remote_artifact import open_remote
+from formats.hub.repo import HubRepo
 
 REPO = "me/tiny-2bit"
 

@@ -13,14 +13,14 @@ from test_formats_reader import cut, flip
 
 from formats.artifact import Artifact
 from formats.errors import DamageError, FormatError, HubError, MoeConvertError
-from formats.hub import HubRepo
-from formats.hub_origin import HubOrigin
+from formats.hub.hub_origin import HubOrigin
+from formats.hub.ranges import Retries
+from formats.hub.repo import HubRepo
 from formats.index import read_index
-from formats.index_rebuild import rebuild_index
-from formats.ranges import Retries
-from formats.repair import NoOrigin, Repaired, repair_folder
+from formats.reading.verify import verify_folder
+from formats.repair.index_rebuild import rebuild_index
+from formats.repair.repairs import NoOrigin, Repaired, repair_folder
 from formats.safetensors_header import read_header
-from formats.verify import verify_folder
 
 REPO = "me/tiny"
 LAYER, LAYER_1 = "experts/layer-000.safetensors", "experts/layer-001.safetensors"

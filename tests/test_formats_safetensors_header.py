@@ -9,9 +9,9 @@ from make_vectors import write_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from formats.config.strict_json import parse
 from formats.errors import SourceError
 from formats.safetensors_header import TensorEntry, build_header, read_header
-from formats.strict_json import parse
 
 FILES = ["experts/layer-000.safetensors", "trunk.safetensors"]
 

@@ -18,9 +18,9 @@ from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.packing import ALL_PACKINGS, PACKINGS, dequantize, pack, unpack
-from formats.readers import READERS
+from formats.reading.readers import READERS
+from formats.reading.verify import verify_folder
 from formats.safetensors_header import read_header
-from formats.verify import verify_folder
 
 TILES = [*PACKINGS, "example"]
 BAD_HEADERS: dict[str, dict[str, str]] = json.loads((VECTORS / "bad-headers/manifest.json").read_text())

@@ -10,8 +10,8 @@ from test_formats_reader import cut, flip
 
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
-from formats.index_rebuild import rebuild_index
-from formats.verify import Problem, Sample, verify_folder
+from formats.reading.verify import Problem, Sample, verify_folder
+from formats.repair.index_rebuild import rebuild_index
 
 LAYER = "experts/layer-000.safetensors"
 

@@ -20,9 +20,9 @@ from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from formats.artifact import Artifact
+from formats.config.model_config import RUN_TIME
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
-from formats.model_config import RUN_TIME
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
 from loader.checkpoint import load_checkpoint
 from loader.configuration import loading_options
 

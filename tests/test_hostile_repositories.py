@@ -18,18 +18,18 @@ from msgspec.structs import replace as msgspec_replace
 from converter.hub_model import HubModel
 from converter.source import Checkpoint
 from converter.source_tensors import stored_tensors
-from formats import hub_listing
 from formats.artifact import Artifact
 from formats.errors import DamageError, DoesNotFitError, FormatError, HubError, MoeConvertError, SourceError
 from formats.expert import ExpertLayout
-from formats.hub import MAX_FILES, HubRepo
-from formats.hub_listing import fetch_listed
-from formats.hub_origin import HubOrigin
+from formats.hub.hub_origin import HubOrigin
+from formats.hub.lazy_folder import LazyFolder
+from formats.hub.ranges import Retries
+from formats.hub.remote_artifact import open_remote
+from formats.hub.repo import MAX_FILES, HubRepo
+from formats.hub.repo import repo_listing as hub_listing
+from formats.hub.repo_listing import fetch_listed
 from formats.index_checks import index_problems, layer_header_limit
 from formats.layer_file import layer_metadata, raw_entries
-from formats.lazy_folder import LazyFolder
-from formats.ranges import Retries
-from formats.remote_artifact import open_remote
 from formats.safetensors_header import MAX_HEADER_BYTES, TensorEntry, build_header, max_header_bytes
 from loader.repository import open_model, small_files
 

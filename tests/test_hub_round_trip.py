@@ -16,18 +16,18 @@ from safetensors import safe_open
 import loader
 from converter.cli.main import main
 from formats.artifact import Artifact
-from formats.hub_reader import HubReader
-from formats.lazy_folder import LazyFolder
-from formats.ranges import Retries
-from formats.verify import verify_folder
+from formats.hub.lazy_folder import LazyFolder
+from formats.hub.lazy_reader import HubReader
+from formats.hub.ranges import Retries
+from formats.reading.verify import verify_folder
 
 SOURCE, REPO = "me/tiny", "me/tiny-2bit"
 PROMPT = "So Jonah arose, and went to Nineveh, according to"
 ROOT = Path(__file__).parent.parent
 
 LAZY_PROCESS = f"""
-from formats.hub_reader import HubReader
-from formats.lazy_folder import LazyFolder
+from formats.hub.lazy_reader import HubReader
+from formats.hub.lazy_folder import LazyFolder
 folder = LazyFolder.open("{REPO}")
 record = folder.record
 def say(experts):
@@ -143,7 +143,7 @@ def test_tokens_are_right_whatever_the_line_does(
         elif fault != "slow":
             arguments = {"drop": {"after": 3000}, "damage": {"at": 500}}.get(fault, {})
             getattr(hub.faults, fault)(layer.file, **arguments)
-    monkeypatch.setattr("formats.ranges.Retries.pause", lambda self, failures, asked_s: True)
+    monkeypatch.setattr("formats.hub.ranges.Retries.pause", lambda self, failures, asked_s: True)
     assert generate(REPO, lazy=True) == generate(converted("2bit"))
 
 

@@ -17,11 +17,11 @@ from converter.conversion.records import Record
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from formats.artifact import Artifact
+from formats.config.strict_json import typed
 from formats.errors import FormatError
 from formats.index import Index, Label
 from formats.labels import MAX_LABEL, has_controls, to_label
 from formats.quality import Quality
-from formats.strict_json import typed
 from loader.trace import TraceHeader
 from loader.tracing import TracedModel
 

@@ -2,9 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from formats import control_group
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, RecipeError
+from formats.files import control_group
 from formats.sizes import parse_size
 from loader import budget
 from loader.budget import aside_bytes, check_slots, expert_bytes_by_layer, ram_budget, slots_by_layer

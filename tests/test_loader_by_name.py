@@ -26,8 +26,8 @@ from transformers.quantizers import AutoQuantizationConfig
 
 import loader
 from formats import JOURNAL_NAME
+from formats.config.model_types import MODEL_TYPES
 from formats.errors import NotConvertedError
-from formats.model_types import MODEL_TYPES
 from loader.hf.import_hook import after_import
 from loader.hf.model_class import served_class
 from loader.hf.registry_entry import RegistryEntry

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from formats.artifact import Artifact
 from formats.errors import DamageError
-from formats.readers import READERS
+from formats.reading.readers import READERS
 from loader.cache import ExpertCache
 from loader.model import load_tokenizer
 from loader.perplexity import read_text, windows_of

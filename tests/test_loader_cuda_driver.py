@@ -6,7 +6,7 @@ import torch
 from cuda_host import COMPILER, host_library
 
 from formats.errors import MoeConvertError
-from formats.reader import aligned_bytes
+from formats.reading.reader import aligned_bytes
 from loader.cuda import driver, nvrtc
 from loader.cuda.device import kernel_argument
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recording_device import RecordingDevice
 
-from formats.reader import aligned_bytes
+from formats.reading.reader import aligned_bytes
 
 N_BYTES = 4096
 

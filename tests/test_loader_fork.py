@@ -21,7 +21,7 @@ import loader
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from formats.errors import MoeConvertError
-from formats.fork_gate import ForkGate, shared_gate
+from formats.reading.fork_gate import ForkGate, shared_gate
 from loader import changes, fetcher
 from loader.cache import ExpertCache
 

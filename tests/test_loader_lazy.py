@@ -16,7 +16,6 @@ from hub_server import HubServer
 
 import loader
 from converter.cli.main import main
-from formats import lazy_folder
 from formats.artifact import Artifact
 from formats.errors import (
     DamageError,
@@ -26,12 +25,13 @@ from formats.errors import (
     NotConvertedError,
     RecipeError,
 )
-from formats.hub_reader import HubReader
-from formats.lazy_folder import LazyFolder
-from formats.mmap_reader import MmapReader
-from formats.ranges import Retries
-from formats.reader import aligned_bytes
-from formats.verify import verify_folder
+from formats.hub.lazy_folder import LazyFolder
+from formats.hub.lazy_reader import HubReader
+from formats.hub.ranges import Retries
+from formats.hub.repo import lazy_folder
+from formats.reading.mmap_reader import MmapReader
+from formats.reading.reader import aligned_bytes
+from formats.reading.verify import verify_folder
 
 REPO = "me/tiny-2bit"
 PROMPT = "So Jonah arose, and went to Nineveh, according to"

@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-from formats.direct_file import DirectFile
 from formats.errors import MoeConvertError
+from formats.reading.direct_file import DirectFile
 from loader import machine
 
 

@@ -10,10 +10,10 @@ from transformers import MixtralConfig, MixtralForCausalLM, pipeline
 
 import loader
 from formats.artifact import Artifact
-from formats.direct_reader import DirectReader
 from formats.errors import DoesNotFitError, MoeConvertError, RecipeError
 from formats.expert import dequantize_expert
 from formats.packing import dequantize, packing_named, unpack
+from formats.reading.direct_reader import DirectReader
 from loader import kernels
 from loader.budget import aside_bytes, expert_bytes_by_layer
 

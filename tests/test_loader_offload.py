@@ -15,9 +15,9 @@ import torch
 
 import loader
 from formats.artifact import Artifact
-from formats.direct_reader import DirectReader
 from formats.errors import DamageError
-from formats.mmap_reader import MmapReader
+from formats.reading.direct_reader import DirectReader
+from formats.reading.mmap_reader import MmapReader
 from loader import kernels
 from loader.budget import aside_bytes, expert_bytes_by_layer
 
@@ -102,7 +102,7 @@ def test_what_changed_after_the_folder_was_opened_is_found_when_it_is_read(conve
 
 def test_an_error_of_the_disk_names_the_expert_and_the_model_goes_on_afterwards(converted, all_in_ram, monkeypatch):
     folder = converted("2bit")
-    monkeypatch.setattr("formats.reader._PAUSES_S", (0.0,))
+    monkeypatch.setattr("formats.reading.reader._PAUSES_S", (0.0,))
     model = loader.from_pretrained(folder, ram_cache=budget(folder, 2))
     fetch = DirectReader.fetch
 
@@ -154,7 +154,7 @@ def test_a_second_model_of_the_folder_works_beside_the_first(converted, all_in_r
 
 INTERRUPTED = """
 import os, sys, threading, torch, loader
-from formats.direct_reader import DirectReader
+from formats.reading.direct_reader import DirectReader
 reading, fetch = threading.Event(), DirectReader.fetch
 def stuck(self, layer, *arguments):
     if layer == 4 and not reading.is_set():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from slow_reader import EXPERT_BYTES, SlowReader
 
-from formats.reader import PIECE_BYTES
+from formats.reading.reader import PIECE_BYTES
 from loader.cache import ExpertCache
 from loader.prefetch import REST_TOKENS, TRIAL_GUESSES, Prefetcher, in_order, ranked
 from loader.stats import LayerStats

@@ -15,8 +15,8 @@ from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
 from formats.artifact import Artifact
-from formats.index_rebuild import rebuild_index
-from formats.verify import verify_folder
+from formats.reading.verify import verify_folder
+from formats.repair.index_rebuild import rebuild_index
 
 every_model = pytest.mark.parametrize("name", MODELS)
 TOKENS = torch.arange(3, 51)[None] * 7 % 128

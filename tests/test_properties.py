@@ -18,12 +18,12 @@ from safetensors import safe_open
 import loader
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
+from formats.config.strict_json import dump
 from formats.errors import FormatError, MoeConvertError
 from formats.index import parse_index
 from formats.packing import PACKINGS, dequantize, pack, unpack
+from formats.reading.verify import verify_folder
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry, build_header, header_from
-from formats.strict_json import dump
-from formats.verify import verify_folder
 from loader import kernels
 from loader.backend import TorchBackend
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from formats import TRUNK_NAME
-from formats.hub import MAX_FILES as MAX_LISTED
-from formats.hub_files import MAX_SMALL_BYTES
+from formats.config.side_files import MAX_BYTES, MAX_FILES, OPTIONAL, READ_BY_TRANSFORMERS
+from formats.hub.repo import MAX_FILES as MAX_LISTED
+from formats.hub.repo_files import MAX_SMALL_BYTES
 from formats.safetensors_header import max_header_bytes
-from formats.side_files import MAX_BYTES, MAX_FILES, OPTIONAL, READ_BY_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/security.md").read_text()

@@ -17,8 +17,8 @@ from converter.calibration_text import calibration_tokens
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe
 from converter.source import Checkpoint
+from formats.config.tokenizer_files import open_tokenizer_by
 from formats.errors import MoeConvertError, SourceError, TokenizerError
-from formats.tokenizer_files import open_tokenizer_by
 
 WITHOUT = make_recipe("2bit", solver="hqq")
 CALIBRATED = make_recipe("2bit", calibrate="builtin", calibration_tokens=1024)

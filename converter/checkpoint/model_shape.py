@@ -13,8 +13,8 @@ from torch import nn
 from converter.checkpoint.conversion_table import ConversionTable
 from converter.checkpoint.experts_probe import FUSED, computes_gated_silu
 from converter.names import ExpertTensor, FusedTensor
+from formats.config.field_rules import short
 from formats.errors import SourceError
-from formats.field_rules import short
 from formats.index import Architecture
 from formats.trunk import ATTENTION
 
@@ -36,7 +36,7 @@ class ExpertsModule:
 
 
 class ModelShape:
-    """The model of a gated config.json (formats/model_config.py), on the meta device.
+    """The model of a gated config.json (formats/config/model_config.py), on the meta device.
 
     `where` is config.json's path, for errors. SourceError for what transformers refuses, and for experts that compute
     something else than packed ones.

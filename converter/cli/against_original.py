@@ -16,7 +16,7 @@ from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.quality import Evaluation
-from formats.unconverted import check_finished
+from formats.repair.unconverted import check_finished
 
 if TYPE_CHECKING:
     from loader.comparison import Prediction, Text

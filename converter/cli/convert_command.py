@@ -209,7 +209,7 @@ def _check_upload(source: Any, options: dict[str, Any]) -> None:
 def _source(model: Path, out: Path | None, recipe: str, options: dict[str, Any]) -> tuple[Any, Path]:
     """(folder or HubModel, out folder): a folder goes before a repository of the same name."""
     from converter.hub_model import HubModel
-    from formats.hub import is_repo_name
+    from formats.hub.repo import is_repo_name
     from formats.sizes import parse_size
 
     name = str(model)

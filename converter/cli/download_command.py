@@ -36,8 +36,8 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
     moe-convert download owner/my-mixtral-2bit
     moe-convert download owner/my-mixtral-2bit --local-dir my-mixtral-2bit
     """
-    from formats.hub import HubRepo
-    from formats.hub_listing import fetch_listed, note_unlisted
+    from formats.hub.repo import HubRepo
+    from formats.hub.repo_listing import fetch_listed, note_unlisted
 
     source = HubRepo.open(repo, options["revision"], options["token"])
     _check_place(source, local_dir)
@@ -66,7 +66,7 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
 
 def _check_place(source: Any, local_dir: Path | None) -> None:
     """Refuses a place that cannot be written, before the first byte comes."""
-    from formats.hub import cache_root
+    from formats.hub.repo import cache_root
 
     if not source.offline:
         place = local_dir or cache_root()
@@ -76,7 +76,7 @@ def _check_place(source: Any, local_dir: Path | None) -> None:
 def _fetch_matching(source: Any, patterns: list[str], local_dir: Path | None, output: Output) -> tuple[Path, list[Any]]:
     """(folder, files) of what the user asked for by name, whatever it is."""
     from formats.errors import HubError
-    from formats.hub_listing import check_room
+    from formats.hub.repo_listing import check_room
 
     files = source.matching(patterns)
     if not files:
@@ -88,7 +88,7 @@ def _fetch_matching(source: Any, patterns: list[str], local_dir: Path | None, ou
 
 def _against_index(folder: Path, mend: str | None, output: Output) -> list[str]:
     """What is wrong with a converted folder, and the command that mends it; None in the cache, which stays as it is."""
-    from formats.verify import verify_folder
+    from formats.reading.verify import verify_folder
 
     progress = output.progress()
     report = verify_folder(folder, read_data=True, progress=lambda done, total: progress("verifying", done, total))

@@ -127,8 +127,8 @@ def command(
     named = [(to_label(text.name), read_text(text)) for text in texts]
     if against:
         from converter.cli.against_original import compare_with_original
+        from formats.files.overlap import refuse_inputs
         from formats.layer_file import partial_path
-        from formats.overlap import refuse_inputs
         from formats.quality import QUALITY_NAME, read_quality, save_evaluation
 
         if save and not is_converted(path):

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError, MoeConvertError
-from formats.io_errors import io_error
+from formats.files.io_errors import io_error
 
 REPORT_HINT = "report it with the output of `moe-convert env` and of this command with -v"
 

@@ -40,8 +40,8 @@ def command(path: Path, show_experts: bool, revision: str | None, token: str | N
 def _opened(path: Path, revision: str | None, token: str | None) -> Iterator[tuple[Any, str | None]]:
     """The artifact, and repository@commit if it is on the Hub; a folder goes before a repository of the same name."""
     from formats.artifact import Artifact
-    from formats.hub import HubRepo, is_repo_name
-    from formats.remote_artifact import open_remote
+    from formats.hub.remote_artifact import open_remote
+    from formats.hub.repo import HubRepo, is_repo_name
 
     if path.exists() or not is_repo_name(str(path)):
         yield Artifact.open(path), None

@@ -62,7 +62,7 @@ def early_tokenizer(path: Path, check: str) -> Any:
     """Return the tokenizer of a converted folder, before its weights are read; None of a repository, where a branch
     may move before the weights come."""
     import loader
-    from formats.unconverted import check_converted
+    from formats.repair.unconverted import check_converted
 
     if not path.is_dir():
         return None

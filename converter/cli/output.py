@@ -14,7 +14,7 @@ from tqdm import tqdm
 from converter.cli.failures import is_closed_pipe
 from converter.cli.terminal import printable
 from formats.errors import MoeConvertError
-from formats.io_errors import AGAIN
+from formats.files.io_errors import AGAIN
 
 F = TypeVar("F", bound=Callable[..., Any])
 

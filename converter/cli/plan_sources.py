@@ -26,9 +26,9 @@ def open_source(path: Path, recipe: str, revision: str | None, token: str | None
     `recipe` is for what is not converted yet. Raises HubError, SourceError, and what Artifact.open raises."""
     from formats import INDEX_NAME
     from formats.artifact import Artifact
-    from formats.hub import HubRepo, is_repo_name
-    from formats.remote_artifact import open_remote
-    from formats.unconverted import check_finished
+    from formats.hub.remote_artifact import open_remote
+    from formats.hub.repo import HubRepo, is_repo_name
+    from formats.repair.unconverted import check_finished
     from loader.checkpoint import is_converted
 
     if path.exists() or not is_repo_name(str(path)):

@@ -39,10 +39,10 @@ def command(
     moe-convert repair ./my-mixtral-2bit --index
     """
     from formats.index import read_index
-    from formats.index_rebuild import rebuild_index
-    from formats.repair import repair_folder
-    from formats.repair_hints import repair_command
-    from formats.unconverted import check_converted
+    from formats.repair.index_rebuild import rebuild_index
+    from formats.repair.repair_hints import repair_command
+    from formats.repair.repairs import repair_folder
+    from formats.repair.unconverted import check_converted
 
     if index_too and origin:
         raise click.UsageError("--index rebuilds from the folder alone; --from OWNER/MODEL brings the index too")
@@ -77,10 +77,10 @@ def _origin(
     from converter.source_origin import SourceOrigin
     from formats import INDEX_NAME
     from formats.errors import FormatError, MoeConvertError
-    from formats.hub import HubRepo, is_repo_name
-    from formats.hub_origin import HubOrigin
+    from formats.files.overlap import refuse_overlap
+    from formats.hub.hub_origin import HubOrigin
+    from formats.hub.repo import HubRepo, is_repo_name
     from formats.index import read_index
-    from formats.overlap import refuse_overlap
     from formats.writer import write_file
 
     if name is None:
@@ -110,6 +110,6 @@ def _origin(
 
 
 def _nothing(hint: str) -> Any:
-    from formats.repair import NoOrigin
+    from formats.repair.repairs import NoOrigin
 
     return NoOrigin(hint)

@@ -106,7 +106,7 @@ def command(
         raise click.UsageError("--policy fixed and --shares chosen need --choose-from, a trace of another text")
     if plot and plot.suffix not in PLOT_SUFFIXES:
         raise click.UsageError(f"--plot {plot}: the name must end with {' or '.join(PLOT_SUFFIXES)}")
-    from formats.overlap import refuse_inputs
+    from formats.files.overlap import refuse_inputs
     from loader.replay_report import Settings, replay_trace
     from loader.trace import read_trace
 

@@ -65,8 +65,8 @@ def command(
     import transformers
 
     import loader
+    from formats.files.overlap import refuse_inputs
     from formats.layer_file import partial_path
-    from formats.overlap import refuse_inputs
     from loader.checkpoint import is_converted, load_checkpoint
     from loader.trace import is_trace, write_trace
     from loader.tracing import TracedModel, read_prompts, text_windows, trace_inputs, trace_windows

@@ -46,7 +46,7 @@ def upload(
 ) -> tuple[dict[str, Any], str]:
     """Verifies and publishes; the facts, of which `ok` says whether the folder was good, and the same as text."""
     from converter.publish import PublishOptions, check_publication, publish_folder
-    from formats.verify import verify_folder
+    from formats.reading.verify import verify_folder
 
     if options.get("create_pr") and options.get("revision"):
         raise click.UsageError("--create-pr opens a pull request against main: give no --revision")

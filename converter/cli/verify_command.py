@@ -12,7 +12,7 @@ import click
 from converter.cli.output import Output, gigabytes, output_options
 
 if TYPE_CHECKING:
-    from formats.verify import NotRead
+    from formats.reading.verify import NotRead
 
 
 @click.command("verify", epilog="Exit code 3 if anything is damaged.")
@@ -34,7 +34,7 @@ def command(path: Path, read_data: bool, read_data_subset: str | None, seed: int
     moe-convert verify ./my-mixtral-2bit --read-data
     moe-convert verify ./my-mixtral-2bit --read-data-subset 5%
     """
-    from formats.verify import verify_folder
+    from formats.reading.verify import verify_folder
 
     sample = _sample(read_data, read_data_subset, seed)
     progress = output.progress()
@@ -75,7 +75,7 @@ def _not_read(left: "NotRead") -> str:
 
 def _sample(read_data: bool, share: str | None, seed: int | None) -> Any:
     """The Sample that the options ask for, if they do."""
-    from formats.verify import Sample
+    from formats.reading.verify import Sample
 
     if share is None:
         if seed is not None:

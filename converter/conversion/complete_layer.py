@@ -7,8 +7,8 @@ import xxhash
 
 from converter.conversion.records import LayerRecord
 from formats.checksums import sha256_of
-from formats.io_errors import translated
-from formats.paths import open_regular
+from formats.files.io_errors import translated
+from formats.files.paths import open_regular
 
 _READ_BYTES = 16 << 20
 

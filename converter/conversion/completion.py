@@ -12,8 +12,8 @@ from converter.model_card import write_card
 from converter.side_files import copy_files, write_config
 from converter.weight_errors import write_quality
 from formats import EXPERTS_FOLDER, INDEX_NAME
+from formats.files.output_file import fsync_folder
 from formats.index import dump_index
-from formats.output_file import fsync_folder
 from formats.writer import write_file
 
 

@@ -11,7 +11,7 @@ from converter.output_folder import SOURCE_FOLDER, OutputFolder
 from converter.sizes import OutputPlan
 from converter.solver import CalibratedSolver
 from converter.target_bits import with_chosen_bits
-from formats.io_errors import translated
+from formats.files.io_errors import translated
 
 
 @dataclass(frozen=True)

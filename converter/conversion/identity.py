@@ -16,9 +16,9 @@ from converter.recipe_options import without_rules
 from converter.sizes import CHUNK_WEIGHTS
 from converter.solver import Solver
 from converter.source import Checkpoint
+from formats.config.recorded_config import changed_fields
 from formats.errors import OutputError
 from formats.index import Index, read_index
-from formats.recorded_config import changed_fields
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done bytes, total bytes); bytes are the source's."""

@@ -13,10 +13,10 @@ import msgspec
 from converter.conversion.records import Record
 from formats import JOURNAL_NAME
 from formats.checksums import xxh3_of
+from formats.config.strict_json import parse
 from formats.errors import OutputError
-from formats.io_errors import translated
-from formats.output_file import OutputFile, fsync_folder
-from formats.strict_json import parse
+from formats.files.io_errors import translated
+from formats.files.output_file import OutputFile, fsync_folder
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
 from converter.conversion.records import ExpertRecord, LayerRecord, LinearRecord, TensorRecord
 from converter.sizes import OutputPlan
 from formats import TRUNK_NAME
+from formats.files.output_file import remove, rename
 from formats.layer_file import compression_paths, layer_file_name, partial_path
-from formats.output_file import remove, rename
 from formats.writer import LayerWriter, Place, PlacedFile
 
 _log = logging.getLogger(__name__)

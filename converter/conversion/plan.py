@@ -20,7 +20,7 @@ from converter.source import Checkpoint
 from converter.source_tokenizer import check_source_tokenizer
 from converter.worker_count import choose_workers
 from formats import INDEX_NAME
-from formats.io_errors import translated
+from formats.files.io_errors import translated
 
 
 @dataclass(frozen=True)

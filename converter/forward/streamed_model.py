@@ -24,7 +24,7 @@ from converter.forward.loaded_layer import Routed
 from converter.forward.ordered_tasks import one_by_one
 from converter.source import Checkpoint
 from formats.errors import DoesNotFitError, SourceError
-from formats.io_errors import io_error
+from formats.files.io_errors import io_error
 
 TOKENS_AT_ONCE = 4096
 """That go through an expert together; as many windows as are in them, but at least one, through a layer."""

@@ -1,4 +1,4 @@
-/* What the C ABIs of both native libraries share: status codes, dtypes, instruction sets. formats/native_abi.py states
+/* What the C ABIs of both native libraries share: status codes, dtypes, instruction sets. formats/native/abi.py states
  * the same numbers for Python (tests/test_formats_native_header.py compares them).
  */
 #ifndef MOE_ABI_H

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from formats.errors import MoeConvertError, RecipeError
-from formats.hub import kept_root
+from formats.hub.repo import kept_root
 from loader.cuda import nvrtc
 from loader.cuda.device import Device
 from loader.cuda.self_check import check_products

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from formats import ALIGNMENT_BYTES
-from formats.reader import aligned_bytes
+from formats.reading.reader import aligned_bytes
 from loader.cuda.device import Device
 from loader.machine import calls_per_s
 

@@ -7,7 +7,7 @@ import torch
 
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
-from formats.reader import ExpertReader
+from formats.reading.reader import ExpertReader
 from loader.budget import check_slots, expert_bytes_by_layer, experts_aside, ram_budget, tier_counts
 from loader.buffers import Memory
 from loader.cache import ExpertCache

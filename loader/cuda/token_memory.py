@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from formats import ALIGNMENT_BYTES
-from formats.reader import aligned_bytes
+from formats.reading.reader import aligned_bytes
 from loader.cuda.device import Device
 from loader.cuda.products import acts_shape
 

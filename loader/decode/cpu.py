@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from formats.expert import ExpertLayout
-from formats.native_abi import Status
+from formats.native.abi import Status
 from loader import kernels
 from loader.backend import Backend
 from loader.cache import ExpertSource

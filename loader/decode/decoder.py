@@ -44,7 +44,7 @@ class Decoder(Protocol):
 
         token: below the number of embeddings. cos, sin: [1, positions, head_dim]; `row` is the token's position in
         them. past: one for each layer, all of one length; one position longer afterwards. Raises the errors of
-        `formats.reader.Load`, and ValueError if a size does not fit.
+        `formats.reading.reader.Load`, and ValueError if a size does not fit.
         """
 
 

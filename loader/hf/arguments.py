@@ -4,10 +4,10 @@ import inspect
 import os
 from typing import Any
 
+from formats.config.field_rules import short
+from formats.config.recorded_config import METHOD
 from formats.errors import RecipeError
-from formats.field_rules import short
-from formats.hub import is_offline
-from formats.recorded_config import METHOD
+from formats.hub.repo import is_offline
 from loader.hf.device_map import device_of_map
 from loader.hf.private_names import attention_implementation, experts_implementation
 from loader.model import from_pretrained

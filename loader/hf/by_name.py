@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from formats import INDEX_NAME
+from formats.config.field_rules import short
+from formats.config.generation_config import GENERATION_NAME
+from formats.config.recorded_config import METHOD
 from formats.errors import RecipeError
-from formats.field_rules import short
-from formats.generation_config import GENERATION_NAME
-from formats.recorded_config import METHOD
-from formats.unconverted import check_finished
+from formats.repair.unconverted import check_finished
 from loader.hf.arguments import loader_options
 from loader.model import from_pretrained
 

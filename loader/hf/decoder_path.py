@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from formats.log_once import warn_once
+from formats.files.log_once import warn_once
 from loader.copies import Derived
 from loader.decode.decoder import Decoder, DecoderFactory
 from loader.decode.paths import LeaveDecoder, Reason

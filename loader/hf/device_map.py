@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from formats.config.field_rules import short
 from formats.errors import RecipeError
-from formats.field_rules import short
 
 _KNOWN = "known are auto, cpu, cuda, cuda:N, N and {'': one of these}"
 _SPLIT_HINT = (

@@ -8,7 +8,7 @@ import a modeling module then: those import the registries in the middle of thei
 
 import logging
 
-from formats.model_types import MODEL_TYPES
+from formats.config.model_types import MODEL_TYPES
 from loader.hf.import_hook import after_import
 
 _log = logging.getLogger(__name__)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from formats import INDEX_NAME, PENDING_NAME
+from formats.config.recorded_config import CONFIG_NAME, read_recorded_config
 from formats.errors import RecipeError
 from formats.index import read_index
-from formats.recorded_config import CONFIG_NAME, read_recorded_config
 from formats.safetensors_header import DTYPE_BYTES
 
 DEFAULT_CONTEXT = 8192

@@ -33,13 +33,13 @@ from converter.recipes import make_recipe
 from converter.solver import SquaredError
 from converter.source import Checkpoint
 from formats.checksums import xxh3_of
+from formats.config.strict_json import parse
 from formats.errors import MoeConvertError
-from formats.index_rebuild import rebuild_index
 from formats.quality import read_quality
+from formats.reading.verify import verify_folder
+from formats.repair.index_rebuild import rebuild_index
 from formats.safetensors_header import header_from
 from formats.sizes import parse_size
-from formats.strict_json import parse
-from formats.verify import verify_folder
 from loader.trace import read_trace, write_trace
 
 MAX_MESSAGE = 5000

@@ -1,0 +1,59 @@
+"""config.json of a converted folder, compared with what the index recorded when it was written."""
+
+from pathlib import Path
+from typing import Any
+
+from formats import INDEX_NAME
+from formats.config.field_rules import short
+from formats.config.model_config import RUN_TIME, gate_config
+from formats.config.strict_json import parse
+from formats.errors import DamageError, FormatError
+from formats.files.paths import read_small
+from formats.index import Index, check_version
+from formats.repair.repair_hints import repair_command
+
+CONFIG_NAME = "config.json"
+METHOD = "moe_convert"
+"""The quant_method by which transformers finds the loader's plugin."""
+
+
+def read_recorded_config(folder: Path, index: Index) -> tuple[dict[str, Any], list[str]]:
+    """(the gated config.json of `folder` with its quantization_config, notes on what was changed since).
+
+    Fields of RUN_TIME may differ from the index; DamageError names any other field with both values. FormatError for a
+    file that no reader may take.
+    """
+    where = str(folder / CONFIG_NAME)
+    raw = parse(read_small(folder, CONFIG_NAME, str(folder)), where)
+    if not isinstance(raw, dict):
+        raise FormatError(f"{where}: not an object")
+    quantization = raw.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise FormatError(f"{where}: field quantization_config.quant_method is not {METHOD!r}")
+    check_version(quantization.get("format_version"), f"{where}: quantization_config")
+    config, notes = gate_config(raw, where, error=FormatError, converted=True)
+    if extra := sorted(quantization.keys() - {"quant_method", "format_version", "recipe"}):
+        raise FormatError(
+            f"{where}: field {short(f'quantization_config.{extra[0]}')} is {short(quantization[extra[0]])}: the"
+            " converter writes none",
+            f"remove {short(extra[0])} from quantization_config in config.json",
+        )
+    recipe = quantization.get("recipe", index.recipe.name)
+    if recipe != index.recipe.name:
+        found = f"{where}: quantization_config.recipe is {short(recipe)}"
+        raise FormatError(f"{found}, {folder / INDEX_NAME} says {index.recipe.name!r}")
+    for name in changed_fields(config, index.config):
+        found, recorded = short(config.get(name)), short(index.config.get(name))
+        if name not in RUN_TIME:
+            raise DamageError(
+                f"{where}: {name} is {found}, {folder / INDEX_NAME} says {recorded}: it belongs to the weights",
+                repair_command(folder, index),
+            )
+        notes.append(f"{name} is {found}, {recorded} when it was converted")
+    return {**config, "quantization_config": quantization}, notes
+
+
+def changed_fields(config: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
+    """The names of fields that differ between two gated configs, those first that belong to the weights."""
+    names = sorted(config.keys() | recorded.keys())
+    return sorted((n for n in names if config.get(n) != recorded.get(n)), key=RUN_TIME.__contains__)

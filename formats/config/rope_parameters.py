@@ -1,0 +1,133 @@
+"""The rotary embedding's parameters: the fields that transformers reads, in its order of precedence, as one object."""
+
+from typing import Any
+
+from formats.config.field_rules import Flag, Integer, ListOf, Number, Refuse, Rule, optional, short, take_field
+
+SOURCES = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+"""Fields of config.json that the parameters come from."""
+
+_FACTOR = Number(2**-10, 2**20)
+_POSITIONS = Integer(2, 2**31)
+_PER_FREQUENCY = ListOf(Number(1e-6, 1e6), 1 << 15)
+_THETA = Number(2, 1e12)
+
+TYPES: dict[str, dict[str, Rule]] = {
+    "default": {},
+    "linear": {"factor": _FACTOR},
+    "dynamic": {"factor": _FACTOR},
+    "yarn": {
+        "factor": optional(_FACTOR),
+        "original_max_position_embeddings": _POSITIONS,
+        "attention_factor": optional(Number(0, 1e6)),
+        "beta_fast": optional(Number(1e-6, 1e6)),
+        "beta_slow": optional(Number(1e-6, 1e6)),
+        "mscale": optional(Number(0, 1e3)),
+        "mscale_all_dim": optional(Number(0, 1e3)),
+        "truncate": Flag(),
+    },
+    "llama3": {
+        "factor": _FACTOR,
+        "original_max_position_embeddings": _POSITIONS,
+        "low_freq_factor": Number(1e-6, 1e6),
+        "high_freq_factor": Number(1e-6, 1e6),
+    },
+    "longrope": {
+        "short_factor": _PER_FREQUENCY,
+        "long_factor": _PER_FREQUENCY,
+        "original_max_position_embeddings": _POSITIONS,
+        "factor": optional(_FACTOR),
+        "attention_factor": optional(Number(0, 1e6)),
+    },
+}
+"""Type -> the parameters that transformers reads for it, beside rope_type and rope_theta."""
+_REQUIRED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+def merge_rope(
+    config: dict[str, Any], positions: int, head_dim: int, default_theta: float, refuse: Refuse
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameters with rope_type and rope_theta, what was given but is read by nobody) of a config.json.
+
+    positions: its max_position_embeddings; default_theta: transformers' for its model type. Calls `refuse` for unknown
+    types and for values out of range.
+    """
+    scaling, own = (_object(name, config.get(name), refuse) for name in ("rope_scaling", "rope_parameters"))
+    place, given = ("rope_scaling", scaling) if scaling else ("rope_parameters", own)
+    unread: dict[str, Any] = {"rope_parameters": own} if scaling and own and own != scaling else {}
+
+    def take(name: str, value: Any, rule: Rule) -> Any:
+        return take_field(f"{place}.{name}", value, rule, refuse)
+
+    kind = given.get("rope_type", given.get("type", "default"))
+    if type(kind) is not str or kind not in TYPES:
+        refuse(place, f"{place}: type is {short(kind)}, known are {', '.join(TYPES)}")
+    theta = _theta(config, given, place, default_theta, unread, refuse)
+    result: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
+    rules = TYPES[kind]
+    for name in _REQUIRED.get(kind, ()):
+        if name not in given:
+            refuse(place, f"{place}.{name} is missing, which type {kind!r} needs")
+    for name, value in given.items():
+        if name in rules:
+            result[name] = take(name, value, rules[name])
+        elif name == "partial_rotary_factor":
+            _check_whole(f"{place}.{name}", value, kind, refuse)
+        elif name not in ("rope_type", "type", "rope_theta"):
+            unread[f"{place}.{name}"] = value
+    _check_whole("partial_rotary_factor", config.get("partial_rotary_factor"), kind, refuse)
+    outer = config.get("original_max_position_embeddings")
+    if "original_max_position_embeddings" not in rules:
+        if outer is not None:
+            unread["original_max_position_embeddings"] = outer
+    elif outer is not None:
+        # transformers prefers the outer one.
+        name = "original_max_position_embeddings"
+        result[name] = take_field(name, outer, _POSITIONS, refuse)
+    else:
+        result.setdefault("original_max_position_embeddings", positions)
+    _check_together(result, head_dim, place, refuse)
+    return result, unread
+
+
+def _object(name: str, value: Any, refuse: Refuse) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        refuse(name, f"{name} is {short(value)}, expected is an object")
+    return value or {}
+
+
+def _theta(
+    config: dict[str, Any], given: dict[str, Any], place: str, default: float, unread: dict[str, Any], refuse: Refuse
+) -> float:
+    outer = take_field("rope_theta", config["rope_theta"], _THETA, refuse) if "rope_theta" in config else None
+    if "rope_theta" not in given:
+        return default if outer is None else float(outer)
+    theta = take_field(f"{place}.rope_theta", given["rope_theta"], _THETA, refuse)
+    if outer not in (None, theta):
+        unread["rope_theta"] = outer
+    return float(theta)
+
+
+def _check_whole(name: str, value: Any, kind: str, refuse: Refuse) -> None:
+    """Only whole heads are rotated: transformers ignores the factor for the default type and fails for the others."""
+    if value not in (None, 1) or type(value) is bool:
+        refuse(name, f"{name} is {short(value)}; only whole heads are rotated, so that only 1 is read")
+
+
+def _check_together(rope: dict[str, Any], head_dim: int, place: str, refuse: Refuse) -> None:
+    kind = rope["rope_type"]
+    if kind == "dynamic" and head_dim < 4:
+        refuse(place, f"{place}: type 'dynamic' needs a head_dim of at least 4, found {head_dim}")
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        refuse(place, f"{place}.high_freq_factor is {high}, not above low_freq_factor, which is {low}")
+    for name in ("short_factor", "long_factor"):
+        if name in rope and len(rope[name]) != head_dim // 2:
+            count = len(rope[name])
+            refuse(place, f"{place}.{name} has {count} values, head_dim {head_dim} needs {head_dim // 2}")

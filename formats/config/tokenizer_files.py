@@ -1,0 +1,155 @@
+"""A tokenizer's files: what is refused before transformers sees them, and which one is at fault where it fails."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from formats.config.side_files import TEMPLATES_FOLDER, VOCABULARIES, unusable
+from formats.config.strict_json import parse
+from formats.errors import PathError, TokenizerError
+from formats.files.paths import check_name
+
+CONFIG_NAME = "tokenizer_config.json"
+_MAX_CONFIG_BYTES = 16 << 20
+_CLASS = re.compile(
+    r"\w*Tokenizer(Fast)?|PreTrainedTokenizerFast|(Tokenizers|Python|SentencePiece|MistralCommon)Backend"
+)
+"""transformers takes any of its classes by name, also those that load weights."""
+_JSON = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
+
+T = TypeVar("T")
+
+
+def open_tokenizer_by(load: Callable[[str], T], folder: Path) -> T:
+    """The tokenizer that `load`, transformers' function, makes of the files in `folder`; tried on a few words.
+
+    TokenizerError naming the file that is at fault.
+    """
+    check_tokenizer_files(folder)
+    try:
+        tokenizer: Any = load(str(folder))
+        ids = tokenizer("Some words.")["input_ids"]
+        tokenizer.decode(ids, skip_special_tokens=True)
+        tokenizer.get_vocab()
+        for name in ("bos", "eos", "unk", "pad"):
+            getattr(tokenizer, f"{name}_token_id")
+    except BaseException as e:
+        # The panics of the Rust library are no Exceptions.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise _failure(folder, e) from e
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """TokenizerError if there is no vocabulary, if it is too large, or if the configuration asks for code, for a class
+    that is no tokenizer, or for a file outside."""
+    vocabularies = _vocabularies(folder)
+    if not vocabularies:
+        raise TokenizerError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model or the like)")
+    for path in vocabularies:
+        if problem := unusable(path):
+            raise TokenizerError(f"{path}: {problem[0]}", problem[1])
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        return
+    if problem := unusable(path):
+        raise TokenizerError(f"{path}: {problem[0]}", problem[1])
+    config = parse(path.read_bytes(), str(path), max_bytes=_MAX_CONFIG_BYTES, error=TokenizerError)
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path}: not an object")
+    code = config.get("auto_map")
+    if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
+        raise TokenizerError(f"{path}: has auto_map: the tokenizer needs code of its own, which is never run")
+    name = config.get("tokenizer_class")
+    if name is not None and not (isinstance(name, str) and _CLASS.fullmatch(name)):
+        raise TokenizerError(
+            f"{path}: tokenizer_class is {name!r}, which is no tokenizer", "correct or remove the field"
+        )
+    files = config.get("fast_tokenizer_files")
+    if files is not None and not (isinstance(files, list) and all(isinstance(f, str) and _is_plain(f) for f in files)):
+        raise TokenizerError(f"{path}: fast_tokenizer_files is {files!r}, expected names of files in the folder")
+
+
+def _vocabularies(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in VOCABULARIES))
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        return "/" not in check_name(name, "")
+    except PathError:
+        return False
+
+
+def _failure(folder: Path, error: BaseException) -> TokenizerError:
+    """`error` of transformers in our words."""
+    broken = [*_broken_json(folder), *_broken_templates(folder)]
+    if broken:
+        return broken[0]
+    vocabularies = _vocabularies(folder)
+    if not (folder / "tokenizer.json").exists() and (model := _model(vocabularies)):
+        packages, purpose = _needed_packages(model)
+        if missing := [package for package, module in packages.items() if not _is_installed(module)]:
+            what = f"{model}: {purpose} needs {' and '.join(missing)}, not installed"
+            return TokenizerError(what, f"pip install {' '.join(packages)}")
+        return TokenizerError(f"{model}: transformers cannot read it: {_short(error)}", "get the file again")
+    names = [path.name for path in vocabularies] + ([CONFIG_NAME] if (folder / CONFIG_NAME).exists() else [])
+    what = f"{folder}: transformers cannot load the tokenizer ({', '.join(names)}): {_short(error)}"
+    return TokenizerError(what, "get the tokenizer's files again")
+
+
+def _broken_json(folder: Path) -> list[TokenizerError]:
+    broken = []
+    for path in (folder / name for name in _JSON if (folder / name).exists()):
+        what = ""
+        try:
+            if not isinstance(json.loads(path.read_bytes()), dict):
+                what = "not an object"
+        except (OSError, ValueError, RecursionError) as e:
+            what = f"is no JSON: {_short(e)}"
+        if problem := unusable(path):
+            broken.append(TokenizerError(f"{path}: {problem[0]}", problem[1]))
+        elif what:
+            broken.append(TokenizerError(f"{path}: {what}", "get the file again"))
+    return broken
+
+
+def _broken_templates(folder: Path) -> list[TokenizerError]:
+    broken = []
+    for path in (*folder.glob("chat_template.jinja"), *folder.glob(f"{TEMPLATES_FOLDER}/*.jinja")):
+        try:
+            path.read_bytes().decode()
+        except (OSError, ValueError) as e:
+            broken.append(TokenizerError(f"{path}: is no UTF-8 text: {_short(e)}", "get the file again"))
+    return broken
+
+
+def _model(vocabularies: list[Path]) -> Path | None:
+    """The file of SentencePiece or tiktoken that transformers takes in the place of a missing tokenizer.json."""
+    return next((path for path in vocabularies if ".model" in path.name), None)
+
+
+def _needed_packages(model: Path) -> tuple[dict[str, str], str]:
+    """(package to install -> module that it brings, what for)"""
+    with open(model, "rb") as file:
+        if _TIKTOKEN_LINE.match(file.read(4096)):
+            return {"tiktoken": "tiktoken"}, "a tiktoken vocabulary"
+    return {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}, "a SentencePiece model"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
