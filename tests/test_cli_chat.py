@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 import loader
-from converter.cli.chat_commands import ChatCommands
-from converter.cli.chat_input import TypedLines, read_message
-from converter.cli.chat_loop import ChatLoop
-from converter.cli.output import Output, Terminated
+from converter.cli.chat.chat_loop import ChatLoop
+from converter.cli.chat.message_input import TypedLines, read_message
+from converter.cli.chat.slash_commands import ChatCommands
+from converter.cli.show.console import Output, Terminated
 from loader.serving.chat_template import template_of
 from loader.serving.session import Session
 from loader.serving.settings import GenerationSettings

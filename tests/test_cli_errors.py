@@ -19,11 +19,11 @@ from hub_server import HubServer
 from made_traces import random_experts, trace_of
 from support_hints import arguments_of, check_hint, hints_in
 
-import converter.cli.checks
+import converter.cli.options.early_checks
 import formats.reading.verify
 from converter.cli.failures import failure_of
 from converter.cli.main import COMMANDS
-from converter.cli.terminal import printable
+from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError
 from loader.trace import write_trace
 
@@ -243,7 +243,7 @@ def test_checkpoint_is_converted_by_the_command_that_the_refusal_names(run_comma
 def test_missing_extra_is_named_before_the_work(
     run_command: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, line: str, module: str, hint: str
 ) -> None:
-    monkeypatch.setattr(converter.cli.checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(converter.cli.options.early_checks.importlib.util, "find_spec", lambda name: None)
     check_refusal(run_command, arguments(line, inputs), 1, module, hint)
 
 

@@ -10,8 +10,8 @@ from made_traces import random_experts, trace_of
 from msgspec.structs import replace
 
 import loader
-from converter.cli.generation_stats import live_line, stats_table
-from converter.cli.live_text import LiveText
+from converter.cli.show.generation_stats import live_line, stats_table
+from converter.cli.show.live_text import LiveText
 from formats.artifact import Artifact
 from loader.budget import aside_bytes, expert_bytes_by_layer
 from loader.stats import LayerStats

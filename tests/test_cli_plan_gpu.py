@@ -172,7 +172,7 @@ def test_verifying_runs_with_the_planned_caches(run, planned, converted, monkeyp
         return TrialRun(tokens, tokens_per_s=3.25, hit_ratio=0.75, read_bytes_per_token=0)
 
     monkeypatch.setattr(trial_run, "_decode", loaded)
-    monkeypatch.setattr("converter.cli.plan_command.has_gpu", lambda: True)
+    monkeypatch.setattr("converter.cli.commands.plan_command.has_gpu", lambda: True)
     _, out, _ = run(converted("2bit"), *VRAM, *GPU, *SMALL, "--verify")
     plan = planned(converted("2bit"), *VRAM, *GPU, *SMALL)
     assert tried == [

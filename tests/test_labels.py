@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_checkpoint import SHAPES, make_checkpoint
 
-from converter.cli.terminal import printable
+from converter.cli.show.terminal import printable
 from converter.conversion.records import Record
 from converter.convert import convert_checkpoint
 from converter.recipes import make_recipe

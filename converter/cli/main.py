@@ -14,8 +14,8 @@ import click
 
 from converter import __version__
 from converter.cli.failures import failure_of, is_closed_pipe
-from converter.cli.output import Interrupted, Terminated
-from converter.cli.terminal import one_line, safe_terminal
+from converter.cli.show.console import Interrupted, Terminated
+from converter.cli.show.terminal import one_line, safe_terminal
 
 INTERRUPTED_CODE = 130
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.output import gigabytes, table
+from converter.cli.show.console import gigabytes, table
 
 if TYPE_CHECKING:
     from converter.conversion.plan import ConversionPlan

@@ -7,9 +7,9 @@ from typing import Any
 import click
 import msgspec
 
-from converter.cli import shared_options
-from converter.cli.checks import check_out_file, require_extra
-from converter.cli.output import Output, output_options, table
+from converter.cli.options import shared_options
+from converter.cli.options.early_checks import check_out_file, require_extra
+from converter.cli.show.console import Output, output_options, table
 from formats.quality import Evaluation
 
 
@@ -126,7 +126,7 @@ def command(
         return
     named = [(to_label(text.name), read_text(text)) for text in texts]
     if against:
-        from converter.cli.against_original import compare_with_original
+        from converter.cli.options.against_original import compare_with_original
         from formats.files.overlap import refuse_inputs
         from formats.layer_file import partial_path
         from formats.quality import QUALITY_NAME, read_quality, save_evaluation

@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from converter.cli.failures import is_closed_pipe
-from converter.cli.terminal import printable
+from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError
 from formats.files.io_errors import AGAIN
 

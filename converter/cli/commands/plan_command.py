@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli import shared_options
-from converter.cli.output import Output, output_options
-from converter.cli.plan_machine import GB, check_options, gpu_machine, has_gpu, ram_machine
-from converter.cli.plan_sources import open_source
-from converter.cli.plan_tables import text_of
+from converter.cli.options import shared_options
+from converter.cli.options.plan_machine import GB, check_options, gpu_machine, has_gpu, ram_machine
+from converter.cli.options.plan_sources import open_source
+from converter.cli.show.console import Output, output_options
+from converter.cli.show.plan_tables import text_of
 from formats.errors import MoeConvertError
 from formats.sizes import parse_size
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from converter.cli.chat_input import PipedLines, TypedLines, history_path
-from converter.cli.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
-from converter.cli.output import Output, output_options
-from converter.cli.sampling_options import settings_of, with_sampling_options
+from converter.cli.chat.message_input import PipedLines, TypedLines, history_path
+from converter.cli.options.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
+from converter.cli.options.sampling_options import settings_of, with_sampling_options
+from converter.cli.show.console import Output, output_options
 
 
 @click.command(
@@ -57,8 +57,8 @@ def command(
     tokenizer = early_tokenizer(path, options["check"])
 
     import loader
-    from converter.cli.chat_commands import HELP, ChatCommands
-    from converter.cli.chat_loop import ChatLoop
+    from converter.cli.chat.chat_loop import ChatLoop
+    from converter.cli.chat.slash_commands import HELP, ChatCommands
     from loader.perplexity import read_text
     from loader.serving.chat_template import PlainText, check_template, template_of
     from loader.serving.session import Session

@@ -4,12 +4,12 @@ import sys
 
 import click
 
-from converter.cli.chat_commands import ChatCommands
-from converter.cli.chat_input import Lines, read_message
+from converter.cli.chat.message_input import Lines, read_message
+from converter.cli.chat.slash_commands import ChatCommands
 from converter.cli.failures import failure_of
-from converter.cli.live_text import LiveText
-from converter.cli.output import Output, Terminated
-from converter.cli.terminal import one_line
+from converter.cli.show.console import Output, Terminated
+from converter.cli.show.live_text import LiveText
+from converter.cli.show.terminal import one_line
 from formats.errors import MoeConvertError
 from loader.serving.generation import Answer
 from loader.serving.session import ContextFullError, Session

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from converter import __version__
-from converter.cli.output import Output
+from converter.cli.show.console import Output
 from converter.forward.streamed_model import StreamedModel
 from converter.source import Checkpoint
 from formats.artifact import Artifact

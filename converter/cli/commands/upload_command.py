@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from converter.cli.output import Output, gigabytes, output_options
+from converter.cli.show.console import Output, gigabytes, output_options
 
 
 @click.command("upload", epilog="Exit code 3 if the folder is damaged: nothing is sent then.")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from converter.cli.output import gigabytes, table
+from converter.cli.show.console import gigabytes, table
 
 GB = 10**9
 

@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 from converter import __version__
-from converter.cli import shared_options
-from converter.cli.checks import check_out_file
-from converter.cli.output import Output, gigabytes, output_options
+from converter.cli.options import shared_options
+from converter.cli.options.early_checks import check_out_file
+from converter.cli.show.console import Output, gigabytes, output_options
 
 _FILES = click.Path(path_type=Path, exists=True, dir_okay=False)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from converter.cli import shared_options
-from converter.cli.convert_facts import facts_of, needs_of, summary_of, text_of
-from converter.cli.output import Output, output_options
+from converter.cli.options import shared_options
+from converter.cli.show.console import Output, output_options
+from converter.cli.show.convert_facts import facts_of, needs_of, summary_of, text_of
 
 _OF_RECIPE = (
     "bits",
@@ -175,7 +175,7 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
         facts["weight_error"] = {name: done.quality["totals"][name] for name in ("experts", "attention")}
     text = text_of(facts)
     if options["upload_repo"]:
-        from converter.cli.upload_command import upload
+        from converter.cli.commands.upload_command import upload
 
         facts["upload"], uploaded = upload(out, options["upload_repo"], output, **_publication(options))
         text += f"\n{uploaded}"

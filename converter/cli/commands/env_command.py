@@ -6,7 +6,7 @@ import platform
 import click
 
 from converter import __version__
-from converter.cli.output import Output, output_options, table
+from converter.cli.show.console import Output, output_options, table
 
 _PACKAGES = ("torch", "transformers", "hqq", "safetensors", "huggingface-hub", "numpy", "zstandard", "msgspec")
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from converter.cli.checks import check_out_file, require_extra
-from converter.cli.output import Output, output_options
-from converter.cli.replay_plot import PLOT_SUFFIXES, plot_replay
-from converter.cli.replay_tables import tables_of
+from converter.cli.options.early_checks import check_out_file, require_extra
+from converter.cli.show.console import Output, output_options
+from converter.cli.show.replay_plot import PLOT_SUFFIXES, plot_replay
+from converter.cli.show.replay_tables import tables_of
 
 GB = 10**9
 

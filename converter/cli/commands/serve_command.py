@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from converter.cli import shared_options
-from converter.cli.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
-from converter.cli.output import Output, gigabytes, output_options
+from converter.cli.options import shared_options
+from converter.cli.options.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
+from converter.cli.show.console import Output, gigabytes, output_options
 from formats.errors import MoeConvertError
 
 KEY_VARIABLE = "MOE_CONVERT_API_KEY"

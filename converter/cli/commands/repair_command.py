@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from converter.cli import shared_options
-from converter.cli.checks import check_out_folder
-from converter.cli.output import Output, output_options
+from converter.cli.options import shared_options
+from converter.cli.options.early_checks import check_out_folder
+from converter.cli.show.console import Output, output_options
 
 
 @click.command("repair", epilog="Exit code 3 if something stays damaged; what was mended until then stays mended.")

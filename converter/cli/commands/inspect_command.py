@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from converter.cli import shared_options
-from converter.cli.output import Output, gigabytes, output_options, table
+from converter.cli.options import shared_options
+from converter.cli.show.console import Output, gigabytes, output_options, table
 
 
 @click.command("inspect")

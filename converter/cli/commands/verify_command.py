@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.output import Output, gigabytes, output_options
+from converter.cli.show.console import Output, gigabytes, output_options
 
 if TYPE_CHECKING:
     from formats.reading.verify import NotRead

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from converter.cli.output import gigabytes, table
+from converter.cli.show.console import gigabytes, table
 
 
 def live_line(answer: Any, model: Any) -> str:

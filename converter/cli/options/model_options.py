@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
-from converter.cli import shared_options
-from converter.cli.output import Output, gigabytes
+from converter.cli.options import shared_options
+from converter.cli.show.console import Output, gigabytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 

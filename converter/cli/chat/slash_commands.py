@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from converter.cli.output import gigabytes, table
-from converter.cli.terminal import printable
+from converter.cli.show.console import gigabytes, table
+from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError, OutputError
 from loader.serving.session import Session
 

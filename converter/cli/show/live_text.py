@@ -5,7 +5,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 
-from converter.cli.terminal import printable
+from converter.cli.show.terminal import printable
 
 _MARGIN = 2
 """Columns at the right edge where no line is drawn: a terminal waits there to wrap, forgets it when the cursor moves,

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from converter.cli import shared_options
-from converter.cli.checks import check_out_folder
-from converter.cli.output import Output, gigabytes, output_options
+from converter.cli.options import shared_options
+from converter.cli.options.early_checks import check_out_folder
+from converter.cli.show.console import Output, gigabytes, output_options
 
 _BESIDE = ("README.md", "quality.json")
 """Files of a converted folder that its index does not list."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from converter.cli import shared_options
-from converter.cli.generation_stats import live_line, stats_table, with_shares
-from converter.cli.live_text import LiveText
-from converter.cli.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
-from converter.cli.output import Output, output_options
-from converter.cli.sampling_options import settings_of, with_sampling_options
+from converter.cli.options import shared_options
+from converter.cli.options.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
+from converter.cli.options.sampling_options import settings_of, with_sampling_options
+from converter.cli.show.console import Output, output_options
+from converter.cli.show.generation_stats import live_line, stats_table, with_shares
+from converter.cli.show.live_text import LiveText
 from formats.errors import MoeConvertError
 
 

@@ -1,0 +1,1 @@
+"""The conversation of `moe-convert chat`: input, slash commands, the loop."""

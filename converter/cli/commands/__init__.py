@@ -1,0 +1,1 @@
+"""The commands of moe-convert, one file each; imported when they run."""

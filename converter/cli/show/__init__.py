@@ -1,0 +1,1 @@
+"""What commands print: tables, plots, live lines; results to stdout, everything else to stderr."""
