@@ -21,11 +21,11 @@ import torch
 from convert import anonymous_bytes
 
 from converter.calibration.calibration_pass import CalibrationPass
+from converter.calibration.calibration_text import calibration_tokens
 from converter.calibration.pass_memory import calibration_memory_bytes
-from converter.calibration_text import calibration_tokens
+from converter.checkpoint.source import Checkpoint
 from converter.conversion.worker import run_all
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 
 
 class PeakMemory:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from converter.names import ExpertTensor
-from converter.solver_package import PackageSolver
-from converter.source import Checkpoint
+from converter.checkpoint.names import ExpertTensor
+from converter.checkpoint.source import Checkpoint
+from converter.solvers.hqq_package import PackageSolver
 from formats.packing import packing_named
 
 

@@ -30,11 +30,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter.conversion_recipe import ConversionRecipe
+from converter.checkpoint.outline import Outline
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.outline import Outline
-from converter.recipes import make_recipe
-from converter.sizes import plan_output
+from converter.output.conversion_sizes import plan_output
+from converter.recipe.conversion_recipe import ConversionRecipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.expert import ExpertLayout, dequantize_expert
 from formats.packing import dequantize, packing_named, unpack

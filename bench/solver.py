@@ -15,7 +15,8 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from converter import feedback_native, solver_library, solver_native
+from converter.solvers.registry import feedback_native, solver_library
+from converter.solvers.registry import hqq_native as solver_native
 from formats.native.abi import ISAS
 from formats.packing import PACKINGS, Packing, dequantize, unpack
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from converter.checkpoint.shards.hub_model import HubModel
+from converter.checkpoint.source import Checkpoint
 from converter.conversion.flow import Converted, convert
 from converter.conversion.identity import Progress
 from converter.conversion.plan import plan_conversion
-from converter.conversion_recipe import ConversionRecipe
 from converter.convert_options import ConvertOptions
-from converter.hub_model import HubModel
-from converter.source import Checkpoint
+from converter.recipe.conversion_recipe import ConversionRecipe
 
 __all__ = ["ConvertOptions", "Converted", "convert_checkpoint"]
 

@@ -9,20 +9,20 @@ import torch
 import zstandard
 
 from converter.calibration.calibration_pass import CalibrationPass
+from converter.calibration.calibration_text import calibration_tokens
 from converter.calibration.layer_statistics import LayerStatistics
-from converter.calibration_text import calibration_tokens
+from converter.checkpoint.shards.hub_model import HubModel
+from converter.checkpoint.source import Checkpoint
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
-from converter.conversion.output_files import write_linear, write_tensor
 from converter.conversion.units import Unit, units_of
 from converter.conversion.worker import Worker
-from converter.conversion_recipe import ConversionRecipe
 from converter.forward.ordered_tasks import one_by_one
-from converter.hub_model import HubModel
-from converter.recipe_options import RecipeOptions
-from converter.side_files import copied_bytes
-from converter.sizes import plan_output
-from converter.solvers import choose_solver
-from converter.source import Checkpoint
+from converter.output.conversion_sizes import plan_output
+from converter.output.output_files import write_linear, write_tensor
+from converter.output.source_side_files import copied_bytes
+from converter.recipe.conversion_recipe import ConversionRecipe
+from converter.recipe.recipe_options import RecipeOptions
+from converter.solvers.registry import choose_solver
 from formats import TRUNK_NAME
 from formats.errors import MoeConvertError
 from formats.files.output_file import remove

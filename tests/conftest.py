@@ -38,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Recipe name -> folder of the converted example. Tests only read it."""
     from converter.convert import convert_checkpoint
-    from converter.recipes import make_recipe
+    from converter.recipe.recipes import make_recipe
 
     root = tmp_path_factory.mktemp("converted")
 

@@ -14,7 +14,7 @@ import hqq.core.quantize  # noqa: F401
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 
 source, out, workers, recipe = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 for _line in sys.stdin:

@@ -21,7 +21,7 @@ from recording_device import RecordingDevice
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
 from loader import kernels as native

@@ -7,9 +7,9 @@ import torch
 from quality import compare, expert_bits, log_probabilities, make_outliers, recipe_of
 from safetensors.torch import load_file
 
-from converter.bit_budget import likely_bits
-from converter.outline import Outline
-from converter.sizes import plan_output
+from converter.checkpoint.outline import Outline
+from converter.output.conversion_sizes import plan_output
+from converter.recipe.bit_budget import likely_bits
 from loader.checkpoint import load_checkpoint
 
 

@@ -11,10 +11,10 @@ from random_models import MODELS, make_model, write_checkpoint
 from test_converter_convert import Interruption, hashes, stop_after
 
 import loader
+from converter.checkpoint.shards.hub_model import HubModel
+from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.hub_model import HubModel
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 from formats.index import read_index
 from formats.reading.verify import verify_folder
 

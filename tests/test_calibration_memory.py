@@ -10,7 +10,7 @@ import pytest
 from make_checkpoint import Shape, make_checkpoint
 
 from converter.calibration.pass_memory import calibration_memory_bytes
-from converter.outline import Outline
+from converter.checkpoint.outline import Outline
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
 from formats.index import read_index
 from formats.reading.verify import verify_folder
@@ -90,7 +90,7 @@ def test_the_source_repairs_a_template(
 
 
 def test_a_hub_source_keeps_its_templates(chatty: Path, hub: HubServer, tmp_path: Path) -> None:
-    from converter.hub_model import HubModel
+    from converter.checkpoint.shards.hub_model import HubModel
 
     hub.add("me/source", chatty.with_name("source"))
     convert_checkpoint(HubModel.open("me/source"), tmp_path / "out", make_recipe("2bit", solver="hqq"))

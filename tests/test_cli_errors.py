@@ -64,7 +64,7 @@ class Inputs:
 def unfinished(tmp_path_factory: pytest.TempPathFactory, example_folder: Path) -> Path:
     """A folder of which the first half of the layers is converted."""
     from converter.convert import ConvertOptions, convert_checkpoint
-    from converter.recipes import make_recipe
+    from converter.recipe.recipes import make_recipe
 
     folder = tmp_path_factory.mktemp("unfinished") / "out"
     convert_checkpoint(example_folder, folder, make_recipe("2bit", solver="hqq"), ConvertOptions(part=(1, 8)))

@@ -11,7 +11,7 @@ from hub_server import HubServer
 from test_formats_reader import flip
 
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.reading.verify import verify_folder
 

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
 from test_formats_reader import flip
 
-from converter.model_card import CardOptions, card_text, parameter_count
+from converter.publish.model_card import CardOptions, card_text, parameter_count
 from formats.artifact import Artifact
 from formats.quality import Comparison, Evaluation, read_quality, save_evaluation
 

@@ -21,7 +21,7 @@ LAYERS = {"qwen3_moe with dense layers": 3, "olmoe": 3}
 def folders(tmp_path_factory: pytest.TempPathFactory, example_folder: Path) -> Callable[[str], tuple[Path, Path]]:
     """name -> (checkpoint with a tokenizer, its conversion at 2 bits)."""
     from converter.convert import convert_checkpoint
-    from converter.recipes import make_recipe
+    from converter.recipe.recipes import make_recipe
 
     made: dict[str, tuple[Path, Path]] = {}
 

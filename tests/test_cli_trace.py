@@ -5,7 +5,7 @@ import pytest
 from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from loader.trace import read_trace
 
 

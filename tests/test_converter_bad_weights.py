@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from source_folders import SINGLE, W1, Tensors, fused, make_single, put, rewrite
 
-from converter import solver_library
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
+from converter.solvers.registry import solver_library
 from formats.errors import MoeConvertError
 
 

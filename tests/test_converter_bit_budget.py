@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from converter.bit_budget import choose_bits, likely_bits
-from converter.conversion_recipe import ConversionRecipe
-from converter.outline import Outline
-from converter.recipes import make_recipe
-from converter.sizes import OutputPlan, plan_output
+from converter.checkpoint.outline import Outline
+from converter.output.conversion_sizes import OutputPlan, plan_output
+from converter.recipe.bit_budget import choose_bits, likely_bits
+from converter.recipe.conversion_recipe import ConversionRecipe
+from converter.recipe.recipes import make_recipe
 from formats.errors import RecipeError
 
 Q2, Q3, Q4 = "tile32-q2-g16-s4", "tile32-q3-g32-s4", "tile32-q4-g64-s8"

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from converter.bit_rules import as_ranges, parse_rules
-from converter.conversion_recipe import ConversionRecipe, packings_by_expert
+from converter.checkpoint.outline import Outline
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.outline import Outline
-from converter.recipe_file import recipe_settings
-from converter.recipes import make_recipe
+from converter.recipe.bit_rules import as_ranges, parse_rules
+from converter.recipe.conversion_recipe import ConversionRecipe, packings_by_expert
+from converter.recipe.recipe_file import recipe_settings
+from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError, RecipeError
 from formats.index import Architecture
 

@@ -14,15 +14,15 @@ from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from test_converter_convert import Interruption, hashes, stop_after
 
-from converter import calibrated_solvers
 from converter.calibration import calibration_pass
 from converter.calibration.calibration_pass import STATE_FOLDER, CalibrationPass
+from converter.calibration.calibration_text import CalibrationTokens, calibration_tokens
 from converter.calibration.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs, LayerStatistics
-from converter.calibration_text import CalibrationTokens, calibration_tokens
+from converter.calibration.state_file import write_state
+from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
-from converter.state_file import write_state
+from converter.recipe.recipes import make_recipe
+from converter.solvers.registry import calibrated_solvers
 from formats.errors import OutputError, RecipeError, SourceError
 from formats.index import read_index
 from formats.reading.verify import verify_folder
@@ -367,7 +367,7 @@ def test_builtin_text_is_enough_for_the_default_and_has_several_kinds(example_fo
 
 
 def test_builtin_text_shares_nothing_with_the_example_texts(example_folder: Path) -> None:
-    from converter.calibration_text import _read
+    from converter.calibration.calibration_text import _read
 
     _, text = _read("builtin", None)
     lines = {line.strip() for line in text.splitlines() if len(line.strip()) > 40}

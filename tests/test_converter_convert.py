@@ -22,13 +22,13 @@ import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from converter.checkpoint.source import Checkpoint
 from converter.conversion.journal import Journal
 from converter.conversion.keys import ExpertKey
 from converter.conversion.records import LayerRecord, Record, ShardRecord
 from converter.conversion.worker import Worker
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, NotConvertedError, OutputError, RecipeError, SourceError
 from formats.expert import dequantize_expert

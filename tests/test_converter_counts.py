@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from converter.bit_rules import parse_rules
-from converter.calibration_text import calibration_tokens
-from converter.sizes import plan_output
-from converter.source import Checkpoint
+from converter.calibration.calibration_text import calibration_tokens
+from converter.checkpoint.source import Checkpoint
+from converter.output.conversion_sizes import plan_output
+from converter.recipe.bit_rules import parse_rules
 
 Run = Callable[..., tuple[int, str, str]]
 STEPS: dict[CodeType, str] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from converter.calibration.input_statistics import block_moments
-from converter.down_correction import DownCorrection
+from converter.solvers.down_correction import DownCorrection
 
 WIDTH = 64
 

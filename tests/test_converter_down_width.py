@@ -9,14 +9,14 @@ from make_checkpoint import Shape, make_checkpoint
 from test_converter_convert import hashes
 
 from converter.calibration.calibration_pass import CalibrationPass
+from converter.calibration.calibration_text import calibration_tokens
 from converter.calibration.input_statistics import second_moment
-from converter.calibration_text import calibration_tokens
+from converter.checkpoint.outline import Outline
+from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.outline import Outline
-from converter.recipes import make_recipe
-from converter.sizes import plan_output
-from converter.solvers import choose_solver
-from converter.source import Checkpoint
+from converter.output.conversion_sizes import plan_output
+from converter.recipe.recipes import make_recipe
+from converter.solvers.registry import choose_solver
 from formats.errors import RecipeError
 from formats.index import read_index
 

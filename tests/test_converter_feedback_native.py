@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter import feedback_native, solver_library, solver_native
-from converter.feedback_native import FeedbackError, SingularHessianError, factorize, quantize_feedback
-from converter.feedback_order import columns_in_order, group_order, hessian_in_order
+from converter.solvers.feedback_native import FeedbackError, SingularHessianError, factorize, quantize_feedback
+from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order
+from converter.solvers.registry import feedback_native, solver_library
+from converter.solvers.registry import hqq_native as solver_native
 from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())

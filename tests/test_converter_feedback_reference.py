@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from converter.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
-from converter.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
-from converter.solver import NonFiniteWeightsError
-from converter.solver_package import quantize_rows
+from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
+from converter.solvers.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
+from converter.solvers.hqq_package import quantize_rows
+from converter.solvers.protocol import NonFiniteWeightsError
 from formats.packing import PACKINGS, dequantize, pack, unpack
 
 every_packing = pytest.mark.parametrize("packing", PACKINGS.values(), ids=list(PACKINGS))

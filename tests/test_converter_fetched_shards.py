@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 
+from converter.checkpoint.shards.fetched_shards import FetchedShards
+from converter.checkpoint.shards.shard_source import ShardNeed, Stopped
 from converter.conversion.keys import ExpertKey
-from converter.fetched_shards import FetchedShards
-from converter.shards import ShardNeed, Stopped
 from formats.errors import DoesNotFitError, HubError
 from formats.hub.ranges import Retries
 from formats.hub.repo import HubRepo

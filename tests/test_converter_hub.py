@@ -17,11 +17,11 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, snapshot_download
 from make_checkpoint import SHAPES, make_checkpoint
 
+from converter.checkpoint.shards.hub_model import HubModel
 from converter.cli.main import main
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.hub_model import HubModel
-from converter.output_folder import SOURCE_FOLDER
-from converter.recipes import make_recipe
+from converter.output.output_folder import SOURCE_FOLDER
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, HubError, OutputError, SourceError
 from formats.reading.verify import verify_folder

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
-from converter.outline import Outline
-from converter.source import Checkpoint
+from converter.checkpoint.outline import Outline
+from converter.checkpoint.source import Checkpoint
 from formats.errors import SourceError
 
 

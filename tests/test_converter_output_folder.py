@@ -11,15 +11,15 @@ import pytest
 from hub_server import HubServer
 from make_checkpoint import SHAPES, make_checkpoint
 
+from converter.checkpoint.shards.hub_model import HubModel
+from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.hub_model import HubModel
-from converter.output_folder import SOURCE_FOLDER
-from converter.output_needs import OutputNeeds
-from converter.output_probe import probe_output
-from converter.recipes import make_recipe
-from converter.side_files import check_side_files
-from converter.sizes import plan_output
-from converter.source import Checkpoint
+from converter.output.conversion_sizes import plan_output
+from converter.output.output_folder import SOURCE_FOLDER
+from converter.output.output_needs import OutputNeeds
+from converter.output.output_probe import probe_output
+from converter.output.source_side_files import check_side_files
+from converter.recipe.recipes import make_recipe
 from formats.errors import DoesNotFitError, OutputError
 from formats.files.output_file import OutputFile
 from formats.index import read_index

@@ -11,15 +11,15 @@ from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from test_converter_convert import Interruption, hashes, stop_after
 
-from converter import solver_library
 from converter.calibration.calibration_pass import CalibrationPass
+from converter.checkpoint.names import ExpertTensor
+from converter.checkpoint.outline import PlannedFolder
+from converter.checkpoint.source import Checkpoint
 from converter.cli.main import cli
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.names import ExpertTensor
-from converter.outline import PlannedFolder
-from converter.recipe_file import recipe_settings
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipe_file import recipe_settings
+from converter.recipe.recipes import make_recipe
+from converter.solvers.registry import solver_library
 from converter.source_origin import SourceOrigin
 from formats import FORMAT_VERSION
 from formats.artifact import Artifact
@@ -277,7 +277,7 @@ def test_rows_are_copied_in_bounded_pieces(source: Path, tmp_path: Path, monkeyp
 
     expected = hashes(convert(source, tmp_path / "whole"))
     monkeypatch.setattr(Checkpoint, "read_rows", counted)
-    monkeypatch.setattr("converter.sizes.CHUNK_WEIGHTS", 32 * 96)
+    monkeypatch.setattr("converter.output.conversion_sizes.CHUNK_WEIGHTS", 32 * 96)
     assert hashes(convert(source, tmp_path / "pieces")) == expected
     assert set(rows) == {32}
 

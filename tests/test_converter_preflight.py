@@ -12,11 +12,11 @@ import psutil
 import pytest
 from hub_server import HubServer
 
-from converter import worker_count
+from converter.checkpoint.source import Checkpoint
+from converter.conversion import worker_count
 from converter.conversion.plan import plan_conversion
 from converter.convert import ConvertOptions
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 
 Run = Callable[..., tuple[int, str, str]]
 

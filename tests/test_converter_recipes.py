@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from converter import recipes, solver_library
-from converter.conversion_recipe import ConversionRecipe
-from converter.recipe_options import RecipeOptions
-from converter.recipes import RECIPES, make_recipe
+from converter.recipe import recipes
+from converter.recipe.conversion_recipe import ConversionRecipe
+from converter.recipe.recipe_options import RecipeOptions
+from converter.recipe.recipes import RECIPES, make_recipe
+from converter.solvers.registry import solver_library
 from formats.errors import RecipeError
 
 

@@ -10,8 +10,8 @@ from make_checkpoint import SHAPES, make_checkpoint
 from test_converter_streamed_model import some_windows, streamed, transformers_answer
 
 from converter.calibration.calibration_pass import CalibrationPass
-from converter.calibration_text import CalibrationTokens
-from converter.source import Checkpoint
+from converter.calibration.calibration_text import CalibrationTokens
+from converter.checkpoint.source import Checkpoint
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 12},

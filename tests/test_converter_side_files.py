@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
-from converter.side_files import check_side_files, copy_files
+from converter.output.source_side_files import check_side_files, copy_files
+from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError, SourceError
 from formats.index import read_index
 

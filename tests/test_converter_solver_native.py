@@ -8,8 +8,9 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from converter import solver_library, solver_native
-from converter.solver_package import quantize_rows, round_scales
+from converter.solvers.hqq_package import quantize_rows, round_scales
+from converter.solvers.registry import hqq_native as solver_native
+from converter.solvers.registry import solver_library
 from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())

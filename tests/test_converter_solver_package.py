@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from converter.solver import SquaredError
-from converter.solver_package import quantize_rows, round_scales
+from converter.solvers.hqq_package import quantize_rows, round_scales
+from converter.solvers.protocol import SquaredError
 from formats.errors import SourceError
 from formats.packing import PACKINGS, dequantize, packing_named
 

@@ -12,8 +12,8 @@ from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from source_folders import edit_json
 
-from converter.names import ExpertTensor
-from converter.source import Checkpoint
+from converter.checkpoint.names import ExpertTensor
+from converter.checkpoint.source import Checkpoint
 from formats.errors import PathError, SourceError
 
 GATE = "model.layers.0.block_sparse_moe.experts.1.w1.weight"

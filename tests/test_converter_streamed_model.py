@@ -10,9 +10,9 @@ import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 
+from converter.checkpoint.source import Checkpoint
 from converter.forward import expert_forward, outer_model, streamed_model
 from converter.forward.streamed_model import StreamedModel
-from converter.source import Checkpoint
 from formats.errors import DoesNotFitError, SourceError
 
 

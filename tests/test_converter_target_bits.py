@@ -13,10 +13,10 @@ from test_converter_convert import Interruption, hashes, interrupted
 from torch import Tensor
 
 from converter.calibration.bit_sensitivity import BitSensitivity
-from converter.conversion_recipe import ConversionRecipe
+from converter.checkpoint.shards.hub_model import HubModel
 from converter.convert import Converted, ConvertOptions, convert_checkpoint
-from converter.hub_model import HubModel
-from converter.recipes import make_recipe
+from converter.recipe.conversion_recipe import ConversionRecipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import OutputError, SourceError
 from formats.index import Recipe, read_index

@@ -15,7 +15,7 @@ from recording_device import RecordingDevice
 
 import loader
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.reading.verify import verify_folder

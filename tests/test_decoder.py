@@ -11,7 +11,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from loader import kernels
 from loader.decode.cpu import CpuDecoder
 from loader.decode.rotary_table import BLOCKS, POSITIONS, RotaryTable

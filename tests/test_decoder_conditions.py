@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from loader import kernels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")

@@ -10,7 +10,7 @@ NAMES = re.compile(r"my-mixtral(-2bit)?|mixtral-2bit|Mixtral-8x7B[\w.-]*|tiny-mi
 
 EXEMPT = {
     "formats/config/model_types.py": "the list of tested model types",
-    "converter/foreign_layouts.py": "names that other programs write",
+    "converter/checkpoint/foreign_layouts.py": "names that other programs write",
     "loader/decode/mixtral.py": "a spec of the decoder",
     "loader/decode/specs.py": "the table of specs",
 }

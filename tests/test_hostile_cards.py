@@ -13,8 +13,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from msgspec.structs import replace
 
-from converter.model_card import CardOptions, card_text
-from converter.publish import PublishOptions, publish_folder
+from converter.publish.hub_commit import PublishOptions, publish_folder
+from converter.publish.model_card import CardOptions, card_text
 from formats.artifact import Artifact
 from formats.index import Index
 from formats.quality import Comparison, Evaluation, Quality

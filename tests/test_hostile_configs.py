@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.integrations import hub_kernels
 
 import loader
+from converter.checkpoint.source import Checkpoint
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.config.model_config import RUN_TIME
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError

@@ -15,9 +15,9 @@ from hub_repos import Blob
 from hub_server import HubServer
 from msgspec.structs import replace as msgspec_replace
 
-from converter.hub_model import HubModel
-from converter.source import Checkpoint
-from converter.source_tensors import stored_tensors
+from converter.checkpoint.shards.hub_model import HubModel
+from converter.checkpoint.source import Checkpoint
+from converter.checkpoint.source_tensors import stored_tensors
 from formats.artifact import Artifact
 from formats.errors import DamageError, DoesNotFitError, FormatError, HubError, MoeConvertError, SourceError
 from formats.expert import ExpertLayout

@@ -15,7 +15,7 @@ from make_checkpoint import SHAPES, make_checkpoint
 from converter.cli.show.terminal import printable
 from converter.conversion.records import Record
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.config.strict_json import typed
 from formats.errors import FormatError

@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from loader import kernels
 from loader.budget import expert_bytes_by_layer
 from loader.buffers import Memory

@@ -9,7 +9,7 @@ from recording_device import RecordingDevice
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, MoeConvertError
 from loader.budget import expert_bytes_by_layer

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
 from formats.reading.fork_gate import ForkGate, shared_gate
 from loader import changes, fetcher

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from converter.outline import PlannedFolder
-from converter.recipes import make_recipe
+from converter.checkpoint.outline import PlannedFolder
+from converter.recipe.recipes import make_recipe
 from formats.errors import DoesNotFitError
 from loader.budget import experts_aside, slots_by_layer, tier_counts
 from loader.cuda.stack import TIER_ASIDE

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError
 

@@ -6,7 +6,7 @@ import torch
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from loader.head import NativeHead
 from loader.modules import PackedLinear
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from loader.cache import ExpertCache
 
 IDS = torch.tensor([[1, 17, 300, 42, 99]])

@@ -93,7 +93,7 @@ def test_experts_have_their_bytes_with_and_without_a_codec(
     folder = local
     if recipe == "zstd":
         from converter.convert import ConvertOptions, convert_checkpoint
-        from converter.recipes import make_recipe
+        from converter.recipe.recipes import make_recipe
 
         folder = tmp_path / "zstd"
         convert_checkpoint(example_folder, folder, make_recipe("2bit", solver="hqq"), ConvertOptions(codec="zstd"))

@@ -13,7 +13,7 @@ from memory_groups import memory_group
 from safetensors.torch import save_file
 
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from loader.plan import Machine, ModelSizes, plan_memory
 

@@ -10,7 +10,7 @@ from test_loader_model import apart, dequantized, load, logits, slots_budget
 from transformers import DynamicCache
 
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from loader import kernels
 from loader.budget import expert_bytes_by_layer

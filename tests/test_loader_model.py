@@ -282,7 +282,7 @@ def test_the_model_is_not_saved_as_if_it_were_a_checkpoint(model, tmp_path):
 
 def test_a_tied_head_is_tied(tmp_path):
     from converter.convert import convert_checkpoint
-    from converter.recipes import make_recipe
+    from converter.recipe.recipes import make_recipe
 
     torch.manual_seed(0)
     config = MixtralConfig(

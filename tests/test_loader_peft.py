@@ -13,7 +13,7 @@ from test_loader_model import dequantized
 from transformers import Trainer, TrainingArguments
 
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
 from loader.modules import PackedLinear
 

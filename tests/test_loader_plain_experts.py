@@ -12,7 +12,7 @@ from test_loader_model import BACKENDS, apart, dequantized, load, logits, slots_
 from transformers import MixtralForCausalLM
 
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.expert import ExpertLayout, assemble, dequantize_expert
 from formats.packing import packing_named
 from loader import kernels

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 from made_traces import random_experts, trace_of
 
+from converter.checkpoint.outline import PlannedFolder
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.outline import PlannedFolder
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from loader.budget import aside_bytes, slots_of_folder

@@ -15,10 +15,10 @@ from torch import nn
 
 from converter.checkpoint.conversion_table import ConversionTable
 from converter.checkpoint.experts_probe import computes_gated_silu
+from converter.checkpoint.foreign_layouts import foreign_role
 from converter.checkpoint.model_shape import ModelShape
-from converter.foreign_layouts import foreign_role
-from converter.names import ExpertTensor, FusedTensor
-from converter.source import Checkpoint
+from converter.checkpoint.names import ExpertTensor, FusedTensor
+from converter.checkpoint.source import Checkpoint
 from formats.config.model_types import MODEL_TYPES
 from formats.errors import MoeConvertError, SourceError
 from formats.trunk import ATTENTION

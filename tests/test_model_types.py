@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import loader
+from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.reading.verify import verify_folder
 from formats.repair.index_rebuild import rebuild_index

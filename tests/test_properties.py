@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 import loader
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
+from converter.recipe.recipes import make_recipe
 from formats.config.strict_json import dump
 from formats.errors import FormatError, MoeConvertError
 from formats.index import parse_index

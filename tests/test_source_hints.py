@@ -13,9 +13,9 @@ from source_folders import HEAD, SINGLE, make_single, only
 from test_loader_model import apart, logits
 from transformers import MixtralForCausalLM
 
+from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
 
 IDS = torch.randint(3, 4000, (1, 16), generator=torch.Generator().manual_seed(1))

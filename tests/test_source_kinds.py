@@ -62,10 +62,10 @@ from test_converter_source import edit_json
 from test_loader_model import apart, load, logits
 from transformers import MixtralForCausalLM
 
+from converter.checkpoint.shards.hub_model import HubModel
+from converter.checkpoint.source import Checkpoint
 from converter.convert import convert_checkpoint
-from converter.hub_model import HubModel
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
 
 IDS = torch.randint(3, 4000, (1, 16), generator=torch.Generator().manual_seed(1))

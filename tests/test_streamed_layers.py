@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from converter.calibration import calibration_pass
 from converter.calibration.calibration_pass import CalibrationPass
+from converter.calibration.calibration_text import CalibrationTokens
 from converter.calibration.layer_statistics import LayerStatistics
-from converter.calibration_text import CalibrationTokens
+from converter.checkpoint.source import Checkpoint
 from converter.forward.layer_calls import CallRecorder, LayerCall
 from converter.forward.layer_forward import LayerForward
 from converter.forward.loaded_layer import AbsentExperts, CurrentRun, HeardLinear, LoadedLayer
 from converter.forward.ordered_tasks import one_by_one
 from converter.forward.streamed_model import StreamedModel
 from converter.forward.trunk_weights import TrunkWeights
-from converter.source import Checkpoint
 from formats.errors import SourceError
 
 WINDOWS = torch.randint(3, 128, (6, 40), generator=torch.Generator().manual_seed(0))

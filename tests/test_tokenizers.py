@@ -13,10 +13,10 @@ import pytest
 import sentencepiece
 
 import loader
-from converter.calibration_text import calibration_tokens
+from converter.calibration.calibration_text import calibration_tokens
+from converter.checkpoint.source import Checkpoint
 from converter.convert import convert_checkpoint
-from converter.recipes import make_recipe
-from converter.source import Checkpoint
+from converter.recipe.recipes import make_recipe
 from formats.config.tokenizer_files import open_tokenizer_by
 from formats.errors import MoeConvertError, SourceError, TokenizerError
 

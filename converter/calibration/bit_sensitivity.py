@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from converter.calibration.calibration_pass import STATE_FOLDER
+from converter.calibration.calibration_text import CalibrationTokens
 from converter.calibration.input_statistics import InputStatistics, block_moments, effective_tokens
 from converter.calibration.layer_statistics import DOWN_BLOCK, PRIOR_SHARE
-from converter.calibration_text import CalibrationTokens
-from converter.feedback_reference import SingularStatisticsError
+from converter.calibration.state_file import read_state, write_state
+from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import (
     DownVisitor,
     ExpertForward,
@@ -32,9 +33,8 @@ from converter.forward.expert_forward import (
 from converter.forward.layer_forward import LayerForward
 from converter.forward.layer_loop import LayerLoop, LayerWork, Piece, Steps
 from converter.forward.ordered_tasks import RunAll
-from converter.solver import CalibratedSolver
-from converter.source import Checkpoint
-from converter.state_file import read_state, write_state
+from converter.solvers.feedback_reference import SingularStatisticsError
+from converter.solvers.protocol import CalibratedSolver
 from formats.errors import SourceError
 from formats.packing import TILE_ROWS, tile_packing_named
 

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.calibration.calibration_text import CalibrationTokens
 from converter.calibration.layer_gatherer import LayerGatherer, whole_statistics
 from converter.calibration.layer_statistics import DOWN_BLOCK, LayerStatistics
 from converter.calibration.pass_memory import TOKENS_AT_ONCE, WINDOWS_AT_ONCE, experts_at_once
-from converter.calibration_text import CalibrationTokens
+from converter.calibration.state_file import read_state, write_state
+from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import fast_products
 from converter.forward.layer_forward import LayerForward
 from converter.forward.layer_loop import LayerLoop, LayerWork, Steps
 from converter.forward.ordered_tasks import RunAll
-from converter.source import Checkpoint
-from converter.state_file import read_state, write_state
 
 VERSION = 3
 """Of everything here that the statistics depend on: part of a conversion's fingerprint."""

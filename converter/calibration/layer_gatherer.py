@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from converter.bad_weights import overflow_error
 from converter.calibration.input_statistics import InputStatistics, block_moments, effective_tokens, second_moment
 from converter.calibration.layer_statistics import ExpertInputs, LayerStatistics, rows_at_once
+from converter.checkpoint.bad_weights import overflow_error
+from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import SliceVisitor
 from converter.forward.layer_forward import LayerForward
 from converter.forward.layer_loop import LayerWork, Piece
 from converter.forward.loaded_layer import Inputs, Routed
 from converter.forward.ordered_tasks import RunAll
-from converter.source import Checkpoint
 
 ROWS_IN_A_PART = 2048
 """Of activations whose moments are summed at once."""

@@ -1,7 +1,7 @@
 """How much a calibration pass takes at once, and the memory that this needs."""
 
+from converter.calibration.calibration_text import WINDOW
 from converter.calibration.layer_statistics import DOWN_BLOCK, rows_at_once
-from converter.calibration_text import WINDOW
 from formats.index import Architecture
 
 WINDOWS_AT_ONCE = 4

@@ -12,7 +12,7 @@ from torch import nn
 
 from converter.checkpoint.conversion_table import ConversionTable
 from converter.checkpoint.experts_probe import FUSED, computes_gated_silu
-from converter.names import ExpertTensor, FusedTensor
+from converter.checkpoint.names import ExpertTensor, FusedTensor
 from formats.config.field_rules import short
 from formats.errors import SourceError
 from formats.index import Architecture

@@ -4,13 +4,13 @@ from typing import Any
 
 from converter.conversion.finished_work import FinishedWork
 from converter.conversion.keys import ShardKey
-from converter.conversion.output_files import OutputFiles
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.records import ShardRecord
-from converter.index_assembly import assemble_index
-from converter.model_card import write_card
-from converter.side_files import copy_files, write_config
-from converter.weight_errors import write_quality
+from converter.output.index_assembly import assemble_index
+from converter.output.output_files import OutputFiles
+from converter.output.source_side_files import copy_files, write_config
+from converter.output.weight_errors import write_quality
+from converter.publish.model_card import write_card
 from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.files.output_file import fsync_folder
 from formats.index import dump_index

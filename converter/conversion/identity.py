@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from converter import __version__
 from converter.calibration.calibration_pass import VERSION as CALIBRATION_VERSION
-from converter.calibration_text import CalibrationTokens
-from converter.conversion_recipe import ConversionRecipe
-from converter.recipe_options import without_rules
-from converter.sizes import CHUNK_WEIGHTS
-from converter.solver import Solver
-from converter.source import Checkpoint
+from converter.calibration.calibration_text import CalibrationTokens
+from converter.checkpoint.source import Checkpoint
+from converter.output.conversion_sizes import CHUNK_WEIGHTS
+from converter.recipe.conversion_recipe import ConversionRecipe
+from converter.recipe.recipe_options import without_rules
+from converter.solvers.protocol import Solver
 from formats.config.recorded_config import changed_fields
 from formats.errors import OutputError
 from formats.index import Index, read_index

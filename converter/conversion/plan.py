@@ -5,20 +5,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converter.calibration_text import CalibrationTokens, calibration_tokens
+from converter.calibration.calibration_text import CalibrationTokens, calibration_tokens
+from converter.checkpoint.source import Checkpoint
+from converter.checkpoint.source_tokenizer import check_source_tokenizer
 from converter.conversion.identity import check_same, fingerprint, recorded_recipe
 from converter.conversion.journal import check_begun
-from converter.conversion_recipe import ConversionRecipe
+from converter.conversion.worker_count import choose_workers
 from converter.convert_options import ConvertOptions
-from converter.output_needs import OutputNeeds
-from converter.output_probe import probe_output
-from converter.side_files import check_side_files
-from converter.sizes import OutputPlan, check_disk, plan_output
-from converter.solver import Solver
-from converter.solvers import choose_solver
-from converter.source import Checkpoint
-from converter.source_tokenizer import check_source_tokenizer
-from converter.worker_count import choose_workers
+from converter.output.conversion_sizes import OutputPlan, check_disk, plan_output
+from converter.output.output_needs import OutputNeeds
+from converter.output.output_probe import probe_output
+from converter.output.source_side_files import check_side_files
+from converter.recipe.conversion_recipe import ConversionRecipe
+from converter.solvers.protocol import Solver
+from converter.solvers.registry import choose_solver
 from formats import INDEX_NAME
 from formats.files.io_errors import translated
 

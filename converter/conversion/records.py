@@ -5,7 +5,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from converter.conversion.keys import ExpertKey, LayerKey, LinearKey, RecordKey, ShardKey, TensorKey
-from converter.solver import SquaredError
+from converter.solvers.protocol import SquaredError
 from formats.index import Label, Natural, Sha256, Xxh3
 from formats.writer import Place
 

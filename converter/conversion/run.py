@@ -11,19 +11,19 @@ from typing import Any
 import torch
 
 from converter.calibration.calibration_pass import CalibrationPass
+from converter.calibration.calibration_text import CalibrationTokens
 from converter.calibration.layer_statistics import LayerStatistics
-from converter.calibration_text import CalibrationTokens
+from converter.checkpoint.shards.shard_source import Stopped
 from converter.conversion.completion import complete
 from converter.conversion.finished_work import FinishedWork
 from converter.conversion.identity import Progress
 from converter.conversion.keys import ExpertKey, LinearKey
-from converter.conversion.output_files import OutputFiles
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.records import ExpertRecord, UnitRecord
 from converter.conversion.shard_hashes import ShardHashes
 from converter.conversion.units import Unit, shard_needs, units_of
 from converter.conversion.worker import Worker, run_all
-from converter.shards import Stopped
+from converter.output.output_files import OutputFiles
 
 
 def run_conversion(plan: ConversionPlan, progress: Progress) -> dict[str, Any] | None:

@@ -2,8 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+from converter.checkpoint.source import Checkpoint
 from converter.conversion.finished_work import FinishedWork
-from converter.source import Checkpoint
 
 
 class ShardHashes:

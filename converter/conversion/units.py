@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from converter.checkpoint.model_shape import ModelShape
+from converter.checkpoint.names import ExpertTensor
+from converter.checkpoint.shards.shard_source import ShardNeed
+from converter.checkpoint.source import Checkpoint
+from converter.checkpoint.source_tensors import Weight
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey, UnitKey
-from converter.names import ExpertTensor
-from converter.shards import ShardNeed
-from converter.sizes import OutputPlan
-from converter.source import Checkpoint
-from converter.source_tensors import Weight
+from converter.output.conversion_sizes import OutputPlan
 
 EXPERT_MATRICES = ("gate", "up", "down")
 

@@ -11,18 +11,18 @@ import torch
 
 from converter.calibration.input_statistics import InputStatistics
 from converter.calibration.layer_statistics import LayerStatistics
+from converter.checkpoint.names import ExpertTensor
+from converter.checkpoint.shards.shard_source import Stopped
+from converter.checkpoint.source import Checkpoint
+from converter.checkpoint.source_tensors import Weight
 from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
 from converter.conversion.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.conversion.units import EXPERT_MATRICES
-from converter.down_correction import DownCorrection
-from converter.feedback_reference import SingularStatisticsError
-from converter.names import ExpertTensor
-from converter.plain_rows import store_rows
-from converter.shards import Stopped
-from converter.sizes import OutputPlan, chunk_rows
-from converter.solver import CalibratedSolver, Solver, SquaredError, UnfitWeightsError
-from converter.source import Checkpoint
-from converter.source_tensors import Weight
+from converter.output.conversion_sizes import OutputPlan, chunk_rows
+from converter.solvers.down_correction import DownCorrection
+from converter.solvers.feedback_reference import SingularStatisticsError
+from converter.solvers.plain_rows import store_rows
+from converter.solvers.protocol import CalibratedSolver, Solver, SquaredError, UnfitWeightsError
 from formats.checksums import Checksums, xxh3_of
 from formats.expert import split
 from formats.packing import AnyPacking, Packing, tile_packing_named

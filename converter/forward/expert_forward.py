@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from converter.names import ExpertTensor
-from converter.source import Checkpoint
-from converter.source_tensors import Weight
+from converter.checkpoint.names import ExpertTensor
+from converter.checkpoint.source import Checkpoint
+from converter.checkpoint.source_tensors import Weight
 
 ROWS_AT_ONCE = 1024
 """Of an expert's matrix."""

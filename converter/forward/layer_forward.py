@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import ExpertForward
 from converter.forward.layer_calls import LayerCall
 from converter.forward.loaded_layer import AbsentExperts, CurrentRun, HeardLinear, LoadedLayer
 from converter.forward.outer_model import OuterModel
 from converter.forward.trunk_weights import TrunkWeights, compute_buffers
-from converter.source import Checkpoint
 
 
 class LayerForward:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.bad_weights import overflow_error
+from converter.checkpoint.bad_weights import overflow_error
+from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import ExpertForward
 from converter.forward.layer_forward import LayerForward
 from converter.forward.loaded_layer import Inputs, LoadedLayer, Routed
 from converter.forward.ordered_tasks import RunAll
-from converter.source import Checkpoint
 
 
 @dataclass(frozen=True)

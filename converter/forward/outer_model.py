@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import ranges, read_finite
 from converter.forward.layer_calls import CallRecorder, LayerCall, Visit, cannot_run_alone, compare_calls
 from converter.forward.trunk_weights import TrunkWeights
-from converter.source import Checkpoint
 
 VOCABULARY_AT_ONCE = 4096
 """Rows of the embeddings and of the head."""

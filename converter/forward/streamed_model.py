@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import ExpertForward
 from converter.forward.layer_forward import LayerForward
 from converter.forward.layer_loop import LayerLoop, LayerWork, Steps
 from converter.forward.loaded_layer import Routed
 from converter.forward.ordered_tasks import one_by_one
-from converter.source import Checkpoint
 from formats.errors import DoesNotFitError, SourceError
 from formats.files.io_errors import io_error
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import read_finite
 from converter.forward.loaded_layer import HeardLinear
-from converter.source import Checkpoint
 from formats.errors import SourceError
 
 _NARROW = 64

@@ -9,7 +9,7 @@
 extern "C" {
 
 // Raised by one with every change of a signature or of a result (of a result: RESULT_VERSION in
-// converter/solver_library.py, too).
+// converter/solvers/solver_library.py, too).
 #define MOE_SOLVER_ABI_VERSION 4
 
 enum {

@@ -17,7 +17,8 @@ from bad_folders import BAD_FOLDERS, VECTORS, copy_of_good, spoil
 from made_traces import random_experts, trace_of
 from make_checkpoint import SHAPES, make_checkpoint
 
-from converter.bit_rules import parse_rules
+from converter.checkpoint.outline import PlannedFolder
+from converter.checkpoint.source import Checkpoint
 from converter.conversion.journal import JOURNAL_NAME, Journal, read_pin
 from converter.conversion.records import (
     ExpertRecord,
@@ -27,11 +28,10 @@ from converter.conversion.records import (
     ShardRecord,
     TensorRecord,
 )
-from converter.outline import PlannedFolder
-from converter.recipe_file import recipe_settings
-from converter.recipes import make_recipe
-from converter.solver import SquaredError
-from converter.source import Checkpoint
+from converter.recipe.bit_rules import parse_rules
+from converter.recipe.recipe_file import recipe_settings
+from converter.recipe.recipes import make_recipe
+from converter.solvers.protocol import SquaredError
 from formats.checksums import xxh3_of
 from formats.config.strict_json import parse
 from formats.errors import MoeConvertError

@@ -134,12 +134,12 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     moe-convert convert ./my-finetune --bits 16 --attn-bits 16
     moe-convert convert ./my-finetune --dry-run
     """
+    from converter.checkpoint.source import Checkpoint
     from converter.conversion.flow import convert
     from converter.conversion.plan import plan_conversion
     from converter.convert_options import ConvertOptions
-    from converter.recipe_file import recipe_settings
-    from converter.recipes import make_recipe
-    from converter.source import Checkpoint
+    from converter.recipe.recipe_file import recipe_settings
+    from converter.recipe.recipes import make_recipe
     from formats.sizes import parse_size
 
     calibrate, calibration_file = _calibration(options["calibrate"])
@@ -190,7 +190,7 @@ def _publication(options: dict[str, Any]) -> dict[str, Any]:
 
 def _check_upload(source: Any, options: dict[str, Any]) -> None:
     """Refuses before the conversion what the upload would refuse after it."""
-    from converter.publish import PublishOptions, check_license, check_repo_name, check_target
+    from converter.publish.hub_commit import PublishOptions, check_license, check_repo_name, check_target
 
     repo = options["upload_repo"]
     if not repo:
@@ -208,7 +208,7 @@ def _check_upload(source: Any, options: dict[str, Any]) -> None:
 
 def _source(model: Path, out: Path | None, recipe: str, options: dict[str, Any]) -> tuple[Any, Path]:
     """(folder or HubModel, out folder): a folder goes before a repository of the same name."""
-    from converter.hub_model import HubModel
+    from converter.checkpoint.shards.hub_model import HubModel
     from formats.hub.repo import is_repo_name
     from formats.sizes import parse_size
 
@@ -235,7 +235,7 @@ def _source(model: Path, out: Path | None, recipe: str, options: dict[str, Any])
 
 def _calibration(value: str | None) -> tuple[str | None, Path | None]:
     """(kind, file) of --calibrate: what is none of the kinds is a file."""
-    from converter.calibration_text import KINDS
+    from converter.calibration.calibration_text import KINDS
 
     if value is None or (value in KINDS and value != "file"):
         return value, None

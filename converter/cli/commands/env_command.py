@@ -20,7 +20,7 @@ def command(output: Output) -> None:
     moe-convert env
     moe-convert env --json
     """
-    from converter import solver_library
+    from converter.solvers.registry import solver_library
     from loader import kernels
     from loader.cuda.choice import describe_gpus
 

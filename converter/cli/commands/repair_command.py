@@ -73,7 +73,7 @@ def _origin(
     path: Path, name: str | None, calibration_file: Path | None, remote: dict[str, str | None]
 ) -> Iterator[Any]:
     """What --from means; None without. A repository also gives an index that is not there or cannot be read."""
-    from converter.hub_model import HubModel
+    from converter.checkpoint.shards.hub_model import HubModel
     from converter.source_origin import SourceOrigin
     from formats import INDEX_NAME
     from formats.errors import FormatError, MoeConvertError

@@ -45,7 +45,7 @@ def upload(
     path: Path, repo: str, output: Output, *, dry_run: bool = False, **options: Any
 ) -> tuple[dict[str, Any], str]:
     """Verifies and publishes; the facts, of which `ok` says whether the folder was good, and the same as text."""
-    from converter.publish import PublishOptions, check_publication, publish_folder
+    from converter.publish.hub_commit import PublishOptions, check_publication, publish_folder
     from formats.reading.verify import verify_folder
 
     if options.get("create_pr") and options.get("revision"):

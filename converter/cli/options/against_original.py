@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from converter import __version__
+from converter.checkpoint.source import Checkpoint
 from converter.cli.show.console import Output
 from converter.forward.streamed_model import StreamedModel
-from converter.source import Checkpoint
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.index import Architecture

@@ -42,7 +42,7 @@ def open_source(path: Path, recipe: str, revision: str | None, token: str | None
     if INDEX_NAME in repo.files:
         with tempfile.TemporaryDirectory(prefix="moe-convert-") as temporary:
             return _of_artifact(open_remote(repo, Path(temporary)), [], None)
-    from converter.hub_model import HubModel
+    from converter.checkpoint.shards.hub_model import HubModel
 
     return _of_checkpoint(HubModel.open(repo.repo, repo.commit, token).folder, recipe, [])
 
@@ -54,8 +54,8 @@ def _of_artifact(artifact: "Artifact", files: list[Path], folder: Path | None) -
 
 
 def _of_checkpoint(folder: Path, recipe: str, files: list[Path]) -> PlanSource:
-    from converter.outline import PlannedFolder
-    from converter.recipes import make_recipe
+    from converter.checkpoint.outline import PlannedFolder
+    from converter.recipe.recipes import make_recipe
     from loader.plan import ModelSizes
 
     planned = PlannedFolder.of(folder, make_recipe(recipe))

@@ -7,8 +7,8 @@ from converter.cli.show.console import gigabytes, table
 
 if TYPE_CHECKING:
     from converter.conversion.plan import ConversionPlan
-    from converter.conversion_recipe import ConversionRecipe
-    from converter.sizes import OutputPlan
+    from converter.output.conversion_sizes import OutputPlan
+    from converter.recipe.conversion_recipe import ConversionRecipe
 
 
 def facts_of(plan: "OutputPlan", recipe: "ConversionRecipe", source_bytes: int, out: Path) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""The shards of a checkpoint in a Hub repository: in the user's cache, on disk for a while, or only as ranges."""
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from converter.checkpoint.shards.fetched_shards import FetchedShards
+from converter.checkpoint.shards.hub_model import HubModel
+from converter.checkpoint.shards.shard_source import ShardNeed, Shards, file_sha256, pread_into
+from converter.conversion.keys import UnitKey
+from formats.errors import SourceError
+from formats.files.io_errors import translated
+from formats.files.paths import open_regular
+from formats.safetensors_header import Header, header_from, read_header
+
+_HEADER_BYTES = 64 << 10
+_SHARDS_AT_ONCE = 4
+
+
+class HubShards(Shards):
+    """The shards of a `HubModel`. Those in the user's cache are used in place, and never deleted."""
+
+    def __init__(self, model: HubModel) -> None:
+        self.stop = model.stop
+        self.where = f"{model.repo.repo}@{model.repo.commit[:12]}"
+        self._model, self._repo = model, model.repo
+        self._cached: dict[str, int] = {}
+        self._paths: dict[str, Path] = {}
+        self._names: list[str] = []
+        self._fetched: FetchedShards | None = None
+
+    def open(self, name: str) -> None:
+        if name not in self._repo.files:
+            hint = "go online: HF_HUB_OFFLINE is set" if self._repo.offline else "the repository is not complete"
+            raise SourceError(f"{self.where}: file {name} is missing", hint)
+        if path := self._repo.cached(name):
+            self._paths[name] = path
+            self._cached[name] = open_regular(path)
+        self._names.append(name)
+
+    def header(self, name: str, max_bytes: int) -> Header:
+        where = f"{self.where}: {name}"
+        if name in self._cached:
+            with translated(self._paths[name], "read", SourceError):
+                return read_header(self._cached[name], where, max_bytes)
+        size = self.size(name)
+        first = self._repo.read(name, 0, min(size, _HEADER_BYTES))
+
+        def read(offset: int, length: int) -> bytes:
+            end = min(offset + length, size)
+            return first[offset:end] if end <= len(first) else self._repo.read(name, offset, end)
+
+        return header_from(read, size, where, max_bytes)
+
+    def size(self, name: str) -> int:
+        return self._repo.file(name).size
+
+    def read_into(self, name: str, offset: int, view: memoryview) -> int:
+        if name in self._cached:
+            with translated(self._paths[name], "read", SourceError):
+                return pread_into(self._cached[name], offset, view)
+        if self._fetched:
+            with self._fetched.hold(name) as descriptor, translated(f"{self.where}: {name}", "read", SourceError):
+                return pread_into(descriptor, offset, view)
+        self._repo.read_into(name, offset, view)
+        return len(view)
+
+    def sha256(self, name: str, stop: threading.Event | None) -> str:
+        """What the Hub says, which what is fetched is compared with, and here what was in the cache."""
+        file = self._repo.file(name)
+        if name not in self._cached:
+            return file.sha256 or self._hash_remote(name)
+        with translated(self._paths[name], "read", SourceError):
+            found = file_sha256(self._cached[name], stop)
+        if file.sha256 and found != file.sha256 and not (stop and stop.is_set()):
+            raise SourceError(
+                f"{self._paths[name]}: the cache is damaged: sha256 {found}, the Hub says {file.sha256}",
+                f"delete {os.path.realpath(self._paths[name])}, and run the same command again",
+            )
+        return found
+
+    def identity(self, name: str, header: Header) -> str:
+        return f"{self.size(name)} {self._repo.file(name).etag}"
+
+    def disk_bytes(self) -> int:
+        """How much disk fetched shards may take."""
+        if not self._model.keep:
+            return 0
+        sizes = sorted((self.size(name) for name in self._names if name not in self._cached), reverse=True)
+        return sum(sizes[:_SHARDS_AT_ONCE]) if self._model.max_disk_bytes is None else self._model.max_disk_bytes
+
+    def fetch_into(self, folder: Path) -> None:
+        """From here on, shards are kept in `folder` while they are needed (unless the model is not to be kept)."""
+        if self._model.keep:
+            self._fetched = FetchedShards(self._repo, folder, self.disk_bytes(), self.stop)
+
+    def expect(self, needs: Iterable[ShardNeed]) -> None:
+        if self._fetched:
+            self._fetched.expect(ShardNeed(need.key, need.shards - self._cached.keys()) for need in needs)
+
+    def done(self, key: UnitKey) -> None:
+        if self._fetched:
+            self._fetched.done(key)
+
+    def close(self) -> None:
+        if self._fetched:
+            self._fetched.close()
+        for descriptor in self._cached.values():
+            os.close(descriptor)
+        self._cached.clear()
+
+    def _hash_remote(self, name: str) -> str:
+        """Of a shard that is no LFS file, whose sha256 the Hub does not know."""
+        digest = hashlib.sha256()
+        for chunk in self._repo.chunks(name, 0, self.size(name)):
+            digest.update(chunk)
+        return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""Where the bytes of a source's shards come from: a folder here, a Hub repository in converter/checkpoint/shards/hub_shards.py."""
+
+import hashlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.conversion.keys import UnitKey
+from formats.errors import SourceError
+from formats.files.io_errors import translated
+from formats.files.paths import check_no_pointer, locate_source, open_regular
+from formats.safetensors_header import Header, read_header
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+
+
+class Stopped(Exception):
+    """The conversion is being stopped; the work was given up."""
+
+
+@dataclass(frozen=True)
+class ShardNeed:
+    """The shards that a piece of work reads, by their names."""
+
+    key: UnitKey
+    shards: frozenset[str]
+
+
+class Shards(ABC):
+    """A checkpoint's shards by name; several threads may read at once. Close it."""
+
+    where: str
+    """Of the checkpoint, for messages."""
+    stop: threading.Event
+    """Once set, reads that would wait raise Stopped."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+
+    @abstractmethod
+    def open(self, name: str) -> None:
+        """Takes a shard in; before anything else is asked of it. PathError, DamageError."""
+
+    @abstractmethod
+    def header(self, name: str, max_bytes: int) -> Header:
+        """The shard's header. FormatError, DamageError."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """In bytes."""
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, view: memoryview) -> int:
+        """Fills `view` from `offset` on; how many bytes, fewer than its length only where the shard ends."""
+
+    @abstractmethod
+    def sha256(self, name: str, stop: threading.Event | None) -> str:
+        """Of the whole shard, in hex; worthless once `stop` is set."""
+
+    @abstractmethod
+    def identity(self, name: str, header: Header) -> str:
+        """A text that another model's shard does not have; cheap to get."""
+
+    def expect(self, needs: Iterable[ShardNeed]) -> None:
+        """What will be read, in the order in which the work will be done."""
+        return None
+
+    def done(self, key: UnitKey) -> None:
+        """The piece of work was done."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives up files and threads."""
+
+
+class FolderShards(Shards):
+    """Shards in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.where = str(folder)
+        self._folder = folder
+        self._descriptors: dict[str, int] = {}
+
+    def open(self, name: str) -> None:
+        self._descriptors[name] = open_regular(locate_source(self._folder, name, self.where))
+
+    def header(self, name: str, max_bytes: int) -> Header:
+        with self._reading(name):
+            check_no_pointer(os.pread(self._descriptors[name], 64, 0), self._folder / name)
+            return read_header(self._descriptors[name], str(self._folder / name), max_bytes)
+
+    def size(self, name: str) -> int:
+        with self._reading(name):
+            return os.fstat(self._descriptors[name]).st_size
+
+    def read_into(self, name: str, offset: int, view: memoryview) -> int:
+        with self._reading(name):
+            return pread_into(self._descriptors[name], offset, view)
+
+    def sha256(self, name: str, stop: threading.Event | None) -> str:
+        with self._reading(name):
+            return file_sha256(self._descriptors[name], stop)
+
+    def identity(self, name: str, header: Header) -> str:
+        """A hash of the header, the size, and samples of the data."""
+        descriptor, size = self._descriptors[name], self.size(name)
+        digest = hashlib.sha256(f"{size} {header.sha256}".encode())
+        with self._reading(name):
+            for i in range(_SAMPLES):
+                digest.update(os.pread(descriptor, _SAMPLE_BYTES, size * i // _SAMPLES))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _reading(self, name: str) -> AbstractContextManager[None]:
+        return translated(self._folder / name, "read", SourceError)
+
+
+def pread_into(descriptor: int, offset: int, view: memoryview) -> int:
+    """Fills `view` from an open file; how many bytes there were."""
+    done = 0
+    while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
+        done += count
+    return done
+
+
+def file_sha256(descriptor: int, stop: threading.Event | None = None) -> str:
+    """The sha256 of an open file in hex; worthless once `stop` is set."""
+    digest = hashlib.sha256()
+    position = 0
+    while (chunk := os.pread(descriptor, 4 << 20, position)) and not (stop and stop.is_set()):
+        digest.update(chunk)
+        position += len(chunk)
+    return digest.hexdigest()
+
+
+def cut_off(where: str, name: str, tensor: str) -> SourceError:
+    """What is raised where a shard ends inside a tensor."""
+    return SourceError(f"{where}/{name}: cut off inside tensor {tensor}", "get the shard again")
