@@ -21,7 +21,7 @@ import formats.reading.reader
 import loader
 from formats.artifact import Artifact
 from formats.reading.whole_files import file_sha256
-from loader.machine import disk_bytes_per_s
+from loader.arithmetic.machine import disk_bytes_per_s
 
 CHECKS = ("none", "fast")
 

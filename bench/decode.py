@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from formats.packing import PACKINGS
-from loader import kernels
+from loader.arithmetic import kernels
 
 
 class Experts:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import loader
-from loader import kernels
+from loader.arithmetic import kernels
 
 sys.path.insert(0, os.fspath(Path(__file__).parent))
 ROOT = Path(__file__).parent.parent

@@ -48,7 +48,7 @@ from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
-from loader import kernels as native
+from loader.arithmetic import kernels as native
 from loader.cuda.choice import choose_devices
 from loader.cuda.self_check import check_products
 from loader.cuda.torch_device import CudaDevice

@@ -40,8 +40,8 @@ from formats.expert import ExpertLayout, dequantize_expert
 from formats.packing import dequantize, packing_named, unpack
 from formats.reading.direct_reader import DirectReader
 from loader.checkpoint import load_checkpoint
+from loader.evaluation.perplexity import windows_of
 from loader.model import load_tokenizer
-from loader.perplexity import windows_of
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny-mixtral"

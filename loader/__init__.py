@@ -14,14 +14,14 @@ from loader.hf.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from loader.default_options import defaults
+    from loader.experts.stats import LayerStats, MoeStats
     from loader.model import from_pretrained, load_tokenizer
-    from loader.stats import LayerStats, MoeStats
 
 __all__ = ["LayerStats", "MoeStats", "defaults", "from_pretrained", "load_tokenizer"]
 
 _MODULES = {
-    "LayerStats": "loader.stats",
-    "MoeStats": "loader.stats",
+    "LayerStats": "loader.experts.stats",
+    "MoeStats": "loader.experts.stats",
     "defaults": "loader.default_options",
     "from_pretrained": "loader.model",
     "load_tokenizer": "loader.model",

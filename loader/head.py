@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loader import kernels
+from loader.arithmetic import kernels
 
 FEW_TOKENS = 8
 """Up to here the native kernel reads the weights once; with more tokens torch's blocked product wins."""

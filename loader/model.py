@@ -18,11 +18,11 @@ from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device
 from loader.default_options import with_defaults
 from loader.expert_layers import routed_layers
+from loader.experts.prefetch import Prefetcher
 from loader.hf.serving import Serving
 from loader.listed_files import link_listed_files
 from loader.option_values import check_options
 from loader.placement import CacheOptions, Placement, place
-from loader.prefetch import Prefetcher
 from loader.repository import Folder, OpenModel, Progress, open_model, small_files
 from loader.tokenizer import tokenizer_of
 
@@ -64,14 +64,14 @@ def from_pretrained(
     the first), or "auto": a GPU, if there is one that computes what it should (loader/cuda/choice.py) and has room.
     dtype: of activations, norms and embeddings; None and "auto" take config.json's, on GPUs without bfloat16 float16.
     gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto" (loader/cuda/budget.py).
-    ram_cache: what they may take in RAM, likewise (loader/budget.py); with a GPU page-locked, read by "direct".
+    ram_cache: what they may take in RAM, likewise (loader/planning/budget.py); with a GPU page-locked, read by "direct".
     slots: experts for each layer, on the GPU if there is one, instead of what the budget holds spread evenly.
     io: "direct" (reads into memory of its own, past the page cache), "mmap" (experts where they lie in a map; the page
     cache is the cache; a file that is cut while it is in use kills the process), or "auto": mmap where all experts fit
     `ram_cache`, else direct.
-    policy: which expert leaves a full layer: lrfu, lru or lfu (loader/policy.py; docs/traces.md compares them).
+    policy: which expert leaves a full layer: lrfu, lru or lfu (loader/experts/policy.py; docs/traces.md compares them).
     prefetch: how many experts of the next layer to guess and read ahead, 0 for none; "auto": as many as a token uses.
-    It rests by itself where it does not pay (loader/prefetch.py).
+    It rests by itself where it does not pay (loader/experts/prefetch.py).
     cpu_share: "auto": missed experts are computed on the CPU where that is sooner done than copying them to the GPU;
     "off". check: "fast": compares the sha256 of the trunk when the model loads, and the xxh3 of each expert whenever
     its bytes come from a disk or a network into memory, or are first used in a map; "sha256": compares the experts'

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.packing import Packing, tiles_of
-from loader import gradients
-from loader.backend import Backend
-from loader.cache import ExpertSource
-from loader.expert_gradient import expert_gradients
+from loader.arithmetic import gradients
+from loader.arithmetic.backend import Backend
+from loader.arithmetic.expert_gradient import expert_gradients
+from loader.experts.cache import ExpertSource
+from loader.experts.prefetch import in_order, ranked
 from loader.packed_weight import PackedWeight
-from loader.prefetch import in_order, ranked
 
 
 class PackedLinear(nn.Linear):

@@ -7,9 +7,9 @@ from formats.checksums import CHECKS
 from formats.errors import RecipeError
 from formats.reading.readers import READERS
 from formats.sizes import parse_size
-from loader.backend import KERNELS
+from loader.arithmetic.backend import KERNELS
 from loader.cuda.choice import device_names
-from loader.policy import POLICIES
+from loader.experts.policy import POLICIES
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "io": ("auto", *READERS),

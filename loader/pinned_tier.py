@@ -12,10 +12,10 @@ from torch import Tensor
 
 from formats.artifact import Artifact
 from formats.reading.reader import ExpertReader, Load, aligned_bytes
-from loader.budget import expert_bytes_by_layer
-from loader.buffers import BufferPool, Memory
-from loader.policy import LrfuPolicy
-from loader.stats import TierStats
+from loader.experts.buffers import BufferPool, Memory
+from loader.experts.policy import LrfuPolicy
+from loader.experts.stats import TierStats
+from loader.planning.budget import expert_bytes_by_layer
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ LOOK_EVERY_S = 1.0
 """How long a wait for a buffer goes on before it looks for those that nobody uses any more."""
 
 HALF_LIFE = 64.0
-"""Of the policy, in uses by each layer (loader/policy.py)."""
+"""Of the policy, in uses by each layer (loader/experts/policy.py)."""
 
 
 class CopyEvent(Protocol):

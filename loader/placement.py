@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from formats.errors import RecipeError
-from loader.backend import Backend, choose_backend
-from loader.budget import check_slots, experts_aside, ram_budget, slots_of_folder
-from loader.cache import ExpertCache
+from loader.arithmetic.backend import Backend, choose_backend
 from loader.cuda.device import Device
 from loader.decode.decoder import DecoderFactory
 from loader.decode.paths import LeaveDecoder, Reason
+from loader.experts.cache import ExpertCache
+from loader.experts.policy import POLICIES
 from loader.hf.serving import Retry
-from loader.policy import POLICIES
+from loader.planning.budget import check_slots, experts_aside, ram_budget, slots_of_folder
 from loader.repository import OpenModel
 
 

@@ -24,8 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError
 from formats.packing import tile_packing_named
-from loader.backend import Backend
-from loader.cache import ExpertCache
+from loader.arithmetic.backend import Backend
+from loader.experts.cache import ExpertCache
 from loader.head import NativeHead
 from loader.index_comparison import check_experts, check_matrix, check_no_experts_left
 from loader.modules import CachedExperts, PackedLinear

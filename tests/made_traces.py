@@ -3,7 +3,7 @@
 import numpy as np
 
 from formats.index import Architecture
-from loader.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
+from loader.traces.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
 
 
 def trace_of(experts, count=8, guesses=None, prompts=(), expert_bytes=None):

@@ -4,9 +4,9 @@ from ctypes import byref
 
 import torch
 
+from loader.arithmetic.native_library import KvCache, library
 from loader.decode.native_structures import attention_structure
 from loader.decode.weights import LayerWeights
-from loader.native_library import KvCache, library
 
 
 class NativeAttention:

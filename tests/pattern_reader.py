@@ -7,11 +7,11 @@ import torch
 from recording_device import RecordingDevice
 
 from formats.reading.reader import ExpertReader, Load
-from loader.buffers import Memory, buffer_bytes
-from loader.cache import ExpertCache
 from loader.cuda.gpu_reader import GpuReader
+from loader.experts.buffers import Memory, buffer_bytes
+from loader.experts.cache import ExpertCache
+from loader.experts.policy import LrfuPolicy
 from loader.pinned_tier import PinnedTier
-from loader.policy import LrfuPolicy
 
 EXPERT_BYTES = 16384
 

@@ -24,7 +24,7 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
-from loader import kernels as native
+from loader.arithmetic import kernels as native
 from loader.cuda.cpu_share import Speeds
 
 on_host = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

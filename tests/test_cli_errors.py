@@ -25,7 +25,7 @@ from converter.cli.failures import failure_of
 from converter.cli.main import COMMANDS
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError
-from loader.trace import write_trace
+from loader.traces.trace import write_trace
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent

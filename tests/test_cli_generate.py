@@ -13,9 +13,9 @@ import loader
 from converter.cli.show.generation_stats import live_line, stats_table
 from converter.cli.show.live_text import LiveText
 from formats.artifact import Artifact
-from loader.budget import aside_bytes, expert_bytes_by_layer
-from loader.stats import LayerStats
-from loader.trace import Trace, write_trace
+from loader.experts.stats import LayerStats
+from loader.planning.budget import aside_bytes, expert_bytes_by_layer
+from loader.traces.trace import Trace, write_trace
 
 PROMPT = "So Jonah arose, and went to Nineveh, according to"
 

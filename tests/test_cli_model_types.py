@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from random_models import write_checkpoint
 
-from loader.trace import read_trace
+from loader.traces.trace import read_trace
 
 TEXT = "Once upon a time there was a model with experts. " * 60
 Run = Callable[..., tuple[int, str, str]]

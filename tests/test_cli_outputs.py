@@ -11,7 +11,7 @@ import pytest
 from hub_server import HubServer
 from made_traces import random_experts, trace_of
 
-from loader.trace import write_trace
+from loader.traces.trace import write_trace
 
 Run = Callable[..., tuple[int, str, str]]
 

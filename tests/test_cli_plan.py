@@ -6,8 +6,8 @@ import pytest
 from made_traces import random_experts, trace_of
 
 from formats.artifact import Artifact
-from loader.budget import slots_of_folder
-from loader.tracing import TracedModel
+from loader.planning.budget import slots_of_folder
+from loader.traces.record_trace import TracedModel
 
 SPEEDS = ("--disk", "2", "--memory", "20")
 SMALL = ("--ctx", "64", "--prompt", "8")
@@ -81,7 +81,7 @@ def write():
     """Writes a trace as one of a model with a given architecture."""
     from msgspec.structs import replace
 
-    from loader.trace import Trace, write_trace
+    from loader.traces.trace import Trace, write_trace
 
     def write(path, trace, architecture):
         header = replace(trace.header, architecture=architecture) if architecture else trace.header

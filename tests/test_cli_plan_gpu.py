@@ -9,12 +9,12 @@ from msgspec.structs import replace
 
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
-from loader import trial_run
-from loader.budget import experts_aside, slots_by_layer, tier_counts
 from loader.cuda.stack import TIER_ASIDE
-from loader.trace import Trace, write_trace
-from loader.tracing import TracedModel
-from loader.trial_run import TrialRun
+from loader.planning import trial_run
+from loader.planning.budget import experts_aside, slots_by_layer, tier_counts
+from loader.planning.trial_run import TrialRun
+from loader.traces.record_trace import TracedModel
+from loader.traces.trace import Trace, write_trace
 
 GPU = ("--link", "12", "--gpu-bandwidth", "300")
 SMALL = ("--ctx", "64", "--prompt", "8")

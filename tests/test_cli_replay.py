@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 from made_traces import random_experts, trace_of
 
-from loader.trace import write_trace
+from loader.traces.trace import write_trace
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from loader.trace import read_trace
+from loader.traces.trace import read_trace
 
 
 @pytest.fixture

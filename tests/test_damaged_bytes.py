@@ -20,8 +20,8 @@ from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.reading.verify import verify_folder
 from formats.repair.repairs import NoOrigin, repair_folder
-from loader.budget import aside_bytes, expert_bytes_by_layer
 from loader.pinned_tier import PinnedTier
+from loader.planning.budget import aside_bytes, expert_bytes_by_layer
 from loader.repository import open_model
 
 IDS = torch.tensor([[1, 17, 300, 42, 99, 7, 1234, 56, 800, 3]])

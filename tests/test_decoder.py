@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 import loader
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from loader import kernels
+from loader.arithmetic import kernels
 from loader.decode.cpu import CpuDecoder
 from loader.decode.rotary_table import BLOCKS, POSITIONS, RotaryTable
 

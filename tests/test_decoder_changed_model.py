@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, MixtralTopKRouter
 
 import loader
-from loader import kernels
+from loader.arithmetic import kernels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import loader
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from loader import kernels
+from loader.arithmetic import kernels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 

@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 import loader
-from loader import kernels
-from loader.cache import ExpertCache
+from loader.arithmetic import kernels
+from loader.experts.cache import ExpertCache
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import loader
-from loader import kernels
+from loader.arithmetic import kernels
 from loader.decode import mixtral
 from loader.hf import listeners
 

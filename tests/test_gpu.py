@@ -7,10 +7,10 @@ import loader
 from formats.artifact import Artifact
 from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
-from loader import kernels
+from loader.arithmetic import kernels
+from loader.arithmetic.native_backend import NativeBackend
 from loader.cuda.products import Products
 from loader.cuda.self_check import random_expert
-from loader.native_backend import NativeBackend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

@@ -22,8 +22,8 @@ from formats.errors import FormatError
 from formats.index import Index, Label
 from formats.labels import MAX_LABEL, has_controls, to_label
 from formats.quality import Quality
-from loader.trace import TraceHeader
-from loader.tracing import TracedModel
+from loader.traces.record_trace import TracedModel
+from loader.traces.trace import TraceHeader
 
 HOSTILE = b"evil\x1b]0;x\x07\n# me \xe2\x80\xae\xff|`"
 """A folder's name: an escape sequence, a line break, a direction override, and a byte that is not UTF-8."""

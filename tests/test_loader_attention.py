@@ -7,12 +7,12 @@ from transformers import DynamicCache, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRotaryEmbedding
 
 from formats.packing import dequantize, packing_named, unpack
-from loader import kernels
+from loader.arithmetic import kernels
+from loader.arithmetic.kernels import PackedMatrix
+from loader.arithmetic.native_backend import NativeBackend
 from loader.decode.weights import AttentionWeights
 from loader.hf.growing_cache import growing_layer
-from loader.kernels import PackedMatrix
 from loader.modules import PackedLinear
-from loader.native_backend import NativeBackend
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 

@@ -6,8 +6,8 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, RecipeError
 from formats.files import control_group
 from formats.sizes import parse_size
-from loader import budget
-from loader.budget import aside_bytes, check_slots, expert_bytes_by_layer, ram_budget, slots_by_layer
+from loader.planning import budget
+from loader.planning.budget import aside_bytes, check_slots, expert_bytes_by_layer, ram_budget, slots_by_layer
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.reading.readers import READERS
-from loader.cache import ExpertCache
+from loader.evaluation.perplexity import read_text, windows_of
+from loader.experts.cache import ExpertCache
+from loader.experts.policy import POLICIES, LruPolicy
+from loader.experts.stats import LayerStats
 from loader.model import load_tokenizer
-from loader.perplexity import read_text, windows_of
-from loader.policy import POLICIES, LruPolicy
-from loader.stats import LayerStats
 
 
 def get(cache, layer, experts):
@@ -230,7 +230,7 @@ def test_an_interrupted_lease_leaves_the_cache_usable(monkeypatch):
     reader = SlowReader(held=True)
     cache = ExpertCache(reader, 2, policy=LruPolicy)
     with pytest.raises(KeyboardInterrupt), cache.lease(0, [0, 1]) as lease, monkeypatch.context() as patch:
-        patch.setattr("loader.lease.time", SimpleNamespace(perf_counter=interrupt))
+        patch.setattr("loader.experts.lease.time", SimpleNamespace(perf_counter=interrupt))
         lease.all()
     for expert in range(4):
         reader.let(0, expert)

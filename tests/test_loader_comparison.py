@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from formats.errors import MoeConvertError
-from loader import comparison
-from loader.comparison import Prediction, Text, compare
+from loader.evaluation import comparison
+from loader.evaluation.comparison import Prediction, Text, compare
 
 ROUTERS = torch.tensor([[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2)  # [2 layers, 4 positions, 2]
 

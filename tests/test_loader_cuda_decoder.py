@@ -15,10 +15,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 import loader
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from loader import kernels
-from loader.budget import expert_bytes_by_layer
-from loader.buffers import Memory
-from loader.cache import ExpertCache
+from loader.arithmetic import kernels
+from loader.arithmetic.native_backend import NativeBackend
 from loader.cuda.cpu_part import CpuPart
 from loader.cuda.cpu_share import CpuShare, Speeds
 from loader.cuda.decoder import CudaDecoder
@@ -28,10 +26,12 @@ from loader.cuda.products import Products
 from loader.decode.paths import LeaveDecoder
 from loader.decode.request import TokenRequest
 from loader.decode.weights import LayerWeights
+from loader.experts.buffers import Memory
+from loader.experts.cache import ExpertCache
 from loader.hf.decoder_path import DecoderPath
 from loader.hf.serving import Serving
-from loader.native_backend import NativeBackend
 from loader.pinned_tier import PinnedTier
+from loader.planning.budget import expert_bytes_by_layer
 from loader.repository import open_model
 
 pytestmark = pytest.mark.skipif(not kernels.available() or COMPILER is None, reason="not built, or no C++ compiler")

@@ -9,8 +9,8 @@ import pytest
 from pattern_reader import EXPERT_BYTES, GpuCache
 
 from formats.errors import DamageError
-from loader import fetcher
-from loader.policy import POLICIES
+from loader.experts import fetcher
+from loader.experts.policy import POLICIES
 
 ORDERS = ["late", "early", 0, 1]
 

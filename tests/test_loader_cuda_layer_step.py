@@ -11,14 +11,14 @@ from recording_device import RecordingDevice
 from test_loader_attention import random_tiles
 
 from formats.packing import packing_named
-from loader import kernels
+from loader.arithmetic import kernels
+from loader.arithmetic.kernels import PackedMatrix
 from loader.cuda import decoder, layer_step
 from loader.cuda.layer_step import SUFFIXES, Launches
 from loader.cuda.products import Products
 from loader.cuda.token_memory import SPAN, Sizes, TokenMemory
 from loader.decode.weights import AttentionWeights
 from loader.hf.growing_cache import GrowingLayer
-from loader.kernels import PackedMatrix
 
 pytestmark = pytest.mark.skipif(not kernels.available() or COMPILER is None, reason="not built, or no C++ compiler")
 

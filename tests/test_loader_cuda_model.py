@@ -12,10 +12,10 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, MoeConvertError
-from loader.budget import expert_bytes_by_layer
 from loader.cuda import choice, stack
 from loader.cuda.cpu_share import Speeds
 from loader.cuda.products import Products
+from loader.planning.budget import expert_bytes_by_layer
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 

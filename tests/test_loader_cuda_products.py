@@ -9,10 +9,10 @@ from cuda_host import COMPILER, launch_on_host
 
 from formats.expert import ExpertLayout
 from formats.packing import BLOCK_COLUMNS, HEAD_BYTES, PACKINGS, TILE_ROWS, QuantizedMatrix, pack
-from loader import kernels
+from loader.arithmetic import kernels
+from loader.arithmetic.native_backend import NativeBackend
 from loader.cuda import pairs
 from loader.cuda.products import Products
-from loader.native_backend import NativeBackend
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from recording_device import RecordingDevice
 
-from loader import machine
+from loader.arithmetic import machine
 from loader.cuda import speeds
 
 

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from formats.expert import ExpertLayout, dequantize_expert
 from formats.packing import PACKINGS, packing_named
-from loader import kernels
-from loader.backend import choose_backend
+from loader.arithmetic import kernels
+from loader.arithmetic.backend import choose_backend
+from loader.arithmetic.torch_product import input_gradient, product
 from loader.modules import CachedExperts, PackedLinear
-from loader.torch_product import input_gradient, product
 
 native = pytest.mark.skipif(not kernels.available(), reason="not built")
 BACKENDS = ["torch", pytest.param("native", marks=native)]
@@ -88,7 +88,7 @@ def test_a_large_matrix_is_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch)
     packing = packing_named("tile32-q4-g64-s8")
     stored, grad = random_tiles(256, 64), torch.randn(3, 256)
     expected = input_gradient(stored, packing, 256, 64, grad)
-    monkeypatch.setattr("loader.torch_product.CHUNK_WEIGHTS", 64 * 64)
+    monkeypatch.setattr("loader.arithmetic.torch_product.CHUNK_WEIGHTS", 64 * 64)
     calls = []
     weights = type(packing).weights
     monkeypatch.setattr(type(packing), "weights", lambda *a: calls.append(a[2]) or weights(*a))

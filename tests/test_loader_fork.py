@@ -22,8 +22,8 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
 from formats.reading.fork_gate import ForkGate, shared_gate
-from loader import changes, fetcher
-from loader.cache import ExpertCache
+from loader.experts import changes, fetcher
+from loader.experts.cache import ExpertCache
 
 IDS = torch.tensor([[1, 17, 300, 42, 99]])
 
@@ -294,10 +294,10 @@ def test_experts_of_a_thread_that_died_in_a_lease_are_free_again():
 
 STUCK = """
 import threading
-import loader.fetcher
-from loader.cache import ExpertCache
+import loader.experts.fetcher
+from loader.experts.cache import ExpertCache
 from slow_reader import SlowReader
-loader.fetcher.CLOSE_WAIT_S = 0.1
+loader.experts.fetcher.CLOSE_WAIT_S = 0.1
 reader = SlowReader(held=True)
 cache = ExpertCache(reader, 3)
 def ask():

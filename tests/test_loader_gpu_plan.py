@@ -7,12 +7,12 @@ import pytest
 from converter.checkpoint.outline import PlannedFolder
 from converter.recipe.recipes import make_recipe
 from formats.errors import DoesNotFitError
-from loader.budget import experts_aside, slots_by_layer, tier_counts
 from loader.cuda.stack import TIER_ASIDE
-from loader.gpu_plan import CONTEXT_BYTES, CUDA_PROCESS_BYTES, GPU_EFFICIENCY, GpuMachine, plan_gpu
-from loader.plan import PROCESS_BYTES, ModelSizes
-from loader.policy import LrfuPolicy
-from loader.tier_misses import uniform_tier_misses
+from loader.experts.policy import LrfuPolicy
+from loader.planning.budget import experts_aside, slots_by_layer, tier_counts
+from loader.planning.gpu_plan import CONTEXT_BYTES, CUDA_PROCESS_BYTES, GPU_EFFICIENCY, GpuMachine, plan_gpu
+from loader.planning.memory_plan import PROCESS_BYTES, ModelSizes
+from loader.traces.tier_misses import uniform_tier_misses
 
 ARCHITECTURE = SimpleNamespace(
     num_hidden_layers=2,

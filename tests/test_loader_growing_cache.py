@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import loader
-from loader import kernels
+from loader.arithmetic import kernels
 from loader.hf import serving
 from loader.hf.growing_cache import GrowingLayer, growing_layer
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import loader
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from loader.cache import ExpertCache
+from loader.experts.cache import ExpertCache
 
 IDS = torch.tensor([[1, 17, 300, 42, 99]])
 FILES = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from formats import packing as reference
-from loader import kernels
+from loader.arithmetic import kernels
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="native kernels are not built")
 

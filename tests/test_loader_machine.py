@@ -4,7 +4,7 @@ import pytest
 
 from formats.errors import MoeConvertError
 from formats.reading.direct_file import DirectFile
-from loader import machine
+from loader.arithmetic import machine
 
 
 def test_the_memory_has_a_speed():

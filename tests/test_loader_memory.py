@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
-from loader.plan import Machine, ModelSizes, plan_memory
+from loader.planning.memory_plan import Machine, ModelSizes, plan_memory
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 

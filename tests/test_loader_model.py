@@ -14,8 +14,8 @@ from formats.errors import DoesNotFitError, MoeConvertError, RecipeError
 from formats.expert import dequantize_expert
 from formats.packing import dequantize, packing_named, unpack
 from formats.reading.direct_reader import DirectReader
-from loader import kernels
-from loader.budget import aside_bytes, expert_bytes_by_layer
+from loader.arithmetic import kernels
+from loader.planning.budget import aside_bytes, expert_bytes_by_layer
 
 RECIPES = ("2bit", "3bit", "4bit", "paper-2bit", "paper-3bit")
 PROMPT = "So Jonah arose, and went to Nineveh, according to"

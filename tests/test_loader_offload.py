@@ -18,8 +18,8 @@ from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.reading.direct_reader import DirectReader
 from formats.reading.mmap_reader import MmapReader
-from loader import kernels
-from loader.budget import aside_bytes, expert_bytes_by_layer
+from loader.arithmetic import kernels
+from loader.planning.budget import aside_bytes, expert_bytes_by_layer
 
 IDS = torch.tensor([[1, 17, 300, 42, 99, 7, 1234, 56, 800, 3]])
 

@@ -12,8 +12,8 @@ from test_loader_model import load
 
 from formats.errors import MoeConvertError
 from formats.packing import packing_named
-from loader import kernels
-from loader.backend import TorchBackend, choose_backend
+from loader.arithmetic import kernels
+from loader.arithmetic.backend import TorchBackend, choose_backend
 from loader.modules import PackedLinear
 
 

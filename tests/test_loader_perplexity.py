@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from formats.errors import MoeConvertError
-from loader.perplexity import PerplexityReport, TextPerplexity, measure_perplexity, read_text, windows_of
+from loader.evaluation.perplexity import PerplexityReport, TextPerplexity, measure_perplexity, read_text, windows_of
 
 
 class LetterTokenizer:

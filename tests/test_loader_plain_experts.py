@@ -15,9 +15,9 @@ from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.expert import ExpertLayout, assemble, dequantize_expert
 from formats.packing import packing_named
-from loader import kernels
-from loader.backend import choose_backend
-from loader.plain_experts import PlainExperts
+from loader.arithmetic import kernels
+from loader.arithmetic.backend import choose_backend
+from loader.arithmetic.plain_experts import PlainExperts
 
 RULES = "0=16bit,1/down=16bit,2/gate_up=16bit,3:0-3=rows-f16,4:5/down=rows-f16"
 native = pytest.mark.skipif(not kernels.available(), reason="not built")

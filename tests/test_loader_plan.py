@@ -9,8 +9,9 @@ from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
-from loader.budget import aside_bytes, slots_of_folder
-from loader.plan import (
+from loader.experts.policy import LruPolicy
+from loader.planning.budget import aside_bytes, slots_of_folder
+from loader.planning.memory_plan import (
     EFFICIENCY,
     PROCESS_BYTES,
     Machine,
@@ -20,8 +21,7 @@ from loader.plan import (
     traced_miss_ratios,
     uniform_miss_ratios,
 )
-from loader.policy import LruPolicy
-from loader.replay import replay_layer
+from loader.traces.replay import replay_layer
 
 ARCHITECTURE = SimpleNamespace(
     num_hidden_layers=2,

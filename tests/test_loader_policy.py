@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from loader.policy import POLICIES, FixedPolicy, LfuPolicy, LrfuPolicy, LruPolicy, fixed_policies
+from loader.experts.policy import POLICIES, FixedPolicy, LfuPolicy, LrfuPolicy, LruPolicy, fixed_policies
 
 EVERY = {**POLICIES, "fixed": lambda: FixedPolicy([3, 1, 4, 1, 5, 9, 2, 6])}
 every_policy = pytest.mark.parametrize("policy", EVERY.values(), ids=EVERY)

@@ -3,9 +3,9 @@ import torch
 from slow_reader import EXPERT_BYTES, SlowReader
 
 from formats.reading.reader import PIECE_BYTES
-from loader.cache import ExpertCache
-from loader.prefetch import REST_TOKENS, TRIAL_GUESSES, Prefetcher, in_order, ranked
-from loader.stats import LayerStats
+from loader.experts.cache import ExpertCache
+from loader.experts.prefetch import REST_TOKENS, TRIAL_GUESSES, Prefetcher, in_order, ranked
+from loader.experts.stats import LayerStats
 
 HALF = EXPERT_BYTES // 2
 

@@ -7,13 +7,13 @@ import torch
 from made_traces import random_experts, trace_of
 from slow_reader import SlowReader
 
-from loader.cache import ExpertCache
 from loader.checkpoint import load_checkpoint
+from loader.experts.cache import ExpertCache
+from loader.experts.policy import POLICIES, LrfuPolicy, LruPolicy
 from loader.model import from_pretrained, load_tokenizer
-from loader.policy import POLICIES, LrfuPolicy, LruPolicy
-from loader.replay import Request, decoded_tokens, recall, replay_layer, requests_of
-from loader.routing_recorder import RoutingRecorder
-from loader.tracing import TracedModel, trace_texts
+from loader.traces.record_trace import TracedModel, trace_texts
+from loader.traces.replay import Request, decoded_tokens, recall, replay_layer, requests_of
+from loader.traces.routing_recorder import RoutingRecorder
 
 
 def hits_of_a_recency_list(tokens, slots):

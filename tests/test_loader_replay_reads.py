@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from made_traces import random_experts, trace_of
 
-from loader.policy import LruPolicy
-from loader.replay import decoded_tokens, replay_layer
-from loader.replay_reads import Reads, reads_of
+from loader.experts.policy import LruPolicy
+from loader.traces.replay import decoded_tokens, replay_layer
+from loader.traces.replay_reads import Reads, reads_of
 
 
 def replayed(trace, slots):

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 from formats.errors import MoeConvertError
 from loader.checkpoint import load_checkpoint
 from loader.model import from_pretrained
-from loader.routing_recorder import RoutingRecorder
+from loader.traces.routing_recorder import RoutingRecorder
 
 
 @pytest.fixture(scope="module")

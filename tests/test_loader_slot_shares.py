@@ -6,9 +6,9 @@ import pytest
 from made_traces import random_experts, trace_of
 
 from formats.errors import RecipeError
-from loader.policy import LruPolicy
-from loader.replay import replay_layer
-from loader.slot_shares import least_cost_slots, miss_bytes, slots_from_trace
+from loader.experts.policy import LruPolicy
+from loader.traces.replay import replay_layer
+from loader.traces.slot_shares import least_cost_slots, miss_bytes, slots_from_trace
 
 
 @pytest.mark.parametrize("seed", range(10))

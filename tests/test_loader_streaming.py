@@ -4,8 +4,8 @@ import pytest
 from slow_reader import SlowReader
 
 from formats.errors import DamageError
-from loader.cache import ExpertCache
-from loader.policy import LruPolicy
+from loader.experts.cache import ExpertCache
+from loader.experts.policy import LruPolicy
 
 
 def streamed(cache, layer, experts, ascending=False):

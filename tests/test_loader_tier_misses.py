@@ -2,9 +2,9 @@ import pytest
 from made_traces import random_experts, trace_of
 from pattern_reader import GpuCache
 
-from loader.policy import POLICIES, LrfuPolicy, LruPolicy
-from loader.replay import Request, replay_layer, requests_of
-from loader.tier_misses import replay_tiers, traced_tier_misses, uniform_tier_misses
+from loader.experts.policy import POLICIES, LrfuPolicy, LruPolicy
+from loader.traces.replay import Request, replay_layer, requests_of
+from loader.traces.tier_misses import replay_tiers, traced_tier_misses, uniform_tier_misses
 
 
 def tokens(*experts):

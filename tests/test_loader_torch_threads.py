@@ -8,8 +8,8 @@ import torch
 from transformers import MixtralForCausalLM
 
 import loader
-from loader import torch_threads
-from loader.torch_threads import FEW_TOKENS, torch_threads_for
+from loader.arithmetic import torch_threads
+from loader.arithmetic.torch_threads import FEW_TOKENS, torch_threads_for
 
 
 class Probe:

@@ -7,7 +7,7 @@ import zstandard
 from made_traces import random_experts, trace_of
 
 from formats.errors import DamageError, FormatError, MoeConvertError, VersionError
-from loader.trace import Trace, read_trace, write_trace
+from loader.traces.trace import Trace, read_trace, write_trace
 
 ARRAYS = ("experts", "weights", "guesses", "guesses_next_norm")
 

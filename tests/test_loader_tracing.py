@@ -6,10 +6,10 @@ import loader
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from loader.checkpoint import load_checkpoint
+from loader.evaluation.perplexity import read_text, windows_of
 from loader.model import load_tokenizer
-from loader.perplexity import read_text, windows_of
-from loader.trace import TracedSequence, TracedText
-from loader.tracing import TracedModel, trace_prompts, trace_texts
+from loader.traces.record_trace import TracedModel, trace_prompts, trace_texts
+from loader.traces.trace import TracedSequence, TracedText
 
 
 @pytest.fixture(scope="module")

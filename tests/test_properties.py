@@ -24,8 +24,8 @@ from formats.index import parse_index
 from formats.packing import PACKINGS, dequantize, pack, unpack
 from formats.reading.verify import verify_folder
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry, build_header, header_from
-from loader import kernels
-from loader.backend import TorchBackend
+from loader.arithmetic import kernels
+from loader.arithmetic.backend import TorchBackend
 
 settings.register_profile("seeded", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("seeded")

@@ -49,7 +49,7 @@ class Load:
         self.done = 0
 
     at_once = queued = False
-    """Other loads than these (loader/reader.py) only queue a copy, and give bytes that are still on their way."""
+    """Other loads than these (loader/experts/reader_protocol.py) only queue a copy, and give bytes that are still on their way."""
 
     @property
     def remaining(self) -> int:
@@ -130,7 +130,7 @@ class ExpertReader(ABC):
         """Gives back the memory of an expert that was used where it lies; nothing to do for one in a buffer."""
 
     def before_use(self, blobs: Iterable[Tensor]) -> None:  # noqa: B027
-        """Nothing: bytes in RAM are there when they are given (loader/reader.py)."""
+        """Nothing: bytes in RAM are there when they are given (loader/experts/reader_protocol.py)."""
 
     def after_use(self, blobs: Iterable[Tensor]) -> None:  # noqa: B027
         """Nothing: what used them is over."""

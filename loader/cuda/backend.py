@@ -12,7 +12,7 @@ from loader.cuda.products import Products
 
 
 class CudaBackend(Shared):
-    """A `loader.backend.Backend` whose tensors, but for `index`, lie on `device`."""
+    """A `loader.arithmetic.backend.Backend` whose tensors, but for `index`, lie on `device`."""
 
     name = "cuda"
     for_gradients = None

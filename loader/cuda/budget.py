@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
 from formats.sizes import parse_size
-from loader.budget import SizedExperts, expert_bytes_by_layer, slots_by_layer
-from loader.buffers import Memory, buffer_bytes
 from loader.cuda.device import Device
+from loader.experts.buffers import Memory, buffer_bytes
+from loader.planning.budget import SizedExperts, expert_bytes_by_layer, slots_by_layer
 
 RESERVE_BYTES = 600 << 20
 RESERVE_SHARE = 16

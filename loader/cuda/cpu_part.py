@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from formats.expert import ExpertLayout
-from loader.backend import Backend
+from loader.arithmetic.backend import Backend
 from loader.cuda.device import Device
 from loader.cuda.token_memory import TokenMemory, pinned
 

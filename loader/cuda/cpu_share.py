@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loader import machine
-from loader.budget import expert_bytes_by_layer
-from loader.cache import ExpertCache
+from loader.arithmetic import machine
 from loader.cuda.device import Device
 from loader.cuda.speeds import link_bytes_per_s
+from loader.experts.cache import ExpertCache
 from loader.pinned_tier import PinnedTier
+from loader.planning.budget import expert_bytes_by_layer
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from formats.packing import tile_packing_named
-from loader.backend import Backend
-from loader.cache import ExpertSource
+from loader.arithmetic.backend import Backend
+from loader.arithmetic.kernels import PackedMatrix
 from loader.cuda.cpu_part import CpuPart
 from loader.cuda.cpu_share import CpuShare, Split
 from loader.cuda.device import Device
@@ -20,8 +20,8 @@ from loader.cuda.products import Products, TokenExperts
 from loader.cuda.token_memory import SPAN, Sizes, TokenMemory
 from loader.decode.decoder import Kind, KvLayer
 from loader.decode.weights import ModelWeights
-from loader.kernels import PackedMatrix
-from loader.lease import Lease
+from loader.experts.cache import ExpertSource
+from loader.experts.lease import Lease
 
 _HEAD_THREADS, _HEAD_ROWS = 256, 8
 """Threads and rows of one block of linear_bf16."""

@@ -1,7 +1,6 @@
 """Makes decoders for one GPU."""
 
-from loader.backend import Backend
-from loader.cache import ExpertSource
+from loader.arithmetic.backend import Backend
 from loader.cuda.cpu_share import CpuShare
 from loader.cuda.decoder import CudaDecoder
 from loader.cuda.device import Device
@@ -10,6 +9,7 @@ from loader.cuda.products import Products
 from loader.cuda.token_memory import Sizes
 from loader.decode.paths import LeaveDecoder, Reason
 from loader.decode.weights import LayerWeights, ModelWeights
+from loader.experts.cache import ExpertSource
 
 
 class CudaDecoderFactory:

@@ -11,7 +11,7 @@ from loader.pinned_tier import PinnedTier, TierUse
 
 
 class GpuReader:
-    """A `loader.reader.Reader` whose buffers are GPU memory: that of `devices[layer]`.
+    """A `loader.experts.reader_protocol.Reader` whose buffers are GPU memory: that of `devices[layer]`.
 
     Each device has one stream for copies. A copy begins after the uses of its buffer that were announced by
     `after_use`; what comes after `before_use` begins after the copy. Nothing is ever written back.
@@ -122,7 +122,7 @@ class Slot:
 
 
 class GpuLoad:
-    """A `loader.reader.Load`: first the file's bytes to the tier, then the tier's to the GPU.
+    """A `loader.experts.reader_protocol.Load`: first the file's bytes to the tier, then the tier's to the GPU.
 
     A demand is one copy that is only queued. A guess comes in pieces, each waited for, so that what is more urgent
     finds at most one piece ahead of it. `done` counts the bytes that either way has brought on.

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from formats.packing import Packing, tile_packing_named
+from loader.arithmetic.kernels import PackedMatrix
 from loader.cuda.device import Device
 from loader.cuda.products import Products, TokenExperts
 from loader.cuda.token_memory import Sizes, TokenMemory
 from loader.decode.weights import LayerWeights
-from loader.kernels import PackedMatrix
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """Dtypes of activations, with the endings of their kernels' names."""

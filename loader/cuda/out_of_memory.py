@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from formats.errors import DoesNotFitError
-from loader.cache import ExpertCache
 from loader.cuda.device import Device
+from loader.experts.cache import ExpertCache
 from loader.forks import no_gpu_after_fork
 
 _log = logging.getLogger(__name__)

@@ -114,7 +114,7 @@ class Products:
         weights: Tensor,
         out: Tensor,
     ) -> None:
-        """`loader.backend.Backend.experts` on the device; index_host is the router's choice on the CPU."""
+        """`loader.arithmetic.backend.Backend.experts` on the device; index_host is the router's choice on the CPU."""
         tokens, hidden = shape_of("x", x, torch.float32, 2)
         if shape_of("out", out, torch.float32, 2) != (tokens, hidden):
             raise ValueError(f"out: expected {tuple(x.shape)}, got {tuple(out.shape)}")

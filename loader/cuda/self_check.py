@@ -8,7 +8,7 @@ from torch import Tensor
 from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.packing import HEAD_BYTES, PACKINGS, Packing
-from loader.backend import TorchBackend
+from loader.arithmetic.backend import TorchBackend
 from loader.cuda.device import Device
 from loader.cuda.products import Products
 

@@ -8,17 +8,17 @@ import torch
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from formats.reading.reader import ExpertReader
-from loader.budget import check_slots, expert_bytes_by_layer, experts_aside, ram_budget, tier_counts
-from loader.buffers import Memory
-from loader.cache import ExpertCache
 from loader.cuda.backend import CudaBackend
 from loader.cuda.budget import PIECE_BYTES, GpuSlots, gpu_slots, split_layers
 from loader.cuda.cpu_share import CpuShare, Speeds
 from loader.cuda.device import Device
 from loader.cuda.gpu_reader import GpuReader
-from loader.fetcher import THREADS
+from loader.experts.buffers import Memory
+from loader.experts.cache import ExpertCache
+from loader.experts.fetcher import THREADS
+from loader.experts.policy import Policy
 from loader.pinned_tier import PinnedTier
-from loader.policy import Policy
+from loader.planning.budget import check_slots, expert_bytes_by_layer, experts_aside, ram_budget, tier_counts
 
 TIER_ASIDE = THREADS + 1
 """Experts that the tier holds at least: one for each thread that copies, and a guess that gave way."""

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from formats.expert import ExpertLayout
 from formats.native.abi import Status
-from loader import kernels
-from loader.backend import Backend
-from loader.cache import ExpertSource
+from loader.arithmetic import kernels
+from loader.arithmetic.backend import Backend
+from loader.arithmetic.native_library import Model, Token, library
+from loader.arithmetic.torch_threads import torch_threads_for
 from loader.copies import Derived
 from loader.decode.decoder import Kind, KvLayer
 from loader.decode.native_structures import check_model, head_structure, layer_structure
 from loader.decode.paths import LeaveDecoder, Reason
 from loader.decode.weights import ModelWeights
-from loader.lease import Lease
-from loader.native_library import Model, Token, library
-from loader.prefetch import in_order, ranked
-from loader.torch_threads import torch_threads_for
+from loader.experts.cache import ExpertSource
+from loader.experts.lease import Lease
+from loader.experts.prefetch import in_order, ranked
 
 _HEAD_WIDTH_MULTIPLE = 16
 _WEIGHTS_DEVICE = torch.device("cpu")

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loader.cache import ExpertSource
 from loader.decode.weights import ModelWeights
+from loader.experts.cache import ExpertSource
 
 Kind = tuple[int, int, torch.dtype, torch.device]
 """Heads, head width, dtype and device of a layer's keys and values."""

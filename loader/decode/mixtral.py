@@ -14,11 +14,11 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralTopKRouter,
 )
 
-from loader.cache import ExpertSource
+from loader.arithmetic.kernels import PackedMatrix
 from loader.decode.paths import LeaveDecoder, Reason
 from loader.decode.weights import AttentionWeights, LayerWeights, ModelWeights, Signature
+from loader.experts.cache import ExpertSource
 from loader.head import NativeHead
-from loader.kernels import PackedMatrix
 from loader.modules import CachedExperts, PackedLinear
 
 _FORWARD = MixtralModel.forward

@@ -6,10 +6,10 @@ Structures hold addresses: whoever makes them keeps the weights alive. ValueErro
 import torch
 from torch import Tensor
 
-from loader import kernels
+from loader.arithmetic import kernels
+from loader.arithmetic.kernels import PackedMatrix
+from loader.arithmetic.native_library import Attention, Layer, Matrix, packing_id
 from loader.decode.weights import LayerWeights, ModelWeights
-from loader.kernels import PackedMatrix
-from loader.native_library import Attention, Layer, Matrix, packing_id
 
 _HEAD_BF16 = -1
 

@@ -4,10 +4,10 @@ from typing import Any, Protocol
 
 import torch
 
-from loader.cache import ExpertSource
 from loader.decode import mixtral
 from loader.decode.paths import LeaveDecoder, Reason
 from loader.decode.weights import ModelWeights, Signature
+from loader.experts.cache import ExpertSource
 
 
 class Spec(Protocol):

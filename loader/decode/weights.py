@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from formats.expert import ExpertLayout
-from loader.kernels import PackedMatrix
+from loader.arithmetic.kernels import PackedMatrix
 
 
 @dataclass(frozen=True)

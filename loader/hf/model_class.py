@@ -3,10 +3,10 @@
 import functools
 from typing import Any
 
+from loader.experts.stats import MoeStats
 from loader.hf.model_size import packed_weights
 from loader.hf.private_names import generation_methods
 from loader.hf.serving import Serving
-from loader.stats import MoeStats
 
 
 class MoeConvertMixin:

@@ -7,16 +7,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from loader.cache import ExpertCache
+from loader.arithmetic.torch_threads import FEW_TOKENS, keep_threads_over_forks, torch_threads_for
 from loader.decode.decoder import DecoderFactory
 from loader.decode.paths import LeaveDecoder, PathCounters, Reason
 from loader.decode.request import is_single_token
+from loader.experts.cache import ExpertCache
+from loader.experts.stats import MoeStats
 from loader.hf.cache_length import cache_in, length_of, shorten
 from loader.hf.decoder_path import DecoderPath
 from loader.hf.generation_inputs import GenerationInputs
 from loader.hf.growing_cache import growing_layers
-from loader.stats import MoeStats
-from loader.torch_threads import FEW_TOKENS, keep_threads_over_forks, torch_threads_for
 
 Forward = Callable[..., Any]
 

@@ -40,7 +40,7 @@ from formats.reading.verify import verify_folder
 from formats.repair.index_rebuild import rebuild_index
 from formats.safetensors_header import header_from
 from formats.sizes import parse_size
-from loader.trace import read_trace, write_trace
+from loader.traces.trace import read_trace, write_trace
 
 MAX_MESSAGE = 5000
 """Characters. A longer message repeats the input."""

@@ -59,7 +59,7 @@ def command(
     import loader
     from converter.cli.chat.chat_loop import ChatLoop
     from converter.cli.chat.slash_commands import HELP, ChatCommands
-    from loader.perplexity import read_text
+    from loader.evaluation.perplexity import read_text
     from loader.serving.chat_template import PlainText, check_template, template_of
     from loader.serving.session import Session
 

@@ -21,7 +21,7 @@ def command(output: Output) -> None:
     moe-convert env --json
     """
     from converter.solvers.registry import solver_library
-    from loader import kernels
+    from loader.arithmetic import kernels
     from loader.cuda.choice import describe_gpus
 
     facts = {"moe-convert": __version__, "python": platform.python_version(), "machine": platform.machine()}

@@ -86,8 +86,8 @@ def command(
     import loader
     from formats.labels import to_label
     from loader.checkpoint import check_runnable, is_converted, load_checkpoint, vocabulary_size
+    from loader.evaluation.perplexity import measure_windows, named_windows, read_text
     from loader.expert_layers import experts_modules
-    from loader.perplexity import measure_windows, named_windows, read_text
     from loader.tokenizer import check_tokens
 
     transformers.utils.logging.disable_progress_bar()
@@ -108,8 +108,8 @@ def command(
             output.note(f"{name}: {total} windows")
 
     if tasks:
+        from loader.evaluation.lm_eval_tasks import check_tasks, run_tasks
         from loader.serving.chat_template import check_template, has_template, template_of
-        from loader.tasks import check_tasks, run_tasks
 
         check_tasks(names, task_folder)
         tokenizer = loader.load_tokenizer(path, check=options["check"])
@@ -164,7 +164,7 @@ def _check_loading(path: Path, options: dict[str, Any]) -> None:
     """Refuses what loading the converted model would refuse, once the original has had its turn."""
     from formats.artifact import Artifact
     from formats.sizes import parse_size
-    from loader.backend import choose_backend
+    from loader.arithmetic.backend import choose_backend
     from loader.cuda.choice import choose_devices
 
     choose_devices(options["device"], Artifact.open(path).packings)

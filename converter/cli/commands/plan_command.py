@@ -16,7 +16,7 @@ from formats.errors import MoeConvertError
 from formats.sizes import parse_size
 
 if TYPE_CHECKING:
-    from loader.plan import ModelSizes, Plan
+    from loader.planning.memory_plan import ModelSizes, Plan
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of the experts in memory, where no budget is given."""
@@ -111,8 +111,8 @@ def _plans(
     sizes: "ModelSizes", files: list[Path], ram: str | None, context: int, prompt: int, options: dict[str, Any]
 ) -> "tuple[dict[str, Any], Sequence[Plan]]":
     """The speeds, and the plan for `ram`, or several."""
-    from loader.plan import plan_memory, plan_shares, traced_miss_ratios
-    from loader.policy import POLICIES
+    from loader.experts.policy import POLICIES
+    from loader.planning.memory_plan import plan_memory, plan_shares, traced_miss_ratios
 
     trace, ram_bytes = _traced(options["trace"], sizes), parse_size(ram, "--ram") if ram else None
     ratios = trace and traced_miss_ratios(trace, POLICIES[options["policy"]])
@@ -133,9 +133,9 @@ def _gpu_plans(
     options: dict[str, Any],
 ) -> "tuple[dict[str, Any], Sequence[Plan]]":
     """The speeds, and the plan for `vram` and `ram`."""
-    from loader.gpu_plan import plan_gpu
-    from loader.policy import POLICIES
-    from loader.tier_misses import traced_tier_misses, uniform_tier_misses
+    from loader.experts.policy import POLICIES
+    from loader.planning.gpu_plan import plan_gpu
+    from loader.traces.tier_misses import traced_tier_misses, uniform_tier_misses
 
     vram_bytes, ram_bytes = parse_size(vram, "--vram"), parse_size(ram, "--ram") if ram else None
     policy = POLICIES[options["policy"]]
@@ -147,7 +147,7 @@ def _gpu_plans(
 
 
 def _traced(path: Path | None, sizes: "ModelSizes") -> Any:
-    from loader.trace import read_trace
+    from loader.traces.trace import read_trace
 
     if path is None:
         return None
@@ -163,7 +163,7 @@ def _verify(
     """Adds what 32 tokens measured to each plan, as `verified`."""
     import transformers
 
-    from loader.trial_run import try_out
+    from loader.planning.trial_run import try_out
 
     transformers.utils.logging.disable_progress_bar()
     for plan in plans:

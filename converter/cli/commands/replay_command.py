@@ -20,7 +20,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
 
 
 def _policies(_ctx: click.Context, _param: click.Parameter, value: str) -> list[str]:
-    from loader.policy import POLICIES
+    from loader.experts.policy import POLICIES
 
     names = list(dict.fromkeys(value.split(",")))
     if unknown := [name for name in names if name not in (*POLICIES, "fixed")]:
@@ -107,8 +107,8 @@ def command(
     if plot and plot.suffix not in PLOT_SUFFIXES:
         raise click.UsageError(f"--plot {plot}: the name must end with {' or '.join(PLOT_SUFFIXES)}")
     from formats.files.overlap import refuse_inputs
-    from loader.replay_report import Settings, replay_trace
-    from loader.trace import read_trace
+    from loader.traces.replay_report import Settings, replay_trace
+    from loader.traces.trace import read_trace
 
     if plot:
         refuse_inputs([plot], [trace, *([choose_from] if choose_from else [])])

@@ -84,7 +84,7 @@ def command(
     if key is None and not _is_loopback(host):
         raise click.UsageError(f"--host {host} needs a key: set {KEY_VARIABLE}, or give --api-key-file FILE")
     import loader
-    from loader.perplexity import read_text
+    from loader.evaluation.perplexity import read_text
     from loader.repository import small_files
     from loader.serving.app import AppOptions, build_app
     from loader.serving.chat_template import has_template

@@ -68,8 +68,8 @@ def command(
     from formats.files.overlap import refuse_inputs
     from formats.layer_file import partial_path
     from loader.checkpoint import is_converted, load_checkpoint
-    from loader.trace import is_trace, write_trace
-    from loader.tracing import TracedModel, read_prompts, text_windows, trace_inputs, trace_windows
+    from loader.traces.record_trace import TracedModel, read_prompts, text_windows, trace_inputs, trace_windows
+    from loader.traces.trace import is_trace, write_trace
 
     of_model = (file for file in path.rglob("*") if not is_trace(file))
     refuse_inputs([out, partial_path(out)], [*texts, *prompts, *of_model])

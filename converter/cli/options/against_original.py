@@ -19,7 +19,7 @@ from formats.quality import Evaluation
 from formats.repair.unconverted import check_finished
 
 if TYPE_CHECKING:
-    from loader.comparison import Prediction, Text
+    from loader.evaluation.comparison import Prediction, Text
 
 
 def compare_with_original(
@@ -44,7 +44,7 @@ def compare_with_original(
     import transformers
 
     from loader.checkpoint import is_converted
-    from loader.comparison import compare, model_predictions
+    from loader.evaluation.comparison import compare, model_predictions
 
     check_finished(against)
     with ExitStack() as opened:
@@ -98,8 +98,8 @@ def _texts(
 ) -> "list[Text]":
     """The texts' windows, which the tokenizers of both folders must agree on."""
     import loader
-    from loader.comparison import Text
-    from loader.perplexity import named_windows
+    from loader.evaluation.comparison import Text
+    from loader.evaluation.perplexity import named_windows
     from loader.tokenizer import check_tokens
 
     tokenizers = [loader.load_tokenizer(folder, check=check) for folder in (against, path)]

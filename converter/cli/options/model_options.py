@@ -90,10 +90,10 @@ def load_model(path: Path, options: dict[str, Any], progress: "ExpertsThere") ->
 def _slots(trace: Path, path: Path, options: dict[str, Any]) -> list[int]:
     """Return the slots of each layer that would have read least for `trace`."""
     from formats.artifact import Artifact
-    from loader.budget import ram_budget
-    from loader.policy import POLICIES
-    from loader.slot_shares import slots_from_trace
-    from loader.trace import read_trace
+    from loader.experts.policy import POLICIES
+    from loader.planning.budget import ram_budget
+    from loader.traces.slot_shares import slots_from_trace
+    from loader.traces.trace import read_trace
 
     if not path.is_dir():
         raise click.UsageError(f"--trace: only for a folder, and {path} is none")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from loader.gpu_plan import GpuMachine
-    from loader.plan import Machine, ModelSizes
+    from loader.planning.gpu_plan import GpuMachine
+    from loader.planning.memory_plan import Machine, ModelSizes
 
 GB = 10**9
 TYPICAL = (
@@ -27,8 +27,8 @@ def check_options(options: dict[str, Any], *, vram: bool) -> None:
 
 def ram_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any]) -> "Machine":
     """Of RAM and disk. UsageError if `files`, the weights, are none and the disk's speed is not given."""
-    from loader.machine import memory_bytes_per_s
-    from loader.plan import Machine
+    from loader.arithmetic.machine import memory_bytes_per_s
+    from loader.planning.memory_plan import Machine
 
     disk, memory = _disk(sizes, files, options), options["memory"]
     return Machine(memory_bytes_per_s=memory * GB if memory else memory_bytes_per_s(), disk_bytes_per_s=disk)
@@ -36,8 +36,8 @@ def ram_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any])
 
 def gpu_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any], *, needs_disk: bool) -> "GpuMachine":
     """Of link, GPU memory, and disk. UsageError as `ram_machine`, and for what is not given where there is no GPU."""
-    from loader.budget import expert_bytes_by_layer
-    from loader.gpu_plan import GpuMachine
+    from loader.planning.budget import expert_bytes_by_layer
+    from loader.planning.gpu_plan import GpuMachine
 
     disk = _disk(sizes, files, options) if needs_disk else None
     link, memory = (options[name] and options[name] * GB for name in ("link", "gpu_bandwidth"))
@@ -62,7 +62,7 @@ def has_gpu() -> bool:
 
 
 def _disk(sizes: "ModelSizes", files: list[Path], options: dict[str, Any]) -> float:
-    from loader.machine import disk_bytes_per_s
+    from loader.arithmetic.machine import disk_bytes_per_s
 
     if options["disk"]:
         return float(options["disk"]) * GB

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from formats.artifact import Artifact
-    from loader.plan import ModelSizes
+    from loader.planning.memory_plan import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def open_source(path: Path, recipe: str, revision: str | None, token: str | None
 
 
 def _of_artifact(artifact: "Artifact", files: list[Path], folder: Path | None) -> PlanSource:
-    from loader.plan import ModelSizes
+    from loader.planning.memory_plan import ModelSizes
 
     return PlanSource(ModelSizes.of_folder(artifact), artifact.index.recipe.name, files, folder)
 
@@ -56,7 +56,7 @@ def _of_artifact(artifact: "Artifact", files: list[Path], folder: Path | None) -
 def _of_checkpoint(folder: Path, recipe: str, files: list[Path]) -> PlanSource:
     from converter.checkpoint.outline import PlannedFolder
     from converter.recipe.recipes import make_recipe
-    from loader.plan import ModelSizes
+    from loader.planning.memory_plan import ModelSizes
 
     planned = PlannedFolder.of(folder, make_recipe(recipe))
     return PlanSource(ModelSizes.of_parts(planned, planned.trunk), recipe, files)

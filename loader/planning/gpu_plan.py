@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
-from loader.budget import (
+from loader.cuda.stack import TIER_ASIDE
+from loader.planning.budget import (
     SizedExperts,
     aside_bytes,
     expert_bytes_by_layer,
@@ -12,9 +13,8 @@ from loader.budget import (
     slots_by_layer,
     tier_counts,
 )
-from loader.cuda.stack import TIER_ASIDE
-from loader.plan import PROCESS_BYTES, ModelSizes, Plan
-from loader.tier_misses import TierMisses
+from loader.planning.memory_plan import PROCESS_BYTES, ModelSizes, Plan
+from loader.traces.tier_misses import TierMisses
 
 CONTEXT_BYTES = 512 << 20
 """GPU memory for CUDA's context, kernels and what torch's allocator rounds up. Assumed: users of PyTorch report 300 to

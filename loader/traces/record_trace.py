@@ -17,11 +17,11 @@ from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.labels import to_label
 from loader.checkpoint import check_runnable, checkpoint_architecture, is_converted
-from loader.perplexity import Progress, named_windows, read_text
-from loader.routing_recorder import Routing, RoutingRecorder
+from loader.evaluation.perplexity import Progress, named_windows, read_text
 from loader.serving.chat_template import prompt_ids
 from loader.tokenizer import check_tokens
-from loader.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
+from loader.traces.routing_recorder import Routing, RoutingRecorder
+from loader.traces.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
 
 GUESSES = 4
 """Guesses kept a token and layer (all experts, if they are fewer): twice what a prefetcher of a top-2 model reads."""

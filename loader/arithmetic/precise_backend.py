@@ -6,15 +6,15 @@ from torch.nn import functional
 
 from formats.expert import ExpertLayout
 from formats.packing import Packing
-from loader import kernels
-from loader.plain_experts import PlainExperts
+from loader.arithmetic import kernels
+from loader.arithmetic.plain_experts import PlainExperts
 
 _BLOCK = 64
 """Columns with one scale (docs/numerics.md, "One product")."""
 
 
 class PreciseBackend:
-    """A `loader.backend.Backend` that takes two native products for one: of the int8 activations, and of what rounding
+    """A `loader.arithmetic.backend.Backend` that takes two native products for one: of the int8 activations, and of what rounding
     left of them. A hundredth of the error at twice the time; dequantizing would take many times it."""
 
     name = "native, two products"

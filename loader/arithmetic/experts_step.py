@@ -1,4 +1,4 @@
-"""One token through its experts of a layer in one native call; rules as in loader/kernels.py."""
+"""One token through its experts of a layer in one native call; rules as in loader/arithmetic/kernels.py."""
 
 from ctypes import addressof, byref, c_void_p
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from formats.expert import ExpertLayout
-from loader import kernels
-from loader.native_library import LayerExperts, Routing, library, packing_id
+from loader.arithmetic import kernels
+from loader.arithmetic.native_library import LayerExperts, Routing, library, packing_id
 
 _ACCUMULATE = 1
 

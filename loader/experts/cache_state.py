@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from loader.fetcher import Fetcher
-from loader.reader import Reader
-from loader.slots import LayerSlots
-from loader.uses import Use, Uses
+from loader.experts.fetcher import Fetcher
+from loader.experts.reader_protocol import Reader
+from loader.experts.slots import LayerSlots
+from loader.experts.uses import Use, Uses
 
 
 class CacheState:

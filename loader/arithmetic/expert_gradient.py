@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from formats.expert import ExpertLayout, split
-from loader.torch_product import chunks, input_gradient
+from loader.arithmetic.torch_product import chunks, input_gradient
 
 
 def expert_gradients(

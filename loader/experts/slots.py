@@ -6,11 +6,11 @@ from functools import partial
 
 from torch import Tensor
 
-from loader.buffers import BufferPool, Piece
-from loader.fetcher import Fetcher, Job
-from loader.policy import Policy
-from loader.reader import Load, Reader
-from loader.stats import LayerStats
+from loader.experts.buffers import BufferPool, Piece
+from loader.experts.fetcher import Fetcher, Job
+from loader.experts.policy import Policy
+from loader.experts.reader_protocol import Load, Reader
+from loader.experts.stats import LayerStats
 
 
 @dataclass(eq=False)

@@ -8,7 +8,8 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from formats.index import Architecture
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
-from loader.budget import (
+from loader.experts.policy import Policy
+from loader.planning.budget import (
     SizedExperts,
     aside_bytes,
     can_lie_in_place,
@@ -16,9 +17,8 @@ from loader.budget import (
     experts_aside,
     slots_by_layer,
 )
-from loader.policy import Policy
-from loader.slot_shares import miss_bytes
-from loader.trace import Trace
+from loader.traces.slot_shares import miss_bytes
+from loader.traces.trace import Trace
 
 PROCESS_BYTES = 320 << 20
 """Python, torch and transformers, and what one token's forward pass takes beside weights, cache and keys. Measured:

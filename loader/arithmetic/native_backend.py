@@ -1,4 +1,4 @@
-"""The backend over the native kernels (loader/kernels.py)."""
+"""The backend over the native kernels (loader/arithmetic/kernels.py)."""
 
 from itertools import groupby
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from formats.expert import ExpertLayout
 from formats.packing import Packing
-from loader import kernels
+from loader.arithmetic import kernels
+from loader.arithmetic.experts_step import ExpertsStep
+from loader.arithmetic.plain_experts import PlainExperts
+from loader.arithmetic.precise_backend import PreciseBackend
 from loader.copies import Shared
-from loader.experts_step import ExpertsStep
-from loader.plain_experts import PlainExperts
-from loader.precise_backend import PreciseBackend
 
 
 class NativeBackend(Shared):

@@ -14,7 +14,7 @@ import torch
 
 from formats.native.abi import DTYPES as ALL_DTYPES
 from formats.native.abi import ISA_NAMES, ISAS, Status
-from loader.native_library import FIX, Expert, LayerExperts, Matrix, Routing, find, library, packing_id
+from loader.arithmetic.native_library import FIX, Expert, LayerExperts, Matrix, Routing, find, library, packing_id
 
 _ACCUMULATE, _PARTIAL = 1, 2
 DTYPES = {dtype: ALL_DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16)}

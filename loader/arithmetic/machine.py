@@ -12,7 +12,7 @@ from formats import ALIGNMENT_BYTES
 from formats.errors import MoeConvertError
 from formats.reading.direct_file import DirectFile
 from formats.reading.reader import aligned_bytes
-from loader import kernels
+from loader.arithmetic import kernels
 
 _MEMORY_BYTES = 256 << 20
 """More than processors' caches hold."""

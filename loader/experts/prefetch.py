@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from formats.reading.reader import PIECE_BYTES
-from loader.stats import LayerStats
+from loader.experts.stats import LayerStats
 
 TRIAL_GUESSES = 32
 """A layer's guesses after which gain and loss are compared."""

@@ -9,20 +9,20 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from formats.errors import MoeConvertError
-from loader.budget import expert_bytes_by_layer
-from loader.buffers import RAM, BufferPool, Memory
-from loader.cache_state import CacheState
-from loader.fetcher import Fetcher
+from loader.experts.buffers import RAM, BufferPool, Memory
+from loader.experts.cache_state import CacheState
+from loader.experts.fetcher import Fetcher
+from loader.experts.giving_up import give_up
+from loader.experts.lease import Lease
+from loader.experts.policy import LrfuPolicy, Policy
+from loader.experts.prefetch import Prefetcher
+from loader.experts.reader_protocol import Reader
+from loader.experts.slots import Aside, LayerSlots
+from loader.experts.stats import LayerStats, MoeStats
+from loader.experts.streaming import stream
 from loader.forks import keep_over_forks
-from loader.giving_up import give_up
-from loader.lease import Lease
 from loader.pinned_tier import PinnedTier
-from loader.policy import LrfuPolicy, Policy
-from loader.prefetch import Prefetcher
-from loader.reader import Reader
-from loader.slots import Aside, LayerSlots
-from loader.stats import LayerStats, MoeStats
-from loader.streaming import stream
+from loader.planning.budget import expert_bytes_by_layer
 
 
 class ExpertSource(Protocol):
@@ -51,7 +51,7 @@ class ExpertSource(Protocol):
     def stream(
         self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool
     ) -> Iterator[dict[int, Tensor]]:
-        """Many tokens' different `experts` of `layer`, in the order of their last use (loader/streaming.py); `guesses`
+        """Many tokens' different `experts` of `layer`, in the order of their last use (loader/experts/streaming.py); `guesses`
         are then read for the next one."""
 
 
@@ -125,7 +125,7 @@ class ExpertCache:
     def stream(
         self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool
     ) -> Iterator[dict[int, Tensor]]:
-        """Many tokens' experts, as many as there are, in parts (loader/streaming.py)."""
+        """Many tokens' experts, as many as there are, in parts (loader/experts/streaming.py)."""
         look_ahead = partial(self.guess, layer + 1, guesses)
         return stream(self._layers[layer], experts, self._state, look_ahead, ascending=ascending)
 

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from loader.buffers import Piece
-from loader.slots import LayerSlots
+from loader.experts.buffers import Piece
+from loader.experts.slots import LayerSlots
 
 
 def give_up(layers: Sequence[LayerSlots], n_bytes: int, before_free: Callable[[Tensor], None]) -> int:
     """Frees at least `n_bytes` of the buffers of `layers`, if so much is not in use; how many bytes.
 
-    Whole pieces (loader/buffers.py), those with the fewest experts first; the experts in them are dropped, and so many
+    Whole pieces (loader/experts/buffers.py), those with the fewest experts first; the experts in them are dropped, and so many
     slots, of the layers with the most. What is aside keeps its room. `before_free` is called with each piece's memory.
     With the lock of `layers` held.
     """

@@ -6,10 +6,10 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from loader.cache_state import CacheState
-from loader.lease import arrived, blob_of
-from loader.slots import Held, LayerSlots
-from loader.uses import Use
+from loader.experts.cache_state import CacheState
+from loader.experts.lease import arrived, blob_of
+from loader.experts.slots import Held, LayerSlots
+from loader.experts.uses import Use
 
 
 def stream(

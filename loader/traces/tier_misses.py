@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from formats.index import Architecture
-from loader.policy import LrfuPolicy, Policy
-from loader.replay import ReplayedSlots, Request, requests_of
-from loader.trace import Trace
+from loader.experts.policy import LrfuPolicy, Policy
+from loader.traces.replay import ReplayedSlots, Request, requests_of
+from loader.traces.trace import Trace
 
 UNIFORM_TOKENS = 4096
 """Of the made routing."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loader.replay import LayerReplay, decoded_tokens, uses_guess
-from loader.trace import Trace
+from loader.traces.replay import LayerReplay, decoded_tokens, uses_guess
+from loader.traces.trace import Trace
 
 
 @dataclass(frozen=True)

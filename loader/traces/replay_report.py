@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from loader.policy import POLICIES, fixed_policies
-from loader.replay import LayerReplay, decoded_tokens, recall, replay_layer
-from loader.replay_reads import reads_of
-from loader.slot_shares import least_cost_slots, miss_bytes
-from loader.trace import Trace
+from loader.experts.policy import POLICIES, fixed_policies
+from loader.traces.replay import LayerReplay, decoded_tokens, recall, replay_layer
+from loader.traces.replay_reads import reads_of
+from loader.traces.slot_shares import least_cost_slots, miss_bytes
+from loader.traces.trace import Trace
 
 OPTIMUM = "belady"
 

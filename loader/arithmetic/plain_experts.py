@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from formats.expert import ExpertLayout, gate_and_up, sections
 from formats.packing import AnyPacking, Packing
-from loader import kernels
+from loader.arithmetic import kernels
+from loader.arithmetic.torch_product import product
 from loader.head import FEW_TOKENS
-from loader.torch_product import product
 
 TilesProduct = Callable[[Tensor, Tensor, str, int], Tensor]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from formats.errors import MoeConvertError
 from formats.reading.reader import PIECE_BYTES
-from loader.changes import Changes, nothing
-from loader.reader import Load
+from loader.experts.changes import Changes, nothing
+from loader.experts.reader_protocol import Load
 
 THREADS = 2
 """Reads at a time: as many as a token misses in a layer. One alone reaches the limit of most disks."""

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from formats.errors import MoeConvertError
 from formats.packing import Packing
-from loader.backend import Backend
-from loader.torch_product import input_gradient
+from loader.arithmetic.backend import Backend
+from loader.arithmetic.torch_product import input_gradient
 
 _log = logging.getLogger(__name__)
 

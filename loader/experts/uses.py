@@ -4,7 +4,7 @@ import threading
 import weakref
 from collections import Counter
 
-from loader.slots import Held
+from loader.experts.slots import Held
 
 
 class Use:

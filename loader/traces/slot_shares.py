@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from formats.artifact import Artifact
 from formats.errors import RecipeError
-from loader.budget import expert_bytes_by_layer, slots_of_folder
-from loader.policy import Policy
-from loader.replay import replay_layer
-from loader.trace import Trace
+from loader.experts.policy import Policy
+from loader.planning.budget import expert_bytes_by_layer, slots_of_folder
+from loader.traces.replay import replay_layer
+from loader.traces.trace import Trace
 
 
 def slots_from_trace(

@@ -9,7 +9,7 @@ from torch.nn import functional
 from formats.errors import RecipeError
 from formats.expert import ExpertLayout, split
 from formats.packing import AnyPacking, Packing
-from loader.torch_product import product
+from loader.arithmetic.torch_product import product
 
 KERNELS = ("auto", "torch", "native")
 
@@ -22,7 +22,7 @@ class Backend(Protocol):
 
     @property
     def for_gradients(self) -> "Backend | None":
-        """What computes a forward pass through which gradients go (loader/gradients.py): it does not round activations
+        """What computes a forward pass through which gradients go (loader/arithmetic/gradients.py): it does not round activations
         to int8. None where the backward is not implemented."""
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
@@ -83,14 +83,14 @@ class TorchBackend:
 
 def choose_backend(name: str) -> Backend:
     """The backend of `name`: "torch", "native" (RecipeError if it is not available here, saying why), or "auto": native
-    where it is available, else torch (loader/kernels.py then warns, once, and says how to mend it)."""
+    where it is available, else torch (loader/arithmetic/kernels.py then warns, once, and says how to mend it)."""
     if name not in KERNELS:
         raise RecipeError(f"kernels: {name!r} is unknown; known are {', '.join(KERNELS)}")
     if name == "torch":
         return TorchBackend()
     # Here, so that the torch backend needs no native library.
-    from loader import kernels
-    from loader.native_backend import NativeBackend
+    from loader.arithmetic import kernels
+    from loader.arithmetic.native_backend import NativeBackend
 
     if kernels.available():
         return NativeBackend()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loader.policy import Order
-from loader.trace import Trace
+from loader.experts.policy import Order
+from loader.traces.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Orde
 
 
 class ReplayedSlots:
-    """Which experts are in a layer's slots, as `loader.slots.LayerSlots` decides it."""
+    """Which experts are in a layer's slots, as `loader.experts.slots.LayerSlots` decides it."""
 
     def __init__(self, slots: int, policy: Order) -> None:
         self.slots, self._policy = slots, policy

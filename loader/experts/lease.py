@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from loader.cache_state import CacheState
-from loader.slots import Held, LayerSlots
-from loader.uses import Use
+from loader.experts.cache_state import CacheState
+from loader.experts.slots import Held, LayerSlots
+from loader.experts.uses import Use
 
 
 class Lease(Use):

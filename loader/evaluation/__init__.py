@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, comparison with the original, benchmarks by lm-eval."""
