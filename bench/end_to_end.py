@@ -235,8 +235,9 @@ def transformers_code(*others: Any) -> Iterator[None]:
 
 
 def _measures() -> dict[str, Callable[[], Any]]:
-    from loader import head
-    from loader.hf import growing_cache, serving
+    from loader.hf import growing_cache
+    from loader.hf import served_model as serving
+    from loader.hf.modules import head
 
     return {
         "decoder": transformers_code,

@@ -39,8 +39,8 @@ from formats.artifact import Artifact
 from formats.expert import ExpertLayout, dequantize_expert
 from formats.packing import dequantize, packing_named, unpack
 from formats.reading.direct_reader import DirectReader
-from loader.checkpoint import load_checkpoint
 from loader.evaluation.perplexity import windows_of
+from loader.hf.loading.plain_checkpoint import load_checkpoint
 from loader.model import load_tokenizer
 
 ROOT = Path(__file__).parent.parent

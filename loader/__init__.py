@@ -10,7 +10,7 @@ After `import loader` transformers' AutoModelForCausalLM loads converted folders
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from loader.hf.registration import register_with_transformers
+from loader.hf.by_name.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from loader.default_options import defaults

@@ -13,18 +13,18 @@ from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.files.log_once import warn_once
 from formats.index import Architecture
 from formats.reading.whole_files import check_files, generation_note
-from loader.configuration import loading_options, model_class
 from loader.cuda.choice import Devices, choose_devices
 from loader.cuda.device import Device
 from loader.default_options import with_defaults
-from loader.expert_layers import routed_layers
 from loader.experts.prefetch import Prefetcher
-from loader.hf.serving import Serving
-from loader.listed_files import link_listed_files
+from loader.hf.loading.configuration import loading_options, model_class
+from loader.hf.loading.listed_files import link_listed_files
+from loader.hf.loading.tokenizer import tokenizer_of
+from loader.hf.modules.expert_layers import routed_layers
+from loader.hf.served_model import Serving
 from loader.option_values import check_options
 from loader.placement import CacheOptions, Placement, place
 from loader.repository import Folder, OpenModel, Progress, open_model, small_files
-from loader.tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,8 +141,8 @@ def _placed(
 
 
 def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None) -> Any:
+    from loader.hf.loading.plugin import Parts, loading
     from loader.hf.model_class import served_class
-    from loader.plugin import Parts, loading
 
     # The configuration as our strict reader saw it, not as a second parser would.
     fields = {**artifact.config, "transformers_weights": TRUNK_NAME}

@@ -12,7 +12,7 @@ from loader.decode.decoder import DecoderFactory
 from loader.decode.paths import LeaveDecoder, Reason
 from loader.experts.cache import ExpertCache
 from loader.experts.policy import POLICIES
-from loader.hf.serving import Retry
+from loader.hf.served_model import Retry
 from loader.planning.budget import check_slots, experts_aside, ram_budget, slots_of_folder
 from loader.repository import OpenModel
 

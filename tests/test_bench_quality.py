@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from converter.checkpoint.outline import Outline
 from converter.output.conversion_sizes import plan_output
 from converter.recipe.bit_budget import likely_bits
-from loader.checkpoint import load_checkpoint
+from loader.hf.loading.plain_checkpoint import load_checkpoint
 
 
 def windows() -> torch.Tensor:

@@ -23,8 +23,8 @@ from formats.artifact import Artifact
 from formats.config.model_config import RUN_TIME
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
 from formats.reading.verify import verify_folder
-from loader.checkpoint import load_checkpoint
-from loader.configuration import loading_options
+from loader.hf.loading.configuration import loading_options
+from loader.hf.loading.plain_checkpoint import load_checkpoint
 
 PROMPT = torch.tensor([[1, 5, 9]])
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

@@ -12,7 +12,7 @@ from loader.arithmetic.kernels import PackedMatrix
 from loader.arithmetic.native_backend import NativeBackend
 from loader.decode.weights import AttentionWeights
 from loader.hf.growing_cache import growing_layer
-from loader.modules import PackedLinear
+from loader.hf.modules.packed_modules import PackedLinear
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 

@@ -28,9 +28,9 @@ import loader
 from formats import JOURNAL_NAME
 from formats.config.model_types import MODEL_TYPES
 from formats.errors import NotConvertedError
-from loader.hf.import_hook import after_import
+from loader.hf.by_name.import_hook import after_import
+from loader.hf.by_name.registry_entry import RegistryEntry
 from loader.hf.model_class import served_class
-from loader.hf.registry_entry import RegistryEntry
 
 needs_lm_eval = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]")
 
@@ -104,7 +104,7 @@ print(type(AutoModelForCausalLM._model_mapping[MixtralConfig]).__module__)
 
 
 def test_importing_the_loader_imports_neither_torch_nor_transformers_and_registers_all_the_same() -> None:
-    assert run_python(EARLY).split() == ["True", "False", "True", "loader.hf.registry_entry"]
+    assert run_python(EARLY).split() == ["True", "False", "True", "loader.hf.by_name.registry_entry"]
 
 
 def test_what_waits_for_an_import_runs_once_when_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

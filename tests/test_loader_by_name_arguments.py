@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from formats.errors import MoeConvertError, RecipeError
-from loader.hf.device_map import device_of_map
+from loader.hf.by_name.device_map import device_of_map
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from loader.decode.weights import LayerWeights
 from loader.experts.buffers import Memory
 from loader.experts.cache import ExpertCache
 from loader.hf.decoder_path import DecoderPath
-from loader.hf.serving import Serving
+from loader.hf.served_model import Serving
 from loader.pinned_tier import PinnedTier
 from loader.planning.budget import expert_bytes_by_layer
 from loader.repository import open_model

@@ -13,7 +13,7 @@ from formats.packing import PACKINGS, packing_named
 from loader.arithmetic import kernels
 from loader.arithmetic.backend import choose_backend
 from loader.arithmetic.torch_product import input_gradient, product
-from loader.modules import CachedExperts, PackedLinear
+from loader.hf.modules.packed_modules import CachedExperts, PackedLinear
 
 native = pytest.mark.skipif(not kernels.available(), reason="not built")
 BACKENDS = ["torch", pytest.param("native", marks=native)]

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import loader
 from loader.arithmetic import kernels
-from loader.hf import serving
+from loader.hf import served_model as serving
 from loader.hf.growing_cache import GrowingLayer, growing_layer
 
 PROMPT = "So Jonah arose, and went to Nineveh, according to"

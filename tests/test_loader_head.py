@@ -7,8 +7,8 @@ import torch
 import loader
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from loader.head import NativeHead
-from loader.modules import PackedLinear
+from loader.hf.modules.head import NativeHead
+from loader.hf.modules.packed_modules import PackedLinear
 
 
 def test_packed_head_gives_nearly_the_logits_of_the_plain_one(example_folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from formats.errors import MoeConvertError
 from formats.packing import packing_named
 from loader.arithmetic import kernels
 from loader.arithmetic.backend import TorchBackend, choose_backend
-from loader.modules import PackedLinear
+from loader.hf.modules.packed_modules import PackedLinear
 
 
 def packed_linear(**options: Any) -> PackedLinear:

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
-from loader.modules import PackedLinear
+from loader.hf.modules.packed_modules import PackedLinear
 
 Folder = Callable[[str], Path]
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

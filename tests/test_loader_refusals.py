@@ -16,7 +16,7 @@ import loader
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError, VersionError
 from formats.safetensors_header import read_header
-from loader.plugin import compare_with_trunk
+from loader.hf.loading.plugin import compare_with_trunk
 
 LAYER = "experts/layer-000.safetensors"
 

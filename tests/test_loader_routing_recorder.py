@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import linear
 
 from formats.errors import MoeConvertError
-from loader.checkpoint import load_checkpoint
+from loader.hf.loading.plain_checkpoint import load_checkpoint
 from loader.model import from_pretrained
 from loader.traces.routing_recorder import RoutingRecorder
 

@@ -5,8 +5,8 @@ import pytest
 import loader
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
-from loader.checkpoint import load_checkpoint
 from loader.evaluation.perplexity import read_text, windows_of
+from loader.hf.loading.plain_checkpoint import load_checkpoint
 from loader.model import load_tokenizer
 from loader.traces.record_trace import TracedModel, trace_prompts, trace_texts
 from loader.traces.trace import TracedSequence, TracedText

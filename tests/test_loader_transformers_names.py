@@ -51,16 +51,28 @@ def test_another_name_is_logged_once(monkeypatch, caplog, owner, name, value, lo
 
 
 NEEDED = {
-    "HfQuantizer._process_model_before_weight_loading": (HfQuantizer, "loader/plugin.py puts our modules in"),
-    "PreTrainedModel._keys_to_ignore_on_load_unexpected": (PreTrainedModel, "loader/plugin.py names fillers"),
+    "HfQuantizer._process_model_before_weight_loading": (
+        HfQuantizer,
+        "loader/hf/loading/plugin.py puts our modules in",
+    ),
+    "PreTrainedModel._keys_to_ignore_on_load_unexpected": (
+        PreTrainedModel,
+        "loader/hf/loading/plugin.py names fillers",
+    ),
     "GenerationMixin._update_model_kwargs_for_generation": (
         GenerationMixin,
         "loader/hf/model_class.py has its own",
     ),
-    "modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": (modeling_auto, "loader/hf/registration.py finds the classes"),
-    "modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": (modeling_auto, "loader/hf/registration.py adds types"),
-    "modeling_auto.AutoModelForMultimodalLM": (modeling_auto, "loader/hf/registration.py registers there"),
-    "PreTrainedModel._supports_sdpa": (PreTrainedModel, "loader/configuration.py chooses the attention"),
+    "modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": (
+        modeling_auto,
+        "loader/hf/by_name/registration.py finds the classes",
+    ),
+    "modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": (
+        modeling_auto,
+        "loader/hf/by_name/registration.py adds types",
+    ),
+    "modeling_auto.AutoModelForMultimodalLM": (modeling_auto, "loader/hf/by_name/registration.py registers there"),
+    "PreTrainedModel._supports_sdpa": (PreTrainedModel, "loader/hf/loading/configuration.py chooses the attention"),
 }
 
 

@@ -10,7 +10,7 @@ from formats.expert import ExpertLayout, gate_and_up, sections
 from formats.packing import AnyPacking, Packing
 from loader.arithmetic import kernels
 from loader.arithmetic.torch_product import product
-from loader.head import FEW_TOKENS
+from loader.hf.modules.head import FEW_TOKENS
 
 TilesProduct = Callable[[Tensor, Tensor, str, int], Tensor]
 

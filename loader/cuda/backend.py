@@ -6,9 +6,9 @@ from torch.nn import functional
 
 from formats.expert import ExpertLayout, gate_and_up, sections
 from formats.packing import AnyPacking, Packing
-from loader.copies import Shared
 from loader.cuda.device import Device
 from loader.cuda.products import Products
+from loader.hf.modules.copies import Shared
 
 
 class CudaBackend(Shared):

@@ -14,7 +14,6 @@ from loader.arithmetic import kernels
 from loader.arithmetic.backend import Backend
 from loader.arithmetic.native_library import Model, Token, library
 from loader.arithmetic.torch_threads import torch_threads_for
-from loader.copies import Derived
 from loader.decode.decoder import Kind, KvLayer
 from loader.decode.native_structures import check_model, head_structure, layer_structure
 from loader.decode.paths import LeaveDecoder, Reason
@@ -22,6 +21,7 @@ from loader.decode.weights import ModelWeights
 from loader.experts.cache import ExpertSource
 from loader.experts.lease import Lease
 from loader.experts.prefetch import in_order, ranked
+from loader.hf.modules.copies import Derived
 
 _HEAD_WIDTH_MULTIPLE = 16
 _WEIGHTS_DEVICE = torch.device("cpu")

@@ -18,8 +18,8 @@ from loader.arithmetic.kernels import PackedMatrix
 from loader.decode.paths import LeaveDecoder, Reason
 from loader.decode.weights import AttentionWeights, LayerWeights, ModelWeights, Signature
 from loader.experts.cache import ExpertSource
-from loader.head import NativeHead
-from loader.modules import CachedExperts, PackedLinear
+from loader.hf.modules.head import NativeHead
+from loader.hf.modules.packed_modules import CachedExperts, PackedLinear
 
 _FORWARD = MixtralModel.forward
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

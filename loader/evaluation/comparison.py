@@ -12,7 +12,7 @@ from torch import Tensor
 from formats.errors import MoeConvertError
 from formats.quality import Comparison
 from loader.evaluation.perplexity import Progress
-from loader.expert_layers import experts_modules
+from loader.hf.modules.expert_layers import experts_modules
 
 Prediction = tuple[Callable[[int, int], Tensor], Tensor]
 """Of one window: a function (begin, end) → logits, float32 [end - begin, vocabulary], of these positions; and the

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from formats.errors import MoeConvertError
-from loader.tokenizer import check_tokens, embedding_rows
+from loader.hf.loading.tokenizer import check_tokens, embedding_rows
 
 Progress = Callable[[str, int, int], None]
 """Called with (name of the text, done windows, all windows of the text)."""

@@ -7,7 +7,6 @@ import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from formats.files.log_once import warn_once
-from loader.copies import Derived
 from loader.decode.decoder import Decoder, DecoderFactory
 from loader.decode.paths import LeaveDecoder, Reason
 from loader.decode.request import TokenRequest, config_fields
@@ -15,6 +14,7 @@ from loader.decode.rotary_table import RotaryTable
 from loader.decode.specs import spec_of
 from loader.hf.growing_cache import growing_layers
 from loader.hf.listeners import Watch
+from loader.hf.modules.copies import Derived
 from loader.hf.private_names import attention_implementation, cache_field
 
 

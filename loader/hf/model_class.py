@@ -6,7 +6,7 @@ from typing import Any
 from loader.experts.stats import MoeStats
 from loader.hf.model_size import packed_weights
 from loader.hf.private_names import generation_methods
-from loader.hf.serving import Serving
+from loader.hf.served_model import Serving
 
 
 class MoeConvertMixin:

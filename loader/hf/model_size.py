@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loader.modules import CachedExperts, PackedLinear
+from loader.hf.modules.packed_modules import CachedExperts, PackedLinear
 
 
 def packed_weights(model: Any) -> int:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from formats.errors import MoeConvertError
+from loader.hf.loading.tokenizer import check_tokens, embedding_rows
 from loader.serving.chat_template import Message, Template
 from loader.serving.generation import Answer, Generation, OnText
 from loader.serving.prefix_cache import PrefixCache
 from loader.serving.settings import GenerationSettings
-from loader.tokenizer import check_tokens, embedding_rows
 
 
 class ContextFullError(MoeConvertError):

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from loader.hf.loading.tokenizer import embedding_rows
 from loader.serving.generation import end_tokens
-from loader.tokenizer import embedding_rows
 
 
 class Vocabulary:

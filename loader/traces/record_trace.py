@@ -16,10 +16,10 @@ from formats.config.checkpoint_config import read_config
 from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.labels import to_label
-from loader.checkpoint import check_runnable, checkpoint_architecture, is_converted
 from loader.evaluation.perplexity import Progress, named_windows, read_text
+from loader.hf.loading.plain_checkpoint import check_runnable, checkpoint_architecture, is_converted
+from loader.hf.loading.tokenizer import check_tokens
 from loader.serving.chat_template import prompt_ids
-from loader.tokenizer import check_tokens
 from loader.traces.routing_recorder import Routing, RoutingRecorder
 from loader.traces.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
 

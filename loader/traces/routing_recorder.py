@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from formats.errors import MoeConvertError
-from loader.expert_layers import RoutedLayer, routed_layers
+from loader.hf.modules.expert_layers import RoutedLayer, routed_layers
 
 
 @dataclass(frozen=True)

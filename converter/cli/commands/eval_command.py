@@ -85,10 +85,10 @@ def command(
 
     import loader
     from formats.labels import to_label
-    from loader.checkpoint import check_runnable, is_converted, load_checkpoint, vocabulary_size
     from loader.evaluation.perplexity import measure_windows, named_windows, read_text
-    from loader.expert_layers import experts_modules
-    from loader.tokenizer import check_tokens
+    from loader.hf.loading.plain_checkpoint import check_runnable, is_converted, load_checkpoint, vocabulary_size
+    from loader.hf.loading.tokenizer import check_tokens
+    from loader.hf.modules.expert_layers import experts_modules
 
     transformers.utils.logging.disable_progress_bar()
     check_runnable(path)

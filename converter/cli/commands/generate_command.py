@@ -110,9 +110,9 @@ def _tokens(tokenizer: Any, text: str, raw: bool, folder: Path) -> list[int]:
     """Return the prompt's tokens; MoeConvertError if there is none, or one that the model lacks."""
     import torch
 
-    from loader.checkpoint import vocabulary_size
+    from loader.hf.loading.plain_checkpoint import vocabulary_size
+    from loader.hf.loading.tokenizer import check_tokens
     from loader.serving.chat_template import prompt_ids
-    from loader.tokenizer import check_tokens
 
     ids = prompt_ids(tokenizer, text, raw=raw)
     check_tokens(torch.tensor(ids), tokenizer, vocabulary_size(folder) or sys.maxsize, "the prompt")

@@ -67,7 +67,7 @@ def command(
     import loader
     from formats.files.overlap import refuse_inputs
     from formats.layer_file import partial_path
-    from loader.checkpoint import is_converted, load_checkpoint
+    from loader.hf.loading.plain_checkpoint import is_converted, load_checkpoint
     from loader.traces.record_trace import TracedModel, read_prompts, text_windows, trace_inputs, trace_windows
     from loader.traces.trace import is_trace, write_trace
 

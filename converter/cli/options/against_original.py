@@ -43,8 +43,8 @@ def compare_with_original(
     """
     import transformers
 
-    from loader.checkpoint import is_converted
     from loader.evaluation.comparison import compare, model_predictions
+    from loader.hf.loading.plain_checkpoint import is_converted
 
     check_finished(against)
     with ExitStack() as opened:
@@ -100,7 +100,7 @@ def _texts(
     import loader
     from loader.evaluation.comparison import Text
     from loader.evaluation.perplexity import named_windows
-    from loader.tokenizer import check_tokens
+    from loader.hf.loading.tokenizer import check_tokens
 
     tokenizers = [loader.load_tokenizer(folder, check=check) for folder in (against, path)]
     texts = []

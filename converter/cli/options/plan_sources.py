@@ -29,7 +29,7 @@ def open_source(path: Path, recipe: str, revision: str | None, token: str | None
     from formats.hub.remote_artifact import open_remote
     from formats.hub.repo import HubRepo, is_repo_name
     from formats.repair.unconverted import check_finished
-    from loader.checkpoint import is_converted
+    from loader.hf.loading.plain_checkpoint import is_converted
 
     if path.exists() or not is_repo_name(str(path)):
         folder = path.parent if path.name == "config.json" and path.is_file() else path

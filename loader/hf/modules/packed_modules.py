@@ -13,7 +13,7 @@ from loader.arithmetic.backend import Backend
 from loader.arithmetic.expert_gradient import expert_gradients
 from loader.experts.cache import ExpertSource
 from loader.experts.prefetch import in_order, ranked
-from loader.packed_weight import PackedWeight
+from loader.hf.modules.packed_weight import PackedWeight
 
 
 class PackedLinear(nn.Linear):

@@ -11,7 +11,7 @@ from formats.config.generation_config import GENERATION_NAME
 from formats.config.recorded_config import METHOD
 from formats.errors import RecipeError
 from formats.repair.unconverted import check_finished
-from loader.hf.arguments import loader_options
+from loader.hf.by_name.arguments import loader_options
 from loader.model import from_pretrained
 
 SETTABLE = (

@@ -51,7 +51,7 @@ def loading_options(
 def model_class(config: Any) -> Any:
     """transformers' class of a causal language model with this configuration object.
 
-    By its name: the registry of classes has ours for these configurations (loader/hf/registration.py).
+    By its name: the registry of classes has ours for these configurations (loader/hf/by_name/registration.py).
     """
     import transformers
 

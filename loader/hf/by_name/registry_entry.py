@@ -21,7 +21,7 @@ class RegistryEntry(type):
         Raises NotConvertedError for an unfinished conversion, RecipeError for an argument that a converted model does
         not support, and what loader.from_pretrained raises.
         """
-        from loader.hf.by_name import NamedFolder
+        from loader.hf.by_name.load_by_name import NamedFolder
 
         folder = NamedFolder.of(name, config, cls.config_class, kwargs)
         if folder is None:

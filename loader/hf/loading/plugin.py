@@ -26,9 +26,9 @@ from formats.errors import FormatError, MoeConvertError
 from formats.packing import tile_packing_named
 from loader.arithmetic.backend import Backend
 from loader.experts.cache import ExpertCache
-from loader.head import NativeHead
-from loader.index_comparison import check_experts, check_matrix, check_no_experts_left
-from loader.modules import CachedExperts, PackedLinear
+from loader.hf.loading.index_comparison import check_experts, check_matrix, check_no_experts_left
+from loader.hf.modules.head import NativeHead
+from loader.hf.modules.packed_modules import CachedExperts, PackedLinear
 
 METHOD = "moe_convert"
 

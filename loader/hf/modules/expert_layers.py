@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from loader.modules import CachedExperts
+from loader.hf.modules.packed_modules import CachedExperts
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:

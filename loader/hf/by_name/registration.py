@@ -9,7 +9,7 @@ import a modeling module then: those import the registries in the middle of thei
 import logging
 
 from formats.config.model_types import MODEL_TYPES
-from loader.hf.import_hook import after_import
+from loader.hf.by_name.import_hook import after_import
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def _register_models() -> None:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from loader.hf.registry_entry import entry_for
+    from loader.hf.by_name.registry_entry import entry_for
 
     for model_type in MODEL_TYPES:
         causal_class = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
@@ -41,6 +41,6 @@ def _register_models() -> None:
 
 
 def _register_plugin() -> None:
-    from loader.plugin import register_plugin
+    from loader.hf.loading.plugin import register_plugin
 
     register_plugin()

@@ -12,7 +12,7 @@ from formats.config.tokenizer_files import open_tokenizer_by
 from formats.errors import MoeConvertError, TokenizerError
 from formats.index import read_index
 from formats.reading.whole_files import check_files
-from loader.listed_files import link_listed_files
+from loader.hf.loading.listed_files import link_listed_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

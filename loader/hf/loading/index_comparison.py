@@ -6,7 +6,7 @@ from formats import INDEX_NAME
 from formats.artifact import Artifact
 from formats.errors import FormatError
 from formats.index import PackedLinear
-from loader.expert_layers import experts_modules
+from loader.hf.modules.expert_layers import experts_modules
 
 
 def check_matrix(model: nn.Module, path: str, linear: PackedLinear, artifact: Artifact) -> None:

@@ -13,8 +13,8 @@ from formats.errors import MoeConvertError, SourceError
 from formats.files.paths import read_small
 from formats.index import Architecture
 from formats.repair.unconverted import check_finished
-from loader.configuration import loading_options, model_class
-from loader.expert_layers import experts_modules
+from loader.hf.loading.configuration import loading_options, model_class
+from loader.hf.modules.expert_layers import experts_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

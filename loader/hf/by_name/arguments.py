@@ -8,7 +8,7 @@ from formats.config.field_rules import short
 from formats.config.recorded_config import METHOD
 from formats.errors import RecipeError
 from formats.hub.repo import is_offline
-from loader.hf.device_map import device_of_map
+from loader.hf.by_name.device_map import device_of_map
 from loader.hf.private_names import attention_implementation, experts_implementation
 from loader.model import from_pretrained
 

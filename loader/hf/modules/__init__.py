@@ -1,0 +1,1 @@
+"""Modules over packed weights, in the places of transformers' own."""
