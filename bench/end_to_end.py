@@ -222,7 +222,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def transformers_code(*others: Any) -> Iterator[None]:
     """Inside, transformers' code computes single tokens; and `others`."""
-    from loader.decode.paths import LeaveDecoder, Reason
+    from loader.decode.path_counters import LeaveDecoder, Reason
     from loader.hf.decoder_path import DecoderPath
 
     def leave(*_: Any) -> Any:

@@ -22,9 +22,9 @@ import psutil
 import torch
 
 import loader
-from loader.serving.app import AppOptions, build_app
 from loader.serving.engine import Engine, Limits
-from loader.serving.server import Server, bound_socket, url_of
+from loader.serving.http.app import AppOptions, build_app
+from loader.serving.http.server import Server, bound_socket, url_of
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 SYSTEM = "In the beginning God created the heaven and the earth, and the earth was without form."

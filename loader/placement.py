@@ -9,7 +9,7 @@ from formats.errors import RecipeError
 from loader.arithmetic.backend import Backend, choose_backend
 from loader.cuda.device import Device
 from loader.decode.decoder import DecoderFactory
-from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.experts.cache import ExpertCache
 from loader.experts.policy import POLICIES
 from loader.hf.served_model import Retry

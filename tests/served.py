@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from loader.serving.app import AppOptions, build_app
+from loader.serving.answers.answer_request import Request, Sampling
 from loader.serving.engine import Engine, Limits
 from loader.serving.events import End, Event, Failure, Piece
-from loader.serving.request import Request, Sampling
-from loader.serving.server import Server, bound_socket, url_of
+from loader.serving.http.app import AppOptions, build_app
+from loader.serving.http.server import Server, bound_socket, url_of
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 TOOL_TEMPLATE = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + TEMPLATE

@@ -20,9 +20,9 @@ from converter.cli.chat.chat_loop import ChatLoop
 from converter.cli.chat.message_input import TypedLines, read_message
 from converter.cli.chat.slash_commands import ChatCommands
 from converter.cli.show.console import Output, Terminated
-from loader.serving.chat_template import template_of
+from loader.serving.answers.chat_template import template_of
+from loader.serving.answers.settings import GenerationSettings
 from loader.serving.session import Session
-from loader.serving.settings import GenerationSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "tests" / "templates" / "instruct.jinja"
@@ -154,7 +154,7 @@ def test_an_error_keeps_a_typed_chat(session: Session, model: Any, capsys: Any) 
 def test_ctrl_c_stops_the_answer_and_keeps_the_session(
     session: Session, model: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loader.serving.text_stream import TextStream
+    from loader.serving.answers.text_stream import TextStream
 
     push, calls = TextStream.push, iter(range(1, 100))
 

@@ -426,7 +426,7 @@ def test_an_interrupted_conversion_says_that_the_same_command_goes_on(
 def test_an_interrupted_generation_says_how_much_there_is(
     run_command: Run, monkeypatch: pytest.MonkeyPatch, inputs: Inputs, options: list[str], words: str
 ) -> None:
-    from loader.serving.text_stream import TextStream
+    from loader.serving.answers.text_stream import TextStream
 
     push, calls = TextStream.push, iter(range(1, 100))
 

@@ -23,8 +23,8 @@ from loader.cuda.decoder import CudaDecoder
 from loader.cuda.decoder_factory import CudaDecoderFactory
 from loader.cuda.gpu_reader import GpuReader
 from loader.cuda.products import Products
-from loader.decode.paths import LeaveDecoder
-from loader.decode.request import TokenRequest
+from loader.decode.decoder_call import TokenRequest
+from loader.decode.path_counters import LeaveDecoder
 from loader.decode.weights import LayerWeights
 from loader.experts.buffers import Memory
 from loader.experts.cache import ExpertCache

@@ -1,7 +1,7 @@
 import pytest
 
-from loader.serving.request import RefusedError
-from loader.serving.schema_check import check_schema
+from loader.serving.answers.answer_request import RefusedError
+from loader.serving.answers.schema_check import check_schema
 
 KEPT = [
     {}, True, {"type": "string", "maxLength": 3, "title": "t"}, {"type": ["integer", "null"], "minimum": 5},
@@ -65,7 +65,7 @@ def test_schema_of_too_many_levels_is_refused():
 def test_xgrammar_keeps_what_is_taken(schema, text, converted):
     pytest.importorskip("xgrammar")
     import loader
-    from loader.serving.grammar import GrammarMatch, Grammars
+    from loader.serving.answers.grammar import GrammarMatch, Grammars
 
     tokenizer = loader.load_tokenizer(converted("2bit"))
     match = GrammarMatch(Grammars(tokenizer, 4096, [tokenizer.eos_token_id]).json_schema(schema), 4096)

@@ -10,11 +10,18 @@ import torch
 import loader
 from formats.errors import MoeConvertError
 from loader.hf.private_names import cache_field
-from loader.serving.chat_template import ChatTemplate, PlainText, prompt_ids, template_of, text_ids, with_one_bos
-from loader.serving.generation import Generation
+from loader.serving.answers.chat_template import (
+    ChatTemplate,
+    PlainText,
+    prompt_ids,
+    template_of,
+    text_ids,
+    with_one_bos,
+)
+from loader.serving.answers.generation import Generation
+from loader.serving.answers.settings import GenerationSettings
 from loader.serving.prefix_cache import PrefixCache, common_prefix
 from loader.serving.session import ContextFullError, Session
-from loader.serving.settings import GenerationSettings
 
 TEMPLATE = (Path(__file__).parent / "templates" / "instruct.jinja").read_text()
 QUESTIONS = ("So Jonah arose, and went to Nineveh", "And then?", "import os")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from formats.errors import RecipeError
-from loader.serving.settings import GenerationSettings
-from loader.serving.text_stream import TextStream
+from loader.serving.answers.settings import GenerationSettings
+from loader.serving.answers.text_stream import TextStream
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
 TOKENIZER: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(EXAMPLE)

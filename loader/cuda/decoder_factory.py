@@ -7,7 +7,7 @@ from loader.cuda.device import Device
 from loader.cuda.layer_step import fits
 from loader.cuda.products import Products
 from loader.cuda.token_memory import Sizes
-from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.decode.weights import LayerWeights, ModelWeights
 from loader.experts.cache import ExpertSource
 

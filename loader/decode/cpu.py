@@ -16,7 +16,7 @@ from loader.arithmetic.native_library import Model, Token, library
 from loader.arithmetic.torch_threads import torch_threads_for
 from loader.decode.decoder import Kind, KvLayer
 from loader.decode.native_structures import check_model, head_structure, layer_structure
-from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.decode.weights import ModelWeights
 from loader.experts.cache import ExpertSource
 from loader.experts.lease import Lease

@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from loader.arithmetic.kernels import PackedMatrix
-from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.decode.weights import AttentionWeights, LayerWeights, ModelWeights, Signature
 from loader.experts.cache import ExpertSource
 from loader.hf.modules.head import NativeHead

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from loader.decode import mixtral
-from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.decode.weights import ModelWeights, Signature
 from loader.experts.cache import ExpertSource
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
-from loader.decode.paths import PathStats
+from loader.decode.path_counters import PathStats
 
 
 @dataclass(frozen=True)

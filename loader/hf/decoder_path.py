@@ -8,8 +8,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from formats.files.log_once import warn_once
 from loader.decode.decoder import Decoder, DecoderFactory
-from loader.decode.paths import LeaveDecoder, Reason
-from loader.decode.request import TokenRequest, config_fields
+from loader.decode.decoder_call import TokenRequest, config_fields
+from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.decode.rotary_table import RotaryTable
 from loader.decode.specs import spec_of
 from loader.hf.growing_cache import growing_layers

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from loader.decode.request import is_numbers
+from loader.decode.decoder_call import is_numbers
 
 LEAST_COLUMNS = 256
 _KNOWN = {"cache", "attention_mask", "position_ids", "use_cache"}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.hf.private_names import RECORDER_MODULE, active_collector
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from loader.arithmetic.torch_threads import FEW_TOKENS, keep_threads_over_forks, torch_threads_for
 from loader.decode.decoder import DecoderFactory
-from loader.decode.paths import LeaveDecoder, PathCounters, Reason
-from loader.decode.request import is_single_token
+from loader.decode.decoder_call import is_single_token
+from loader.decode.path_counters import LeaveDecoder, PathCounters, Reason
 from loader.experts.cache import ExpertCache
 from loader.experts.stats import MoeStats
 from loader.hf.cache_length import cache_in, length_of, shorten

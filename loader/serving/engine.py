@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from formats.errors import MoeConvertError
-from loader.serving.answer import Answer
+from loader.serving.answers.answer import Answer
+from loader.serving.answers.answer_request import Request
+from loader.serving.answers.answer_tokens import CancelledError
+from loader.serving.answers.vocabulary import Vocabulary
 from loader.serving.events import Counts, End, Event, Failure
+from loader.serving.http.metrics import Metrics
 from loader.serving.job import Job
-from loader.serving.metrics import Metrics
 from loader.serving.prefix_store import PrefixStore
-from loader.serving.request import Request
-from loader.serving.tokens import CancelledError
-from loader.serving.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from converter.cli.show.console import Output, Terminated
 from converter.cli.show.live_text import LiveText
 from converter.cli.show.terminal import one_line
 from formats.errors import MoeConvertError
-from loader.serving.generation import Answer
+from loader.serving.answers.generation import Answer
 from loader.serving.session import ContextFullError, Session
 
 

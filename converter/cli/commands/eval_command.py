@@ -109,7 +109,7 @@ def command(
 
     if tasks:
         from loader.evaluation.lm_eval_tasks import check_tasks, run_tasks
-        from loader.serving.chat_template import check_template, has_template, template_of
+        from loader.serving.answers.chat_template import check_template, has_template, template_of
 
         check_tasks(names, task_folder)
         tokenizer = loader.load_tokenizer(path, check=options["check"])

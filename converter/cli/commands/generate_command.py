@@ -52,8 +52,8 @@ def command(
     tokenizer = early_tokenizer(path, options["check"])
 
     import loader
-    from loader.serving.chat_template import has_template
-    from loader.serving.generation import Generation
+    from loader.serving.answers.chat_template import has_template
+    from loader.serving.answers.generation import Generation
     from loader.serving.prefix_cache import PrefixCache
 
     ids = _tokens(tokenizer, text, raw, path) if tokenizer else None
@@ -112,7 +112,7 @@ def _tokens(tokenizer: Any, text: str, raw: bool, folder: Path) -> list[int]:
 
     from loader.hf.loading.plain_checkpoint import vocabulary_size
     from loader.hf.loading.tokenizer import check_tokens
-    from loader.serving.chat_template import prompt_ids
+    from loader.serving.answers.chat_template import prompt_ids
 
     ids = prompt_ids(tokenizer, text, raw=raw)
     check_tokens(torch.tensor(ids), tokenizer, vocabulary_size(folder) or sys.maxsize, "the prompt")

@@ -86,11 +86,11 @@ def command(
     import loader
     from loader.evaluation.perplexity import read_text
     from loader.repository import small_files
-    from loader.serving.app import AppOptions, build_app
-    from loader.serving.chat_template import has_template
+    from loader.serving.answers.chat_template import has_template
     from loader.serving.context import ContextSize
     from loader.serving.engine import Engine, Limits
-    from loader.serving.server import Server, bound_socket, url_of
+    from loader.serving.http.app import AppOptions, build_app
+    from loader.serving.http.server import Server, bound_socket, url_of
 
     text = read_text(template) if template else None
     tokenizer = early_tokenizer(path, options["check"])
@@ -150,7 +150,7 @@ _ENVIRONMENT = click.core.ParameterSource.ENVIRONMENT
 
 
 def _is_loopback(host: str) -> bool:
-    from loader.serving.access import is_loopback
+    from loader.serving.http.access import is_loopback
 
     return is_loopback(host)
 

@@ -42,6 +42,6 @@ def with_sampling_options(function: F) -> F:
 
 def settings_of(max_new_tokens: int, options: dict[str, Any]) -> Any:
     """Return the GenerationSettings of the options, which are taken out of `options`. RecipeError out of range."""
-    from loader.serving.settings import GenerationSettings
+    from loader.serving.answers.settings import GenerationSettings
 
     return GenerationSettings(max_new_tokens=max_new_tokens, **{name: options.pop(name) for name in NAMES})

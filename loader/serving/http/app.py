@@ -15,13 +15,13 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loader.serving.access import Access
-from loader.serving.answer_json import ChatJson, CompletionJson, error_json
-from loader.serving.bodies import LARGEST_BODY_BYTES, ChatBody, CompletionBody, parse_body
+from loader.serving.answers.answer_request import RefusedError
 from loader.serving.engine import ClosedError, Engine, QueueFullError
-from loader.serving.exchange import CLIENT_GONE, Exchange
-from loader.serving.request import RefusedError
-from loader.serving.request_maker import RequestMaker
+from loader.serving.http.access import Access
+from loader.serving.http.answer_json import ChatJson, CompletionJson, error_json
+from loader.serving.http.bodies import LARGEST_BODY_BYTES, ChatBody, CompletionBody, parse_body
+from loader.serving.http.exchange import CLIENT_GONE, Exchange
+from loader.serving.http.request_maker import RequestMaker
 
 _log = logging.getLogger(__name__)
 

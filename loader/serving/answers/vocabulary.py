@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from loader.hf.loading.tokenizer import embedding_rows
-from loader.serving.generation import end_tokens
+from loader.serving.answers.generation import end_tokens
 
 
 class Vocabulary:

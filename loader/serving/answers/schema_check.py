@@ -4,7 +4,7 @@ many combinations of those that it knows; a request with one of them is refused 
 import re
 from typing import Any
 
-from loader.serving.request import RefusedError
+from loader.serving.answers.answer_request import RefusedError
 
 _ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id", "$comment"}

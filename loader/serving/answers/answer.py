@@ -4,13 +4,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from loader.serving.answers.answer_request import Request
+from loader.serving.answers.answer_tokens import generate_tokens
+from loader.serving.answers.grammar import GrammarMatch
+from loader.serving.answers.sampler import Sampler
+from loader.serving.answers.text_stream import TextStream
+from loader.serving.answers.vocabulary import Vocabulary
 from loader.serving.events import Piece, TokenLogprob
-from loader.serving.grammar import GrammarMatch
-from loader.serving.request import Request
-from loader.serving.sampler import Sampler
-from loader.serving.text_stream import TextStream
-from loader.serving.tokens import generate_tokens
-from loader.serving.vocabulary import Vocabulary
 
 _TOKENS_BEFORE = 8
 """Tokens of the prompt that decide whether an answer that goes on in its text begins with a space."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from loader.decode.paths import LeaveDecoder, Reason
+from loader.decode.path_counters import LeaveDecoder, Reason
 
 _ONE = torch.Size((1, 1))
 _CPU = torch.device("cpu")

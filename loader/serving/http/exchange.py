@@ -7,11 +7,11 @@ from typing import Any
 
 from starlette.types import Receive
 
-from loader.serving.answer_json import ChatJson, CompletionJson, error_json
+from loader.serving.answers.answer_request import Request
+from loader.serving.answers.tool_calls import ToolCall, ToolCallText
 from loader.serving.engine import Engine
 from loader.serving.events import End, Event, Failure, Piece, TokenLogprob
-from loader.serving.request import Request
-from loader.serving.tool_calls import ToolCall, ToolCallText
+from loader.serving.http.answer_json import ChatJson, CompletionJson, error_json
 
 CLIENT_GONE = 499
 """The status, in the metrics, of an answer whose client did not wait for it."""

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from loader.hf.private_names import cache_field
+from loader.serving.answers.settings import GenerationSettings
+from loader.serving.answers.text_stream import TextStream
 from loader.serving.prefix_cache import PrefixCache
-from loader.serving.settings import GenerationSettings
-from loader.serving.text_stream import TextStream
 
 OnText = Callable[[str], None]
 """Called after each token with the text that it completes, which may be empty, and once at the end."""

@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from loader.serving.answers.answer_request import Sampling
 from loader.serving.events import TokenLogprob
-from loader.serving.request import Sampling
 
 LEAST_TEMPERATURE = 1e-4
 """Below, the likeliest token is chosen: logits divided by so little leave the range of a float."""
