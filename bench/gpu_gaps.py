@@ -37,7 +37,7 @@ def busy_us(intervals: Iterable[Interval], begin: float, end: float) -> float:
 
 
 def layer_begins(intervals: Sequence[Interval]) -> list[float]:
-    """When each layer of each token begins: with the norm before its attention (loader/cuda/layer_step.py)."""
+    """When each layer of each token begins: with the norm before its attention (loader/cuda/decode/gpu_layer.py)."""
     begins, norm = [], None
     for interval in intervals:
         if interval.name.startswith("add_norm_"):

@@ -17,8 +17,8 @@ from formats import ALIGNMENT_BYTES
 from formats.expert import ExpertLayout
 from formats.packing import HEAD_BYTES, Packing
 from formats.reading.reader import aligned_bytes
-from loader.cuda.device import Device
-from loader.cuda.products import Products
+from loader.cuda.device.device import Device
+from loader.cuda.experts.products import Products
 
 Row = dict[str, Any]
 

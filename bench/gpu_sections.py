@@ -49,9 +49,9 @@ from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
 from loader.arithmetic import kernels as native
-from loader.cuda.choice import choose_devices
-from loader.cuda.self_check import check_products
-from loader.cuda.torch_device import CudaDevice
+from loader.cuda.device.choice import choose_devices
+from loader.cuda.device.self_check import check_products
+from loader.cuda.device.torch_device import CudaDevice
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = SHAPES["8x7b"]

@@ -13,8 +13,8 @@ from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.files.log_once import warn_once
 from formats.index import Architecture
 from formats.reading.whole_files import check_files, generation_note
-from loader.cuda.choice import Devices, choose_devices
-from loader.cuda.device import Device
+from loader.cuda.device.choice import Devices, choose_devices
+from loader.cuda.device.device import Device
 from loader.default_options import with_defaults
 from loader.experts.prefetch import Prefetcher
 from loader.hf.loading.configuration import loading_options, model_class
@@ -61,9 +61,9 @@ def from_pretrained(
     the experts is fetched first; each expert comes when it is needed, compared with its sha256, the others meanwhile;
     they stay in HF_HOME/moe-convert, and a later start goes on. progress gets (stage, bytes there, bytes of all).
     device: "cpu", "cuda", "cuda:1", several as "cuda:0,cuda:1" (layers' experts are split between them, all else is on
-    the first), or "auto": a GPU, if there is one that computes what it should (loader/cuda/choice.py) and has room.
+    the first), or "auto": a GPU, if there is one that computes what it should (loader/cuda/device/choice.py) and has room.
     dtype: of activations, norms and embeddings; None and "auto" take config.json's, on GPUs without bfloat16 float16.
-    gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto" (loader/cuda/budget.py).
+    gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto" (loader/cuda/experts/gpu_budget.py).
     ram_cache: what they may take in RAM, likewise (loader/planning/budget.py); with a GPU page-locked, read by "direct".
     slots: experts for each layer, on the GPU if there is one, instead of what the budget holds spread evenly.
     io: "direct" (reads into memory of its own, past the page cache), "mmap" (experts where they lie in a map; the page

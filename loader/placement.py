@@ -7,7 +7,7 @@ import torch
 
 from formats.errors import RecipeError
 from loader.arithmetic.backend import Backend, choose_backend
-from loader.cuda.device import Device
+from loader.cuda.device.device import Device
 from loader.decode.decoder import DecoderFactory
 from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.experts.cache import ExpertCache
@@ -72,9 +72,9 @@ def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
 
 
 def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions) -> Placement:
-    from loader.cuda.decoder_factory import CudaDecoderFactory
-    from loader.cuda.out_of_memory import MemoryRetry
-    from loader.cuda.stack import GpuExperts
+    from loader.cuda.decode.decoder_factory import CudaDecoderFactory
+    from loader.cuda.experts.out_of_memory import MemoryRetry
+    from loader.cuda.experts.stack import GpuExperts
 
     if opened.io(options.io) == "mmap":
         raise RecipeError(

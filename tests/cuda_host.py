@@ -39,11 +39,11 @@ def host_library(*defines):
 
 
 def launch_on_host(kernel, grid, threads, args, shared_bytes=0, order=0, defines=()):
-    """As `loader.cuda.device.Device.launch`, at once, over CPU tensors. order: of threads between barriers (0, 1, 2).
+    """As `loader.cuda.device.device.Device.launch`, at once, over CPU tensors. order: of threads between barriers (0, 1, 2).
 
     RuntimeError for an unknown kernel, and for a barrier or warp operation to which not all threads come.
     """
-    from loader.cuda.device import kernel_argument
+    from loader.cuda.device.device import kernel_argument
 
     library = host_library(*defines)
     values = [kernel_argument(value) for value in args]

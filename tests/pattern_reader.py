@@ -7,11 +7,11 @@ import torch
 from recording_device import RecordingDevice
 
 from formats.reading.reader import ExpertReader, Load
-from loader.cuda.gpu_reader import GpuReader
+from loader.cuda.experts.gpu_reader import GpuReader
+from loader.cuda.experts.pinned_tier import PinnedTier
 from loader.experts.buffers import Memory, buffer_bytes
 from loader.experts.cache import ExpertCache
 from loader.experts.policy import LrfuPolicy
-from loader.pinned_tier import PinnedTier
 
 EXPERT_BYTES = 16384
 

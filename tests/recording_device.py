@@ -21,7 +21,7 @@ ALIGNMENT_BYTES = 256
 
 
 class RecordingDevice:
-    """A `loader.cuda.device.Device`. Conflicting accesses that no event, stream or synchronisation orders raise
+    """A `loader.cuda.device.device.Device`. Conflicting accesses that no event, stream or synchronisation orders raise
     AssertionError; in threads that catch it too, it stays in `races`.
 
     order: when copies are done: "late" (when somebody waits), "early" (at once), or a seed for something in between.

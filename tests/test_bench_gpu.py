@@ -25,7 +25,7 @@ from converter.recipe.recipes import make_recipe
 from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
 from loader.arithmetic import kernels as native
-from loader.cuda.cpu_share import Speeds
+from loader.cuda.experts.cpu_share import Speeds
 
 on_host = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 MINI = SHAPES["mini"]

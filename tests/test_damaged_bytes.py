@@ -20,7 +20,7 @@ from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.reading.verify import verify_folder
 from formats.repair.repairs import NoOrigin, repair_folder
-from loader.pinned_tier import PinnedTier
+from loader.cuda.experts.pinned_tier import PinnedTier
 from loader.planning.budget import aside_bytes, expert_bytes_by_layer
 from loader.repository import open_model
 

@@ -9,8 +9,8 @@ from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
-from loader.cuda.products import Products
-from loader.cuda.self_check import random_expert
+from loader.cuda.device.self_check import random_expert
+from loader.cuda.experts.products import Products
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -19,7 +19,7 @@ IDS = torch.tensor([[1, 17, 300, 42, 99, 7, 1234, 56, 800, 3]])
 
 @pytest.fixture(scope="module")
 def device():
-    from loader.cuda.torch_device import CudaDevice
+    from loader.cuda.device.torch_device import CudaDevice
 
     return CudaDevice(0)
 

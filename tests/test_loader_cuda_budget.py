@@ -3,7 +3,7 @@ from pattern_reader import EXPERT_BYTES, PatternReader
 from recording_device import RecordingDevice
 
 from formats.errors import DoesNotFitError, RecipeError
-from loader.cuda.budget import PIECE_BYTES, RESERVE_BYTES, gpu_budget, gpu_slots, split_layers
+from loader.cuda.experts.gpu_budget import PIECE_BYTES, RESERVE_BYTES, gpu_budget, gpu_slots, split_layers
 
 GIB = 1 << 30
 

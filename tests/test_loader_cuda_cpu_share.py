@@ -1,8 +1,8 @@
 import pytest
 from pattern_reader import EXPERT_BYTES, GpuCache
 
-from loader.cuda import cpu_share
-from loader.cuda.cpu_share import CpuShare, Speeds
+from loader.cuda.experts import cpu_share
+from loader.cuda.experts.cpu_share import CpuShare, Speeds
 
 LINK, CPU = Speeds(3e9, 1e9), Speeds(1e9, 3e9)
 

@@ -17,12 +17,13 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
-from loader.cuda.cpu_part import CpuPart
-from loader.cuda.cpu_share import CpuShare, Speeds
-from loader.cuda.decoder import CudaDecoder
-from loader.cuda.decoder_factory import CudaDecoderFactory
-from loader.cuda.gpu_reader import GpuReader
-from loader.cuda.products import Products
+from loader.cuda.decode.decoder_factory import CudaDecoderFactory
+from loader.cuda.decode.gpu_decoder import CudaDecoder
+from loader.cuda.experts.cpu_part import CpuPart
+from loader.cuda.experts.cpu_share import CpuShare, Speeds
+from loader.cuda.experts.gpu_reader import GpuReader
+from loader.cuda.experts.pinned_tier import PinnedTier
+from loader.cuda.experts.products import Products
 from loader.decode.decoder_call import TokenRequest
 from loader.decode.path_counters import LeaveDecoder
 from loader.decode.weights import LayerWeights
@@ -30,7 +31,6 @@ from loader.experts.buffers import Memory
 from loader.experts.cache import ExpertCache
 from loader.hf.decoder_path import DecoderPath
 from loader.hf.served_model import Serving
-from loader.pinned_tier import PinnedTier
 from loader.planning.budget import expert_bytes_by_layer
 from loader.repository import open_model
 

@@ -13,10 +13,11 @@ from test_loader_attention import random_tiles
 from formats.packing import packing_named
 from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
-from loader.cuda import decoder, layer_step
-from loader.cuda.layer_step import SUFFIXES, Launches
-from loader.cuda.products import Products
-from loader.cuda.token_memory import SPAN, Sizes, TokenMemory
+from loader.cuda.decode import gpu_decoder as decoder
+from loader.cuda.decode import gpu_layer as layer_step
+from loader.cuda.decode.gpu_layer import SUFFIXES, Launches
+from loader.cuda.decode.token_memory import SPAN, Sizes, TokenMemory
+from loader.cuda.experts.products import Products
 from loader.decode.weights import AttentionWeights
 from loader.hf.growing_cache import GrowingLayer
 

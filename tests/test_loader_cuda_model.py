@@ -12,9 +12,10 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, MoeConvertError
-from loader.cuda import choice, stack
-from loader.cuda.cpu_share import Speeds
-from loader.cuda.products import Products
+from loader.cuda.device.device import choice
+from loader.cuda.experts import stack
+from loader.cuda.experts.cpu_share import Speeds
+from loader.cuda.experts.products import Products
 from loader.planning.budget import expert_bytes_by_layer
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -162,7 +163,7 @@ def test_bfloat16_becomes_float16_where_the_gpu_has_none(folder):
 def broken_gpu(monkeypatch):
     """The one GPU that torch sees computes nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("loader.cuda.torch_device.cuda_devices", lambda names, kept: [RecordingDevice()])
+    monkeypatch.setattr("loader.cuda.device.torch_device.cuda_devices", lambda names, kept: [RecordingDevice()])
     monkeypatch.setattr(Products, "add_experts", lambda *args: None)
 
 
@@ -181,7 +182,7 @@ def test_auto_leaves_a_gpu_alone_that_computes_something_else(folder, on_cpu, br
 def test_auto_leaves_a_gpu_alone_that_is_too_small(folder, on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     small = RecordingDevice(capacity_bytes=4 << 20)
-    monkeypatch.setattr("loader.cuda.torch_device.cuda_devices", lambda names, kept: [small])
+    monkeypatch.setattr("loader.cuda.device.torch_device.cuda_devices", lambda names, kept: [small])
     with caplog.at_level(logging.WARNING):
         model = loader.from_pretrained(folder)
     assert "the GPU is not used: cuda:0: " in caplog.text and "bytes are free" in caplog.text

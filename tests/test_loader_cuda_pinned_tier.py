@@ -7,7 +7,7 @@ from pattern_reader import EXPERT_BYTES, PatternReader
 from recording_device import RecordingDevice
 
 from formats.errors import DamageError
-from loader.pinned_tier import PinnedTier
+from loader.cuda.experts.pinned_tier import PinnedTier
 from loader.planning.budget import tier_counts
 
 

@@ -7,7 +7,7 @@ import pytest
 from converter.checkpoint.outline import PlannedFolder
 from converter.recipe.recipes import make_recipe
 from formats.errors import DoesNotFitError
-from loader.cuda.stack import TIER_ASIDE
+from loader.cuda.experts.stack import TIER_ASIDE
 from loader.experts.policy import LrfuPolicy
 from loader.planning.budget import experts_aside, slots_by_layer, tier_counts
 from loader.planning.gpu_plan import CONTEXT_BYTES, CUDA_PROCESS_BYTES, GPU_EFFICIENCY, GpuMachine, plan_gpu

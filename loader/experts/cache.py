@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from formats.errors import MoeConvertError
+from loader.cuda.experts.pinned_tier import PinnedTier
 from loader.experts.buffers import RAM, BufferPool, Memory
 from loader.experts.cache_state import CacheState
 from loader.experts.fetcher import Fetcher
@@ -21,7 +22,6 @@ from loader.experts.slots import Aside, LayerSlots
 from loader.experts.stats import LayerStats, MoeStats
 from loader.experts.streaming import stream
 from loader.forks import keep_over_forks
-from loader.pinned_tier import PinnedTier
 from loader.planning.budget import expert_bytes_by_layer
 
 

@@ -1,4 +1,4 @@
-"""What the cache asks of a reader: `formats.reading.reader.ExpertReader` for RAM, loader/cuda/gpu_reader.py for GPUs."""
+"""What the cache asks of a reader: `formats.reading.reader.ExpertReader` for RAM, loader/cuda/experts/gpu_reader.py for GPUs."""
 
 from collections.abc import Iterable
 from typing import Protocol

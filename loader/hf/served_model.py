@@ -22,7 +22,7 @@ Forward = Callable[..., Any]
 
 
 class Retry(Protocol):
-    """Repeats a forward pass that failed for lack of memory (loader/cuda/out_of_memory.py)."""
+    """Repeats a forward pass that failed for lack of memory (loader/cuda/experts/out_of_memory.py)."""
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Return what `forward` gives, perhaps the second time."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
-from loader.cuda.stack import TIER_ASIDE
+from loader.cuda.experts.stack import TIER_ASIDE
 from loader.planning.budget import (
     SizedExperts,
     aside_bytes,

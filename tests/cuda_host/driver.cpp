@@ -1,4 +1,4 @@
-// A libcuda whose kernels run on this processor: what loader/cuda/driver.py calls.
+// A libcuda whose kernels run on this processor: what loader/cuda/device/driver.py calls.
 #include <cstdint>
 #include <cstring>
 

@@ -22,7 +22,7 @@ def command(output: Output) -> None:
     """
     from converter.solvers.registry import solver_library
     from loader.arithmetic import kernels
-    from loader.cuda.choice import describe_gpus
+    from loader.cuda.device.choice import describe_gpus
 
     facts = {"moe-convert": __version__, "python": platform.python_version(), "machine": platform.machine()}
     facts |= {name: importlib.metadata.version(name) for name in _PACKAGES}

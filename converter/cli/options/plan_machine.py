@@ -45,8 +45,8 @@ def gpu_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any],
         if not has_gpu():
             missing = [name for name, speed in (("--link GB/s", link), ("--gpu-bandwidth GB/s", memory)) if not speed]
             raise click.UsageError(f"there is no GPU here to measure: say {' and '.join(missing)}; {TYPICAL}")
-        from loader.cuda.speeds import link_bytes_per_s, memory_bytes_per_s
-        from loader.cuda.torch_device import cuda_devices
+        from loader.cuda.device.speeds import link_bytes_per_s, memory_bytes_per_s
+        from loader.cuda.device.torch_device import cuda_devices
 
         (device,) = cuda_devices(["cuda"])
         link = link or link_bytes_per_s(device, max(expert_bytes_by_layer(sizes.experts)))

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from loader.cuda.device import Device
+from loader.cuda.device.device import Device
+from loader.cuda.experts.pinned_tier import PinnedTier, TierUse
 from loader.forks import no_gpu_after_fork
-from loader.pinned_tier import PinnedTier, TierUse
 
 
 class GpuReader:

@@ -1,12 +1,12 @@
 """Makes decoders for one GPU."""
 
 from loader.arithmetic.backend import Backend
-from loader.cuda.cpu_share import CpuShare
-from loader.cuda.decoder import CudaDecoder
-from loader.cuda.device import Device
-from loader.cuda.layer_step import fits
-from loader.cuda.products import Products
-from loader.cuda.token_memory import Sizes
+from loader.cuda.decode.gpu_decoder import CudaDecoder
+from loader.cuda.decode.gpu_layer import fits
+from loader.cuda.decode.token_memory import Sizes
+from loader.cuda.device.device import Device
+from loader.cuda.experts.cpu_share import CpuShare
+from loader.cuda.experts.products import Products
 from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.decode.weights import LayerWeights, ModelWeights
 from loader.experts.cache import ExpertSource

@@ -1,4 +1,4 @@
-"""What the engine asks of a GPU: memory, streams, events, copies, launches. loader/cuda/torch_device.py has torch's."""
+"""What the engine asks of a GPU: memory, streams, events, copies, launches. loader/cuda/device/torch_device.py has torch's."""
 
 import ctypes
 from collections.abc import Callable, Sequence

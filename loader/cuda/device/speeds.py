@@ -6,7 +6,7 @@ from functools import partial
 from formats import ALIGNMENT_BYTES
 from formats.reading.reader import aligned_bytes
 from loader.arithmetic.machine import calls_per_s
-from loader.cuda.device import Device
+from loader.cuda.device.device import Device
 
 _BATCH = 8
 """Copies between two waits of the host, so that these cost nothing."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
 from formats.sizes import parse_size
-from loader.cuda.device import Device
+from loader.cuda.device.device import Device
 from loader.experts.buffers import Memory, buffer_bytes
 from loader.planning.budget import SizedExperts, expert_bytes_by_layer, slots_by_layer
 

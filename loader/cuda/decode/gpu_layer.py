@@ -8,9 +8,9 @@ from torch import Tensor
 
 from formats.packing import Packing, tile_packing_named
 from loader.arithmetic.kernels import PackedMatrix
-from loader.cuda.device import Device
-from loader.cuda.products import Products, TokenExperts
-from loader.cuda.token_memory import Sizes, TokenMemory
+from loader.cuda.decode.token_memory import Sizes, TokenMemory
+from loader.cuda.device.device import Device
+from loader.cuda.experts.products import Products, TokenExperts
 from loader.decode.weights import LayerWeights
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

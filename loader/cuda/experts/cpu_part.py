@@ -7,8 +7,8 @@ from torch import Tensor
 
 from formats.expert import ExpertLayout
 from loader.arithmetic.backend import Backend
-from loader.cuda.device import Device
-from loader.cuda.token_memory import TokenMemory, pinned
+from loader.cuda.decode.token_memory import TokenMemory, pinned
+from loader.cuda.device.device import Device
 
 
 class CpuPart:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from formats.errors import DoesNotFitError
-from loader.cuda.device import Device
+from loader.cuda.device.device import Device
 from loader.experts.cache import ExpertCache
 from loader.forks import no_gpu_after_fork
 

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from formats.errors import MoeConvertError
-from loader.cuda.device import Value, kernel_argument
-from loader.cuda.driver import Context, Module
-from loader.cuda.nvrtc import compile_kernels
+from loader.cuda.device.device import Value, kernel_argument
+from loader.cuda.device.driver import Context, Module
+from loader.cuda.device.nvrtc import compile_kernels
 
 LEAST_CAPABILITY = (7, 0)
 """Volta: the first with dp4a, independent threads in a warp, and torch 2.6 wheels."""
 
 
 class CudaDevice:
-    """A `loader.cuda.device.Device`. kept: a folder for compiled kernels, None for none."""
+    """A `loader.cuda.device.device.Device`. kept: a folder for compiled kernels, None for none."""
 
     def __init__(self, index: int, kept: Path | None = None) -> None:
         self.name, self.index = f"cuda:{index}", index

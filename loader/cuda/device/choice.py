@@ -8,9 +8,8 @@ import torch
 
 from formats.errors import MoeConvertError, RecipeError
 from formats.hub.repo import kept_root
-from loader.cuda import nvrtc
-from loader.cuda.device import Device
-from loader.cuda.self_check import check_products
+from loader.cuda.device.device import Device, nvrtc
+from loader.cuda.device.self_check import check_products
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def choose_devices(wish: Devices, packings: Iterable[str]) -> list[Device]:
     if names == ["auto"]:
         return _automatic(packings)
     known = [name for name in names if isinstance(name, str)]
-    from loader.cuda.torch_device import cuda_devices
+    from loader.cuda.device.torch_device import cuda_devices
 
     opened = iter(cuda_devices(known, kept_root() / "gpu-kernels") if known else [])
     devices: list[Device] = [next(opened) if isinstance(name, str) else name for name in names]

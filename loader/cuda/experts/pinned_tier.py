@@ -31,7 +31,7 @@ HALF_LIFE = 64.0
 
 
 class CopyEvent(Protocol):
-    """The part of `loader.cuda.device.Event` that the end of a use needs."""
+    """The part of `loader.cuda.device.device.Event` that the end of a use needs."""
 
     def query(self) -> bool:
         """Whether the copy is over."""
@@ -81,7 +81,7 @@ class Pool:
 class PinnedTier:
     """A cache over `reader`, which it closes, of `counts` experts of each size (`expert_bytes_by_layer`).
 
-    pin, unpin: page-lock memory, as `loader.cuda.device.Device`; where that is refused the tier goes on without, which
+    pin, unpin: page-lock memory, as `loader.cuda.device.device.Device`; where that is refused the tier goes on without, which
     it says once. Thread safe, with no thread of its own. Two buffers of a size are the least: one for a demand, one for
     a guess that gave way.
     """

@@ -6,8 +6,8 @@ from torch.nn import functional
 
 from formats.expert import ExpertLayout, gate_and_up, sections
 from formats.packing import AnyPacking, Packing
-from loader.cuda.device import Device
-from loader.cuda.products import Products
+from loader.cuda.device.device import Device
+from loader.cuda.experts.products import Products
 from loader.hf.modules.copies import Shared
 
 

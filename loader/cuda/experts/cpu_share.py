@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loader.arithmetic import machine
-from loader.cuda.device import Device
-from loader.cuda.speeds import link_bytes_per_s
+from loader.cuda.device.device import Device
+from loader.cuda.device.speeds import link_bytes_per_s
+from loader.cuda.experts.pinned_tier import PinnedTier
 from loader.experts.cache import ExpertCache
-from loader.pinned_tier import PinnedTier
 from loader.planning.budget import expert_bytes_by_layer
 
 

@@ -8,16 +8,16 @@ import torch
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from formats.reading.reader import ExpertReader
-from loader.cuda.backend import CudaBackend
-from loader.cuda.budget import PIECE_BYTES, GpuSlots, gpu_slots, split_layers
-from loader.cuda.cpu_share import CpuShare, Speeds
-from loader.cuda.device import Device
-from loader.cuda.gpu_reader import GpuReader
+from loader.cuda.device.device import Device
+from loader.cuda.experts.cpu_share import CpuShare, Speeds
+from loader.cuda.experts.cuda_backend import CudaBackend
+from loader.cuda.experts.gpu_budget import PIECE_BYTES, GpuSlots, gpu_slots, split_layers
+from loader.cuda.experts.gpu_reader import GpuReader
+from loader.cuda.experts.pinned_tier import PinnedTier
 from loader.experts.buffers import Memory
 from loader.experts.cache import ExpertCache
 from loader.experts.fetcher import THREADS
 from loader.experts.policy import Policy
-from loader.pinned_tier import PinnedTier
 from loader.planning.budget import check_slots, expert_bytes_by_layer, experts_aside, ram_budget, tier_counts
 
 TIER_ASIDE = THREADS + 1
