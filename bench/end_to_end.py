@@ -235,14 +235,13 @@ def transformers_code(*others: Any) -> Iterator[None]:
 
 
 def _measures() -> dict[str, Callable[[], Any]]:
-    from loader.hf import growing_cache
-    from loader.hf import served_model as serving
+    from loader.hf import growing_cache, served_model
     from loader.hf.modules import head
 
     return {
         "decoder": transformers_code,
         "torch-threads": lambda: transformers_code(
-            replaced(serving, "torch_threads_for", lambda tokens: nullcontext())
+            replaced(served_model, "torch_threads_for", lambda tokens: nullcontext())
         ),
         "growing-cache": lambda: transformers_code(
             replaced(growing_cache.GrowingLayer, "update", growing_cache.DynamicLayer.update)

@@ -15,8 +15,7 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from converter.solvers.registry import feedback_native, solver_library
-from converter.solvers.registry import hqq_native as solver_native
+from converter.solvers import feedback_native, hqq_native, solver_library
 from formats.native.abi import ISAS
 from formats.packing import PACKINGS, Packing, dequantize, unpack
 
@@ -69,8 +68,8 @@ class Subject:
         # Touched, so that no page faults are timed.
         out = torch.zeros(packing.matrix_bytes(*weight.shape), dtype=torch.uint8)
 
-        def plain(refit: bool) -> solver_native.QuantizeError:
-            return solver_native.quantize_matrix(weight, packing.name, out, refit=refit, isa=isa)
+        def plain(refit: bool) -> hqq_native.QuantizeError:
+            return hqq_native.quantize_matrix(weight, packing.name, out, refit=refit, isa=isa)
 
         def in_blocks() -> feedback_native.FeedbackError:
             return feedback_native.quantize_feedback(

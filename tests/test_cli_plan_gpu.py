@@ -102,7 +102,7 @@ def test_without_a_gpu_speeds_must_be_said_and_typical_ones_are_named(run, conve
 def test_with_a_gpu_what_is_not_said_is_measured(run, converted, monkeypatch):
     from recording_device import RecordingDevice
 
-    from loader.cuda.device.device import speeds, torch_device
+    from loader.cuda.device import speeds, torch_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch_device, "cuda_devices", lambda names: [RecordingDevice(name=name) for name in names])

@@ -22,7 +22,7 @@ from converter.calibration.state_file import write_state
 from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from converter.solvers.registry import calibrated_solvers
+from converter.solvers import calibrated_solvers
 from formats.errors import OutputError, RecipeError, SourceError
 from formats.index import read_index
 from formats.reading.verify import verify_folder

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from converter.solvers import feedback_native, hqq_native, solver_library
 from converter.solvers.feedback_native import FeedbackError, SingularHessianError, factorize, quantize_feedback
 from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order
-from converter.solvers.registry import feedback_native, solver_library
-from converter.solvers.registry import hqq_native as solver_native
 from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
@@ -57,9 +56,9 @@ def feedback(weight: Tensor, name: str, metric: Tensor, **options) -> tuple[Tens
     return out, quantize_feedback(weight, name, out, factorize(metric), metric, **options)
 
 
-def refit(weight: Tensor, name: str, **options) -> tuple[Tensor, solver_native.QuantizeError]:
+def refit(weight: Tensor, name: str, **options) -> tuple[Tensor, hqq_native.QuantizeError]:
     out = room(weight, name)
-    return out, solver_native.quantize_matrix(weight, name, out, refit=True, **options)
+    return out, hqq_native.quantize_matrix(weight, name, out, refit=True, **options)
 
 
 def unpacked(out: Tensor, name: str, weight: Tensor) -> QuantizedMatrix:
@@ -243,7 +242,7 @@ def test_feedback_is_that_of_the_float64_reference_but_for_ties(name: str, colum
 def test_feedback_lowers_the_error_of_outputs(name: str) -> None:
     w, metric = weights((64, 512)).to(torch.bfloat16), hessian(512)
     out = room(w, name)
-    solver_native.quantize_matrix(w, name, out)
+    hqq_native.quantize_matrix(w, name, out)
     hqq = error_in(metric, w, out, name)
     plain = error_in(metric, w, refit(w, name)[0], name)
     weighted = error_in(metric, w, refit(w, name, importance=metric.diagonal().contiguous())[0], name)
@@ -461,7 +460,7 @@ def test_wrong_tensors_are_refused() -> None:
         with pytest.raises(ValueError):
             quantize_feedback(w, name, out, v, h)
     with pytest.raises(ValueError):
-        solver_native.quantize_matrix(w, name, out, importance=torch.ones(512))
+        hqq_native.quantize_matrix(w, name, out, importance=torch.ones(512))
     with pytest.raises(ValueError):
         refit(w, name, importance=torch.ones(511))
 

@@ -8,9 +8,8 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
+from converter.solvers import hqq_native, solver_library
 from converter.solvers.hqq_package import quantize_rows, round_scales
-from converter.solvers.registry import hqq_native as solver_native
-from converter.solvers.registry import solver_library
 from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
@@ -133,11 +132,11 @@ def reference_matrix(weight: Tensor, name: str) -> QuantizedMatrix:
     return round_scales(weight, torch.where(one, 0, scale), torch.where(one, scale * (zero - low), scale * zero), p)
 
 
-def quantize(weight: Tensor, name: str, **options) -> tuple[Tensor, solver_native.QuantizeError]:
+def quantize(weight: Tensor, name: str, **options) -> tuple[Tensor, hqq_native.QuantizeError]:
     p = PACKINGS[name]
     tiles = -(-weight.shape[0] // 32)
     out = torch.full((tiles * p.tile_bytes(weight.shape[1]),), 0xA5, dtype=torch.uint8)
-    error = solver_native.quantize_matrix(weight, name, out, **options)
+    error = hqq_native.quantize_matrix(weight, name, out, **options)
     return out.view(tiles, -1), error
 
 
@@ -159,7 +158,7 @@ def test_codes_are_those_of_the_hqq_package(kind: str, nbits: int, group_size: i
     options = {"nbits": nbits, "group_size": group_size, "round_zero": nbits == 4}
     codes, meta = Quantizer.quantize(w, axis=1, optimize=True, bitpack=False, device="cpu", **options)
     theirs = w - ((codes - meta["zero"]) * meta["scale"]).view(w.shape)
-    ours = solver_native.hqq(w, nbits, group_size, round_zero=nbits == 4)
+    ours = hqq_native.hqq(w, nbits, group_size, round_zero=nbits == 4)
     groups = ours.codes.view(256, -1, group_size).float()
     error = w - ((groups - ours.zero[..., None]) * ours.scale[..., None]).view(w.shape)
     assert torch.equal(ours.scale.view(-1), meta["scale"].view(-1))
@@ -189,7 +188,7 @@ def test_scale_and_zero_are_those_of_the_reference(kind: str, nbits: int, group_
     for shape in SHAPES:
         w = weights(kind, shape)
         scale, zero = reference_hqq(w, nbits, group_size, round_zero=nbits == 4)
-        ours = solver_native.hqq(w, nbits, group_size, round_zero=nbits == 4)
+        ours = hqq_native.hqq(w, nbits, group_size, round_zero=nbits == 4)
         assert np.array_equal(ours.scale.numpy(), scale)
         assert np.array_equal(ours.zero.numpy(), zero)
 
@@ -271,12 +270,12 @@ def test_tile_ranges_on_two_threads_give_the_bytes_and_error_of_one_call(name: s
 
     def part(ends: tuple[int, int]) -> Tensor:
         to = out[ends[0] : ends[1]].view(-1)
-        return solver_native.quantize_tiles(w, name, to, tile_begin=ends[0], tile_end=ends[1], refit=refit)
+        return hqq_native.quantize_tiles(w, name, to, tile_begin=ends[0], tile_end=ends[1], refit=refit)
 
     with ThreadPoolExecutor(2) as pool:
         errors = list(pool.map(part, [(0, 1), (1, 1), (1, 4), (4, 5)]))
     assert torch.equal(out, whole)
-    assert solver_native.QuantizeError.total(errors) == error
+    assert hqq_native.QuantizeError.total(errors) == error
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
@@ -284,9 +283,9 @@ def test_gate_and_up_interleave_tile_by_tile(name: str) -> None:
     gate, up = weights("gaussian", (70, 300)), weights("gaussian", (70, 300), seed=1)
     tile_bytes = PACKINGS[name].tile_bytes(300)
     out = torch.full((6 * tile_bytes,), 7, dtype=torch.uint8)
-    solver_native.quantize_matrix(gate, name, out, stride_tiles=2)
+    hqq_native.quantize_matrix(gate, name, out, stride_tiles=2)
     assert (out.view(6, -1)[1::2] == 7).all()
-    solver_native.quantize_matrix(up, name, out[tile_bytes:], stride_tiles=2)
+    hqq_native.quantize_matrix(up, name, out[tile_bytes:], stride_tiles=2)
     assert torch.equal(out.view(6, -1)[::2], quantize(gate, name)[0])
     assert torch.equal(out.view(6, -1)[1::2], quantize(up, name)[0])
 
@@ -331,9 +330,9 @@ def test_wrong_tensors_are_refused() -> None:
     ]
     for weight, to, options in wrong:
         with pytest.raises(ValueError):
-            solver_native.quantize_tiles(weight, name, to, **options)
+            hqq_native.quantize_tiles(weight, name, to, **options)
     with pytest.raises(ValueError):
-        solver_native.hqq(w, 5, 16)
+        hqq_native.hqq(w, 5, 16)
 
 
 def test_describe_names_the_isa_and_the_library() -> None:

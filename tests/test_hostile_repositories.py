@@ -21,12 +21,12 @@ from converter.checkpoint.source_tensors import stored_tensors
 from formats.artifact import Artifact
 from formats.errors import DamageError, DoesNotFitError, FormatError, HubError, MoeConvertError, SourceError
 from formats.expert import ExpertLayout
+from formats.hub import repo_listing
 from formats.hub.hub_origin import HubOrigin
 from formats.hub.lazy_folder import LazyFolder
 from formats.hub.ranges import Retries
 from formats.hub.remote_artifact import open_remote
 from formats.hub.repo import MAX_FILES, HubRepo
-from formats.hub.repo import repo_listing as hub_listing
 from formats.hub.repo_listing import fetch_listed
 from formats.index_checks import index_problems, layer_header_limit
 from formats.layer_file import layer_metadata, raw_entries
@@ -234,7 +234,7 @@ def test_a_disk_without_room_is_named_before_the_weights_come(
     hub: HubServer, folder: Path, refused: Callable[..., str], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add(REPO, folder)
-    monkeypatch.setattr(hub_listing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(repo_listing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     needed = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert f"needs {needed} bytes, free are 1" in refused(way, DoesNotFitError)
 

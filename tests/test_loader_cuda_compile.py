@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from formats.packing import PACKINGS
-from loader.cuda.device.device import nvrtc
+from loader.cuda.device import nvrtc
 
 pytestmark = pytest.mark.skipif(not nvrtc.is_available(), reason="no NVRTC")
 

@@ -7,7 +7,8 @@ from cuda_host import COMPILER, host_library
 
 from formats.errors import MoeConvertError
 from formats.reading.reader import aligned_bytes
-from loader.cuda.device.device import driver, kernel_argument, nvrtc
+from loader.cuda.device import driver, nvrtc
+from loader.cuda.device.device import kernel_argument
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 needs_nvrtc = pytest.mark.skipif(not nvrtc.is_available(), reason="no NVRTC")

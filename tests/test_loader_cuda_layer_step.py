@@ -14,7 +14,7 @@ from formats.packing import packing_named
 from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
 from loader.cuda.decode import gpu_decoder as decoder
-from loader.cuda.decode import gpu_layer as layer_step
+from loader.cuda.decode import gpu_layer
 from loader.cuda.decode.gpu_layer import SUFFIXES, Launches
 from loader.cuda.decode.token_memory import SPAN, Sizes, TokenMemory
 from loader.cuda.experts.products import Products
@@ -45,11 +45,11 @@ def made(dtype, order=0, **numbers):
     ("file", "name", "value"),
     [
         ("attention", "kSpan", SPAN),
-        ("attention", "kHeads", layer_step._HEADS),
-        ("attention", "kMostDim", layer_step.MOST_HEAD_DIM),
-        ("attention", "kAttendThreads", layer_step._ATTEND_THREADS),
-        ("norm", "kNormThreads", layer_step._NORM_THREADS),
-        ("router", "kRouteThreads", layer_step._ROUTE_THREADS),
+        ("attention", "kHeads", gpu_layer._HEADS),
+        ("attention", "kMostDim", gpu_layer.MOST_HEAD_DIM),
+        ("attention", "kAttendThreads", gpu_layer._ATTEND_THREADS),
+        ("norm", "kNormThreads", gpu_layer._NORM_THREADS),
+        ("router", "kRouteThreads", gpu_layer._ROUTE_THREADS),
         ("head", "kHeadThreads", decoder._HEAD_THREADS),
     ],
 )

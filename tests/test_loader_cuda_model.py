@@ -12,7 +12,7 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, MoeConvertError
-from loader.cuda.device.device import choice
+from loader.cuda.device import choice
 from loader.cuda.experts import stack
 from loader.cuda.experts.cpu_share import Speeds
 from loader.cuda.experts.products import Products

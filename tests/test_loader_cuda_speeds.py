@@ -3,7 +3,7 @@ import torch
 from recording_device import RecordingDevice
 
 from loader.arithmetic import machine
-from loader.cuda.device.device import speeds
+from loader.cuda.device import speeds
 
 
 def test_the_link_is_measured_by_page_locked_copies_of_whole_blocks():

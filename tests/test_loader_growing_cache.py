@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import loader
 from loader.arithmetic import kernels
-from loader.hf import served_model as serving
+from loader.hf import served_model
 from loader.hf.growing_cache import GrowingLayer, growing_layer
 
 PROMPT = "So Jonah arose, and went to Nineveh, according to"
@@ -151,7 +151,7 @@ def with_and_without(model, monkeypatch, run):
     """What `run` gives over the growing cache and over transformers' own; one token by transformers' code in both."""
     with transformers_code(model):
         ours = run()
-        monkeypatch.setattr(serving, "growing_layers", lambda cache, count: None)
+        monkeypatch.setattr(served_model, "growing_layers", lambda cache, count: None)
         return ours, run()
 
 

@@ -25,10 +25,10 @@ from formats.errors import (
     NotConvertedError,
     RecipeError,
 )
+from formats.hub import lazy_folder
 from formats.hub.lazy_folder import LazyFolder
 from formats.hub.lazy_reader import HubReader
 from formats.hub.ranges import Retries
-from formats.hub.repo import lazy_folder
 from formats.reading.mmap_reader import MmapReader
 from formats.reading.reader import aligned_bytes
 from formats.reading.verify import verify_folder

@@ -46,7 +46,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"converter.cli.{cmd_name}_command")
+        module = importlib.import_module(f"converter.cli.commands.{cmd_name}_command")
         command: click.Command = module.command
         return command
 

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from converter.calibration.input_statistics import InputStatistics
+from converter.solvers import feedback_native, hqq_native, solver_library
 from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
 from converter.solvers.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
 from converter.solvers.protocol import SquaredError
-from converter.solvers.registry import feedback_native, solver_library
-from converter.solvers.registry import hqq_native as solver_native
 from formats.packing import Packing, pack
 
 
@@ -53,7 +52,7 @@ class NativeRefit:
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
         """As `Solver.solve`."""
         flat, stride_tiles = _flat(tiles)
-        error = solver_native.quantize_matrix(weight, packing.name, flat, stride_tiles=stride_tiles, refit=True)
+        error = hqq_native.quantize_matrix(weight, packing.name, flat, stride_tiles=stride_tiles, refit=True)
         return SquaredError(error.sum_squared_error, error.sum_squares)
 
 

@@ -3,10 +3,9 @@
 import functools
 import logging
 
+from converter.solvers import hqq_native, solver_library
 from converter.solvers.plain_rows import NoSolver
 from converter.solvers.protocol import Solver
-from converter.solvers.registry import hqq_native as solver_native
-from converter.solvers.registry import solver_library
 
 NO_SOLVER = "none"
 """Of recipes that quantize nothing."""
@@ -31,15 +30,15 @@ def choose_solver(name: str) -> Solver:
     if name == NO_SOLVER:
         return NoSolver()
     if name in ("refit", "feedback"):
-        from converter.solvers.registry import calibrated_solvers as solvers
+        from converter.solvers import calibrated_solvers
 
         if solver_library.available():
-            return solvers.NativeRefit() if name == "refit" else solvers.NativeFeedback()
+            return calibrated_solvers.NativeRefit() if name == "refit" else calibrated_solvers.NativeFeedback()
         _log.warning("%s; the reference in torch is many times slower", solver_library.describe())
-        return solvers.ReferenceRefit() if name == "refit" else solvers.ReferenceFeedback()
+        return calibrated_solvers.ReferenceRefit() if name == "refit" else calibrated_solvers.ReferenceFeedback()
     if name == "hqq":
         if solver_library.available():
-            return solver_native.NativeSolver()
+            return hqq_native.NativeSolver()
         _warn_once()
     # Here, so that the native solver needs no hqq package, which takes seconds to import.
     from converter.solvers.hqq_package import PackageSolver

@@ -40,7 +40,7 @@ def _paths(room: str, name: str) -> list[Path]:
 
     An editable install leaves built libraries in platlib, away from the modules.
     """
-    folders = Path(__file__).parent.parent / room, Path(sysconfig.get_path("platlib")) / room
+    folders = Path(__file__).parents[2] / room, Path(sysconfig.get_path("platlib")) / room
     return list(dict.fromkeys(folder / name for folder in folders))
 
 

@@ -20,7 +20,7 @@ def command(output: Output) -> None:
     moe-convert env
     moe-convert env --json
     """
-    from converter.solvers.registry import solver_library
+    from converter.solvers import solver_library
     from loader.arithmetic import kernels
     from loader.cuda.device.choice import describe_gpus
 

@@ -8,7 +8,8 @@ import torch
 
 from formats.errors import MoeConvertError, RecipeError
 from formats.hub.repo import kept_root
-from loader.cuda.device.device import Device, nvrtc
+from loader.cuda.device import nvrtc
+from loader.cuda.device.device import Device
 from loader.cuda.device.self_check import check_products
 
 _log = logging.getLogger(__name__)

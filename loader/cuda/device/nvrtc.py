@@ -12,8 +12,8 @@ import torch
 
 from formats.errors import MoeConvertError
 
-KERNELS = Path(__file__).parent / "kernels"
-SHARED = Path(__file__).parents[2] / "formats/native/packings.h"
+KERNELS = Path(__file__).parents[1] / "kernels"
+SHARED = Path(__file__).parents[3] / "formats/native/packings.h"
 """The list of packings, which the CPU's native code includes, too."""
 _MAIN = "moe_kernels.cu"
 OPTIONS = ("--std=c++17", "--fmad=false")
