@@ -39,8 +39,8 @@ faults: $(VENV)/installed
 	$(BIN)/python tests/faults/run.py --seconds $(SECONDS)
 
 # Tests that see the version of transformers; and with the oldest libraries, those that name the Hub or run a command too.
-VERSIONED = $(shell grep -lE 'from transformers|import transformers' tests/test_*.py)
-VERSIONED_oldest = $(shell grep -lE 'transformers|huggingface_hub|HubServer|from_pretrained|run_command' tests/test_*.py)
+VERSIONED = $(shell grep -rlE --include='test_*.py' 'from transformers|import transformers' tests)
+VERSIONED_oldest = $(shell grep -rlE --include='test_*.py' 'transformers|huggingface_hub|HubServer|from_pretrained|run_command' tests)
 
 # These with other versions than the pinned ones: the oldest of each library that pyproject.toml allows (torch stays), a
 # transformers between, the newest transformers. Other versions lie in a folder before the environment's own packages.

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from project_paths import EXAMPLE, SUPPORT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small matrices on few cores: torch's workers spin longer than they compute, and stall when another job runs.
 torch.set_num_threads(1)
-
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "tiny-mixtral"
 
 
 @pytest.fixture(scope="session")
@@ -59,10 +58,10 @@ def converted_copy(converted: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def templated(converted_copy: Path) -> Path:
-    """A copy of the example at 2 bits whose tokenizer has the chat template tests/templates/instruct.jinja; to be
+    """A copy of the example at 2 bits whose tokenizer has the chat template tests/support/templates/instruct.jinja; to be
     opened with check="none", as the index does not list it so."""
     config = converted_copy / "tokenizer_config.json"
-    template = (Path(__file__).parent / "templates" / "instruct.jinja").read_text()
+    template = (SUPPORT / "templates" / "instruct.jinja").read_text()
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
     return converted_copy
 

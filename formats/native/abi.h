@@ -1,5 +1,5 @@
 /* What the C ABIs of both native libraries share: status codes, dtypes, instruction sets. formats/native/abi.py states
- * the same numbers for Python (tests/test_formats_native_header.py compares them).
+ * the same numbers for Python (tests/formats/test_formats_native_header.py compares them).
  */
 #ifndef MOE_ABI_H
 #define MOE_ABI_H

@@ -1,6 +1,6 @@
 // The tile packings (docs/format.md, "Packings"): the one list of native code, on CPU and GPU. The order gives the ids,
 // which are part of the C ABI, not of the file format: files and Python name packings by their names.
-// tests/test_formats_native_header.py compares the list with formats/packing.py. No includes: NVRTC reads it, too.
+// tests/formats/test_formats_native_header.py compares the list with formats/packing.py. No includes: NVRTC reads it, too.
 #pragma once
 
 // X(id, part of kernels' names, name, bits of a code, columns that share S and M, bits of S and of M, chunks)

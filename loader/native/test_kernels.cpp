@@ -1,6 +1,6 @@
 // For the sanitizers: every packing on every instruction set over odd sizes, in heap buffers of their exact size, at
 // odd addresses, down to one row, one column and one token; threads; and all paths must give the same bits.
-// Values are checked by tests/test_loader_kernels.py.
+// Values are checked by tests/loader/arithmetic/test_loader_kernels.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

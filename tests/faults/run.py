@@ -24,7 +24,7 @@ SHOWN = 20
 
 
 def main() -> int:
-    sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "bench")]
+    sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "bench")]
     from faults.campaigns import CAMPAIGNS, Attempt, attempt
     from faults.campaigns.workshop import Lane, Workshop
     from faults.shim import compiler

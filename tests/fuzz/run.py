@@ -2,7 +2,7 @@
 
 Two targets run at a time, each in its own process with a limit on memory and on the time of one input. An input that
 raises anything but our own errors, or exceeds a limit, is kept in tests/fuzz/found/TARGET. Fix the parser and commit
-the file: tests/test_fuzz_corpus.py tries it from then on. `--input FILE TARGET` tries one file.
+the file: tests/formats/test_fuzz_corpus.py tries it from then on. `--input FILE TARGET` tries one file.
 """
 
 import argparse
@@ -24,7 +24,7 @@ AT_A_TIME = 2
 
 
 def main() -> int:
-    sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "bench")]
+    sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "bench")]
     from fuzz.targets import TARGETS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,6 +1,6 @@
 // What all kernels share: quantized activations, conversions, and the arithmetic of docs/numerics.md.
 // Compiled by NVRTC for the user's GPU (--fmad=false, so that only fmaf contracts), and by a C++ compiler for the tests
-// (tests/cuda_host/host.h stands for the GPU). No header of CUDA's: NVRTC comes without them.
+// (tests/support/cuda_host/host.h stands for the GPU). No header of CUDA's: NVRTC comes without them.
 #pragma once
 
 #if defined(MOE_ON_HOST)

@@ -1,5 +1,5 @@
 // The tile packings (docs/format.md, "Packings") as a thread of a GPU reads them, in place.
-// formats/native/packings.h lists them. tests/test_loader_cuda_products.py compares the constants with
+// formats/native/packings.h lists them. tests/loader/cuda/test_loader_cuda_products.py compares the constants with
 // formats/packing.py.
 #pragma once
 #include "common.cuh"

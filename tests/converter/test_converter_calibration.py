@@ -1,0 +1,421 @@
+"""Calibrated conversions: statistics are those of the model, the same bytes by every way, bad input is named."""
+
+import gc
+import hashlib
+import json
+import tarfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_checkpoint import SHAPES, make_checkpoint
+from project_paths import ROOT
+from safetensors.torch import load_file, save_file
+from test_converter_convert import Interruption, hashes, stop_after
+
+from converter.calibration import calibration_pass
+from converter.calibration.calibration_pass import STATE_FOLDER, CalibrationPass
+from converter.calibration.calibration_text import CalibrationTokens, calibration_tokens
+from converter.calibration.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs, LayerStatistics
+from converter.calibration.state_file import write_state
+from converter.checkpoint.source import Checkpoint
+from converter.convert import ConvertOptions, convert_checkpoint
+from converter.recipe.recipes import make_recipe
+from converter.solvers import calibrated_solvers
+from formats.errors import OutputError, RecipeError, SourceError
+from formats.index import read_index
+from formats.reading.verify import verify_folder
+
+
+@pytest.fixture(autouse=True)
+def reference_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about calibration, whatever the library does."""
+    monkeypatch.setattr(calibrated_solvers, "NativeFeedback", calibrated_solvers.ReferenceFeedback)
+
+
+@pytest.fixture(scope="module")
+def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrated_solvers, "NativeFeedback", calibrated_solvers.ReferenceFeedback)
+        out = tmp_path_factory.mktemp("reference") / "out"
+        convert(source, out)
+    return hashes(out)
+
+
+def convert(source: Path, out: Path, recipe: dict[str, Any] | None = None, **options: Any) -> str:
+    chosen = {"calibrate": "random", "calibration_tokens": 1024} | (recipe or {})
+    return convert_checkpoint(source, out, make_recipe("2bit", **chosen), ConvertOptions(**options)).done
+
+
+def one_by_one(tasks: Any) -> list[Any]:
+    return [task() for task in tasks]
+
+
+def passing(source: Path, folder: Path, tokens: CalibrationTokens, checkpoint: Checkpoint) -> CalibrationPass:
+    return CalibrationPass(checkpoint, tokens, folder, "test", one_by_one)
+
+
+def moment(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x / len(x)
+
+
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_pass, "fast_products", lambda _: torch.float32)
+
+
+@pytest.mark.usefixtures("float32_products")
+@pytest.mark.parametrize("layer", [0, 2])
+def test_statistics_are_those_of_the_transformers_model(source: Path, tmp_path: Path, layer: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    inputs: dict[str, torch.Tensor] = {}
+    block = model.model.layers[layer]
+    for name, module in (("q", block.self_attn.q_proj), ("o", block.self_attn.o_proj), ("mlp", block.mlp.gate)):
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, -2)))
+    with Checkpoint(source) as checkpoint:
+        tokens = calibration_tokens(checkpoint, "random", 1024)
+        passes = passing(source, tmp_path, tokens, checkpoint)
+        statistics = passes.prepare(layer)
+        prefix = f"model.layers.{layer}.self_attn"
+        with torch.no_grad():
+            model(input_ids=tokens.windows, use_cache=False)
+            torch.testing.assert_close(statistics.linears[f"{prefix}.k_proj"].hessian[0], moment(inputs["q"]))
+            torch.testing.assert_close(statistics.linears[f"{prefix}.o_proj"].hessian[0], moment(inputs["o"]))
+            *_, chosen = block.mlp.gate(inputs["mlp"])
+            here = (chosen == 1).any(1)
+            x = inputs["mlp"][here]
+            gate_up, count = statistics.of_gate_up(1)
+            assert count == len(x)
+            prior = PRIOR_SHARE * 64
+            expected = (len(x) * moment(x) + prior * moment(inputs["mlp"])) / (len(x) + prior)
+            torch.testing.assert_close(gate_up.hessian[0], expected)
+            rows = block.mlp.experts.gate_up_proj[1].split(96)
+            gate, up = (x @ part.T for part in rows)
+            h = torch.nn.functional.silu(gate) * up
+            down, correction = statistics.of_down(1, *(lambda b, e, part=part: part[b:e] for part in rows))
+            assert correction is not None
+            assert float(correction.factor.abs().max()) < 0.01  # nothing is lost, but for bfloat16
+        assert down.hessian.shape == (1, DOWN_BLOCK, DOWN_BLOCK)
+        share = len(h) / (len(h) + PRIOR_SHARE * DOWN_BLOCK)
+        pooled = statistics.down.hessian
+        torch.testing.assert_close(down.hessian[0, :96, :96], share * moment(h) + (1 - share) * pooled[0, :96, :96])
+        assert not down.hessian[0, 96:].any()
+
+
+@pytest.mark.usefixtures("float32_products")
+def test_the_pass_ends_where_the_model_does(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with Checkpoint(source) as checkpoint, torch.no_grad():
+        tokens = calibration_tokens(checkpoint, "random", 1024)
+        passes = passing(source, tmp_path, tokens, checkpoint)
+        head = passes.prepare_head().linears["lm_head"]
+        expected = moment(model.model(input_ids=tokens.windows, use_cache=False).last_hidden_state.flatten(0, 1))
+        torch.testing.assert_close(head.hessian[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_products_give_nearly_the_same_statistics(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(calibration_pass, "fast_products", lambda _, dtype=dtype: dtype)
+        with Checkpoint(source) as checkpoint:
+            passes = passing(source, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint)
+            layer = passes.prepare(2)
+            found.append([layer.of_gate_up(0)[0].hessian, layer.down.hessian])
+    for exact, near in zip(*found, strict=True):
+        assert 0 < float((near - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_any_number_of_workers_gives_the_same_bytes(
+    source: Path, reference: dict[str, str], tmp_path: Path, workers: int
+) -> None:
+    convert(source, tmp_path / "out", max_workers=workers)
+    assert hashes(tmp_path / "out") == reference
+
+
+@pytest.mark.parametrize("moment_of_it", [0, 3, 4, 9])
+def test_interruption_is_resumed_to_the_same_bytes(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment_of_it: int
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, moment_of_it)
+        with pytest.raises(Interruption):
+            convert(source, out)
+    convert(source, out)
+    assert hashes(out) == reference
+    assert verify_folder(out, read_data=True).problems == []
+
+
+def test_statistics_of_one_layer_at_a_time_are_in_memory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, prepared, alive = CalibrationPass.prepare, [], []
+
+    def watched(self: CalibrationPass, layer: int, *, gather: bool) -> LayerStatistics:
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in prepared))
+        statistics = prepare(self, layer, gather=gather)
+        prepared.append(weakref.ref(statistics))
+        return statistics
+
+    monkeypatch.setattr(CalibrationPass, "prepare", watched)
+    convert(source, tmp_path / "out", max_workers=2)
+    assert alive == [0, 0, 0]
+
+
+def test_resume_begins_at_the_last_finished_layer(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(Interruption):
+            convert(source, out)
+    assert (out / STATE_FOLDER / "state").exists()
+    layers: list[int] = []
+    original = CalibrationPass._forward
+    monkeypatch.setattr(
+        CalibrationPass, "_forward", lambda self, layer, **k: (layers.append(layer), original(self, layer, **k))[1]
+    )
+    convert(source, out)
+    assert layers == [2]
+    assert not (out / STATE_FOLDER).exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "another"])
+def test_lost_or_foreign_state_is_computed_again(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(Interruption):
+            convert(source, out)
+    state = out / STATE_FOLDER / "state"
+    if damage == "gone":
+        state.unlink()
+    elif damage == "cut":
+        state.write_bytes(state.read_bytes()[:1000])
+    elif damage == "flipped":
+        data = bytearray(state.read_bytes())
+        data[-100] ^= 1
+        state.write_bytes(data)
+    else:
+        with Checkpoint(source) as checkpoint:
+            windows = calibration_tokens(checkpoint, "random", 1024).windows
+        write_state(state, "another", 2, torch.ones(*windows.shape, 64))
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+def test_parts_of_the_layers_add_up_to_the_whole(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert convert(source, out, part=(2, 2)) == "part"
+    assert convert(source, out, part=(1, 2)) == "part"
+    convert(source, out)
+    assert hashes(out) == reference
+
+
+def test_resume_with_other_tokens_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text\n" for i in range(2000)))
+    recipe = {"calibrate": "file"}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interruption):
+            convert(source, out, recipe, calibration_file=text)
+    text.write_text("".join(f"other line {i} of a text\n" for i in range(2000)))
+    with pytest.raises(OutputError, match="another calibration"):
+        convert(source, out, recipe, calibration_file=text)
+
+
+def test_complete_folder_by_another_text_is_refused(source: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text\n" for i in range(2000)))
+    convert(source, out, {"calibrate": "file"}, calibration_file=text)
+    assert convert(source, out, {"calibrate": "file"}, calibration_file=text) == "already complete"
+    text.write_text("".join(f"other line {i} of a text\n" for i in range(2000)))
+    with pytest.raises(OutputError, match=r"another calibration(?s:.*)--force"):
+        convert(source, out, {"calibrate": "file"}, calibration_file=text)
+
+
+def test_index_and_quality_say_how_it_was_calibrated(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out)
+    index = read_index(out)
+    assert index.recipe.options == {"calibrate": "random", "calibration_tokens": 1024}
+    with Checkpoint(source) as checkpoint:
+        assert calibration_tokens(checkpoint, "random", 1024).sha256 in index.producer.versions["calibration"]
+    quality = json.loads((out / "quality.json").read_text())
+    assert quality["uncalibrated"] == []
+    assert sum(e["calibration_tokens"] for e in quality["experts"] if e["layer"] == 0) == 2 * 1024
+    assert "1024 tokens, random" in (out / "README.md").read_text()
+
+
+def test_head_is_calibrated_too(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", {"head_bits": 4})
+    quality = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert 0 < quality["trunk"]["lm_head"] < 0.12
+    assert quality["uncalibrated"] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), r"1 NaN.* the first at \[5\]"), (2.0**127, r"largest weight there is 1.70141e\+38.* at \[5\]")],
+)
+def test_activations_that_are_not_finite_name_the_weight(tmp_path: Path, value: float, message: str) -> None:
+    folder = tmp_path / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 3)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][5] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SourceError, match=rf"(?s)(?=.*layers\.1\.post_attention_layernorm\.weight).*{message}"):
+        convert(folder, tmp_path / "out")
+
+
+def test_useless_statistics_fall_back_and_are_recorded(tmp_path: Path) -> None:
+    folder = tmp_path / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.v_proj.weight"][:] = 0  # so nothing reaches o_proj
+    save_file(tensors, folder / "model.safetensors")
+    convert(folder, tmp_path / "out")
+    quality = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert quality["uncalibrated"] == ["model.layers.0.self_attn.o_proj"]
+    assert 0 < quality["trunk"]["model.layers.0.self_attn.o_proj"] < 0.12
+
+
+def test_expert_that_no_token_reached_gets_its_layers_statistics(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 1)
+    tensors = load_file(folder / "model.safetensors")
+    router = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+    router[0], router[1] = router[2] + 0.01 * router[0], router[2]  # 3 rarely, and 0, 1, 2 tie
+    tensors["model.layers.0.post_attention_layernorm.weight"][:] = 1
+    tensors["model.layers.0.block_sparse_moe.gate.weight"] = router
+    save_file(tensors, folder / "model.safetensors")
+    with Checkpoint(folder) as checkpoint:
+        passes = passing(folder, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint)
+        layer = passes.prepare(0)
+        layer.experts[0] = ExpertInputs(torch.empty(0, dtype=torch.int64), torch.empty(0, 96, dtype=torch.bfloat16))
+        gate_up, count = layer.of_gate_up(0)
+        down, correction = layer.of_down(0, lambda begin, end: torch.ones(end - begin, 64), lambda *_: torch.ones(0))
+        assert (count, gate_up is layer.gate_up, down is layer.down, correction) == (0, True, True, None)
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [(b"", "is empty"), (b"too short", "are needed"), (b"caf\xe9 " * 9000, "not UTF-8 at byte 3")],
+)
+def test_bad_text_is_named(source: Path, tmp_path: Path, data: bytes, word: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(data)
+    with pytest.raises(SourceError, match=word):
+        convert(source, tmp_path / "out", {"calibrate": "file"}, calibration_file=text)
+    with pytest.raises(SourceError, match="No such file"):
+        convert(source, tmp_path / "out", {"calibrate": "file"}, calibration_file=tmp_path / "none.txt")
+
+
+def test_checkpoint_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "mini"
+    make_checkpoint(folder, SHAPES["mini"], 1)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(SourceError, match=r"tokenizer(?s:.*)--calibrate random"):
+        convert(folder, tmp_path / "out", {"calibrate": "builtin"})
+    assert convert(folder, tmp_path / "out2", {"calibrate": "random"}) == "converted"
+
+
+def test_text_that_is_unknown_to_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder, text = tmp_path / "mini", tmp_path / "text.txt"
+    make_checkpoint(folder, SHAPES["mini"], 1)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    unknown = tokenizer["model"]["vocab"]["<unk>"]
+    tokenizer["model"] |= {"byte_fallback": False, "unk_token": "<unk>", "fuse_unk": False}
+    tokenizer["model"]["vocab"] = {t: i for t, i in tokenizer["model"]["vocab"].items() if t.isascii() or i <= unknown}
+    tokenizer["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text.write_text("漢字かな" * 3000)
+    with pytest.raises(SourceError, match=r"% of .*text.txt is unknown"):
+        convert(folder, tmp_path / "out", {"calibrate": "file"}, calibration_file=text)
+
+
+def test_builtin_text_is_in_the_source_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = pytest.importorskip("scikit_build_core.build")
+    monkeypatch.chdir(ROOT)
+    with tarfile.open(tmp_path / build.build_sdist(str(tmp_path))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"converter/data/calibration.txt.zst", "converter/data/README.md"} <= names
+
+
+def test_builtin_text_is_enough_for_the_default_and_has_several_kinds(example_folder: Path) -> None:
+    with Checkpoint(example_folder) as checkpoint:
+        tokens = calibration_tokens(checkpoint, "builtin", 8192)
+        again = calibration_tokens(checkpoint, "builtin", 8192)
+    assert tokens.windows.numel() == 8192
+    assert tokens.sha256 == again.sha256
+    assert (tokens.windows[:, 0] == 1).all()
+    assert float(tokens.weights.mean()) == pytest.approx(1)
+
+
+def test_builtin_text_shares_nothing_with_the_example_texts(example_folder: Path) -> None:
+    from converter.calibration.calibration_text import _read
+
+    _, text = _read("builtin", None)
+    lines = {line.strip() for line in text.splitlines() if len(line.strip()) > 40}
+    for file in (example_folder.parent / "text").glob("*.txt"):
+        assert lines.isdisjoint(line.strip() for line in file.read_text().splitlines())
+    assert 200_000 < len(text.encode()) < 500_000
+    assert hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"solver": "hqq", "calibrate": "builtin"}, "uses no calibration"),
+        ({"solver": "refit", "calibration_tokens": 8192}, "uses no calibration"),
+        ({"solver": "feedback", "calibrate": "none"}, "needs calibration"),
+        ({"calibrate": "builtin", "calibration_tokens": 512}, "512"),
+        ({"calibrate": "poetry"}, "poetry"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(RecipeError, match=word):
+        make_recipe("2bit", **options)
+
+
+def test_calibration_and_the_solver_imply_each_other() -> None:
+    assert make_recipe("2bit", calibrate="random").solver == "feedback"
+    assert make_recipe("2bit", solver="feedback").recorded.options == {
+        "calibrate": "builtin",
+        "calibration_tokens": 8192,
+    }
+    assert make_recipe("2bit", calibrate="none").recorded.options == {}
+
+
+def test_command_takes_a_file_and_says_what_it_did(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from converter.cli.main import main
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} of a text\n" for i in range(2000)))
+    command = ["convert", source, "-o", tmp_path / "out", "--calibrate", text, "--calibration-tokens", 1024, "--json"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, command), "--dry-run"])
+    needed = json.loads(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as exit_:
+        main(list(map(str, command)))
+    facts = json.loads(capsys.readouterr().out)
+    assert exit_.value.code == 0
+    assert (facts["solver"], facts["calibration"], facts["done"]) == ("feedback", "file", "converted")
+    assert needed["memory_bytes"] > 0

@@ -1,0 +1,110 @@
+"""Who may import whom (formats ← converter, loader), and that everything public says what it is."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+from project_paths import ROOT
+
+PACKAGES = ("formats", "converter", "loader")
+OUTSIDE_FOR_FORMATS = {"numpy", "safetensors", "torch", "msgspec", "zstandard", "xxhash"}
+# Converter and loader both read repositories: tokens, retries and errors stand in one place.
+FOR_THE_HUB = {"formats.hub.repo": {"huggingface_hub"}}
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+every_module = pytest.mark.parametrize("module", MODULES)
+
+
+def imports(module: str) -> set[str]:
+    """Every module that `module` imports, at any depth; ours by full name, others by their package."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            parent = str(node.module)
+            found |= {f"{parent}.{a.name}" if f"{parent}.{a.name}" in MODULES else parent for a in node.names}
+    return {name if name in MODULES else name.partition(".")[0] for name in found}
+
+
+def package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_walk_finds_the_modules() -> None:
+    assert {"formats", "formats.packing", "formats.index"} <= set(MODULES)
+    assert imports("formats.expert") >= {"formats.packing", "torch", "dataclasses"}
+
+
+@every_module
+def test_module_imports_only_along_the_arrows(module: str) -> None:
+    for other in imports(module):
+        if package(other) not in PACKAGES or package(other) == package(module):
+            continue
+        from_command = module.startswith("converter.cli") and package(other) == "loader"
+        assert from_command or package(other) == "formats", f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if package(m) == "formats"])
+def test_formats_imports_little(module: str) -> None:
+    outside = {package(other) for other in imports(module)} - {"formats"} - set(sys.stdlib_module_names)
+    assert outside <= OUTSIDE_FOR_FORMATS | FOR_THE_HUB.get(module, set())
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    graph = {module: {other for other in imports(module) if other in MODULES} - {module} for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        pytest.fail(f"imports go in a circle: {' → '.join(e.args[1])}")
+
+
+@cache
+def described_methods() -> set[str]:
+    """Names of methods that have a docstring in some class."""
+    nodes = [node for path in MODULES.values() for node in ast.walk(ast.parse(path.read_text()))]
+    methods = [m for c in nodes if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)]
+    return {method.name for method in methods if ast.get_docstring(method)}
+
+
+def undocumented(module: str) -> Iterator[str]:
+    """Public classes, functions and methods without a docstring.
+
+    Properties need none where the name says it all, nor does a method that a base class may describe, or that another
+    class (the interface) does.
+    """
+    tree = ast.parse(MODULES[module].read_text())
+    if not ast.get_docstring(tree):
+        yield module
+    described = described_methods()
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node):
+            yield f"{module}.{node.name}"
+        if isinstance(node, ast.ClassDef) and not node.bases:
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+                    is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in method.decorator_list)
+                    if not is_property and method.name not in described:
+                        yield f"{module}.{node.name}.{method.name}"
+
+
+@every_module
+def test_everything_public_has_a_docstring(module: str) -> None:
+    assert list(undocumented(module)) == []
+
+
+@every_module
+def test_no_exported_function_is_named_like_its_module(module: str) -> None:
+    own = module.rpartition(".")[2]
+    names = [n.name for n in ast.parse(MODULES[module].read_text()).body if isinstance(n, ast.FunctionDef)]
+    assert own not in names or own == "main"

@@ -1,0 +1,312 @@
+"""A GPU that there is not: memory, streams and events on the CPU, which finds what is not ordered.
+
+Device memory is CPU memory. A copy is done only when somebody waits for it (or when `order` says so), in its stream's
+order; what the compute stream is given is done at once, as the torch operations between are, except that what it copies
+to the host arrives there only when the host waits. Whether two accesses are ordered is known from vector clocks
+(tests/support/happens_before.py), not from the order in which they happen to be done.
+"""
+
+import random
+import threading
+import weakref
+from collections import deque
+
+import numpy
+import torch
+from cuda_host import launch_on_host
+from happens_before import Access, HappensBefore
+
+HOST = "host"
+ALIGNMENT_BYTES = 256
+
+
+class RecordingDevice:
+    """A `loader.cuda.device.device.Device`. Conflicting accesses that no event, stream or synchronisation orders raise
+    AssertionError; in threads that catch it too, it stays in `races`.
+
+    order: when copies are done: "late" (when somebody waits), "early" (at once), or a seed for something in between.
+    capacity_bytes: of its memory; pinnable_bytes: what `pin` takes. beside: another device of the same machine.
+
+    log: ("copy" | "launch" | "pin" | "wait", name or bytes) in the order in which they were given.
+    synchronisations: (thread's name, what) of each wait of the host. copied_bytes: to the device, and to the host.
+    """
+
+    def __init__(self, *, order="late", capacity_bytes=1 << 40, pinnable_bytes=1 << 60, name="cuda:0", beside=None):
+        self.name, self.torch_device, self.capability = name, torch.device("cpu"), (7, 5)
+        self.order = order
+        self.capacity_bytes, self.used_bytes, self.pinnable_bytes = capacity_bytes, 0, pinnable_bytes
+        self.log, self.synchronisations = [], []
+        self.copied_bytes = {"to device": 0, "to host": 0}
+        self.thread_order = 0
+        """Of a kernel's threads (tests/support/cuda_host.py)."""
+        self._random = random.Random(order)
+        self.machine = beside.machine if beside else Machine()
+        self.lock = self.machine.lock
+        self._streams = []
+        self._memory, self._freed = {}, deque()
+        self._compute = self._add_stream("compute", eager=True)
+
+    @property
+    def races(self):
+        """All that were found on this machine."""
+        return self.machine.order.races
+
+    # What the engine calls.
+
+    def empty(self, n_bytes):
+        with self.lock:
+            self._reclaim()
+            size = -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            if self.used_bytes + size > self.capacity_bytes:
+                raise torch.OutOfMemoryError(f"{self.name}: {size} bytes, {self.used_bytes} are in use")
+            array = numpy.full(size + ALIGNMENT_BYTES, 0xA5, numpy.uint8)
+            # Its address may be that of what has just been freed.
+            self._reclaim()
+            begin = -(-array.ctypes.data // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            self._memory[begin] = begin + size
+            self.used_bytes += size
+            weakref.finalize(array, self._let_go, begin, begin + size)
+            # torch may give memory whose last use on the compute stream is not over.
+            self.machine.order.access(
+                self._compute.name, "an earlier use of the memory", begin, begin + size, write=True
+            )
+            return torch.from_numpy(array)[begin - array.ctypes.data :][:n_bytes]
+
+    def memory(self):
+        with self.lock:
+            self._reclaim()
+            return self.capacity_bytes - self.used_bytes, self.capacity_bytes
+
+    def release(self):
+        pass
+
+    def new_stream(self):
+        with self.lock:
+            return self._add_stream(f"copy-{len(self._streams)}", eager=False)
+
+    def compute_stream(self):
+        return self._compute
+
+    def new_event(self):
+        return RecordingEvent(self)
+
+    def copy(self, target, source, stream):
+        assert target.dtype == source.dtype == torch.uint8 and target.numel() == source.numel()
+        with self.lock:
+            self._reclaim()
+            to_device = self._is_mine(target)
+            assert to_device or self._is_mine(source), "a copy on the host"
+            name = self.machine.number(
+                f"copy of {target.numel()} bytes {'to the device' if to_device else 'to the host'}"
+            )
+            self.log.append(("copy", target.numel()))
+            self.copied_bytes["to device" if to_device else "to host"] += target.numel()
+            self._given(stream, name, reads=[source], writes=[target])
+            host = source if to_device else target
+            if not (self._is_mine(source) and to_device) and not self.machine.is_pinned(host):
+                stream.run_until(stream.given)
+                target.copy_(source)
+                self.host_waited(f"pageable {name}", self.machine.order.point(stream.name))
+            elif stream.eager and to_device:
+                stream.run_until(stream.given)
+                target.copy_(source)
+            else:
+                # The compute stream goes on at once: what it copies is as it was.
+                stream.give(target, source.clone() if stream.eager else source)
+            self._chance()
+
+    def pin(self, memory):
+        with self.lock:
+            assert memory.data_ptr() % 4096 == memory.numel() % 4096 == 0, "no whole pages"
+            if memory.numel() > self.pinnable_bytes:
+                return False
+            self.pinnable_bytes -= memory.numel()
+            self.log.append(("pin", memory.numel()))
+            self.machine.pin(memory)
+            return True
+
+    def unpin(self, memory):
+        with self.lock:
+            self.pinnable_bytes += memory.numel()
+            self.machine.unpin(memory)
+
+    def prepare(self, kernel, grid, threads, args, *, shared_bytes=0, reads=(), writes=()):
+        def launch():
+            self.touch(kernel, reads=reads, writes=writes)
+            with self.lock:
+                launch_on_host(kernel, grid, threads, args, shared_bytes, self.thread_order)
+
+        return launch
+
+    def launch(self, kernel, grid, threads, args, *, shared_bytes=0, reads=(), writes=()):
+        self.prepare(kernel, grid, threads, args, shared_bytes=shared_bytes, reads=reads, writes=writes)()
+
+    # What tests call.
+
+    def touch(self, name="use", *, reads=(), writes=()):
+        """A launch on the compute stream that computes nothing."""
+        with self.lock:
+            self._reclaim()
+            self.log.append(("launch", name))
+            self._given(self._compute, self.machine.number(name), reads, writes)
+            self._chance()
+
+    def host_writes(self, memory, name="host"):
+        """The host is about to write there."""
+        self._host_accesses(memory, name, write=True)
+
+    def host_reads(self, memory, name="host"):
+        """The host is about to read there."""
+        self._host_accesses(memory, name, write=False)
+
+    def syncs_of(self, thread="MainThread"):
+        """What the thread waited for."""
+        return [what for name, what in self.synchronisations if name == thread]
+
+    # Inside.
+
+    def _add_stream(self, name, *, eager):
+        stream = RecordingStream(self, f"{self.name} {name}", eager)
+        self._streams.append(stream)
+        return stream
+
+    def _given(self, stream, name, reads, writes):
+        order = self.machine.order
+        order.see(stream.name, order.point(HOST))
+        for memory, write in [*((m, False) for m in reads), *((m, True) for m in writes)]:
+            begin = memory.data_ptr()
+            keep = None if self._is_mine(memory) else memory
+            order.access(
+                stream.name, name, begin, begin + memory.numel() * memory.element_size(), write=write, memory=keep
+            )
+
+    def _host_accesses(self, memory, name, *, write):
+        with self.lock:
+            self._reclaim()
+            begin = memory.data_ptr()
+            end = begin + memory.numel() * memory.element_size()
+            self.machine.order.access(HOST, self.machine.number(name), begin, end, write=write, memory=memory)
+
+    def host_waited(self, what, point):
+        """The host was made to wait until `point`."""
+        self.synchronisations.append((threading.current_thread().name, what))
+        self.machine.order.see(HOST, point)
+
+    def _chance(self):
+        for stream in self._streams:
+            if self.order == "early":
+                stream.run_until(stream.given)
+            elif self.order != "late" and self._random.random() < 0.3:
+                stream.run_until(self._random.randint(stream.done, stream.given))
+
+    def _is_mine(self, memory):
+        address = memory.data_ptr()
+        return any(begin <= address < end for begin, end in self._memory.items())
+
+    def _let_go(self, begin, end):
+        # Called wherever the last reference goes, also in the middle of something: looked at in the next call. Then the
+        # memory may be what the compute stream, given by the host, uses next.
+        order = self.machine.order
+        self._freed.append((begin, end, order.joined(self._compute.name, HOST)))
+
+    def _reclaim(self):
+        while self._freed:
+            begin, end, clock = self._freed.popleft()
+            del self._memory[begin]
+            self.used_bytes -= end - begin
+            order = self.machine.order
+            try:
+                order.check(Access(self._compute.name, 0, "the memory's next use", True, begin, end, None), clock)
+            finally:
+                order.forget(begin, end)
+
+
+class Machine:
+    """What devices share: the host, its pinned memory, the clocks."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.order = HappensBefore()
+        self._pinned = {}
+        self._count = 0
+
+    def number(self, name):
+        self._count += 1
+        return f"{name} #{self._count}"
+
+    def pin(self, memory):
+        assert memory.data_ptr() not in self._pinned, "pinned twice"
+        self._pinned[memory.data_ptr()] = memory
+
+    def unpin(self, memory):
+        del self._pinned[memory.data_ptr()]
+
+    def is_pinned(self, memory):
+        begin, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+        return any(at <= begin and end <= at + whole.numel() for at, whole in self._pinned.items())
+
+
+class RecordingStream:
+    """given: how many operations; done: how many of them have been executed."""
+
+    def __init__(self, device, name, eager):
+        self.device, self.name, self.eager = device, name, eager
+        self.given = self.done = 0
+        self._queue = deque()
+
+    def give(self, target, source):
+        """A copy, later."""
+        self.given += 1
+        self._queue.append(lambda: target.copy_(source))
+
+    def wait_event(self, event):
+        with self.device.lock:
+            assert event.stream is not None, f"{self.name} waits for an event that was never recorded"
+            self.device.log.append(("wait", self.name))
+            self.device.machine.order.see(self.name, event.point)
+            if self.eager:
+                event.stream.run_until(event.after)
+            else:
+                self.given += 1
+                self._queue.append(lambda stream=event.stream, after=event.after: stream.run_until(after))
+
+    def synchronize(self):
+        with self.device.lock:
+            self.run_until(self.given)
+            self.device.host_waited(self.name, self.device.machine.order.point(self.name))
+
+    def run_until(self, count):
+        """Does what was given, up to the operation of that number."""
+        while self.done < count:
+            self.done += 1
+            self._queue.popleft()()
+
+
+class RecordingEvent:
+    """stream, after, point: where it was recorded last; `point` in vector clocks, `after` in the stream's count."""
+
+    def __init__(self, device):
+        self._device = device
+        self.stream, self.after, self.point = None, 0, {}
+
+    def record(self, stream):
+        with self._device.lock:
+            order = self._device.machine.order
+            order.see(stream.name, order.point(HOST))
+            self.stream, self.after, self.point = stream, stream.given, order.point(stream.name)
+
+    def query(self):
+        with self._device.lock:
+            if self.stream is None:
+                return True
+            self._device._chance()
+            if self.stream.done < self.after:
+                return False
+            self._device.machine.order.see(HOST, self.point)
+            return True
+
+    def synchronize(self):
+        with self._device.lock:
+            assert self.stream is not None, "the host waits for an event that was never recorded"
+            self.stream.run_until(self.after)
+            self._device.host_waited(f"event on {self.stream.name}", self.point)
