@@ -7,21 +7,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.cli.main import COMMANDS, cli
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "mini"
-    make_checkpoint(folder, SHAPES["mini"], 2)
-    return folder
-
-
-@pytest.fixture
-def run(run_command: Any) -> Any:
-    return run_command
 
 
 def test_convert_inspect_verify(run: Any, source: Path, tmp_path: Path) -> None:

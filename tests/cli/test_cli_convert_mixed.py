@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli_convert import run, source
+from convert_fixtures import run, source
 
 __all__ = ["run", "source"]
 

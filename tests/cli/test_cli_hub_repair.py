@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged_files import flip
 from hub_server import HubServer
-from test_formats_reader import flip
 
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from damaged_files import flip
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
-from test_formats_reader import flip
 
 from converter.publish.model_card import CardOptions, card_text, parameter_count
 from formats.artifact import Artifact

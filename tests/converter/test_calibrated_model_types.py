@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
+from interrupted_runs import Interruption, hashes, stop_after
 from random_models import MODELS, make_model, write_checkpoint
-from test_converter_convert import Interruption, hashes, stop_after
 
 import loader
 from converter.checkpoint.shards.hub_model import HubModel

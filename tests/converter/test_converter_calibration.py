@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted_runs import Interruption, hashes, stop_after
 from make_checkpoint import SHAPES, make_checkpoint
 from project_paths import ROOT
 from safetensors.torch import load_file, save_file
-from test_converter_convert import Interruption, hashes, stop_after
 
 from converter.calibration import calibration_pass
 from converter.calibration.calibration_pass import STATE_FOLDER, CalibrationPass

@@ -9,6 +9,7 @@ import pytest
 import torch
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
+from streamed_answers import some_windows, streamed, transformers_answer
 
 from converter.checkpoint.source import Checkpoint
 from converter.forward import expert_forward, outer_model, streamed_model
@@ -21,31 +22,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source") / "mini"
     make_checkpoint(folder, SHAPES["mini"], 3, dtype="F32", layout="fused")
     return folder
-
-
-def some_windows(count: int, window: int) -> torch.Tensor:
-    return torch.randint(0, 4096, (count, window), generator=torch.Generator().manual_seed(0))
-
-
-def transformers_answer(folder: Path, windows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [windows, window, vocabulary], and each layer's choices [windows · window, k], sorted."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    chosen: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda _m, _x, output: chosen.append(output[-1].sort(-1).values))
-    with torch.no_grad():
-        return model(input_ids=windows, use_cache=False).logits, chosen
-
-
-def streamed(folder: Path, windows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    with Checkpoint(folder) as checkpoint:
-        model = StreamedModel(checkpoint, windows)
-        model.run()
-        found = [(logits(0, windows.shape[1]), chosen) for logits, chosen in model.predictions()]
-    chosen = torch.cat([c for _, c in found], 1).sort(-1).values
-    return torch.stack([logits for logits, _ in found]), list(chosen)
 
 
 @pytest.mark.parametrize("model", ["source", "example_folder"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import zstandard
 from bad_folders import copy_of_good
+from damaged_files import cut, flip
 from make_vectors import CONFIG, expert_blob, write_folder
 
 from formats.artifact import Artifact
@@ -262,17 +263,6 @@ class TestDirectReader(ReaderSuite):
                 DamageError, match="layer 0 expert 0 at offset 4096: the file ends after 0 of 8064 bytes"
             ):
                 reader.read(0, 0)
-
-
-def cut(path: Path, size: int) -> None:
-    with open(path, "r+b") as f:
-        f.truncate(size)
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def with_frame(parent: Path, frame: bytes) -> Artifact:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from bad_folders import copy_of_good
+from damaged_files import cut, flip
 from hub_server import HubServer
 from make_vectors import CONFIG, write_folder
 from safetensors.torch import load_file, save_file
-from test_formats_reader import cut, flip
 
 from formats.artifact import Artifact
 from formats.errors import DamageError, FormatError, HubError, MoeConvertError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from bad_folders import VECTORS, copy_of_good, spoil
+from damaged_files import cut, flip
 from make_vectors import CONFIG, write_folder
-from test_formats_reader import cut, flip
 
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError

@@ -1,46 +1,16 @@
 """Positions and attention masks of the original, as transformers computes them: whatever the config says of them."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from changed_configs import CONFIGS, with_config
 from make_checkpoint import SHAPES, make_checkpoint
-from test_converter_streamed_model import some_windows, streamed, transformers_answer
+from streamed_answers import some_windows, streamed, transformers_answer
 
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.calibration.calibration_text import CalibrationTokens
 from converter.checkpoint.source import Checkpoint
-
-CONFIGS: dict[str, dict[str, Any]] = {
-    "window": {"sliding_window": 12},
-    "window of the text's length": {"sliding_window": 48},
-    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
-    "yarn": {
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-        "max_position_embeddings": 64,
-    },
-    "llama3": {
-        "rope_scaling": {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
-    },
-    "longrope": {
-        "rope_scaling": {
-            "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
-            "short_factor": [1.0] * 8, "long_factor": [1.5 + i / 4 for i in range(8)],
-        },
-        "max_position_embeddings": 64,
-    },
-    "beyond the longest position": {"max_position_embeddings": 16},
-    "rope_parameters": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
-    "dropout and jitter": {"attention_dropout": 0.5, "router_jitter_noise": 0.5},
-    "eager": {"attn_implementation": "eager"},
-    "three experts": {"num_experts_per_tok": 3},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +18,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights") / "mini"
     make_checkpoint(folder, SHAPES["mini"], 2, dtype="F32", layout="fused")
     return folder
-
-
-def with_config(folder: Path, out: Path, changes: dict[str, Any]) -> Path:
-    """A checkpoint of the same weights whose config.json is changed; fields set to None are removed.
-
-    head_dim is said: transformers 5.24 does not derive it for all kinds of scaled positions.
-    """
-    out.mkdir()
-    for file in folder.iterdir():
-        if file.name != "config.json":
-            (out / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | {"head_dim": 16} | changes
-    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    return out
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded_models import apart, logits
 from source_folders import HEAD, SINGLE, make_single, only
-from test_loader_model import apart, logits
 from transformers import MixtralForCausalLM
 
 from converter.checkpoint.source import Checkpoint

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer
+from loaded_models import apart, load, logits
 from safetensors.torch import load_file
 from source_folders import (
     EMBEDDING,
@@ -19,6 +20,7 @@ from source_folders import (
     beside,
     compiled_layer_by_layer,
     dangling_link,
+    edit_json,
     extra_experts,
     extra_layer,
     float16,
@@ -58,8 +60,6 @@ from source_folders import (
     untied_without_a_head,
     without_the_model_prefix,
 )
-from test_converter_source import edit_json
-from test_loader_model import apart, load, logits
 from transformers import MixtralForCausalLM
 
 from converter.checkpoint.shards.hub_model import HubModel

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
+from interrupted_runs import Interruption, hashes, interrupted
 from safetensors.torch import load_file, save_file
-from test_converter_convert import Interruption, hashes, interrupted
 from torch import Tensor
 
 from converter.calibration.bit_sensitivity import BitSensitivity

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted_runs import hashes
 from make_checkpoint import Shape, make_checkpoint
-from test_converter_convert import hashes
 
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.calibration.calibration_text import calibration_tokens

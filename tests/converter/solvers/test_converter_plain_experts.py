@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from interrupted_runs import Interruption, hashes, stop_after
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
-from test_converter_convert import Interruption, hashes, stop_after
 
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.checkpoint.names import ExpertTensor

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from native_attention import NativeAttention
+from random_weights import PACKING, random_tiles
 from transformers import DynamicCache, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRotaryEmbedding
 
-from formats.packing import dequantize, packing_named, unpack
+from formats.packing import dequantize, unpack
 from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
 from loader.arithmetic.native_backend import NativeBackend
@@ -16,14 +17,7 @@ from loader.hf.modules.packed_modules import PackedLinear
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 
-PACKING = packing_named("tile32-q4-g64-s8")
 PROJECTIONS = "q_proj", "k_proj", "v_proj", "o_proj"
-
-
-def random_tiles(rows, columns):
-    tiles = torch.randint(0, 256, (rows // 32, PACKING.tile_bytes(columns)), dtype=torch.uint8)
-    tiles[:, :128] = torch.full((64,), 2e-5, dtype=torch.float16).view(torch.uint8)
-    return tiles
 
 
 class Ours:

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_loader_attention import random_tiles
-from test_loader_plain_experts import blob_of
+from random_weights import blob_of, random_tiles
 from torch.nn import functional
 
 from formats.expert import ExpertLayout, dequantize_expert

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from cuda_host import COMPILER
+from loaded_models import dequantized
 from recording_device import RecordingDevice
-from test_loader_model import dequantized, load, slots_budget
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from training import batch, loaded
 
 import loader
 from converter.convert import convert_checkpoint
@@ -42,20 +43,6 @@ def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
         return root / name
 
     return of
-
-
-def loaded(folder: Path, cache: str = "all", **options: Any) -> Any:
-    """The model with its experts all in RAM, in two slots a layer, or where they lie in a map."""
-    places: dict[str, dict[str, Any]] = {
-        "all": {"io": "direct"},
-        "two": {"io": "direct", "ram_cache": slots_budget(folder, 2)},
-        "mmap": {"io": "mmap"},
-    }
-    return load(folder, **{"ram_cache": "1GiB", "kernels": "auto", **places[cache], **options})
-
-
-def batch(rows: int = 2, length: int = 24) -> torch.Tensor:
-    return torch.randint(3, 4000, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def embedding_gradient(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:

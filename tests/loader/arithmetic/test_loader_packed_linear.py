@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from decoding import paths, token_by_token
-from test_loader_attention import random_tiles
-from test_loader_model import load
+from loaded_models import load
+from random_weights import random_tiles
 
 from formats.errors import MoeConvertError
 from formats.packing import packing_named

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from loaded_models import BACKENDS, apart, dequantized, load, logits, slots_budget
 from make_checkpoint import SHAPES, make_checkpoint
-from test_loader_mixed import IDS, token_by_token
-from test_loader_model import BACKENDS, apart, dequantized, load, logits, slots_budget
+from random_weights import blob_of
+from single_tokens import IDS, token_by_token
 from transformers import MixtralForCausalLM
 
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from formats.expert import ExpertLayout, assemble, dequantize_expert
+from formats.expert import ExpertLayout, dequantize_expert
 from formats.packing import packing_named
 from loader.arithmetic import kernels
 from loader.arithmetic.backend import choose_backend
@@ -104,18 +105,6 @@ def test_single_tokens_of_a_mixed_folder_take_the_decoder(folder: Folder) -> Non
     model = load(folder("mixed"), kernels="native", ram_cache="1GiB")
     token_by_token(model)
     assert model.moe_stats().paths.decoder == IDS.shape[1]
-
-
-def blob_of(layout: ExpertLayout, seed: int) -> torch.Tensor:
-    rng = torch.Generator().manual_seed(seed)
-
-    def matrix(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=rng) / columns**0.5).to(dtype)
-
-    wide, narrow, dtypes = layout.intermediate, layout.hidden, (layout.gate_up.torch_dtype, layout.down.torch_dtype)
-    return assemble(
-        layout, matrix(wide, narrow, dtypes[0]), matrix(wide, narrow, dtypes[0]), matrix(narrow, wide, dtypes[1])
-    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

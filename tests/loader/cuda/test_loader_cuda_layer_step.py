@@ -7,8 +7,8 @@ import pytest
 import torch
 from cuda_host import COMPILER, KERNELS
 from native_attention import NativeAttention
+from random_weights import random_tiles
 from recording_device import RecordingDevice
-from test_loader_attention import random_tiles
 
 from formats.packing import packing_named
 from loader.arithmetic import kernels

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from changed_configs import CONFIGS, with_config
 from decoding import transformers_code
 from make_checkpoint import SHAPES, make_checkpoint
-from test_converter_rope_and_window import CONFIGS, with_config
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import loader

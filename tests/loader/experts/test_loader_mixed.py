@@ -1,13 +1,11 @@
 """Folders whose bits differ by layer, projection or expert: the logits of their weights, fast where layers allow."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from decoding import NAME
-from test_loader_model import apart, dequantized, load, logits, slots_budget
-from transformers import DynamicCache
+from loaded_models import apart, dequantized, load, logits, slots_budget
+from single_tokens import IDS, token_by_token
 
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
@@ -19,7 +17,6 @@ RULES = {
     "by layer": "0=4bit,2-3/down=3bit,6/gate_up=3bit,7=tile32-q2-g16-s8",
     "by expert": "1:0-3=3bit,5:7/down=4bit",
 }
-IDS = torch.arange(7, 47)[None]
 native = pytest.mark.skipif(not kernels.available(), reason="not built")
 
 
@@ -29,12 +26,6 @@ def mixed(example_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     for name, rules in RULES.items():
         convert_checkpoint(example_folder, root / name, make_recipe(rules=[rules], solver="hqq"))
     return {name: root / name for name in RULES}
-
-
-def token_by_token(model: Any) -> torch.Tensor:
-    cache = DynamicCache()
-    with torch.inference_mode():
-        return torch.cat([model(i, **{NAME: cache}, use_cache=True).logits for i in IDS.split(1, 1)], 1)
 
 
 @pytest.mark.parametrize("rules", RULES)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from loaded_models import dequantized
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from project_paths import ROOT
-from test_loader_gradients import batch, loaded
-from test_loader_model import dequantized
+from training import batch, loaded
 from transformers import Trainer, TrainingArguments
 
 from converter.convert import convert_checkpoint

@@ -1,0 +1,53 @@
+"""Conversions that stop half-way, and the hashes of their files."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converter.conversion.worker import Worker
+from converter.convert import ConvertOptions, convert_checkpoint
+from converter.recipe.recipes import make_recipe
+
+
+def convert(source: Path, out: Path, recipe: str = "2bit", **options: Any) -> str:
+    """By the solver that takes no time; test_converter_calibration.py has the other."""
+    return convert_checkpoint(source, out, make_recipe(recipe, solver="hqq"), ConvertOptions(**options)).done
+
+
+def hashes(out: Path, *, without_source: bool = False) -> dict[str, str]:
+    result = {}
+    for file in sorted(out.rglob("*")):
+        if file.is_file():
+            data = file.read_bytes()
+            if without_source and file.name == "moe_index.json":
+                index = json.loads(data)
+                del index["source"]
+                data = json.dumps(index).encode()
+            result[str(file.relative_to(out))] = hashlib.sha256(data).hexdigest()
+    return result
+
+
+class Interruption(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Lets a conversion fail when its n-th expert begins."""
+    original, count = Worker.expert, iter(range(10**6))
+
+    def expert(self: Worker, *args: Any) -> Any:
+        if next(count) >= n:
+            raise Interruption
+        return original(self, *args)
+
+    monkeypatch.setattr(Worker, "expert", expert)
+
+
+def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int = 5, **options: Any) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, n)
+        with pytest.raises(Interruption):
+            convert(source, out, **options)
