@@ -1,4 +1,4 @@
-"""bench/gpu.py: its arithmetic, and its sections on a GPU that there is not."""
+"""bench/gpu/run.py: its arithmetic, and its sections on a GPU that there is not."""
 
 import json
 import subprocess
@@ -180,7 +180,7 @@ def test_a_section_that_fails_is_told_of_and_the_others_are_stored(capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_says_what_it_needs():
-    command = [sys.executable, Path(gpu_sections.__file__).with_name("gpu.py")]
+    command = [sys.executable, Path(gpu_sections.__file__).with_name("run.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
     assert "needs one of compute capability 7.0" in done.stderr

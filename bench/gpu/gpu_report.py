@@ -1,4 +1,4 @@
-"""What bench/gpu.py prints: its rows, the machine, and which bars were met."""
+"""What bench/gpu/run.py prints: its rows, the machine, and which bars were met."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple

@@ -53,7 +53,7 @@ from loader.cuda.device.choice import choose_devices
 from loader.cuda.device.self_check import check_products
 from loader.cuda.device.torch_device import CudaDevice
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = SHAPES["8x7b"]
 LAYOUT = ExpertLayout(SHAPE.hidden, SHAPE.intermediate, *[PACKINGS["tile32-q2-g16-s4"]] * 2)
 """Of an expert of the recipe 2bit."""
@@ -210,7 +210,7 @@ def main() -> int:
         (device,) = choose_devices(options.device, ())
     except (MoeConvertError, RuntimeError) as error:
         why = error.message if isinstance(error, MoeConvertError) else error
-        print(f"bench/gpu.py measures an NVIDIA GPU, and none can be used here: {why}", file=sys.stderr)
+        print(f"bench/gpu/run.py measures an NVIDIA GPU, and none can be used here: {why}", file=sys.stderr)
         print("It needs one of compute capability 7.0 or newer, its driver, torch from a CUDA wheel.", file=sys.stderr)
         return 1
     assert isinstance(device, CudaDevice)
