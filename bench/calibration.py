@@ -56,13 +56,17 @@ def measure(model: Path, tokens: int, workers: int, width: int | None) -> dict[s
         columns = recipe.options.down_block(checkpoint.architecture.intermediate_size)
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         with pool, PeakMemory() as memory:
-            passes = CalibrationPass(checkpoint, drawn, Path(scratch), "bench", partial(run_all, pool), columns)
+            passes = CalibrationPass(
+                checkpoint, drawn, Path(scratch), "bench", partial(run_all, pool), columns
+            )
             for layer in range(len(checkpoint.shape.decoder_layers)):
                 wall_s, cpu_s = time.perf_counter(), time.process_time()
                 passes.prepare(layer)
                 seconds.append(round(time.perf_counter() - wall_s, 1))
                 cpu_seconds.append(round(time.process_time() - cpu_s, 1))
-        whole, each = calibration_memory_bytes(checkpoint.architecture, drawn.windows.numel(), columns)
+        whole, each = calibration_memory_bytes(
+            checkpoint.architecture, drawn.windows.numel(), columns
+        )
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -72,7 +76,9 @@ def measure(model: Path, tokens: int, workers: int, width: int | None) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--workers", type=int, default=2)
@@ -84,9 +90,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(found))
         return
-    for layer, (wall_s, cpu_s) in enumerate(zip(found["seconds"], found["cpu_seconds"], strict=True)):
+    for layer, (wall_s, cpu_s) in enumerate(
+        zip(found["seconds"], found["cpu_seconds"], strict=True)
+    ):
         print(f"layer {layer}: {wall_s} s, {cpu_s} s of CPU time")
-    print(f"{found['peak_bytes'] / 2**20:.0f} MiB; estimated {found['estimated_bytes'] / 2**20:.0f} MiB")
+    print(
+        f"{found['peak_bytes'] / 2**20:.0f} MiB; estimated {found['estimated_bytes'] / 2**20:.0f} MiB"
+    )
 
 
 if __name__ == "__main__":

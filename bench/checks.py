@@ -28,7 +28,9 @@ CHECKS = ("none", "fast")
 
 def main() -> None:
     """Measures, and prints a table, or with --json one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a converted folder")
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, default=24)
@@ -48,7 +50,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     more = {} if options.prefetch is None else {"prefetch": options.prefetch}
     budget = int(options.share * expert_bytes)
     models = {
-        check: loader.from_pretrained(options.folder, io="direct", ram_cache=budget, check=check, **more)
+        check: loader.from_pretrained(
+            options.folder, io="direct", ram_cache=budget, check=check, **more
+        )
         for check in CHECKS
     }
     for model in models.values():
@@ -77,7 +81,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def decode(model: Any, prompt: int, tokens: int) -> dict[str, float]:
     """Seconds, missed and wasted bytes, and seconds of waiting, a token; the prompt before is not counted."""
-    ids = torch.randint(5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
+    )
     begin_s = 0.0
 
     def begin() -> None:
@@ -135,7 +141,10 @@ def table(result: dict[str, Any]) -> str:
             f" {1e3 * m['wait_s']:.1f}, misses {m['missed_bytes'] / 1e6:.0f} MB, hits {m['hit_ratio']:.3f}"
         )
     ratios, hashed = sorted(result["ratios"]), result["hashed"]
-    quick = [quantiles([one["s"] for one in result["passes"][check]], n=4)[0] for check in ("fast", "none")]
+    quick = [
+        quantiles([one["s"] for one in result["passes"][check]], n=4)[0]
+        for check in ("fast", "none")
+    ]
     middle = quantiles(ratios, n=4)
     lines.append(
         f"fast / none: pairs {median(ratios):.3f} (quartiles {middle[0]:.3f}, {middle[2]:.3f}), first quartiles"

@@ -30,17 +30,31 @@ def anonymous_bytes(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+    return sum(
+        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")
+    )
 
 
 def convert(model: Path, recipe: str, solver: str, workers: int) -> dict[str, float]:
     """Converts into a temporary folder beside the model."""
     with tempfile.TemporaryDirectory(dir=model.parent) as out:
-        command = [sys.executable, "-m", "converter", "convert", str(model), "-o", f"{out}/out", "--recipe", recipe]
+        command = [
+            sys.executable,
+            "-m",
+            "converter",
+            "convert",
+            str(model),
+            "-o",
+            f"{out}/out",
+            "--recipe",
+            recipe,
+        ]
         command += ["--solver", solver]
         started_s, cpu_before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(
-            [*command, "--json", "-q", "--max-workers", str(workers)], stdout=subprocess.PIPE, text=True
+            [*command, "--json", "-q", "--max-workers", str(workers)],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         peak = 0
         while process.poll() is None:
@@ -84,10 +98,14 @@ def package(model: Path, packing_name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--recipe", default="2bit")
-    parser.add_argument("--solver", default="hqq", help="hqq, refit or feedback (with the builtin text)")
+    parser.add_argument(
+        "--solver", default="hqq", help="hqq, refit or feedback (with the builtin text)"
+    )
     parser.add_argument("--no-package", action="store_true", help="leave the hqq package out")
     parser.add_argument("--packing", default="tile32-q2-g16-s4", help="for the hqq package")
     parser.add_argument("--max-workers", type=int, default=2)
@@ -105,7 +123,11 @@ def main() -> None:
     best = max(runs, key=lambda run: run["mweights_per_s"])
     ratio = round(best["mweights_per_s_and_core"] / max(rival), 1) if max(rival) else None
     if options.json:
-        print(json.dumps({"conversion": runs, "hqq_package_mweights_per_s_and_core": rival, "ratio": ratio}))
+        print(
+            json.dumps(
+                {"conversion": runs, "hqq_package_mweights_per_s_and_core": rival, "ratio": ratio}
+            )
+        )
         return
     for run, package_rate in zip(runs, rival, strict=True):
         print(

@@ -144,7 +144,13 @@ def prompt(experts: Experts, threads: int, tokens: int, repeats: int) -> dict[st
     kernels.set_threads(threads)
     ms = one_expert_ms(experts, tokens, repeats)
     rate = experts.macs * tokens / ms / 1e6
-    return {"packing": experts.packing, "threads": threads, "tokens": tokens, "ms_per_expert": ms, "gmac_s": rate}
+    return {
+        "packing": experts.packing,
+        "threads": threads,
+        "tokens": tokens,
+        "ms_per_expert": ms,
+        "gmac_s": rate,
+    }
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
@@ -158,9 +164,16 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for row in rows:
         times = row["ms_per_expert"]
-        axes.plot([int(tokens) for tokens in times], list(times.values()), marker=".", label=row["packing"])
+        axes.plot(
+            [int(tokens) for tokens in times],
+            list(times.values()),
+            marker=".",
+            label=row["packing"],
+        )
     threads = rows[0]["threads"]
-    axes.set(xlabel="tokens", ylabel=f"ms of one expert, {threads} thread{'s' if threads > 1 else ''}")
+    axes.set(
+        xlabel="tokens", ylabel=f"ms of one expert, {threads} thread{'s' if threads > 1 else ''}"
+    )
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -175,14 +188,22 @@ def give_back_memory() -> None:
 
 def main() -> None:
     """Run the chosen parts and print a table, or one JSON object with --json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="cold,isa,prompt,tokens", help="comma list (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", default="cold,isa,prompt,tokens", help="comma list (default: all)"
+    )
     parser.add_argument("--packings", default=",".join(PACKINGS), help="comma list (default: all)")
     parser.add_argument("--threads", default="", help="comma list (default: 1 and one per core)")
-    parser.add_argument("--gigabytes", type=float, default=2.4, help="experts in memory, per packing (default: 2.4)")
+    parser.add_argument(
+        "--gigabytes", type=float, default=2.4, help="experts in memory, per packing (default: 2.4)"
+    )
     parser.add_argument("--pairs", type=int, default=9, help="measured pairs (default: 9)")
     parser.add_argument(
-        "--quick", action="store_true", help="small experts, 0.2 GB, few pairs: a smoke test, no result"
+        "--quick",
+        action="store_true",
+        help="small experts, 0.2 GB, few pairs: a smoke test, no result",
     )
     parser.add_argument("--plot", metavar="FILE.svg", help="draw part tokens (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -191,7 +212,9 @@ def main() -> None:
     size = 0.2 if options.quick else options.gigabytes
     pairs = 2 if options.quick else options.pairs
     kernels.set_threads(0)
-    threads = [int(t) for t in options.threads.split(",") if t] or sorted({1, kernels.threads()}, reverse=True)
+    threads = [int(t) for t in options.threads.split(",") if t] or sorted(
+        {1, kernels.threads()}, reverse=True
+    )
     parts = options.parts.split(",")
     if options.plot and "tokens" not in parts:
         parser.error("--plot draws part tokens: add it to --parts")
@@ -200,7 +223,9 @@ def main() -> None:
 
     def note(part: str, row: dict[str, Any]) -> None:
         result[part].append(row)
-        text = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        text = "  ".join(
+            f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+        )
         print(f"{part:7s} {text}", file=sys.stderr if options.json else sys.stdout, flush=True)
 
     for packing in options.packings.split(","):

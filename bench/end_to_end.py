@@ -153,7 +153,9 @@ class Bench:
 
     def prompt(self, length: int, repeats: int) -> dict[str, Any]:
         """Tokens a second of a prompt."""
-        ids = torch.randint(5, self.model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(
+            5, self.model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1)
+        )
         seconds = []
         for _ in range(repeats + 1):
             begin = time.perf_counter()
@@ -261,29 +263,62 @@ def default_folder(work: Path, layers: int) -> Path:
     if not (folder / "moe_index.json").exists():
         print(f"making {folder}", file=sys.stderr)
         make_checkpoint(source, SHAPES["8x7b"], layers)
-        command = [sys.executable, "-m", "converter", "convert", os.fspath(source), "-o", os.fspath(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "converter",
+            "convert",
+            os.fspath(source),
+            "-o",
+            os.fspath(folder),
+        ]
         subprocess.run(command, check=True, cwd=ROOT)
     return folder
 
 
 def main() -> None:
     """Run the parts and print a table, or one JSON object with --json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="converted folder (default: one is made, 2bit)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "moe-convert-bench")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model that is made (default: 4)")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens before decoding (default: 32)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="converted folder (default: one is made, 2bit)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "moe-convert-bench"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=4, help="layers of the model that is made (default: 4)"
+    )
+    parser.add_argument(
+        "--prompt", type=int, default=32, help="tokens before decoding (default: 32)"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode (default: 64)")
-    parser.add_argument("--long-prompt", type=int, default=512, help="tokens of the prompt part (default: 512)")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each part (default: 5)")
-    parser.add_argument("--threads", type=int, default=0, help="threads of the native kernels (default: one per core)")
+    parser.add_argument(
+        "--long-prompt", type=int, default=512, help="tokens of the prompt part (default: 512)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="repetitions of each part (default: 5)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="threads of the native kernels (default: one per core)",
+    )
     parser.add_argument("--busy", action="store_true", help="also beside a spinning process")
-    parser.add_argument("--compare", action="append", choices=sorted(MEASURES), default=[], help="may be repeated")
+    parser.add_argument(
+        "--compare", action="append", choices=sorted(MEASURES), default=[], help="may be repeated"
+    )
     parser.add_argument("--rival", help="shell command to run after each part, its output is shown")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     kernels.set_threads(options.threads)
-    bench = Bench(options.folder or default_folder(options.work, options.layers), options.tokens, options.prompt)
+    bench = Bench(
+        options.folder or default_folder(options.work, options.layers),
+        options.tokens,
+        options.prompt,
+    )
     result: dict[str, Any] = {
         "kernels": kernels.describe(),
         "torch_threads": torch.get_num_threads(),
@@ -294,12 +329,20 @@ def main() -> None:
 
     def note(part: str, row: dict[str, Any]) -> None:
         result.setdefault(part, []).append(row)
-        text = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        text = "  ".join(
+            f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+        )
         print(f"{part:8s} {text}", file=sys.stderr if options.json else sys.stdout, flush=True)
         if options.rival:
-            done = subprocess.run(options.rival, shell=True, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                options.rival, shell=True, capture_output=True, text=True, check=False
+            )
             result["rival"].append(done.stdout)
-            print(done.stdout or done.stderr, file=sys.stderr if options.json else sys.stdout, flush=True)
+            print(
+                done.stdout or done.stderr,
+                file=sys.stderr if options.json else sys.stdout,
+                flush=True,
+            )
 
     note("decode", bench.decode(options.repeats))
     note("parts", bench.parts())

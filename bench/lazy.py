@@ -45,8 +45,12 @@ def main() -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     size = sum(p.stat().st_size for p in options.folder.rglob("*") if p.is_file())
-    print(f"{size / 1e9:.2f} GB at {options.mb_per_s:.0f} MB/s: {size / options.mb_per_s / 1e6:.1f} s")
-    print("| run | prompt | first token, s | fetched by then, MB | all tokens, s |\n|---|---|---|---|---|")
+    print(
+        f"{size / 1e9:.2f} GB at {options.mb_per_s:.0f} MB/s: {size / options.mb_per_s / 1e6:.1f} s"
+    )
+    print(
+        "| run | prompt | first token, s | fetched by then, MB | all tokens, s |\n|---|---|---|---|---|"
+    )
     with _hub(options) as environ:
         for prompt in options.prompts:
             for run in ("whole", "lazy"):
@@ -60,7 +64,10 @@ def _compare(options: argparse.Namespace) -> None:
 def _report(run: str, options: argparse.Namespace, environ: dict[str, str], prompt: int) -> None:
     found = _run(options, environ, lazy=run != "whole", prompt=prompt)
     fetched = f"{found['fetched'] / 1e6:.0f}" if found["fetched"] is not None else "all"
-    print(f"| {run} | {prompt} | {found['first_s']:.1f} | {fetched} | {found['all_s']:.1f} |", flush=True)
+    print(
+        f"| {run} | {prompt} | {found['first_s']:.1f} | {fetched} | {found['all_s']:.1f} |",
+        flush=True,
+    )
 
 
 def _run(options: argparse.Namespace, environ: dict[str, str], **what: Any) -> Any:
@@ -71,7 +78,9 @@ def _run(options: argparse.Namespace, environ: dict[str, str], **what: Any) -> A
         "--measure",
         json.dumps(what | {"tokens": options.tokens}),
     ]
-    done = subprocess.run(command, env=environ, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, env=environ, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     return json.loads(done.stdout)
 
 
@@ -85,7 +94,10 @@ def _measure(lazy: bool, prompt: int, tokens: int, wait: bool = False) -> dict[s
     there: dict[str, int] = {}
     begin_s = time.perf_counter()
     model = loader.from_pretrained(
-        REPO, lazy=lazy, ram_cache="1TiB", progress=lambda stage, done, total: there.update({stage: done})
+        REPO,
+        lazy=lazy,
+        ram_cache="1TiB",
+        progress=lambda stage, done, total: there.update({stage: done}),
     )
     times: list[tuple[float, int | None]] = []
 
@@ -107,7 +119,14 @@ def _measure(lazy: bool, prompt: int, tokens: int, wait: bool = False) -> dict[s
 @contextmanager
 def _hub(options: argparse.Namespace) -> Iterator[dict[str, str]]:
     """Environment variables by which a process uses a Hub that serves the folder."""
-    command = [sys.executable, __file__, str(options.folder), "--serve", "--mb-per-s", str(options.mb_per_s)]
+    command = [
+        sys.executable,
+        __file__,
+        str(options.folder),
+        "--serve",
+        "--mb-per-s",
+        str(options.mb_per_s),
+    ]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdout and server.stdin
     try:

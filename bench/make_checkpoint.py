@@ -74,14 +74,22 @@ def make_checkpoint(
         for i in part:
             begin = entries[-1].end if entries else 0
             entries.append(
-                TensorEntry(tensors[i][0], dtype, tensors[i][1], begin, begin + sizes[i] * DTYPE_BYTES[dtype])
+                TensorEntry(
+                    tensors[i][0],
+                    dtype,
+                    tensors[i][1],
+                    begin,
+                    begin + sizes[i] * DTYPE_BYTES[dtype],
+                )
             )
         with PlacedFile(folder / name, entries, {"format": "pt"}) as file:
             for i in part:
                 _write(file, tensors[i], dtype, seed)
             file.finish()
     if shards > 1:
-        weight_map = {tensors[i][0]: name for name, part in zip(names, parts, strict=True) for i in part}
+        weight_map = {
+            tensors[i][0]: name for name, part in zip(names, parts, strict=True) for i in part
+        }
         index = {"metadata": {"total_size": total * DTYPE_BYTES[dtype]}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     _write_config(folder, shape, layers, dtype, tied)
@@ -91,12 +99,16 @@ Part = tuple[str, tuple[int, int], float]
 """(what seeds it, its shape, standard deviation): tensors are rows of parts."""
 
 
-def _tensors(shape: Shape, layers: int, layout: str, tied: bool) -> Iterator[tuple[str, tuple[int, ...], list[Part]]]:
+def _tensors(
+    shape: Shape, layers: int, layout: str, tied: bool
+) -> Iterator[tuple[str, tuple[int, ...], list[Part]]]:
     """(name, shape, parts) of every tensor in the order of a real checkpoint."""
     h, i, n = shape.hidden, shape.intermediate, shape.experts
     head = h // shape.heads
 
-    def plain(name: str, dims: tuple[int, ...], std: float) -> tuple[str, tuple[int, ...], list[Part]]:
+    def plain(
+        name: str, dims: tuple[int, ...], std: float
+    ) -> tuple[str, tuple[int, ...], list[Part]]:
         return name, dims, [(name, (dims[0], dims[1] if len(dims) > 1 else 1), std)]
 
     yield plain("model.embed_tokens.weight", (shape.vocabulary, h), 1.0)
@@ -113,7 +125,11 @@ def _tensors(shape: Shape, layers: int, layout: str, tied: bool) -> Iterator[tup
         else:
             for e in range(n):
                 for name, parts in (("w1", gate), ("w2", down), ("w3", up)):
-                    yield f"{prefix}.block_sparse_moe.experts.{e}.{name}.weight", parts[e][1], [parts[e]]
+                    yield (
+                        f"{prefix}.block_sparse_moe.experts.{e}.{name}.weight",
+                        parts[e][1],
+                        [parts[e]],
+                    )
             router = f"{prefix}.block_sparse_moe.gate.weight"
         yield router, (n, h), [(f"{layer}.router", (n, h), h**-0.5)]
         for name, rows, columns in (
@@ -128,7 +144,9 @@ def _tensors(shape: Shape, layers: int, layout: str, tied: bool) -> Iterator[tup
         yield plain("lm_head.weight", (shape.vocabulary, h), h**-0.5)
 
 
-def _write(file: PlacedFile, tensor: tuple[str, tuple[int, ...], list[Part]], dtype: str, seed: int) -> None:
+def _write(
+    file: PlacedFile, tensor: tuple[str, tuple[int, ...], list[Part]], dtype: str, seed: int
+) -> None:
     """Writes a tensor part by part, in pieces; a standard deviation of 0 means ones."""
     name, _, parts = tensor
     position = 0
@@ -139,7 +157,11 @@ def _write(file: PlacedFile, tensor: tuple[str, tuple[int, ...], list[Part]], dt
         step = max(1, CHUNK_BYTES // (4 * columns))
         for begin in range(0, rows, step):
             count = min(step, rows - begin)
-            values = torch.randn(count, columns, generator=generator) * std if std else torch.ones(count, columns)
+            values = (
+                torch.randn(count, columns, generator=generator) * std
+                if std
+                else torch.ones(count, columns)
+            )
             data = values.to(TORCH[dtype]).view(torch.uint8)
             file.write(name, data, position)
             position += data.numel()
@@ -154,12 +176,19 @@ def _write_config(folder: Path, shape: Shape, layers: int, dtype: str, tied: boo
         "torch_dtype": str(TORCH[dtype]).removeprefix("torch."),
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+    ):
         shutil.copyfile(TOKENIZER / name, folder / name)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="8x7b")
     parser.add_argument("--layers", type=int, default=1)

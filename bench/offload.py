@@ -36,7 +36,9 @@ MODES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Runs all combinations, prints a table, and with --json one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a converted folder")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--tokens", type=int, default=48)
@@ -68,8 +70,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 drop_page_cache(options.folder)
                 with memory_group(budget + rest) as enter:
                     limited = enter is not None
-                    task = {"options": {"ram_cache": budget, **MODES[mode]}, "tokens": options.tokens}
-                    found[mode].append(run(options.folder, {**task, "prompt": options.prompt}, enter))
+                    task = {
+                        "options": {"ram_cache": budget, **MODES[mode]},
+                        "tokens": options.tokens,
+                    }
+                    found[mode].append(
+                        run(options.folder, {**task, "prompt": options.prompt}, enter)
+                    )
         runs[f"{share:g}"] = found
     files = [artifact.layer_path(layer) for layer in range(len(artifact.index.layers))]
     return {
@@ -85,7 +92,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def child(folder: Path, options: dict[str, Any], tokens: int, prompt: int) -> dict[str, Any]:
     """One run in this process: the prompt first, then the decoding that is measured."""
     model = loader.from_pretrained(folder, **options)
-    ids = torch.randint(5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
+    )
     begin: dict[str, Any] = {}
 
     def begin_to_measure() -> None:
@@ -155,8 +164,16 @@ def table(result: dict[str, Any]) -> str:
         for mode, found in modes.items():
             m = {key: sorted(run[key] for run in found)[len(found) // 2] for key in found[0]}
             ours = mode != "kernel's map"
-            excess = f"{m['bytes_per_token'] / max(m['missed_bytes_per_token'], 1):9.2f}" if ours else f"{'':9}"
-            busy = f"{m['busy_share']:6.2f} {m['busy_gb_s'] / result['disk_gb_s']:7.2f}" if ours else ""
+            excess = (
+                f"{m['bytes_per_token'] / max(m['missed_bytes_per_token'], 1):9.2f}"
+                if ours
+                else f"{'':9}"
+            )
+            busy = (
+                f"{m['busy_share']:6.2f} {m['busy_gb_s'] / result['disk_gb_s']:7.2f}"
+                if ours
+                else ""
+            )
             hits = f"{m['hit_ratio']:6.3f}" if ours else f"{'':6}"
             rate, read = m["tokens_per_s"], m["bytes_per_token"] / 1e6
             lines.append(f"{share:>6} {mode:13} {rate:7.2f} {read:9.1f} {excess} {hits} {busy}")

@@ -24,17 +24,28 @@ def plot_quality(records: list[dict[str, Any]], out: Path) -> None:
 
     matplotlib.use("svg")
     # Text stays text: small, searchable. A fixed salt, no date: nothing changes but what the numbers do.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "moe-convert", "font.size": 9})
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "moe-convert", "font.size": 9}
+    )
     from matplotlib import pyplot
 
     models: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         models.setdefault(record["model"], []).extend(record["steps"])
     figure, panels = pyplot.subplots(
-        1, len(models), figsize=(1 + 3.7 * len(models), 3.8), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(models),
+        figsize=(1 + 3.7 * len(models), 3.8),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     every = [step for steps in models.values() for step in steps]
-    uniform = {step["recipe"]: step["bits"] for step in every if _line(step) == step["solver"].replace(":", ", ")}
+    uniform = {
+        step["recipe"]: step["bits"]
+        for step in every
+        if _line(step) == step["solver"].replace(":", ", ")
+    }
     order = list(dict.fromkeys(map(_line, every)))
     for panel, (model, found) in zip(panels[0], models.items(), strict=True):
         for number, line in enumerate(order):
@@ -49,7 +60,9 @@ def plot_quality(records: list[dict[str, Any]], out: Path) -> None:
                 linewidth=1,
                 capsize=2,
             )
-        panel.set_xticks(list(uniform.values()), [f"{value:.2f}\n{name}" for name, value in uniform.items()])
+        panel.set_xticks(
+            list(uniform.values()), [f"{value:.2f}\n{name}" for name, value in uniform.items()]
+        )
         panel.set_yscale("log")
         panel.set_title(model)
         panel.set_xlabel("bits per expert weight (8x7B)")
@@ -69,12 +82,16 @@ def _line(step: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="+", metavar="JSON")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="SVG")
     options = parser.parse_args()
     records = [json.loads(path.read_text()) for path in options.results]
-    if wrong := [str(p) for p, r in zip(options.results, records, strict=True) if r.get("bench") != "quality"]:
+    if wrong := [
+        str(p) for p, r in zip(options.results, records, strict=True) if r.get("bench") != "quality"
+    ]:
         parser.error(f"{', '.join(wrong)}: not written by bench/quality.py --json")
     plot_quality(records, options.out)
 

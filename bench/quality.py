@@ -116,9 +116,14 @@ def recipe_of(
     if down_width:
         settings["down_width"] = int(down_width) if down_width.isdecimal() else down_width
     if name.endswith("bpw"):
-        plain = [plan_output(Outline.of_folder(source), make_recipe(r, solver="hqq")) for r in ("2bit", "3bit", "4bit")]
+        plain = [
+            plan_output(Outline.of_folder(source), make_recipe(r, solver="hqq"))
+            for r in ("2bit", "3bit", "4bit")
+        ]
         at = [expert_bits(plan.layouts) for plan in plain], [plan.expert_bits for plan in plain]
-        return make_recipe(**settings, target_bpw=float(numpy.interp(float(name.removesuffix("bpw")), *at)))
+        return make_recipe(
+            **settings, target_bpw=float(numpy.interp(float(name.removesuffix("bpw")), *at))
+        )
     base, _, rules = name.partition("/")
     return make_recipe(base, **settings, rules=[f"*/{rules}"] if rules else [])
 
@@ -131,12 +136,16 @@ def put_converted(model: Any, folder: Path) -> None:
     with safe_open(folder / "trunk.safetensors", "pt") as trunk:
         for module, linear in artifact.index.trunk.packed.items():
             packing = packing_named(linear.packing)
-            matrix = unpack(trunk.get_tensor(f"{module}.packed"), packing, linear.rows, linear.columns)
+            matrix = unpack(
+                trunk.get_tensor(f"{module}.packed"), packing, linear.rows, linear.columns
+            )
             parameters[f"{module}.weight"].data.copy_(dequantize(matrix, packing.group_size))
     with DirectReader(artifact) as reader:
         for layer in range(a.num_hidden_layers):
             for expert in range(a.num_local_experts):
-                gate, up, down = dequantize_expert(artifact.layout(layer, expert), reader.read(layer, expert))
+                gate, up, down = dequantize_expert(
+                    artifact.layout(layer, expert), reader.read(layer, expert)
+                )
                 prefix = f"model.layers.{layer}.mlp.experts"
                 parameters[f"{prefix}.gate_up_proj"].data[expert].copy_(torch.cat([gate, up]))
                 parameters[f"{prefix}.down_proj"].data[expert].copy_(down)
@@ -184,16 +193,26 @@ def text_windows(tokenizer: Any, texts: list[Path], options: argparse.Namespace)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=TINY)
-    parser.add_argument("--outliers", action="store_true", help="measure the outlier variant of the model")
+    parser.add_argument(
+        "--outliers", action="store_true", help="measure the outlier variant of the model"
+    )
     parser.add_argument("--recipe", action="append", help="[default: 2bit and 3bit]")
-    parser.add_argument("--solver", action="append", help=f"solver[:calibration] [default: {', '.join(SOLVERS)}]")
+    parser.add_argument(
+        "--solver", action="append", help=f"solver[:calibration] [default: {', '.join(SOLVERS)}]"
+    )
     parser.add_argument("--calibrate", type=Path, help="a text for one more step, feedback:FILE")
     parser.add_argument("--down-width", help="as of convert, for feedback")
     parser.add_argument("--text", type=Path, action="append", help="[default: examples/text]")
-    parser.add_argument("--skip", type=int, default=0, help="characters at the beginning of each text to leave out")
-    parser.add_argument("--half", type=int, choices=[1, 2], help="only the first or second half of each text")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="characters at the beginning of each text to leave out"
+    )
+    parser.add_argument(
+        "--half", type=int, choices=[1, 2], help="only the first or second half of each text"
+    )
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=16, help="at most so many a text")
     parser.add_argument("--workers", type=int, default=2)
@@ -211,8 +230,13 @@ def main() -> None:
         model = load_checkpoint(source).float()
         batches = list(text_windows(load_tokenizer(source), texts, options).split(8))
         original = [log_probabilities(model, windows) for windows in batches]
-        print(f"{source.name}: {sum(map(len, batches))} windows of {options.window} of {len(texts)} texts")
-        print("recipe  solver             bits   KL ± error          ratio ± error      agreement  s", flush=True)
+        print(
+            f"{source.name}: {sum(map(len, batches))} windows of {options.window} of {len(texts)} texts"
+        )
+        print(
+            "recipe  solver             bits   KL ± error          ratio ± error      agreement  s",
+            flush=True,
+        )
         steps = []
         for recipe in options.recipe or ["2bit", "3bit"]:
             for name in solvers:
@@ -227,8 +251,13 @@ def main() -> None:
                 )
                 seconds = time.perf_counter() - begin
                 put_converted(model, out)
-                bits, rules = expert_bits(done.plan.layouts), [rule.text for rule in done.recipe.options.rules]
-                step = Step(recipe, name, bits, rules, **compare(original, model, batches), seconds=seconds)
+                bits, rules = (
+                    expert_bits(done.plan.layouts),
+                    [rule.text for rule in done.recipe.options.rules],
+                )
+                step = Step(
+                    recipe, name, bits, rules, **compare(original, model, batches), seconds=seconds
+                )
                 shutil.rmtree(out)
                 steps.append(step)
                 print(
@@ -237,8 +266,15 @@ def main() -> None:
                     flush=True,
                 )
     if options.json:
-        record = {"bench": "quality", "model": source.name, "window": options.window, "texts": [t.name for t in texts]}
-        options.json.write_text(json.dumps(record | {"steps": [asdict(s) for s in steps]}, indent=1))
+        record = {
+            "bench": "quality",
+            "model": source.name,
+            "window": options.window,
+            "texts": [t.name for t in texts],
+        }
+        options.json.write_text(
+            json.dumps(record | {"steps": [asdict(s) for s in steps]}, indent=1)
+        )
 
 
 if __name__ == "__main__":

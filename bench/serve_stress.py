@@ -28,7 +28,14 @@ from loader.serving.http.server import Server, bound_socket, url_of
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 SYSTEM = "In the beginning God created the heaven and the earth, and the earth was without form."
-OPENINGS = ("Jonah arose", "The king said", "And the ship", "He went out", "They cast lots", "The men feared")
+OPENINGS = (
+    "Jonah arose",
+    "The king said",
+    "And the ship",
+    "He went out",
+    "They cast lots",
+    "The men feared",
+)
 FOLLOWING = ("And then they said", "But the LORD")
 TOKENS = 16
 CONTEXT = ssl.create_default_context()
@@ -46,12 +53,17 @@ class Conversations:
         for opening in OPENINGS:
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": opening}]
             for following in (*FOLLOWING, None):
-                response = httpx.post(f"{url}/v1/chat/completions", json=body(messages), timeout=600)
+                response = httpx.post(
+                    f"{url}/v1/chat/completions", json=body(messages), timeout=600
+                )
                 answer = response.json()["choices"][0]["message"]["content"]
                 self._prompts.append(messages)
                 self._answers.append(answer)
                 if following:
-                    said = [{"role": "assistant", "content": answer}, {"role": "user", "content": following}]
+                    said = [
+                        {"role": "assistant", "content": answer},
+                        {"role": "user", "content": following},
+                    ]
                     messages = [*messages, *said]
 
     def any(self, chance: random.Random) -> tuple[list[dict[str, str]], str]:
@@ -86,7 +98,17 @@ class Clients:
 
     def _visit(self, client: httpx.Client, chance: random.Random) -> None:
         prompt, expected = self._conversations.any(chance)
-        kind = chance.choice(["whole", "stream", "stream", "leaves stream", "leaves stream", "leaves whole", "refused"])
+        kind = chance.choice(
+            [
+                "whole",
+                "stream",
+                "stream",
+                "leaves stream",
+                "leaves stream",
+                "leaves whole",
+                "refused",
+            ]
+        )
         if kind == "refused":
             status = client.post(self._url, json=body(prompt, n=2)).status_code
             self._check(kind, str(status), "400")
@@ -104,7 +126,12 @@ class Clients:
             self._stream(client, kind, chance, prompt, expected)
 
     def _stream(
-        self, client: httpx.Client, kind: str, chance: random.Random, prompt: list[dict[str, str]], expected: str
+        self,
+        client: httpx.Client,
+        kind: str,
+        chance: random.Random,
+        prompt: list[dict[str, str]],
+        expected: str,
     ) -> None:
         leaves_after = chance.randrange(TOKENS) if kind == "leaves stream" else None
         text, is_ended = "", False
@@ -119,7 +146,9 @@ class Clients:
                 if line == "data: [DONE]":
                     is_ended = True
                     continue
-                text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get(
+                    "content", ""
+                )
         self._check(kind, f"{text}{is_ended}", f"{expected}{True}")
 
     def _answered(self, kind: str, status: int, text: str, expected: str) -> None:
@@ -135,7 +164,9 @@ class Clients:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--clients", type=int, default=4)
@@ -151,11 +182,16 @@ def main() -> int:
     return 0 if result["is_good"] else 1
 
 
-def stress(url: str, engine: Engine, conversations: Conversations, options: argparse.Namespace) -> dict[str, object]:
+def stress(
+    url: str, engine: Engine, conversations: Conversations, options: argparse.Namespace
+) -> dict[str, object]:
     """Return what happened, and whether it was as it must be."""
     process = psutil.Process()
     clients = Clients(url, conversations, time.monotonic() + options.seconds)
-    threads = [threading.Thread(target=clients.run, args=(options.seed + n,)) for n in range(options.clients)]
+    threads = [
+        threading.Thread(target=clients.run, args=(options.seed + n,))
+        for n in range(options.clients)
+    ]
     for thread in threads:
         thread.start()
     # After a quarter of the time all that is kept is there.
@@ -167,7 +203,13 @@ def stress(url: str, engine: Engine, conversations: Conversations, options: argp
         time.sleep(0.05)
     late = (process.memory_info().rss, process.num_fds(), process.num_threads())
     metrics = engine.metrics
-    names = ("generations", "generations_cancelled", "generations_failed", "prompt_tokens", "prompt_tokens_cached")
+    names = (
+        "generations",
+        "generations_cancelled",
+        "generations_failed",
+        "prompt_tokens",
+        "prompt_tokens_cached",
+    )
     gauges = engine.gauges()
     is_good = (
         not clients.wrong
@@ -183,8 +225,14 @@ def stress(url: str, engine: Engine, conversations: Conversations, options: argp
         "wrong": clients.wrong[:10],
         **{name: metrics.value(name) for name in (*names, "generated_tokens")},
         **gauges,
-        **{f"{name}_early": value for name, value in zip(("rss", "files", "threads"), early, strict=True)},
-        **{f"{name}_late": value for name, value in zip(("rss", "files", "threads"), late, strict=True)},
+        **{
+            f"{name}_early": value
+            for name, value in zip(("rss", "files", "threads"), early, strict=True)
+        },
+        **{
+            f"{name}_late": value
+            for name, value in zip(("rss", "files", "threads"), late, strict=True)
+        },
     }
 
 
@@ -196,7 +244,9 @@ class Running:
         app = build_app(self._engine, tokenizer, AppOptions("m", template=TEMPLATE))
         self._listening = bound_socket("127.0.0.1", 0)
         self._server = Server(app, self._engine)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listening]})
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._listening]}
+        )
 
     def __enter__(self) -> tuple[str, Engine]:
         self._thread.start()

@@ -78,12 +78,21 @@ class Subject:
 
         def full_width() -> feedback_native.FeedbackError:
             return feedback_native.quantize_feedback(
-                weight, packing.name, out, self.factor, self.hessian, exact_gain=False, metric=self.metric, isa=isa
+                weight,
+                packing.name,
+                out,
+                self.factor,
+                self.hessian,
+                exact_gain=False,
+                metric=self.metric,
+                isa=isa,
             )
 
         def package() -> object:
             options = {"nbits": packing.nbits, "group_size": packing.group_size}
-            return Quantizer.quantize(weight, axis=1, optimize=True, bitpack=False, device="cpu", **options)
+            return Quantizer.quantize(
+                weight, axis=1, optimize=True, bitpack=False, device="cpu", **options
+            )
 
         ways: dict[str, Callable[[], object]] = {
             "native": lambda: plain(False),
@@ -102,7 +111,9 @@ class Subject:
         """e^T H e / w^T H w of the packed tiles, H undamped and of full width."""
         rows, columns = self.weight.shape
         weight = self.weight.float()
-        off = weight - dequantize(unpack(out.view(-(-rows // 32), -1), packing, rows, columns), packing.group_size)
+        off = weight - dequantize(
+            unpack(out.view(-(-rows // 32), -1), packing, rows, columns), packing.group_size
+        )
         return float(((off @ self.hessian) * off).sum() / ((weight @ self.hessian) * weight).sum())
 
 
@@ -110,7 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=4096, help="a multiple of 256")
-    parser.add_argument("--runs", type=int, default=5, help="of the native solver; the hqq package runs once")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="of the native solver; the hqq package runs once"
+    )
     parser.add_argument("--isa", choices=list(ISAS), default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
@@ -131,7 +144,11 @@ def main() -> None:
         results.append(r)
         speeds = "  ".join(f"{r[f'{name}_mweights_per_s']:6.1f}" for name in ways)
         errors = " ".join(f"{r[f'{name}_hessian_error']:7.5f}" for name in ways)
-        print(f"{r['packing']}   {r['hqq_mweights_per_s']:6.1f}  {speeds}   {errors}", file=progress, flush=True)
+        print(
+            f"{r['packing']}   {r['hqq_mweights_per_s']:6.1f}  {speeds}   {errors}",
+            file=progress,
+            flush=True,
+        )
     if options.json:
         record = {
             "bench": "solver",

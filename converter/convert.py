@@ -28,4 +28,6 @@ def convert_checkpoint(
     is lost.
     """
     with Checkpoint(source) as checkpoint:
-        return convert(plan_conversion(checkpoint, recipe, options or ConvertOptions(), out), progress)
+        return convert(
+            plan_conversion(checkpoint, recipe, options or ConvertOptions(), out), progress
+        )

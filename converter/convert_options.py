@@ -29,4 +29,6 @@ class ConvertOptions:
         if self.codec not in CODECS:
             raise RecipeError(f"codec {self.codec!r} is unknown; known are {', '.join(CODECS)}")
         if self.part and not 1 <= self.part[0] <= self.part[1]:
-            raise RecipeError(f"part {self.part[0]}/{self.part[1]} of the layers: expected 1/n to n/n")
+            raise RecipeError(
+                f"part {self.part[0]}/{self.part[1]} of the layers: expected 1/n to n/n"
+            )

@@ -39,7 +39,9 @@ class SourceOrigin(Origin):
     SourceError, RecipeError, HubError. calibration_file: the text, if it was one of the user's.
     """
 
-    def __init__(self, source: Path | HubModel, index: Index, calibration_file: Path | None = None) -> None:
+    def __init__(
+        self, source: Path | HubModel, index: Index, calibration_file: Path | None = None
+    ) -> None:
         self._index = index
         self._checkpoint = Checkpoint(source)
         self._solver = choose_solver(index.recipe.solver)
@@ -47,7 +49,9 @@ class SourceOrigin(Origin):
         self._plan = plan_output(self._checkpoint, recipe)
         self._worker = Worker(self._checkpoint, self._plan, self._solver, threading.Event())
         layers = range(len(self._plan.layouts))
-        self._units = {unit.key: unit for unit in units_of(self._checkpoint, self._plan, layers, outer=True)}
+        self._units = {
+            unit.key: unit for unit in units_of(self._checkpoint, self._plan, layers, outer=True)
+        }
         self._scratch = tempfile.TemporaryDirectory(prefix="moe-convert-")
         self._prepared: tuple[int, LayerStatistics] | None = None
         self._threads = torch.get_num_threads()
@@ -80,7 +84,8 @@ class SourceOrigin(Origin):
             return
         if name == "config.json":
             raise MoeConvertError(
-                f"{path} is damaged, and not a file of the source", "--from OWNER/MODEL, or convert again"
+                f"{path} is damaged, and not a file of the source",
+                "--from OWNER/MODEL, or convert again",
             )
         data = copied_bytes(self._checkpoint.folder, name)
         if (found := hashlib.sha256(data).hexdigest()) != sha256:
@@ -92,7 +97,9 @@ class SourceOrigin(Origin):
             for key, unit in self._units.items():
                 if isinstance(key, LinearKey):
                     statistics = self._statistics_of(unit)
-                    _, tiles = self._worker.linear(key, statistics.linears[key.module] if statistics else None)
+                    _, tiles = self._worker.linear(
+                        key, statistics.linears[key.module] if statistics else None
+                    )
                     write_linear(trunk, key, tiles)
                 elif isinstance(key, TensorKey):
                     write_tensor(trunk, key, self._worker.tensor(key))
@@ -104,13 +111,17 @@ class SourceOrigin(Origin):
         remove(partial_path(path))
         raise self._other(TRUNK_NAME, found, sha256)
 
-    def _calibration_pass(self, options: RecipeOptions, file: Path | None) -> CalibrationPass | None:
+    def _calibration_pass(
+        self, options: RecipeOptions, file: Path | None
+    ) -> CalibrationPass | None:
         calibration = options.calibration
         if calibration is None or self._plan.last_quantized_layer < 0:
             return None
         drawn = calibration_tokens(self._checkpoint, calibration.kind, calibration.tokens, file)
         width = options.down_block(self._checkpoint.architecture.intermediate_size)
-        return CalibrationPass(self._checkpoint, drawn, Path(self._scratch.name), None, one_by_one, width)
+        return CalibrationPass(
+            self._checkpoint, drawn, Path(self._scratch.name), None, one_by_one, width
+        )
 
     def _statistics_of(self, unit: Unit) -> LayerStatistics | None:
         """The statistics of the decoder layer of a unit, or of the head; None where nothing is calibrated."""

@@ -61,14 +61,18 @@ class Artifact:
     @cached_property
     def architecture(self) -> Architecture:
         """The index's, with another number of experts a token where a user chose so in config.json."""
-        return replace(self.index.architecture, num_experts_per_tok=self.config["num_experts_per_tok"])
+        return replace(
+            self.index.architecture, num_experts_per_tok=self.config["num_experts_per_tok"]
+        )
 
     @property
     def packings(self) -> set[str]:
         """The names of all that occur, in experts and trunk."""
         entries = [entry for layer in self.index.layers for entry in layer.experts]
         packed = self.index.trunk.packed.values()
-        return {name for e in entries for name in (e.gate_up, e.down)} | {linear.packing for linear in packed}
+        return {name for e in entries for name in (e.gate_up, e.down)} | {
+            linear.packing for linear in packed
+        }
 
     def entry(self, layer: int, expert: int) -> ExpertEntry:
         """The index's entry of an expert; IndexError if there is none."""
@@ -104,7 +108,8 @@ def structure_problems(folder: Path, index: Index) -> Iterator[tuple[str, MoeCon
     found = list(index_problems(index, str(folder / INDEX_NAME)))
     yield from found
     checks: list[tuple[str, Callable[[], None]]] = [
-        (layer.file, partial(_check_layer_file, folder, index, n)) for n, layer in enumerate(index.layers)
+        (layer.file, partial(_check_layer_file, folder, index, n))
+        for n, layer in enumerate(index.layers)
     ]
     checks.append((index.trunk.file, partial(_check_trunk_file, folder, index)))
     for file, check in checks:
@@ -136,7 +141,8 @@ def _check_layer_file(folder: Path, index: Index, number: int) -> None:
         )
     if header.sha256 != layer.header_sha256:
         raise DamageError(
-            f"{file}: the header's sha256 is {header.sha256}, the index says {layer.header_sha256}", RESAVED_HINT
+            f"{file}: the header's sha256 is {header.sha256}, the index says {layer.header_sha256}",
+            RESAVED_HINT,
         )
 
 
@@ -146,7 +152,10 @@ def _check_trunk_file(folder: Path, index: Index) -> None:
     header = _header(folder, trunk.file, trunk_header_limit(trunk))
     for text in (*header.metadata, *header.metadata.values()):
         if has_controls(text):
-            raise FormatError(f"{folder / trunk.file}: metadata {text[:200]!r} has control characters", RESAVED_HINT)
+            raise FormatError(
+                f"{folder / trunk.file}: metadata {text[:200]!r} has control characters",
+                RESAVED_HINT,
+            )
     check_trunk(header.entries, trunk, str(folder / trunk.file))
     expected = trunk_metadata(index.architecture, trunk.packed)
     _check_metadata(header, {**header.metadata, **expected}, str(folder / trunk.file))
@@ -177,7 +186,9 @@ def _check_metadata(header: Header, expected: dict[str, str], file: str) -> None
     for key in sorted(expected.keys() | header.metadata.keys()):
         found, wanted = header.metadata.get(key), expected.get(key)
         if found != wanted:
-            raise FormatError(f"{file}: metadata {key!r} is {found!r}, the index says {wanted!r}", RESAVED_HINT)
+            raise FormatError(
+                f"{file}: metadata {key!r} is {found!r}, the index says {wanted!r}", RESAVED_HINT
+            )
 
 
 def _check_size(folder: Path, name: str, size_bytes: int, hint: str = "") -> None:

@@ -23,7 +23,9 @@ class ExpertLayout:
     down: AnyPacking
 
     @classmethod
-    def of(cls, architecture: Architecture, gate_up: str, down: str, where: str = "expert") -> "ExpertLayout":
+    def of(
+        cls, architecture: Architecture, gate_up: str, down: str, where: str = "expert"
+    ) -> "ExpertLayout":
         """The layout by packing names; FormatError naming `where` if one is unknown."""
         hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
         return cls(hidden, intermediate, packing_named(gate_up, where), packing_named(down, where))

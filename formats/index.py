@@ -64,7 +64,12 @@ class Architecture(_Part, frozen=True):
             "num_local_experts": config[model_type.experts],
             "expert_modules": list(expert_modules),
         }
-        return cls(**{name: named[name] if name in named else config[name] for name in cls.__struct_fields__})
+        return cls(
+            **{
+                name: named[name] if name in named else config[name]
+                for name in cls.__struct_fields__
+            }
+        )
 
     @property
     def expert_layers(self) -> int:
@@ -208,7 +213,9 @@ def parse_index(data: bytes, where: str) -> Index:
     """The index in `data`; errors as `read_index`, naming `where`."""
     value = parse(data, where)
     if not isinstance(value, dict) or value.get("format") != "moe-convert":
-        raise FormatError(f"{where}: field format is not 'moe-convert'", "name a folder that moe-convert wrote")
+        raise FormatError(
+            f"{where}: field format is not 'moe-convert'", "name a folder that moe-convert wrote"
+        )
     check_version(value.get("format_version"), where)
     index = typed(value, Index, where)
     try:
@@ -216,15 +223,21 @@ def parse_index(data: bytes, where: str) -> Index:
     except FormatError as e:
         # Its hint is about config.json.
         raise FormatError(e.message) from None
-    if different := sorted(name for name in fields if name not in index.config or index.config[name] != fields[name]):
+    if different := sorted(
+        name for name in fields if name not in index.config or index.config[name] != fields[name]
+    ):
         found = short(index.config.get(different[0]))
-        raise FormatError(f"{where}: config: {different[0]} is {found}, expected {short(fields[different[0]])}")
+        raise FormatError(
+            f"{where}: config: {different[0]} is {found}, expected {short(fields[different[0]])}"
+        )
     return index
 
 
 def dump_index(index: Index) -> bytes:
     """The index as JSON. An object without others in it, such as an expert's entry, stands on one line."""
-    return _FLAT_OBJECT.sub(lambda found: _LINE_BREAK.sub(b"", found[0].replace(b",\n", b", \n")), dump(index))
+    return _FLAT_OBJECT.sub(
+        lambda found: _LINE_BREAK.sub(b"", found[0].replace(b",\n", b", \n")), dump(index)
+    )
 
 
 def check_version(version: Any, where: str) -> None:

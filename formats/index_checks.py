@@ -23,11 +23,17 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 def index_problems(index: Index, where: str) -> Iterator[tuple[str, MoeConvertError]]:
     """Every disagreement of `index` with itself, each with the name of the file whose place or size it concerns."""
     whole = (_check_architecture, _check_layers, _check_transforms)
-    checks: list[tuple[str, Callable[[], None]]] = [(INDEX_NAME, partial(check, index, where)) for check in whole]
-    checks += [(layer.file, partial(_check_layer, index, n, where)) for n, layer in enumerate(index.layers)]
+    checks: list[tuple[str, Callable[[], None]]] = [
+        (INDEX_NAME, partial(check, index, where)) for check in whole
+    ]
+    checks += [
+        (layer.file, partial(_check_layer, index, n, where)) for n, layer in enumerate(index.layers)
+    ]
     checks.append((index.trunk.file, partial(_check_trunk, index, where)))
     checks += [(INDEX_NAME, partial(_check_file_name, f.file, where)) for f in index.files]
-    checks += [(INDEX_NAME, partial(check, index, where)) for check in (_check_unique, _check_packings)]
+    checks += [
+        (INDEX_NAME, partial(check, index, where)) for check in (_check_unique, _check_packings)
+    ]
     for file, check in checks:
         try:
             check()
@@ -49,7 +55,9 @@ def _check_architecture(index: Index, where: str) -> None:
     """The architecture against `config`, and the paths of the experts' modules."""
     here, modules = f"{where}: architecture", index.architecture.expert_modules
     if index.architecture.activation != ACTIVATION:
-        raise FormatError(f"{here}.activation is {index.architecture.activation!r}, packed experts have {ACTIVATION!r}")
+        raise FormatError(
+            f"{here}.activation is {index.architecture.activation!r}, packed experts have {ACTIVATION!r}"
+        )
     expected = Architecture.of_config(index.config, modules)
     for name in Architecture.__struct_fields__:
         found, wanted = getattr(index.architecture, name), getattr(expected, name)
@@ -57,7 +65,9 @@ def _check_architecture(index: Index, where: str) -> None:
             raise FormatError(f"{here}.{name} is {short(found)}, config says {short(wanted)}")
     if len(modules) > index.architecture.num_hidden_layers:
         layers = index.architecture.num_hidden_layers
-        raise FormatError(f"{here}.expert_modules has {len(modules)} entries, of a model with {layers} layers")
+        raise FormatError(
+            f"{here}.expert_modules has {len(modules)} entries, of a model with {layers} layers"
+        )
     path, count = Counter(modules).most_common(1)[0]
     if count > 1:
         raise FormatError(f"{here}.expert_modules has {short(path)} {count} times")
@@ -69,7 +79,9 @@ def _check_architecture(index: Index, where: str) -> None:
 def _check_layers(index: Index, where: str) -> None:
     expected = index.architecture.expert_layers
     if len(index.layers) != expected:
-        raise FormatError(f"{where}: layers has {len(index.layers)} entries, expert_modules has {expected}")
+        raise FormatError(
+            f"{where}: layers has {len(index.layers)} entries, expert_modules has {expected}"
+        )
 
 
 def _check_layer(index: Index, number: int, where: str) -> None:
@@ -96,31 +108,54 @@ def _check_trunk(index: Index, where: str) -> None:
 
 def _check_transforms(index: Index, where: str) -> None:
     """FormatError for an input transform: there is none yet, and weights behind one are worthless without it."""
-    named = [(f"layers[{n}]", name) for n, layer in enumerate(index.layers) for name in layer.input_transform.values()]
-    named += [(m, linear.input_transform) for m, linear in index.trunk.packed.items() if linear.input_transform]
+    named = [
+        (f"layers[{n}]", name)
+        for n, layer in enumerate(index.layers)
+        for name in layer.input_transform.values()
+    ]
+    named += [
+        (m, linear.input_transform)
+        for m, linear in index.trunk.packed.items()
+        if linear.input_transform
+    ]
     if named:
-        raise FormatError(f"{where}: {named[0][0]}.input_transform is {short(named[0][1])}, which is unknown")
+        raise FormatError(
+            f"{where}: {named[0][0]}.input_transform is {short(named[0][1])}, which is unknown"
+        )
 
 
 def _check_file_name(name: str, where: str) -> None:
     check_name(name, where)
     # A download or repair of such a file would write over the index or weights.
     if name.lower().startswith((INDEX_NAME, TRUNK_NAME, f"{EXPERTS_FOLDER}/")):
-        raise FormatError(f"{where}: field files has {name!r}, which is not a file beside index and weights")
+        raise FormatError(
+            f"{where}: field files has {name!r}, which is not a file beside index and weights"
+        )
 
 
 def _check_unique(index: Index, where: str) -> None:
     # Some file systems take names for one that differ in case.
-    name, count = Counter(f.file.casefold() for f in index.files).most_common(1)[0] if index.files else ("", 1)
+    name, count = (
+        Counter(f.file.casefold() for f in index.files).most_common(1)[0]
+        if index.files
+        else ("", 1)
+    )
     if count > 1:
         raise FormatError(f"{where}: field files has {name!r} {count} times")
 
 
 def _check_packings(index: Index, where: str) -> None:
-    used = {name for layer in index.layers for entry in layer.experts for name in (entry.gate_up, entry.down)}
+    used = {
+        name
+        for layer in index.layers
+        for entry in layer.experts
+        for name in (entry.gate_up, entry.down)
+    }
     used |= {linear.packing for linear in index.trunk.packed.values()}
     if sorted(used) != index.packings:
-        raise FormatError(f"{where}: field packings is {index.packings}, its entries use {sorted(used)}")
+        raise FormatError(
+            f"{where}: field packings is {index.packings}, its entries use {sorted(used)}"
+        )
     for name in used:
         packing_named(name, where)
 
@@ -130,7 +165,9 @@ def _check_experts(index: Index, number: int, here: str) -> None:
     layer = index.layers[number]
     if len(layer.experts) != index.architecture.num_local_experts:
         n = index.architecture.num_local_experts
-        raise FormatError(f"{here}.experts has {len(layer.experts)} entries, architecture says {n} experts")
+        raise FormatError(
+            f"{here}.experts has {len(layer.experts)} entries, architecture says {n} experts"
+        )
     position: int | None = None
     for i, entry in enumerate(layer.experts):
         at = f"{here}.experts[{i}]"
@@ -144,9 +181,13 @@ def _check_experts(index: Index, number: int, here: str) -> None:
             )
         layout = ExpertLayout.of(index.architecture, entry.gate_up, entry.down, at)
         if entry.codec == "none" and entry.length != layout.n_bytes:
-            raise FormatError(f"{at}.length is {entry.length}, its packings and architecture take {layout.n_bytes}")
+            raise FormatError(
+                f"{at}.length is {entry.length}, its packings and architecture take {layout.n_bytes}"
+            )
         if entry.codec == "zstd" and not 0 < entry.length <= 2 * layout.n_bytes + ALIGNMENT_BYTES:
-            raise FormatError(f"{at}.length is {entry.length}, of a compressed expert of {layout.n_bytes}")
+            raise FormatError(
+                f"{at}.length is {entry.length}, of a compressed expert of {layout.n_bytes}"
+            )
         if entry.offset % ALIGNMENT_BYTES:
             raise FormatError(f"{at}.offset is {entry.offset}, not a multiple of {ALIGNMENT_BYTES}")
         if position is not None and entry.offset != position:
@@ -155,6 +196,8 @@ def _check_experts(index: Index, number: int, here: str) -> None:
         end = entry.offset + entry.length
         position = end + -end % ALIGNMENT_BYTES
         if position > layer.size_bytes:
-            raise FormatError(f"{at} ends at {end}, past the end of {layer.file} at {layer.size_bytes}")
+            raise FormatError(
+                f"{at} ends at {end}, past the end of {layer.file} at {layer.size_bytes}"
+            )
     if position != layer.size_bytes:
         raise FormatError(f"{here}.size_bytes is {layer.size_bytes}, its experts end at {position}")

@@ -32,8 +32,14 @@ def raw_entries(module: str, layouts: list[ExpertLayout]) -> list[TensorEntry]:
         prefix = expert_prefix(module, expert)
         begin = entries[-1].end if entries else 0
         middle, end = begin + layout.gate_up_bytes, begin + layout.n_bytes
-        entries.append(TensorEntry(f"{prefix}.gate_up", layout.gate_up.dtype, layout.gate_up_shape, begin, middle))
-        entries.append(TensorEntry(f"{prefix}.down", layout.down.dtype, layout.down_shape, middle, end))
+        entries.append(
+            TensorEntry(
+                f"{prefix}.gate_up", layout.gate_up.dtype, layout.gate_up_shape, begin, middle
+            )
+        )
+        entries.append(
+            TensorEntry(f"{prefix}.down", layout.down.dtype, layout.down_shape, middle, end)
+        )
         entries.extend(_filler(expert, end))
     return entries
 
@@ -43,12 +49,18 @@ def zstd_entries(module: str, lengths: list[int]) -> list[TensorEntry]:
     entries: list[TensorEntry] = []
     for expert, length in enumerate(lengths):
         begin = entries[-1].end if entries else 0
-        entries.append(TensorEntry(f"{expert_prefix(module, expert)}.zstd", "U8", (length,), begin, begin + length))
+        entries.append(
+            TensorEntry(
+                f"{expert_prefix(module, expert)}.zstd", "U8", (length,), begin, begin + length
+            )
+        )
         entries.extend(_filler(expert, begin + length))
     return entries
 
 
-def layer_metadata(layer: int, module: str, layouts: list[ExpertLayout], codec: str) -> dict[str, str]:
+def layer_metadata(
+    layer: int, module: str, layouts: list[ExpertLayout], codec: str
+) -> dict[str, str]:
     """The header's metadata: what is needed, with the tensors, to write the index again."""
     return {
         "format": "moe-convert",
@@ -71,9 +83,15 @@ def partial_path(path: Path) -> Path:
 
 def compression_paths(path: Path) -> tuple[Path, Path]:
     """Where a layer's compressed file is written until it is complete, and the frames before it."""
-    return path.with_name(path.name + ".zstd.partial"), path.with_name(path.name + ".frames.partial")
+    return path.with_name(path.name + ".zstd.partial"), path.with_name(
+        path.name + ".frames.partial"
+    )
 
 
 def _filler(expert: int, position: int) -> list[TensorEntry]:
     end = aligned(position)
-    return [TensorEntry(f"{FILLER_PREFIX}{expert}", "U8", (end - position,), position, end)] if end > position else []
+    return (
+        [TensorEntry(f"{FILLER_PREFIX}{expert}", "U8", (end - position,), position, end)]
+        if end > position
+        else []
+    )

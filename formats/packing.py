@@ -129,7 +129,9 @@ def tile_packing_named(name: str, where: str = "packing") -> Packing:
 
 
 def _unknown(name: str, known: Iterable[str], where: str) -> FormatError:
-    return FormatError(f"{where}: packing {name!r} is unknown; known are {', '.join(known)}", "update moe-convert")
+    return FormatError(
+        f"{where}: packing {name!r} is unknown; known are {', '.join(known)}", "update moe-convert"
+    )
 
 
 def tiles_of(rows: int) -> int:
@@ -172,7 +174,9 @@ def unpack(tiles: Tensor, packing: Packing, rows: int, columns: int) -> Quantize
     n_tiles, blocks = tiles_of(rows), blocks_of(columns)
     if tuple(tiles.shape) != (n_tiles, packing.tile_bytes(columns)):
         expected = (n_tiles, packing.tile_bytes(columns))
-        raise FormatError(f"tiles of shape {tuple(tiles.shape)}, {packing.name} [{rows}, {columns}] takes {expected}")
+        raise FormatError(
+            f"tiles of shape {tuple(tiles.shape)}, {packing.name} [{rows}, {columns}] takes {expected}"
+        )
     head = tiles[:, :HEAD_BYTES].contiguous().view(torch.float16).view(n_tiles, 2, 2, HALF_ROWS)
     head = head.transpose(2, 3).reshape(n_tiles * TILE_ROWS, 2)[:rows]
     chunks = tiles[:, HEAD_BYTES:].reshape(n_tiles, blocks, packing.chunks, -1)
@@ -220,7 +224,12 @@ def _pack_codes(codes: Tensor, packing: Packing) -> Tensor:
         vectors = codes[..., 0, :, :] | (codes[..., 1, :, :] << 4)
     else:
         low = codes & 3
-        vectors = low[..., 0, :, :] | (low[..., 1, :, :] << 2) | (low[..., 2, :, :] << 4) | (low[..., 3, :, :] << 6)
+        vectors = (
+            low[..., 0, :, :]
+            | (low[..., 1, :, :] << 2)
+            | (low[..., 2, :, :] << 4)
+            | (low[..., 3, :, :] << 6)
+        )
     if packing.nbits == 3:
         # Pairs of vectors, each pair followed by the top bits of both.
         top = torch.unflatten(codes >> 2, -2, (-1, 2))
@@ -231,7 +240,9 @@ def _pack_codes(codes: Tensor, packing: Packing) -> Tensor:
                 high |= top[..., plane, :, odd, :] << (2 * plane + 2 + odd)
         pairs = torch.unflatten(vectors, -2, (-1, 2))
         vectors = torch.cat([pairs, high.unsqueeze(-2)], dim=-2)  # [..., pair, 3, 4]
-        order = vectors.permute(0, 3, 4, 5, 1, 6, 2, 7)  # tile, block, chunk, pair, half, 3, row, byte
+        order = vectors.permute(
+            0, 3, 4, 5, 1, 6, 2, 7
+        )  # tile, block, chunk, pair, half, 3, row, byte
     else:
         order = vectors.permute(0, 3, 4, 5, 1, 2, 6)  # tile, block, chunk, vector, half, row, byte
     return order.flatten(3)
@@ -241,7 +252,9 @@ def _unpack_codes(body: Tensor, packing: Packing) -> Tensor:
     """The inverse of `_pack_codes`: [tile, half, row, block, chunk, plane, vector, 4]."""
     if packing.nbits == 3:
         order = torch.unflatten(body, 3, (packing.vectors // 2, 2, 3, HALF_ROWS, 4))
-        triple = order.permute(0, 4, 6, 1, 2, 3, 5, 7)  # tile, half, row, block, chunk, pair, 3, byte
+        triple = order.permute(
+            0, 4, 6, 1, 2, 3, 5, 7
+        )  # tile, half, row, block, chunk, pair, 3, byte
         pairs, high = triple[..., :2, :], triple[..., 2, :]
         vectors = pairs.flatten(-3, -2)
     else:
@@ -253,7 +266,9 @@ def _unpack_codes(body: Tensor, packing: Packing) -> Tensor:
     if packing.nbits == 3:
         for plane in range(4):
             shift = 2 * plane + 2 if plane < 3 else 0
-            top = torch.stack([(high >> (shift + odd)) & 1 for odd in (0, 1)], dim=-2).flatten(-3, -2)
+            top = torch.stack([(high >> (shift + odd)) & 1 for odd in (0, 1)], dim=-2).flatten(
+                -3, -2
+            )
             planes[plane] = planes[plane] | (top << 2)
     return torch.stack(planes, dim=5)
 
@@ -262,16 +277,22 @@ def _pack_scales(s: Tensor, m: Tensor, packing: Packing) -> Tensor:
     """Two [tile, half, row, block, chunk, plane] -> [tile, block, chunk, bytes]."""
     kinds = (s | (m << 4)).unsqueeze(-1) if packing.scale_bits == 4 else torch.stack([s, m], dim=-1)
     inner = (2, 5) if packing.row_major_scales else (5, 2)
-    return kinds.permute(0, 3, 4, 1, 6, *inner).flatten(3)  # tile, block, chunk, half, kind, then row and plane
+    return kinds.permute(0, 3, 4, 1, 6, *inner).flatten(
+        3
+    )  # tile, block, chunk, half, kind, then row and plane
 
 
 def _unpack_scales(scales: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     """The inverse of `_pack_scales`; s is uint8, m is uint8 or int8."""
     kinds = 1 if packing.scale_bits == 4 else 2
     if packing.row_major_scales:
-        order = torch.unflatten(scales, 3, (2, kinds, HALF_ROWS, packing.planes)).permute(4, 0, 3, 5, 1, 2, 6)
+        order = torch.unflatten(scales, 3, (2, kinds, HALF_ROWS, packing.planes)).permute(
+            4, 0, 3, 5, 1, 2, 6
+        )
     else:
-        order = torch.unflatten(scales, 3, (2, kinds, packing.planes, HALF_ROWS)).permute(4, 0, 3, 6, 1, 2, 5)
+        order = torch.unflatten(scales, 3, (2, kinds, packing.planes, HALF_ROWS)).permute(
+            4, 0, 3, 6, 1, 2, 5
+        )
     if packing.scale_bits == 4:
         return order[0] & 15, order[0] >> 4
     return order[0], order[1].contiguous().view(torch.int8)

@@ -34,5 +34,8 @@ class PlainPacking:
 
 PLAIN_PACKINGS: dict[str, PlainPacking] = {
     p.name: p
-    for p in (PlainPacking("rows-bf16", "BF16", torch.bfloat16), PlainPacking("rows-f16", "F16", torch.float16))
+    for p in (
+        PlainPacking("rows-bf16", "BF16", torch.bfloat16),
+        PlainPacking("rows-f16", "F16", torch.float16),
+    )
 }

@@ -65,7 +65,11 @@ def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
     """The bytes before the data section: length, JSON in the order given, spaces up to a multiple of 4096."""
     body: dict[str, Any] = {"__metadata__": metadata}
     for entry in entries:
-        body[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.begin, entry.end]}
+        body[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
     text = json.dumps(body, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     return struct.pack("<Q", len(text)) + text
@@ -74,10 +78,14 @@ def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
 def read_header(descriptor: int, where: str, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     """The header of the open file `descriptor`; raises what `header_from` raises."""
     size = os.fstat(descriptor).st_size
-    return header_from(lambda offset, length: os.pread(descriptor, length, offset), size, where, max_bytes)
+    return header_from(
+        lambda offset, length: os.pread(descriptor, length, offset), size, where, max_bytes
+    )
 
 
-def header_from(read: Callable[[int, int], bytes], size: int, where: str, max_bytes: int = MAX_HEADER_BYTES) -> Header:
+def header_from(
+    read: Callable[[int, int], bytes], size: int, where: str, max_bytes: int = MAX_HEADER_BYTES
+) -> Header:
     """The header of a file of `size` bytes, of which read(offset, length) gives parts (fewer bytes past its end).
 
     FormatError naming `where` for a header over `max_bytes`, of which nothing is read, and for what the safetensors
@@ -89,10 +97,14 @@ def header_from(read: Callable[[int, int], bytes], size: int, where: str, max_by
         raise DamageError(f"{where}: {size} bytes, too short for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
     if length > max_bytes:
-        raise FormatError(f"{where}: header of {length} bytes, allowed are {max_bytes}; not a safetensors file?")
+        raise FormatError(
+            f"{where}: header of {length} bytes, allowed are {max_bytes}; not a safetensors file?"
+        )
     text = read(8, min(length, size))
     if len(text) < length:
-        raise DamageError(f"{where}: cut off inside its header: {size} bytes, the header ends at {8 + length}")
+        raise DamageError(
+            f"{where}: cut off inside its header: {size} bytes, the header ends at {8 + length}"
+        )
     if not text.startswith(b"{"):
         raise FormatError(f"{where}: the header begins with {text[:1]!r}, not with '{{'")
     where_header = f"{where}: header"
@@ -122,13 +134,19 @@ def _entry(name: str, value: Any, where: str) -> TensorEntry:
         raise FormatError(f"{here}: data_offsets {repr(offsets)[:100]} are not begin <= end")
     n_bytes = prod(shape) * DTYPE_BYTES[dtype]
     if n_bytes != offsets[1] - offsets[0]:
-        raise FormatError(f"{here}: {offsets[1] - offsets[0]} bytes, {dtype} {shape} takes {n_bytes}")
+        raise FormatError(
+            f"{here}: {offsets[1] - offsets[0]} bytes, {dtype} {shape} takes {n_bytes}"
+        )
     return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _naturals(value: Any) -> bool:
     # The length is bounded because the product of a shape is computed before anything is compared with it.
-    return isinstance(value, list) and len(value) <= 64 and all(type(v) is int and 0 <= v < 2**53 for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= 64
+        and all(type(v) is int and 0 <= v < 2**53 for v in value)
+    )
 
 
 def _check_cover(entries: dict[str, TensorEntry], data_bytes: int, where: str) -> None:
@@ -143,7 +161,10 @@ def _check_cover(entries: dict[str, TensorEntry], data_bytes: int, where: str) -
         position = entry.end
     if position > data_bytes:
         raise DamageError(
-            f"{where}: cut off: {data_bytes} bytes of data, the header says {position}", "get the file again"
+            f"{where}: cut off: {data_bytes} bytes of data, the header says {position}",
+            "get the file again",
         )
     if position < data_bytes:
-        raise DamageError(f"{where}: {data_bytes - position} bytes after the last tensor", "get the file again")
+        raise DamageError(
+            f"{where}: {data_bytes - position} bytes after the last tensor", "get the file again"
+        )

@@ -33,7 +33,12 @@ def parse_size(value: int | str, name: str = "size") -> int:
         if match and factor and "." not in match[1]:
             n_bytes = int(match[1]) * factor
         if not match or not factor:
-            raise RecipeError(f"{name}: {value!r} is not a size", "write bytes, or a size such as 6GiB or 500MB")
+            raise RecipeError(
+                f"{name}: {value!r} is not a size", "write bytes, or a size such as 6GiB or 500MB"
+            )
     if n_bytes <= 0:
-        raise RecipeError(f"{name}: {value!r} is not a size above 0", "write bytes, or a size such as 6GiB or 500MB")
+        raise RecipeError(
+            f"{name}: {value!r} is not a size above 0",
+            "write bytes, or a size such as 6GiB or 500MB",
+        )
     return n_bytes

@@ -40,18 +40,26 @@ def parameter_count(entries: Iterable[TensorEntry], packed: dict[str, PackedLine
     """How many numbers the model has in the trunk: of a packed matrix its weights."""
     count = sum(linear.rows * linear.columns for linear in packed.values())
     return count + sum(
-        prod(entry.shape) for entry in without_fillers(entries) if entry.name.removesuffix(PACKED) not in packed
+        prod(entry.shape)
+        for entry in without_fillers(entries)
+        if entry.name.removesuffix(PACKED) not in packed
     )
 
 
-def attention_size(entries: Iterable[TensorEntry], packed: dict[str, PackedLinear]) -> tuple[int, int]:
+def attention_size(
+    entries: Iterable[TensorEntry], packed: dict[str, PackedLinear]
+) -> tuple[int, int]:
     """(stored bytes, weights) of the attention's matrices."""
     n_bytes = n_weights = 0
     for entry in entries:
         module, _, part = entry.name.rpartition(".")
         if module.rpartition(".")[2] in ATTENTION and part in ("weight", "packed"):
             n_bytes += entry.n_bytes
-            n_weights += packed[module].rows * packed[module].columns if module in packed else prod(entry.shape)
+            n_weights += (
+                packed[module].rows * packed[module].columns
+                if module in packed
+                else prod(entry.shape)
+            )
     return n_bytes, n_weights
 
 
@@ -73,6 +81,10 @@ def check_trunk(entries: dict[str, TensorEntry], trunk: Trunk, where: str) -> No
 
 def _check(entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...], where: str) -> None:
     if entry.shape != shape:
-        raise FormatError(f"{where}: tensor {entry.name} has shape {list(entry.shape)}, expected {list(shape)}")
+        raise FormatError(
+            f"{where}: tensor {entry.name} has shape {list(entry.shape)}, expected {list(shape)}"
+        )
     if entry.dtype not in dtypes:
-        raise FormatError(f"{where}: tensor {entry.name} is {entry.dtype}, expected {' or '.join(dtypes)}")
+        raise FormatError(
+            f"{where}: tensor {entry.name} is {entry.dtype}, expected {' or '.join(dtypes)}"
+        )

@@ -67,7 +67,9 @@ class PlacedFile:
                 self._file.allocate(self.size_bytes)
             self._file.write_at(self.header, 0)
             for entry in entries:
-                if entry.name.startswith(FILLER_PREFIX):  # a partial of the same size may hold anything there
+                if entry.name.startswith(
+                    FILLER_PREFIX
+                ):  # a partial of the same size may hold anything there
                     self._file.write_at(bytes(entry.n_bytes), self.offset(entry.name))
         except BaseException:
             self._file.close()
@@ -77,7 +79,10 @@ class PlacedFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -89,7 +94,9 @@ class PlacedFile:
         """Writes bytes (uint8, contiguous) at `skip_bytes` into tensor `name`; not yet durable (`sync`)."""
         entry = self._entries[name]
         if skip_bytes + data.numel() > entry.n_bytes:
-            raise ValueError(f"{data.numel()} bytes at {skip_bytes} do not fit into {name} of {entry.n_bytes} bytes")
+            raise ValueError(
+                f"{data.numel()} bytes at {skip_bytes} do not fit into {name} of {entry.n_bytes} bytes"
+            )
         self._file.write_at(data.view(-1).numpy().data, len(self.header) + entry.begin + skip_bytes)
 
     def xxh3(self, name: str) -> str:
@@ -120,11 +127,16 @@ class LayerWriter(PlacedFile):
     layer's experts in the model."""
 
     def __init__(self, path: Path, layer: int, module: str, layouts: list[ExpertLayout]) -> None:
-        super().__init__(path, raw_entries(module, layouts), layer_metadata(layer, module, layouts, "none"))
+        super().__init__(
+            path, raw_entries(module, layouts), layer_metadata(layer, module, layouts, "none")
+        )
         self._layer = layer
         self._module = module
         self._layouts = layouts
-        self.offsets = [self.offset(f"{expert_prefix(module, expert)}.gate_up") for expert in range(len(layouts))]
+        self.offsets = [
+            self.offset(f"{expert_prefix(module, expert)}.gate_up")
+            for expert in range(len(layouts))
+        ]
 
     def write_expert(self, expert: int, blob: torch.Tensor) -> Checksums:
         """Writes expert `expert`'s bytes (uint8 [n_bytes], contiguous) durably; returns their checksums."""
@@ -135,7 +147,9 @@ class LayerWriter(PlacedFile):
         """Writes an expert's bytes, as `write_expert`; computes no checksums."""
         n_bytes = self._layouts[expert].n_bytes
         if blob.dtype != torch.uint8 or blob.shape != (n_bytes,):
-            raise ValueError(f"expert of {blob.dtype} {list(blob.shape)}, its layout takes uint8 [{n_bytes}]")
+            raise ValueError(
+                f"expert of {blob.dtype} {list(blob.shape)}, its layout takes uint8 [{n_bytes}]"
+            )
         self._file.write_at(blob.numpy().data, self.offsets[expert])
         self.sync()
 
@@ -166,7 +180,9 @@ class LayerWriter(PlacedFile):
                 lengths.append(len(frame))
                 checksums.append(Checksums.of(frame))
             entries = zstd_entries(self._module, lengths)
-            header = build_header(entries, layer_metadata(self._layer, self._module, self._layouts, "zstd"))
+            header = build_header(
+                entries, layer_metadata(self._layer, self._module, self._layouts, "zstd")
+            )
             out.write_at(header, 0)
             places: list[Place] = []
             for entry in entries:

@@ -40,7 +40,9 @@ class DefaultOptions:
 
 
 _NONE_GIVEN = DefaultOptions()
-_CURRENT: ContextVar[DefaultOptions] = ContextVar("moe_convert_default_options", default=_NONE_GIVEN)
+_CURRENT: ContextVar[DefaultOptions] = ContextVar(
+    "moe_convert_default_options", default=_NONE_GIVEN
+)
 
 
 def defaults(**options: Any) -> AbstractContextManager[None]:

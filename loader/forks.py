@@ -42,7 +42,9 @@ def _in_child() -> None:
     if found and torch.get_num_threads() > 1:
         # GNU OpenMP waits for ever for the parent's threads once these have computed something.
         torch.set_num_threads(1)
-        _log.info("process %d was forked from one with a model: torch has one thread here", os.getpid())
+        _log.info(
+            "process %d was forked from one with a model: torch has one thread here", os.getpid()
+        )
 
 
 def no_gpu_after_fork() -> MoeConvertError:

@@ -96,7 +96,9 @@ def from_pretrained(
     opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
     artifact = opened.artifact
     guesses = _guesses(prefetch, artifact.architecture)
-    options = CacheOptions(gpu_cache, ram_cache, slots, io, policy, cpu_share, check, kernels, reserve_bytes)
+    options = CacheOptions(
+        gpu_cache, ram_cache, slots, io, policy, cpu_share, check, kernels, reserve_bytes
+    )
     devices = choose_devices(device, artifact.packings)
     try:
         model, placement = _placed(opened, devices, options, dtype, attn_implementation)
@@ -125,7 +127,11 @@ def load_tokenizer(
 
 
 def _placed(
-    opened: OpenModel, devices: Sequence[Device], options: CacheOptions, dtype: Any, attn_implementation: str | None
+    opened: OpenModel,
+    devices: Sequence[Device],
+    options: CacheOptions,
+    dtype: Any,
+    attn_implementation: str | None,
 ) -> tuple[Any, Placement]:
     placement = place(opened, devices, options)
     try:
@@ -134,29 +140,40 @@ def _placed(
             check_files(artifact.folder, artifact.index, [artifact.index.trunk.file])
             if note := generation_note(artifact.folder, artifact.index):
                 warn_once(note)
-        return _load(artifact, placement, _dtype(dtype, artifact, devices), attn_implementation), placement
+        return _load(
+            artifact, placement, _dtype(dtype, artifact, devices), attn_implementation
+        ), placement
     except BaseException:
         placement.cache.close()
         raise
 
 
-def _load(artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None) -> Any:
+def _load(
+    artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None
+) -> Any:
     from loader.hf.loading.plugin import Parts, loading
     from loader.hf.model_class import served_class
 
     # The configuration as our strict reader saw it, not as a second parser would.
     fields = {**artifact.config, "transformers_weights": TRUNK_NAME}
-    options = loading_options(artifact.folder, fields, attn_implementation, error=FormatError, converted=True)
+    options = loading_options(
+        artifact.folder, fields, attn_implementation, error=FormatError, converted=True
+    )
     parts = Parts(artifact, placement.cache, placement.backend, placement.experts)
     # With an adapter_config.json beside the weights, transformers would load that too.
-    with link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files, loading(parts):
+    with (
+        link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files,
+        loading(parts),
+    ):
         try:
             base = model_class(options["config"])
             model = served_class(base).from_pretrained(os.fspath(files), dtype=dtype, **options)
         except ImportError as e:
             if attn_implementation is None:
                 raise
-            raise RecipeError(f"attn_implementation: {attn_implementation!r}: {e}", "install it, or use sdpa") from e
+            raise RecipeError(
+                f"attn_implementation: {attn_implementation!r}: {e}", "install it, or use sdpa"
+            ) from e
     model.name_or_path = model.config.name_or_path = os.fspath(artifact.folder)
     # transformers 5.0 leaves weights of a quantized model in the dtype of the file.
     for module in model.modules():
@@ -186,7 +203,9 @@ def _floating(dtype: Any) -> Any:
         return dtype
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise RecipeError(f"dtype: {dtype!r} is no floating-point dtype", "use torch.bfloat16, float16 or float32")
+        raise RecipeError(
+            f"dtype: {dtype!r} is no floating-point dtype", "use torch.bfloat16, float16 or float32"
+        )
     return found
 
 
@@ -203,7 +222,10 @@ def _prefetcher(model: Any, guesses: int | None) -> Prefetcher | None:
     """Guesses by the model's routers, as many experts as these choose where `guesses` is None."""
     layers = routed_layers(model)
     if layers is None:
-        _log.info("experts of the next layer are not guessed: the routers of %s are not known", type(model).__name__)
+        _log.info(
+            "experts of the next layer are not guessed: the routers of %s are not known",
+            type(model).__name__,
+        )
         return None
     # By the routers: config.json may ask for another number of experts than the folder was made with.
     count = layers[0].router.top_k if guesses is None else guesses
@@ -213,7 +235,13 @@ def _prefetcher(model: Any, guesses: int | None) -> Prefetcher | None:
 def _guesses(prefetch: int | str, architecture: Architecture) -> int:
     if prefetch == "auto":
         return architecture.num_experts_per_tok
-    if isinstance(prefetch, int) and not isinstance(prefetch, bool) and 0 <= prefetch <= architecture.num_local_experts:
+    if (
+        isinstance(prefetch, int)
+        and not isinstance(prefetch, bool)
+        and 0 <= prefetch <= architecture.num_local_experts
+    ):
         return prefetch
     most = architecture.num_local_experts
-    raise RecipeError(f"prefetch: {prefetch!r} is not a number of experts; expected is auto or 0 to {most}")
+    raise RecipeError(
+        f"prefetch: {prefetch!r} is not a number of experts; expected is auto or 0 to {most}"
+    )

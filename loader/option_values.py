@@ -25,16 +25,22 @@ def check_options(**options: Any) -> None:
     for option, value in options.items():
         if option in _NAMES:
             if value not in _NAMES[option]:
-                raise RecipeError(f"{option}: {value!r} is unknown; known are {', '.join(_NAMES[option])}")
+                raise RecipeError(
+                    f"{option}: {value!r} is unknown; known are {', '.join(_NAMES[option])}"
+                )
         elif option in ("gpu_cache", "ram_cache"):
             if value != "auto":
                 parse_size(value, option)
         elif option == "slots":
             if not isinstance(value, Sequence) or not all(_is_count(count) for count in value):
-                raise RecipeError(f"slots: {value!r} is no list of numbers", "give one number for each layer")
+                raise RecipeError(
+                    f"slots: {value!r} is no list of numbers", "give one number for each layer"
+                )
         elif option == "prefetch":
             if value != "auto" and not _is_count(value):
-                raise RecipeError(f"prefetch: {value!r} is not a number of experts; expected is auto or 0 and more")
+                raise RecipeError(
+                    f"prefetch: {value!r} is not a number of experts; expected is auto or 0 and more"
+                )
         elif option == "device":
             device_names(value)
 

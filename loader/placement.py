@@ -68,7 +68,9 @@ def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
         reader.close()
         raise
     layers = artifact.architecture.expert_layers
-    return Placement(cache, backend, (backend,) * layers, torch.device("cpu"), _cpu_decoders(backend))
+    return Placement(
+        cache, backend, (backend,) * layers, torch.device("cpu"), _cpu_decoders(backend)
+    )
 
 
 def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions) -> Placement:
@@ -78,7 +80,8 @@ def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions
 
     if opened.io(options.io) == "mmap":
         raise RecipeError(
-            "io: 'mmap' maps pages that are not page-locked, which a GPU copies slowly", "use io='direct'"
+            "io: 'mmap' maps pages that are not page-locked, which a GPU copies slowly",
+            "use io='direct'",
         )
     reader = opened.reader("direct", check=options.check)
     try:
@@ -95,7 +98,9 @@ def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions
         cpu = choose_backend(options.kernels) if found.share else None
         decoders = CudaDecoderFactory(devices[0], found.trunk.products, found.share, cpu)
     retry = MemoryRetry(found.cache, found.devices)
-    return Placement(found.cache, found.trunk, found.backends, devices[0].torch_device, decoders, retry)
+    return Placement(
+        found.cache, found.trunk, found.backends, devices[0].torch_device, decoders, retry
+    )
 
 
 def _cpu_decoders(backend: Backend) -> DecoderFactory | LeaveDecoder:

@@ -31,7 +31,10 @@ class OpenModel:
     def io(self, wish: str) -> str:
         """How to read: what is not there cannot be mapped."""
         if self.lazy and wish == "mmap":
-            raise RecipeError("io: 'mmap' needs all experts, and with lazy they are still coming", "use io='direct'")
+            raise RecipeError(
+                "io: 'mmap' needs all experts, and with lazy they are still coming",
+                "use io='direct'",
+            )
         return "direct" if self.lazy else wish
 
     def reader(self, io: str, *, check: str) -> ExpertReader:
@@ -42,13 +45,20 @@ class OpenModel:
 
 
 def open_model(
-    folder: Folder, revision: str | None, token: str | None, *, lazy: bool, progress: Progress | None
+    folder: Folder,
+    revision: str | None,
+    token: str | None,
+    *,
+    lazy: bool,
+    progress: Progress | None,
 ) -> OpenModel:
     """Opens a folder, or a repository of that name where there is no such folder. Raises HubError, RecipeError for
     options that only repositories have, and what Artifact.open raises."""
     if not _is_repo(folder):
         if revision or lazy:
-            raise RecipeError(f"revision, lazy: only for a repository on the Hub, and {folder} is a folder's name")
+            raise RecipeError(
+                f"revision, lazy: only for a repository on the Hub, and {folder} is a folder's name"
+            )
         return OpenModel(Artifact.open(folder))
     if not lazy:
         repo = HubRepo.open(os.fspath(folder), revision, token)
@@ -62,7 +72,9 @@ def small_files(folder: Folder, revision: str | None, token: str | None) -> Path
     if not _is_repo(folder):
         if os.path.isdir(folder):
             return Path(folder)
-        raise MoeConvertError(f"{folder} is not a folder", "name a folder that moe-convert wrote, or owner/model")
+        raise MoeConvertError(
+            f"{folder} is not a folder", "name a folder that moe-convert wrote, or owner/model"
+        )
     repo = HubRepo.open(os.fspath(folder), revision, token)
     return fetch_listed(repo, wanted=is_read_by_transformers, bars=True)[0]
 

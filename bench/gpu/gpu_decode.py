@@ -19,8 +19,14 @@ Load = Callable[..., Any]
 
 PAIRS: dict[str, tuple[Row, Row]] = {
     "prefetch": ({"prefetch": 0, "cpu_share": "off"}, {"prefetch": "auto", "cpu_share": "off"}),
-    "prefetch, CPU share on": ({"prefetch": 0, "cpu_share": "auto"}, {"prefetch": "auto", "cpu_share": "auto"}),
-    "CPU share": ({"prefetch": "auto", "cpu_share": "off"}, {"prefetch": "auto", "cpu_share": "auto"}),
+    "prefetch, CPU share on": (
+        {"prefetch": 0, "cpu_share": "auto"},
+        {"prefetch": "auto", "cpu_share": "auto"},
+    ),
+    "CPU share": (
+        {"prefetch": "auto", "cpu_share": "off"},
+        {"prefetch": "auto", "cpu_share": "auto"},
+    ),
 }
 """What is compared: a without, b with it."""
 
@@ -95,15 +101,24 @@ def compare(
     """Rows of the pairs called `names` with so many slots: both models loaded, in turn; the link measured before."""
     for name in names:
         link = link_bytes_per_s()
-        runs = _in_turn(load, decoding, [{"slots": slots, **options} for options in PAIRS[name]], rounds)
+        runs = _in_turn(
+            load, decoding, [{"slots": slots, **options} for options in PAIRS[name]], rounds
+        )
         gc.collect()
         ratios = [with_it["tokens_per_s"] / without["tokens_per_s"] for without, with_it in runs]
-        row: Row = {"pair": name, "slots": slots[0], "ratio": statistics.median(ratios), "ratios": ratios}
+        row: Row = {
+            "pair": name,
+            "slots": slots[0],
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+        }
         for side, options, found in zip("ab", PAIRS[name], zip(*runs, strict=True), strict=True):
             medians = {key: statistics.median(run[key] for run in found) for key in found[0]}
             shares = [share_of_link(run, link, expert_bytes) for run in found]
             known = [share for share in shares if share is not None]
-            row[side] = options | medians | {"share_of_link": statistics.median(known) if known else None}
+            row[side] = (
+                options | medians | {"share_of_link": statistics.median(known) if known else None}
+            )
         yield row | {"link_gb_s": link / 1e9}
 
 
@@ -114,7 +129,9 @@ def _in_turn(load: Load, decoding: Decoding, options: list[Row], rounds: int) ->
         return [[decoding.run(model) for model in models] for _ in range(rounds + 1)][1:]
 
 
-def profile(model: Any, decoding: Decoding, activity: Any = torch.profiler.ProfilerActivity.CUDA) -> list[Row]:
+def profile(
+    model: Any, decoding: Decoding, activity: Any = torch.profiler.ProfilerActivity.CUDA
+) -> list[Row]:
     """Rows of gaps by layer while tokens are decoded, under the profiler, which takes time of its own; the row of the
     whole token has also `idle_share_plain`: what the time without the profiler leaves beside the busy time with it."""
     decoding.run(model)
@@ -129,19 +146,28 @@ def profile(model: Any, decoding: Decoding, activity: Any = torch.profiler.Profi
     rows = gaps(intervals, model.config.num_hidden_layers)
     if rows:
         whole = rows[-1]
-        whole |= {"plain_us": plain_us, "idle_share_plain": max(0.0, 1 - (whole["us"] - whole["idle_us"]) / plain_us)}
+        whole |= {
+            "plain_us": plain_us,
+            "idle_share_plain": max(0.0, 1 - (whole["us"] - whole["idle_us"]) / plain_us),
+        }
     return rows
 
 
 def token_bytes(model: Any, expert_bytes: int) -> int:
     """What one token reads of experts, attention and head."""
     config, head = model.config, model.lm_head
-    packed = sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(".packed"))
+    packed = sum(
+        buffer.numel() for name, buffer in model.named_buffers() if name.endswith(".packed")
+    )
     plain = head.weight.numel() * head.weight.element_size() if hasattr(head, "weight") else 0
-    return int(config.num_hidden_layers * config.num_experts_per_tok * expert_bytes + packed + plain)
+    return int(
+        config.num_hidden_layers * config.num_experts_per_tok * expert_bytes + packed + plain
+    )
 
 
-def resident(model: Any, decoding: Decoding, expert_bytes: int, copy_gb_s: float, rounds: int) -> Row:
+def resident(
+    model: Any, decoding: Decoding, expert_bytes: int, copy_gb_s: float, rounds: int
+) -> Row:
     """Decoding with every expert on the GPU; GB/s are the weights that a token reads."""
     runs = [decoding.run(model) for _ in range(rounds + 1)][1:]
     tokens_per_s = statistics.median(run["tokens_per_s"] for run in runs)

@@ -42,7 +42,11 @@ def layer_begins(intervals: Sequence[Interval]) -> list[float]:
     for interval in intervals:
         if interval.name.startswith("add_norm_"):
             norm = interval.begin
-        elif interval.name.startswith("attend_") and interval.name != "attend_combine" and norm is not None:
+        elif (
+            interval.name.startswith("attend_")
+            and interval.name != "attend_combine"
+            and norm is not None
+        ):
             begins.append(norm)
             norm = None
     return begins
@@ -60,9 +64,13 @@ def gaps(intervals: Sequence[Interval], layers: int) -> list[dict[str, Any]]:
     to_gpu = [i for i in intervals if i.kind == "copy" and "HtoD" in i.name]
 
     def row(name: str, first: int, step: int) -> dict[str, Any]:
-        spans = [(begins[t * layers + first], begins[t * layers + first + step]) for t in range(tokens - 1)]
+        spans = [
+            (begins[t * layers + first], begins[t * layers + first + step])
+            for t in range(tokens - 1)
+        ]
         parts = [
-            (end - begin, *(busy_us(of, begin, end) for of in (intervals, kernels, to_gpu))) for begin, end in spans
+            (end - begin, *(busy_us(of, begin, end) for of in (intervals, kernels, to_gpu)))
+            for begin, end in spans
         ]
         us = statistics.median(length for length, *_ in parts)
         idle = statistics.median(length - busy for length, busy, *_ in parts)

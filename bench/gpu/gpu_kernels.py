@@ -83,8 +83,12 @@ def ring_bytes(device: Device) -> int:
 
 def random_tiles(shape: tuple[int, int]) -> Tensor:
     """So many tiles of so many bytes, flat: any codes and scales below small super-scales."""
-    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    tiles[:, :HEAD_BYTES] = torch.full((HEAD_BYTES // 2,), 1e-5, dtype=torch.float16).view(torch.uint8)
+    tiles = torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    tiles[:, :HEAD_BYTES] = torch.full((HEAD_BYTES // 2,), 1e-5, dtype=torch.float16).view(
+        torch.uint8
+    )
     return tiles.view(-1)
 
 
@@ -111,14 +115,24 @@ class ExpertsRing:
         """Queues a layer's two experts, all tokens through both."""
         place, hidden = self.device.torch_device, self.layout.hidden
         x = torch.randn((tokens, hidden), generator=torch.Generator().manual_seed(1)).to(place)
-        weights, out = torch.full((tokens, 2), 0.5, device=place), torch.zeros((tokens, hidden), device=place)
+        weights, out = (
+            torch.full((tokens, 2), 0.5, device=place),
+            torch.zeros((tokens, hidden), device=place),
+        )
         if tokens == 1:
-            one = self.products.token_experts(self.layout, self.products.quantize(x), weights[0], out[0])
+            one = self.products.token_experts(
+                self.layout, self.products.quantize(x), weights[0], out[0]
+            )
             return lambda i: one.add(list(enumerate(self.pairs[i % len(self.pairs)])), first=True)
-        index, layouts = torch.tensor([[0, 1]]).repeat(tokens, 1), dict.fromkeys((0, 1), self.layout)
+        index, layouts = (
+            torch.tensor([[0, 1]]).repeat(tokens, 1),
+            dict.fromkeys((0, 1), self.layout),
+        )
 
         def run(i: int) -> None:
-            self.products.add_experts(dict(enumerate(self.pairs[i % len(self.pairs)])), layouts, x, index, weights, out)
+            self.products.add_experts(
+                dict(enumerate(self.pairs[i % len(self.pairs)])), layouts, x, index, weights, out
+            )
 
         return run
 
@@ -161,11 +175,19 @@ class AttentionRing:
             (tiles, self.packing, rows, torch.empty(rows, device=self.device.torch_device))
             for tiles, rows in zip(matrices, self.rows, strict=True)
         ]
-        return [self.products.prepare_linear(acts, part, self.hidden) for part in (entries[:3], entries[3:])]
+        return [
+            self.products.prepare_linear(acts, part, self.hidden)
+            for part in (entries[:3], entries[3:])
+        ]
 
 
 def beside_copy(
-    clock: Clock, call: Callable[[int], object], calls: int, n_bytes: int, copy: DeviceCopy, pairs: int
+    clock: Clock,
+    call: Callable[[int], object],
+    calls: int,
+    n_bytes: int,
+    copy: DeviceCopy,
+    pairs: int,
 ) -> Row:
     """A kernel that reads n_bytes at each call and a copy within the GPU, in turn; the first pair is not counted."""
     times = [(clock.time(call, calls), clock.time(copy, copy.calls)) for _ in range(pairs + 1)][1:]
@@ -197,13 +219,31 @@ def kernels(
         layout = ExpertLayout(shape.hidden, shape.intermediate, packing, packing)
         experts: Any = ExpertsRing(device, layout, n_bytes)
         yield from _of_ring(
-            clock, "experts", packing, experts, 2 * layout.n_weights, len(experts.pairs), copy, few, many, pairs
+            clock,
+            "experts",
+            packing,
+            experts,
+            2 * layout.n_weights,
+            len(experts.pairs),
+            copy,
+            few,
+            many,
+            pairs,
         )
         del experts
         attention = AttentionRing(device, shape, packing, n_bytes)
         weights = sum(attention.rows) * shape.hidden
         yield from _of_ring(
-            clock, "attention", packing, attention, weights, len(attention.layers), copy, few, many, pairs
+            clock,
+            "attention",
+            packing,
+            attention,
+            weights,
+            len(attention.layers),
+            copy,
+            few,
+            many,
+            pairs,
         )
         del attention
 
@@ -213,7 +253,9 @@ def _of_ring(
     few: Sequence[int], many: Sequence[int], pairs: int,
 ) -> Iterator[Row]:  # fmt: skip
     for tokens in few:
-        found = beside_copy(clock, ring.call(tokens), max(length, 16), ring.bytes_each_call, copy, pairs)
+        found = beside_copy(
+            clock, ring.call(tokens), max(length, 16), ring.bytes_each_call, copy, pairs
+        )
         yield {"what": what, "packing": packing.name, "tokens": tokens, **found}
     for tokens in many:
         time = median_time(clock, ring.call(tokens), 2, 3)
@@ -224,7 +266,14 @@ def _of_ring(
         }  # fmt: skip
 
 
-def overlap(device: Device, clock: Clock, layout: ExpertLayout, n_bytes: int, copies: int = 4, most: int = 200) -> Row:
+def overlap(
+    device: Device,
+    clock: Clock,
+    layout: ExpertLayout,
+    n_bytes: int,
+    copies: int = 4,
+    most: int = 200,
+) -> Row:
     """Copies of experts while experts are computed: the time of both over that of the longer one alone.
 
     copies: how many; as many layers' experts beside them, `most` at most, as take the same time."""
@@ -249,9 +298,14 @@ def overlap(device: Device, clock: Clock, layout: ExpertLayout, n_bytes: int, co
     try:
         copy_s = median_time(clock, work(0, copies), 1, 5).seconds
         layers = min(most, max(1, round(copy_s / median_time(clock, one, 16, 5).seconds)))
-        rows = [[clock.time(work(*what), 1) for what in ((0, copies), (layers, 0), (layers, copies))] for _ in range(6)]
+        rows = [
+            [clock.time(work(*what), 1) for what in ((0, copies), (layers, 0), (layers, copies))]
+            for _ in range(6)
+        ]
         ratios = [both.seconds / max(a.seconds, b.seconds) for a, b, both in rows[1:]]
-        copied, computed, both = (1e3 * statistics.median(row[i].seconds for row in rows[1:]) for i in range(3))
+        copied, computed, both = (
+            1e3 * statistics.median(row[i].seconds for row in rows[1:]) for i in range(3)
+        )
         return {
             "copies": copies, "layers": layers, "copies_ms": copied, "kernels_ms": computed, "both_ms": both,
             "ratio": statistics.median(ratios), "queued": all(time.queued for row in rows[1:] for time in row),

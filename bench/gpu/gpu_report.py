@@ -52,7 +52,11 @@ def bars(result: Row) -> list[Bar]:
     shares = (row["b"]["share_of_link"] for row in prefetch if row["b"]["cpu_share"] == "off")
     return [
         *found,
-        Bar("decoding over what the link allows, prefetch on, CPU share off", _least(shares), LINK_BAR),
+        Bar(
+            "decoding over what the link allows, prefetch on, CPU share off",
+            _least(shares),
+            LINK_BAR,
+        ),
         Bar("prefetch over no prefetch", _least(row["ratio"] for row in prefetch), PREFETCH_BAR),
     ]
 
@@ -91,6 +95,8 @@ def parse_smi(text: str, uuid: str) -> dict[str, str]:
     """The line of nvidia-smi's CSV (SMI_FIELDS, no header, no units) for the GPU `uuid`, empty if it is not there."""
     for row in text.splitlines():
         values = [value.strip() for value in row.split(",")]
-        if len(values) == len(SMI_FIELDS) and values[0].removeprefix("GPU-") == uuid.removeprefix("GPU-"):
+        if len(values) == len(SMI_FIELDS) and values[0].removeprefix("GPU-") == uuid.removeprefix(
+            "GPU-"
+        ):
             return dict(zip(SMI_FIELDS[1:], values[1:], strict=True))
     return {}

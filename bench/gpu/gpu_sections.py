@@ -95,7 +95,9 @@ class Bench:
         yield overlap(self.device, self.clock, LAYOUT, ring_bytes(self.device))
 
     def kernels(self) -> Iterator[Row]:
-        return kernels(self.device, self.clock, SHAPE, list(PACKINGS.values()), ring_bytes(self.device))
+        return kernels(
+            self.device, self.clock, SHAPE, list(PACKINGS.values()), ring_bytes(self.device)
+        )
 
     def decode(self) -> Iterator[Row]:
         load = self._load()
@@ -110,7 +112,9 @@ class Bench:
     def gaps(self) -> Iterator[Row]:
         load = self._load()
         for count in (DECODED_WITH, SHAPE.experts):
-            with loaded(load, slots=[count] * self.options.layers, prefetch="auto", cpu_share="off") as model:
+            with loaded(
+                load, slots=[count] * self.options.layers, prefetch="auto", cpu_share="off"
+            ) as model:
                 rows = profile(model, self.decoding)
             del model
             gc.collect()
@@ -122,7 +126,9 @@ class Bench:
         copy = DeviceCopy(self.device)
         copied = beside_copy(self.clock, copy, copy.calls, copy.n_bytes, copy, 5)["copy_gb_s"]
         del copy
-        with loaded(self._load(), slots=[SHAPE.experts] * self.options.layers, prefetch=0, cpu_share="off") as model:
+        with loaded(
+            self._load(), slots=[SHAPE.experts] * self.options.layers, prefetch=0, cpu_share="off"
+        ) as model:
             yield resident(model, self.decoding, LAYOUT.n_bytes, copied, self.options.rounds)
 
     def _link(self) -> Row:
@@ -142,7 +148,15 @@ def made_model(work: Path, layers: int) -> Path:
     if not (folder / "moe_index.json").exists():
         print(f"making {folder}", file=sys.stderr, flush=True)
         make_checkpoint(source, SHAPE, layers)
-        command = [sys.executable, "-m", "converter", "convert", os.fspath(source), "-o", os.fspath(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "converter",
+            "convert",
+            os.fspath(source),
+            "-o",
+            os.fspath(folder),
+        ]
         chosen = ["--recipe", "2bit", "--solver", "hqq", "--calibrate", "none"]
         subprocess.run([*command, *chosen], check=True, cwd=ROOT, stdout=sys.stderr)
         shutil.rmtree(source)
@@ -160,7 +174,11 @@ def nvidia_smi(uuid: str) -> dict[str, str]:
     return parse_smi(done.stdout, uuid)
 
 
-def run(sections: Iterable[tuple[str, Callable[[], Iterable[Row]]]], result: Row, store: Callable[[], None]) -> bool:
+def run(
+    sections: Iterable[tuple[str, Callable[[], Iterable[Row]]]],
+    result: Row,
+    store: Callable[[], None],
+) -> bool:
     """Fills `result` with each section's rows and prints them; stores after each. A section that fails is told of, and
     the next one begins: a machine may be there only once. Whether all went well."""
     well = True
@@ -190,16 +208,30 @@ def cuda_name(text: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", type=cuda_name, default="cuda:0")
-    parser.add_argument("--layers", type=int, default=4, help="of the model that is made (default: 4)")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="(default: all)")
-    parser.add_argument("--slots", type=int, nargs="+", default=[2, 4, 6], help="of 8, each layer (default: 2 4 6)")
-    parser.add_argument("--tokens", type=int, default=64, help="to decode in each run (default: 64)")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="of the model that is made (default: 4)"
+    )
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="(default: all)"
+    )
+    parser.add_argument(
+        "--slots", type=int, nargs="+", default=[2, 4, 6], help="of 8, each layer (default: 2 4 6)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="to decode in each run (default: 64)"
+    )
     parser.add_argument("--prompt", type=int, default=32, help="tokens before them (default: 32)")
     parser.add_argument("--rounds", type=int, default=4, help="of each pair (default: 4)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "moe-convert-bench")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all rows, written anew after each section")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "moe-convert-bench"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="all rows, written anew after each section"
+    )
     return parser.parse_args()
 
 
@@ -210,8 +242,14 @@ def main() -> int:
         (device,) = choose_devices(options.device, ())
     except (MoeConvertError, RuntimeError) as error:
         why = error.message if isinstance(error, MoeConvertError) else error
-        print(f"bench/gpu/run.py measures an NVIDIA GPU, and none can be used here: {why}", file=sys.stderr)
-        print("It needs one of compute capability 7.0 or newer, its driver, torch from a CUDA wheel.", file=sys.stderr)
+        print(
+            f"bench/gpu/run.py measures an NVIDIA GPU, and none can be used here: {why}",
+            file=sys.stderr,
+        )
+        print(
+            "It needs one of compute capability 7.0 or newer, its driver, torch from a CUDA wheel.",
+            file=sys.stderr,
+        )
         return 1
     assert isinstance(device, CudaDevice)
     torch.cuda.set_device(device.index)
@@ -222,7 +260,9 @@ def main() -> int:
         if options.json:
             options.json.write_text(json.dumps(result, indent=1))
 
-    well = run([(name, getattr(bench, name)) for name in ("machine", *options.sections)], result, store)
+    well = run(
+        [(name, getattr(bench, name)) for name in ("machine", *options.sections)], result, store
+    )
     found = bars(result)
     result["bars"] = [bar._asdict() | {"met": bar.met} for bar in found]
     print(*found, sep="\n")

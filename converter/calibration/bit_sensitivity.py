@@ -116,11 +116,15 @@ class BitSensitivity:
 
     def _layer(self, layer: int, stream: Tensor) -> LayerErrors:
         """Take the stream through decoder layer `layer`, in place, and return what each packing costs there."""
-        (intermediate,) = (m.intermediate for m in self._checkpoint.shape.experts if m.decoder_layer == layer)
+        (intermediate,) = (
+            m.intermediate for m in self._checkpoint.shape.experts if m.decoder_layer == layer
+        )
         work = _Measurement(self._forward.experts, self._quantizer, intermediate, self._weights)
         self._loop.pass_layer(layer, stream, work)
         errors = work.errors(stream.flatten(0, 1))
-        if not all(math.isfinite(error) for by_packing in errors.values() for error in by_packing.values()):
+        if not all(
+            math.isfinite(error) for by_packing in errors.values() for error in by_packing.values()
+        ):
             raise SourceError(
                 f"{self._checkpoint.folder}: layer {layer}: errors of quantized experts are infinite or NaN",
                 "the checkpoint is damaged or its training diverged; convert without a target of bits",
@@ -131,7 +135,9 @@ class BitSensitivity:
 class _Measurement(LayerWork):
     """Sums up what each packing adds to the outputs of a layer's experts, by token."""
 
-    def __init__(self, experts: ExpertForward, quantizer: "_RowQuantizer", intermediate: int, weights: Tensor) -> None:
+    def __init__(
+        self, experts: ExpertForward, quantizer: "_RowQuantizer", intermediate: int, weights: Tensor
+    ) -> None:
         super().__init__(experts)
         self._quantizer = quantizer
         self._intermediate = intermediate
@@ -161,14 +167,18 @@ class _Measurement(LayerWork):
 class _RowQuantizer:
     """Quantizes rows by each packing. products: the dtype in which weights are multiplied."""
 
-    def __init__(self, solver: CalibratedSolver, packings: dict[str, list[str]], products: torch.dtype) -> None:
+    def __init__(
+        self, solver: CalibratedSolver, packings: dict[str, list[str]], products: torch.dtype
+    ) -> None:
         self._solver = solver
         self.packings = packings
         self.products = products
 
     def zeros(self, tokens: int) -> Energies:
         """Return no energy, for each packing."""
-        return {(p, name): torch.zeros(tokens) for p, names in self.packings.items() for name in names}
+        return {
+            (p, name): torch.zeros(tokens) for p, names in self.packings.items() for name in names
+        }
 
     def quantized(self, rows: Tensor, name: str, statistics: InputStatistics) -> Tensor:
         """Return some rows as the packing `name` has them, float32."""
@@ -187,7 +197,9 @@ class _ExpertCosts(SliceVisitor):
     """Sums what each packing changes in an expert's outputs for inputs x, float32 [n, hidden], of tokens with these
     weights, by a sample of its rows."""
 
-    def __init__(self, quantizer: _RowQuantizer, x: Tensor, weights: Tensor, intermediate: int) -> None:
+    def __init__(
+        self, quantizer: _RowQuantizer, x: Tensor, weights: Tensor, intermediate: int
+    ) -> None:
         self.energies = quantizer.zeros(len(x))
         self._quantizer = quantizer
         self._statistics = _statistics(x, weights)
@@ -200,8 +212,12 @@ class _ExpertCosts(SliceVisitor):
         """As SliceVisitor: keeps how far each packing is from `inner`."""
         here = self._sampled[begin : begin + len(gate)]
         for name, parts in self._lost.items():
-            both = (self._quantizer.quantized(rows[here], name, self._statistics) for rows in (gate, up))
-            found = inner_activations(self._x, *(rows.to(self._quantizer.products) for rows in both))
+            both = (
+                self._quantizer.quantized(rows[here], name, self._statistics) for rows in (gate, up)
+            )
+            found = inner_activations(
+                self._x, *(rows.to(self._quantizer.products) for rows in both)
+            )
             parts.append(found - inner[:, here])
 
     def start_down(self, inner: Tensor) -> DownVisitor:
@@ -214,7 +230,9 @@ class _ExpertCosts(SliceVisitor):
         def take(begin: int, rows: Tensor) -> None:
             columns = rows.to(products)[:, self._sampled].T.contiguous()
             for name, part in missing.items():
-                self.energies["gate_up", name] += (part @ columns).float().square().sum(1) / columns_share
+                self.energies["gate_up", name] += (part @ columns).float().square().sum(
+                    1
+                ) / columns_share
             sampled = _sample(self._x.shape[1])
             own = rows[sampled[begin : begin + len(rows)]]
             for name in quantizer.packings["down"]:
@@ -229,7 +247,9 @@ def _statistics(x: Tensor, weights: Tensor) -> InputStatistics:
     """In blocks of columns, shrunk towards their diagonal, as the tokens may be fewer than the columns of a block."""
     moment = block_moments(x, weights, DOWN_BLOCK) / weights.double().sum().clamp_min(1e-30).float()
     diagonal = InputStatistics(torch.diag_embed(moment.diagonal(dim1=1, dim2=2)), 1.0)
-    return InputStatistics(moment, effective_tokens(weights)).shrunk(diagonal, PRIOR_SHARE * DOWN_BLOCK)
+    return InputStatistics(moment, effective_tokens(weights)).shrunk(
+        diagonal, PRIOR_SHARE * DOWN_BLOCK
+    )
 
 
 def _sample(rows: int) -> Tensor:

@@ -87,7 +87,9 @@ class CalibrationPass:
         """Return the statistics of the output head, after passing through all layers."""
         self._go_to(self._forward_pass.layers)
         inputs = [self._forward_pass.head_inputs(window) for window in self._stand.activations]
-        head = whole_statistics(self._checkpoint, None, "the output head", inputs, self._weights, self._run_all)
+        head = whole_statistics(
+            self._checkpoint, None, "the output head", inputs, self._weights, self._run_all
+        )
         return LayerStatistics({self._forward_pass.head: head})
 
     def _go_to(self, layer: int) -> None:
@@ -114,7 +116,12 @@ class CalibrationPass:
         self._stand = OUTSIDE
         if gather:
             gatherer = LayerGatherer(
-                self._checkpoint, self._forward_pass, layer, self._weights, self._down_width, self._run_all
+                self._checkpoint,
+                self._forward_pass,
+                layer,
+                self._weights,
+                self._down_width,
+                self._run_all,
             )
             self._loop.pass_layer(layer, stream, gatherer)
             statistics = gatherer.statistics

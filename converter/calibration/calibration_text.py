@@ -42,7 +42,9 @@ class CalibrationTokens:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.windows.numpy().tobytes() + self.weights.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(
+            self.windows.numpy().tobytes() + self.weights.numpy().tobytes()
+        ).hexdigest()
 
 
 def calibration_tokens(
@@ -58,10 +60,15 @@ def calibration_tokens(
     """
     if tokens < FEWEST_TOKENS:
         raise RecipeError(
-            f"--calibration-tokens {tokens}: fewer than {FEWEST_TOKENS} do harm", f"use {DEFAULT_TOKENS} or more"
+            f"--calibration-tokens {tokens}: fewer than {FEWEST_TOKENS} do harm",
+            f"use {DEFAULT_TOKENS} or more",
         )
     a = checkpoint.architecture
-    longest = [checkpoint.config.get("max_position_embeddings"), checkpoint.config.get("sliding_window"), WINDOW]
+    longest = [
+        checkpoint.config.get("max_position_embeddings"),
+        checkpoint.config.get("sliding_window"),
+        WINDOW,
+    ]
     window = min(n for n in longest if isinstance(n, int) and n > 0)
     bos = checkpoint.config.get("bos_token_id")
     bos = bos if isinstance(bos, int) and 0 <= bos < a.vocab_size else None
@@ -101,15 +108,23 @@ def _read(kind: str, file: Path | None) -> tuple[str, str]:
         with open(file, "rb") as f:
             data = f.read(_MOST_TEXT_BYTES + 1)
     except OSError as e:
-        raise SourceError(f"{where}: {e.strerror}", "--calibrate takes none, random, builtin or a text file") from None
+        raise SourceError(
+            f"{where}: {e.strerror}", "--calibrate takes none, random, builtin or a text file"
+        ) from None
     if not data:
-        raise SourceError(f"{where} is empty", "calibrate by a text of several kinds, 100 kB or more")
+        raise SourceError(
+            f"{where} is empty", "calibrate by a text of several kinds, 100 kB or more"
+        )
     if len(data) > _MOST_TEXT_BYTES:
-        raise SourceError(f"{where} has more than {_MOST_TEXT_BYTES} bytes", "a few megabytes are plenty")
+        raise SourceError(
+            f"{where} has more than {_MOST_TEXT_BYTES} bytes", "a few megabytes are plenty"
+        )
     try:
         return where, data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise SourceError(f"{where}: not UTF-8 at byte {e.start}", "save the text as UTF-8") from None
+        raise SourceError(
+            f"{where}: not UTF-8 at byte {e.start}", "save the text as UTF-8"
+        ) from None
 
 
 def _encode(checkpoint: Checkpoint, where: str, text: str, tokenizer: Any) -> Tensor:
@@ -117,7 +132,9 @@ def _encode(checkpoint: Checkpoint, where: str, text: str, tokenizer: Any) -> Te
         tokenizer = tokenizer or open_source_tokenizer(checkpoint.folder)
         # Piece by piece: some tokenizers take a time that grows with the square of the length.
         ids = [
-            i for piece in _pieces(text) for i in tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            i
+            for piece in _pieces(text)
+            for i in tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         ]
     except MoeConvertError as e:
         raise SourceError(e.message, e.hint or "--calibrate random needs no tokenizer") from e
@@ -134,7 +151,11 @@ def _encode(checkpoint: Checkpoint, where: str, text: str, tokenizer: Any) -> Te
             "--calibrate random needs no tokenizer",
         )
     unknown = tokenizer.unk_token_id
-    if len(ids) and unknown is not None and (share := float((result == unknown).float().mean())) > _MOST_UNKNOWN:
+    if (
+        len(ids)
+        and unknown is not None
+        and (share := float((result == unknown).float().mean())) > _MOST_UNKNOWN
+    ):
         raise SourceError(
             f"{checkpoint.folder}: to the tokenizer {share:.0%} of {where} is unknown",
             "give a text in the model's languages, or --calibrate random",

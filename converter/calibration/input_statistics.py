@@ -80,7 +80,9 @@ def block_moments(x: Tensor, weights: Tensor, width: int, other: Tensor | None =
         return padded.view(tokens, blocks, width).transpose(0, 1)
 
     own = in_blocks(x)
-    return torch.bmm((own * weights[:, None]).transpose(1, 2), own if other is None else in_blocks(other))
+    return torch.bmm(
+        (own * weights[:, None]).transpose(1, 2), own if other is None else in_blocks(other)
+    )
 
 
 def effective_tokens(weights: Tensor) -> float:

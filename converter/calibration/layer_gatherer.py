@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from converter.calibration.input_statistics import InputStatistics, block_moments, effective_tokens, second_moment
+from converter.calibration.input_statistics import (
+    InputStatistics,
+    block_moments,
+    effective_tokens,
+    second_moment,
+)
 from converter.calibration.layer_statistics import ExpertInputs, LayerStatistics, rows_at_once
 from converter.checkpoint.bad_weights import overflow_error
 from converter.checkpoint.source import Checkpoint
@@ -43,7 +48,11 @@ class LayerGatherer(LayerWork):
         self._linears: dict[str, InputStatistics] = {}
         self._routed: list[tuple[Tensor, InputStatistics]] = []
         self._inputs: list[ExpertInputs] = []
-        columns = [module.intermediate for module in checkpoint.shape.experts if module.decoder_layer == number]
+        columns = [
+            module.intermediate
+            for module in checkpoint.shape.experts
+            if module.decoder_layer == number
+        ]
         self._intermediate = max(columns, default=0)
         self._down = torch.zeros(self._down_shape)
 
@@ -68,17 +77,23 @@ class LayerGatherer(LayerWork):
         """As LayerWork. Linears that were given the same tensor share their statistics."""
         first = inputs[0]
         for module, x in first.items():
-            like = next((other for other in self._linears if other in first and first[other] is x), None)
+            like = next(
+                (other for other in self._linears if other in first and first[other] is x), None
+            )
             if like is None:
                 parts = [part[module].flatten(0, -2).float() for part in inputs]
-                self._linears[module] = self._whole(parts, f"layer {self._number}, the inputs of {module}")
+                self._linears[module] = self._whole(
+                    parts, f"layer {self._number}, the inputs of {module}"
+                )
             else:
                 self._linears[module] = self._linears[like]
 
     def take_routed(self, routed: Routed) -> None:
         """As LayerWork."""
         parts = list(torch.split(routed.inputs, ROWS_IN_A_PART))
-        self._routed = [(routed.inputs, self._whole(parts, f"layer {self._number}, its experts' inputs"))]
+        self._routed = [
+            (routed.inputs, self._whole(parts, f"layer {self._number}, its experts' inputs"))
+        ]
 
     def start_expert(self, expert: int, tokens: Tensor) -> None:
         """As LayerWork."""
@@ -101,7 +116,9 @@ class LayerGatherer(LayerWork):
         return -(-self._intermediate // self._width), self._width, self._width
 
     def _whole(self, parts: list[Tensor], what: str) -> InputStatistics:
-        return whole_statistics(self._checkpoint, self._number, what, parts, self._weights, self._run_all)
+        return whole_statistics(
+            self._checkpoint, self._number, what, parts, self._weights, self._run_all
+        )
 
 
 class _InnerMoments(SliceVisitor):
@@ -122,7 +139,12 @@ class _InnerMoments(SliceVisitor):
 
 
 def whole_statistics(
-    checkpoint: Checkpoint, layer: int | None, what: str, parts: list[Tensor], weights: Tensor, run_all: RunAll
+    checkpoint: Checkpoint,
+    layer: int | None,
+    what: str,
+    parts: list[Tensor],
+    weights: Tensor,
+    run_all: RunAll,
 ) -> InputStatistics:
     """Return the statistics of a linear for all tokens, at full width; the linear is in decoder layer `layer`, None for
     the head. SourceError if they are infinite or NaN."""

@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from converter.calibration.input_statistics import InputStatistics, block_moments, effective_tokens, second_moment
+from converter.calibration.input_statistics import (
+    InputStatistics,
+    block_moments,
+    effective_tokens,
+    second_moment,
+)
 from converter.forward.expert_forward import ROWS_AT_ONCE, inner_activations
 from converter.forward.ordered_tasks import one_by_one
 from converter.solvers.down_correction import DownCorrection
@@ -54,11 +59,15 @@ class LayerStatistics:
         weights = self.weights[tokens]
         if not len(weights):
             return self.gate_up, 0
-        moment = second_moment([self.inputs[tokens]], weights, one_by_one) / float(weights.double().sum())
+        moment = second_moment([self.inputs[tokens]], weights, one_by_one) / float(
+            weights.double().sum()
+        )
         own = InputStatistics(moment[None], effective_tokens(weights))
         return own.shrunk(self.gate_up, PRIOR_SHARE * moment.shape[0]), len(weights)
 
-    def of_down(self, expert: int, gate: Rows, up: Rows) -> tuple[InputStatistics, DownCorrection | None]:
+    def of_down(
+        self, expert: int, gate: Rows, up: Rows
+    ) -> tuple[InputStatistics, DownCorrection | None]:
         """Of an expert's down, given its quantized gate and up, and how to correct its weights for their errors."""
         reached = self.experts[expert]
         weights = self.weights[reached.tokens]
@@ -72,7 +81,9 @@ class LayerStatistics:
         difference = torch.zeros_like(moment)
         for begin in range(0, columns, step):
             end = min(begin + step, columns)
-            found = inner_activations(x, gate(begin, end).to(self.products), up(begin, end).to(self.products))
+            found = inner_activations(
+                x, gate(begin, end).to(self.products), up(begin, end).to(self.products)
+            )
             missing = reached.inner[:, begin:end].float() - found
             blocks = slice(begin // width, -(-end // width))
             moment[blocks] = block_moments(found, weights, width)

@@ -18,7 +18,9 @@ def experts_at_once(width: int) -> int:
     return max(1, _EXPERTS_AT_ONCE * DOWN_BLOCK // width)
 
 
-def calibration_memory_bytes(architecture: Architecture, tokens: int, width: int) -> tuple[int, int]:
+def calibration_memory_bytes(
+    architecture: Architecture, tokens: int, width: int
+) -> tuple[int, int]:
     """Return the peak memory of a pass over `tokens` tokens: (the pass's, each worker's in addition); 0 for no tokens.
 
     T tokens, hidden size h, q = heads · head_dim, intermediate size I, E experts of which a token chooses k, blocks of
@@ -43,7 +45,9 @@ def calibration_memory_bytes(architecture: Architecture, tokens: int, width: int
     pieces = at_once + at_once * chosen * tokens // (experts * TOKENS_AT_ONCE)
     linears = 4 * tokens * (hidden + heads)
     outputs = 4 * tokens * chosen * hidden * at_once // experts
-    through_experts = 4 * tokens * hidden + 2 * tokens * chosen * inner + outputs + 4 * pieces * inner * width
+    through_experts = (
+        4 * tokens * hidden + 2 * tokens * chosen * inner + outputs + 4 * pieces * inner * width
+    )
     moments = 4 * (2 * hidden**2 + heads**2 + inner * width)
     whole = 8 * tokens * hidden + 16 * hidden * heads + moments + max(linears, through_experts)
     layer_run = 4 * 6 * min(tokens, WINDOWS_AT_ONCE * WINDOW) * max(hidden, heads)

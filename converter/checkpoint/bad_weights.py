@@ -39,6 +39,12 @@ def overflow_error(checkpoint: Checkpoint, layer: int | None, where: str) -> Sou
 
 def _weights_of(checkpoint: Checkpoint, layer: int | None) -> list[Weight]:
     sites = checkpoint.shape.experts
-    experts = [weight for key, weight in checkpoint.experts.items() if sites[key.layer].decoder_layer == layer]
-    trunk = [weight for name, weight in checkpoint.trunk.items() if checkpoint.layer_of(name) == layer]
+    experts = [
+        weight
+        for key, weight in checkpoint.experts.items()
+        if sites[key.layer].decoder_layer == layer
+    ]
+    trunk = [
+        weight for name, weight in checkpoint.trunk.items() if checkpoint.layer_of(name) == layer
+    ]
     return [*trunk, *experts]

@@ -28,7 +28,9 @@ def check_with_transformers(
     # Whatever a foreign library raises for a stranger's values: TypeError, KeyError, ZeroDivisionError and its own.
     except Exception as e:
         raise _refused(where, e) from e
-    if cos.shape[-1] != config["head_dim"] or not bool(torch.isfinite(cos).all() and torch.isfinite(sin).all()):
+    if cos.shape[-1] != config["head_dim"] or not bool(
+        torch.isfinite(cos).all() and torch.isfinite(sin).all()
+    ):
         raise SourceError(
             f"{where}: rope_parameters {short(config['rope_parameters'])} give no finite rotation of head_dim,"
             f" {config['head_dim']}, values at every position",

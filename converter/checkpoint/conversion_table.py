@@ -42,7 +42,9 @@ class ConversionTable:
         self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._tensors = model.state_dict()
-        self._ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        self._ignored = [
+            re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()
+        ]
 
     def target(self, name: str) -> Target | None:
         """Where the tensor `name` goes; None for what transformers does not load.
@@ -53,11 +55,15 @@ class ConversionTable:
         if _COMPUTED.search(name):
             return None
         try:
-            target, pattern = self._rename(name, self._renamings, self._converters, self._prefix, self._tensors)
+            target, pattern = self._rename(
+                name, self._renamings, self._converters, self._prefix, self._tensors
+            )
         except (TypeError, ValueError) as e:
             raise _unknown_release(e) from e
         if pattern is None:
-            dropped = target not in self._tensors and any(ignored.search(name) for ignored in self._ignored)
+            dropped = target not in self._tensors and any(
+                ignored.search(name) for ignored in self._ignored
+            )
             return None if dropped else Target(target)
         patterns = next(c.source_patterns for c in self._converters if pattern in c.source_patterns)
         expert = _EXPERT.search(name)

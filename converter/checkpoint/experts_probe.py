@@ -32,7 +32,9 @@ def computes_gated_silu(module: Any) -> bool:
         module._parameters["down_proj"] = down.expand(count, -1, -1)
         with torch.inference_mode():
             found = module(x, index, weights)
-    except Exception:  # a forward of other arguments or other shapes: whatever it raises, it is not ours
+    except (
+        Exception
+    ):  # a forward of other arguments or other shapes: whatever it raises, it is not ours
         return False
     finally:
         module._parameters.update(parameters)

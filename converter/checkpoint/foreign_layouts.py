@@ -6,7 +6,9 @@ from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.names import ExpertTensor, FusedTensor
 
 # torch.compile, FSDP and activation checkpointing put the name of their wrapper before that of what they wrap.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 # DataParallel and DeepSpeed write "module.", PEFT "base_model.model."; they may stand inside each other.
 _OUTER = re.compile(r"^(?:module\.|base_model\.model\.)+")
 _NO_MODEL = re.compile(r"^(?:layers\.\d+|embed_tokens|norm)\.")

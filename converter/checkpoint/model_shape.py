@@ -51,10 +51,13 @@ class ModelShape:
         """The experts modules; an expert's layer is the place here."""
         if not self.experts:
             raise SourceError(
-                f"{where}: no layer of {type(self.model).__name__} has experts", "use a mixture-of-experts checkpoint"
+                f"{where}: no layer of {type(self.model).__name__} has experts",
+                "use a mixture-of-experts checkpoint",
             )
         layers_path = self.experts[0].path.split(f".{self.experts[0].decoder_layer}.")[0]
-        self.decoder_layers = tuple(f"{layers_path}.{n}" for n in range(len(self.model.get_submodule(layers_path))))
+        self.decoder_layers = tuple(
+            f"{layers_path}.{n}" for n in range(len(self.model.get_submodule(layers_path)))
+        )
         """The module path of each decoder layer."""
         self.activation = "silu"
         """Of gate, in every expert."""
@@ -67,7 +70,9 @@ class ModelShape:
         left_out = {f"{module.path}.{name}" for module in self.experts for name in FUSED}
         left_out |= {f"{HEAD}.weight"} if self.tied else set()
         self.trunk: dict[str, tuple[int, ...]] = {
-            name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in left_out
+            name: tuple(tensor.shape)
+            for name, tensor in self.model.state_dict().items()
+            if name not in left_out
         }
         """Name -> shape of every tensor that is not an expert's, without a tied head."""
         self.linears: dict[str, tuple[int, int]] = {
@@ -92,7 +97,11 @@ class ModelShape:
         path, _, parameter = target.name.rpartition(".")
         layer = self._ordinals.get(path) if parameter in FUSED else None
         if target.expert is None:
-            return target.name if layer is None else FusedTensor(layer, parameter.removesuffix("_proj"))
+            return (
+                target.name
+                if layer is None
+                else FusedTensor(layer, parameter.removesuffix("_proj"))
+            )
         if layer is None:
             return name
         if (parameter, target.parts) not in _SPELLED_OUT:
@@ -123,11 +132,17 @@ class ModelShape:
 
     def _embedding(self) -> str:
         embedding = self.model.get_input_embeddings()
-        return next(f"{path}.weight" for path, module in self.model.named_modules() if module is embedding)
+        return next(
+            f"{path}.weight" for path, module in self.model.named_modules() if module is embedding
+        )
 
     def _architecture(self, config: dict[str, Any]) -> Architecture:
         architecture = Architecture.of_config(config, [module.path for module in self.experts])
-        expected = (architecture.num_local_experts, architecture.hidden_size, architecture.intermediate_size)
+        expected = (
+            architecture.num_local_experts,
+            architecture.hidden_size,
+            architecture.intermediate_size,
+        )
         for module in self.experts:
             found = (module.experts, module.hidden, module.intermediate)
             if found != expected:
@@ -148,7 +163,9 @@ class ModelShape:
                 continue
             experts, hidden, intermediate = down.shape
             expected = (experts, 2 * intermediate, hidden)
-            if (type(module) not in probed and not computes_gated_silu(module)) or gate_up.shape != expected:
+            if (
+                type(module) not in probed and not computes_gated_silu(module)
+            ) or gate_up.shape != expected:
                 raise SourceError(
                     f"{self._where}: {path} ({type(module).__name__}) computes something else than silu(gate) * up,"
                     " then down, for each expert: packed experts cannot stand for it",
@@ -172,7 +189,8 @@ def _meta_model(config: dict[str, Any], where: str) -> Any:
     # Whatever a foreign library raises for a stranger's values: TypeError, KeyError, ZeroDivisionError and its own.
     except Exception as e:
         raise SourceError(
-            f"{where}: transformers refuses it: {type(e).__name__}: {short(str(e))}", f"correct {where}"
+            f"{where}: transformers refuses it: {type(e).__name__}: {short(str(e))}",
+            f"correct {where}",
         ) from e
     # The experts' own forward is what the probe asks, not a kernel for them.
     model.config._experts_implementation = "eager"

@@ -36,7 +36,11 @@ class Outline:
         config = read_config(folder)
         shape = ModelShape(config, str(folder / "config.json"))
         dtype = _DTYPES[config.get("dtype") or "bfloat16"]
-        return cls(shape, {name: Weight(name, "", dtype, size, 0) for name, size in shape.trunk.items()}, {dtype})
+        return cls(
+            shape,
+            {name: Weight(name, "", dtype, size, 0) for name, size in shape.trunk.items()},
+            {dtype},
+        )
 
 
 @dataclass(frozen=True)

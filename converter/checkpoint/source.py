@@ -16,7 +16,13 @@ from converter.checkpoint.shards.hub_shards import HubShards
 from converter.checkpoint.shards.shard_source import FolderShards, ShardNeed, Shards, cut_off
 from converter.checkpoint.source_files import shard_names
 from converter.checkpoint.source_kinds import INDEX_NAME, check_folder
-from converter.checkpoint.source_tensors import HEAD, TORCH_DTYPES, SourceTensors, Weight, stored_tensors
+from converter.checkpoint.source_tensors import (
+    HEAD,
+    TORCH_DTYPES,
+    SourceTensors,
+    Weight,
+    stored_tensors,
+)
 from converter.conversion.keys import UnitKey
 from converter.solvers.protocol import DAMAGED_HINT
 from formats.config.checkpoint_config import read_config
@@ -51,9 +57,13 @@ class Checkpoint:
         """What transformers may get, and what is written (docs/security.md), with what the tensors decide."""
         self.shape = ModelShape(self.config, where)
         """What the model is made of, as transformers says it."""
-        generation = read_generation_config(self.folder, self.config["vocab_size"], error=SourceError)
+        generation = read_generation_config(
+            self.folder, self.config["vocab_size"], error=SourceError
+        )
         check_with_transformers(self.shape, self.config, generation, where)
-        self._shards: Shards = HubShards(source) if isinstance(source, HubModel) else FolderShards(source)
+        self._shards: Shards = (
+            HubShards(source) if isinstance(source, HubModel) else FolderShards(source)
+        )
         self.overlaid: dict[str, str] = {}
         """Of the tensors that are in several shards, the shard that counts."""
         try:
@@ -137,7 +147,9 @@ class Checkpoint:
         row_bytes = weight.n_bytes // weight.shape[0]
         data = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
         view = memoryview(data.numpy())  # type: ignore[arg-type]
-        if self._shards.read_into(weight.shard, weight.offset + begin * row_bytes, view) < len(view):
+        if self._shards.read_into(weight.shard, weight.offset + begin * row_bytes, view) < len(
+            view
+        ):
             raise cut_off(self._shards.where, weight.shard, weight.name)
         return data.view(TORCH_DTYPES[weight.dtype]).view(end - begin, *weight.shape[1:])
 
@@ -156,7 +168,9 @@ class Checkpoint:
                 DAMAGED_HINT,
             )
 
-    def too_large(self, weight: Weight, begin: int, rows: Tensor, error: MoeConvertError) -> SourceError:
+    def too_large(
+        self, weight: Weight, begin: int, rows: Tensor, error: MoeConvertError
+    ) -> SourceError:
         """`error` of a matrix's `rows`, read from row `begin` on, with file, tensor and the largest weight's place."""
         magnitude = rows.float().abs()
         row, column = divmod(int(magnitude.argmax()), rows.shape[1])
@@ -193,7 +207,9 @@ class Checkpoint:
         for name in names:
             try:
                 self._shards.open(name)
-                headers[name] = self._shards.header(name, max_header_bytes(n_tensors, _OTHER_HEADER_BYTES))
+                headers[name] = self._shards.header(
+                    name, max_header_bytes(n_tensors, _OTHER_HEADER_BYTES)
+                )
             except DamageError as e:
                 raise SourceError(e.message, "get the shard again") from None
             except FormatError as e:
@@ -203,7 +219,8 @@ class Checkpoint:
             # A head that is missing is the business of tie_word_embeddings.
             if tensor not in stored and foreign_role(tensor, self.shape) not in (None, HEAD):
                 raise SourceError(
-                    f"{self.folder / INDEX_NAME}: tensor {tensor} is not in {shard}", "get the checkpoint again"
+                    f"{self.folder / INDEX_NAME}: tensor {tensor} is not in {shard}",
+                    "get the checkpoint again",
                 )
         return headers, weight_map
 
@@ -241,7 +258,9 @@ class Checkpoint:
         if not self.architecture.tie_word_embeddings or head is None:
             return
         if embedding is None:
-            notice(f"{self._shards.where}: {name} is not stored; {HEAD} is both, since they are tied")
+            notice(
+                f"{self._shards.where}: {name} is not stored; {HEAD} is both, since they are tied"
+            )
             self.trunk[name] = self.trunk.pop(HEAD)
         elif self._equal(head, embedding):
             del self.trunk[HEAD]
@@ -257,7 +276,10 @@ class Checkpoint:
         """Whether two matrices of the same shape have the same values."""
         step = max(1, _COMPARED_BYTES // (4 * one.shape[1]))
         for begin in range(0, one.shape[0], step):
-            rows = [self.read_rows(w, begin, min(begin + step, w.shape[0])).float() for w in (one, other)]
+            rows = [
+                self.read_rows(w, begin, min(begin + step, w.shape[0])).float()
+                for w in (one, other)
+            ]
             if not torch.equal(*rows):
                 return False
         return True

@@ -23,11 +23,18 @@ def shard_names(folder: Path, there: Collection[str]) -> tuple[list[str], dict[s
         names = sorted(set(weight_map.values()))
     else:
         raise SourceError(
-            f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there", "name the folder of the checkpoint"
+            f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there",
+            "name the folder of the checkpoint",
         )
-    others = {name for name in there if fnmatch(name, "model*.safetensors") or fnmatch(name, "model*.index.json")}
+    others = {
+        name
+        for name in there
+        if fnmatch(name, "model*.safetensors") or fnmatch(name, "model*.index.json")
+    }
     if others := others - {*names, *([INDEX_NAME] if weight_map else [])}:
-        read = f"the shards that {INDEX_NAME} names" if weight_map else f"the weights in {SINGLE_NAME}"
+        read = (
+            f"the shards that {INDEX_NAME} names" if weight_map else f"the weights in {SINGLE_NAME}"
+        )
         notice(f"{folder}: {read} count, as in transformers; not read: {', '.join(sorted(others))}")
     return names, weight_map
 
@@ -42,9 +49,14 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
     )
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{where}: field weight_map is not a filled object", "get the index again")
+        raise SourceError(
+            f"{where}: field weight_map is not a filled object", "get the index again"
+        )
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise SourceError(f"{where}: weight_map[{tensor!r}] is {name!r}, not a file name", "get the index again")
+            raise SourceError(
+                f"{where}: weight_map[{tensor!r}] is {name!r}, not a file name",
+                "get the index again",
+            )
         check_name(name, f"{where}: weight_map[{tensor!r}]")
     return weight_map

@@ -27,11 +27,15 @@ def check_folder(folder: Path) -> None:
     check_names(names, str(folder), str(folder))
     if "config.json" not in names:
         inner = sorted(
-            path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")
+            path.parent
+            for pattern in ("*", "snapshots/*")
+            for path in folder.glob(f"{pattern}/config.json")
         )
         raise SourceError(
             f"{folder}: file config.json is missing",
-            f"name the folder that holds it: {inner[0]}" if inner else "name the folder of a checkpoint",
+            f"name the folder that holds it: {inner[0]}"
+            if inner
+            else "name the folder of a checkpoint",
         )
 
 

@@ -93,7 +93,11 @@ class SourceTensors:
                 if role.expert >= a.num_local_experts:
                     extra.append(weight)
                 else:
-                    self._check(weight, self._projection_shape(role.projection), self._fields(role.projection))
+                    self._check(
+                        weight,
+                        self._projection_shape(role.projection),
+                        self._fields(role.projection),
+                    )
                     self._put_expert(role, weight)
             elif role in shapes:
                 self._check(weight, shapes[role], _FIELDS.get(role.split(".")[-2], ""))
@@ -104,7 +108,9 @@ class SourceTensors:
             raise _extra(self.where, extra, self.shape)
         if renamed:
             first = renamed[0].name
-            notice(f"{self.where}: {len(renamed)} tensors are read under other names: {first} as {plain_name(first)}")
+            notice(
+                f"{self.where}: {len(renamed)} tensors are read under other names: {first} as {plain_name(first)}"
+            )
 
     def check_complete(self, shape: ModelShape) -> None:
         """SourceError naming what is missing of `shape`, whose head is tied or not as the tensors decided."""
@@ -139,8 +145,13 @@ class SourceTensors:
             )
 
     def _projection_shape(self, projection: str) -> tuple[int, int]:
-        rows, columns = self.shape.architecture.intermediate_size, self.shape.architecture.hidden_size
-        return {"down": (columns, rows), "gate_up": (2 * rows, columns)}.get(projection, (rows, columns))
+        rows, columns = (
+            self.shape.architecture.intermediate_size,
+            self.shape.architecture.hidden_size,
+        )
+        return {"down": (columns, rows), "gate_up": (2 * rows, columns)}.get(
+            projection, (rows, columns)
+        )
 
     @property
     def _model_type(self) -> ModelType:
@@ -165,7 +176,9 @@ class SourceTensors:
             for i, part in enumerate(parts):
                 row = i * part_rows
                 offset = weight.offset + (expert * rows + row) * columns * weight.item_bytes
-                piece = replace(weight, shape=(part_rows, columns), offset=offset, origin=(expert, row))
+                piece = replace(
+                    weight, shape=(part_rows, columns), offset=offset, origin=(expert, row)
+                )
                 self._put_expert(ExpertTensor(role.layer, expert, part), piece)
 
     def _put_expert(self, key: ExpertTensor, weight: Weight) -> None:
@@ -188,7 +201,8 @@ class SourceTensors:
         place = f"{self.where}/{weight.shard}: tensor {weight.name}"
         if weight.dtype not in TORCH_DTYPES:
             raise SourceError(
-                f"{place} is {weight.dtype}; read are {', '.join(TORCH_DTYPES)}", "use the original checkpoint"
+                f"{place} is {weight.dtype}; read are {', '.join(TORCH_DTYPES)}",
+                "use the original checkpoint",
             )
         if weight.shape != shape:
             by = f" ({fields})" if fields else ""

@@ -37,7 +37,10 @@ def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> Any:
     except MoeConvertError as e:
         if needed:
             raise SourceError(e.message, "; or ".join(filter(None, (e.hint, _WITHOUT)))) from e
-        _log.warning("the converted model has no usable tokenizer: %s", "; ".join(filter(None, (e.message, e.hint))))
+        _log.warning(
+            "the converted model has no usable tokenizer: %s",
+            "; ".join(filter(None, (e.message, e.hint))),
+        )
         return None
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
     if beyond:

@@ -27,7 +27,9 @@ def failure_of(error: Exception) -> Failure:
         return Failure(error.message, error.hint, error.exit_code)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         reason = f": {_first_line(error)}" if str(error) else ""
-        hint = "close other programs, or allow less: --ram-cache, --gpu-cache, --max-workers, --batch"
+        hint = (
+            "close other programs, or allow less: --ram-cache, --gpu-cache, --max-workers, --batch"
+        )
         return Failure(f"out of memory{reason}", hint, DoesNotFitError.exit_code)
     if isinstance(error, OSError) and error.errno is not None:
         return _of_system(error)
@@ -43,7 +45,9 @@ def is_closed_pipe(error: Exception) -> bool:
 def _of_system(error: OSError) -> Failure:
     file = _named(error)
     ours = io_error(error, file, "used")
-    return Failure(ours.message if file else error.strerror or str(error), ours.hint, ours.exit_code)
+    return Failure(
+        ours.message if file else error.strerror or str(error), ours.hint, ours.exit_code
+    )
 
 
 def _named(error: OSError) -> str:
@@ -57,7 +61,9 @@ def _is_torch_out_of_memory(error: Exception) -> bool:
     if torch is None or not isinstance(error, RuntimeError):
         return False
     # On the CPU torch says it by the text of a RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError
+    ) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 def _first_line(error: Exception) -> str:

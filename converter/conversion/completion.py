@@ -29,7 +29,10 @@ def complete(
         if ShardKey(name) not in work:
             work.add(ShardRecord(name, sha256))
     files.trunk.finish()
-    copied = [write_config(checkpoint, recipe, out), *copy_files(checkpoint.folder, plan.side_files, out)]
+    copied = [
+        write_config(checkpoint, recipe, out),
+        *copy_files(checkpoint.folder, plan.side_files, out),
+    ]
     quality = write_quality(work.records, out)
     index = assemble_index(
         checkpoint,

@@ -13,7 +13,9 @@ class FinishedWork:
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
         self._journal = Journal(out, fingerprint)
-        self._records: dict[RecordKey, Record] = {record.key: record for record in self._journal.records}
+        self._records: dict[RecordKey, Record] = {
+            record.key: record for record in self._journal.records
+        }
 
     def __contains__(self, key: RecordKey) -> bool:
         return key in self._records

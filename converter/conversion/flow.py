@@ -46,11 +46,19 @@ def _convert(plan: ConversionPlan, progress: Progress) -> Converted:
             return _already_complete(plan, progress)
         checkpoint.fetch_into(folder.path / SOURCE_FOLDER)
         with one_torch_thread():
-            if plan.recipe.options.rules_are_open and plan.tokens and isinstance(plan.solver, CalibratedSolver):
+            if (
+                plan.recipe.options.rules_are_open
+                and plan.tokens
+                and isinstance(plan.solver, CalibratedSolver)
+            ):
                 plan = with_chosen_bits(plan, plan.solver, plan.tokens, progress)
             quality = run_conversion(plan, progress)
         return Converted(
-            "converted" if quality else "part", plan.output, checkpoint.n_bytes, quality or {}, plan.recipe
+            "converted" if quality else "part",
+            plan.output,
+            checkpoint.n_bytes,
+            quality or {},
+            plan.recipe,
         )
     finally:
         folder.close()

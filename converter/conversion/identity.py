@@ -37,7 +37,11 @@ def overlay_version(checkpoint: Checkpoint) -> str | None:
 
 
 def fingerprint(
-    checkpoint: Checkpoint, recipe: ConversionRecipe, codec: str, solver: Solver, tokens: CalibrationTokens | None
+    checkpoint: Checkpoint,
+    recipe: ConversionRecipe,
+    codec: str,
+    solver: Solver,
+    tokens: CalibrationTokens | None,
 ) -> dict[str, Any]:
     """What must be the same for a resume."""
     calibrated = {"calibration": calibration_version(tokens)} if tokens else {}
@@ -51,7 +55,11 @@ def fingerprint(
         "config": hashlib.sha256(repr(sorted(checkpoint.config.items())).encode()).hexdigest(),
         **recorded_recipe(recipe),
         "codec": codec,
-        "code": {"moe-convert": __version__, "chunk_weights": CHUNK_WEIGHTS, "solver": solver.version},
+        "code": {
+            "moe-convert": __version__,
+            "chunk_weights": CHUNK_WEIGHTS,
+            "solver": solver.version,
+        },
     }
 
 
@@ -61,7 +69,11 @@ def recorded_recipe(recipe: ConversionRecipe) -> dict[str, Any]:
 
 
 def check_same(
-    out: Path, checkpoint: Checkpoint, recipe: ConversionRecipe, codec: str, tokens: CalibrationTokens | None
+    out: Path,
+    checkpoint: Checkpoint,
+    recipe: ConversionRecipe,
+    codec: str,
+    tokens: CalibrationTokens | None,
 ) -> Index:
     """The index of the complete conversion in `out`; OutputError if it is of another source, recipe or calibration.
 
@@ -77,7 +89,10 @@ def check_same(
             _refuse(out, f"recipe ({field})", getattr(found, field), getattr(asked, field))
     if index.layers[0].experts[0].codec != codec:
         _refuse(out, "codec", index.layers[0].experts[0].codec, codec)
-    there, now = index.producer.versions.get("calibration"), calibration_version(tokens) if tokens else None
+    there, now = (
+        index.producer.versions.get("calibration"),
+        calibration_version(tokens) if tokens else None,
+    )
     if there != now:
         _refuse(out, "calibration", there, now)
     if (there := index.producer.versions.get("overlay")) != (now := overlay_version(checkpoint)):
@@ -90,7 +105,9 @@ def check_same(
     return index
 
 
-def check_contents(out: Path, checkpoint: Checkpoint, index: Index, progress: Progress | None) -> None:
+def check_contents(
+    out: Path, checkpoint: Checkpoint, index: Index, progress: Progress | None
+) -> None:
     """OutputError unless the shards of `checkpoint` have the hashes that `index`, of folder `out`, has."""
     done, total = 0, sum(shard.size_bytes for shard in index.source.shards)
     for shard in index.source.shards:

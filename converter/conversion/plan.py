@@ -85,7 +85,11 @@ def plan_conversion(
         tokens = None
         if calibration:
             tokens = calibration_tokens(
-                checkpoint, calibration.kind, calibration.tokens, options.calibration_file, tokenizer
+                checkpoint,
+                calibration.kind,
+                calibration.tokens,
+                options.calibration_file,
+                tokenizer,
             )
         plan = ConversionPlan(
             checkpoint=checkpoint,

@@ -10,7 +10,9 @@ from formats.index import Label, Natural, Sha256, Xxh3
 from formats.writer import Place
 
 
-class _Record(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="unit"):
+class _Record(
+    Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="unit"
+):
     @property
     def key(self) -> RecordKey:
         raise NotImplementedError

@@ -34,7 +34,9 @@ def run_conversion(plan: ConversionPlan, progress: Progress) -> dict[str, Any] |
         hashes = stack.enter_context(ShardHashes(checkpoint, work))
         # Left in the opposite order: what hashes or waits ends before it is waited for.
         stack.callback(checkpoint.stop.set)
-        files = stack.enter_context(OutputFiles(plan.out, plan.output, options.codec, work, plan.layers))
+        files = stack.enter_context(
+            OutputFiles(plan.out, plan.output, options.codec, work, plan.layers)
+        )
         pool = ThreadPoolExecutor(plan.workers, initializer=torch.set_num_threads, initargs=(1,))
         stack.enter_context(pool)
         stack.callback(checkpoint.stop.set)
@@ -61,7 +63,9 @@ class _UnitRun:
         self._progress = progress
         self._stop = plan.checkpoint.stop
         self._worker = Worker(plan.checkpoint, plan.output, plan.solver, self._stop)
-        self._units = units_of(plan.checkpoint, plan.output, plan.layers, outer=not plan.options.part)
+        self._units = units_of(
+            plan.checkpoint, plan.output, plan.layers, outer=not plan.options.part
+        )
         self._total_bytes = sum(unit.source_bytes for unit in self._units)
         self._done_bytes = sum(unit.source_bytes for unit in self._units if unit.key in work)
 
@@ -83,7 +87,9 @@ class _UnitRun:
         plan, output = self._plan, self._plan.output
         width = plan.recipe.options.down_block(plan.checkpoint.architecture.intermediate_size)
         in_pool = partial(run_all, self._pool)
-        calibration = CalibrationPass(plan.checkpoint, tokens, plan.out, plan.fingerprint, in_pool, width)
+        calibration = CalibrationPass(
+            plan.checkpoint, tokens, plan.out, plan.fingerprint, in_pool, width
+        )
         for layer, group in groupby(todo, key=lambda unit: unit.layer):
             units = list(group)
             if layer is None:
@@ -121,7 +127,9 @@ class _UnitRun:
             self._files.write_expert(key, data)
             return expert
         if isinstance(key, LinearKey):
-            linear, tiles = self._worker.linear(key, statistics.linears[key.module] if statistics else None)
+            linear, tiles = self._worker.linear(
+                key, statistics.linears[key.module] if statistics else None
+            )
             self._files.write_linear(key, tiles)
             return linear
         return self._files.write_tensor(key, self._worker.tensor(key))

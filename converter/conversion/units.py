@@ -37,7 +37,9 @@ class Unit:
         return max((weight.shard, weight.offset) for weight in self.weights)
 
 
-def units_of(checkpoint: Checkpoint, plan: OutputPlan, layers: Sequence[int], *, outer: bool) -> list[Unit]:
+def units_of(
+    checkpoint: Checkpoint, plan: OutputPlan, layers: Sequence[int], *, outer: bool
+) -> list[Unit]:
     """The units of `layers` of experts, in the order in which checkpoints store them; those of decoder layers without
     experts come with the next layer of experts, or the last. outer: also those before and after all decoder layers."""
     shape = checkpoint.shape
@@ -57,7 +59,10 @@ def expert_units(checkpoint: Checkpoint, layer: int) -> Iterator[Unit]:
     """The units of the experts of one layer of experts."""
     decoder_layer = checkpoint.shape.experts[layer].decoder_layer
     for expert in range(checkpoint.architecture.num_local_experts):
-        weights = (checkpoint.experts[ExpertTensor(layer, expert, projection)] for projection in EXPERT_MATRICES)
+        weights = (
+            checkpoint.experts[ExpertTensor(layer, expert, projection)]
+            for projection in EXPERT_MATRICES
+        )
         yield Unit(ExpertKey(layer, expert), decoder_layer, tuple(weights))
 
 
@@ -67,7 +72,9 @@ def _decoder_layers(shape: ModelShape, layers: Sequence[int]) -> range:
         return range(0)
     begin = shape.experts[layers[0] - 1].decoder_layer + 1 if layers[0] else 0
     is_last = layers[-1] == len(shape.experts) - 1
-    return range(begin, len(shape.decoder_layers) if is_last else shape.experts[layers[-1]].decoder_layer + 1)
+    return range(
+        begin, len(shape.decoder_layers) if is_last else shape.experts[layers[-1]].decoder_layer + 1
+    )
 
 
 def shard_needs(units: Sequence[Unit], *, by_layer: bool) -> list[ShardNeed]:
@@ -77,15 +84,24 @@ def shard_needs(units: Sequence[Unit], *, by_layer: bool) -> list[ShardNeed]:
     of_layer: dict[int | None, frozenset[str]] = {}
     for unit in units:
         of_layer[unit.layer] = of_layer.get(unit.layer, frozenset()) | unit.shards
-    return [ShardNeed(unit.key, unit.shards if unit.layer is None else of_layer[unit.layer]) for unit in units]
+    return [
+        ShardNeed(unit.key, unit.shards if unit.layer is None else of_layer[unit.layer])
+        for unit in units
+    ]
 
 
 def _linears(checkpoint: Checkpoint, plan: OutputPlan) -> Iterator[Unit]:
     for module in plan.packed:
-        yield Unit(LinearKey(module), checkpoint.layer_of(module), (checkpoint.trunk[f"{module}.weight"],))
+        yield Unit(
+            LinearKey(module), checkpoint.layer_of(module), (checkpoint.trunk[f"{module}.weight"],)
+        )
 
 
 def _tensors(checkpoint: Checkpoint, plan: OutputPlan) -> Iterator[Unit]:
     for entry in plan.trunk_entries:
         if entry.name in checkpoint.trunk:
-            yield Unit(TensorKey(entry.name), checkpoint.layer_of(entry.name), (checkpoint.trunk[entry.name],))
+            yield Unit(
+                TensorKey(entry.name),
+                checkpoint.layer_of(entry.name),
+                (checkpoint.trunk[entry.name],),
+            )

@@ -47,13 +47,17 @@ def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Any]]) -> lis
 class Worker:
     """Does units; safe to use from several threads. It returns bytes and a record, and writes nothing."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: OutputPlan, solver: Solver, stop: threading.Event) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, plan: OutputPlan, solver: Solver, stop: threading.Event
+    ) -> None:
         self._checkpoint = checkpoint
         self._plan = plan
         self._solver = solver
         self._stop = stop
 
-    def expert(self, key: ExpertKey, calibrated: LayerStatistics | None) -> tuple[ExpertRecord, torch.Tensor]:
+    def expert(
+        self, key: ExpertKey, calibrated: LayerStatistics | None
+    ) -> tuple[ExpertRecord, torch.Tensor]:
         """Quantizes an expert, or copies what stays as it is: its record, and its bytes (uint8).
 
         calibrated: the statistics of its layer, None without calibration.
@@ -69,7 +73,9 @@ class Worker:
         if calibrated and isinstance(layout.gate_up, Packing):
             self._check_stop()
             statistics, tokens = calibrated.of_gate_up(key.expert)
-        for projection, stored in zip(EXPERT_MATRICES, (gate_stored, up_stored, down_stored), strict=True):
+        for projection, stored in zip(
+            EXPERT_MATRICES, (gate_stored, up_stored, down_stored), strict=True
+        ):
             weight = self._checkpoint.experts[ExpertTensor(key.layer, key.expert, projection)]
             packing = layout.down if projection == "down" else layout.gate_up
             if isinstance(packing, PlainPacking):
@@ -78,15 +84,23 @@ class Worker:
             if projection == "down" and calibrated:
                 self._check_stop()
                 hidden = weight.shape[0]
-                gate, up = (partial(_rows, t, layout.gate_up, hidden) for t in (gate_stored, up_stored))
+                gate, up = (
+                    partial(_rows, t, layout.gate_up, hidden) for t in (gate_stored, up_stored)
+                )
                 statistics, correction = calibrated.of_down(key.expert, gate, up)
-            errors[projection], was_calibrated = self._quantize(weight, packing, stored, statistics, correction)
+            errors[projection], was_calibrated = self._quantize(
+                weight, packing, stored, statistics, correction
+            )
             if statistics and not was_calibrated:
                 fallback.append(projection)
         checksums = Checksums.of(blob.numpy().data)
-        return ExpertRecord(key.layer, key.expert, *checksums, ProjectionErrors(**errors), tokens, fallback), blob
+        return ExpertRecord(
+            key.layer, key.expert, *checksums, ProjectionErrors(**errors), tokens, fallback
+        ), blob
 
-    def linear(self, key: LinearKey, statistics: InputStatistics | None) -> tuple[LinearRecord, torch.Tensor]:
+    def linear(
+        self, key: LinearKey, statistics: InputStatistics | None
+    ) -> tuple[LinearRecord, torch.Tensor]:
         """Quantizes a matrix of the trunk: its record, and its bytes (uint8). statistics: None without calibration."""
         linear = self._plan.packed[key.module]
         packing = tile_packing_named(linear.packing)
@@ -133,7 +147,11 @@ class Worker:
         return self._in_chunks(weight, packing, tiles, self._solver.solve), False
 
     def _in_chunks(
-        self, weight: Weight, packing: AnyPacking, stored: torch.Tensor, solve: Callable[..., SquaredError]
+        self,
+        weight: Weight,
+        packing: AnyPacking,
+        stored: torch.Tensor,
+        solve: Callable[..., SquaredError],
     ) -> SquaredError:
         rows, columns = weight.shape
         step = chunk_rows(columns)
@@ -153,7 +171,9 @@ class Worker:
             raise Stopped
 
 
-def _rows(stored: torch.Tensor, packing: AnyPacking, columns: int, begin: int, end: int) -> torch.Tensor:
+def _rows(
+    stored: torch.Tensor, packing: AnyPacking, columns: int, begin: int, end: int
+) -> torch.Tensor:
     """Rows begin..end (exclusive; begin a multiple of 32) of a stored matrix, float32 [rows, columns]."""
     return packing.weights(_part(stored, packing, begin, end).contiguous(), end - begin, columns)
 

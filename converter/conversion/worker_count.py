@@ -35,13 +35,16 @@ def choose_workers(plan: OutputPlan, solver: Solver, options: ConvertOptions) ->
     needed = plan.memory_bytes(workers, solver)
     if options.max_memory_bytes is not None and needed > options.max_memory_bytes:
         raise DoesNotFitError(
-            f"--max-memory {options.max_memory_bytes}: one worker takes about {needed} bytes", "allow that much"
+            f"--max-memory {options.max_memory_bytes}: one worker takes about {needed} bytes",
+            "allow that much",
         )
     what = f"the conversion with {workers} workers takes about {needed} bytes of memory"
     if needed > total + psutil.swap_memory().total:
         raise DoesNotFitError(f"{what}, the machine has {total}", _HINT)
     if needed > available:
-        _log.warning("%s, available are %d: it may swap, or be stopped by the system", what, available)
+        _log.warning(
+            "%s, available are %d: it may swap, or be stopped by the system", what, available
+        )
     return workers
 
 

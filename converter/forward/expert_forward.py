@@ -44,13 +44,17 @@ class ExpertForward:
         self._checkpoint = checkpoint
         self._products = products
 
-    def output(self, layer: int, expert: int, x: Tensor, visitor: SliceVisitor | None = None) -> Tensor:
+    def output(
+        self, layer: int, expert: int, x: Tensor, visitor: SliceVisitor | None = None
+    ) -> Tensor:
         """Return the expert's output, float32 [n, hidden], for its inputs x (float32 [n, hidden]), not yet weighted.
 
         A slice of gate and one of up, or one of down, is in memory. layer: ordinal among the layers with experts.
         """
         visitor = visitor or SliceVisitor()
-        gate, up, down = (self._checkpoint.experts[ExpertTensor(layer, expert, p)] for p in ("gate", "up", "down"))
+        gate, up, down = (
+            self._checkpoint.experts[ExpertTensor(layer, expert, p)] for p in ("gate", "up", "down")
+        )
         x = x.to(self._products)
         inner = torch.empty(len(x), gate.shape[0], dtype=self._products)
         for begin, end in ranges(gate.shape[0], visitor.rows_at_once or ROWS_AT_ONCE):
@@ -62,14 +66,22 @@ class ExpertForward:
         return result
 
     def _gate_up(
-        self, both: tuple[Weight, Weight], begin: int, end: int, x: Tensor, inner: Tensor, visitor: SliceVisitor
+        self,
+        both: tuple[Weight, Weight],
+        begin: int,
+        end: int,
+        x: Tensor,
+        inner: Tensor,
+        visitor: SliceVisitor,
     ) -> None:
         gate_rows, up_rows = (read_finite(self._checkpoint, weight, begin, end) for weight in both)
         part = inner_activations(x, gate_rows.to(self._products), up_rows.to(self._products))
         inner[:, begin:end] = part
         visitor.gate_up(begin, gate_rows, up_rows, part)
 
-    def _down(self, down: Weight, begin: int, end: int, inner: Tensor, result: Tensor, visit: DownVisitor) -> None:
+    def _down(
+        self, down: Weight, begin: int, end: int, inner: Tensor, result: Tensor, visit: DownVisitor
+    ) -> None:
         rows = read_finite(self._checkpoint, down, begin, end)
         result[:, begin:end] = inner @ rows.to(self._products).T
         visit(begin, rows)

@@ -39,16 +39,20 @@ class CallRecorder:
         self._random = torch.Generator().manual_seed(seed)
         self._returned: list[Tensor] = []
 
-    def visit(self, number: int, stream: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    def visit(
+        self, number: int, stream: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Tensor:
         """Record a call, and return random hidden states. SourceError if another layer was expected, or if the model
         changed what the layer before returned."""
         if number != len(self.calls):
             raise cannot_run_alone(
-                self._where, f"decoder layer {number} is called where layer {len(self.calls)} is expected"
+                self._where,
+                f"decoder layer {number} is called where layer {len(self.calls)} is expected",
             )
         if self._returned and stream is not self._returned[-1]:
             raise cannot_run_alone(
-                self._where, f"the model changes the hidden states between layers {number - 1} and {number}"
+                self._where,
+                f"the model changes the hidden states between layers {number - 1} and {number}",
             )
         self.calls.append(LayerCall(arguments, keywords))
         # One random number a token, seen along the hidden dimension: nothing of that size is in memory.

@@ -28,7 +28,9 @@ class LayerForward:
         self.experts = ExpertForward(checkpoint, products)
         self.products = products
         self._linears = {path: shape.decoder_layer(path) for path in shape.linears}
-        self._ordinals = {module.decoder_layer: ordinal for ordinal, module in enumerate(shape.experts)}
+        self._ordinals = {
+            module.decoder_layer: ordinal for ordinal, module in enumerate(shape.experts)
+        }
         self._paths = shape.decoder_layers
         self._where = str(checkpoint.folder / "config.json")
         self._current = CurrentRun()
@@ -41,7 +43,9 @@ class LayerForward:
             for name, linear in [(n, m) for n, m in layer.named_modules() if type(m) is nn.Linear]:
                 layer.set_submodule(name, HeardLinear(linear, f"{path}.{name}", self._current))
         self._weights = TrunkWeights(checkpoint, products)
-        self._outer = OuterModel(model, self._paths[0].rpartition(".")[0], checkpoint, self._weights)
+        self._outer = OuterModel(
+            model, self._paths[0].rpartition(".")[0], checkpoint, self._weights
+        )
         self._calls: dict[int, list[LayerCall]] = {}
 
     @property
@@ -67,7 +71,9 @@ class LayerForward:
         """Write what the first layer is given for windows (int64 [n, window]) to `stream`, float32 [n, window,
         hidden]."""
         self._outer.embed(windows.flatten(), stream.flatten(0, 1))
-        for tokens, part in zip(*(torch.split(t, windows_at_once) for t in (windows, stream)), strict=True):
+        for tokens, part in zip(
+            *(torch.split(t, windows_at_once) for t in (windows, stream)), strict=True
+        ):
             part.copy_(self._outer.first_inputs(tokens, part))
 
     @contextmanager
@@ -78,7 +84,11 @@ class LayerForward:
         layer = self._layers[number]
         with self._weights.filled(layer, self._paths[number]):
             yield LoadedLayer(
-                layer, self._calls[window][number], self._current, self._ordinals.get(number), self._where
+                layer,
+                self._calls[window][number],
+                self._current,
+                self._ordinals.get(number),
+                self._where,
             )
 
     def head_inputs(self, window: Tensor) -> Tensor:

@@ -123,7 +123,9 @@ class LayerLoop:
             out.copy_(routed.inputs)
             return routed.chosen, routed.scores, _is_finite(out), heard
 
-        found = self._run_all([partial(begin, *pair) for pair in zip(parts, torch.split(inputs, rows), strict=True)])
+        found = self._run_all(
+            [partial(begin, *pair) for pair in zip(parts, torch.split(inputs, rows), strict=True)]
+        )
         self._check(all(finite for *_, finite, _ in found), number, "after attention")
         chosen, scores = (torch.cat([part[i] for part in found]) for i in (0, 1))
         return Routed(inputs, chosen, scores), [heard for *_, heard in found]

@@ -91,7 +91,14 @@ class LoadedLayer:
     experts: its ordinal among the layers with experts, None for a layer without. where: config.json, for errors.
     """
 
-    def __init__(self, layer: nn.Module, call: LayerCall, current: CurrentRun, experts: int | None, where: str) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        call: LayerCall,
+        current: CurrentRun,
+        experts: int | None,
+        where: str,
+    ) -> None:
         self._where = where
         self.experts = experts
         self._layer = layer
@@ -109,16 +116,22 @@ class LoadedLayer:
         except ExpertsReached as reached:
             inputs, chosen, scores = reached.args
             return Routed(inputs.float(), chosen, scores.float()), run.inputs
-        raise cannot_run_alone(self._where, f"{type(self._layer).__name__} does not call its experts")
+        raise cannot_run_alone(
+            self._where, f"{type(self._layer).__name__} does not call its experts"
+        )
 
-    def end(self, stream: Tensor, summed: Tensor | None, wanted: frozenset[str] = frozenset()) -> tuple[Tensor, Inputs]:
+    def end(
+        self, stream: Tensor, summed: Tensor | None, wanted: frozenset[str] = frozenset()
+    ) -> tuple[Tensor, Inputs]:
         """Run the whole layer on the same windows, with the weighted sum of its experts' outputs, float32 [tokens,
         hidden], if it has experts. Return the stream after it, and the inputs of the `wanted` linears."""
         run = LayerRun(wanted, sums=[] if summed is None else [summed])
         try:
             return self._run(stream, run), run.inputs
         except ExpertsReached:
-            raise cannot_run_alone(self._where, f"{type(self._layer).__name__} calls its experts twice") from None
+            raise cannot_run_alone(
+                self._where, f"{type(self._layer).__name__} calls its experts twice"
+            ) from None
 
     @torch.no_grad()
     def _run(self, stream: Tensor, run: LayerRun) -> Tensor:

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import ranges, read_finite
-from converter.forward.layer_calls import CallRecorder, LayerCall, Visit, cannot_run_alone, compare_calls
+from converter.forward.layer_calls import (
+    CallRecorder,
+    LayerCall,
+    Visit,
+    cannot_run_alone,
+    compare_calls,
+)
 from converter.forward.trunk_weights import TrunkWeights
 
 VOCABULARY_AT_ONCE = 4096
@@ -21,11 +27,16 @@ class OuterModel:
     Embeddings and head are read in slices, the other weights when a run reaches them.
     """
 
-    def __init__(self, model: Any, layers_path: str, checkpoint: Checkpoint, weights: TrunkWeights) -> None:
+    def __init__(
+        self, model: Any, layers_path: str, checkpoint: Checkpoint, weights: TrunkWeights
+    ) -> None:
         self._checkpoint = checkpoint
         self._weights = weights
         self._where = str(checkpoint.folder / "config.json")
-        embeddings, head = (_path_of(model, m) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+        embeddings, head = (
+            _path_of(model, m)
+            for m in (model.get_input_embeddings(), model.get_output_embeddings())
+        )
         self.head = head
         """The head's module path."""
         trunk = checkpoint.trunk
@@ -70,7 +81,9 @@ class OuterModel:
             random = torch.Generator().manual_seed(seed)
             tokens = torch.randint(self._embeddings.shape[0], (1, window), generator=random)
             self._stand_ins.visit = self._until_last(recorder.visit)
-            self._stand_ins.embedded = torch.randn(1, window, 1, generator=random).expand(-1, -1, self.hidden_size)
+            self._stand_ins.embedded = torch.randn(1, window, 1, generator=random).expand(
+                -1, -1, self.hidden_size
+            )
             self._stopped(input_ids=tokens)
         first, second = (recorder.calls for recorder in recorders)
         compare_calls(first, second, self._where)
@@ -89,11 +102,15 @@ class OuterModel:
         """Return float32 [1, n, vocabulary] for the stream after the last layer, float32 [1, n, hidden]."""
         self._inject(stream, self._multiply_head)
         with self._weights.filled_when_called(self._model), torch.no_grad():
-            logits: Tensor = self._model(inputs_embeds=torch.zeros(stream.shape), use_cache=False).logits
+            logits: Tensor = self._model(
+                inputs_embeds=torch.zeros(stream.shape), use_cache=False
+            ).logits
         return logits.float()
 
     def _until_last(self, visit: Visit) -> Visit:
-        def stop_after(number: int, stream: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+        def stop_after(
+            number: int, stream: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
+        ) -> Tensor:
             after = visit(number, stream, arguments, keywords)
             if number == self._last:
                 raise _Stopped(after)
@@ -121,7 +138,9 @@ class OuterModel:
     def _multiply_head(self, x: Tensor) -> Tensor:
         result = torch.empty(*x.shape[:-1], self._head_weight.shape[0])
         for begin, end in ranges(self._head_weight.shape[0], VOCABULARY_AT_ONCE):
-            result[..., begin:end] = x @ read_finite(self._checkpoint, self._head_weight, begin, end).float().T
+            result[..., begin:end] = (
+                x @ read_finite(self._checkpoint, self._head_weight, begin, end).float().T
+            )
         return result
 
 

@@ -53,7 +53,9 @@ class StreamedModel:
         self._stream = _in_a_file((*windows.shape, hidden))
         self._files = _ReusedFiles([_in_a_file((windows.numel(), hidden)) for _ in range(2)])
         self._steps = Steps(max(1, TOKENS_AT_ONCE // windows.shape[1]), TOKENS_AT_ONCE, experts=1)
-        self._loop = LayerLoop(checkpoint, self._forward, self._steps, one_by_one, self._files.allocate)
+        self._loop = LayerLoop(
+            checkpoint, self._forward, self._steps, one_by_one, self._files.allocate
+        )
         self._work = _Choices(self._forward.experts)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:

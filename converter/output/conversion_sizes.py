@@ -69,7 +69,12 @@ class OutputPlan:
     @property
     def packings(self) -> list[str]:
         """All that entries of the index use, ascending, each once."""
-        used = {p.name for layer in self.layouts for layout in layer for p in (layout.gate_up, layout.down)}
+        used = {
+            p.name
+            for layer in self.layouts
+            for layout in layer
+            for p in (layout.gate_up, layout.down)
+        }
         return sorted(used | {linear.packing for linear in self.packed.values()})
 
     @property
@@ -86,9 +91,13 @@ class OutputPlan:
     def quantizes(self, layer: int) -> bool:
         """Whether something of a decoder layer is quantized."""
         sites = zip(self.shape.experts, self.layouts, strict=True)
-        layouts = [layout for site, of_layer in sites if site.decoder_layer == layer for layout in of_layer]
+        layouts = [
+            layout for site, of_layer in sites if site.decoder_layer == layer for layout in of_layer
+        ]
         experts = (p.name in PACKINGS for layout in layouts for p in (layout.gate_up, layout.down))
-        return any(experts) or any(self.shape.decoder_layer(module) == layer for module in self.packed)
+        return any(experts) or any(
+            self.shape.decoder_layer(module) == layer for module in self.packed
+        )
 
     @property
     def expert_bytes(self) -> int:
@@ -132,16 +141,24 @@ def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
     a = shape.architecture
     stored = {UNPACKED: plain_packing_for(checkpoint.expert_dtypes)}
     layouts = [
-        [ExpertLayout.of(a, stored.get(gate_up, gate_up), stored.get(down, down), "recipe") for gate_up, down in layer]
+        [
+            ExpertLayout.of(a, stored.get(gate_up, gate_up), stored.get(down, down), "recipe")
+            for gate_up, down in layer
+        ]
         for layer in packings_by_expert(likely_bits(recipe, a), a)
     ]
     linears = {module: size for module, size in shape.linears.items() if module != HEAD}
     packed: dict[str, PackedLinear] = {}
     if recipe.attention != UNPACKED:
-        packed = {module: PackedLinear(recipe.attention, rows, columns) for module, (rows, columns) in linears.items()}
+        packed = {
+            module: PackedLinear(recipe.attention, rows, columns)
+            for module, (rows, columns) in linears.items()
+        }
     if recipe.head != UNPACKED:
         if a.tie_word_embeddings:
-            raise RecipeError("the head is the embedding (tie_word_embeddings) and cannot have bits of its own")
+            raise RecipeError(
+                "the head is the embedding (tie_word_embeddings) and cannot have bits of its own"
+            )
         packed[HEAD] = PackedLinear(recipe.head, *shape.linears[HEAD])
     entries = _trunk_entries(checkpoint, packed)
     attention = [e for e in entries if e.name.rsplit(".", 1)[0] in linears]
@@ -155,7 +172,10 @@ def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
         attention_weights=sum(rows * columns for rows, columns in linears.values()),
         attention_bytes=sum(e.n_bytes for e in attention),
         trunk_bytes=entries[-1].end,
-        layer_bytes=[raw_entries(site.path, layer)[-1].end for site, layer in zip(shape.experts, layouts, strict=True)],
+        layer_bytes=[
+            raw_entries(site.path, layer)[-1].end
+            for site, layer in zip(shape.experts, layouts, strict=True)
+        ],
         calibration_bytes=calibration_memory_bytes(
             a, recipe.options.calibration_tokens, recipe.options.down_block(a.intermediate_size)
         ),
@@ -168,12 +188,17 @@ def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) ->
     fetch_bytes: what shards may take that are fetched for the conversion, unless it is complete.
     """
     parent = next(p for p in (out, *out.absolute().parents) if os.path.exists(p))
-    written = (out / name for name in (TRUNK_NAME, *(layer_file_name(n) for n in range(len(plan.layer_bytes)))))
+    written = (
+        out / name
+        for name in (TRUNK_NAME, *(layer_file_name(n) for n in range(len(plan.layer_bytes))))
+    )
     files = [path for file in written for path in (file, partial_path(file))]
     with translated(out, "used"):
         free = shutil.disk_usage(parent).free
         present = sum(f.stat().st_blocks * 512 for f in files if f.is_file())
-    needed = plan.total_bytes + _SMALL_FILES_BYTES + (0 if (out / INDEX_NAME).exists() else fetch_bytes)
+    needed = (
+        plan.total_bytes + _SMALL_FILES_BYTES + (0 if (out / INDEX_NAME).exists() else fetch_bytes)
+    )
     if codec == "zstd":
         needed += 2 * max(plan.layer_bytes)
     if needed - present > free:
@@ -195,7 +220,9 @@ def _trunk_entries(checkpoint: Sized, packed: dict[str, PackedLinear]) -> list[T
     shapes: list[tuple[str, str, tuple[int, ...]]] = []
     for module, linear in packed.items():
         packing = tile_packing_named(linear.packing)
-        shapes.append((f"{module}.packed", packing.dtype, packing.stored_shape(linear.rows, linear.columns)))
+        shapes.append(
+            (f"{module}.packed", packing.dtype, packing.stored_shape(linear.rows, linear.columns))
+        )
     rest = [
         (name, weight.dtype, weight.shape)
         for name, weight in checkpoint.trunk.items()
@@ -205,5 +232,7 @@ def _trunk_entries(checkpoint: Sized, packed: dict[str, PackedLinear]) -> list[T
     entries: list[TensorEntry] = []
     for name, dtype, shape in shapes:
         begin = entries[-1].end if entries else 0
-        entries.append(TensorEntry(name, dtype, shape, begin, begin + prod(shape) * DTYPE_BYTES[dtype]))
+        entries.append(
+            TensorEntry(name, dtype, shape, begin, begin + prod(shape) * DTYPE_BYTES[dtype])
+        )
     return entries

@@ -11,7 +11,17 @@ from converter.output.conversion_sizes import OutputPlan
 from converter.solvers.protocol import Solver
 from formats import FORMAT_VERSION, TRUNK_NAME
 from formats.expert import ExpertLayout
-from formats.index import CopiedFile, ExpertEntry, Index, LayerFile, Producer, Recipe, Shard, Source, Trunk
+from formats.index import (
+    CopiedFile,
+    ExpertEntry,
+    Index,
+    LayerFile,
+    Producer,
+    Recipe,
+    Shard,
+    Source,
+    Trunk,
+)
 from formats.layer_file import layer_file_name
 from formats.trunk import parameter_count
 from formats.writer import PlacedFile
@@ -57,12 +67,16 @@ def assemble_index(
             parameters=parameter_count(plan.trunk_entries, plan.packed),
             packed=plan.packed,
         ),
-        layers=[_layer_file(layer, record, layouts[layer], codec) for layer, record in enumerate(layers)],
+        layers=[
+            _layer_file(layer, record, layouts[layer], codec) for layer, record in enumerate(layers)
+        ],
         files=files,
     )
 
 
-def _layer_file(layer: int, record: LayerRecord, layouts: list[ExpertLayout], codec: str) -> LayerFile:
+def _layer_file(
+    layer: int, record: LayerRecord, layouts: list[ExpertLayout], codec: str
+) -> LayerFile:
     entries = [
         ExpertEntry(layer, e, *place, layouts[e].gate_up.name, layouts[e].down.name, codec)
         for e, place in enumerate(record.places)

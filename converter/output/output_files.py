@@ -28,7 +28,9 @@ class OutputFiles:
     record, with a warning, and the unit is done again. A complete layer file that changed becomes partial again.
     """
 
-    def __init__(self, out: Path, plan: OutputPlan, codec: str, work: FinishedWork, layers: Sequence[int]) -> None:
+    def __init__(
+        self, out: Path, plan: OutputPlan, codec: str, work: FinishedWork, layers: Sequence[int]
+    ) -> None:
         self._out = out
         self._plan = plan
         self._codec = codec
@@ -86,7 +88,9 @@ class OutputFiles:
             return writer.finish_zstd([record.xxh3 for record in records])
         writer.finish()
         parts = zip(writer.offsets, self._plan.layouts[layer], records, strict=True)
-        return writer.header, [Place(offset, layout.n_bytes, r.sha256, r.xxh3) for offset, layout, r in parts]
+        return writer.header, [
+            Place(offset, layout.n_bytes, r.sha256, r.xxh3) for offset, layout, r in parts
+        ]
 
     def _is_complete(self, layer: int) -> bool:
         """True if a layer's file has its name and the bytes of its record; stale partial files are removed then."""
@@ -95,7 +99,11 @@ class OutputFiles:
         if record is None or not self._has_experts(layer) or not path.exists():
             return False
         if found := difference(path, record):
-            _log.warning("%s: %s: the file is partial again, and its lost experts are converted again", path, found)
+            _log.warning(
+                "%s: %s: the file is partial again, and its lost experts are converted again",
+                path,
+                found,
+            )
             return False
         # A power loss may bring back what was removed.
         for stale in (partial_path(path), *compression_paths(path)):
@@ -105,7 +113,9 @@ class OutputFiles:
     def _open_layer(self, layer: int) -> LayerWriter:
         path = self._out / layer_file_name(layer)
         _reopen(path)
-        writer = LayerWriter(path, layer, self._plan.shape.experts[layer].path, self._plan.layouts[layer])
+        writer = LayerWriter(
+            path, layer, self._plan.shape.experts[layer].path, self._plan.layouts[layer]
+        )
         for record in self._experts(layer):
             if writer.fresh or writer.expert_xxh3(record.expert) != record.xxh3:
                 self._forget(record, writer)
@@ -132,7 +142,11 @@ class OutputFiles:
         self._work.forget(record.key)
         if not file.fresh:
             path = partial_path(file.path)
-            _log.warning("%s: the bytes of %s changed since they were written: converting it again", path, record.key)
+            _log.warning(
+                "%s: the bytes of %s changed since they were written: converting it again",
+                path,
+                record.key,
+            )
 
 
 def write_linear(trunk: PlacedFile, key: LinearKey, tiles: torch.Tensor) -> None:

@@ -12,7 +12,14 @@ from formats import EXPERTS_FOLDER, INDEX_NAME, JOURNAL_NAME, LOCK_NAME
 from formats.errors import OutputError
 from formats.files.file_lock import lock_file
 from formats.files.io_errors import translated
-from formats.files.output_file import OutputFile, fsync_folder, make_folder, make_folders, refuse_links, remove
+from formats.files.output_file import (
+    OutputFile,
+    fsync_folder,
+    make_folder,
+    make_folders,
+    refuse_links,
+    remove,
+)
 from formats.files.overlap import refuse_inputs, refuse_overlap
 
 SOURCE_FOLDER = ".moe-convert.source"
@@ -60,7 +67,12 @@ class OutputFolder:
             remove(self.path / name)
         if others := sorted(p.name for p in (self.path / EXPERTS_FOLDER).iterdir()):
             place = self.path / EXPERTS_FOLDER
-            _log.warning("%s: %d files are not of this conversion and stay: %s", place, len(others), others[0])
+            _log.warning(
+                "%s: %d files are not of this conversion and stay: %s",
+                place,
+                len(others),
+                others[0],
+            )
 
     def close(self) -> None:
         """Gives the lock up; a complete conversion has neither journal nor lock beside it."""
@@ -92,7 +104,9 @@ def check_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None
     refuse_inputs((path / name for name in needs.names | needs.partial_names), needs.inputs)
     with translated(path, "read"):
         # A link with the name of a complete file is replaced itself.
-        refuse_links(path, {LOCK_NAME, JOURNAL_NAME, STATE_FOLDER, SOURCE_FOLDER} | needs.partial_names)
+        refuse_links(
+            path, {LOCK_NAME, JOURNAL_NAME, STATE_FOLDER, SOURCE_FOLDER} | needs.partial_names
+        )
         if path.exists() and not force and not _is_ours(path, needs):
             raise OutputError(
                 f"{path} has files that moe-convert did not write",
@@ -123,7 +137,9 @@ def _lock(path: Path) -> OutputFile:
         lock = OutputFile(path / LOCK_NAME, keep=True)
         try:
             if not lock_file(lock.fileno(), lock.path):
-                raise OutputError(f"another process is writing to {path}", "wait for it, or stop it")
+                raise OutputError(
+                    f"another process is writing to {path}", "wait for it, or stop it"
+                )
             if _has_name(lock):
                 return lock
         except BaseException:

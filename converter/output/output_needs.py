@@ -31,7 +31,11 @@ class OutputNeeds:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, plan: OutputPlan, copied: Iterable[str], inputs: Iterable[Path | None] = ()
+        cls,
+        checkpoint: Checkpoint,
+        plan: OutputPlan,
+        copied: Iterable[str],
+        inputs: Iterable[Path | None] = (),
     ) -> "OutputNeeds":
         """The needs of converting `checkpoint` by `plan`. copied: names of the files that are copied. inputs: further
         files that are read, None for none."""
@@ -53,4 +57,6 @@ class OutputNeeds:
     def partial_names(self) -> frozenset[str]:
         """The names of its files while they are being written."""
         names = [Path(name) for name in self.names]
-        return frozenset(str(path) for name in names for path in (partial_path(name), *compression_paths(name)))
+        return frozenset(
+            str(path) for name in names for path in (partial_path(name), *compression_paths(name))
+        )

@@ -33,19 +33,28 @@ def probe_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None
         with tempfile.TemporaryFile(dir=folder, prefix=".moe-convert.probe-", buffering=0) as file:
             _check_size(path, file.fileno(), needs.largest_file_bytes)
             if not lock_file(file.fileno(), folder / ".moe-convert.probe"):
-                raise OutputError(f"{path}: a new file there is locked by somebody else", "choose another --out-dir")
+                raise OutputError(
+                    f"{path}: a new file there is locked by somebody else",
+                    "choose another --out-dir",
+                )
 
 
 def _check_names(path: Path, folder: Path, needs: OutputNeeds) -> None:
     try:
-        longest_name, longest_path = os.pathconf(folder, "PC_NAME_MAX"), os.pathconf(folder, "PC_PATH_MAX")
+        longest_name, longest_path = (
+            os.pathconf(folder, "PC_NAME_MAX"),
+            os.pathconf(folder, "PC_PATH_MAX"),
+        )
     except (OSError, ValueError):
         return
     for name in needs.names | needs.partial_names:
         whole = path.absolute() / name
         part = max(whole.parts, key=lambda part: len(os.fsencode(part)))
         if 0 < longest_name < len(os.fsencode(part)):
-            raise OutputError(f"{path}: the file system allows names of {longest_name} bytes: {part}", "shorten it")
+            raise OutputError(
+                f"{path}: the file system allows names of {longest_name} bytes: {part}",
+                "shorten it",
+            )
         # The system counts the zero behind the path.
         if 0 < longest_path <= len(os.fsencode(whole)):
             what = f"{whole}: the system allows paths of {longest_path - 1} bytes"

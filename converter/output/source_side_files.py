@@ -37,7 +37,9 @@ def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFil
         "recipe": recipe.name,
     }
     config = {**checkpoint.config, "quantization_config": quantization}
-    return _write(out, CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+    return _write(
+        out, CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+    )
 
 
 def check_side_files(source: Path) -> list[str]:
@@ -49,13 +51,21 @@ def check_side_files(source: Path) -> list[str]:
     try:
         found = list(names_beside_weights(source))
     except OSError as e:
-        raise SourceError(f"{e.filename}: cannot be read: {e.strerror}", "make the folder readable") from None
+        raise SourceError(
+            f"{e.filename}: cannot be read: {e.strerror}", "make the folder readable"
+        ) from None
     for name in found:
         if name == TEMPLATES_FOLDER:
             # With this name in the way, transformers would read the default template alone, without a word.
-            raise SourceError(f"{source / name}: is not a folder", "get the folder of chat templates, or remove it")
+            raise SourceError(
+                f"{source / name}: is not a folder",
+                "get the folder of chat templates, or remove it",
+            )
         if resembles_side_file(name):
-            _log.warning("%s is left out: neither transformers nor a licence has a file of that name", source / name)
+            _log.warning(
+                "%s is left out: neither transformers nor a licence has a file of that name",
+                source / name,
+            )
         elif not is_side_file(name):
             continue
         elif not (problem := unusable(source / name)):
@@ -67,7 +77,8 @@ def check_side_files(source: Path) -> list[str]:
             _log.warning("%s is left out: it %s", source / name, problem[0])
     if len(names) >= MAX_FILES:
         raise SourceError(
-            f"{source}: {len(names)} files beside the weights, allowed are {MAX_FILES - 1}", "remove some"
+            f"{source}: {len(names)} files beside the weights, allowed are {MAX_FILES - 1}",
+            "remove some",
         )
     return names
 
@@ -80,7 +91,11 @@ def copy_files(source: Path, names: list[str], out: Path) -> list[CopiedFile]:
 def copied_bytes(source: Path, name: str) -> bytes:
     """A file of the source as the output has it: generation_config.json without what transformers must not get."""
     data = read_small_source(source, name, str(source), max_bytes=MAX_BYTES)
-    return clean_generation_config(data, str(source / name), error=SourceError) if name == GENERATION_NAME else data
+    return (
+        clean_generation_config(data, str(source / name), error=SourceError)
+        if name == GENERATION_NAME
+        else data
+    )
 
 
 def _write(out: Path, name: str, data: bytes) -> CopiedFile:

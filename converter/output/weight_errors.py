@@ -21,7 +21,9 @@ def write_quality(records: Iterable[Record], out: Path) -> dict[str, Any]:
 
 def quality_of(records: list[Record]) -> dict[str, Any]:
     """quality.json: relative weight errors ‖quantized − weight‖ / ‖weight‖ by expert and projection, and in total."""
-    experts = sorted((r for r in records if isinstance(r, ExpertRecord)), key=lambda r: (r.layer, r.expert))
+    experts = sorted(
+        (r for r in records if isinstance(r, ExpertRecord)), key=lambda r: (r.layer, r.expert)
+    )
     linears = sorted((r for r in records if isinstance(r, LinearRecord)), key=lambda r: r.module)
     errors = {p: [getattr(r.errors, p) for r in experts] for p in EXPERT_MATRICES}
 
@@ -32,7 +34,9 @@ def quality_of(records: list[Record]) -> dict[str, Any]:
         "measure": "relative weight error, norm(quantized - weight) / norm(weight)",
         "totals": {
             **{p: total(parts) for p, parts in errors.items()},
-            "experts": total(error for parts in zip(*errors.values(), strict=True) for error in parts),
+            "experts": total(
+                error for parts in zip(*errors.values(), strict=True) for error in parts
+            ),
             "attention": total(r.errors for r in linears if r.module != "lm_head"),
         },
         "experts": [_of_expert(record) for record in experts],
@@ -53,5 +57,9 @@ def _uncalibrated(experts: list[ExpertRecord], linears: list[LinearRecord]) -> d
     if all(record.calibration_tokens is None for record in experts):
         return {}
     names = [r.module for r in linears if r.uncalibrated]
-    names += [f"layer {r.layer} expert {r.expert} {', '.join(r.uncalibrated)}" for r in experts if r.uncalibrated]
+    names += [
+        f"layer {r.layer} expert {r.expert} {', '.join(r.uncalibrated)}"
+        for r in experts
+        if r.uncalibrated
+    ]
     return {"uncalibrated": sorted(names)}

@@ -53,7 +53,8 @@ def check_license(names: list[str], license_id: str | None, where: Path | str) -
     found = next((name for name in sorted(names) if LICENSE_FILE.fullmatch(name)), None)
     if found is None and license_id is None:
         raise MoeConvertError(
-            f"{where}: the source's licence file is missing", "name its licence with --license, such as apache-2.0"
+            f"{where}: the source's licence file is missing",
+            "name its licence with --license, such as apache-2.0",
         )
     return found
 
@@ -62,7 +63,11 @@ def make_card(artifact: Artifact, options: PublishOptions) -> str:
     """The card to publish: the folder's own if somebody wrote one, else a new one."""
     path = artifact.folder / CARD_NAME
     # Through the same check as every other file: a link out of the folder must not be published.
-    own = _text(read_small(artifact.folder, CARD_NAME, str(artifact.folder)), path) if os.path.lexists(path) else MARK
+    own = (
+        _text(read_small(artifact.folder, CARD_NAME, str(artifact.folder)), path)
+        if os.path.lexists(path)
+        else MARK
+    )
     if MARK not in own:
         return own
     file = check_license([f.file for f in artifact.index.files], options.license, artifact.folder)
@@ -95,10 +100,14 @@ def _text(data: bytes, path: Path) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as e:
-        raise MoeConvertError(f"{path}: not UTF-8 at byte {e.start}", "save the card as UTF-8") from None
+        raise MoeConvertError(
+            f"{path}: not UTF-8 at byte {e.start}", "save the card as UTF-8"
+        ) from None
 
 
-def publish_folder(folder: Path, options: PublishOptions, *, dry_run: bool = False, bars: bool = False) -> Publication:
+def publish_folder(
+    folder: Path, options: PublishOptions, *, dry_run: bool = False, bars: bool = False
+) -> Publication:
     """Uploads the folder, which was verified before, in one commit; files that are there already are not sent again.
 
     bars: whether huggingface_hub draws its progress. Raises HubError, MoeConvertError, and what Artifact.open raises.
@@ -110,19 +119,32 @@ def publish_folder(folder: Path, options: PublishOptions, *, dry_run: bool = Fal
     _validate(card.decode(), options)
     contents: dict[str, Path | bytes] = {CARD_NAME: card}
     index = artifact.index
-    names = [INDEX_NAME, index.trunk.file, *(f.file for f in index.layers), *(f.file for f in index.files)]
+    names = [
+        INDEX_NAME,
+        index.trunk.file,
+        *(f.file for f in index.layers),
+        *(f.file for f in index.files),
+    ]
     names += [QUALITY_NAME] if os.path.lexists(folder / QUALITY_NAME) else []
     contents |= {name: locate(folder, name, str(folder)) for name in names if name != CARD_NAME}
     parent, there = _state(options, create=not dry_run)
     _refuse_loaded(there, options.repo)
-    sent = {name: c for name, c in sorted(contents.items()) if name not in there or not _is_same(c, there[name])}
-    deleted = [name for name in there if name.startswith(f"{EXPERTS_FOLDER}/") and name not in contents]
+    sent = {
+        name: c
+        for name, c in sorted(contents.items())
+        if name not in there or not _is_same(c, there[name])
+    }
+    deleted = [
+        name for name in there if name.startswith(f"{EXPERTS_FOLDER}/") and name not in contents
+    ]
     sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in sent.items()}
     plan = Publication(sizes, sorted(contents.keys() - sent.keys()), deleted)
     if dry_run or not (sent or deleted):
         return plan
     info = _commit(sent, deleted, parent, artifact, options, bars)
-    return Publication(plan.sent, plan.unchanged, deleted, str(info.oid), str(info.pr_url or info.commit_url))
+    return Publication(
+        plan.sent, plan.unchanged, deleted, str(info.oid), str(info.pr_url or info.commit_url)
+    )
 
 
 def check_repo_name(repo: str) -> None:
@@ -143,7 +165,10 @@ def _check_access(options: PublishOptions) -> None:
     if role == "read":
         raise HubError(f"repository {options.repo}: the token of {name} may only read", _TOKEN_HINT)
     owner = options.repo.partition("/")[0]
-    if not options.create_pr and owner not in {name, *(org.get("name") for org in user.get("orgs", []))}:
+    if not options.create_pr and owner not in {
+        name,
+        *(org.get("name") for org in user.get("orgs", [])),
+    }:
         raise HubError(
             f"repository {options.repo}: the token is of {name}, who is no member of {owner}",
             "choose another OWNER/MODEL, or give the owner's token with --token",
@@ -151,7 +176,11 @@ def _check_access(options: PublishOptions) -> None:
 
 
 def _refuse_loaded(there: Iterable[str], repo: str) -> None:
-    if loaded := [name for name in there if re.fullmatch(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\..*)?", name)]:
+    if loaded := [
+        name
+        for name in there
+        if re.fullmatch(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\..*)?", name)
+    ]:
         raise HubError(
             f"repository {repo} has {loaded[0]}, which transformers would load instead",
             "delete it there, or choose another repository",
@@ -183,7 +212,11 @@ def _commit(
 ) -> Any:
     """One commit, after all files are there; upload_folder makes several where hf_xet is installed."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     quiet = bars or are_progress_bars_disabled()
     if not quiet:
@@ -210,7 +243,9 @@ def _commit(
 
 def _message(index: Index) -> str:
     """The commit's message. Of a stranger's names it has what has no meaning in Markdown."""
-    source, recipe = (re.sub(r"[^\w./+ -]", "_", name) for name in (index.source.name, index.recipe.name))
+    source, recipe = (
+        re.sub(r"[^\w./+ -]", "_", name) for name in (index.source.name, index.recipe.name)
+    )
     return f"{source}, {recipe}, by moe-convert"
 
 
@@ -224,12 +259,16 @@ def _validate(card: str, options: PublishOptions) -> None:
         wish = {"content": card, "repoType": "model"}
         answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=wish)
         if answer.status_code == 400:
-            return [str(e.get("message")) for e in answer.json().get("errors", [])] or ["no reason given"]
+            return [str(e.get("message")) for e in answer.json().get("errors", [])] or [
+                "no reason given"
+            ]
         hf_raise_for_status(answer)
         return []
 
     if problems := _call(ask, options):
-        raise MoeConvertError(f"{CARD_NAME}: the Hub refuses its metadata: {'; '.join(problems)}", "correct the card")
+        raise MoeConvertError(
+            f"{CARD_NAME}: the Hub refuses its metadata: {'; '.join(problems)}", "correct the card"
+        )
 
 
 def _is_same(content: Path | bytes, there: RemoteFile) -> bool:

@@ -62,7 +62,10 @@ def card_text(index: Index, quality: Quality | None, options: CardOptions) -> st
     link = f"[{name}](https://huggingface.co/{base})" if base and is_repo_name(base) else name
     experts, attention = _bits(index)
     entries = [entry for layer in index.layers for entry in layer.experts]
-    gate_up, down = (" and ".join(map(_code, sorted({getattr(e, of) for e in entries}))) for of in ("gate_up", "down"))
+    gate_up, down = (
+        " and ".join(map(_code, sorted({getattr(e, of) for e in entries})))
+        for of in ("gate_up", "down")
+    )
     attention_text = f"quantized to {attention:.3f} bits" if attention else "as in the source"
     quantized = any(name in PACKINGS for e in entries for name in (e.gate_up, e.down))
     experts_text = f"quantized to {experts:.3f} bits a weight" if quantized else "as in the source"
@@ -117,7 +120,9 @@ def write_card(out: Path, index: Index) -> None:
     write_file(path, card_text(index, read_quality(out), CardOptions("PATH")).encode())
 
 
-def _metadata(model_type: str, base: str | None, options: CardOptions, quantized: bool) -> Iterator[str]:
+def _metadata(
+    model_type: str, base: str | None, options: CardOptions, quantized: bool
+) -> Iterator[str]:
     yield "---"
     yield "library_name: moe-convert"
     yield "pipeline_tag: text-generation"
@@ -132,7 +137,10 @@ def _metadata(model_type: str, base: str | None, options: CardOptions, quantized
         if options.license_file:
             yield f"license_link: {json.dumps(options.license_file)}"
     yield "tags:"
-    yield from (f"- {tag}" for tag in (model_type, "moe", *(["quantized"] if quantized else []), "moe-convert"))
+    yield from (
+        f"- {tag}"
+        for tag in (model_type, "moe", *(["quantized"] if quantized else []), "moe-convert")
+    )
     yield "---"
     yield ""
 
@@ -141,8 +149,16 @@ def _bits(index: Index) -> tuple[float, float]:
     """Bits a weight of experts, and of attention if it is packed, else 0."""
     a = index.architecture
     entries = [entry for layer in index.layers for entry in layer.experts]
-    experts = 8 * sum(e.length for e in entries) / (len(entries) * 3 * a.hidden_size * a.intermediate_size)
-    packed = [linear for name, linear in index.trunk.packed.items() if name.rpartition(".")[2] in ATTENTION]
+    experts = (
+        8
+        * sum(e.length for e in entries)
+        / (len(entries) * 3 * a.hidden_size * a.intermediate_size)
+    )
+    packed = [
+        linear
+        for name, linear in index.trunk.packed.items()
+        if name.rpartition(".")[2] in ATTENTION
+    ]
     n_bytes = sum(tile_packing_named(x.packing).matrix_bytes(x.rows, x.columns) for x in packed)
     return experts, 8 * n_bytes / max(1, sum(x.rows * x.columns for x in packed))
 
@@ -214,7 +230,10 @@ def _origin(index: Index) -> Iterator[str]:
     yield f"| calibration | {_calibration(recipe)} |"
     yield f"| codec | {_code(index.layers[0].experts[0].codec)} |"
     yield f"| written by | {_code(producer.name)} {_code(producer.version)} |"
-    yield from (f"| {_code(name)} | {_code(version)} |" for name, version in sorted(producer.versions.items()))
+    yield from (
+        f"| {_code(name)} | {_code(version)} |"
+        for name, version in sorted(producer.versions.items())
+    )
     yield ""
     yield "`moe-convert verify --read-data` checks every byte; the index has the hashes of the source's shards."
 
@@ -224,7 +243,9 @@ def _calibration(recipe: Recipe) -> str:
         calibration = Calibration.read(recipe.options)
     except RecipeError:
         return "said by the index in a way that this release does not read"
-    return f"{calibration.tokens} tokens, {_CALIBRATION[calibration.kind]}" if calibration else "none"
+    return (
+        f"{calibration.tokens} tokens, {_CALIBRATION[calibration.kind]}" if calibration else "none"
+    )
 
 
 def _code(text: str) -> str:

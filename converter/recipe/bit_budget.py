@@ -31,17 +31,25 @@ class _Step:
 def ladder(recipe: ConversionRecipe) -> dict[str, list[str]]:
     """For each projection the packings to choose from: the recipe's own, and those of more bits."""
     own = {projection: getattr(recipe, projection) for projection in PROJECTIONS}
-    return {p: [o, *(name for bits, name in BY_BITS.items() if bits > PACKINGS[o].nbits)] for p, o in own.items()}
+    return {
+        p: [o, *(name for bits, name in BY_BITS.items() if bits > PACKINGS[o].nbits)]
+        for p, o in own.items()
+    }
 
 
-def choose_bits(recipe: ConversionRecipe, architecture: Architecture, errors: Errors) -> ConversionRecipe:
+def choose_bits(
+    recipe: ConversionRecipe, architecture: Architecture, errors: Errors
+) -> ConversionRecipe:
     """`recipe`, whose option target_bpw says how many bits, with the rules that lessen `errors` most within them.
 
     Greedy: from the recipe's own packings on, the change that gains most for a byte and still fits comes first; of
     equal ones that of the lowest layer, gate_up before down. RecipeError if no choice takes so many bits.
     """
     choices, left = ladder(recipe), _budget_bytes(recipe, architecture)
-    sizes = {p: {name: _projection_bytes(architecture, p, name) for name in names} for p, names in choices.items()}
+    sizes = {
+        p: {name: _projection_bytes(architecture, p, name) for name in names}
+        for p, names in choices.items()
+    }
     chosen = [{p: names[0] for p, names in choices.items()} for _ in errors]
 
     def rate(step: _Step) -> float:
@@ -52,7 +60,10 @@ def choose_bits(recipe: ConversionRecipe, architecture: Architecture, errors: Er
         return (found[now] - found[step.packing]) / added if 0 < added <= left else 0.0
 
     steps = [
-        _Step(layer, p, name) for layer in range(len(errors)) for p, names in choices.items() for name in names[1:]
+        _Step(layer, p, name)
+        for layer in range(len(errors))
+        for p, names in choices.items()
+        for name in names[1:]
     ]
     while (best := max(steps, key=rate, default=None)) and rate(best) > 0:
         now = chosen[best.layer][best.projection]
@@ -73,7 +84,10 @@ def likely_bits(recipe: ConversionRecipe, architecture: Architecture) -> Convers
     """A recipe whose rules are yet to be chosen, with some that take about as many bytes; any other as it is."""
     if not recipe.options.rules_are_open:
         return recipe
-    errors = {p: {name: 4.0 ** -PACKINGS[name].nbits for name in names} for p, names in ladder(recipe).items()}
+    errors = {
+        p: {name: 4.0 ** -PACKINGS[name].nbits for name in names}
+        for p, names in ladder(recipe).items()
+    }
     return choose_bits(recipe, architecture, [errors] * architecture.expert_layers)
 
 
@@ -83,7 +97,10 @@ def _budget_bytes(recipe: ConversionRecipe, architecture: Architecture) -> int:
     if target is None:
         raise ValueError(f"the recipe {recipe.name} has no target of bits")
     weights = 3 * architecture.hidden_size * architecture.intermediate_size
-    least, most = (sum(_projection_bytes(architecture, p, names[at]) for p, names in choices.items()) for at in (0, -1))
+    least, most = (
+        sum(_projection_bytes(architecture, p, names[at]) for p, names in choices.items())
+        for at in (0, -1)
+    )
     if not 8 * least <= target * weights <= 8 * most:
         raise RecipeError(
             f"target-bpw {target:g}: with this model's sizes, packings from {recipe.gate_up} and {recipe.down} on take"

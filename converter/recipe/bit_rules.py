@@ -40,7 +40,11 @@ class BitRule:
 
     def fits(self, layer: int, expert: int, projection: str) -> bool:
         """Whether it is about this one."""
-        return projection in self.projections and _among(layer, self.layers) and _among(expert, self.experts)
+        return (
+            projection in self.projections
+            and _among(layer, self.layers)
+            and _among(expert, self.experts)
+        )
 
 
 def parse_rules(text: str) -> list[BitRule]:
@@ -65,7 +69,9 @@ def rule_for(layers: Sequence[int], projection: str, packing: str) -> BitRule:
 
 def as_ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers as a rule has them: 0-3,7."""
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in _runs(numbers))
+    return ",".join(
+        str(first) if first == last else f"{first}-{last}" for first, last in _runs(numbers)
+    )
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
@@ -87,12 +93,19 @@ def _rule(match: re.Match[str]) -> BitRule:
         raise RecipeError(f"rule {match[0]}: {bits!r} is unknown; known are {', '.join(known)}")
     packing = named.get(bits, bits)
     if projection not in (None, *PROJECTIONS):
-        raise RecipeError(f"rule {match[0]}: projection {projection!r} is none of {', '.join(PROJECTIONS)}")
+        raise RecipeError(
+            f"rule {match[0]}: projection {projection!r} is none of {', '.join(PROJECTIONS)}"
+        )
     text = f"{match[0].rpartition('=')[0]}={bits if packing == UNPACKED else packing}"
     if len(text) > _MOST_CHARACTERS:
-        raise RecipeError(f"rule {text[:60]}…: {len(text)} characters, at most {_MOST_CHARACTERS}", "make two of it")
+        raise RecipeError(
+            f"rule {text[:60]}…: {len(text)} characters, at most {_MOST_CHARACTERS}",
+            "make two of it",
+        )
     projections = (projection,) if projection else PROJECTIONS
-    return BitRule(_ranges(layers, match[0]), _ranges(experts, match[0]), projections, packing, text)
+    return BitRule(
+        _ranges(layers, match[0]), _ranges(experts, match[0]), projections, packing, text
+    )
 
 
 def _ranges(text: str | None, rule: str) -> tuple[tuple[int, int], ...]:

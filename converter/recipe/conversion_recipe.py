@@ -46,7 +46,9 @@ class ConversionRecipe(Struct, frozen=True):
         )
 
 
-def packings_by_expert(recipe: ConversionRecipe, architecture: Architecture) -> list[list[tuple[str, str]]]:
+def packings_by_expert(
+    recipe: ConversionRecipe, architecture: Architecture
+) -> list[list[tuple[str, str]]]:
     """(gate_up, down) of each expert of each layer, packings or UNPACKED.
 
     RecipeError for a rule about a layer or an expert that the model lacks.
@@ -54,15 +56,23 @@ def packings_by_expert(recipe: ConversionRecipe, architecture: Architecture) -> 
     rules = recipe.options.rules
     layers, experts = architecture.expert_layers, architecture.num_local_experts
     for rule in rules:
-        for what, ranges, count in (("layer", rule.layers, layers), ("expert", rule.experts, experts)):
+        for what, ranges, count in (
+            ("layer", rule.layers, layers),
+            ("expert", rule.experts, experts),
+        ):
             if ranges and (last := max(end for _, end in ranges)) >= count:
-                raise RecipeError(f"rule {rule.text}: there is no {what} {last}, the last is {count - 1}")
+                raise RecipeError(
+                    f"rule {rule.text}: there is no {what} {last}, the last is {count - 1}"
+                )
 
     def packing(layer: int, expert: int, projection: str) -> str:
         own: str = getattr(recipe, projection)
         return next((r.packing for r in reversed(rules) if r.fits(layer, expert, projection)), own)
 
     return [
-        [(packing(layer, expert, "gate_up"), packing(layer, expert, "down")) for expert in range(experts)]
+        [
+            (packing(layer, expert, "gate_up"), packing(layer, expert, "down"))
+            for expert in range(experts)
+        ]
         for layer in range(layers)
     ]

@@ -45,5 +45,8 @@ def recipe_settings(name: str) -> dict[str, Any]:
     value = parse(data, name, max_bytes=_MOST_BYTES, error=RecipeError)
     settings = asdict(typed(value, RecipeFile, name, error=RecipeError))
     if settings["calibrate"] == "file":
-        raise RecipeError(f"{name}: calibrate is 'file', and a recipe names no text", "give it with --calibrate FILE")
+        raise RecipeError(
+            f"{name}: calibrate is 'file', and a recipe names no text",
+            "give it with --calibrate FILE",
+        )
     return {field: setting for field, setting in settings.items() if setting is not None}

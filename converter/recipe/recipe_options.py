@@ -74,7 +74,10 @@ class RecipeOptions(Struct, frozen=True):
         """The names and values for an index."""
         found: dict[str, Option] = {}
         if self.calibration:
-            found |= {"calibrate": self.calibration.kind, "calibration_tokens": self.calibration.tokens}
+            found |= {
+                "calibrate": self.calibration.kind,
+                "calibration_tokens": self.calibration.tokens,
+            }
         if self.target_bpw is not None:
             found["target_bpw"] = self.target_bpw
         if self.down_width != DOWN_BLOCK:

@@ -24,7 +24,9 @@ _CALIBRATED = RecipeOptions(Calibration("builtin", DEFAULT_TOKENS))
 _ATTENTION = "tile32-q4-g64-s8"
 
 RECIPES: dict[str, ConversionRecipe] = {
-    name: ConversionRecipe(name, BY_BITS[gate_up], BY_BITS[down], _ATTENTION, CALIBRATED_SOLVER, options=_CALIBRATED)
+    name: ConversionRecipe(
+        name, BY_BITS[gate_up], BY_BITS[down], _ATTENTION, CALIBRATED_SOLVER, options=_CALIBRATED
+    )
     for name, gate_up, down in (
         ("2bit", 2, 2),
         ("2bit-down3", 2, 3),
@@ -33,7 +35,10 @@ RECIPES: dict[str, ConversionRecipe] = {
     )
 } | {
     name: ConversionRecipe(name, experts, experts, _ATTENTION, "hqq")
-    for name, experts in {"paper-2bit": "tile32-q2-g16-s8", "paper-3bit": "tile32-q3-g64-s8"}.items()
+    for name, experts in {
+        "paper-2bit": "tile32-q2-g16-s8",
+        "paper-3bit": "tile32-q3-g64-s8",
+    }.items()
 }
 RECIPES["16bit"] = ConversionRecipe("16bit", UNPACKED, UNPACKED, UNPACKED, NO_SOLVER, UNPACKED)
 
@@ -77,7 +82,9 @@ def make_recipe(
     packings = gate_up or of_gate_up, down or of_down
     for packing in packings:
         if packing not in (UNPACKED, *ALL_PACKINGS):
-            raise RecipeError(f"packing {packing!r} is unknown; known are {', '.join(ALL_PACKINGS)}")
+            raise RecipeError(
+                f"packing {packing!r} is unknown; known are {', '.join(ALL_PACKINGS)}"
+            )
     quantized = not PACKINGS.keys().isdisjoint((*packings, *(rule.packing for rule in parsed)))
     if solver not in (None, NO_SOLVER, *SOLVERS):
         raise RecipeError(f"solver {solver!r} is unknown; known are {', '.join(SOLVERS)}")
@@ -121,29 +128,41 @@ def _say_once() -> None:
 def _calibration(solver: str, calibrate: str | None, tokens: int | None) -> Calibration | None:
     """The recipe's calibration; None without one."""
     if solver == NO_SOLVER:
-        raise RecipeError("the solver none quantizes nothing", "choose another, or 16 bits of everything")
+        raise RecipeError(
+            "the solver none quantizes nothing", "choose another, or 16 bits of everything"
+        )
     if solver != CALIBRATED_SOLVER:
         if calibrate not in (None, "none") or tokens is not None:
-            raise RecipeError(f"the solver {solver} uses no calibration", f"--solver {CALIBRATED_SOLVER} does")
+            raise RecipeError(
+                f"the solver {solver} uses no calibration", f"--solver {CALIBRATED_SOLVER} does"
+            )
         return None
     if calibrate == "none":
         raise RecipeError(f"the solver {solver} needs calibration", "--solver refit does without")
     tokens = DEFAULT_TOKENS if tokens is None else tokens
     if tokens < FEWEST_TOKENS:
-        raise RecipeError(f"--calibration-tokens {tokens}: at least {FEWEST_TOKENS}", f"{DEFAULT_TOKENS} do well")
+        raise RecipeError(
+            f"--calibration-tokens {tokens}: at least {FEWEST_TOKENS}", f"{DEFAULT_TOKENS} do well"
+        )
     return Calibration(calibrate or "builtin", tokens)
 
 
 def _target(bits: float, solver: str, rules: Sequence[str], packings: tuple[str, str]) -> float:
     if not PACKINGS.keys() >= set(packings):
-        raise RecipeError("target-bpw: gives more bits to layers of quantized experts, not to 16", "begin with 2bit")
+        raise RecipeError(
+            "target-bpw: gives more bits to layers of quantized experts, not to 16",
+            "begin with 2bit",
+        )
     if not (math.isfinite(bits) and bits > 0):
         raise RecipeError(f"target-bpw {bits}: expected are bits a weight, such as 2.7")
     if rules:
-        raise RecipeError("target-bpw and rules of bits: give one of them", "target-bpw chooses the rules itself")
+        raise RecipeError(
+            "target-bpw and rules of bits: give one of them", "target-bpw chooses the rules itself"
+        )
     if solver != CALIBRATED_SOLVER:
         raise RecipeError(
-            f"target-bpw: the solver {solver} has no calibration to choose bits by", f"use --solver {CALIBRATED_SOLVER}"
+            f"target-bpw: the solver {solver} has no calibration to choose bits by",
+            f"use --solver {CALIBRATED_SOLVER}",
         )
     return float(bits)
 
@@ -151,7 +170,8 @@ def _target(bits: float, solver: str, rules: Sequence[str], packings: tuple[str,
 def _down_width(width: int | str, solver: str) -> DownWidth:
     if solver != CALIBRATED_SOLVER:
         raise RecipeError(
-            f"down-width: the solver {solver} makes up for no errors", f"use --solver {CALIBRATED_SOLVER}"
+            f"down-width: the solver {solver} makes up for no errors",
+            f"use --solver {CALIBRATED_SOLVER}",
         )
     if width == "full":
         return "full"
@@ -172,10 +192,14 @@ def _experts_packing(bits: int | None, group_size: int | None, default: str) -> 
     bits = bits or (16 if default == UNPACKED else PACKINGS[default].nbits)
     if bits == 16 and group_size is None:
         return UNPACKED
-    fitting = [p for p in PACKINGS.values() if p.nbits == bits and group_size in (None, p.group_size)]
+    fitting = [
+        p for p in PACKINGS.values() if p.nbits == bits and group_size in (None, p.group_size)
+    ]
     if not fitting:
         known = ", ".join(f"{p.nbits} bits in groups of {p.group_size}" for p in PACKINGS.values())
-        raise RecipeError(f"no packing has {bits} bits in groups of {group_size}; there are {known}, and 16 without")
+        raise RecipeError(
+            f"no packing has {bits} bits in groups of {group_size}; there are {known}, and 16 without"
+        )
     preferred = BY_BITS[bits]
     return preferred if any(p.name == preferred for p in fitting) else fitting[0].name
 

@@ -37,7 +37,13 @@ def with_chosen_bits(
     pool = ThreadPoolExecutor(plan.workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         sensitivity = BitSensitivity(
-            checkpoint, solver, ladder(recipe), tokens, plan.out, plan.fingerprint["source"], partial(run_all, pool)
+            checkpoint,
+            solver,
+            ladder(recipe),
+            tokens,
+            plan.out,
+            plan.fingerprint["source"],
+            partial(run_all, pool),
         )
         chosen = choose_bits(recipe, checkpoint.architecture, sensitivity.measure(report))
     except BaseException:

@@ -5,8 +5,18 @@ from torch import Tensor
 
 from converter.calibration.input_statistics import InputStatistics
 from converter.solvers import feedback_native, hqq_native, solver_library
-from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
-from converter.solvers.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
+from converter.solvers.feedback_order import (
+    columns_in_order,
+    group_order,
+    hessian_in_order,
+    matrix_in_place,
+)
+from converter.solvers.feedback_reference import (
+    SingularStatisticsError,
+    factorize,
+    feedback_rows,
+    refit_rows,
+)
 from converter.solvers.protocol import SquaredError
 from formats.packing import Packing, pack
 
@@ -52,7 +62,9 @@ class NativeRefit:
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
         """As `Solver.solve`."""
         flat, stride_tiles = _flat(tiles)
-        error = hqq_native.quantize_matrix(weight, packing.name, flat, stride_tiles=stride_tiles, refit=True)
+        error = hqq_native.quantize_matrix(
+            weight, packing.name, flat, stride_tiles=stride_tiles, refit=True
+        )
         return SquaredError(error.sum_squared_error, error.sum_squares)
 
 
@@ -73,15 +85,26 @@ class NativeFeedback(NativeRefit):
             raise SingularStatisticsError from None
         metric = None
         if len(hessian) == 1 and hessian.shape[1] > feedback_native.EXACT_GAIN_COLUMNS:
-            metric = statistics.derived(("metric", size), lambda: feedback_native.gain_metric(factor[0]))
+            metric = statistics.derived(
+                ("metric", size), lambda: feedback_native.gain_metric(factor[0])
+            )
         flat, stride_tiles = _flat(tiles)
         error = feedback_native.quantize_feedback(
-            weight, packing.name, flat, factor, hessian, order=order, metric=metric, stride_tiles=stride_tiles
+            weight,
+            packing.name,
+            flat,
+            factor,
+            hessian,
+            order=order,
+            metric=metric,
+            stride_tiles=stride_tiles,
         )
         return SquaredError(error.sum_squared_error, error.sum_squares)
 
 
-def _in_order(statistics: InputStatistics, columns: int, group_size: int) -> tuple[Tensor | None, Tensor]:
+def _in_order(
+    statistics: InputStatistics, columns: int, group_size: int
+) -> tuple[Tensor | None, Tensor]:
     """The groups' order, and the Hessian of the columns in it."""
 
     def make() -> tuple[Tensor | None, Tensor]:

@@ -37,6 +37,8 @@ class DownCorrection:
         """The corrected rows, float32, of rows [n, columns] of down."""
         blocks, width, _ = self.factor.shape
         rows, columns = weight.shape
-        padded = torch.nn.functional.pad(weight.float(), (0, blocks * width - columns)).view(rows, blocks, width)
+        padded = torch.nn.functional.pad(weight.float(), (0, blocks * width - columns)).view(
+            rows, blocks, width
+        )
         moved = torch.bmm(padded.transpose(0, 1), self.factor).transpose(0, 1)
         return (padded + moved).reshape(rows, -1)[:, :columns].contiguous()

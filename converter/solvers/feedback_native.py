@@ -27,7 +27,8 @@ class SingularHessianError(MoeConvertError):
 
     def __init__(self, block: int) -> None:
         super().__init__(
-            f"the Hessian of column block {block} is not positive definite", "calibrate with more or other text"
+            f"the Hessian of column block {block} is not positive definite",
+            "calibrate with more or other text",
         )
         self.block = block
 
@@ -169,7 +170,9 @@ def quantize_feedback_tiles(
     columns, block = weight.shape[1], blocks.shape[-1]
     good = factor.dtype == torch.float32 and factor.is_contiguous() and blocks.dim() == 3
     if not good or blocks.shape[1:] != (block, block) or len(blocks) != -(-columns // block):
-        raise ValueError(f"factor is {factor.dtype} {tuple(factor.shape)}, weight {tuple(weight.shape)}")
+        raise ValueError(
+            f"factor is {factor.dtype} {tuple(factor.shape)}, weight {tuple(weight.shape)}"
+        )
     if hessians.shape != blocks.shape:
         raise ValueError(f"hessian has shape {tuple(hessian.shape)}, factor {tuple(factor.shape)}")
     if block % 256 and block != columns:
@@ -177,7 +180,9 @@ def quantize_feedback_tiles(
     errors = torch.zeros(place.count, 4, dtype=torch.float64)
     if not place.count:
         return errors
-    if order is not None and (order.dtype != torch.int32 or order.shape != (columns // place.packing.group_size,)):
+    if order is not None and (
+        order.dtype != torch.int32 or order.shape != (columns // place.packing.group_size,)
+    ):
         raise ValueError(f"order is {order.dtype} {tuple(order.shape)}")
     squares = blocks.diagonal(dim1=1, dim2=2).reshape(-1)[:columns].double().square()
     unit = float(squares.mean())
@@ -208,4 +213,6 @@ def quantize_feedback(
     weight: Tensor, packing: str, out: Tensor, factor: Tensor, hessian: Tensor, **options: Any
 ) -> FeedbackError:
     """Quantizes a whole matrix into `out` on this thread; arguments and errors as in `quantize_feedback_tiles`."""
-    return FeedbackError.total([quantize_feedback_tiles(weight, packing, out, factor, hessian, **options)])
+    return FeedbackError.total(
+        [quantize_feedback_tiles(weight, packing, out, factor, hessian, **options)]
+    )

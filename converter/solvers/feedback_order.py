@@ -21,7 +21,9 @@ def group_order(hessian: Tensor, columns: int, group_size: int) -> Tensor | None
     strength = hessian.diagonal(dim1=1, dim2=2).reshape(-1)[:columns].view(-1, group_size).mean(1)
     order, a_block = [], hessian.shape[1] // group_size
     for begin in range(0, len(strength), a_block):
-        order.append(begin + strength[begin : begin + a_block].argsort(descending=True, stable=True))
+        order.append(
+            begin + strength[begin : begin + a_block].argsort(descending=True, stable=True)
+        )
     return torch.cat(order).int()
 
 
@@ -46,4 +48,6 @@ def hessian_in_order(hessian: Tensor, order: Tensor | None, group_size: int) -> 
 def matrix_in_place(matrix: QuantizedMatrix, order: Tensor, group_size: int) -> QuantizedMatrix:
     """A matrix of columns in that order, its columns back where they belong."""
     columns, groups = columns_in_order(order, group_size).argsort(), order.argsort()
-    return QuantizedMatrix(matrix.codes[:, columns], matrix.s[:, groups], matrix.m[:, groups], matrix.ds, matrix.dm)
+    return QuantizedMatrix(
+        matrix.codes[:, columns], matrix.s[:, groups], matrix.m[:, groups], matrix.ds, matrix.dm
+    )

@@ -56,7 +56,11 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Tensor:
         if int(info):
             raise SingularStatisticsError
         root = lower.flip(0, 1)
-        factor.copy_(torch.linalg.solve_triangular(root, torch.eye(len(block), dtype=torch.float64), upper=True))
+        factor.copy_(
+            torch.linalg.solve_triangular(
+                root, torch.eye(len(block), dtype=torch.float64), upper=True
+            )
+        )
     return result.view_as(hessian)
 
 
@@ -67,7 +71,9 @@ def refit_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, Squar
     ds, dm = _row_scales(groups, packing)
     s, m, codes, _ = _under_row_scales(groups, *_search(groups, packing), ds, dm, packing)
     codes = codes.reshape(len(weight), -1)[:, : weight.shape[1]]
-    matrix = QuantizedMatrix(codes.to(torch.uint8), s.to(torch.int16), m.to(torch.int16), ds.half(), dm.half())
+    matrix = QuantizedMatrix(
+        codes.to(torch.uint8), s.to(torch.int16), m.to(torch.int16), ds.half(), dm.half()
+    )
     matrix = _with_gain(weight, matrix, packing, None)
     return matrix, _error(weight, matrix, packing)
 
@@ -99,7 +105,9 @@ def feedback_rows(
         for begin in range(0, n, size):
             end, at, g = min(begin + size, n), first + begin, (first + begin) // size
             groups = _Groups.of(left[:, begin:end], importance[at : first + end], packing)
-            found_s, found_m, _, _ = _under_row_scales(groups, *_search(groups, packing), ds, dm, packing)
+            found_s, found_m, _, _ = _under_row_scales(
+                groups, *_search(groups, packing), ds, dm, packing
+            )
             s[:, g], m[:, g] = found_s[:, 0], found_m[:, 0]
             step, offset = ds * s[:, g], dm * m[:, g]
             inverse = torch.where(step > 0, 1 / step, 0.0)
@@ -110,7 +118,9 @@ def feedback_rows(
                 codes[:, first + c], errors[:, c - begin] = code, error
                 left[:, c + 1 : end].addr_(error, unit[c, c + 1 : end], alpha=-1)
             left[:, end:].addmm_(errors, unit[begin:end, end:], alpha=-1)
-    matrix = QuantizedMatrix(codes.to(torch.uint8), s.to(torch.int16), m.to(torch.int16), ds.half(), dm.half())
+    matrix = QuantizedMatrix(
+        codes.to(torch.uint8), s.to(torch.int16), m.to(torch.int16), ds.half(), dm.half()
+    )
     matrix = _with_gain(weight, matrix, packing, hessian)
     return matrix, _error(weight, matrix, packing)
 
@@ -165,7 +175,11 @@ def _under_row_scales(
     codes = _codes(groups.w, step, minimum, packing.max_code)
     total = groups.count.sum(2).clamp(min=1e-30)
     minimum = (groups.count * (codes * step[:, :, None] - groups.w)).sum(2) / total
-    m = (minimum / torch.where(dm > 0, dm, 1.0)[:, None]).round_().clamp_(packing.min_m, packing.max_m)
+    m = (
+        (minimum / torch.where(dm > 0, dm, 1.0)[:, None])
+        .round_()
+        .clamp_(packing.min_m, packing.max_m)
+    )
     minimum = dm[:, None] * m
     codes = _codes(groups.w, step, minimum, packing.max_code)
     error = groups.count * (codes * step[:, :, None] - minimum[:, :, None] - groups.w).square()
@@ -228,7 +242,9 @@ def _codes(w: Tensor, scale: Tensor, minimum: Tensor, max_code: int) -> Tensor:
     return ((w + minimum[:, :, None]) * inverse[:, :, None]).round_().clamp_(0, max_code)
 
 
-def _with_gain(weight: Tensor, matrix: QuantizedMatrix, packing: Packing, hessian: Tensor | None) -> QuantizedMatrix:
+def _with_gain(
+    weight: Tensor, matrix: QuantizedMatrix, packing: Packing, hessian: Tensor | None
+) -> QuantizedMatrix:
     """Both row scales times ⟨w,w⟩/⟨w,w'⟩, in the metric of the hessian: least squares had made rows too small."""
     found = dequantize(matrix, packing.group_size)
     metric = weight if hessian is None else _times(weight, hessian)
@@ -245,7 +261,9 @@ def _times(weight: Tensor, hessian: Tensor) -> Tensor:
     """weight · H for a block-diagonal H."""
     rows, columns = weight.shape
     blocks, width, _ = hessian.shape
-    padded = torch.nn.functional.pad(weight, (0, blocks * width - columns)).view(rows, blocks, width)
+    padded = torch.nn.functional.pad(weight, (0, blocks * width - columns)).view(
+        rows, blocks, width
+    )
     return torch.bmm(padded.transpose(0, 1), hessian).transpose(0, 1).reshape(rows, -1)[:, :columns]
 
 

@@ -112,11 +112,23 @@ def quantize_matrix(
 ) -> QuantizeError:
     """Quantizes a whole matrix into `out` on this thread; arguments and errors as in `quantize_tiles`."""
     return QuantizeError.total(
-        [quantize_tiles(weight, packing, out, stride_tiles=stride_tiles, refit=refit, importance=importance, isa=isa)]
+        [
+            quantize_tiles(
+                weight,
+                packing,
+                out,
+                stride_tiles=stride_tiles,
+                refit=refit,
+                importance=importance,
+                isa=isa,
+            )
+        ]
     )
 
 
-def hqq(weight: Tensor, nbits: int, group_size: int, *, round_zero: bool = False, isa: str = "auto") -> HqqGroups:
+def hqq(
+    weight: Tensor, nbits: int, group_size: int, *, round_zero: bool = False, isa: str = "auto"
+) -> HqqGroups:
     """HQQ alone, with float32 scale and zero: what the hqq package gives for axis=1.
 
     weight: as in `quantize_tiles`; groups run along the columns, the last one may be short.
@@ -128,7 +140,12 @@ def hqq(weight: Tensor, nbits: int, group_size: int, *, round_zero: bool = False
     groups = -(-columns // group_size)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
-    flags, addresses = _ROUND_ZERO if round_zero else 0, (scale.data_ptr(), zero.data_ptr(), codes.data_ptr())
-    status = library().moe_hqq(byref(weights_structure(weight)), nbits, group_size, flags, ISAS[isa], *addresses)
+    flags, addresses = (
+        _ROUND_ZERO if round_zero else 0,
+        (scale.data_ptr(), zero.data_ptr(), codes.data_ptr()),
+    )
+    status = library().moe_hqq(
+        byref(weights_structure(weight)), nbits, group_size, flags, ISAS[isa], *addresses
+    )
     raise_for(status, isa)
     return HqqGroups(codes, scale, zero)

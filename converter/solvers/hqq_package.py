@@ -44,7 +44,9 @@ def quantize_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, Sq
     return matrix, SquaredError(float(deviation.square_().sum()), float(squares.square_().sum()))
 
 
-def round_scales(weight: Tensor, scale: Tensor, minimum: Tensor, packing: Packing) -> QuantizedMatrix:
+def round_scales(
+    weight: Tensor, scale: Tensor, minimum: Tensor, packing: Packing
+) -> QuantizedMatrix:
     """`weight` ≈ scale·q − minimum (float32 [rows, groups] each) with both rounded to S and M under row scales.
 
     The codes are chosen after the rounding. docs/numerics.md states every step.
@@ -58,7 +60,11 @@ def round_scales(weight: Tensor, scale: Tensor, minimum: Tensor, packing: Packin
     codes = ((padded + offset[:, :, None]) / step[:, :, None]).round_()
     codes = torch.where(step[:, :, None] > 0, codes, 0.0).clamp_(0, packing.max_code)
     return QuantizedMatrix(
-        codes.to(torch.uint8).view(rows, -1)[:, :columns], s.to(torch.int16), m.to(torch.int16), ds, dm
+        codes.to(torch.uint8).view(rows, -1)[:, :columns],
+        s.to(torch.int16),
+        m.to(torch.int16),
+        ds,
+        dm,
     )
 
 
@@ -85,7 +91,9 @@ def _hqq(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Tensor]:
     if whole < columns:
         parts.append((weight[:, whole:], columns - whole))
     solved = [_hqq_groups(part.contiguous(), nbits, size) for part, size in parts]
-    return torch.cat([scale for scale, _ in solved], 1), torch.cat([minimum for _, minimum in solved], 1)
+    return torch.cat([scale for scale, _ in solved], 1), torch.cat(
+        [minimum for _, minimum in solved], 1
+    )
 
 
 def _hqq_groups(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -93,7 +101,13 @@ def _hqq_groups(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Te
 
     rows = weight.shape[0]
     codes, meta = Quantizer.quantize(
-        weight, nbits=nbits, group_size=group_size, axis=1, bitpack=False, compute_dtype=torch.float32, device="cpu"
+        weight,
+        nbits=nbits,
+        group_size=group_size,
+        axis=1,
+        bitpack=False,
+        compute_dtype=torch.float32,
+        device="cpu",
     )
     scale, zero = meta["scale"].view(rows, -1), meta["zero"].view(rows, -1)
     codes = codes.view(rows, -1, group_size)
@@ -101,7 +115,9 @@ def _hqq_groups(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Te
     # of its row would leave nothing for the others. Its value goes into the minimum.
     lowest, highest = codes.amin(2), codes.amax(2)
     single = lowest == highest
-    return torch.where(single, 0.0, scale), torch.where(single, scale * (zero - lowest), scale * zero)
+    return torch.where(single, 0.0, scale), torch.where(
+        single, scale * (zero - lowest), scale * zero
+    )
 
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:

@@ -9,7 +9,9 @@ from converter.calibration.input_statistics import InputStatistics
 from formats.errors import SourceError
 from formats.packing import Packing
 
-DAMAGED_HINT = "the checkpoint is damaged or its training diverged; get it again or choose another one"
+DAMAGED_HINT = (
+    "the checkpoint is damaged or its training diverged; get it again or choose another one"
+)
 
 
 class UnfitWeightsError(SourceError, ValueError):

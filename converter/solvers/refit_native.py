@@ -33,7 +33,9 @@ def refit_tiles(
     columns = place.weight.shape[1]
     for name, numbers in (("importance", importance), ("diagonal", diagonal), ("pairing", pairing)):
         if numbers is not None and (
-            numbers.dtype != torch.float32 or numbers.shape != (columns,) or not numbers.is_contiguous()
+            numbers.dtype != torch.float32
+            or numbers.shape != (columns,)
+            or not numbers.is_contiguous()
         ):
             raise ValueError(
                 f"{name} is {numbers.dtype} {tuple(numbers.shape)}, must be contiguous float32 [{columns}]"
@@ -49,7 +51,11 @@ def refit_tiles(
         rank=0 if low_rank is None else low_rank.shape[1],
         damping=_address(damping),
     )
-    weights, tiles, flags = weights_structure(place.weight), place.tiles(errors), _STATIC if static else 0
+    weights, tiles, flags = (
+        weights_structure(place.weight),
+        place.tiles(errors),
+        _STATIC if static else 0,
+    )
     status = library().moe_refit(byref(weights), byref(tiles), byref(metric), flags, ISAS[isa])
     raise_for(status, isa, tiles.non_finite)
 

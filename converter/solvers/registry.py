@@ -22,7 +22,9 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def _warn_once() -> None:
-    _log.warning("%s; the hqq package does the same a hundred times slower", solver_library.describe())
+    _log.warning(
+        "%s; the hqq package does the same a hundred times slower", solver_library.describe()
+    )
 
 
 def choose_solver(name: str) -> Solver:
@@ -33,9 +35,17 @@ def choose_solver(name: str) -> Solver:
         from converter.solvers import calibrated_solvers
 
         if solver_library.available():
-            return calibrated_solvers.NativeRefit() if name == "refit" else calibrated_solvers.NativeFeedback()
+            return (
+                calibrated_solvers.NativeRefit()
+                if name == "refit"
+                else calibrated_solvers.NativeFeedback()
+            )
         _log.warning("%s; the reference in torch is many times slower", solver_library.describe())
-        return calibrated_solvers.ReferenceRefit() if name == "refit" else calibrated_solvers.ReferenceFeedback()
+        return (
+            calibrated_solvers.ReferenceRefit()
+            if name == "refit"
+            else calibrated_solvers.ReferenceFeedback()
+        )
     if name == "hqq":
         if solver_library.available():
             return hqq_native.NativeSolver()

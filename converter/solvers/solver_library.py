@@ -74,7 +74,10 @@ _SIGNATURES: Signatures = {
     "moe_packing_id": (c_int32, [c_char_p]),
     "moe_quantize": (c_int32, [POINTER(Weights), POINTER(Tiles), c_uint32, c_int32]),
     "moe_refit": (c_int32, [POINTER(Weights), POINTER(Tiles), POINTER(Metric), c_uint32, c_int32]),
-    "moe_hqq": (c_int32, [POINTER(Weights), c_int32, c_int32, c_uint32, c_int32, c_void_p, c_void_p, c_void_p]),
+    "moe_hqq": (
+        c_int32,
+        [POINTER(Weights), c_int32, c_int32, c_uint32, c_int32, c_void_p, c_void_p, c_void_p],
+    ),
 }
 
 
@@ -95,7 +98,9 @@ def library() -> ctypes.CDLL:
     """The library. NativeSolverError, saying how to get it, where it is not there."""
     found, _ = _find()
     if found is None:
-        raise NativeSolverError(describe(), "pip install --force-reinstall --no-binary moe-convert moe-convert")
+        raise NativeSolverError(
+            describe(), "pip install --force-reinstall --no-binary moe-convert moe-convert"
+        )
     return found
 
 
@@ -115,7 +120,9 @@ def raise_for(status: int, isa: str, non_finite: int = 0) -> None:
     if status == Status.OVERFLOW:
         raise ScaleOverflowError
     if status == Status.MEMORY:
-        raise NativeSolverError("the native solver found no memory for its scratch", "use fewer workers")
+        raise NativeSolverError(
+            "the native solver found no memory for its scratch", "use fewer workers"
+        )
     if status == Status.ISA:
         raise NativeSolverError(f"this processor or this build has no {isa} path", 'use isa="auto"')
     raise ValueError("the native solver refused its arguments")

@@ -39,7 +39,12 @@ class TilePlace:
 
 
 def check_place(
-    weight: Tensor, packing: str, out: Tensor, tile_begin: int, tile_end: int | None, stride_tiles: int
+    weight: Tensor,
+    packing: str,
+    out: Tensor,
+    tile_begin: int,
+    tile_end: int | None,
+    stride_tiles: int,
 ) -> TilePlace:
     """The place, or ValueError for tensors of a wrong dtype, shape or layout.
 
@@ -56,12 +61,19 @@ def check_place(
         raise ValueError(f"stride_tiles is {stride_tiles}, must be 1 or more")
     count = end - tile_begin
     needed = ((count - 1) * stride_tiles + 1) * tile_bytes if count else 0
-    if out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous() or out.device.type != "cpu":
+    if (
+        out.dtype != torch.uint8
+        or out.dim() != 1
+        or not out.is_contiguous()
+        or out.device.type != "cpu"
+    ):
         raise ValueError(
             f"out is {out.dtype} {tuple(out.shape)} on {out.device}, must be contiguous uint8 [n] on the CPU"
         )
     if out.numel() < needed:
-        raise ValueError(f"out has {out.numel()} bytes, {count} tiles of {layout.name} take {needed}")
+        raise ValueError(
+            f"out has {out.numel()} bytes, {count} tiles of {layout.name} take {needed}"
+        )
     return TilePlace(layout, weight, out, tile_begin, end, stride_tiles * tile_bytes)
 
 
@@ -69,7 +81,9 @@ def check_weight(weight: Tensor) -> None:
     """ValueError for a matrix that the library cannot read."""
     if weight.dtype not in DTYPES or weight.dim() != 2 or weight.device.type != "cpu":
         found = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
-        raise ValueError(f"weight is {found}, must be float32, bfloat16 or float16 [rows, columns] on the CPU")
+        raise ValueError(
+            f"weight is {found}, must be float32, bfloat16 or float16 [rows, columns] on the CPU"
+        )
     if not weight.is_contiguous() or weight.numel() == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} must be contiguous and not empty")
 

@@ -18,7 +18,9 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 def model_type_in(folder: Path) -> str | None:
     """The model type that config.json in `folder` names; None where there is no such file, or no tested type."""
     try:
-        config = parse(read_small_source(folder, "config.json", str(folder)), str(folder / "config.json"))
+        config = parse(
+            read_small_source(folder, "config.json", str(folder)), str(folder / "config.json")
+        )
     except MoeConvertError:
         return None
     kind = config.get("model_type") if isinstance(config, dict) else None
@@ -32,13 +34,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise SourceError(
-            f"{folder} is not a folder", f"if it is a Hub repository, fetch it: hf download {folder} --local-dir model"
+            f"{folder} is not a folder",
+            f"if it is a Hub repository, fetch it: hf download {folder} --local-dir model",
         )
     where = str(folder / "config.json")
     try:
-        config = parse(read_small_source(folder, "config.json", str(folder)), where, error=SourceError)
+        config = parse(
+            read_small_source(folder, "config.json", str(folder)), where, error=SourceError
+        )
     except DamageError as e:
-        raise SourceError(e.message, "name the folder that holds the checkpoint's config.json") from None
+        raise SourceError(
+            e.message, "name the folder that holds the checkpoint's config.json"
+        ) from None
     if not isinstance(config, dict):
         raise SourceError(f"{where}: not an object", "get config.json again")
     kind, classes = config.get("model_type"), config.get("architectures")
@@ -51,7 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if config.get("quantization_config") is not None:
         raise SourceError(
-            f"{where}: is quantized already (quantization_config)", "use the original bf16 or fp16 checkpoint"
+            f"{where}: is quantized already (quantization_config)",
+            "use the original bf16 or fp16 checkpoint",
         )
     if (named := config.get("transformers_weights")) not in (None, *WEIGHTS):
         raise SourceError(

@@ -43,7 +43,11 @@ class Number:
     most: float
 
     def take(self, value: Any) -> Any:
-        if type(value) not in (int, float) or not self.least <= value <= self.most or not math.isfinite(value):
+        if (
+            type(value) not in (int, float)
+            or not self.least <= value <= self.most
+            or not math.isfinite(value)
+        ):
             raise ValueError
         return float(value)
 

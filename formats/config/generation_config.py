@@ -7,7 +7,18 @@ arguments beside them; they never reach transformers (docs/security.md).
 from pathlib import Path
 from typing import Any, NoReturn
 
-from formats.config.field_rules import Either, Flag, Integer, ListOf, Number, Rule, Text, optional, short, take_field
+from formats.config.field_rules import (
+    Either,
+    Flag,
+    Integer,
+    ListOf,
+    Number,
+    Rule,
+    Text,
+    optional,
+    short,
+    take_field,
+)
 from formats.config.model_config import check_token
 from formats.config.model_types import MOST_TOKENS
 from formats.config.side_files import unusable
@@ -108,7 +119,9 @@ def read_generation_config(
         raise error(f"{where}: {problem[0]}", problem[1])
     read = read_small if converted else read_small_source
     raw = parse(read(folder, GENERATION_NAME, str(folder)), where, error=error)
-    fields, notes = gate_generation_config(raw, where, error=error, vocab_size=vocab_size, converted=converted)
+    fields, notes = gate_generation_config(
+        raw, where, error=error, vocab_size=vocab_size, converted=converted
+    )
     if notes:
         warn_once(f"{where}: {'; '.join(notes)}")
     return fields

@@ -52,7 +52,11 @@ def gate_config(
     """
 
     def refuse(field: str, message: str) -> NoReturn:
-        again = "or get config.json again from where the folder was published" if converted else "and run again"
+        again = (
+            "or get config.json again from where the folder was published"
+            if converted
+            else "and run again"
+        )
         raise error(f"{where}: {message}", f"correct {field} in config.json, {again}")
 
     if not isinstance(raw, dict):
@@ -66,7 +70,9 @@ def gate_config(
     for name, value in left_out.items():
         if converted:
             message = f"{where}: field {short(name)} is {short(value)}: it is not among those that transformers may get"
-            raise error(message, f"remove {short(name)} from config.json; docs/security.md lists the fields")
+            raise error(
+                message, f"remove {short(name)} from config.json; docs/security.md lists the fields"
+            )
         if value not in NEUTRAL.get(name, (value,)):
             refuse(name, f"{name} is {short(value)}, which is not read")
     fields = {
@@ -76,9 +82,15 @@ def gate_config(
     }
     absent = [name for name in model_type.sizes if name not in fields and name not in _COMPUTED]
     if converted and absent:
-        raise error(f"{where}: field {absent[0]} is missing", "get config.json again from where it was published")
+        raise error(
+            f"{where}: field {absent[0]} is missing",
+            "get config.json again from where it was published",
+        )
     if absent:
-        notes.append("left to transformers' defaults: " + ", ".join(f"{n} ({known[n].default})" for n in absent))
+        notes.append(
+            "left to transformers' defaults: "
+            + ", ".join(f"{n} ({known[n].default})" for n in absent)
+        )
     _fill_defaults(fields, model_type)
     _check_sizes(fields, model_type, refuse)
     _check_tokens(fields, model_type, notes, refuse)
@@ -98,13 +110,19 @@ def check_token(name: str, value: Any, vocab_size: int, refuse: Refuse) -> Any:
         return None
     for token in value if isinstance(value, list) else [value]:
         if token is not None and not 0 <= token < vocab_size:
-            refuse(name, f"{name} is {short(value)}, outside of the vocabulary of {vocab_size} tokens (vocab_size)")
+            refuse(
+                name,
+                f"{name} is {short(value)}, outside of the vocabulary of {vocab_size} tokens (vocab_size)",
+            )
     return value
 
 
 def _model_type(name: Any, refuse: Refuse) -> ModelType:
     if type(name) is not str or name not in MODEL_TYPES:
-        refuse("model_type", f"model_type is {short(name)}, converted and loaded are {', '.join(MODEL_TYPES)}")
+        refuse(
+            "model_type",
+            f"model_type is {short(name)}, converted and loaded are {', '.join(MODEL_TYPES)}",
+        )
     return MODEL_TYPES[name]
 
 
@@ -146,7 +164,10 @@ def _fill_defaults(fields: dict[str, Any], model_type: ModelType) -> None:
 
 
 def _check_sizes(fields: dict[str, Any], model_type: ModelType, refuse: Refuse) -> None:
-    for part, whole in (("num_experts_per_tok", model_type.experts), ("num_key_value_heads", "num_attention_heads")):
+    for part, whole in (
+        ("num_experts_per_tok", model_type.experts),
+        ("num_key_value_heads", "num_attention_heads"),
+    ):
         if fields[part] > fields[whole]:
             refuse(part, f"{part} is {fields[part]}, more than {whole}, which is {fields[whole]}")
     layers, experts = fields["num_hidden_layers"], fields[model_type.experts]
@@ -160,13 +181,18 @@ def _check_sizes(fields: dict[str, Any], model_type: ModelType, refuse: Refuse) 
         message = f"num_attention_heads is {heads}, no multiple of num_key_value_heads, which is {key_value_heads}"
         refuse("num_key_value_heads", message)
     if fields["head_dim"] < 2 or fields["head_dim"] % 2:
-        refuse("head_dim", f"head_dim is {fields['head_dim']}, expected is an even number of at least 2")
+        refuse(
+            "head_dim",
+            f"head_dim is {fields['head_dim']}, expected is an even number of at least 2",
+        )
     if model_type.whole_heads and heads * fields["head_dim"] != fields["hidden_size"]:
         message = f"head_dim is {fields['head_dim']}, expected is hidden_size ({fields['hidden_size']}) divided by"
         refuse("head_dim", f"{message} num_attention_heads ({heads})")
 
 
-def _check_tokens(fields: dict[str, Any], model_type: ModelType, notes: list[str], refuse: Refuse) -> None:
+def _check_tokens(
+    fields: dict[str, Any], model_type: ModelType, notes: list[str], refuse: Refuse
+) -> None:
     known = model_type.fields
     for name in _TOKENS:
         value = fields.get(name, known[name].default)

@@ -6,7 +6,17 @@ A model of another type is refused by its name. What is inside a model transform
 from dataclasses import dataclass
 from typing import Any
 
-from formats.config.field_rules import Either, Flag, Integer, ListOf, Number, OneOf, Rule, Text, optional
+from formats.config.field_rules import (
+    Either,
+    Flag,
+    Integer,
+    ListOf,
+    Number,
+    OneOf,
+    Rule,
+    Text,
+    optional,
+)
 
 MOST_TOKENS = 1 << 24
 UNSET = object()
@@ -47,7 +57,10 @@ class ModelType:
     @property
     def fields(self) -> dict[str, Field]:
         """Every field that may reach transformers, beside rope_parameters (formats/config/rope_parameters.py)."""
-        common = {name: Field(rule, self.defaults.get(name, default)) for name, (rule, default) in _COMMON.items()}
+        common = {
+            name: Field(rule, self.defaults.get(name, default))
+            for name, (rule, default) in _COMMON.items()
+        }
         classes = Field(optional(OneOf(([self.causal_class],))), [self.causal_class])
         return common | {"architectures": classes} | self.own
 

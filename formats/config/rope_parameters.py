@@ -2,9 +2,25 @@
 
 from typing import Any
 
-from formats.config.field_rules import Flag, Integer, ListOf, Number, Refuse, Rule, optional, short, take_field
+from formats.config.field_rules import (
+    Flag,
+    Integer,
+    ListOf,
+    Number,
+    Refuse,
+    Rule,
+    optional,
+    short,
+    take_field,
+)
 
-SOURCES = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+SOURCES = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
 """Fields of config.json that the parameters come from."""
 
 _FACTOR = Number(2**-10, 2**20)
@@ -58,7 +74,9 @@ def merge_rope(
     positions: its max_position_embeddings; default_theta: transformers' for its model type. Calls `refuse` for unknown
     types and for values out of range.
     """
-    scaling, own = (_object(name, config.get(name), refuse) for name in ("rope_scaling", "rope_parameters"))
+    scaling, own = (
+        _object(name, config.get(name), refuse) for name in ("rope_scaling", "rope_parameters")
+    )
     place, given = ("rope_scaling", scaling) if scaling else ("rope_parameters", own)
     unread: dict[str, Any] = {"rope_parameters": own} if scaling and own and own != scaling else {}
 
@@ -103,9 +121,18 @@ def _object(name: str, value: Any, refuse: Refuse) -> dict[str, Any]:
 
 
 def _theta(
-    config: dict[str, Any], given: dict[str, Any], place: str, default: float, unread: dict[str, Any], refuse: Refuse
+    config: dict[str, Any],
+    given: dict[str, Any],
+    place: str,
+    default: float,
+    unread: dict[str, Any],
+    refuse: Refuse,
 ) -> float:
-    outer = take_field("rope_theta", config["rope_theta"], _THETA, refuse) if "rope_theta" in config else None
+    outer = (
+        take_field("rope_theta", config["rope_theta"], _THETA, refuse)
+        if "rope_theta" in config
+        else None
+    )
     if "rope_theta" not in given:
         return default if outer is None else float(outer)
     theta = take_field(f"{place}.rope_theta", given["rope_theta"], _THETA, refuse)
@@ -117,7 +144,9 @@ def _theta(
 def _check_whole(name: str, value: Any, kind: str, refuse: Refuse) -> None:
     """Only whole heads are rotated: transformers ignores the factor for the default type and fails for the others."""
     if value not in (None, 1) or type(value) is bool:
-        refuse(name, f"{name} is {short(value)}; only whole heads are rotated, so that only 1 is read")
+        refuse(
+            name, f"{name} is {short(value)}; only whole heads are rotated, so that only 1 is read"
+        )
 
 
 def _check_together(rope: dict[str, Any], head_dim: int, place: str, refuse: Refuse) -> None:
@@ -126,8 +155,13 @@ def _check_together(rope: dict[str, Any], head_dim: int, place: str, refuse: Ref
         refuse(place, f"{place}: type 'dynamic' needs a head_dim of at least 4, found {head_dim}")
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        refuse(place, f"{place}.high_freq_factor is {high}, not above low_freq_factor, which is {low}")
+        refuse(
+            place, f"{place}.high_freq_factor is {high}, not above low_freq_factor, which is {low}"
+        )
     for name in ("short_factor", "long_factor"):
         if name in rope and len(rope[name]) != head_dim // 2:
             count = len(rope[name])
-            refuse(place, f"{place}.{name} has {count} values, head_dim {head_dim} needs {head_dim // 2}")
+            refuse(
+                place,
+                f"{place}.{name} has {count} values, head_dim {head_dim} needs {head_dim // 2}",
+            )

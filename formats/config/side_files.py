@@ -36,10 +36,14 @@ OPTIONAL = (
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
-_BACKUP = re.compile(r".*(~|\.(bak|backup|old|orig|save|rej|tmp|swp|part|partial|crdownload|download)\d*)", re.I)
+_BACKUP = re.compile(
+    r".*(~|\.(bak|backup|old|orig|save|rej|tmp|swp|part|partial|crdownload|download)\d*)", re.I
+)
 _STEM = re.compile(r"[^A-Za-z]*([A-Za-z_]+)")
 _STEMS = {"tokenizer", "vocab", "merges", "tekken"} | {
-    match[1].lower() for pattern in (*READ_BY_TRANSFORMERS, *OPTIONAL) if (match := re.match("([A-Za-z_]+)", pattern))
+    match[1].lower()
+    for pattern in (*READ_BY_TRANSFORMERS, *OPTIONAL)
+    if (match := re.match("([A-Za-z_]+)", pattern))
 }
 
 
@@ -74,7 +78,10 @@ def unusable(path: Path) -> tuple[str, str] | None:
     """(what is wrong, next step) with a file that is no readable regular file of a sane size, or that git-lfs has not
     fetched; None for a good one."""
     if os.path.islink(path) and not os.path.exists(path):
-        return f"is a link to {os.path.realpath(path)}, which is not there", "get the file, or remove the link"
+        return (
+            f"is a link to {os.path.realpath(path)}, which is not there",
+            "get the file, or remove the link",
+        )
     if os.path.isdir(path):
         return "is a folder", "get the file, or remove the folder"
     try:
@@ -96,4 +103,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
         return False
     if _BACKUP.fullmatch(name):
         return False
-    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+    return any(
+        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
+    )

@@ -77,7 +77,13 @@ def parse(
     return value
 
 
-def typed(value: Any, kind: type[T], where: str, *, error: type[FormatError] | type[Exception] = FormatError) -> T:
+def typed(
+    value: Any,
+    kind: type[T],
+    where: str,
+    *,
+    error: type[FormatError] | type[Exception] = FormatError,
+) -> T:
     """`value` as the msgspec type `kind`, without coercion; raises `error` naming `where` and the field."""
     try:
         return msgspec.convert(value, kind, strict=True)

@@ -19,7 +19,13 @@ _CLASS = re.compile(
     r"\w*Tokenizer(Fast)?|PreTrainedTokenizerFast|(Tokenizers|Python|SentencePiece|MistralCommon)Backend"
 )
 """transformers takes any of its classes by name, also those that load weights."""
-_JSON = (CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "config.json")
+_JSON = (
+    CONFIG_NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+    "config.json",
+)
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")
 
 T = TypeVar("T")
@@ -51,7 +57,9 @@ def check_tokenizer_files(folder: Path) -> None:
     that is no tokenizer, or for a file outside."""
     vocabularies = _vocabularies(folder)
     if not vocabularies:
-        raise TokenizerError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model or the like)")
+        raise TokenizerError(
+            f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model or the like)"
+        )
     for path in vocabularies:
         if problem := unusable(path):
             raise TokenizerError(f"{path}: {problem[0]}", problem[1])
@@ -65,19 +73,28 @@ def check_tokenizer_files(folder: Path) -> None:
         raise TokenizerError(f"{path}: not an object")
     code = config.get("auto_map")
     if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
-        raise TokenizerError(f"{path}: has auto_map: the tokenizer needs code of its own, which is never run")
+        raise TokenizerError(
+            f"{path}: has auto_map: the tokenizer needs code of its own, which is never run"
+        )
     name = config.get("tokenizer_class")
     if name is not None and not (isinstance(name, str) and _CLASS.fullmatch(name)):
         raise TokenizerError(
-            f"{path}: tokenizer_class is {name!r}, which is no tokenizer", "correct or remove the field"
+            f"{path}: tokenizer_class is {name!r}, which is no tokenizer",
+            "correct or remove the field",
         )
     files = config.get("fast_tokenizer_files")
-    if files is not None and not (isinstance(files, list) and all(isinstance(f, str) and _is_plain(f) for f in files)):
-        raise TokenizerError(f"{path}: fast_tokenizer_files is {files!r}, expected names of files in the folder")
+    if files is not None and not (
+        isinstance(files, list) and all(isinstance(f, str) and _is_plain(f) for f in files)
+    ):
+        raise TokenizerError(
+            f"{path}: fast_tokenizer_files is {files!r}, expected names of files in the folder"
+        )
 
 
 def _vocabularies(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in VOCABULARIES))
+    return sorted(
+        p for p in folder.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in VOCABULARIES)
+    )
 
 
 def _is_plain(name: str) -> bool:
@@ -95,11 +112,17 @@ def _failure(folder: Path, error: BaseException) -> TokenizerError:
     vocabularies = _vocabularies(folder)
     if not (folder / "tokenizer.json").exists() and (model := _model(vocabularies)):
         packages, purpose = _needed_packages(model)
-        if missing := [package for package, module in packages.items() if not _is_installed(module)]:
+        if missing := [
+            package for package, module in packages.items() if not _is_installed(module)
+        ]:
             what = f"{model}: {purpose} needs {' and '.join(missing)}, not installed"
             return TokenizerError(what, f"pip install {' '.join(packages)}")
-        return TokenizerError(f"{model}: transformers cannot read it: {_short(error)}", "get the file again")
-    names = [path.name for path in vocabularies] + ([CONFIG_NAME] if (folder / CONFIG_NAME).exists() else [])
+        return TokenizerError(
+            f"{model}: transformers cannot read it: {_short(error)}", "get the file again"
+        )
+    names = [path.name for path in vocabularies] + (
+        [CONFIG_NAME] if (folder / CONFIG_NAME).exists() else []
+    )
     what = f"{folder}: transformers cannot load the tokenizer ({', '.join(names)}): {_short(error)}"
     return TokenizerError(what, "get the tokenizer's files again")
 
@@ -126,7 +149,9 @@ def _broken_templates(folder: Path) -> list[TokenizerError]:
         try:
             path.read_bytes().decode()
         except (OSError, ValueError) as e:
-            broken.append(TokenizerError(f"{path}: is no UTF-8 text: {_short(e)}", "get the file again"))
+            broken.append(
+                TokenizerError(f"{path}: is no UTF-8 text: {_short(e)}", "get the file again")
+            )
     return broken
 
 
@@ -140,7 +165,10 @@ def _needed_packages(model: Path) -> tuple[dict[str, str], str]:
     with open(model, "rb") as file:
         if _TIKTOKEN_LINE.match(file.read(4096)):
             return {"tiktoken": "tiktoken"}, "a tiktoken vocabulary"
-    return {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}, "a SentencePiece model"
+    return {
+        "sentencepiece": "sentencepiece",
+        "protobuf": "google.protobuf",
+    }, "a SentencePiece model"
 
 
 def _is_installed(module: str) -> bool:

@@ -34,4 +34,6 @@ def lock_file(descriptor: int, path: Path, *, wait: bool = False) -> bool:
 
 @functools.cache
 def _warn(folder: Path, cause: str) -> None:
-    _log.warning("%s: no locks on this file system (%s): run only one process at a time there", folder, cause)
+    _log.warning(
+        "%s: no locks on this file system (%s): run only one process at a time there", folder, cause
+    )

@@ -29,7 +29,9 @@ _HINTS = {
 }
 
 
-def io_error(error: OSError, path: Path | str, done: str, kind: type[MoeConvertError] = OutputError) -> MoeConvertError:
+def io_error(
+    error: OSError, path: Path | str, done: str, kind: type[MoeConvertError] = OutputError
+) -> MoeConvertError:
     """`error` as ours: DoesNotFitError where the disk is full, else `kind`. The error's own file name goes before
     `path`. done: "read", "written" or the like."""
     code = error.errno or 0
@@ -51,7 +53,9 @@ def io_error(error: OSError, path: Path | str, done: str, kind: type[MoeConvertE
 
 
 @contextlib.contextmanager
-def translated(path: Path | str, done: str, kind: type[MoeConvertError] = OutputError) -> Iterator[None]:
+def translated(
+    path: Path | str, done: str, kind: type[MoeConvertError] = OutputError
+) -> Iterator[None]:
     """Raises every OSError of the block as `io_error`."""
     try:
         yield

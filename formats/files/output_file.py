@@ -33,7 +33,11 @@ class OutputFile:
         try:
             status = os.fstat(self._descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-                what = "is not a regular file" if not stat.S_ISREG(status.st_mode) else "has other hard links"
+                what = (
+                    "is not a regular file"
+                    if not stat.S_ISREG(status.st_mode)
+                    else "has other hard links"
+                )
                 raise OutputError(f"{path} {what}, and would be written to", "remove it")
             if not keep:
                 self.truncate(0)
@@ -45,7 +49,10 @@ class OutputFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -135,7 +142,11 @@ def make_folder(path: Path) -> None:
             os.mkdir(path)
         except FileExistsError:
             if not stat.S_ISDIR(os.lstat(path).st_mode):
-                what = "a symbolic link, which is never followed there" if path.is_symlink() else "not a folder"
+                what = (
+                    "a symbolic link, which is never followed there"
+                    if path.is_symlink()
+                    else "not a folder"
+                )
                 raise OutputError(f"{path} is {what}", "remove it") from None
             return
     fsync_folder(path.parent)
@@ -156,7 +167,10 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
     places = {place for name in names for place in (Path(name), *Path(name).parents) if place.name}
     for place in sorted(places):
         if (folder / place).is_symlink():
-            raise OutputError(f"{folder / place} is a symbolic link, which is never followed there", "remove the link")
+            raise OutputError(
+                f"{folder / place} is a symbolic link, which is never followed there",
+                "remove the link",
+            )
 
 
 def fsync_folder(folder: Path) -> None:
@@ -169,7 +183,11 @@ def fsync_folder(folder: Path) -> None:
             # Not EROFS: a file system that became read-only has lost the names.
             if e.errno not in UNSUPPORTED | {errno.EINVAL, errno.EBADF}:
                 raise
-            _note(folder, "folders cannot be synced: a power loss may lose files", e.strerror or str(e))
+            _note(
+                folder,
+                "folders cannot be synced: a power loss may lose files",
+                e.strerror or str(e),
+            )
         finally:
             os.close(descriptor)
 

@@ -27,12 +27,17 @@ def lies_in(path: Path, folder: Path) -> bool:
     return identity is not None and identity in map(_identity, (real, *real.parents))
 
 
-def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path], kind: type[MoeConvertError] = OutputError) -> None:
+def refuse_inputs(
+    outputs: Iterable[Path], inputs: Iterable[Path], kind: type[MoeConvertError] = OutputError
+) -> None:
     """`kind` if one of the files `outputs`, which need not exist, is one of the files `inputs`."""
     read = {identity: path for path in inputs if (identity := _identity(path))}
     for path in outputs:
         if (identity := _identity(path)) in read:
-            raise kind(f"{path} is also read: it is the input {read[identity]}", "choose another name for the output")
+            raise kind(
+                f"{path} is also read: it is the input {read[identity]}",
+                "choose another name for the output",
+            )
 
 
 def _identity(path: Path) -> _Identity | None:

@@ -41,7 +41,8 @@ def locate(folder: Path, name: str, where: str) -> Path:
     path = Path(os.path.realpath(root / name))
     if not path.is_relative_to(root) and not _in_blobs_of_cache(root, path):
         raise PathError(
-            f"{where}: {name} is a symbolic link to {path}, outside of {root}", "copy the file into the folder"
+            f"{where}: {name} is a symbolic link to {path}, outside of {root}",
+            "copy the file into the folder",
         )
     return _regular(path, folder, name, where)
 
@@ -65,7 +66,8 @@ def _regular(path: Path, folder: Path, name: str, where: str) -> Path:
     except FileNotFoundError:
         link = f" (it is a link to {path})" if os.path.islink(folder / name) else ""
         raise DamageError(
-            f"{where}: file {name} is missing in {folder}{link}", "get the file again, or convert again"
+            f"{where}: file {name} is missing in {folder}{link}",
+            "get the file again, or convert again",
         ) from None
     except OSError as e:
         raise io_error(e, folder / name, "read", PathError) from None
@@ -88,7 +90,9 @@ def similar_folders(path: Path) -> list[str]:
 def open_regular(path: Path) -> int:
     """A read-only file descriptor of `path`, which the caller closes; PathError (without blocking) for a FIFO."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        )
     except OSError as e:
         raise io_error(e, path, "opened", PathError) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -155,4 +159,7 @@ def _in_blobs_of_cache(root: Path, path: Path) -> bool:
         return True
     common = Path(os.path.realpath(entry.parent / "blobs"))
     shared = path.relative_to(common) if path.is_relative_to(common) else None
-    return shared is not None and re.fullmatch("([0-9a-f]{2})/\\1[0-9a-f]{62}", shared.as_posix()) is not None
+    return (
+        shared is not None
+        and re.fullmatch("([0-9a-f]{2})/\\1[0-9a-f]{62}", shared.as_posix()) is not None
+    )

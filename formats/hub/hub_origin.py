@@ -16,7 +16,9 @@ class HubOrigin(Origin):
     def __init__(self, repo: HubRepo) -> None:
         self._repo = repo
         self.index_bytes = read_small_file(repo, INDEX_NAME)
-        self.index: Index = parse_index(self.index_bytes, f"{repo.repo}@{repo.commit[:12]}: {INDEX_NAME}")
+        self.index: Index = parse_index(
+            self.index_bytes, f"{repo.repo}@{repo.commit[:12]}: {INDEX_NAME}"
+        )
 
     def expert(self, entry: ExpertEntry) -> bytes:
         layers = self.index.layers

@@ -61,7 +61,11 @@ class LazyFolder:
         """
         stop = threading.Event()
         root = kept_root() / name.replace("/", "--")
-        repo = None if is_offline() else HubRepo.open(name, revision, token, retries or Retries(wait=stop.wait))
+        repo = (
+            None
+            if is_offline()
+            else HubRepo.open(name, revision, token, retries or Retries(wait=stop.wait))
+        )
         commit = _commit(root, name, revision, repo)
         path = root / commit
         with _locked(root, commit):
@@ -127,7 +131,9 @@ def _commit(root: Path, name: str, revision: str | None, repo: HubRepo | None) -
         return repo.commit
     commit = ref.read_text() if ref.is_file() else revision or ""
     if not re.fullmatch("[0-9a-f]{40}", commit) or not (root / commit).is_dir():
-        raise HubError(f"{name}: offline (HF_HUB_OFFLINE), and nothing of it is in {root}", "go online")
+        raise HubError(
+            f"{name}: offline (HF_HUB_OFFLINE), and nothing of it is in {root}", "go online"
+        )
     return commit
 
 
@@ -156,7 +162,8 @@ def _check_room(path: Path, index: Index) -> None:
         free = shutil.disk_usage(path).free
     if needed > free:
         raise DoesNotFitError(
-            f"{path}: the whole model takes {needed} bytes, free are {free}", "free some space, or set HF_HOME"
+            f"{path}: the whole model takes {needed} bytes, free are {free}",
+            "free some space, or set HF_HOME",
         )
 
 

@@ -35,13 +35,20 @@ class HubReader(DirectReader):
     """
 
     def __init__(
-        self, folder: LazyFolder, *, check: str = "fast", fill: bool = True, progress: Progress | None = None
+        self,
+        folder: LazyFolder,
+        *,
+        check: str = "fast",
+        fill: bool = True,
+        progress: Progress | None = None,
     ) -> None:
         super().__init__(folder.artifact, check=check)
         self.fetched_bytes = 0
         """From the Hub, of experts."""
         self._folder, self._progress = folder, progress
-        self._entries = {(e.layer, e.expert): e for file in self.artifact.index.layers for e in file.experts}
+        self._entries = {
+            (e.layer, e.expert): e for file in self.artifact.index.layers for e in file.experts
+        }
         self._good = {key for key in self._entries if folder.has(*key)}
         self._have = {key: self._entries[key].length for key in self._good}
         """How many of an expert's bytes, from its first, are in the file; compared or not."""
@@ -51,8 +58,12 @@ class HubReader(DirectReader):
         self._reads, self._last_layer = 0, -1
         self._filling: Key | None = None
         self._fills, self._awaited, self._stopped = fill, False, False
-        self._writers = [OutputFile(self.artifact.layer_path(n), keep=True) for n in range(len(self._files))]
-        self._thread: threading.Thread | None = threading.Thread(target=self._work, name="moe-fill", daemon=True)
+        self._writers = [
+            OutputFile(self.artifact.layer_path(n), keep=True) for n in range(len(self._files))
+        ]
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._work, name="moe-fill", daemon=True
+        )
         self._thread.start()
 
     def status(self) -> tuple[int, int]:
@@ -129,9 +140,13 @@ class HubReader(DirectReader):
                 if begin == have:
                     self._write(key, place[:end], begin)
 
-    def _read_hub(self, key: Key, place: Tensor, begin: int, end: int, *, from_cache: bool = True) -> None:
+    def _read_hub(
+        self, key: Key, place: Tensor, begin: int, end: int, *, from_cache: bool = True
+    ) -> None:
         if (repo := self._folder.repo) is None:
-            raise HubError(f"{self.name(*key)}: not fetched yet, and offline (HF_HUB_OFFLINE)", "go online")
+            raise HubError(
+                f"{self.name(*key)}: not fetched yet, and offline (HF_HUB_OFFLINE)", "go online"
+            )
         file, offset = self.artifact.index.layers[key[0]].file, self._entries[key].offset + begin
         view = place.numpy().data[begin:end]
         if from_cache and (cached := repo.cached(file)):
@@ -150,7 +165,9 @@ class HubReader(DirectReader):
 
     def _write(self, key: Key, place: Tensor, begin: int) -> None:
         """Writes place[begin:] where it belongs, not durably yet."""
-        self._writers[key[0]].write_at(place.numpy().data[begin:], self._entries[key].offset + begin)
+        self._writers[key[0]].write_at(
+            place.numpy().data[begin:], self._entries[key].offset + begin
+        )
         self._have[key] = len(place)
 
     @contextmanager
@@ -173,7 +190,9 @@ class HubReader(DirectReader):
         try:
             while True:
                 with self._lock:
-                    while not (self._unrecorded or self._stopped or (self._fills and not self._reads)):
+                    while not (
+                        self._unrecorded or self._stopped or (self._fills and not self._reads)
+                    ):
                         self._lock.wait()
                     unrecorded, self._unrecorded = self._unrecorded, []
                 try:
@@ -187,7 +206,10 @@ class HubReader(DirectReader):
                     # Whatever it is: the engine goes on with the files, which close where this thread ends.
                     self._fills = False
                     if not self._folder.stop.is_set():
-                        _log.warning("fetching ahead ended: %s", e if isinstance(e, MoeConvertError) else repr(e))
+                        _log.warning(
+                            "fetching ahead ended: %s",
+                            e if isinstance(e, MoeConvertError) else repr(e),
+                        )
         finally:
             self._close_files()
 
@@ -246,4 +268,6 @@ class HubReader(DirectReader):
         """The missing expert whose layer is used soonest after the one of the latest read."""
         with self._lock:
             missing, first = self._entries.keys() - self._good, self._last_layer + 1
-        return min(missing, key=lambda key: ((key[0] - first) % len(self._writers), key[1]), default=None)
+        return min(
+            missing, key=lambda key: ((key[0] - first) % len(self._writers), key[1]), default=None
+        )

@@ -64,7 +64,9 @@ class Retries:
 
     def pause(self, failures: int, asked_s: float | None) -> bool:
         """Waits after the failure of this number, counted from 1; False if nothing is to be tried again."""
-        return not self.wait(min(self.longest_s, self.first_s * 2 ** (failures - 1)) if asked_s is None else asked_s)
+        return not self.wait(
+            min(self.longest_s, self.first_s * 2 ** (failures - 1)) if asked_s is None else asked_s
+        )
 
 
 class _Failed(Exception):
@@ -132,7 +134,9 @@ class RangeReader:
             except self._transport_errors as e:
                 failed = _Failed(f"{type(e).__name__}: {e}")
             except self._address_errors as e:
-                failed = _Failed(f"redirected to an address that is not followed: {e}", is_final=True)
+                failed = _Failed(
+                    f"redirected to an address that is not followed: {e}", is_final=True
+                )
             if failed is None:
                 continue
             # Outside of the except clauses, so that no request with its headers hangs on to the error.
@@ -146,7 +150,10 @@ class RangeReader:
         if failures >= self._retries.attempts:
             raise HubError(f"{file}: {failed}; gave up after {failures} attempts", AGAIN_HINT)
         if (failed.asked_s or 0) > self._retries.longest_s:
-            raise HubError(f"{file}: {failed}; the server asks for a pause of {failed.asked_s:.0f} s", AGAIN_HINT)
+            raise HubError(
+                f"{file}: {failed}; the server asks for a pause of {failed.asked_s:.0f} s",
+                AGAIN_HINT,
+            )
         _log.info("%s: %s; trying again", file, failed)
         if not self._retries.pause(failures, failed.asked_s):
             raise HubError(f"{file}: {failed}; not tried again: the reader was closed", AGAIN_HINT)
@@ -156,7 +163,9 @@ class RangeReader:
         """The checked answer to a request for a range, after redirects."""
         # A whole file is asked for without a range: not every cache in front of small files knows ranges.
         whole = (begin, end) == (0, file.size)
-        ranges = {"Accept-Encoding": "identity"} | ({} if whole else {"Range": f"bytes={begin}-{end - 1}"})
+        ranges = {"Accept-Encoding": "identity"} | (
+            {} if whole else {"Range": f"bytes={begin}-{end - 1}"}
+        )
         url = self._locations.get(file.url, file.url)
         for _ in range(MAX_REDIRECTS):
             home = _origin(url) == _origin(file.url)
@@ -174,7 +183,9 @@ class RangeReader:
                 target = urljoin(url, answer.headers.get("Location", ""))
             scheme = urlsplit(target).scheme
             if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
-                raise HubError(f"{file}: redirected to a {scheme or 'nameless'} address, which is not followed")
+                raise HubError(
+                    f"{file}: redirected to a {scheme or 'nameless'} address, which is not followed"
+                )
             url = target
             if _origin(url) != _origin(file.url):
                 self._locations[file.url] = url
@@ -196,7 +207,8 @@ class RangeReader:
             404: "check the names of repository, revision and file",
         }
         raise HubError(
-            f"{file}: status {status} {answer.headers.get('X-Error-Code', '')}".rstrip(), hints.get(status, "")
+            f"{file}: status {status} {answer.headers.get('X-Error-Code', '')}".rstrip(),
+            hints.get(status, ""),
         )
 
 

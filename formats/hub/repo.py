@@ -29,7 +29,12 @@ T = TypeVar("T")
 
 def is_repo_name(text: str) -> bool:
     """Whether `text` has the form owner/model."""
-    return len(text) <= 96 and _REPO.fullmatch(text) is not None and "--" not in text and ".." not in text
+    return (
+        len(text) <= 96
+        and _REPO.fullmatch(text) is not None
+        and "--" not in text
+        and ".." not in text
+    )
 
 
 def repo_of_address(text: str) -> str | None:
@@ -81,7 +86,11 @@ class HubRepo:
 
     @classmethod
     def open(
-        cls, repo: str, revision: str | None = None, token: str | None = None, retries: Retries | None = None
+        cls,
+        repo: str,
+        revision: str | None = None,
+        token: str | None = None,
+        retries: Retries | None = None,
     ) -> "HubRepo":
         """Resolves `revision` (branch, tag or commit; None: main) once. Endpoint, cache and offline mode are
         huggingface_hub's, and so is the token where none is given.
@@ -97,21 +106,35 @@ class HubRepo:
         headers = build_hf_headers(token=token, library_name="moe-convert")
         timeout_s = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         reader = RangeReader(
-            get_session, headers, transport_errors(), client_errors("InvalidURL"), timeout_s=timeout_s, retries=retries
+            get_session,
+            headers,
+            transport_errors(),
+            client_errors("InvalidURL"),
+            timeout_s=timeout_s,
+            retries=retries,
         )
         if constants.is_offline_mode():
             commit, files = _cached_files(repo, revision)
             return cls(repo, commit, files, True, reader, token, retries)
         api = HfApi(token=token)
         info = hub_call(
-            lambda: api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S), repo, retries
+            lambda: api.model_info(
+                repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
+            ),
+            repo,
+            retries,
         )
         if not re.fullmatch("[0-9a-f]{40}", commit := str(info.sha)):
             raise HubError(f"repository {repo}: the Hub says commit {commit!r}, which is none")
         if len(listing := info.siblings or []) > MAX_FILES:
-            raise HubError(f"repository {repo} has {len(listing)} files, allowed are {MAX_FILES}", _NO_MODEL_HINT)
+            raise HubError(
+                f"repository {repo} has {len(listing)} files, allowed are {MAX_FILES}",
+                _NO_MODEL_HINT,
+            )
         files = {
-            s.rfilename: _remote(repo, commit, s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else str(s.blob_id))
+            s.rfilename: _remote(
+                repo, commit, s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else str(s.blob_id)
+            )
             for s in listing
         }
         for file in files.values():
@@ -121,7 +144,10 @@ class HubRepo:
     def file(self, name: str) -> RemoteFile:
         """HubError if there is no such file at this commit."""
         if name not in self.files:
-            raise HubError(f"{self.repo}@{self.commit[:12]} has no file {name}", "check the name of the repository")
+            raise HubError(
+                f"{self.repo}@{self.commit[:12]} has no file {name}",
+                "check the name of the repository",
+            )
         return self.files[name]
 
     def read(self, name: str, begin: int, end: int) -> bytes:
@@ -142,27 +168,49 @@ class HubRepo:
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.repo, name, revision=self.commit)
-        path = Path(found) if isinstance(found, str) else self._cache_folder() / "blobs" / self.file(name).etag
+        path = (
+            Path(found)
+            if isinstance(found, str)
+            else self._cache_folder() / "blobs" / self.file(name).etag
+        )
         return path if path.is_file() and path.stat().st_size == self.file(name).size else None
 
-    def snapshot(self, patterns: list[str] | None = None, *, local_dir: Path | None = None, bars: bool = False) -> Path:
+    def snapshot(
+        self,
+        patterns: list[str] | None = None,
+        *,
+        local_dir: Path | None = None,
+        bars: bool = False,
+    ) -> Path:
         """The cache's folder of this commit (or `local_dir`), after fetching the files that match; None for all.
 
         bars: whether huggingface_hub draws its progress. Raises HubError.
         """
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+        from huggingface_hub.utils import (
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+        )
 
         if local_dir:
             if lies_in(local_dir, self._cache_folder()):
-                raise OutputError(f"{local_dir} lies in the Hub's cache", "choose another --local-dir, or none")
+                raise OutputError(
+                    f"{local_dir} lies in the Hub's cache", "choose another --local-dir, or none"
+                )
             # huggingface_hub replaces a file that is a link, and follows folders that are.
             folders = (str(Path(file.name).parent) for file in self.matching(patterns))
             refuse_links(local_dir, [*folders, ".cache/huggingface/download"])
 
         def fetch() -> str:
-            only = {"allow_patterns": patterns, "local_files_only": self.offline, "local_dir": local_dir}
-            return str(snapshot_download(self.repo, revision=self.commit, token=self._token, **only))
+            only = {
+                "allow_patterns": patterns,
+                "local_files_only": self.offline,
+                "local_dir": local_dir,
+            }
+            return str(
+                snapshot_download(self.repo, revision=self.commit, token=self._token, **only)
+            )
 
         quiet = bars or are_progress_bars_disabled()
         if not quiet:
@@ -177,14 +225,18 @@ class HubRepo:
         """The files that match one of huggingface_hub's patterns; None for all."""
         from huggingface_hub.utils import filter_repo_objects
 
-        return [self.files[name] for name in filter_repo_objects(self.files, allow_patterns=patterns)]
+        return [
+            self.files[name] for name in filter_repo_objects(self.files, allow_patterns=patterns)
+        ]
 
     def _cache_folder(self) -> Path:
         return cache_root() / f"models--{self.repo.replace('/', '--')}"
 
     def _online(self) -> RangeReader:
         if self.offline:
-            raise HubError(f"{self.repo}: offline (HF_HUB_OFFLINE), and not in the cache", "go online")
+            raise HubError(
+                f"{self.repo}: offline (HF_HUB_OFFLINE), and not in the cache", "go online"
+            )
         return self._reader
 
 
@@ -236,7 +288,11 @@ def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, 
             "is not there (nor a folder of that name)",
             _meant(repo) or "check the name; a private one needs a token: hf auth login",
         ),
-        (errors.RevisionNotFoundError, "has no such revision", "check --revision: a branch, tag or commit"),
+        (
+            errors.RevisionNotFoundError,
+            "has no such revision",
+            "check --revision: a branch, tag or commit",
+        ),
         (errors.OfflineModeIsEnabled, "cannot be reached offline (HF_HUB_OFFLINE)", "go online"),
     ]
     for kind, what, hint in known:
@@ -248,23 +304,37 @@ def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, 
         asked_s = float(after) if after.isdecimal() else None
         hint = "check the token: hf auth login, or --token" if status in (401, 403) else AGAIN_HINT
         again = status in (408, 429) or status >= 500
-        return HubError(f"repository {repo}: the Hub answered with status {status}", hint), asked_s, again
+        return (
+            HubError(f"repository {repo}: the Hub answered with status {status}", hint),
+            asked_s,
+            again,
+        )
     if isinstance(error, LocalEntryNotFoundError):
         if constants.is_offline_mode():
-            what = (
-                f"repository {repo} is not in the cache (nor is there a folder of that name), and HF_HUB_OFFLINE is set"
-            )
+            what = f"repository {repo} is not in the cache (nor is there a folder of that name), and HF_HUB_OFFLINE is set"
             fetch = f"go online, or fetch it where that is possible: hf download {repo}"
             return HubError(what, _meant(repo) or fetch), None, False
         what = f"repository {repo}: the Hub cannot be reached, and the cache has not all files"
         return HubError(what, AGAIN_HINT), None, True
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+    if (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, ConnectionError | TimeoutError)
+    ):
         return io_error(error, constants.HF_HUB_CACHE, "written", HubError), None, False
     if isinstance(error, client_errors("InvalidURL") + client_errors("UnsupportedProtocol")):
-        return HubError(f"repository {repo}: an address that is none: {error}", "check HF_ENDPOINT"), None, False
+        return (
+            HubError(f"repository {repo}: an address that is none: {error}", "check HF_ENDPOINT"),
+            None,
+            False,
+        )
     # huggingface_hub says by a plain OSError that a file came with another size.
     if isinstance(error, (*transport_errors(), OSError)):
-        return HubError(f"repository {repo}: {type(error).__name__}: {error}", AGAIN_HINT), None, True
+        return (
+            HubError(f"repository {repo}: {type(error).__name__}: {error}", AGAIN_HINT),
+            None,
+            True,
+        )
     return None
 
 
@@ -277,8 +347,15 @@ def _meant(repo: str) -> str:
 def _check_listed(file: RemoteFile) -> None:
     """HubError unless name and hash, which become names of files, and the size are what a Hub may say."""
     parts = file.name.split("/")
-    if has_controls(file.name) or "\\" in file.name or any(part in ("", ".", "..") for part in parts):
-        raise HubError(f"{file.repo}@{file.commit[:12]}: the Hub lists a file {file.name[:200]!r}", _NO_MODEL_HINT)
+    if (
+        has_controls(file.name)
+        or "\\" in file.name
+        or any(part in ("", ".", "..") for part in parts)
+    ):
+        raise HubError(
+            f"{file.repo}@{file.commit[:12]}: the Hub lists a file {file.name[:200]!r}",
+            _NO_MODEL_HINT,
+        )
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.etag):
         raise HubError(f"{file}: the Hub says hash {file.etag!r}, which is none")
     if type(file.size) is not int or not 0 <= file.size < 2**53:

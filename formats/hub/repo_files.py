@@ -18,7 +18,9 @@ MAX_SMALL_BYTES = 16 << 20
 _CHUNK_BYTES = 4 << 20
 
 
-def fetch_file(repo: HubRepo, name: str, sha256: str, path: Path, progress: Callable[[int, int], None]) -> None:
+def fetch_file(
+    repo: HubRepo, name: str, sha256: str, path: Path, progress: Callable[[int, int], None]
+) -> None:
     """A whole file, written under another name first; goes on with what an interrupted call left.
 
     DamageError if it has another sha256 than `sha256`, also the second time.

@@ -69,12 +69,18 @@ def check_room(repo: HubRepo, files: list[RemoteFile], local_dir: Path | None) -
     """DoesNotFitError if those of `files` that are not there yet need more disk than there is; logs what they need."""
     place = local_dir or cache_root()
     folder = next(p for p in (place, *place.absolute().parents) if p.exists())
-    missing = [file for file in files if not (_has(local_dir, file) if local_dir else repo.cached(file.name))]
+    missing = [
+        file
+        for file in files
+        if not (_has(local_dir, file) if local_dir else repo.cached(file.name))
+    ]
     needed = sum(file.size for file in missing)
     with translated(folder, "used"):
         free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DoesNotFitError(f"{place}: the download needs {needed} bytes, free are {free}", "free some space")
+        raise DoesNotFitError(
+            f"{place}: the download needs {needed} bytes, free are {free}", "free some space"
+        )
     if missing:
         _log.info("%s: fetching %d files, %d MB", repo.repo, len(missing), needed // 10**6)
 
@@ -85,16 +91,28 @@ def note_unlisted(repo: HubRepo, fetched: Collection[str]) -> None:
     if left:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         _log.warning(
-            "%s: not fetched: %s%s: %s does not list them", repo.repo, ", ".join(left[:_NAMED]), more, INDEX_NAME
+            "%s: not fetched: %s%s: %s does not list them",
+            repo.repo,
+            ", ".join(left[:_NAMED]),
+            more,
+            INDEX_NAME,
         )
 
 
 def _listed(index: Index) -> list[str]:
-    return ["config.json", index.trunk.file, *(f.file for f in index.layers), *(f.file for f in index.files)]
+    return [
+        "config.json",
+        index.trunk.file,
+        *(f.file for f in index.layers),
+        *(f.file for f in index.files),
+    ]
 
 
 def _check_sizes(repo: HubRepo, index: Index, where: str) -> None:
-    for name, size in ((index.trunk.file, index.trunk.size_bytes), *((f.file, f.size_bytes) for f in index.layers)):
+    for name, size in (
+        (index.trunk.file, index.trunk.size_bytes),
+        *((f.file, f.size_bytes) for f in index.layers),
+    ):
         if (found := repo.file(name).size) != size:
             raise DamageError(f"{where}: {name} has {found} bytes, the index says {size}")
     limits = {file.file: MAX_BYTES for file in index.files}

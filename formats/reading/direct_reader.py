@@ -36,7 +36,9 @@ class DirectReader(ExpertReader):
         entry = self.artifact.entry(layer, expert)
         done = self._files[layer].read(entry.offset, place.numpy().data, begin, end)
         if done < end:
-            raise DamageError(f"{self.name(layer, expert)}: the file ends after {done} of {entry.length} bytes")
+            raise DamageError(
+                f"{self.name(layer, expert)}: the file ends after {done} of {entry.length} bytes"
+            )
 
     def close(self) -> None:
         for file in self._files:

@@ -36,7 +36,11 @@ class ForkGate:
         """Waits for the reads under way, and lets no other begin."""
         self._changed.acquire()
         if not self._changed.wait_for(lambda: not self._reads, timeout=WAIT_S):
-            _log.warning("process %d forks while a file is read, which takes longer than %.0f s", os.getpid(), WAIT_S)
+            _log.warning(
+                "process %d forks while a file is read, which takes longer than %.0f s",
+                os.getpid(),
+                WAIT_S,
+            )
 
     def after_in_parent(self) -> None:
         """Lets reads go on."""
@@ -53,6 +57,8 @@ def shared_gate() -> ForkGate:
     gate = ForkGate()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
-            before=gate.before_fork, after_in_parent=gate.after_in_parent, after_in_child=gate.after_in_child
+            before=gate.before_fork,
+            after_in_parent=gate.after_in_parent,
+            after_in_child=gate.after_in_child,
         )
     return gate

@@ -37,7 +37,9 @@ class MmapReader(ExpertReader):
                     raise DamageError(f"{path}: its size changed since the folder was opened")
                 # A private writable map: torch has no read-only tensors, and a stray write must not reach the file.
                 with translated(path, "mapped", DamageError):
-                    mapped = mmap.mmap(self._descriptors[-1], file.size_bytes, access=mmap.ACCESS_COPY)
+                    mapped = mmap.mmap(
+                        self._descriptors[-1], file.size_bytes, access=mmap.ACCESS_COPY
+                    )
                 self._maps.append((mapped, torch.frombuffer(mapped, dtype=torch.uint8)))
         except BaseException:
             self.close()
@@ -69,7 +71,9 @@ class MmapReader(ExpertReader):
         if hasattr(mmap, "MADV_DONTNEED"):
             self._maps[layer][0].madvise(mmap.MADV_DONTNEED, entry.offset, entry.length)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptors[layer], entry.offset, entry.length, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(
+                self._descriptors[layer], entry.offset, entry.length, os.POSIX_FADV_DONTNEED
+            )
 
     def close(self) -> None:
         self._maps.clear()

@@ -28,7 +28,9 @@ def aligned_bytes(n_bytes: int) -> Tensor:
     """Fresh zeros on a page boundary, as direct reads need them: uint8 [n_bytes rounded up to ALIGNMENT_BYTES]."""
     size = max(1, -(-n_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
     # Private: shared memory gets no huge pages, and a forked child would write into it.
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )
     memory = mmap.mmap(-1, size, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -41,7 +43,9 @@ class Load:
     `place` is where its stored bytes come to lie: uint8, at least [length].
     """
 
-    def __init__(self, reader: "ExpertReader", layer: int, expert: int, place: Tensor, buffer: Tensor | None) -> None:
+    def __init__(
+        self, reader: "ExpertReader", layer: int, expert: int, place: Tensor, buffer: Tensor | None
+    ) -> None:
         self._reader = reader
         self._layer, self._expert = layer, expert
         self._place, self._buffer = place, buffer
@@ -71,7 +75,9 @@ class Load:
                 break
             except OSError as e:
                 if pause_s is None:
-                    raise io_error(e, self._reader.name(self._layer, self._expert), "read", DamageError) from e
+                    raise io_error(
+                        e, self._reader.name(self._layer, self._expert), "read", DamageError
+                    ) from e
                 time.sleep(pause_s)
         self.done = end
         return end - begin
@@ -113,7 +119,11 @@ class ExpertReader(ABC):
 
     def read(self, layer: int, expert: int) -> Tensor:
         """The whole expert at once, uint8 [n_bytes], where it lies or in memory of its own. Errors as `Load`."""
-        fits = None if self.in_place(layer, expert) else aligned_bytes(self.artifact.layout(layer, expert).n_bytes)
+        fits = (
+            None
+            if self.in_place(layer, expert)
+            else aligned_bytes(self.artifact.layout(layer, expert).n_bytes)
+        )
         load = self.load(layer, expert, fits)
         load.step()
         return load.result()
@@ -161,7 +171,9 @@ class ExpertReader(ABC):
             declared = zstandard.get_frame_parameters(frame).content_size
             if declared != n_bytes:
                 place = self.name(layer, expert)
-                raise DamageError(f"{place}: zstd frame of {declared} bytes, the expert takes {n_bytes}")
+                raise DamageError(
+                    f"{place}: zstd frame of {declared} bytes, the expert takes {n_bytes}"
+                )
             decoded = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as e:
             raise DamageError(f"{self.name(layer, expert)}: broken zstd frame: {e}") from None
@@ -188,6 +200,9 @@ class ExpertReader(ABC):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

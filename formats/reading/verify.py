@@ -78,7 +78,11 @@ class Report:
 
 
 def verify_folder(
-    folder: Path, *, read_data: bool = False, sample: Sample | None = None, progress: Progress | None = None
+    folder: Path,
+    *,
+    read_data: bool = False,
+    sample: Sample | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Checks structure, sizes and header hashes of `folder`; with `read_data` also sha256 and fillers, of everything or
     of a `sample`.
@@ -103,26 +107,40 @@ def verify_folder(
         problems.append(Problem(blamed, error.message, _hint(blamed, folder, index, error)))
         problems += _lost_experts(folder, index, blamed)
     broken = {file for file, _ in found}
-    all_units: list[Unit] = [(layer.file, entry) for layer in index.layers for entry in layer.experts]
+    all_units: list[Unit] = [
+        (layer.file, entry) for layer in index.layers for entry in layer.experts
+    ]
     all_units += [(name, None) for name in index.whole_files if name not in RUN_TIME_FILES]
     units = [unit for unit in all_units if unit[0] not in broken] if read_data else []
     units = sample.of(units) if sample else units
     checked = _read_units(Artifact(folder, index, head.config), units, problems, progress)
     files = 2 + len(index.layers) + len(index.files)
-    total = sum(layer.size_bytes for layer in index.layers) + sum(size for size, _ in index.whole_files.values())
+    total = sum(layer.size_bytes for layer in index.layers) + sum(
+        size for size, _ in index.whole_files.values()
+    )
     not_read = _not_read(index, all_units, units)
-    return Report(problems, files, sum(len(n.experts) for n in index.layers), total, checked, not_read, notes)
+    return Report(
+        problems, files, sum(len(n.experts) for n in index.layers), total, checked, not_read, notes
+    )
 
 
-def _changed_files(folder: Path, index: Index, notes: list[str]) -> Iterator[tuple[str, MoeConvertError]]:
+def _changed_files(
+    folder: Path, index: Index, notes: list[str]
+) -> Iterator[tuple[str, MoeConvertError]]:
     """The files beside the weights that are missing or have another size than they were written with; to `notes`, what
     a user may change."""
     for file in index.files:
         try:
             with translated(folder / file.file, "read", DamageError):
                 size = locate(folder, file.file, str(folder)).stat().st_size
-            if file.file == CONFIG_NAME and not notes and file_sha256(folder, CONFIG_NAME) != file.sha256:
-                notes.append(f"{folder / CONFIG_NAME}: other bytes than were written, the same fields")
+            if (
+                file.file == CONFIG_NAME
+                and not notes
+                and file_sha256(folder, CONFIG_NAME) != file.sha256
+            ):
+                notes.append(
+                    f"{folder / CONFIG_NAME}: other bytes than were written, the same fields"
+                )
             if file.file not in RUN_TIME_FILES and size != file.size_bytes:
                 message = f"{folder / file.file}: {size} bytes, the index says {file.size_bytes}"
                 raise DamageError(message, "get the file again, if it was not you who changed it")
@@ -131,7 +149,9 @@ def _changed_files(folder: Path, index: Index, notes: list[str]) -> Iterator[tup
     if not (folder / GENERATION_NAME).exists():
         return
     try:
-        read_generation_config(folder, index.architecture.vocab_size, error=FormatError, converted=True)
+        read_generation_config(
+            folder, index.architecture.vocab_size, error=FormatError, converted=True
+        )
         notes += [note for note in [generation_note(folder, index)] if note]
     except MoeConvertError as e:
         yield GENERATION_NAME, e
@@ -141,12 +161,17 @@ def _not_read(index: Index, all_units: list[Unit], units: list[Unit]) -> NotRead
     """What is in `all_units` and not in `units`."""
     read = set(map(id, units))
     left = [unit for unit in all_units if id(unit) not in read]
-    entries, files = [entry for _, entry in left if entry], [file for file, entry in left if not entry]
+    entries, files = (
+        [entry for _, entry in left if entry],
+        [file for file, entry in left if not entry],
+    )
     file_bytes = sum(index.whole_files[file][0] for file in files)
     return NotRead(len(entries), sum(entry.length for entry in entries), files, file_bytes)
 
 
-def _read_units(artifact: Artifact, units: list[Unit], problems: list[Problem], progress: Progress | None) -> int:
+def _read_units(
+    artifact: Artifact, units: list[Unit], problems: list[Problem], progress: Progress | None
+) -> int:
     """Hashes experts with their fillers, trunk and copied files; gives the number of bytes."""
     index, folder = artifact.index, artifact.folder
     mend, whole = repair_command(folder, index), index.whole_files
@@ -184,7 +209,12 @@ def _expert_problems(artifact: Artifact, entry: ExpertEntry, hint: str) -> Itera
     try:
         found = Checksums.of(os.pread(descriptor, entry.length, entry.offset))
         if found.sha256 != entry.sha256:
-            yield Problem(file, f"{place}: its sha256 is {found.sha256}, the index says {entry.sha256}", hint, **at)
+            yield Problem(
+                file,
+                f"{place}: its sha256 is {found.sha256}, the index says {entry.sha256}",
+                hint,
+                **at,
+            )
         elif found.xxh3 != entry.xxh3:
             # The bytes are good. Loading compares xxh3 and would blame them.
             where = f"{artifact.folder / INDEX_NAME}: layer {entry.layer} expert {entry.expert}"
@@ -215,9 +245,15 @@ def _place(folder: Path, file: str, entry: ExpertEntry) -> tuple[str, dict[str, 
 def _hint(file: str, folder: Path, index: Index, error: MoeConvertError) -> str:
     if file == INDEX_NAME:
         return index_command(folder)
-    return repair_command(folder, index) if isinstance(error, FormatError) and file != "config.json" else error.hint
+    return (
+        repair_command(folder, index)
+        if isinstance(error, FormatError) and file != "config.json"
+        else error.hint
+    )
 
 
 def _blamed(file: str, folder: Path, error: MoeConvertError) -> str:
     """The file that is at fault: index or config.json where the message begins with them, else `file`."""
-    return next((n for n in (INDEX_NAME, CONFIG_NAME) if error.message.startswith(str(folder / n))), file)
+    return next(
+        (n for n in (INDEX_NAME, CONFIG_NAME) if error.message.startswith(str(folder / n))), file
+    )

@@ -53,7 +53,12 @@ from formats.safetensors_header import Header, TensorEntry, build_header, read_h
 from formats.trunk import parameter_count, without_fillers
 from formats.writer import write_file
 
-_ONLY_IN_INDEX: dict[str, Any] = {"producer": Producer, "source": Source, "recipe": Recipe, "files": list[CopiedFile]}
+_ONLY_IN_INDEX: dict[str, Any] = {
+    "producer": Producer,
+    "source": Source,
+    "recipe": Recipe,
+    "files": list[CopiedFile],
+}
 
 
 def rebuild_index(folder: Path) -> Index:
@@ -63,7 +68,9 @@ def rebuild_index(folder: Path) -> Index:
     """
     where = str(folder / INDEX_NAME)
     old = _old(folder, where)
-    kept = {name: typed(old[name], kind, f"{where}: {name}") for name, kind in _ONLY_IN_INDEX.items()}
+    kept = {
+        name: typed(old[name], kind, f"{where}: {name}") for name, kind in _ONLY_IN_INDEX.items()
+    }
     config = _config(folder, old)
     trunk, architecture = _trunk(folder, config)
     with translated(folder, "read", DamageError):
@@ -100,7 +107,9 @@ def _old(folder: Path, where: str) -> dict[str, Any]:
         raise FormatError(f"{e.message}; and no other file says {what}", _fetch(folder)) from None
     missing = [name for name in _ONLY_IN_INDEX if not isinstance(old, dict) or name not in old]
     if missing:
-        raise FormatError(f"{where}: has no {', '.join(missing)}, and no other file says it", _fetch(folder))
+        raise FormatError(
+            f"{where}: has no {', '.join(missing)}, and no other file says it", _fetch(folder)
+        )
     return dict(old)
 
 
@@ -108,7 +117,10 @@ def _config(folder: Path, old: dict[str, Any]) -> dict[str, Any]:
     """The fields of config.json. FormatError where one that belongs to the weights is another in the old index."""
     where = str(folder / CONFIG_NAME)
     config, _ = gate_config(
-        parse(read_small(folder, CONFIG_NAME, str(folder)), where), where, error=FormatError, converted=True
+        parse(read_small(folder, CONFIG_NAME, str(folder)), where),
+        where,
+        error=FormatError,
+        converted=True,
     )
     recorded = old.get("config")
     for name in sorted(config.keys() - RUN_TIME):
@@ -133,9 +145,17 @@ def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
             _fetch(folder),
         )
     packings = [header.metadata[key].split(",") for key in ("gate_up", "down")]
-    if codec not in CODECS or any(len(names) != architecture.num_local_experts for names in packings):
-        raise FormatError(f"{path}: its metadata is of {len(packings[0])} experts and codec {codec!r}", _fetch(folder))
-    layouts = [ExpertLayout.of(architecture, gate_up, down, str(path)) for gate_up, down in zip(*packings, strict=True)]
+    if codec not in CODECS or any(
+        len(names) != architecture.num_local_experts for names in packings
+    ):
+        raise FormatError(
+            f"{path}: its metadata is of {len(packings[0])} experts and codec {codec!r}",
+            _fetch(folder),
+        )
+    layouts = [
+        ExpertLayout.of(architecture, gate_up, down, str(path))
+        for gate_up, down in zip(*packings, strict=True)
+    ]
     tensors = [_tensors(header, module, expert, codec, str(path)) for expert in range(len(layouts))]
     if codec == "zstd":
         expected = zstd_entries(module, [first.n_bytes for first, *_ in tensors])
@@ -151,7 +171,9 @@ def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
             f.seek(begin)
             checksums = Checksums.of(f.read(end - begin))
             names = layout.gate_up.name, layout.down.name
-            entries.append(ExpertEntry(number, expert, begin, end - begin, *checksums, *names, codec))
+            entries.append(
+                ExpertEntry(number, expert, begin, end - begin, *checksums, *names, codec)
+            )
     return LayerFile(name, size, header.sha256, entries)
 
 
@@ -168,11 +190,15 @@ def _tensors(header: Header, module: str, expert: int, codec: str, where: str) -
     names = ["zstd"] if codec == "zstd" else ["gate_up", "down"]
     found = [header.entries.get(f"{expert_prefix(module, expert)}.{name}") for name in names]
     if None in found:
-        raise FormatError(f"{where}: tensors of expert {expert} are missing", _fetch(Path(where).parent.parent))
+        raise FormatError(
+            f"{where}: tensors of expert {expert} are missing", _fetch(Path(where).parent.parent)
+        )
     return [entry for entry in found if entry]
 
 
-def _lay_out(path: Path, header: Header, expected: list[TensorEntry], metadata: dict[str, str]) -> None:
+def _lay_out(
+    path: Path, header: Header, expected: list[TensorEntry], metadata: dict[str, str]
+) -> None:
     """Writes a layer's file again whose tensors were moved: each where it belongs, under another name first."""
     new = build_header(expected, metadata)
     with open(path, "rb") as old, OutputFile(partial_path(path)) as out:
@@ -182,7 +208,9 @@ def _lay_out(path: Path, header: Header, expected: list[TensorEntry], metadata: 
                 continue
             there = header.entries[entry.name]
             if there.n_bytes != entry.n_bytes:
-                raise FormatError(f"{path}: tensor {entry.name!r} has {there.n_bytes} bytes, expected {entry.n_bytes}")
+                raise FormatError(
+                    f"{path}: tensor {entry.name!r} has {there.n_bytes} bytes, expected {entry.n_bytes}"
+                )
             old.seek(header.data_offset + there.begin)
             out.write_at(old.read(there.n_bytes), len(new) + entry.begin)
         out.truncate(len(new) + expected[-1].end)

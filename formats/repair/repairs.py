@@ -18,7 +18,14 @@ from formats.files.io_errors import translated
 from formats.files.output_file import OutputFile, make_folder, refuse_links
 from formats.files.paths import check_name, open_regular
 from formats.index import ExpertEntry, Index
-from formats.layer_file import aligned, expert_prefix, layer_metadata, partial_path, raw_entries, zstd_entries
+from formats.layer_file import (
+    aligned,
+    expert_prefix,
+    layer_metadata,
+    partial_path,
+    raw_entries,
+    zstd_entries,
+)
 from formats.safetensors_header import Header, build_header, header_from
 
 _log = logging.getLogger(__name__)
@@ -46,7 +53,10 @@ class NoOrigin(Origin):
         self._hint = hint
 
     def expert(self, entry: ExpertEntry) -> bytes:
-        raise DamageError(f"layer {entry.layer} expert {entry.expert} is damaged, and there is no origin", self._hint)
+        raise DamageError(
+            f"layer {entry.layer} expert {entry.expert} is damaged, and there is no origin",
+            self._hint,
+        )
 
     def file(self, name: str, sha256: str, path: Path) -> None:
         raise DamageError(f"{path} is damaged, and there is no origin", self._hint)
@@ -62,7 +72,9 @@ class Repaired:
     kept: list[str] = field(default_factory=list)
 
 
-def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress | None = None) -> Repaired:
+def repair_folder(
+    folder: Path, index: Index, origin: Origin, progress: Progress | None = None
+) -> Repaired:
     """Mends everything in `folder` that is not as `index` says; reads every byte, and writes what it must. Keeps a
     config.json or generation_config.json in which nothing is changed but what a user may change.
 
@@ -70,14 +82,19 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
     Raises what the origin raises, MoeConvertError for a folder of the Hub's cache, and at the end what Artifact.open
     raises.
     """
-    linked = [f for f in (index.trunk.file, *(layer.file for layer in index.layers)) if (folder / f).is_symlink()]
+    linked = [
+        f
+        for f in (index.trunk.file, *(layer.file for layer in index.layers))
+        if (folder / f).is_symlink()
+    ]
     if linked:
         raise MoeConvertError(
             f"{folder / linked[0]} is a link into the Hub's cache, which is never written to",
             f"delete {shlex.quote(os.path.realpath(folder / linked[0]))}, and download the model again",
         )
     names = [
-        check_name(name, str(folder)) for name in (*(f.file for f in index.files), *(n.file for n in index.layers))
+        check_name(name, str(folder))
+        for name in (*(f.file for f in index.files), *(n.file for n in index.layers))
     ]
     parents = {str(Path(name).parent) for name in names}
     refuse_links(folder, parents)
@@ -85,7 +102,9 @@ def repair_folder(folder: Path, index: Index, origin: Origin, progress: Progress
         make_folder(folder / parent)
     files, experts, kept = [], [], []
     whole = index.whole_files
-    total = sum(size for size, _ in whole.values()) + sum(layer.size_bytes for layer in index.layers)
+    total = sum(size for size, _ in whole.values()) + sum(
+        layer.size_bytes for layer in index.layers
+    )
     done = 0
 
     def advance(n_bytes: int) -> None:
@@ -123,7 +142,8 @@ def _is_edited(folder: Path, name: str, index: Index) -> bool:
         vocab_size = index.architecture.vocab_size
         return (
             name == GENERATION_NAME
-            and read_generation_config(folder, vocab_size, error=FormatError, converted=True) is not None
+            and read_generation_config(folder, vocab_size, error=FormatError, converted=True)
+            is not None
         )
     except MoeConvertError:
         return False
@@ -135,7 +155,9 @@ def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:
     layouts = [ExpertLayout.of(index.architecture, e.gate_up, e.down) for e in layer.experts]
     module, codec = index.architecture.expert_modules[number], layer.experts[0].codec
     entries = (
-        raw_entries(module, layouts) if codec == "none" else zstd_entries(module, [e.length for e in layer.experts])
+        raw_entries(module, layouts)
+        if codec == "none"
+        else zstd_entries(module, [e.length for e in layer.experts])
     )
     for header in (own, build_header(entries, layer_metadata(number, module, layouts, codec))):
         if hashlib.sha256(header).hexdigest() == layer.header_sha256:
@@ -146,19 +168,27 @@ def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:
     )
 
 
-def _mend_layer(folder: Path, index: Index, number: int, origin: Origin) -> list[tuple[int, int]] | None:
+def _mend_layer(
+    folder: Path, index: Index, number: int, origin: Origin
+) -> list[tuple[int, int]] | None:
     """Writes a layer's file anew if anything in it is wrong; which experts came from `origin`, None if it was good."""
     layer = index.layers[number]
     path = folder / check_name(layer.file, str(folder))
     size, read = _opened(path)
     first = layer.experts[0].offset
     own = read(0, first)
-    good_header = hashlib.sha256(own).hexdigest() == layer.header_sha256 and size == layer.size_bytes
+    good_header = (
+        hashlib.sha256(own).hexdigest() == layer.header_sha256 and size == layer.size_bytes
+    )
     header = _parsed(read, size, str(path))
     module = index.architecture.expert_modules[number]
     places = {e.expert: _find(read, header, module, e) for e in layer.experts}
     at_home = all(places[e.expert] == [(e.offset, e.offset + e.length)] for e in layer.experts)
-    if good_header and at_home and not any(any(read(begin, end)) for begin, end in _fillers(layer.experts)):
+    if (
+        good_header
+        and at_home
+        and not any(any(read(begin, end)) for begin, end in _fillers(layer.experts))
+    ):
         return None
     new, experts = layer_header(index, number, own), []
     partial = partial_path(path)
@@ -167,10 +197,17 @@ def _mend_layer(folder: Path, index: Index, number: int, origin: Origin) -> list
             out.write_at(new, 0)
             for entry in layer.experts:
                 found = places[entry.expert]
-                data = b"".join(read(begin, end) for begin, end in found) if found else origin.expert(entry)
+                data = (
+                    b"".join(read(begin, end) for begin, end in found)
+                    if found
+                    else origin.expert(entry)
+                )
                 if hashlib.sha256(data).hexdigest() != entry.sha256:
                     place = f"{path}: layer {number} expert {entry.expert}"
-                    raise DamageError(f"{place}: other bytes came than the index says", "run the same command again")
+                    raise DamageError(
+                        f"{place}: other bytes came than the index says",
+                        "run the same command again",
+                    )
                 if not found:
                     experts.append((number, entry.expert))
                 out.write_at(data, entry.offset)
@@ -193,10 +230,14 @@ def _find(read: Read, header: Header | None, module: str, entry: ExpertEntry) ->
     candidates: list[Places] = [[(entry.offset, entry.offset + entry.length)]]
     if header:
         prefix = expert_prefix(module, entry.expert)
-        names = [f"{prefix}.zstd"] if entry.codec == "zstd" else [f"{prefix}.gate_up", f"{prefix}.down"]
+        names = (
+            [f"{prefix}.zstd"] if entry.codec == "zstd" else [f"{prefix}.gate_up", f"{prefix}.down"]
+        )
         tensors = [header.entries[name] for name in names if name in header.entries]
         if len(tensors) == len(names):
-            candidates.append([(header.data_offset + t.begin, header.data_offset + t.end) for t in tensors])
+            candidates.append(
+                [(header.data_offset + t.begin, header.data_offset + t.end) for t in tensors]
+            )
     for places in candidates:
         data = b"".join(read(begin, end) for begin, end in places)
         if hashlib.sha256(data).hexdigest() == entry.sha256:

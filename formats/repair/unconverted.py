@@ -16,7 +16,9 @@ def check_converted(folder: Path, index_name: str = INDEX_NAME) -> None:
     A folder that has lost its index passes: its reader says that the index is missing.
     """
     if not folder.exists():
-        raise MoeConvertError(f"{folder} is not a folder: there is nothing of that name", _NAME_HINT)
+        raise MoeConvertError(
+            f"{folder} is not a folder: there is nothing of that name", _NAME_HINT
+        )
     if not folder.is_dir():
         raise MoeConvertError(f"{folder} is not a folder but a file", _NAME_HINT)
     if (folder / index_name).exists():
@@ -26,7 +28,8 @@ def check_converted(folder: Path, index_name: str = INDEX_NAME) -> None:
         return
     if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
         raise NotConvertedError(
-            f"{folder} is not converted: it has no {INDEX_NAME}", f"moe-convert convert {shlex.quote(str(folder))}"
+            f"{folder} is not converted: it has no {INDEX_NAME}",
+            f"moe-convert convert {shlex.quote(str(folder))}",
         )
     raise NotConvertedError(f"{folder} is not converted: it has no {INDEX_NAME}", _NAME_HINT)
 
@@ -37,11 +40,13 @@ def check_finished(folder: Path) -> None:
         return
     if any((folder / name).exists() for name in (JOURNAL_NAME, LOCK_NAME)):
         raise NotConvertedError(
-            f"{folder} holds an unfinished conversion", "run the same convert command again: it goes on"
+            f"{folder} holds an unfinished conversion",
+            "run the same convert command again: it goes on",
         )
     if (folder / PENDING_NAME).exists():
         raise NotConvertedError(
-            f"{folder} holds an unfinished download", "load it with --lazy by its name on the Hub, or download it whole"
+            f"{folder} holds an unfinished download",
+            "load it with --lazy by its name on the Hub, or download it whole",
         )
 
 

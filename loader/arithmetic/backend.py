@@ -56,7 +56,9 @@ class TorchBackend:
     def for_gradients(self) -> "TorchBackend":
         return self
 
-    def linear(self, tiles: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor) -> Tensor:
+    def linear(
+        self, tiles: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor
+    ) -> Tensor:
         """As `Backend.linear`; also of plain rows, [rows, columns] of the packing's dtype in the place of tiles."""
         return product(tiles, packing, rows, columns, x)
 
@@ -96,6 +98,7 @@ def choose_backend(name: str) -> Backend:
         return NativeBackend()
     if name == "native":
         raise RecipeError(
-            f"kernels: native ones are not available here: {kernels.describe()}", "use kernels auto or torch"
+            f"kernels: native ones are not available here: {kernels.describe()}",
+            "use kernels auto or torch",
         )
     return TorchBackend()

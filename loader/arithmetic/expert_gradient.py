@@ -16,7 +16,9 @@ def expert_gradients(
     shape = layout.intermediate, layout.hidden
     x_grad, weights_grad = x.new_zeros(x.shape), weights.new_zeros(weights.shape)
     inner_grad = input_gradient(down, layout.down, layout.hidden, layout.intermediate, grad)
-    both = zip(chunks(gate, layout.gate_up, *shape), chunks(up, layout.gate_up, *shape), strict=True)
+    both = zip(
+        chunks(gate, layout.gate_up, *shape), chunks(up, layout.gate_up, *shape), strict=True
+    )
     for (part, gate_rows), (_, up_rows) in both:
         gated, raised = functional.linear(x, gate_rows), functional.linear(x, up_rows)
         sigmoid = gated.sigmoid()

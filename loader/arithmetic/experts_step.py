@@ -29,12 +29,16 @@ class ExpertsStep:
         }
         self._run = library().moe_experts_topk
 
-    def add(self, blobs: dict[int, Tensor], x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
+    def add(
+        self, blobs: dict[int, Tensor], x: Tensor, index: Tensor, weights: Tensor, out: Tensor
+    ) -> None:
         """Adds to `out` as `Backend.experts` does; all tensors dense, of one token. ValueError if a size is another."""
         pointers = self._pointers()
         for expert, blob in blobs.items():
             if blob.numel() < self._expert_bytes or not blob.is_contiguous():
-                raise ValueError(f"expert {expert}: {blob.numel()} bytes, {self._expert_bytes} needed")
+                raise ValueError(
+                    f"expert {expert}: {blob.numel()} bytes, {self._expert_bytes} needed"
+                )
             pointers[expert] = blob.data_ptr()
         dtypes = x.dtype, out.dtype, weights.dtype, index.dtype
         if (
@@ -42,7 +46,9 @@ class ExpertsStep:
             or not x.numel() == out.numel() == self._hidden
             or not out.is_contiguous()
         ):
-            raise ValueError(f"one token of {self._hidden} float32: got {tuple(x.shape)}, {tuple(out.shape)}, {dtypes}")
+            raise ValueError(
+                f"one token of {self._hidden} float32: got {tuple(x.shape)}, {tuple(out.shape)}, {dtypes}"
+            )
         experts = LayerExperts(blobs=addressof(pointers), **self._sizes)
         routing = Routing(index.data_ptr(), weights.data_ptr(), tokens=1, top_k=index.numel())
         error = self._run(byref(experts), byref(routing), x.data_ptr(), out.data_ptr(), _ACCUMULATE)

@@ -24,7 +24,9 @@ RunExperts = Callable[[Backend, Tensor, Tensor, Tensor], Tensor]
 ExpertGradients = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def linear(backend: Backend, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
+def linear(
+    backend: Backend, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor
+) -> Tensor:
     """As `Backend.linear`; with gradients enabled, the result has one with respect to x."""
     if torch.is_grad_enabled():
         result: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
@@ -35,7 +37,12 @@ def linear(backend: Backend, tiles: Tensor, packing: Packing, rows: int, columns
 
 
 def experts(
-    backend: Backend, run: RunExperts, differentiate: ExpertGradients, x: Tensor, index: Tensor, weights: Tensor
+    backend: Backend,
+    run: RunExperts,
+    differentiate: ExpertGradients,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """run(backend, x, index, weights); with gradients enabled, the result has them with respect to x and weights.
 
@@ -52,7 +59,13 @@ def experts(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, tiles: Tensor, packing: Packing, rows: int, columns: int, backend: Backend
+        ctx: Any,
+        x: Tensor,
+        tiles: Tensor,
+        packing: Packing,
+        rows: int,
+        columns: int,
+        backend: Backend,
     ) -> Tensor:
         ctx.save_for_backward(tiles)
         ctx.matrix, ctx.backend = (packing, rows, columns), backend
@@ -103,7 +116,9 @@ def _precise(backend: Backend) -> Backend:
 @cache
 def _log_precise() -> None:
     """Logs once why the int8 products are not taken."""
-    _log.info("gradients are enabled: activations are not rounded to int8; torch.no_grad() is 2.5 times as fast")
+    _log.info(
+        "gradients are enabled: activations are not rounded to int8; torch.no_grad() is 2.5 times as fast"
+    )
 
 
 def _check(backend: Backend) -> None:

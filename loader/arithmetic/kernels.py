@@ -14,7 +14,16 @@ import torch
 
 from formats.native.abi import DTYPES as ALL_DTYPES
 from formats.native.abi import ISA_NAMES, ISAS, Status
-from loader.arithmetic.native_library import FIX, Expert, LayerExperts, Matrix, Routing, find, library, packing_id
+from loader.arithmetic.native_library import (
+    FIX,
+    Expert,
+    LayerExperts,
+    Matrix,
+    Routing,
+    find,
+    library,
+    packing_id,
+)
 
 _ACCUMULATE, _PARTIAL = 1, 2
 DTYPES = {dtype: ALL_DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16)}
@@ -73,7 +82,11 @@ def set_isa(name: str) -> None:
 def supported_isas() -> list[str]:
     """The instruction sets that run on this processor, fastest first."""
     native = library()
-    before = native.moe_isa() if native.moe_isa_reason().endswith(b"forced by moe_set_isa") else ISAS["auto"]
+    before = (
+        native.moe_isa()
+        if native.moe_isa_reason().endswith(b"forced by moe_set_isa")
+        else ISAS["auto"]
+    )
     names = [name for name in ("avx512", "avx2", "portable") if native.moe_set_isa(ISAS[name]) == 0]
     native.moe_set_isa(before)
     return names
@@ -96,7 +109,9 @@ def packed_bytes(packing: str, rows: int, columns: int) -> int:
 
 def expert_bytes(gate_up: str, down: str, hidden: int, intermediate: int) -> int:
     """Bytes of one expert: its gate/up section in one packing, its down section in another."""
-    return int(library().moe_expert_bytes(packing_id(gate_up), packing_id(down), hidden, intermediate))
+    return int(
+        library().moe_expert_bytes(packing_id(gate_up), packing_id(down), hidden, intermediate)
+    )
 
 
 def linear(x: torch.Tensor, tiles: torch.Tensor, packing: str, rows: int) -> torch.Tensor:
@@ -105,7 +120,11 @@ def linear(x: torch.Tensor, tiles: torch.Tensor, packing: str, rows: int) -> tor
     number = packing_id(packing)
     _bytes("tiles", tiles, library().moe_packed_bytes(number, rows, columns))
     y = torch.empty((tokens, rows), dtype=torch.float32, device=x.device)
-    _check(library().moe_linear(number, tiles.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), tokens))
+    _check(
+        library().moe_linear(
+            number, tiles.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), tokens
+        )
+    )
     return y
 
 
@@ -130,7 +149,11 @@ def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if inputs != columns:
         raise ValueError(f"x has {columns} columns, weight has {inputs}")
     y = torch.empty((tokens, rows), dtype=torch.float32, device=x.device)
-    _check(library().moe_linear_bf16(weight.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), tokens))
+    _check(
+        library().moe_linear_bf16(
+            weight.data_ptr(), rows, columns, x.data_ptr(), y.data_ptr(), tokens
+        )
+    )
     return y
 
 
@@ -147,16 +170,29 @@ def experts(
     entries = (Expert * len(calls))()
     for entry, call in zip(entries, calls, strict=True):
         entry.gate_up_packing, entry.down_packing = packing_id(call.gate_up), packing_id(call.down)
-        need = library().moe_expert_bytes(entry.gate_up_packing, entry.down_packing, hidden, intermediate)
+        need = library().moe_expert_bytes(
+            entry.gate_up_packing, entry.down_packing, hidden, intermediate
+        )
         _bytes("blob", call.blob, need)
         count = _vector_length("tokens", call.tokens, torch.int32)
         if _vector_length("weights", call.weights, torch.float32) != count:
             raise ValueError(f"{count} tokens but {call.weights.numel()} weights")
-        entry.blob, entry.tokens, entry.weights = call.blob.data_ptr(), call.tokens.data_ptr(), call.weights.data_ptr()
+        entry.blob, entry.tokens, entry.weights = (
+            call.blob.data_ptr(),
+            call.tokens.data_ptr(),
+            call.weights.data_ptr(),
+        )
         entry.token_count = count
     _check(
         library().moe_experts(
-            entries, len(calls), hidden, intermediate, x.data_ptr(), out.data_ptr(), tokens, accumulate
+            entries,
+            len(calls),
+            hidden,
+            intermediate,
+            x.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            accumulate,
         )
     )
     return out
@@ -168,7 +204,9 @@ class ExpertTable:
     Holds a reference to each blob that is set. Not to be changed while a call runs.
     """
 
-    def __init__(self, experts: int, hidden: int, intermediate: int, gate_up: str, down: str) -> None:
+    def __init__(
+        self, experts: int, hidden: int, intermediate: int, gate_up: str, down: str
+    ) -> None:
         self._run = library().moe_experts_topk
         self._hidden, self._count = hidden, experts
         self.expert_bytes = expert_bytes(gate_up, down, hidden, intermediate)

@@ -42,9 +42,16 @@ def disk_bytes_per_s(files: Sequence[Path], block_bytes: int, seconds: float = 1
     MoeConvertError if no file has so many bytes.
     """
     block_bytes = -(-block_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    places = [(file, begin) for file in files for begin in range(0, file.stat().st_size - block_bytes + 1, block_bytes)]
+    places = [
+        (file, begin)
+        for file in files
+        for begin in range(0, file.stat().st_size - block_bytes + 1, block_bytes)
+    ]
     if not places:
-        raise MoeConvertError(f"no file has {block_bytes} bytes to measure the disk with", "say how fast it is: --disk")
+        raise MoeConvertError(
+            f"no file has {block_bytes} bytes to measure the disk with",
+            "say how fast it is: --disk",
+        )
     # Neighbours may come from a cache of the disk's.
     random.Random(0).shuffle(places)
     view = aligned_bytes(block_bytes).numpy().data

@@ -50,7 +50,9 @@ class NativeBackend(Shared):
                 layout, score = layouts[expert], weights[token, rank]
                 if tiled:
                     names = layout.gate_up.name, layout.down.name
-                    calls.append(kernels.ExpertCall(blobs[expert], *names, token.to(torch.int32), score))
+                    calls.append(
+                        kernels.ExpertCall(blobs[expert], *names, token.to(torch.int32), score)
+                    )
                 else:
                     result = self._plain.run(layout, blobs[expert], x[token])
                     out.index_add_(0, token, result * score[:, None])

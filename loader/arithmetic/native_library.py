@@ -179,7 +179,9 @@ def find() -> tuple[ctypes.CDLL | None, str]:
     name = "libmoe_kernels.dylib" if sys.platform == "darwin" else "libmoe_kernels.so"
     found, reason = load_library("loader", name, ("moe_abi_version", ABI_VERSION), _SIGNATURES)
     if found is None:
-        _log.warning("%s; the torch path runs instead, which is much slower. To fix it: %s", reason, FIX)
+        _log.warning(
+            "%s; the torch path runs instead, which is much slower. To fix it: %s", reason, FIX
+        )
     return found, reason
 
 
@@ -196,5 +198,7 @@ def packing_id(name: str) -> int:
     """The library's number of a tile packing. ValueError if it knows none of that name."""
     number = int(library().moe_packing_id(name.encode()))
     if number < 0:
-        raise ValueError(f"unknown packing {name!r}; the native library knows the tile32-* packings of docs/format.md")
+        raise ValueError(
+            f"unknown packing {name!r}; the native library knows the tile32-* packings of docs/format.md"
+        )
     return number

@@ -37,11 +37,15 @@ class PlainExperts:
         inner = functional.silu(gate, inplace=True).mul_(up)
         return self._product(down, layout.down, layout.hidden, inner, narrow)
 
-    def _product(self, stored: Tensor, packing: AnyPacking, rows: int, x: Tensor, narrow: bool) -> Tensor:
+    def _product(
+        self, stored: Tensor, packing: AnyPacking, rows: int, x: Tensor, narrow: bool
+    ) -> Tensor:
         """x · Wᵀ, float32 [T, rows]; with `narrow`, of many tokens in bfloat16 where the weights are."""
         if isinstance(packing, Packing):
             return self._linear(x.contiguous(), stored, packing.name, rows)
-        if stored.dtype is torch.bfloat16 and len(x) <= (_FEW_BESIDE_BF16 if narrow else FEW_TOKENS):
+        if stored.dtype is torch.bfloat16 and len(x) <= (
+            _FEW_BESIDE_BF16 if narrow else FEW_TOKENS
+        ):
             return kernels.linear_bf16(x.contiguous(), stored)
         if stored.dtype is torch.bfloat16 and narrow:
             return functional.linear(x.bfloat16(), stored).float()

@@ -12,25 +12,34 @@ CHUNK_WEIGHTS = 1 << 22
 """Weights that become float32 at a time: 16 MiB, of tiles some 80 MiB with the steps in between."""
 
 
-def chunks(stored: Tensor, packing: AnyPacking, rows: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
+def chunks(
+    stored: Tensor, packing: AnyPacking, rows: int, columns: int
+) -> Iterator[tuple[slice, Tensor]]:
     """The [rows, columns] matrix that `packing` stores (uint8 [tiles, tile_bytes], or rows of the packing's dtype) in
     groups of rows: which rows, and their weights, float32."""
     step = max(1, CHUNK_WEIGHTS // (packing.rows_each * columns))
     for begin in range(0, stored.shape[0], step):
         first = begin * packing.rows_each
         last = min(first + step * packing.rows_each, rows)
-        yield slice(first, last), packing.weights(stored[begin : begin + step], last - first, columns)
+        yield (
+            slice(first, last),
+            packing.weights(stored[begin : begin + step], last - first, columns),
+        )
 
 
 def product(stored: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor) -> Tensor:
     """x [T, columns] · Wᵀ, float32 [T, rows], of the [rows, columns] matrix W as `packing` stores it."""
     # Autocast would round x and W to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
-        parts = [functional.linear(x, weights) for _, weights in chunks(stored, packing, rows, columns)]
+        parts = [
+            functional.linear(x, weights) for _, weights in chunks(stored, packing, rows, columns)
+        ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def input_gradient(stored: Tensor, packing: AnyPacking, rows: int, columns: int, grad: Tensor) -> Tensor:
+def input_gradient(
+    stored: Tensor, packing: AnyPacking, rows: int, columns: int, grad: Tensor
+) -> Tensor:
     """Gradient of x in `product`: grad [T, rows] · W, float32 [T, columns]."""
     result = grad.new_zeros(len(grad), columns)
     for part, weights in chunks(stored, packing, rows, columns):

@@ -66,11 +66,17 @@ class CpuDecoder(Derived):
         self._experts = max(layer.experts for layer in layers)
         self._top_k = max(layer.top_k for layer in layers)
         self._is_resident = [
-            layout is not None and experts.is_resident(number) for number, layout in enumerate(self._layouts)
+            layout is not None and experts.is_resident(number)
+            for number, layout in enumerate(self._layouts)
         ]
         self._expert_bytes = [_expert_bytes(layout) for layout in self._layouts]
         self._kinds: list[Kind] = [
-            (layer.attention.k.rows // layer.head_dim, layer.head_dim, weights.dtype, _WEIGHTS_DEVICE)
+            (
+                layer.attention.k.rows // layer.head_dim,
+                layer.head_dim,
+                weights.dtype,
+                _WEIGHTS_DEVICE,
+            )
             for layer in layers
         ]
         self._held: dict[tuple[int, int], Tensor] = {}
@@ -89,11 +95,20 @@ class CpuDecoder(Derived):
         )
         self._room = c_char * (3 * hidden * weights.dtype.itemsize)
         self._pointers, self._sizes = c_void_p * len(layers), c_int64 * len(layers)
-        self._index, self._scores = c_int64 * (len(layers) * self._top_k), c_float * (len(layers) * self._top_k)
+        self._index, self._scores = (
+            c_int64 * (len(layers) * self._top_k),
+            c_float * (len(layers) * self._top_k),
+        )
         self._run = library().moe_token_step
 
     def run(
-        self, token: int, cos: Tensor, sin: Tensor, row: int, past: Sequence[KvLayer], experts: ExpertSource
+        self,
+        token: int,
+        cos: Tensor,
+        sin: Tensor,
+        row: int,
+        past: Sequence[KvLayer],
+        experts: ExpertSource,
     ) -> Tensor:
         """As `Decoder.run`. Experts are asked for by rank, in the order of layers."""
         length = past[0].get_seq_length()
@@ -141,8 +156,12 @@ class CpuDecoder(Derived):
 
     def _rotary_offset(self, cos: Tensor, sin: Tensor, row: int) -> int:
         dtype, width = self._weights.dtype, self._weights.layers[0].head_dim
-        if not (cos.dtype is sin.dtype is dtype and cos.shape == sin.shape and cos.shape[-1] == width):
-            raise ValueError(f"rotary embedding of {dtype} [{width}]: got {cos.dtype} {tuple(cos.shape)}")
+        if not (
+            cos.dtype is sin.dtype is dtype and cos.shape == sin.shape and cos.shape[-1] == width
+        ):
+            raise ValueError(
+                f"rotary embedding of {dtype} [{width}]: got {cos.dtype} {tuple(cos.shape)}"
+            )
         return row * width * dtype.itemsize
 
     def _chosen(self, index: Any, number: int) -> list[int]:
@@ -167,7 +186,11 @@ class CpuDecoder(Derived):
         """Keeps the addresses of a lease's experts for this token and all later ones."""
         found = lease.all()
         self._place(found, number, blobs)
-        self._place({e: blob for e, blob in found.items() if (number, e) not in self._held}, number, self._blobs)
+        self._place(
+            {e: blob for e, blob in found.items() if (number, e) not in self._held},
+            number,
+            self._blobs,
+        )
         for expert, blob in found.items():
             self._held.setdefault((number, expert), blob)
 
@@ -175,15 +198,21 @@ class CpuDecoder(Derived):
         need = self._expert_bytes[number]
         for expert, blob in found.items():
             if blob.numel() < need or not blob.is_contiguous():
-                raise ValueError(f"layer {number}, expert {expert}: {blob.numel()} bytes, {need} needed")
+                raise ValueError(
+                    f"layer {number}, expert {expert}: {blob.numel()} bytes, {need} needed"
+                )
             blobs[number * self._experts + expert] = blob.data_ptr()
 
-    def _add_by_backend(self, lease: Lease, number: int, index: Any, scores: Any, room: Any) -> None:
+    def _add_by_backend(
+        self, lease: Lease, number: int, index: Any, scores: Any, room: Any
+    ) -> None:
         """Computes the layer's second half by the backend: experts have several layouts, or one not of tiles."""
         chosen, weights = self._routing(number, index, scores)
         total = torch.zeros((1, self._weights.hidden))
         inputs = self._normed(room).float()[None]
-        self._backend.experts(lease.all(), self._weights.layers[number].layouts, inputs, chosen, weights, total)
+        self._backend.experts(
+            lease.all(), self._weights.layers[number].layouts, inputs, chosen, weights, total
+        )
         self._set_output(total, room)
 
     def _add_in_parts(self, lease: Lease, number: int, index: Any, scores: Any, room: Any) -> None:
@@ -192,7 +221,9 @@ class CpuDecoder(Derived):
         layer, structure = self._weights.layers[number], self._structures[number]
         layout = layer.layouts[0]
         names = layout.gate_up.name, layout.down.name
-        table = kernels.ExpertTable(layer.experts, self._weights.hidden, structure.intermediate, *names)
+        table = kernels.ExpertTable(
+            layer.experts, self._weights.hidden, structure.intermediate, *names
+        )
         chosen, weights = self._routing(number, index, scores)
         inputs = self._normed(room).float()[None]
         total = torch.zeros_like(inputs)
@@ -222,10 +253,14 @@ class CpuDecoder(Derived):
 
     def _part(self, room: Any, number: int) -> Tensor:
         hidden, dtype = self._weights.hidden, self._weights.dtype
-        return torch.frombuffer(room, dtype=dtype, count=hidden, offset=number * hidden * dtype.itemsize)
+        return torch.frombuffer(
+            room, dtype=dtype, count=hidden, offset=number * hidden * dtype.itemsize
+        )
 
 
 def _expert_bytes(layout: ExpertLayout | None) -> int:
     if layout is None:
         return 0
-    return kernels.expert_bytes(layout.gate_up.name, layout.down.name, layout.hidden, layout.intermediate)
+    return kernels.expert_bytes(
+        layout.gate_up.name, layout.down.name, layout.hidden, layout.intermediate
+    )

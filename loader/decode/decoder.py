@@ -37,7 +37,13 @@ class Decoder(Protocol):
     """False if `run` gives the input of the head."""
 
     def run(
-        self, token: int, cos: Tensor, sin: Tensor, row: int, past: Sequence[KvLayer], experts: ExpertSource
+        self,
+        token: int,
+        cos: Tensor,
+        sin: Tensor,
+        row: int,
+        past: Sequence[KvLayer],
+        experts: ExpertSource,
     ) -> Tensor:
         """Return logits [1, 1, rows] of the activations' dtype; without `has_head` the normed hidden state [1, 1,
         hidden].

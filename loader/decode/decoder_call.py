@@ -28,7 +28,12 @@ class TokenRequest:
 
     @classmethod
     def of(
-        cls, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any, layers: int, device: torch.device = _CPU
+        cls,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        config: Any,
+        layers: int,
+        device: torch.device = _CPU,
     ) -> "TokenRequest":
         """Return what these arguments of a causal model's forward ask for. LeaveDecoder if it is more, or something
         else, or if the tensors are not on `device`."""
@@ -79,18 +84,28 @@ class TokenRequest:
     def token_after(self, length: int) -> int:
         """Return the token. LeaveDecoder unless it follows `length` positions that are all attended to."""
         if self.mask is not None and self.mask.shape != (1, length + 1):
-            raise LeaveDecoder(Reason.POSITIONS, f"attention_mask {tuple(self.mask.shape)} for position {length}")
-        token, attended, *positions = self._numbers() if self.ids.device.type == "cpu" else self._copied_numbers()
+            raise LeaveDecoder(
+                Reason.POSITIONS, f"attention_mask {tuple(self.mask.shape)} for position {length}"
+            )
+        token, attended, *positions = (
+            self._numbers() if self.ids.device.type == "cpu" else self._copied_numbers()
+        )
         if not attended:
             raise LeaveDecoder(Reason.POSITIONS, "attention_mask with zeros")
         if not all(position == length for position in positions):
-            raise LeaveDecoder(Reason.POSITIONS, f"position_ids {positions}, the KV cache has {length}")
+            raise LeaveDecoder(
+                Reason.POSITIONS, f"position_ids {positions}, the KV cache has {length}"
+            )
         return token
 
     def _numbers(self) -> list[int]:
         """The token, whether the mask attends to everything, and the positions."""
         attended = self.mask is None or bool(self.mask.all())
-        return [_number(self.ids), int(attended), *(_number(position) for position in self.positions)]
+        return [
+            _number(self.ids),
+            int(attended),
+            *(_number(position) for position in self.positions),
+        ]
 
     def _copied_numbers(self) -> list[int]:
         """The same from a GPU, in one copy: the one time that a token makes the host wait for more than experts."""
@@ -106,7 +121,11 @@ def is_single_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return (
         isinstance(part, Tensor)
         and part.shape[:2] == _ONE
-        and (len(args) > 1 or kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None)
+        and (
+            len(args) > 1
+            or kwargs.get("cache") is not None
+            or kwargs.get("past_key_values") is not None
+        )
     )
 
 

@@ -31,7 +31,11 @@ def check_modules(model: Any) -> None:
     inner = model.model
     embedding = inner.embed_tokens
     _expect(type(inner) is MixtralModel, Reason.REPLACED, "model")
-    _expect(type(embedding) is nn.Embedding and embedding.max_norm is None, Reason.REPLACED, "model.embed_tokens")
+    _expect(
+        type(embedding) is nn.Embedding and embedding.max_norm is None,
+        Reason.REPLACED,
+        "model.embed_tokens",
+    )
     _expect(type(inner.norm) is MixtralRMSNorm, Reason.REPLACED, "model.norm")
     for number, layer in enumerate(inner.layers):
         name = f"model.layers.{number}"
@@ -44,7 +48,9 @@ def check_modules(model: Any) -> None:
         _expect(type(block.gate) is MixtralTopKRouter, Reason.REPLACED, f"{name}.mlp.gate")
         experts = block.experts
         is_ours = type(experts) is CachedExperts and experts.layer == number
-        _expect(is_ours and experts.cache is experts_of(model), Reason.REPLACED, f"{name}.mlp.experts")
+        _expect(
+            is_ours and experts.cache is experts_of(model), Reason.REPLACED, f"{name}.mlp.experts"
+        )
 
 
 def has_own_forward() -> bool:
@@ -91,7 +97,8 @@ def read_weights(model: Any, device: torch.device) -> ModelWeights:
     dtype = inner.embed_tokens.weight.dtype
     return ModelWeights(
         layers=tuple(
-            _layer(layer, f"model.layers.{number}", dtype, device) for number, layer in enumerate(inner.layers)
+            _layer(layer, f"model.layers.{number}", dtype, device)
+            for number, layer in enumerate(inner.layers)
         ),
         embedding=_dense(inner.embed_tokens, "model.embed_tokens", dtype, device),
         norm=_dense(inner.norm, "model.norm", dtype, device),
@@ -105,8 +112,12 @@ def _layer(layer: Any, name: str, dtype: torch.dtype, device: torch.device) -> L
     norm, experts_norm = layer.input_layernorm, layer.post_attention_layernorm
     routing = _dense(router, f"{name}.mlp.gate", dtype, device)
     if not 1 <= router.top_k <= len(routing):
-        raise LeaveDecoder(Reason.EXPERTS, f"{name}.mlp.gate: top_k {router.top_k} of {len(routing)}")
-    projections = [_packed(attention, projection, f"{name}.self_attn", device) for projection in _PROJECTIONS]
+        raise LeaveDecoder(
+            Reason.EXPERTS, f"{name}.mlp.gate: top_k {router.top_k} of {len(routing)}"
+        )
+    projections = [
+        _packed(attention, projection, f"{name}.self_attn", device) for projection in _PROJECTIONS
+    ]
     return LayerWeights(
         attention=AttentionWeights(*projections),
         head_dim=attention.head_dim,
@@ -126,7 +137,11 @@ def _packed(attention: Any, projection: str, name: str, device: torch.device) ->
     name = f"{name}.{projection}"
     if type(module) is not PackedLinear:
         raise LeaveDecoder(Reason.WEIGHTS, f"{name} is not packed")
-    if module.bias is not None or module.packed.device != device or not module.packed.is_contiguous():
+    if (
+        module.bias is not None
+        or module.packed.device != device
+        or not module.packed.is_contiguous()
+    ):
         raise LeaveDecoder(Reason.WEIGHTS, f"{name} has a bias, or is not contiguous on {device}")
     return PackedMatrix(module.packed, module.packing.name, module.out_features)
 
@@ -146,7 +161,11 @@ def _head(module: Any, dtype: torch.dtype, device: torch.device) -> Tensor | Pac
         return None
     if type(module) is PackedLinear:
         is_here = module.packed.device == device and module.packed.is_contiguous()
-        return PackedMatrix(module.packed, module.packing.name, module.out_features) if is_here else None
+        return (
+            PackedMatrix(module.packed, module.packing.name, module.out_features)
+            if is_here
+            else None
+        )
     if type(module) in (nn.Linear, NativeHead):
         weight: Tensor = module.weight
         is_here = weight.device == device and weight.is_contiguous()

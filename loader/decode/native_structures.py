@@ -16,7 +16,9 @@ _HEAD_BF16 = -1
 
 def attention_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> Attention:
     """The attention of a layer over activations of `dtype`."""
-    structure = Attention(hidden=hidden, head_dim=weights.head_dim, scale=weights.scale, dtype=kernels.DTYPES[dtype])
+    structure = Attention(
+        hidden=hidden, head_dim=weights.head_dim, scale=weights.scale, dtype=kernels.DTYPES[dtype]
+    )
     attention = weights.attention
     for name, matrix, columns in (
         ("q", attention.q, hidden),
@@ -78,9 +80,13 @@ def _matrix(name: str, matrix: PackedMatrix, columns: int) -> Matrix:
         raise ValueError(
             f"{name}: {matrix.tiles.numel()} bytes are too few for {matrix.rows} x {columns}; {need} needed"
         )
-    return Matrix(tiles=matrix.tiles.data_ptr(), rows=matrix.rows, packing=packing_id(matrix.packing))
+    return Matrix(
+        tiles=matrix.tiles.data_ptr(), rows=matrix.rows, packing=packing_id(matrix.packing)
+    )
 
 
 def _check_dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tensor.dtype is not dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous {dtype} {shape}, got {tuple(tensor.shape)} {tensor.dtype}")
+        raise ValueError(
+            f"{name}: expected contiguous {dtype} {shape}, got {tuple(tensor.shape)} {tensor.dtype}"
+        )

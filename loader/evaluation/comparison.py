@@ -47,7 +47,10 @@ def model_predictions(model: Any, windows: Tensor, batch: int) -> Iterator[Predi
 
 @torch.inference_mode()
 def compare(
-    original: Iterable[Prediction], model: Iterable[Prediction], texts: list[Text], progress: Progress | None = None
+    original: Iterable[Prediction],
+    model: Iterable[Prediction],
+    texts: list[Text],
+    progress: Progress | None = None,
 ) -> tuple[list[Comparison], Comparison]:
     """(of each text, of all together, by the name "overall"). `original` and `model` predict the texts' windows, in
     order. All but the first token of a window are scored.
@@ -71,9 +74,14 @@ def compare(
             if progress:
                 progress(text.name, number + 1, len(text.windows))
         found.append((torch.stack(rows), torch.stack(routers)))
-    single = [_summary(t.name, t.sha256, *f, t.windows.shape[1] - 1) for t, f in zip(texts, found, strict=True)]
+    single = [
+        _summary(t.name, t.sha256, *f, t.windows.shape[1] - 1)
+        for t, f in zip(texts, found, strict=True)
+    ]
     rows_of_all, routers_of_all = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return single, _summary("overall", None, rows_of_all, routers_of_all, texts[0].windows.shape[1] - 1)
+    return single, _summary(
+        "overall", None, rows_of_all, routers_of_all, texts[0].windows.shape[1] - 1
+    )
 
 
 def _same_experts(original: Tensor, model: Tensor) -> Tensor:
@@ -84,7 +92,9 @@ def _same_experts(original: Tensor, model: Tensor) -> Tensor:
     return (ours == theirs).all(-1).double().mean(-1)
 
 
-def _window(original: Callable[[int, int], Tensor], model: Callable[[int, int], Tensor], ids: Tensor) -> Tensor:
+def _window(
+    original: Callable[[int, int], Tensor], model: Callable[[int, int], Tensor], ids: Tensor
+) -> Tensor:
     """Means over a window's scored tokens: KL, both negative log-likelihoods, agreement; float64 [4]."""
     sums, scored = torch.zeros(4, dtype=torch.float64), len(ids) - 1
     for begin in range(0, scored, POSITIONS_AT_ONCE):
@@ -102,7 +112,9 @@ def _window(original: Callable[[int, int], Tensor], model: Callable[[int, int], 
     return sums / scored
 
 
-def _summary(name: str, sha256: str | None, rows: Tensor, routers: Tensor, tokens: int) -> Comparison:
+def _summary(
+    name: str, sha256: str | None, rows: Tensor, routers: Tensor, tokens: int
+) -> Comparison:
     n = len(rows)
     kl, original, model, agreement = rows.mean(0).tolist()
     logs = rows[:, 2] - rows[:, 1]
@@ -125,7 +137,9 @@ def _summary(name: str, sha256: str | None, rows: Tensor, routers: Tensor, token
 
 def _exp(name: str, x: float) -> float:
     if x > 700:
-        raise MoeConvertError(f"{name}: a mean log-likelihood is {x:.0f} nats off: one of the models is broken")
+        raise MoeConvertError(
+            f"{name}: a mean log-likelihood is {x:.0f} nats off: one of the models is broken"
+        )
     return math.exp(x)
 
 

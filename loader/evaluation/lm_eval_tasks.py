@@ -13,11 +13,14 @@ def check_tasks(tasks: list[str], folder: Path | None) -> Any:
         importlib.import_module("lm_eval.models.huggingface")
         from lm_eval.tasks import TaskManager
     except ImportError as e:
-        raise MoeConvertError(f"tasks need lm-eval: {e}", "pip install 'moe-convert[eval]'") from None
+        raise MoeConvertError(
+            f"tasks need lm-eval: {e}", "pip install 'moe-convert[eval]'"
+        ) from None
     manager = TaskManager(include_path=folder and str(folder))
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise RecipeError(
-            f"lm-eval has no task {', '.join(unknown)}", "lm-eval ls tasks  # lists them; --task-folder adds your own"
+            f"lm-eval has no task {', '.join(unknown)}",
+            "lm-eval ls tasks  # lists them; --task-folder adds your own",
         )
     return manager
 
@@ -57,10 +60,15 @@ def run_tasks(
         )
     except OSError as e:
         raise MoeConvertError(
-            f"{', '.join(tasks)}: lm-eval: {e}", "data sets are fetched from the Hub, the first time they are used"
+            f"{', '.join(tasks)}: lm-eval: {e}",
+            "data sets are fetched from the Hub, the first time they are used",
         ) from e
     results: dict[str, dict[str, Any]] = found["results"]
     return {
-        task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}
+        task: {
+            name.removesuffix(",none"): value
+            for name, value in metrics.items()
+            if isinstance(value, float)
+        }
         for task, metrics in results.items()
     }

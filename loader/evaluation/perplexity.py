@@ -41,15 +41,26 @@ class PerplexityReport:
 
     @property
     def overall(self) -> TextPerplexity:
-        return TextPerplexity("overall", sum(t.tokens for t in self.texts), math.fsum(t.nll for t in self.texts))
+        return TextPerplexity(
+            "overall", sum(t.tokens for t in self.texts), math.fsum(t.nll for t in self.texts)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
 
         def plain(text: TextPerplexity) -> dict[str, Any]:
-            return {"name": text.name, "tokens": text.tokens, "nll": text.nll, "perplexity": text.perplexity}
+            return {
+                "name": text.name,
+                "tokens": text.tokens,
+                "nll": text.nll,
+                "perplexity": text.perplexity,
+            }
 
-        return {"window": self.window, "texts": [plain(t) for t in self.texts], "overall": plain(self.overall)}
+        return {
+            "window": self.window,
+            "texts": [plain(t) for t in self.texts],
+            "overall": plain(self.overall),
+        }
 
 
 def read_text(path: Path) -> str:
@@ -57,9 +68,13 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
-        raise MoeConvertError(f"{path}: not UTF-8 at byte {e.start}", "save the text as UTF-8") from None
+        raise MoeConvertError(
+            f"{path}: not UTF-8 at byte {e.start}", "save the text as UTF-8"
+        ) from None
     except OSError as e:
-        raise MoeConvertError(f"{path}: cannot be read: {e.strerror}", "check the name and its permissions") from None
+        raise MoeConvertError(
+            f"{path}: cannot be read: {e.strerror}", "check the name and its permissions"
+        ) from None
     if not text:
         raise MoeConvertError(f"{path}: the file is empty", "give a text")
     return text
@@ -70,7 +85,8 @@ def windows_of(tokenizer: Any, text: str, window: int, max_windows: int | None =
     bos = tokenizer.bos_token_id
     if bos is None:
         raise MoeConvertError(
-            "the tokenizer has no BOS token, with which every window begins", "see tokenizer_config.json"
+            "the tokenizer has no BOS token, with which every window begins",
+            "see tokenizer_config.json",
         )
     if window < 2:
         raise MoeConvertError(f"window: {window} holds no token besides BOS", "give at least 2")
@@ -83,12 +99,15 @@ def windows_of(tokenizer: Any, text: str, window: int, max_windows: int | None =
     return functional.pad(body, (1, 0), value=bos)
 
 
-def named_windows(tokenizer: Any, name: str, text: str, window: int, max_windows: int | None = None) -> Tensor:
+def named_windows(
+    tokenizer: Any, name: str, text: str, window: int, max_windows: int | None = None
+) -> Tensor:
     """As `windows_of`; MoeConvertError naming the text if it is shorter than a window."""
     windows = windows_of(tokenizer, text, window, max_windows)
     if not len(windows):
         raise MoeConvertError(
-            f"{name}: shorter than a window of {window} tokens", "give a longer text or a smaller window"
+            f"{name}: shorter than a window of {window} tokens",
+            "give a longer text or a smaller window",
         )
     return windows
 
@@ -105,7 +124,9 @@ def measure_perplexity(
 ) -> PerplexityReport:
     """As `measure_windows`, of (name, text) pairs. MoeConvertError if a text is shorter than a window, or has a token
     without an embedding."""
-    named = [(name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in texts]
+    named = [
+        (name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in texts
+    ]
     for name, windows in named:
         check_tokens(windows, tokenizer, embedding_rows(model), name)
     return measure_windows(model, named, batch=batch, progress=progress)
@@ -113,7 +134,11 @@ def measure_perplexity(
 
 @torch.inference_mode()
 def measure_windows(
-    model: Any, texts: Sequence[tuple[str, Tensor]], *, batch: int = 4, progress: Progress | None = None
+    model: Any,
+    texts: Sequence[tuple[str, Tensor]],
+    *,
+    batch: int = 4,
+    progress: Progress | None = None,
 ) -> PerplexityReport:
     """Perplexity of `model` (called with input_ids int64 [B, W], answering with `logits` [B, W, vocabulary]) on
     (name, windows) pairs, windows as from `named_windows`.
@@ -128,7 +153,9 @@ def measure_windows(
             logits = model(input_ids=ids, use_cache=False).logits
             # Row by row: the float32 copy of a whole batch of logits would be the largest tensor of all.
             for row, row_ids in zip(logits, ids, strict=True):
-                losses.append(functional.cross_entropy(row[:-1].float(), row_ids[1:], reduction="sum").item())
+                losses.append(
+                    functional.cross_entropy(row[:-1].float(), row_ids[1:], reduction="sum").item()
+                )
             if progress:
                 progress(name, begin + len(ids), len(windows))
         results.append(TextPerplexity(name, windows[:, 1:].numel(), math.fsum(losses)))

@@ -63,7 +63,9 @@ class BufferPool:
         if not any(piece.free for piece in self.pieces):
             self._add_piece()
         # From the fullest one, so that others become empty.
-        return min((piece for piece in self.pieces if piece.free), key=lambda piece: len(piece.free)).free.pop()
+        return min(
+            (piece for piece in self.pieces if piece.free), key=lambda piece: len(piece.free)
+        ).free.pop()
 
     def give_back(self, buffer: Tensor) -> None:
         """Ends the use of a buffer."""

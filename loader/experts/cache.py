@@ -82,7 +82,9 @@ class ExpertCache:
         experts = reader.artifact.architecture.num_local_experts
         counts = (slots,) * len(sizes) if isinstance(slots, int) else tuple(slots)
         if len(counts) != len(sizes) or not all(0 <= n <= experts for n in counts) or aside < 1:
-            raise ValueError(f"{slots} slots and {aside} aside for {experts} experts in each of {len(sizes)} layers")
+            raise ValueError(
+                f"{slots} slots and {aside} aside for {experts} experts in each of {len(sizes)} layers"
+            )
         self._experts = experts
         self._memories = memory or [RAM] * len(sizes)
         sides = _sides(reader, sizes, counts, aside, self._memories)
@@ -161,7 +163,11 @@ class ExpertCache:
         """Those of `experts` that are neither there nor on their way."""
         slots = self._layers[layer]
         with self._changes.lock, self._changes:
-            return [expert for expert in experts if expert not in slots.held and expert not in slots.outside]
+            return [
+                expert
+                for expert in experts
+                if expert not in slots.held and expert not in slots.outside
+            ]
 
     def fill(self, layer: int, expert: int) -> None:
         """An expert that was missing was computed elsewhere: it is brought into a slot when nothing else moves, one at
@@ -186,9 +192,13 @@ class ExpertCache:
         """A snapshot of the counters."""
         with self._changes.lock, self._changes:
             layers = tuple(layer.stats + LayerStats(layer.hits) for layer in self._layers)
-            slot_bytes = sum(count * size for count, size in zip(self.slots, self._sizes, strict=True))
+            slot_bytes = sum(
+                count * size for count, size in zip(self.slots, self._sizes, strict=True)
+            )
             ram = self._tier.stats() if self._tier else None
-            return MoeStats(layers, self.slots, slot_bytes, self._state.wait_s, self._state.fetcher.busy_s, ram)
+            return MoeStats(
+                layers, self.slots, slot_bytes, self._state.wait_s, self._state.fetcher.busy_s, ram
+            )
 
     def reset_stats(self) -> None:
         """Sets the counters to zero; the slots keep what they hold."""

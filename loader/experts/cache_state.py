@@ -64,7 +64,9 @@ class CacheState:
             if side.pool:
                 taken = [held.buffer for slots in users for held in slots.entries()]
                 # What is used or written to, though no layer holds it any more: it is given back when that ends.
-                taken += [held.buffer for held in pins] + [job.buffer for job in self.fetcher.running()]
+                taken += [held.buffer for held in pins] + [
+                    job.buffer for job in self.fetcher.running()
+                ]
                 side.pool.mend(buffer for buffer in taken if buffer is not None)
         self.uses.given_up.clear()
         self.changes.ring()

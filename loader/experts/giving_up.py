@@ -8,7 +8,9 @@ from loader.experts.buffers import Piece
 from loader.experts.slots import LayerSlots
 
 
-def give_up(layers: Sequence[LayerSlots], n_bytes: int, before_free: Callable[[Tensor], None]) -> int:
+def give_up(
+    layers: Sequence[LayerSlots], n_bytes: int, before_free: Callable[[Tensor], None]
+) -> int:
     """Frees at least `n_bytes` of the buffers of `layers`, if so much is not in use; how many bytes.
 
     Whole pieces (loader/experts/buffers.py), those with the fewest experts first; the experts in them are dropped, and so many

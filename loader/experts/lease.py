@@ -91,7 +91,11 @@ class Lease(Use):
             self._demand()
         if slots.outside:
             slots.drop_guesses()
-        self.ready = {entry.expert: entry.blob for entry in self.entries if entry.blob is not None and not entry.queued}
+        self.ready = {
+            entry.expert: entry.blob
+            for entry in self.entries
+            if entry.blob is not None and not entry.queued
+        }
         return self
 
     def _demand(self) -> None:
@@ -108,7 +112,9 @@ class Lease(Use):
 
 def _make_room(slots: LayerSlots, experts: Sequence[int], make_room: Callable[[], None]) -> bool:
     if len(experts) > slots.most or len(set(experts)) != len(experts):
-        raise ValueError(f"asked for experts {list(experts)} at once, where {slots.most} different ones have room")
+        raise ValueError(
+            f"asked for experts {list(experts)} at once, where {slots.most} different ones have room"
+        )
     if not slots.has_room_for(experts):
         # Guesses, or other leases, which never hold room while they wait for more.
         make_room()

@@ -124,7 +124,9 @@ class FixedPolicy:
 
     def victim(self, pinned: Collection[int]) -> int:
         # Of equals the highest number, so that the choice does not depend on a set's order.
-        expert = min((e for e in self._present if e not in pinned), key=lambda e: (self._uses[e], -e))
+        expert = min(
+            (e for e in self._present if e not in pinned), key=lambda e: (self._uses[e], -e)
+        )
         self._present.remove(expert)
         return expert
 

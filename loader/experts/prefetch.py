@@ -29,7 +29,9 @@ class Prefetcher:
     def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], guesses: int) -> None:
         """routers [experts, hidden] and norms [hidden] of each layer; `guesses` experts for one token."""
         self.guesses = guesses
-        self._routers = [_renormed(*layer) for layer in zip(routers[1:], norms[1:], norms[:-1], strict=True)]
+        self._routers = [
+            _renormed(*layer) for layer in zip(routers[1:], norms[1:], norms[:-1], strict=True)
+        ]
         self._rest = [0] * len(routers)
         self._trial_begin = [LayerStats()] * len(routers)
 

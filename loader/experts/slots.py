@@ -48,7 +48,9 @@ class Aside:
 class LayerSlots:
     """Slots of one layer. An expert in a slot leaves it only for another one, chosen by `policy`."""
 
-    def __init__(self, layer: int, slots: int, policy: Policy, aside: Aside, reader: Reader, fetcher: Fetcher):
+    def __init__(
+        self, layer: int, slots: int, policy: Policy, aside: Aside, reader: Reader, fetcher: Fetcher
+    ):
         self.layer, self.slots, self.aside = layer, slots, aside
         self.held: dict[int, Held] = {}
         """In slots. An expert whose read fails leaves."""
@@ -61,7 +63,9 @@ class LayerSlots:
 
     def count(self, **counts: int) -> None:
         """Adds to the counters."""
-        self.stats = replace(self.stats, **{name: getattr(self.stats, name) + n for name, n in counts.items()})
+        self.stats = replace(
+            self.stats, **{name: getattr(self.stats, name) + n for name, n in counts.items()}
+        )
 
     @property
     def most(self) -> int:
@@ -70,9 +74,13 @@ class LayerSlots:
 
     def has_room_for(self, experts: Collection[int]) -> bool:
         """Whether all of `experts` can be here at the same time, now."""
-        free = self.slots - len(self._fixed().union(expert for expert in experts if expert in self.held))
+        free = self.slots - len(
+            self._fixed().union(expert for expert in experts if expert in self.held)
+        )
         missing = [expert for expert in experts if expert not in self.held]
-        aside = self.aside.room - self.aside.used + sum(expert in self.outside for expert in missing)
+        aside = (
+            self.aside.room - self.aside.used + sum(expert in self.outside for expert in missing)
+        )
         return len(missing) - free <= aside
 
     def take(self, expert: int, keep: Collection[int]) -> Held | None:
@@ -80,7 +88,11 @@ class LayerSlots:
         room at the moment. Only for one of `keep` another expert leaves."""
         if held := self.held.get(expert):
             return held
-        into_slot = self._can_free(keep) if expert in keep else len(self.held.keys() | set(keep)) < self.slots
+        into_slot = (
+            self._can_free(keep)
+            if expert in keep
+            else len(self.held.keys() | set(keep)) < self.slots
+        )
         if held := self.outside.get(expert):
             self._ask_for(held)
             if into_slot:
@@ -136,7 +148,12 @@ class LayerSlots:
         so, or there is no room aside; what is urgent comes first."""
         self.count(misses=1, cpu_experts=1)
         busy = self.aside.filling and self.aside.filling.job
-        if busy or expert in self.held or expert in self.outside or self.aside.used >= self.aside.room:
+        if (
+            busy
+            or expert in self.held
+            or expert in self.outside
+            or self.aside.used >= self.aside.room
+        ):
             return
         self.aside.filling = held = self._start(expert, urgent=False)
         held.fill = True
@@ -208,7 +225,9 @@ class LayerSlots:
         return {expert for expert, held in self.held.items() if held.is_fixed}
 
     def _can_free(self, wanted: Collection[int]) -> bool:
-        return len(self.held) < self.slots or len(self._fixed().union(wanted) & self.held.keys()) < len(self.held)
+        return len(self.held) < self.slots or len(
+            self._fixed().union(wanted) & self.held.keys()
+        ) < len(self.held)
 
     def _free_slot(self, wanted: Collection[int]) -> None:
         if len(self.held) >= self.slots:
@@ -261,7 +280,11 @@ class LayerSlots:
         if held.guess or held.fill:
             self._count_miss(held.expert)
         if held.guess:
-            moved = held.job.load.done if held.job else self._reader.moved_bytes(self.layer, held.expert)
+            moved = (
+                held.job.load.done
+                if held.job
+                else self._reader.moved_bytes(self.layer, held.expert)
+            )
             self.count(useful_guesses=1, early_bytes=moved)
         held.guess = held.fill = False
         if held.job:

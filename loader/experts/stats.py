@@ -89,7 +89,8 @@ class MoeStats:
             "slot_bytes": self.slot_bytes,
             "tokens": asdict(self.paths),
             "layers": [
-                {**self._values(layer), "slots": slots} for layer, slots in zip(self.layers, self.slots, strict=True)
+                {**self._values(layer), "slots": slots}
+                for layer, slots in zip(self.layers, self.slots, strict=True)
             ],
             **({"ram": asdict(self.ram)} if self.ram else {}),
         }

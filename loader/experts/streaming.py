@@ -58,7 +58,9 @@ class _Stream(Use):
 
     __slots__ = ("_ascending", "_experts", "_keep", "_kept", "_slots", "_state", "todo")
 
-    def __init__(self, slots: LayerSlots, experts: Sequence[int], state: CacheState, ascending: bool) -> None:
+    def __init__(
+        self, slots: LayerSlots, experts: Sequence[int], state: CacheState, ascending: bool
+    ) -> None:
         super().__init__()
         self._slots, self._experts, self._state, self._ascending = slots, experts, state, ascending
         self._keep = frozenset(experts[max(0, len(experts) - slots.slots) :])
@@ -107,7 +109,10 @@ class _Stream(Use):
         left = [entry for entry in self.entries if entry not in self._kept]
         self._slots.after_use(left)
         self._state.uses.end(self)
-        for entry in (*left, *sorted(self._kept, key=lambda entry: self._experts.index(entry.expert))):
+        for entry in (
+            *left,
+            *sorted(self._kept, key=lambda entry: self._experts.index(entry.expert)),
+        ):
             self._slots.end(entry)
         self._slots.drop_guesses()
         self._state.changes.ring()
@@ -120,7 +125,11 @@ class _Stream(Use):
         pinned = {entry.expert for entry in self.entries}
         # Guesses first, which take room already; but in a fixed order what is later must not take the room of the next.
         outside = self._slots.outside
-        order = self.todo if self._ascending else sorted(self.todo, key=lambda expert: expert not in outside)
+        order = (
+            self.todo
+            if self._ascending
+            else sorted(self.todo, key=lambda expert: expert not in outside)
+        )
         for expert in order:
             if expert not in pinned:
                 entry = self._slots.take(expert, self._keep)

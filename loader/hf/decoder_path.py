@@ -55,10 +55,14 @@ class DecoderPath(Derived):
         if not 0 <= token < len(embedding):
             # torch raises its IndexError.
             raise LeaveDecoder(Reason.PROMPT)
-        result = decoder.run(token, *self._rotary_of(embedding.dtype).find(length), past, self._experts)
+        result = decoder.run(
+            token, *self._rotary_of(embedding.dtype).find(length), past, self._experts
+        )
         if config_fields(config).get("output_router_logits"):
             _say_router_logits_are_off()
-        return self._output(result if decoder.has_head else self._model.lm_head(result), request.cache)
+        return self._output(
+            result if decoder.has_head else self._model.lm_head(result), request.cache
+        )
 
     def _check_surroundings(self, config: Any) -> None:
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -85,7 +89,10 @@ class DecoderPath(Derived):
         for number, layer in enumerate(weights.layers):
             room = self._experts.room(number)
             if layer.top_k > room:
-                raise LeaveDecoder(Reason.EXPERTS, f"layer {number} uses {layer.top_k}, the cache has room for {room}")
+                raise LeaveDecoder(
+                    Reason.EXPERTS,
+                    f"layer {number} uses {layer.top_k}, the cache has room for {room}",
+                )
         return self._factory.make(weights, self._experts)
 
     def _rotary_of(self, dtype: torch.dtype) -> RotaryTable:

@@ -51,10 +51,17 @@ class GenerationInputs:
     def __init__(self) -> None:
         self._mask, self._positions = GrowingRow(), GrowingRow()
 
-    def prepared(self, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def prepared(
+        self, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
         """What prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs) gives, or None."""
         values = {name: value for name, value in kwargs.items() if name != "next_sequence_length"}
-        if args or kwargs.get("next_sequence_length") != 1 or not _is_row(input_ids) or not _is_simple(values):
+        if (
+            args
+            or kwargs.get("next_sequence_length") != 1
+            or not _is_row(input_ids)
+            or not _is_simple(values)
+        ):
             return None
         inputs: dict[str, Any] = {"input_ids": _last(input_ids), "cache": values["cache"]}
         if (positions := values.get("position_ids")) is not None:
@@ -85,7 +92,11 @@ class GenerationInputs:
 
 def _is_row(value: Any) -> bool:
     return (
-        is_numbers(value) and value.dim() == 2 and value.shape[0] == 1 and value.shape[1] > 0 and value.is_contiguous()
+        is_numbers(value)
+        and value.dim() == 2
+        and value.shape[0] == 1
+        and value.shape[1] > 0
+        and value.is_contiguous()
     )
 
 
@@ -93,7 +104,10 @@ def _is_simple(values: dict[str, Any]) -> bool:
     return (
         values.keys() <= _KNOWN
         and type(values.get("cache")) is DynamicCache
-        and all(values.get(name) is None or _is_row(values[name]) for name in ("attention_mask", "position_ids"))
+        and all(
+            values.get(name) is None or _is_row(values[name])
+            for name in ("attention_mask", "position_ids")
+        )
     )
 
 

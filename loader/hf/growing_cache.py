@@ -65,7 +65,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         length: int = super().get_seq_length(*args)
         return length
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Appends [batch, heads, new, head_dim]; all keys and values [batch, heads, length, head_dim], as views."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             # Autograd forbids to write beside what it has saved.
@@ -89,7 +91,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if memory is None or not self._fits(memory, key_states, length):
             capacity = max(LEAST_POSITIONS, 2 * (length + key_states.shape[-2]))
             keys, values = self.keys, self.values
-            memory = _moved(keys, key_states, length, capacity), _moved(values, value_states, length, capacity)
+            memory = (
+                _moved(keys, key_states, length, capacity),
+                _moved(values, value_states, length, capacity),
+            )
             # In this order: an interrupt between any two leaves the present positions as they are.
             self._place = None
             self._memory = memory
@@ -111,7 +116,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = self.room(new, new)
         shape = (1, heads, keys.shape[2], width)
         for memory in (keys, values):
-            if (memory.dtype, memory.device) != (dtype, device) or memory.shape != shape or not memory.is_contiguous():
+            if (
+                (memory.dtype, memory.device) != (dtype, device)
+                or memory.shape != shape
+                or not memory.is_contiguous()
+            ):
                 raise ValueError(
                     f"cache of {dtype} {shape} on {device}: got {tuple(memory.shape)} {memory.dtype} on {memory.device}"
                 )

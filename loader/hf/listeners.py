@@ -36,7 +36,9 @@ class Watch:
                 raise LeaveDecoder(Reason.REPLACED, _join(path, name))
             if own["training"]:
                 raise LeaveDecoder(Reason.TRAINING, _join(path, name))
-            if own["_forward_pre_hooks"] or (own["_forward_hooks"] and _matter(own["_forward_hooks"])):
+            if own["_forward_pre_hooks"] or (
+                own["_forward_hooks"] and _matter(own["_forward_hooks"])
+            ):
                 raise LeaveDecoder(Reason.HOOKS, _join(path, name))
             if "forward" in own and not _is_its_own(own["forward"], module):
                 raise LeaveDecoder(Reason.HOOKS, f"forward of {_join(path, name)}")

@@ -63,9 +63,15 @@ def _made_once(base: Any) -> Any:
         if generation_methods() is not None:
 
             @functools.wraps(base.prepare_inputs_for_generation)
-            def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            def prepare_inputs_for_generation(
+                self, input_ids: Any, *args: Any, **kwargs: Any
+            ) -> Any:
                 inputs = self._serving.inputs.prepared(input_ids, args, kwargs)
-                return super().prepare_inputs_for_generation(input_ids, *args, **kwargs) if inputs is None else inputs
+                return (
+                    super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+                    if inputs is None
+                    else inputs
+                )
 
             @functools.wraps(base._update_model_kwargs_for_generation)
             def _update_model_kwargs_for_generation(
@@ -73,10 +79,16 @@ def _made_once(base: Any) -> Any:
             ) -> Any:
                 updated = self._serving.inputs.updated(outputs, model_kwargs, args, kwargs)
                 if updated is None:
-                    return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+                    return super()._update_model_kwargs_for_generation(
+                        outputs, model_kwargs, *args, **kwargs
+                    )
                 return updated
 
-    Served.__name__, Served.__qualname__, Served.__module__ = base.__name__, base.__qualname__, base.__module__
+    Served.__name__, Served.__qualname__, Served.__module__ = (
+        base.__name__,
+        base.__qualname__,
+        base.__module__,
+    )
     Served.__doc__ = base.__doc__
     return Served
 

@@ -36,7 +36,10 @@ def generation_methods() -> tuple[Any, Any] | None:
     prepare = getattr(GenerationMixin, "prepare_inputs_for_generation", None)
     update = getattr(GenerationMixin, "_update_model_kwargs_for_generation", None)
     # Earlier releases say past_key_values for cache, and prepare cache_position too.
-    for method, needed in ((prepare, {"next_sequence_length", "cache"}), (update, {"num_new_tokens"})):
+    for method, needed in (
+        (prepare, {"next_sequence_length", "cache"}),
+        (update, {"num_new_tokens"}),
+    ):
         if method is None or not needed <= inspect.signature(method).parameters.keys():
             _say("generate copies mask and positions for each token")
             return None
@@ -59,7 +62,9 @@ def experts_implementation(config: Any) -> Any:
 @functools.cache
 def cache_field() -> str:
     """The name of the KV cache in a model's output and arguments: `cache` since 5.24, before `past_key_values`."""
-    return "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+    return (
+        "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+    )
 
 
 def _say(what_is_slower: str) -> None:

@@ -34,12 +34,16 @@ class Serving:
     factory: makes the decoder, or says why there is none. retry: for GPUs, else None.
     """
 
-    def __init__(self, cache: ExpertCache, factory: DecoderFactory | LeaveDecoder, retry: Retry | None = None) -> None:
+    def __init__(
+        self, cache: ExpertCache, factory: DecoderFactory | LeaveDecoder, retry: Retry | None = None
+    ) -> None:
         self.cache = cache
         self.inputs = GenerationInputs()
         self._factory, self._retry = factory, retry
         self._counters = PathCounters()
-        self._path: DecoderPath | LeaveDecoder | None = factory if isinstance(factory, LeaveDecoder) else None
+        self._path: DecoderPath | LeaveDecoder | None = (
+            factory if isinstance(factory, LeaveDecoder) else None
+        )
         keep_threads_over_forks()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Serving":
@@ -55,7 +59,9 @@ class Serving:
         self.cache.reset_stats()
         self._counters.reset()
 
-    def forward(self, model: Any, plain: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(
+        self, model: Any, plain: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Return what `plain`, the forward of transformers' class, gives for these arguments.
 
         A pass that does not come to its end leaves the KV cache as long as it was.
@@ -66,7 +72,9 @@ class Serving:
             return self._pass(model, plain, args, kwargs)
         return self._retry.run(lambda: self._pass(model, plain, args, kwargs))
 
-    def _pass(self, model: Any, plain: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _pass(
+        self, model: Any, plain: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         past = cache_in(args, kwargs)
         length = length_of(past)
         try:

@@ -47,7 +47,9 @@ def expert_bytes_by_layer(artifact: SizedExperts) -> list[int]:
     return [max(artifact.layout(layer, expert).n_bytes for expert in experts) for layer in layers]
 
 
-def ram_budget(ram_cache: int | str, artifact: Artifact, *, trunk_in_ram: bool = True, reserve_bytes: int = 0) -> int:
+def ram_budget(
+    ram_cache: int | str, artifact: Artifact, *, trunk_in_ram: bool = True, reserve_bytes: int = 0
+) -> int:
     """The bytes that experts may take in RAM. `ram_cache` is a size for `parse_size`, or "auto": the memory that is
     available now, less the trunk that is loaded next if it stays there, less a reserve (RESERVE_BYTES,
     RESERVE_SHARE) and `reserve_bytes`."""
@@ -64,7 +66,12 @@ def aside_bytes(artifact: SizedExperts, aside: int) -> int:
 
 
 def slots_by_layer(
-    budget_bytes: int, artifact: SizedExperts, aside: int, *, all_in_place: bool, layers: slice = slice(None)
+    budget_bytes: int,
+    artifact: SizedExperts,
+    aside: int,
+    *,
+    all_in_place: bool,
+    layers: slice = slice(None),
 ) -> tuple[int, ...]:
     """How many experts of each layer (of each of `layers`) `budget_bytes` hold, at most all: the same number in each
     layer, and one more in as many layers, evenly spread, as the rest of the budget allows.
@@ -91,7 +98,10 @@ def tier_counts(budget_bytes: int, artifact: SizedExperts, aside: int) -> dict[i
     """How many experts of each size (`expert_bytes_by_layer`) a tier of `budget_bytes` holds for all layers together:
     all, or of each size the same share, `aside` at least. DoesNotFitError if not even those fit."""
     sizes = expert_bytes_by_layer(artifact)
-    counts = {size: sizes.count(size) * artifact.architecture.num_local_experts for size in sorted(set(sizes))}
+    counts = {
+        size: sizes.count(size) * artifact.architecture.num_local_experts
+        for size in sorted(set(sizes))
+    }
     if (total := sum(size * count for size, count in counts.items())) <= budget_bytes:
         return counts
     least = _checked_aside(budget_bytes, artifact, aside, sizes)
@@ -99,7 +109,9 @@ def tier_counts(budget_bytes: int, artifact: SizedExperts, aside: int) -> dict[i
     return {size: aside + left * (count - aside) // wanted for size, count in counts.items()}
 
 
-def _checked_aside(budget_bytes: int, artifact: SizedExperts, aside: int, sizes: Sequence[int]) -> int:
+def _checked_aside(
+    budget_bytes: int, artifact: SizedExperts, aside: int, sizes: Sequence[int]
+) -> int:
     need = aside * sum(set(sizes))
     if budget_bytes < need:
         raise DoesNotFitError(
@@ -113,7 +125,9 @@ def _checked_aside(budget_bytes: int, artifact: SizedExperts, aside: int, sizes:
 def slots_of_folder(artifact: Artifact, budget_bytes: int, io: str) -> tuple[int, ...]:
     """The slots of a folder that is read by `io` ("auto", "mmap" or "direct"). Errors as `slots_by_layer`."""
     all_in_place = io != "direct" and can_lie_in_place(artifact)
-    return slots_by_layer(budget_bytes, artifact, experts_aside(artifact.architecture), all_in_place=all_in_place)
+    return slots_by_layer(
+        budget_bytes, artifact, experts_aside(artifact.architecture), all_in_place=all_in_place
+    )
 
 
 def can_lie_in_place(artifact: Artifact) -> bool:
@@ -126,7 +140,9 @@ def check_slots(slots: Sequence[int], artifact: Artifact) -> None:
     architecture = artifact.architecture
     most = architecture.num_local_experts
     if not isinstance(slots, Sequence) or not all(isinstance(count, int) for count in slots):
-        raise RecipeError(f"slots: {slots!r} is no list of numbers", "give one number for each layer")
+        raise RecipeError(
+            f"slots: {slots!r} is no list of numbers", "give one number for each layer"
+        )
     if len(slots) != architecture.expert_layers:
         raise RecipeError(f"slots: {len(slots)} numbers for {architecture.expert_layers} layers")
     for layer, count in enumerate(slots):

@@ -88,12 +88,21 @@ def plan_gpu(
     ram_bytes = process + sizes.all_experts if ram_bytes is None else ram_bytes
     gpu_cache, ram_cache = _gpu_cache(sizes, vram_bytes, context, prompt), ram_bytes - process
     if ram_cache < (least := aside_bytes(experts, TIER_ASIDE)):
-        raise _does_not_fit("RAM", ram_bytes, {"the process": process, "experts on their way": least})
-    gpu_slots = slots_by_layer(gpu_cache, experts, experts_aside(sizes.architecture), all_in_place=False)
+        raise _does_not_fit(
+            "RAM", ram_bytes, {"the process": process, "experts on their way": least}
+        )
+    gpu_slots = slots_by_layer(
+        gpu_cache, experts, experts_aside(sizes.architecture), all_in_place=False
+    )
     ram_slots = _tier_slots(ram_cache, experts)
     in_memory = expert_bytes_by_layer(experts)
-    missed = [tier_misses(layer, *there) for layer, there in enumerate(zip(gpu_slots, ram_slots, strict=True))]
-    copied = chosen * sum(on_gpu * size for (on_gpu, _), size in zip(missed, in_memory, strict=True))
+    missed = [
+        tier_misses(layer, *there)
+        for layer, there in enumerate(zip(gpu_slots, ram_slots, strict=True))
+    ]
+    copied = chosen * sum(
+        on_gpu * size for (on_gpu, _), size in zip(missed, in_memory, strict=True)
+    )
     read = chosen * sum(both * size for (_, both), size in zip(missed, sizes.stored, strict=True))
     if read and machine.disk_bytes_per_s is None:
         raise ValueError(f"{read} bytes a token come from a disk of unknown speed")
@@ -137,7 +146,11 @@ def _gpu_cache(sizes: ModelSizes, vram_bytes: int, context: int, prompt: int) ->
     kv, workspace = sizes.kv_per_position * context, CONTEXT_BYTES + sizes.activations(prompt)
     cache = vram_bytes - sizes.trunk - kv - sizes.prefix - workspace
     if cache < sizes.aside:
-        parts = {"the trunk": sizes.trunk, f"{context} positions of KV cache": kv, "prefix caches": sizes.prefix}
+        parts = {
+            "the trunk": sizes.trunk,
+            f"{context} positions of KV cache": kv,
+            "prefix caches": sizes.prefix,
+        }
         parts |= {"CUDA's context and activations": workspace, "experts on their way": sizes.aside}
         raise _does_not_fit("GPU memory", vram_bytes, parts)
     return cache

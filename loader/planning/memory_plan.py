@@ -51,8 +51,12 @@ class ModelSizes:
     def of_folder(cls, artifact: Artifact) -> "ModelSizes":
         """Of a converted folder."""
         layers = artifact.index.layers
-        stored = tuple(sum(entry.length for entry in layer.experts) / len(layer.experts) for layer in layers)
-        return cls.of_parts(artifact, artifact.trunk_header().entries.values(), stored, can_lie_in_place(artifact))
+        stored = tuple(
+            sum(entry.length for entry in layer.experts) / len(layer.experts) for layer in layers
+        )
+        return cls.of_parts(
+            artifact, artifact.trunk_header().entries.values(), stored, can_lie_in_place(artifact)
+        )
 
     @classmethod
     def of_parts(
@@ -92,7 +96,11 @@ class ModelSizes:
 
     def activations(self, prompt: int) -> int:
         """Those of an expert and of attention in float32, for a prompt of so many tokens."""
-        return 4 * prompt * (2 * self.architecture.intermediate_size + 4 * self.architecture.hidden_size)
+        return (
+            4
+            * prompt
+            * (2 * self.architecture.intermediate_size + 4 * self.architecture.hidden_size)
+        )
 
     def workspace(self, prompt: int) -> int:
         """What the process takes beside weights, cache and keys for a prompt of so many tokens."""
@@ -105,7 +113,11 @@ class ModelSizes:
     def used_per_token(self, context: int) -> int:
         """Bytes of weights, keys and values that computing one token reads, at the end of the context."""
         chosen = self.architecture.num_experts_per_tok
-        return self.trunk_read + chosen * sum(expert_bytes_by_layer(self.experts)) + self.kv_per_position * context
+        return (
+            self.trunk_read
+            + chosen * sum(expert_bytes_by_layer(self.experts))
+            + self.kv_per_position * context
+        )
 
     @property
     def aside(self) -> int:
@@ -175,9 +187,13 @@ def plan_memory(
             f"give at least {math.ceil((fixed + sizes.aside) / 2**20)}MiB, or a shorter context or prompt, or convert"
             " to fewer bits",
         )
-    slots = slots_by_layer(cache_bytes, sizes.experts, experts_aside(architecture), all_in_place=sizes.in_place)
+    slots = slots_by_layer(
+        cache_bytes, sizes.experts, experts_aside(architecture), all_in_place=sizes.in_place
+    )
     ratios = uniform_miss_ratios(architecture) if miss_ratios is None else miss_ratios
-    missed = [layer[n] * architecture.num_experts_per_tok for layer, n in zip(ratios, slots, strict=True)]
+    missed = [
+        layer[n] * architecture.num_experts_per_tok for layer, n in zip(ratios, slots, strict=True)
+    ]
     read = sum(count * size for count, size in zip(missed, sizes.stored, strict=True))
     in_memory = expert_bytes_by_layer(sizes.experts)
     disk_s = read / machine.disk_bytes_per_s
@@ -211,7 +227,9 @@ def plan_shares(
     caches = [sizes.aside, *(math.ceil(share * sizes.all_experts) for share in shares)]
     fixed = sizes.fixed(context, prompt)
     return [
-        plan_memory(sizes, machine, fixed + cache, context=context, prompt=prompt, miss_ratios=miss_ratios)
+        plan_memory(
+            sizes, machine, fixed + cache, context=context, prompt=prompt, miss_ratios=miss_ratios
+        )
         for cache in sorted({max(cache, sizes.aside) for cache in caches})
     ]
 
@@ -228,6 +246,9 @@ def traced_miss_ratios(trace: Trace, policy: Callable[[], Policy]) -> MissRatios
     decoded = sum(s.tokens - s.prompt_tokens for s in trace.header.sequences)
     layers = miss_bytes(trace, [policy] * trace.experts.shape[1])
     return [
-        {slots: n_bytes / max(1, decoded * trace.experts.shape[2] * size) for slots, n_bytes in layer.items()}
+        {
+            slots: n_bytes / max(1, decoded * trace.experts.shape[2] * size)
+            for slots, n_bytes in layer.items()
+        }
         for layer, size in zip(layers, trace.header.expert_bytes, strict=True)
     ]

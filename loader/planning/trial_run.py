@@ -35,7 +35,12 @@ def try_out(
     the processor. Errors as `from_pretrained`."""
     options = {"device": "cpu"} if gpu_cache is None else {"device": "cuda", "gpu_cache": gpu_cache}
     try:
-        return _decode(folder, prompt, tokens, {**options, "ram_cache": ram_cache, "policy": policy, "check": check})
+        return _decode(
+            folder,
+            prompt,
+            tokens,
+            {**options, "ram_cache": ram_cache, "policy": policy, "check": check},
+        )
     finally:
         # A model's modules hold each other: its cache would stay beside the next one's.
         gc.collect()
@@ -43,7 +48,9 @@ def try_out(
 
 def _decode(folder: Path, prompt: int, tokens: int, options: dict[str, Any]) -> TrialRun:
     model: Any = from_pretrained(folder, **options)
-    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
+    )
     ids = ids.to(model.device)
     clock = _Clock(model)
     with torch.inference_mode():

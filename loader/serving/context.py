@@ -19,7 +19,11 @@ class ContextSize:
     def __init__(self, folder: Path) -> None:
         name = INDEX_NAME if (folder / INDEX_NAME).exists() else PENDING_NAME
         index = read_index(folder, name)
-        config = read_recorded_config(folder, index)[0] if (folder / CONFIG_NAME).exists() else index.config
+        config = (
+            read_recorded_config(folder, index)[0]
+            if (folder / CONFIG_NAME).exists()
+            else index.config
+        )
         architecture = index.architecture
         element_bytes = DTYPE_BYTES[_FLOATS.get(str(config.get("dtype")), "F32")]
         heads = architecture.num_key_value_heads * architecture.head_dim
@@ -29,5 +33,7 @@ class ContextSize:
     def chosen(self, wish: int | None) -> int:
         """Return the tokens of a context. RecipeError where the model has fewer than `wish`."""
         if wish is not None and wish > self.most:
-            raise RecipeError(f"--max-context {wish}: the model was made for {self.most} tokens", "give fewer")
+            raise RecipeError(
+                f"--max-context {wish}: the model was made for {self.most} tokens", "give fewer"
+            )
         return min(self.most, DEFAULT_CONTEXT) if wish is None else wish

@@ -38,7 +38,9 @@ class QueueFullError(MoeConvertError):
     """The queue is full; `retry_after_s`: when a place may be free, in whole seconds."""
 
     def __init__(self, length: int, retry_after_s: int) -> None:
-        super().__init__(f"the queue is full: {length} requests wait", f"try again in {retry_after_s} s")
+        super().__init__(
+            f"the queue is full: {length} requests wait", f"try again in {retry_after_s} s"
+        )
         self.retry_after_s = retry_after_s
 
 
@@ -70,7 +72,9 @@ class Engine:
         job = Job(request, deliver)
         with self._changed:
             if self._is_closed:
-                raise ClosedError("the server is about to end", "send the request to another one, or later")
+                raise ClosedError(
+                    "the server is about to end", "send the request to another one, or later"
+                )
             self._drop_cancelled()
             if len(self._queue) >= self.limits.max_queue + (self._running is None):
                 self.metrics.add("requests_refused_queue_full")
@@ -149,7 +153,12 @@ class Engine:
             with torch.inference_mode():
                 return self._generated(job)
         except Exception as e:
-            _log.error("a generation failed: %s: %s", type(e).__name__, e, exc_info=_log.isEnabledFor(logging.DEBUG))
+            _log.error(
+                "a generation failed: %s: %s",
+                type(e).__name__,
+                e,
+                exc_info=_log.isEnabledFor(logging.DEBUG),
+            )
             self.metrics.add("generations_failed")
             return Failure(f"{type(e).__name__}: {e}", counts=counts)
 

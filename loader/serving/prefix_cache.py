@@ -52,7 +52,10 @@ class PrefixCache:
         """False if the cache cannot be cut to `length`: a full sliding window has dropped what would come back."""
         longer = [layer for layer in self.kv.layers if layer.get_seq_length() > length]
         for layer in longer:
-            if getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window:
+            if (
+                getattr(layer, "is_sliding", False)
+                and layer.get_seq_length() >= layer.sliding_window
+            ):
                 return False
         if longer:
             shorten(self.kv, length)

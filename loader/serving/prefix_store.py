@@ -64,7 +64,9 @@ class PrefixStore:
             return
         # Those that this one continues are of no more use.
         others = (
-            kept for kept in self._kept if common_prefix(kept.cache.tokens, cache.tokens) < len(kept.cache.tokens)
+            kept
+            for kept in self._kept
+            if common_prefix(kept.cache.tokens, cache.tokens) < len(kept.cache.tokens)
         )
         self._kept = [*others, _Kept(cache, prompt, cache_bytes(cache.kv))]
         while self.n_bytes > self.limit_bytes:
@@ -82,7 +84,9 @@ class PrefixStore:
     def _copy(self, cache: PrefixCache, length: int) -> PrefixCache:
         copy = PrefixCache(self._model)
         for number, layer in enumerate(cache.kv.layers):
-            copy.kv.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), number)
+            copy.kv.update(
+                layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), number
+            )
         copy.record(cache.tokens[:length])
         return copy
 
@@ -90,12 +94,18 @@ class PrefixStore:
 def cache_bytes(kv: Any) -> int:
     """Return the memory of a KV cache of transformers, with the room to grow that its layers have."""
     tensors = (tensor for layer in kv.layers for tensor in _tensors(layer))
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    storages = {
+        storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)
+    }
     return sum(storages.values())
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    values = [layer.keys, layer.values] if isinstance(layer, DynamicLayer) else list(vars(layer).values())
+    values = (
+        [layer.keys, layer.values]
+        if isinstance(layer, DynamicLayer)
+        else list(vars(layer).values())
+    )
     return [value for value in values if isinstance(value, Tensor)]
 
 

@@ -102,7 +102,11 @@ class Session:
 
     def turns_to_drop(self, text: str) -> int | None:
         """Return how many of the oldest turns must go for an answer to `text`; None if it does not fit alone."""
-        fits = (count for count in range(len(self._turns) + 1) if self._has_room(len(self._prompt(text, count))))
+        fits = (
+            count
+            for count in range(len(self._turns) + 1)
+            if self._has_room(len(self._prompt(text, count)))
+        )
         return next(fits, None)
 
     def drop(self, turns: int) -> None:
@@ -116,7 +120,10 @@ class Session:
 
     def _has_room(self, prompt_tokens: int) -> bool:
         """True if an answer fits behind the prompt: of full length, or a quarter of the context."""
-        return prompt_tokens + min(self.settings.max_new_tokens, self.context_tokens // 4) <= self.context_tokens
+        return (
+            prompt_tokens + min(self.settings.max_new_tokens, self.context_tokens // 4)
+            <= self.context_tokens
+        )
 
     def _messages(self, dropped: int) -> list[Message]:
         system = [_message("system", self._system)] if self._system else []

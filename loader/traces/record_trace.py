@@ -21,7 +21,14 @@ from loader.hf.loading.plain_checkpoint import check_runnable, checkpoint_archit
 from loader.hf.loading.tokenizer import check_tokens
 from loader.serving.answers.chat_template import prompt_ids
 from loader.traces.routing_recorder import Routing, RoutingRecorder
-from loader.traces.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
+from loader.traces.trace import (
+    TRACE_FORMAT,
+    TRACE_VERSION,
+    Trace,
+    TracedSequence,
+    TracedText,
+    TraceHeader,
+)
 
 GUESSES = 4
 """Guesses kept a token and layer (all experts, if they are fewer): twice what a prefetcher of a top-2 model reads."""
@@ -42,13 +49,17 @@ class TracedModel:
         check_runnable(folder)
         if is_converted(folder):
             artifact = Artifact.open(folder)
-            sizes = tuple(max(expert.length for expert in layer.experts) for layer in artifact.index.layers)
+            sizes = tuple(
+                max(expert.length for expert in layer.experts) for layer in artifact.index.layers
+            )
             return cls(to_label(folder.resolve().name), artifact.architecture, sizes)
         config = read_config(folder)
         architecture = checkpoint_architecture(folder, config)
         bytes_per_weight = 4 if config.get("dtype") == "float32" else 2
         size = 3 * architecture.hidden_size * architecture.intermediate_size * bytes_per_weight
-        return cls(to_label(folder.resolve().name), architecture, (size,) * architecture.expert_layers)
+        return cls(
+            to_label(folder.resolve().name), architecture, (size,) * architecture.expert_layers
+        )
 
 
 def trace_texts(
@@ -69,7 +80,11 @@ def trace_texts(
 
 
 def text_windows(
-    tokenizer: Any, described: TracedModel, texts: Sequence[Path], window: int, max_tokens: int | None
+    tokenizer: Any,
+    described: TracedModel,
+    texts: Sequence[Path],
+    window: int,
+    max_tokens: int | None,
 ) -> list[Tensor]:
     """The windows of each of `texts`, as in `named_windows`.
 
@@ -126,7 +141,14 @@ def trace_prompts(
     """As `trace_inputs`, of UTF-8 files with one prompt a line, read as in `read_prompts`."""
     inputs = read_prompts(tokenizer, described, prompts, raw=raw)
     return trace_inputs(
-        model, tokenizer, described, producer, prompts, inputs, max_new_tokens=max_new_tokens, progress=progress
+        model,
+        tokenizer,
+        described,
+        producer,
+        prompts,
+        inputs,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
     )
 
 
@@ -216,7 +238,10 @@ def _trace(
         architecture=msgspec.structs.replace(described.architecture, num_experts_per_tok=chosen),
         expert_bytes=list(described.expert_bytes),
         guesses=guesses,
-        texts=[TracedText(to_label(path.name), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files],
+        texts=[
+            TracedText(to_label(path.name), hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in files
+        ],
         sequences=sequences,
     )
     return Trace(header, **arrays)

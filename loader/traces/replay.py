@@ -63,7 +63,9 @@ class BeladyPolicy:
 
     def victim(self, pinned: Collection[int]) -> int:
         # Of equals the highest number, so that the choice does not depend on a set's order.
-        expert = max((e for e in self._present if e not in pinned), key=lambda e: (self._upcoming[e][-1], e))
+        expert = max(
+            (e for e in self._present if e not in pinned), key=lambda e: (self._upcoming[e][-1], e)
+        )
         self._present.remove(expert)
         return expert
 
@@ -76,14 +78,18 @@ def requests_of(trace: Trace, layer: int) -> list[Request]:
     for sequence in trace.header.sequences:
         first, end = begin + sequence.prompt_tokens, begin + sequence.tokens
         if first > begin:
-            latest = dict.fromkeys(e for token in reversed(experts[begin:first]) for e in reversed(token))
+            latest = dict.fromkeys(
+                e for token in reversed(experts[begin:first]) for e in reversed(token)
+            )
             requests.append(Request(first, list(reversed(latest)), sequence.prompt_tokens))
         requests += [Request(token, experts[token]) for token in range(first, end)]
         begin = end
     return requests
 
 
-def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Order] | None) -> LayerReplay:
+def replay_layer(
+    trace: Trace, layer: int, slots: int, policy: Callable[[], Order] | None
+) -> LayerReplay:
     """Replays one layer over an empty cache; None as `policy` is Belady's.
 
     ValueError for more slots than there are experts, or fewer than none.
@@ -118,7 +124,9 @@ def replay_layer(trace: Trace, layer: int, slots: int, policy: Callable[[], Orde
     if changes:
         rows, experts, steps = np.array(changes).T
         np.add.at(change, (rows, experts), steps.astype(np.int8))
-    return LayerReplay(missed, np.cumsum(change, axis=0, dtype=np.int8)[:tokens].astype(bool), prompt_misses)
+    return LayerReplay(
+        missed, np.cumsum(change, axis=0, dtype=np.int8)[:tokens].astype(bool), prompt_misses
+    )
 
 
 class ReplayedSlots:
@@ -170,13 +178,20 @@ def recall(trace: Trace, guesses: NDArray[np.uint8]) -> NDArray[np.float64]:
     a cache: float64 [layers - 1, guesses]. `guesses` is `trace.guesses` or `trace.guesses_next_norm`."""
     decoded = decoded_tokens(trace)
     chosen = trace.experts.shape[2]
-    found = [uses_guess(trace, layer + 1, guesses[:, layer])[decoded] for layer in range(guesses.shape[1])]
-    shares = [np.cumsum(f.mean(0)) / chosen if len(f) else np.zeros(guesses.shape[2]) for f in found]
+    found = [
+        uses_guess(trace, layer + 1, guesses[:, layer])[decoded]
+        for layer in range(guesses.shape[1])
+    ]
+    shares = [
+        np.cumsum(f.mean(0)) / chosen if len(f) else np.zeros(guesses.shape[2]) for f in found
+    ]
     return np.array(shares).reshape(guesses.shape[1], guesses.shape[2])
 
 
 def decoded_tokens(trace: Trace) -> NDArray[np.bool_]:
     """bool [tokens]: which tokens are no prompt's."""
     sizes = [(s.prompt_tokens, s.tokens - s.prompt_tokens) for s in trace.header.sequences]
-    decoded: NDArray[np.bool_] = np.repeat(np.tile([False, True], len(sizes)), np.array(sizes).ravel())
+    decoded: NDArray[np.bool_] = np.repeat(
+        np.tile([False, True], len(sizes)), np.array(sizes).ravel()
+    )
     return decoded

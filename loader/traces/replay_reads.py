@@ -46,7 +46,9 @@ class Reads:
         return len(self.demand) / total_s if total_s else float("inf")
 
 
-def reads_of(trace: Trace, layers: Sequence[LayerReplay], guesses: int, *, next_norm: bool = True) -> Reads:
+def reads_of(
+    trace: Trace, layers: Sequence[LayerReplay], guesses: int, *, next_norm: bool = True
+) -> Reads:
     """The reads of `trace` over the replayed `layers`.
 
     At each layer, of the best `guesses` (0 for no prefetch) for the next one, those are read that are not in its slots.

@@ -34,7 +34,9 @@ class Settings:
     equal_shares: bool = True
 
 
-def replay_trace(trace: Trace, settings: Settings, *, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+def replay_trace(
+    trace: Trace, settings: Settings, *, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Replays of `trace` for all `settings`, and for Belady's optimum over equal shares.
 
     Keys: model, tokens, layers; recall (by norm: [layers - 1][guesses]); runs: one for each policy and number of slots,
@@ -66,8 +68,12 @@ def replay_trace(trace: Trace, settings: Settings, *, progress: Callable[[str], 
                         replay.prompt_misses * size
                         for replay, size in zip(replays, trace.header.expert_bytes, strict=True)
                     ),
-                    "layers": [{"slots": s, "hit_ratio": r} for s, r in zip(shares, ratios, strict=True)],
-                    "reads": [_reads(trace, replays, number, settings) for number in settings.guesses],
+                    "layers": [
+                        {"slots": s, "hit_ratio": r} for s, r in zip(shares, ratios, strict=True)
+                    ],
+                    "reads": [
+                        _reads(trace, replays, number, settings) for number in settings.guesses
+                    ],
                 }
             )
             if progress:
@@ -103,10 +109,15 @@ def _hit_ratio(replay: LayerReplay, decoded: Any) -> float:
     return 1.0 - float(replay.missed[decoded].mean()) if decoded.any() else 0.0
 
 
-def _reads(trace: Trace, replays: list[LayerReplay], guesses: int, settings: Settings) -> dict[str, Any]:
+def _reads(
+    trace: Trace, replays: list[LayerReplay], guesses: int, settings: Settings
+) -> dict[str, Any]:
     reads = reads_of(trace, replays, guesses, next_norm=settings.next_norm)
     demand, useful, wasted = reads.bytes_per_token()
-    speeds = {n: reads.tokens_per_s(speed, settings.compute_s) for n, speed in settings.bytes_per_s.items()}
+    speeds = {
+        n: reads.tokens_per_s(speed, settings.compute_s)
+        for n, speed in settings.bytes_per_s.items()
+    }
     return {
         "guesses": guesses,
         "total_bytes_per_token": demand + useful + wasted,
@@ -115,5 +126,7 @@ def _reads(trace: Trace, replays: list[LayerReplay], guesses: int, settings: Set
         "wasted_bytes_per_token": wasted,
         "covered": reads.covered,
         # JSON has no infinity.
-        "tokens_per_s": {name: rate if np.isfinite(rate) else None for name, rate in speeds.items()},
+        "tokens_per_s": {
+            name: rate if np.isfinite(rate) else None for name, rate in speeds.items()
+        },
     }

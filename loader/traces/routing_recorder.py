@@ -35,7 +35,8 @@ class RoutingRecorder:
         layers = routed_layers(model)
         if layers is None:
             raise MoeConvertError(
-                f"{type(model).__name__} has no routers to ask for guesses", "name a mixture of experts"
+                f"{type(model).__name__} has no routers to ask for guesses",
+                "name a mixture of experts",
             )
         self._layers = layers
         self._guesses = guesses
@@ -48,7 +49,9 @@ class RoutingRecorder:
         for number, layer in enumerate(self._layers):
             self._handles.append(layer.norm.register_forward_pre_hook(self._keep_residual))
             self._handles.append(
-                layer.experts.register_forward_pre_hook(lambda _, inputs, number=number: self._note(number, *inputs))
+                layer.experts.register_forward_pre_hook(
+                    lambda _, inputs, number=number: self._note(number, *inputs)
+                )
             )
         return self
 
@@ -99,7 +102,9 @@ class RoutingRecorder:
                 raise MoeConvertError(f"layer {number}: the experts ran without their norm")
             norm = following.norm
             residual = self._residual.float()
-            normed = functional.rms_norm(residual, residual.shape[-1:], norm.weight.float(), norm.variance_epsilon)
+            normed = functional.rms_norm(
+                residual, residual.shape[-1:], norm.weight.float(), norm.variance_epsilon
+            )
             self._add(found, "guesses_next_norm", self._best(normed, following))
 
     def _best(self, x: Tensor, layer: RoutedLayer) -> Tensor:

@@ -15,7 +15,12 @@ from loader.traces.trace import Trace
 
 
 def slots_from_trace(
-    trace: Trace, artifact: Artifact, budget_bytes: int, policy: Callable[[], Policy], *, io: str = "auto"
+    trace: Trace,
+    artifact: Artifact,
+    budget_bytes: int,
+    policy: Callable[[], Policy],
+    *,
+    io: str = "auto",
 ) -> list[int]:
     """Slots of each layer for from_pretrained: as many in all as `budget_bytes` hold when they are spread evenly
     (fewer where those of larger experts would take more), divided as `trace` would have read least.
@@ -27,7 +32,9 @@ def slots_from_trace(
         trace.header.architecture, num_experts_per_tok=artifact.architecture.num_experts_per_tok
     )
     if traced != artifact.architecture:
-        raise RecipeError(f"a trace of another model than {artifact.folder}", "trace this one, or its original")
+        raise RecipeError(
+            f"a trace of another model than {artifact.folder}", "trace this one, or its original"
+        )
     sizes = expert_bytes_by_layer(artifact)
 
     def taken(slots: Sequence[int]) -> int:
@@ -43,8 +50,13 @@ def miss_bytes(trace: Trace, policies: Sequence[Callable[[], Policy]]) -> list[d
     """For each layer: slots -> bytes missed by the decoded tokens, for every possible number of slots, 0 included."""
     possible = range(trace.header.architecture.num_local_experts + 1)
     return [
-        {slots: size * int(replay_layer(trace, layer, slots, policy).missed.sum()) for slots in possible}
-        for layer, (policy, size) in enumerate(zip(policies, trace.header.expert_bytes, strict=True))
+        {
+            slots: size * int(replay_layer(trace, layer, slots, policy).missed.sum())
+            for slots in possible
+        }
+        for layer, (policy, size) in enumerate(
+            zip(policies, trace.header.expert_bytes, strict=True)
+        )
     ]
 
 

@@ -18,7 +18,9 @@ TierMisses = Callable[[int, int, int], tuple[float, float]]
 that are neither there nor in RAM."""
 
 
-def replay_tiers(requests: Iterable[Request], gpu: int, ram: int, policy: Callable[[], Policy]) -> tuple[int, int]:
+def replay_tiers(
+    requests: Iterable[Request], gpu: int, ram: int, policy: Callable[[], Policy]
+) -> tuple[int, int]:
     """Misses of decoded tokens in one layer with `gpu` slots, and of those the ones that miss `ram` experts too. RAM is
     asked for what the GPU misses only, one expert after the other, and keeps it when it goes to the GPU. Both begin
     empty."""
@@ -50,7 +52,9 @@ def uniform_tier_misses(architecture: Architecture, policy: Callable[[], Policy]
             return on_gpu, 0.0
         keys = np.random.default_rng(0).random((UNIFORM_TOKENS, count))
         routing = np.argsort(keys, axis=1)[:, :chosen].tolist()
-        missed, both = replay_tiers((Request(*item) for item in enumerate(routing)), gpu, ram, policy)
+        missed, both = replay_tiers(
+            (Request(*item) for item in enumerate(routing)), gpu, ram, policy
+        )
         return on_gpu, on_gpu * both / missed
 
     return lambda layer, gpu, ram: misses(gpu, ram)

@@ -96,7 +96,9 @@ class Trace:
         """int64 [layers, experts]: how many tokens used each expert."""
         count = self.header.architecture.num_local_experts
         layers = range(self.experts.shape[1])
-        return np.stack([np.bincount(self.experts[:, layer].ravel(), minlength=count) for layer in layers])
+        return np.stack(
+            [np.bincount(self.experts[:, layer].ravel(), minlength=count) for layer in layers]
+        )
 
 
 def write_trace(path: Path, trace: Trace) -> None:
@@ -128,19 +130,24 @@ def read_trace(path: Path) -> Trace:
     with translated(path, "read", MoeConvertError):
         data = path.read_bytes()
     if not data.startswith(_FRAME):
-        raise FormatError(f"{where}: not a trace: no zstd frame", "name a file that moe-convert trace wrote")
+        raise FormatError(
+            f"{where}: not a trace: no zstd frame", "name a file that moe-convert trace wrote"
+        )
     decompressor = zstandard.ZstdDecompressor(max_window_size=128 << 20)
     try:
         declared = zstandard.frame_content_size(data)
         with decompressor.stream_reader(data) as reader:
             line, newline, _ = reader.read(MAX_HEADER_BYTES).partition(b"\n")
         if not newline:
-            raise FormatError(f"{where}: no header line in the first {MAX_HEADER_BYTES} bytes", _HINT)
+            raise FormatError(
+                f"{where}: no header line in the first {MAX_HEADER_BYTES} bytes", _HINT
+            )
         header = _parse_header(line, where)
         needed = _array_bytes(header)
         if declared != len(line) + 1 + needed:
             raise DamageError(
-                f"{where}: {declared} bytes unpacked; the header announces {len(line)} + 1 + {needed}", _HINT
+                f"{where}: {declared} bytes unpacked; the header announces {len(line)} + 1 + {needed}",
+                _HINT,
             )
         body = decompressor.decompress(data, max_output_size=declared, allow_extra_data=False)
     except zstandard.ZstdError as e:
@@ -158,10 +165,15 @@ def read_trace(path: Path) -> Trace:
 def _parse_header(line: bytes, where: str) -> TraceHeader:
     value = parse(line, where, max_bytes=MAX_HEADER_BYTES)
     if not isinstance(value, dict) or value.get("format") != TRACE_FORMAT:
-        raise FormatError(f"{where}: field format is not {TRACE_FORMAT!r}", "name a file that moe-convert trace wrote")
+        raise FormatError(
+            f"{where}: field format is not {TRACE_FORMAT!r}",
+            "name a file that moe-convert trace wrote",
+        )
     version = value.get("format_version")
     if type(version) is int and version != TRACE_VERSION:
-        raise VersionError(f"{where}: format_version is {version}; this release reads {TRACE_VERSION}", _HINT)
+        raise VersionError(
+            f"{where}: format_version is {version}; this release reads {TRACE_VERSION}", _HINT
+        )
     header = typed(value, TraceHeader, where)
     _check_header(header, where)
     return header
@@ -169,7 +181,8 @@ def _parse_header(line: bytes, where: str) -> TraceHeader:
 
 def _array_bytes(header: TraceHeader) -> int:
     return sum(
-        int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize for dtype, shape in header.arrays().values()
+        int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+        for dtype, shape in header.arrays().values()
     )
 
 
@@ -178,22 +191,30 @@ def _check_header(header: TraceHeader, where: str) -> None:
     if not header.sequences:
         raise FormatError(f"{where}: no sequences", _HINT)
     if architecture.num_local_experts > 256:
-        raise FormatError(f"{where}: {architecture.num_local_experts} experts a layer; a trace numbers up to 256")
+        raise FormatError(
+            f"{where}: {architecture.num_local_experts} experts a layer; a trace numbers up to 256"
+        )
     if len(header.expert_bytes) != architecture.expert_layers:
         raise FormatError(
             f"{where}: expert_bytes has {len(header.expert_bytes)} numbers for {architecture.expert_layers} layers"
         )
     if header.guesses > architecture.num_local_experts:
-        raise FormatError(f"{where}: {header.guesses} guesses of {architecture.num_local_experts} experts")
+        raise FormatError(
+            f"{where}: {header.guesses} guesses of {architecture.num_local_experts} experts"
+        )
     for number, sequence in enumerate(header.sequences):
         if sequence.text >= len(header.texts):
-            raise FormatError(f"{where}: sequence {number} is of text {sequence.text}, there are {len(header.texts)}")
+            raise FormatError(
+                f"{where}: sequence {number} is of text {sequence.text}, there are {len(header.texts)}"
+            )
         if sequence.prompt_tokens > sequence.tokens:
             raise FormatError(
                 f"{where}: sequence {number} has {sequence.prompt_tokens} prompt tokens of {sequence.tokens}"
             )
     if _array_bytes(header) > MAX_BYTES:
-        raise FormatError(f"{where}: {header.tokens} tokens take over {MAX_BYTES} bytes", "trace a shorter text")
+        raise FormatError(
+            f"{where}: {header.tokens} tokens take over {MAX_BYTES} bytes", "trace a shorter text"
+        )
 
 
 def _check(trace: Trace, where: str) -> None:
@@ -201,7 +222,9 @@ def _check(trace: Trace, where: str) -> None:
     for name, (dtype, shape) in trace.header.arrays().items():
         array = getattr(trace, name)
         if array.shape != shape or array.dtype != np.dtype(dtype):
-            raise FormatError(f"{where}: {name} is {array.dtype} {array.shape}, expected {dtype} {shape}")
+            raise FormatError(
+                f"{where}: {name} is {array.dtype} {array.shape}, expected {dtype} {shape}"
+            )
     count = trace.header.architecture.num_local_experts
     for name in ("experts", "guesses", "guesses_next_norm"):
         array = getattr(trace, name)
@@ -211,6 +234,9 @@ def _check(trace: Trace, where: str) -> None:
             raise FormatError(f"{where}: {name} has expert {largest} of {count}", _HINT)
         in_order = np.sort(array, axis=2)
         if twice := np.argwhere(in_order[:, :, 1:] == in_order[:, :, :-1]).tolist():
-            raise FormatError(f"{where}: {name}: token {twice[0][0]}, layer {twice[0][1]} has an expert twice", _HINT)
+            raise FormatError(
+                f"{where}: {name}: token {twice[0][0]}, layer {twice[0][1]} has an expert twice",
+                _HINT,
+            )
     if not np.isfinite(trace.weights).all():
         raise FormatError(f"{where}: weights are not all finite", _HINT)

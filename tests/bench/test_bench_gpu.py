@@ -12,7 +12,16 @@ import pytest
 import torch
 from cuda_host import COMPILER
 from gpu_clock import EventClock, Time, median_time
-from gpu_decode import PAIRS, Decoding, compare, loaded, profile, resident, share_of_link, token_bytes
+from gpu_decode import (
+    PAIRS,
+    Decoding,
+    compare,
+    loaded,
+    profile,
+    resident,
+    share_of_link,
+    token_bytes,
+)
 from gpu_gaps import Interval, busy_us, gaps, intervals_of
 from gpu_kernels import DeviceCopy, beside_copy, kernels, link, overlap
 from gpu_report import SMI_FIELDS, bars, line, parse_smi
@@ -62,15 +71,21 @@ class ListedClock:
 def test_a_median_leaves_the_first_time_out_and_is_of_one_call():
     clock = ListedClock(Time(99, True), Time(4, True), Time(8, True), Time(6, True))
     assert median_time(clock, print, 2, 3) == Time(3, True)
-    assert not median_time(ListedClock(Time(1, True), Time(1, True), Time(1, False)), print, 1, 2).queued
+    assert not median_time(
+        ListedClock(Time(1, True), Time(1, True), Time(1, False)), print, 1, 2
+    ).queued
 
 
 def test_a_kernel_counts_what_it_reads_and_a_copy_both_ways():
     copy = DeviceCopy(RecordingDevice(capacity_bytes=1 << 16))
     assert copy.n_bytes == 2 * (1 << 13)
-    clock = ListedClock(*[Time(9, True)] * 2, Time(2, True), Time(copy.n_bytes * copy.calls / 1e9, True))
+    clock = ListedClock(
+        *[Time(9, True)] * 2, Time(2, True), Time(copy.n_bytes * copy.calls / 1e9, True)
+    )
     row = beside_copy(clock, print, 10, 10**8, copy, 1)
-    assert row == pytest.approx({"us": 2e5, "gb_s": 0.5, "copy_gb_s": 1.0, "share": 0.5, "queued": True})
+    assert row == pytest.approx(
+        {"us": 2e5, "gb_s": 0.5, "copy_gb_s": 1.0, "share": 0.5, "queued": True}
+    )
 
 
 def test_the_link_allows_so_many_tokens_as_their_misses_go_over_it():
@@ -107,12 +122,19 @@ def test_gaps_are_by_layer_of_each_token_and_the_last_one_has_the_way_to_the_nex
     assert (first["us"], second["us"], whole["us"]) == (50, 50, 100)
     # 10 µs of kernels, of which 4 lie in a copy of 30.
     assert first["idle_us"] == 50 - 36 and second["idle_us"] == 40
-    assert first["copy_share"] == 0.6 and first["kernel_share"] == 0.2 and second["idle_share"] == pytest.approx(0.8)
+    assert (
+        first["copy_share"] == 0.6
+        and first["kernel_share"] == 0.2
+        and second["idle_share"] == pytest.approx(0.8)
+    )
     assert whole["idle_us"] == first["idle_us"] + second["idle_us"] and whole["layer"] == "token"
 
 
 def test_no_gaps_are_told_of_half_tokens_and_of_other_kernels():
-    assert gaps(sorted([*layer(0, 1, 2, 5), *layer(50, 1, 2, 5), *layer(100, 1, 2, 5)]), layers=2) == []
+    assert (
+        gaps(sorted([*layer(0, 1, 2, 5), *layer(50, 1, 2, 5), *layer(100, 1, 2, 5)]), layers=2)
+        == []
+    )
     assert gaps([Interval(0, 1, "kernel", "ampere_gemm")] * 4, layers=1) == []
 
 
@@ -138,7 +160,10 @@ def test_the_worst_row_decides_a_bar_and_what_was_not_measured_is_said():
         {"what": "experts", "tokens": 2, "share": 0.1},
         {"what": "experts", "tokens": 64},
     ]
-    on, off = ({"cpu_share": "off", "share_of_link": 0.86}, {"cpu_share": "auto", "share_of_link": 0.5})
+    on, off = (
+        {"cpu_share": "off", "share_of_link": 0.86},
+        {"cpu_share": "auto", "share_of_link": 0.5},
+    )
     decode = [{"pair": "prefetch", "ratio": 1.1, "b": on}, {"pair": "prefetch, CPU share on", "ratio": 0.9, "b": off},
               {"pair": "CPU share", "ratio": 0.2, "b": off}]  # fmt: skip
     experts, attention, bound, prefetch = bars({"kernels": kernels, "decode": decode})
@@ -150,8 +175,15 @@ def test_the_worst_row_decides_a_bar_and_what_was_not_measured_is_said():
 
 
 def test_a_row_is_one_line_with_what_is_nested():
-    row = {"pair": "prefetch", "ratio": 1.23456, "ratios": [1.2, 1.3], "b": {"tokens_per_s": 12345.6, "share": None}}
-    expected = "decode    pair prefetch  ratio 1.235  ratios 1.2,1.3  b.tokens_per_s 12346  b.share None"
+    row = {
+        "pair": "prefetch",
+        "ratio": 1.23456,
+        "ratios": [1.2, 1.3],
+        "b": {"tokens_per_s": 12345.6, "share": None},
+    }
+    expected = (
+        "decode    pair prefetch  ratio 1.235  ratios 1.2,1.3  b.tokens_per_s 12346  b.share None"
+    )
     assert line("decode", row) == expected
 
 
@@ -205,14 +237,29 @@ def test_the_link_is_measured_by_page_locked_copies_of_an_expert_and_let_go():
 def test_kernels_are_measured_in_every_packing_for_few_and_many_tokens():
     device = RecordingDevice(capacity_bytes=1 << 26)
     packings = [Q2, PACKINGS["tile32-q4-g64-s8"]]
-    rows = list(kernels(device, CountingClock(device), MINI, packings, 4 * LAYOUT.n_bytes, (1, 2), (16,), pairs=1))
+    rows = list(
+        kernels(
+            device,
+            CountingClock(device),
+            MINI,
+            packings,
+            4 * LAYOUT.n_bytes,
+            (1, 2),
+            (16,),
+            pairs=1,
+        )
+    )
     found = [(row["what"], row["packing"], row["tokens"]) for row in rows]
-    assert found == [(w, p.name, t) for p in packings for w in ("experts", "attention") for t in (1, 2, 16)]
+    assert found == [
+        (w, p.name, t) for p in packings for w in ("experts", "attention") for t in (1, 2, 16)
+    ]
     experts = rows[0]
     assert experts["gb_s"] == pytest.approx(2 * LAYOUT.n_bytes / 1e-3 / 1e9)
     assert experts["copy_gb_s"] == pytest.approx(2 * (1 << 26 >> 3) / 1e-3 / 1e9)
     assert rows[2]["weights_tokens_t_s"] == pytest.approx(2 * 3 * 64 * 96 * 16 / 1e-3 / 1e12)
-    assert rows[5]["weights_tokens_t_s"] == pytest.approx((64 + 32 + 32 + 64) * 64 * 16 / 1e-3 / 1e12)
+    assert rows[5]["weights_tokens_t_s"] == pytest.approx(
+        (64 + 32 + 32 + 64) * 64 * 16 / 1e-3 / 1e12
+    )
     assert not device.races
 
 
@@ -238,11 +285,18 @@ def load(folder):
 
 @on_host
 def test_decoding_is_compared_in_turn_with_the_link_measured_before(load):
-    rows = list(compare(load, Decoding(3, 2), [2] * 3, ["prefetch"], LAYOUT.n_bytes, lambda: 5e9, rounds=2))
+    rows = list(
+        compare(load, Decoding(3, 2), [2] * 3, ["prefetch"], LAYOUT.n_bytes, lambda: 5e9, rounds=2)
+    )
     (row,) = rows
     a, b = row["a"], row["b"]
-    assert (row["pair"], row["slots"], row["link_gb_s"]) == ("prefetch", 2, 5.0) and len(row["ratios"]) == 2
-    assert a["misses_per_token"] > 0 and a["link_bytes_per_token"] == a["misses_per_token"] * LAYOUT.n_bytes
+    assert (row["pair"], row["slots"], row["link_gb_s"]) == ("prefetch", 2, 5.0) and len(
+        row["ratios"]
+    ) == 2
+    assert (
+        a["misses_per_token"] > 0
+        and a["link_bytes_per_token"] == a["misses_per_token"] * LAYOUT.n_bytes
+    )
     assert a["share_of_link"] == pytest.approx(a["tokens_per_s"] * a["link_bytes_per_token"] / 5e9)
     assert a["least_slots"] == b["least_slots"] == 2
     assert (a["prefetch"], a["recall"]) == (0, 0) and b["prefetch"] == "auto" and b["recall"] > 0
@@ -252,9 +306,16 @@ def test_decoding_is_compared_in_turn_with_the_link_measured_before(load):
 def test_all_experts_on_the_gpu_read_the_weights_of_a_token(load):
     with loaded(load, slots=[4] * 3, prefetch=0, cpu_share="off") as model:
         row = resident(model, Decoding(3, 32), LAYOUT.n_bytes, 10.0, rounds=1)
-        attention = sum(PACKINGS["tile32-q4-g64-s8"].matrix_bytes(rows, 64) for rows in (64, 32, 32, 64))
-        assert token_bytes(model, LAYOUT.n_bytes) == 3 * (2 * LAYOUT.n_bytes + attention) + 4096 * 64 * 2
-        assert row["gb_s"] == pytest.approx(row["tokens_per_s"] * token_bytes(model, LAYOUT.n_bytes) / 1e9)
+        attention = sum(
+            PACKINGS["tile32-q4-g64-s8"].matrix_bytes(rows, 64) for rows in (64, 32, 32, 64)
+        )
+        assert (
+            token_bytes(model, LAYOUT.n_bytes)
+            == 3 * (2 * LAYOUT.n_bytes + attention) + 4096 * 64 * 2
+        )
+        assert row["gb_s"] == pytest.approx(
+            row["tokens_per_s"] * token_bytes(model, LAYOUT.n_bytes) / 1e9
+        )
         assert row["misses_per_token"] == 0 and row["share"] == row["gb_s"] / 10
 
 
@@ -282,7 +343,15 @@ def test_the_whole_command_makes_its_model_and_fills_every_section(monkeypatch, 
     assert gpu_sections.run(sections, result, lambda: None), result["failed"]
     counts = {name: len(result[name]) for name in gpu_sections.SECTIONS}
     pairs = len(PAIRS) if native.available() else 1
-    assert counts == {"check": 1, "link": 1, "overlap": 1, "kernels": 20, "decode": pairs, "gaps": 2, "resident": 1}
+    assert counts == {
+        "check": 1,
+        "link": 1,
+        "overlap": 1,
+        "kernels": 20,
+        "decode": pairs,
+        "gaps": 2,
+        "resident": 1,
+    }
     assert json.loads(json.dumps(result)) == result
     assert [bar.met for bar in bars(result)].count(None) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["8x7b-2-2bit-hqq"]
@@ -292,6 +361,9 @@ def test_the_whole_command_makes_its_model_and_fills_every_section(monkeypatch, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_host_has_queued_everything_before_the_measured_work_begins():
-    clock, memory = EventClock(torch.cuda.current_device()), torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    clock, memory = (
+        EventClock(torch.cuda.current_device()),
+        torch.empty(1 << 20, dtype=torch.uint8, device="cuda"),
+    )
     found = median_time(clock, lambda i: memory.zero_(), 100, 3)
     assert found.queued and found.seconds > 0

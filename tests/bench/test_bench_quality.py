@@ -22,7 +22,10 @@ def test_outlier_model_computes_the_same(example_folder: Path, tmp_path: Path) -
     plain = load_checkpoint(example_folder).float()
     strong = load_checkpoint(tmp_path / "outliers").float()
     torch.testing.assert_close(
-        log_probabilities(strong, windows()), log_probabilities(plain, windows()), rtol=1e-3, atol=1e-3
+        log_probabilities(strong, windows()),
+        log_probabilities(plain, windows()),
+        rtol=1e-3,
+        atol=1e-3,
     )
     shard = "model-00001-of-00004.safetensors"
     before, after = load_file(example_folder / shard), load_file(tmp_path / "outliers" / shard)
@@ -37,18 +40,30 @@ def test_measure_is_zero_for_the_original_and_counts_by_window(example_folder: P
     assert found == {"kl": 0, "kl_error": 0, "ratio": 1, "ratio_error": 0, "agreement": 1}
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
-    assert compare([log_probabilities(load_checkpoint(example_folder).float(), b) for b in batches], model, batches)[
-        "kl"
-    ] == pytest.approx(0.4, abs=0.4)
+    assert compare(
+        [log_probabilities(load_checkpoint(example_folder).float(), b) for b in batches],
+        model,
+        batches,
+    )["kl"] == pytest.approx(0.4, abs=0.4)
 
 
 @pytest.mark.parametrize(
     ("recipe", "bits"),
-    [("2bit", 2.506), ("4bit", 4.256), ("2bit-down3", 2.756), ("2bit/down=4bit", 3.09), ("3bpw", 3.0)],
+    [
+        ("2bit", 2.506),
+        ("4bit", 4.256),
+        ("2bit-down3", 2.756),
+        ("2bit/down=4bit", 3.09),
+        ("3bpw", 3.0),
+    ],
 )
-def test_bits_are_those_of_the_recipe_at_the_sizes_of_8x7b(example_folder: Path, recipe: str, bits: float) -> None:
+def test_bits_are_those_of_the_recipe_at_the_sizes_of_8x7b(
+    example_folder: Path, recipe: str, bits: float
+) -> None:
     outline = Outline.of_folder(example_folder)
-    chosen = likely_bits(recipe_of(recipe, example_folder, "feedback", "builtin"), outline.architecture)
+    chosen = likely_bits(
+        recipe_of(recipe, example_folder, "feedback", "builtin"), outline.architecture
+    )
     assert expert_bits(plan_output(outline, chosen).layouts) == pytest.approx(
         bits, abs=0.05 if "bpw" in recipe else 0.001
     )

@@ -39,7 +39,9 @@ def run(
     """Runs `chat` on the converted example with these lines on stdin."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
-    def call(typed: str | io.TextIOBase, *options: object, path: Path | None = None) -> tuple[int, str, str]:
+    def call(
+        typed: str | io.TextIOBase, *options: object, path: Path | None = None
+    ) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(typed) if isinstance(typed, str) else typed)
         folder = path or converted("2bit")
         return run_command("chat", folder, "--kernels", "torch", "--max-new-tokens", 6, *options)
@@ -109,7 +111,9 @@ def test_a_template_of_the_tokenizer_is_used(run: Any, templated: Path) -> None:
     assert "no chat template" not in err
 
 
-def test_a_model_without_a_template_completes_and_says_so_once(run: Any, run_command: Any, converted: Any) -> None:
+def test_a_model_without_a_template_completes_and_says_so_once(
+    run: Any, run_command: Any, converted: Any
+) -> None:
     code, out, err = run(f"{QUESTION}\nAnd\n")
     options = ["--kernels", "torch", "--max-new-tokens", 6, "--prompt"]
     first = run_command("generate", converted("2bit"), *options, QUESTION)[1]
@@ -122,16 +126,24 @@ def test_a_refused_system_message_is_an_error_before_the_weights(
     run: Any, converted_copy: Path, tmp_path: Path
 ) -> None:
     refusing = tmp_path / "refusing.jinja"
-    refusing.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x")
+    refusing.write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    )
     (converted_copy / "trunk.safetensors").unlink()
-    code, out, err = run("Hello\n", "--template", refusing, "--system", "Be brief", path=converted_copy)
+    code, out, err = run(
+        "Hello\n", "--template", refusing, "--system", "Be brief", path=converted_copy
+    )
     assert (code, out) == (1, "")
     assert "the chat template fails: TemplateError: no system" in err
 
 
-def test_the_models_own_sampling_is_used_unless_options_say_otherwise(run: Any, converted_copy: Path) -> None:
+def test_the_models_own_sampling_is_used_unless_options_say_otherwise(
+    run: Any, converted_copy: Path
+) -> None:
     config = converted_copy / "generation_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "do_sample": True, "temperature": 3.0}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "do_sample": True, "temperature": 3.0})
+    )
     greedy = run(QUESTION)[1]
     assert run(QUESTION, "--seed", 1, path=converted_copy)[1] != greedy
     assert run(QUESTION, "--temperature", 0, path=converted_copy)[1] == greedy
@@ -185,9 +197,21 @@ def test_the_signal_itself_ends_a_chat(run: Any, monkeypatch: pytest.MonkeyPatch
     assert err.endswith("interrupted: the conversation was not saved; /save keeps one\n")
 
 
-def test_commands_do_what_help_says(session: Session, model: Any, capsys: Any, tmp_path: Path) -> None:
+def test_commands_do_what_help_says(
+    session: Session, model: Any, capsys: Any, tmp_path: Path
+) -> None:
     saved = tmp_path / "chat.json"
-    converse(session, model, "/system Be brief", QUESTION, f"/save {saved}", "/stats", "/help", "/system -", "/system")
+    converse(
+        session,
+        model,
+        "/system Be brief",
+        QUESTION,
+        f"/save {saved}",
+        "/stats",
+        "/help",
+        "/system -",
+        "/system",
+    )
     shown = capsys.readouterr()
     content = json.loads(saved.read_text())
     assert [message["role"] for message in content["messages"]] == ["system", "user", "assistant"]
@@ -340,15 +364,24 @@ def test_a_conversation_at_a_terminal(terminal: RealTerminal, tmp_path: Path) ->
     shown = "".join(line.ljust(80) for line in lines)
     assert "512 tokens of context. /help lists commands, Ctrl-D leaves." in shown
     terminal.type(f"{QUESTION}\r")
-    terminal.wait_for(lambda lines: f"> {QUESTION}" in lines and any(lines[lines.index(f"> {QUESTION}") + 1 :]))
+    terminal.wait_for(
+        lambda lines: f"> {QUESTION}" in lines and any(lines[lines.index(f"> {QUESTION}") + 1 :])
+    )
     terminal.type("\x03")
-    lines = terminal.wait_for(lambda lines: "(stopped; Ctrl-D leaves)" in lines and is_at_prompt(lines))
+    lines = terminal.wait_for(
+        lambda lines: "(stopped; Ctrl-D leaves)" in lines and is_at_prompt(lines)
+    )
     # The earlier message comes back by the up key, and the tab key completes a command.
     terminal.type("\x1b[A")
     terminal.wait_for(lambda lines: [line for line in lines if line][-1] == f"> {QUESTION}")
     terminal.type("\x15/st\t\r")
-    lines = terminal.wait_for(lambda lines: any(line.startswith("context ") for line in lines) and is_at_prompt(lines))
+    lines = terminal.wait_for(
+        lambda lines: any(line.startswith("context ") for line in lines) and is_at_prompt(lines)
+    )
     assert any("512 tokens, 1 turns" in line for line in lines)
     terminal.type("\x04")
     assert terminal.end() == 0
-    assert (tmp_path / "moe-convert" / "chat_history").read_text().splitlines()[-2:] == [QUESTION, "/stats"]
+    assert (tmp_path / "moe-convert" / "chat_history").read_text().splitlines()[-2:] == [
+        QUESTION,
+        "/stats",
+    ]

@@ -50,7 +50,9 @@ def test_a_target_is_met_and_its_layers_named(run: Any, source: Path, tmp_path: 
 def test_a_recipe_may_be_a_file_that_options_change(run: Any, source: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text('{"name": "3bit", "solver": "hqq", "rules": ["0=2bit"]}')
-    _, text, _ = run("convert", source, "--recipe", file, "--layer-bits", "1/down=4bit", "--dry-run", "--json")
+    _, text, _ = run(
+        "convert", source, "--recipe", file, "--layer-bits", "1/down=4bit", "--dry-run", "--json"
+    )
     facts = json.loads(text)
     assert facts["layer_bits"] == ["0=tile32-q2-g16-s4", "1/down=tile32-q4-g64-s8"]
     assert facts["solver"] == "hqq"
@@ -67,7 +69,9 @@ def test_a_recipe_may_be_a_file_that_options_change(run: Any, source: Path, tmp_
         (("--down-width", "100", "--solver", "feedback"), "down-width 100"),
     ],
 )
-def test_what_cannot_be_is_a_usage_error(run: Any, source: Path, options: tuple[str, ...], words: str) -> None:
+def test_what_cannot_be_is_a_usage_error(
+    run: Any, source: Path, options: tuple[str, ...], words: str
+) -> None:
     code, _, err = run("convert", source, *options, "--dry-run")
     assert code == 2
     assert words in err

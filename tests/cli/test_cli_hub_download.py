@@ -29,7 +29,9 @@ def run(run_command: Callable[..., tuple[int, str, str]]) -> Run:
     return call
 
 
-def test_what_is_downloaded_is_the_folder(filled: HubServer, run: Run, converted: Callable[[str], Path]) -> None:
+def test_what_is_downloaded_is_the_folder(
+    filled: HubServer, run: Run, converted: Callable[[str], Path]
+) -> None:
     code, facts = run(REPO)
     assert code == 0
     assert facts["ok"]
@@ -75,7 +77,9 @@ def test_damage_on_the_way_is_found(filled: HubServer, run: Run, include: list[s
 
 
 @pytest.mark.parametrize("fault", ["drop", "short"])
-def test_a_bad_line_is_got_over(filled: HubServer, run: Run, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_line_is_got_over(
+    filled: HubServer, run: Run, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("time.sleep", lambda s: None)
     getattr(filled.faults, fault)("layer-001")
     filled.faults.status(503, "layer-002", Retry_After="1")

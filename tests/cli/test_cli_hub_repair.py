@@ -50,7 +50,9 @@ def feedback(example_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
-def test_verify_says_which_command_mends(converted_copy: Path, run: Run, example_folder: Path) -> None:
+def test_verify_says_which_command_mends(
+    converted_copy: Path, run: Run, example_folder: Path
+) -> None:
     damage(converted_copy, (1, 2))
     code, facts, _ = run("verify", converted_copy, "--read-data")
     assert code == 3
@@ -104,13 +106,20 @@ def test_calibrated_and_compressed_experts_are_converted_again(
 
 
 def test_a_source_on_the_hub_is_read_by_ranges(
-    hub: HubServer, converted: Callable[[str], Path], converted_copy: Path, run: Run, example_folder: Path
+    hub: HubServer,
+    converted: Callable[[str], Path],
+    converted_copy: Path,
+    run: Run,
+    example_folder: Path,
 ) -> None:
     hub.add("me/tiny", example_folder)
     damage(converted_copy, (1, 2))
     assert run("repair", converted_copy, "--from", "me/tiny")[0] == 0
     assert contents(converted_copy) == contents(converted("2bit"))
-    assert hub.served("model-0") < sum(p.stat().st_size for p in example_folder.glob("*.safetensors")) / 4
+    assert (
+        hub.served("model-0")
+        < sum(p.stat().st_size for p in example_folder.glob("*.safetensors")) / 4
+    )
 
 
 def test_another_checkpoint_is_refused_and_the_folder_stays(
@@ -138,7 +147,9 @@ def test_without_an_origin_the_command_is_named(converted_copy: Path, run: Run) 
     assert f"moe-convert repair {converted_copy} --from" in err
 
 
-def test_an_index_is_rebuilt(converted_copy: Path, converted: Callable[[str], Path], run: Run) -> None:
+def test_an_index_is_rebuilt(
+    converted_copy: Path, converted: Callable[[str], Path], run: Run
+) -> None:
     path = converted_copy / "moe_index.json"
     value = json.loads(path.read_bytes())
     del value["layers"]
@@ -148,15 +159,25 @@ def test_an_index_is_rebuilt(converted_copy: Path, converted: Callable[[str], Pa
     assert contents(converted_copy) == contents(converted("2bit"))
 
 
-def test_a_subset_finds_damage_for_some_seeds_and_names_them(converted_copy: Path, run: Run) -> None:
+def test_a_subset_finds_damage_for_some_seeds_and_names_them(
+    converted_copy: Path, run: Run
+) -> None:
     damage(converted_copy, (0, 0))
-    found = {seed: run("verify", converted_copy, "--read-data-subset", "20%", "--seed", seed)[0] for seed in range(12)}
+    found = {
+        seed: run("verify", converted_copy, "--read-data-subset", "20%", "--seed", seed)[0]
+        for seed in range(12)
+    }
     assert set(found.values()) == {0, 3}
     code, facts, _ = run("verify", converted_copy, "--read-data-subset", "20%")
-    assert run("verify", converted_copy, "--read-data-subset", "20%", "--seed", facts["seed"])[0] == code
+    assert (
+        run("verify", converted_copy, "--read-data-subset", "20%", "--seed", facts["seed"])[0]
+        == code
+    )
 
 
-@pytest.mark.parametrize("options", [["--read-data-subset", "0%"], ["--read-data-subset", "5"], ["--seed", "1"]])
+@pytest.mark.parametrize(
+    "options", [["--read-data-subset", "0%"], ["--read-data-subset", "5"], ["--seed", "1"]]
+)
 def test_wrong_subsets_are_usage_errors(converted_copy: Path, run: Run, options: list[str]) -> None:
     assert run("verify", converted_copy, *options)[0] == 2
 

@@ -43,7 +43,9 @@ def metadata(card: bytes) -> dict[str, Any]:
     return value
 
 
-def test_one_commit_makes_the_whole_model_visible(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+def test_one_commit_makes_the_whole_model_visible(
+    hub: HubServer, upload: Run, converted_copy: Path
+) -> None:
     code, facts = upload()
     assert code == 0
     head = hub.head(REPO)
@@ -51,17 +53,27 @@ def test_one_commit_makes_the_whole_model_visible(hub: HubServer, upload: Run, c
     assert head.parent is not None
     assert hub.repos[REPO].commits[head.parent].parent is None
     files = hub.files(REPO)
-    local = {str(p.relative_to(converted_copy)): p.read_bytes() for p in converted_copy.rglob("*") if p.is_file()}
-    assert {n: files[n] for n in local if n != "README.md"} == {n: c for n, c in local.items() if n != "README.md"}
+    local = {
+        str(p.relative_to(converted_copy)): p.read_bytes()
+        for p in converted_copy.rglob("*")
+        if p.is_file()
+    }
+    assert {n: files[n] for n in local if n != "README.md"} == {
+        n: c for n, c in local.items() if n != "README.md"
+    }
 
 
-def test_unchanged_files_are_not_sent_again(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+def test_unchanged_files_are_not_sent_again(
+    hub: HubServer, upload: Run, converted_copy: Path
+) -> None:
     first = upload()[1]["commit"]
     hub.requests.clear()
     code, facts = upload()
     assert (code, facts["sent_files"], facts["commit"]) == (0, {}, None)
     assert hub.head(REPO).oid == first
-    (converted_copy / "quality.json").write_bytes((converted_copy / "quality.json").read_bytes() + b"\n")
+    (converted_copy / "quality.json").write_bytes(
+        (converted_copy / "quality.json").read_bytes() + b"\n"
+    )
     assert set(upload()[1]["sent_files"]) == {"quality.json"}
     assert not any(r.method == "PUT" for r in hub.requests)
 
@@ -85,11 +97,15 @@ def test_without_a_licence_nothing_is_sent(hub: HubServer, run: Run, converted_c
     assert REPO not in hub.repos
 
 
-def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(
+    hub: HubServer, upload: Run, converted_copy: Path
+) -> None:
     code, facts = upload("--dry-run")
     assert code == 0
     assert REPO not in hub.repos
-    assert facts["sent_files"]["moe_index.json"] == (converted_copy / "moe_index.json").stat().st_size
+    assert (
+        facts["sent_files"]["moe_index.json"] == (converted_copy / "moe_index.json").stat().st_size
+    )
     upload()
     assert upload("--dry-run")[1]["sent_files"] == {}
 
@@ -99,10 +115,14 @@ def test_a_private_repository_is_made(hub: HubServer, upload: Run) -> None:
     assert hub.repos[REPO].private
 
 
-def test_a_pull_request_leaves_the_branch_alone(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+def test_a_pull_request_leaves_the_branch_alone(
+    hub: HubServer, upload: Run, converted_copy: Path
+) -> None:
     upload()
     main_ = hub.head(REPO).oid
-    (converted_copy / "quality.json").write_bytes((converted_copy / "quality.json").read_bytes() + b"\n")
+    (converted_copy / "quality.json").write_bytes(
+        (converted_copy / "quality.json").read_bytes() + b"\n"
+    )
     code, facts = upload("--create-pr")
     assert code == 0
     assert "discussions/1" in facts["url"]
@@ -116,7 +136,9 @@ def test_a_branch_is_made(hub: HubServer, upload: Run) -> None:
     assert "moe_index.json" not in hub.files(REPO)
 
 
-def test_a_commit_of_somebody_else_in_between_is_an_error_and_both_stay_whole(hub: HubServer, upload: Run) -> None:
+def test_a_commit_of_somebody_else_in_between_is_an_error_and_both_stay_whole(
+    hub: HubServer, upload: Run
+) -> None:
     hub.add(REPO, {"notes.md": b"mine"})
     hub.faults.before("/preupload/", lambda: hub.commit(REPO, {"notes.md": b"newer"}))
     assert upload()[0] == 1
@@ -156,13 +178,17 @@ def test_the_card_has_what_the_hub_reads(hub: HubServer, upload: Run) -> None:
     assert f'loader.from_pretrained("{REPO}")' in card.decode()
 
 
-def test_a_card_that_the_hub_refuses_is_not_sent(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+def test_a_card_that_the_hub_refuses_is_not_sent(
+    hub: HubServer, upload: Run, converted_copy: Path
+) -> None:
     (converted_copy / "README.md").write_text("---\ntags: none\n---\nmine")
     assert upload()[0] == 1
     assert REPO not in hub.repos
 
 
-def test_a_card_that_somebody_wrote_is_kept(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+def test_a_card_that_somebody_wrote_is_kept(
+    hub: HubServer, upload: Run, converted_copy: Path
+) -> None:
     (converted_copy / "README.md").write_text("---\nlicense: mit\n---\nmine")
     upload()
     assert hub.files(REPO)["README.md"] == b"---\nlicense: mit\n---\nmine"
@@ -179,20 +205,26 @@ def test_a_link_out_of_the_folder_is_not_published(
     assert REPO not in hub.repos
 
 
-def test_a_pipe_in_the_place_of_the_card_is_refused(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+def test_a_pipe_in_the_place_of_the_card_is_refused(
+    hub: HubServer, upload: Run, converted_copy: Path
+) -> None:
     (converted_copy / "README.md").unlink()
     os.mkfifo(converted_copy / "README.md")
     assert upload()[0] == 1
     assert REPO not in hub.repos
 
 
-def test_a_card_that_is_no_text_is_refused(hub: HubServer, upload: Run, converted_copy: Path) -> None:
+def test_a_card_that_is_no_text_is_refused(
+    hub: HubServer, upload: Run, converted_copy: Path
+) -> None:
     (converted_copy / "README.md").write_bytes(b"\xff\xfe")
     assert upload()[0] == 1
     assert REPO not in hub.repos
 
 
-def test_the_card_counts_the_models_parameters(converted: Callable[[str], Path], example_folder: Path) -> None:
+def test_the_card_counts_the_models_parameters(
+    converted: Callable[[str], Path], example_folder: Path
+) -> None:
     index = Artifact.open(converted("2bit")).index
     count = 0
     for shard in example_folder.glob("*.safetensors"):
@@ -205,7 +237,9 @@ def test_the_card_counts_the_models_parameters(converted: Callable[[str], Path],
 def test_the_card_has_an_evaluation(converted_copy: Path) -> None:
     row = Comparison("english", 4, 1000, 61.9, 61.0, 1.0147, 0.001, 0.0123, 0.001, 0.95, [0.9])
     save_evaluation(converted_copy, Evaluation("tiny", 256, {}, [row], row))
-    card = card_text(Artifact.open(converted_copy).index, read_quality(converted_copy), CardOptions("a/b"))
+    card = card_text(
+        Artifact.open(converted_copy).index, read_quality(converted_copy), CardOptions("a/b")
+    )
     assert "| `english` | 1,000 | 61.900 | 61.000 | 1.0147 | 0.01230 | 95.00% |" in card
 
 
@@ -214,7 +248,9 @@ def test_a_licence_file_needs_no_option(
 ) -> None:
     source = Path(shutil.copytree(example_folder, tmp_path / "source"))
     (source / "LICENSE").write_text("Apache License\n  Version 2.0, January 2004")
-    code, facts = run("convert", source, "-o", tmp_path / "out", "--solver", "hqq", "--upload-repo", REPO)
+    code, facts = run(
+        "convert", source, "-o", tmp_path / "out", "--solver", "hqq", "--upload-repo", REPO
+    )
     assert code == 0
     assert facts["upload"]["commit"] == hub.head(REPO).oid
     assert metadata(hub.files(REPO)["README.md"])["license"] == "apache-2.0"

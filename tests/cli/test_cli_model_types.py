@@ -18,7 +18,9 @@ LAYERS = {"qwen3_moe with dense layers": 3, "olmoe": 3}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, example_folder: Path) -> Callable[[str], tuple[Path, Path]]:
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, example_folder: Path
+) -> Callable[[str], tuple[Path, Path]]:
     """name -> (checkpoint with a tokenizer, its conversion at 2 bits)."""
     from converter.convert import convert_checkpoint
     from converter.recipe.recipes import make_recipe
@@ -52,7 +54,9 @@ def value_of(run_command: Run, *arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inspect_and_plan_say_sizes_of_the_experts(folders: Any, run_command: Run, name: str) -> None:
+def test_inspect_and_plan_say_sizes_of_the_experts(
+    folders: Any, run_command: Run, name: str
+) -> None:
     source, out = folders(name)
     facts = value_of(run_command, "inspect", out)
     assert facts["architecture"]["model_type"] == name.split()[0]
@@ -67,7 +71,19 @@ def test_traces_of_model_and_checkpoint_replay(
 ) -> None:
     for number, path in enumerate(folders(name)):
         file = tmp_path / f"{number}.zst"
-        value_of(run_command, "trace", path, "--text", text, "--window", 64, "--max-tokens", 128, "-o", file)
+        value_of(
+            run_command,
+            "trace",
+            path,
+            "--text",
+            text,
+            "--window",
+            64,
+            "--max-tokens",
+            128,
+            "-o",
+            file,
+        )
         trace = read_trace(file)
         assert trace.experts.shape[:2] == (128, LAYERS[name])
         assert trace.header.architecture.model_type == name.split()[0]
@@ -81,5 +97,15 @@ def test_eval_and_generate_run(folders: Any, run_command: Run, text: Path, name:
     source, out = folders(name)
     for path in (source, out):
         value_of(run_command, "eval", path, "--text", text, "--window", 64, "--max-windows", 2)
-    found = value_of(run_command, "generate", out, "--prompt", "Once", "--max-new-tokens", 8, "--ram-cache", "1MiB")
+    found = value_of(
+        run_command,
+        "generate",
+        out,
+        "--prompt",
+        "Once",
+        "--max-new-tokens",
+        8,
+        "--ram-cache",
+        "1MiB",
+    )
     assert found

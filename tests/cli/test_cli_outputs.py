@@ -18,7 +18,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 def contents(folder: Path) -> dict[str, str]:
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def refused(run: Run, folder: Path, *arguments: object) -> str:
@@ -30,8 +33,12 @@ def refused(run: Run, folder: Path, *arguments: object) -> str:
     return err
 
 
-@pytest.mark.parametrize("kind", ["the text", "a hard link to it", "the index", "an expert file by a link"])
-def test_trace_does_not_replace_its_inputs(run_command: Run, converted_copy: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["the text", "a hard link to it", "the index", "an expert file by a link"]
+)
+def test_trace_does_not_replace_its_inputs(
+    run_command: Run, converted_copy: Path, tmp_path: Path, kind: str
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words")
     (tmp_path / "hard").hardlink_to(text)
@@ -42,7 +49,9 @@ def test_trace_does_not_replace_its_inputs(run_command: Run, converted_copy: Pat
         "the index": converted_copy / "moe_index.json",
         "an expert file by a link": tmp_path / "link",
     }[kind]
-    assert "is also read" in refused(run_command, tmp_path, "trace", converted_copy, "--text", text, "-o", out)
+    assert "is also read" in refused(
+        run_command, tmp_path, "trace", converted_copy, "--text", text, "-o", out
+    )
 
 
 def test_trace_replaces_a_trace_in_the_models_folder(
@@ -50,24 +59,39 @@ def test_trace_replaces_a_trace_in_the_models_folder(
 ) -> None:
     out, text = converted_copy / "trace.zst", example_folder.parent / "text" / "english.txt"
     write_trace(out, trace_of(random_experts(1, 30, layers=3)))
-    assert run_command("trace", converted_copy, "--text", text, "--max-tokens", 256, "-o", out)[0] == 0
+    assert (
+        run_command("trace", converted_copy, "--text", text, "--max-tokens", 256, "-o", out)[0] == 0
+    )
 
 
 @pytest.mark.parametrize("which", ["trace.svg", "other.svg"])
 def test_plot_does_not_replace_a_trace(run_command: Run, tmp_path: Path, which: str) -> None:
     for name in ("trace.svg", "other.svg"):
         write_trace(tmp_path / name, trace_of(random_experts(1, 30, layers=3)))
-    arguments = ["replay", tmp_path / "trace.svg", "--choose-from", tmp_path / "other.svg", "--plot", tmp_path / which]
+    arguments = [
+        "replay",
+        tmp_path / "trace.svg",
+        "--choose-from",
+        tmp_path / "other.svg",
+        "--plot",
+        tmp_path / which,
+    ]
     assert "is also read" in refused(run_command, tmp_path, *arguments)
 
 
-def test_saved_evaluation_does_not_replace_an_input(run_command: Run, converted_copy: Path, tmp_path: Path) -> None:
+def test_saved_evaluation_does_not_replace_an_input(
+    run_command: Run, converted_copy: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words")
     evaluate = ["eval", converted_copy, "--save", "--against"]
-    assert "is also read" in refused(run_command, tmp_path, *evaluate, converted_copy, "--text", text)
+    assert "is also read" in refused(
+        run_command, tmp_path, *evaluate, converted_copy, "--text", text
+    )
     quality = converted_copy / "quality.json"
-    assert "is also read" in refused(run_command, tmp_path, *evaluate, tmp_path / "original", "--text", quality)
+    assert "is also read" in refused(
+        run_command, tmp_path, *evaluate, tmp_path / "original", "--text", quality
+    )
 
 
 @pytest.mark.parametrize("where", [".", "..", "original"])
@@ -79,7 +103,9 @@ def test_repair_does_not_write_to_its_origin(
     assert "which is only read" in err
 
 
-def test_repair_does_not_write_through_a_link(run_command: Run, converted_copy: Path, tmp_path: Path) -> None:
+def test_repair_does_not_write_through_a_link(
+    run_command: Run, converted_copy: Path, tmp_path: Path
+) -> None:
     (converted_copy / "experts").rename(tmp_path / "elsewhere")
     (converted_copy / "experts").symlink_to(tmp_path / "elsewhere")
     assert "experts is a symbolic link" in refused(run_command, tmp_path, "repair", converted_copy)
@@ -103,14 +129,20 @@ def test_download_does_not_write_into_the_cache(
     hub.add("me/tiny-2bit", converted("2bit"))
     assert run_command("download", "me/tiny-2bit", "-q")[0] == 0
     (snapshot,) = (tmp_path / "hf-home").rglob("snapshots/*")
-    err = refused(run_command, tmp_path / "hf-home", "download", "me/tiny-2bit", "--local-dir", snapshot)
+    err = refused(
+        run_command, tmp_path / "hf-home", "download", "me/tiny-2bit", "--local-dir", snapshot
+    )
     assert "lies in the Hub's cache" in err
 
 
 def test_repair_replaces_what_the_disk_cannot_read(
     run_command: Run, converted_copy: Path, example_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, real, layer = contents(converted_copy), os.pread, converted_copy / "experts" / "layer-001.safetensors"
+    before, real, layer = (
+        contents(converted_copy),
+        os.pread,
+        converted_copy / "experts" / "layer-001.safetensors",
+    )
 
     def pread(descriptor: int, n_bytes: int, offset: int) -> bytes:
         if os.readlink(f"/proc/self/fd/{descriptor}") == str(layer) and 100_000 < offset < 200_000:

@@ -85,12 +85,17 @@ def write():
 
     def write(path, trace, architecture):
         header = replace(trace.header, architecture=architecture) if architecture else trace.header
-        write_trace(path, Trace(header, trace.experts, trace.weights, trace.guesses, trace.guesses_next_norm))
+        write_trace(
+            path,
+            Trace(header, trace.experts, trace.weights, trace.guesses, trace.guesses_next_norm),
+        )
 
     return write
 
 
-def test_a_checkpoint_or_its_config_alone_is_planned_by_a_recipe(run, example_folder, converted, tmp_path):
+def test_a_checkpoint_or_its_config_alone_is_planned_by_a_recipe(
+    run, example_folder, converted, tmp_path
+):
     shutil.copy(example_folder / "config.json", tmp_path)
     expected = json.loads(run(converted("3bit"), *SPEEDS, "--json")[1])
     for path in (example_folder, tmp_path / "config.json", tmp_path):
@@ -108,7 +113,10 @@ def test_a_repository_is_planned_from_what_little_is_fetched(run, hub, converted
     for name in ("me/converted", "me/original"):
         assert json.loads(run(name, *SPEEDS, "--json")[1])["plans"] == expected
     for name, folder in (("me/converted", converted("2bit")), ("me/original", example_folder)):
-        assert hub.served(name) < sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 4
+        assert (
+            hub.served(name)
+            < sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 4
+        )
     code, _, err = run("me/converted", "--memory", "20")
     assert code == 2
     assert "--disk" in err

@@ -58,9 +58,13 @@ def test_the_caches_that_are_named_give_the_slots_that_are_shown(run, planned, c
     arguments = converted("2bit"), *VRAM, *SOME, *GPU, *SMALL
     plan, text = planned(*arguments), run(*arguments)[1]
     artifact = Artifact.open(converted("2bit"))
-    gpu_cache, ram_cache = map(int, re.search(r"--gpu-cache (\d+) --ram-cache (\d+)", text).groups())
+    gpu_cache, ram_cache = map(
+        int, re.search(r"--gpu-cache (\d+) --ram-cache (\d+)", text).groups()
+    )
     aside = experts_aside(artifact.architecture)
-    assert slots_by_layer(gpu_cache, artifact, aside, all_in_place=False) == tuple(plan["gpu"]["slots"])
+    assert slots_by_layer(gpu_cache, artifact, aside, all_in_place=False) == tuple(
+        plan["gpu"]["slots"]
+    )
     assert sum(tier_counts(ram_cache, artifact, TIER_ASIDE).values()) == sum(plan["slots"])
 
 
@@ -86,7 +90,9 @@ def test_more_gpu_memory_is_never_slower(planned, converted):
 
 
 def test_a_plan_without_gpu_memory_has_no_gpu_part(planned, converted):
-    assert "gpu" not in planned(converted("2bit"), "--ram", "400MB", "--disk", "2", "--memory", "20")
+    assert "gpu" not in planned(
+        converted("2bit"), "--ram", "400MB", "--disk", "2", "--memory", "20"
+    )
 
 
 def test_without_a_gpu_speeds_must_be_said_and_typical_ones_are_named(run, converted):
@@ -105,10 +111,14 @@ def test_with_a_gpu_what_is_not_said_is_measured(run, converted, monkeypatch):
     from loader.cuda.device import speeds, torch_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch_device, "cuda_devices", lambda names: [RecordingDevice(name=name) for name in names])
+    monkeypatch.setattr(
+        torch_device, "cuda_devices", lambda names: [RecordingDevice(name=name) for name in names]
+    )
     monkeypatch.setattr(speeds, "memory_bytes_per_s", lambda device: 5e9)
     measured = []
-    monkeypatch.setattr(speeds, "link_bytes_per_s", lambda device, block: measured.append(block) or 7e9)
+    monkeypatch.setattr(
+        speeds, "link_bytes_per_s", lambda device, block: measured.append(block) or 7e9
+    )
     found = json.loads(run(converted("2bit"), *VRAM, *SMALL, "--json")[1])
     assert (found["link_bytes_per_s"], found["gpu_memory_bytes_per_s"]) == (7e9, 5e9)
     assert measured == [Artifact.open(converted("2bit")).layout(0, 0).n_bytes]
@@ -118,7 +128,9 @@ def test_with_a_gpu_what_is_not_said_is_measured(run, converted, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--link", "12"), ("--gpu-bandwidth", "300"), ("--memory", "20", *VRAM)], ids=lambda words: words[0]
+    "arguments",
+    [("--link", "12"), ("--gpu-bandwidth", "300"), ("--memory", "20", *VRAM)],
+    ids=lambda words: words[0],
 )
 def test_speeds_that_the_plan_does_not_use_are_refused(run, converted, arguments):
     code, _, err = run(converted("2bit"), *arguments)
@@ -134,7 +146,9 @@ def test_the_disk_is_needed_only_where_ram_may_not_hold_all(run, example_folder,
     assert "--disk" in err
 
 
-@pytest.mark.parametrize("short", [["--vram", "100MB"], [*VRAM, "--ram", "100MB", "--disk", "2"]], ids=["GPU", "RAM"])
+@pytest.mark.parametrize(
+    "short", [["--vram", "100MB"], [*VRAM, "--ram", "100MB", "--disk", "2"]], ids=["GPU", "RAM"]
+)
 def test_where_nothing_fits_the_exit_code_is_4_and_the_least_is_named(run, converted, short):
     code, out, err = run(converted("2bit"), *short, *GPU, *SMALL)
     assert (code, out) == (DoesNotFitError.exit_code, "")
@@ -147,9 +161,17 @@ def test_a_trace_gives_the_misses_of_both(planned, converted, tmp_path):
     described = TracedModel.of_folder(converted("2bit"))
     made = trace_of(random_experts(3, 200, layers=8, skew=4), expert_bytes=described.expert_bytes)
     header = replace(made.header, architecture=described.architecture)
-    write_trace(tmp_path / "x.zst", Trace(header, made.experts, made.weights, made.guesses, made.guesses_next_norm))
+    write_trace(
+        tmp_path / "x.zst",
+        Trace(header, made.experts, made.weights, made.guesses, made.guesses_next_norm),
+    )
     all_there = planned(converted("2bit"), *VRAM, *GPU, *SMALL)["gpu"]
-    half = all_there["vram_bytes"] - all_there["cache_bytes"] + all_there["aside_bytes"] + all_there["slot_bytes"] // 2
+    half = (
+        all_there["vram_bytes"]
+        - all_there["cache_bytes"]
+        + all_there["aside_bytes"]
+        + all_there["slot_bytes"] // 2
+    )
     arguments = converted("2bit"), "--vram", half, *SOME, *GPU, *SMALL
     uniform, traced = planned(*arguments), planned(*arguments, "--trace", tmp_path / "x.zst")
     assert 4 <= min(uniform["slots"]) < 8

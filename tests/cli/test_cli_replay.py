@@ -34,7 +34,9 @@ def test_every_combination_is_replayed(run, traces):
         assert [setting["guesses"] for setting in found["reads"]] == [0, 1, 2]
         none = found["reads"][0]
         # Nothing is guessed: bytes are misses, and a link ten times as fast gives ten times the tokens.
-        assert none["total_bytes_per_token"] == pytest.approx(1000 * 3 * 2 * (1 - found["hit_ratio"]))
+        assert none["total_bytes_per_token"] == pytest.approx(
+            1000 * 3 * 2 * (1 - found["hit_ratio"])
+        )
         assert none["tokens_per_s"]["disk"] == pytest.approx(1e9 / none["total_bytes_per_token"])
         assert none["tokens_per_s"]["link"] == pytest.approx(10 * none["tokens_per_s"]["disk"])
     assert "lrfu, 2 slots: hit ratio 0." in err
@@ -45,7 +47,9 @@ def test_the_tables_have_a_line_for_each_setting(run, traces):
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == "made: 300 decoded tokens, 0 prompt tokens, 3 layers, 2 of 8 experts"
-    assert {"hit ratio, by slots a layer", "recall by guesses, with this norm", "reads"} <= set(lines)
+    assert {"hit ratio, by slots a layer", "recall by guesses, with this norm", "reads"} <= set(
+        lines
+    )
     assert sum(line.startswith("lru ") for line in lines) == 1 + 3
     assert any(line.startswith("1 → 2 ") for line in lines)
     assert lines[-1].startswith("belady      4        2")
@@ -57,7 +61,17 @@ def test_all_slots_but_the_last_are_the_default(run, traces):
 
 
 def test_the_fixed_set_and_the_shares_come_from_another_trace(run, traces):
-    options = ["--policy", "fixed,lru", "--slots", 3, "--choose-from", traces[1], "--shares", "chosen", "--json"]
+    options = [
+        "--policy",
+        "fixed,lru",
+        "--slots",
+        3,
+        "--choose-from",
+        traces[1],
+        "--shares",
+        "chosen",
+        "--json",
+    ]
     code, out, _ = run(traces[0], *options)
     assert code == 0
     fixed, lru, belady = json.loads(out)["runs"]
@@ -106,7 +120,11 @@ def test_a_picture_is_drawn(run, traces, tmp_path, suffix):
     path = tmp_path / f"plot.{suffix}"
     assert run(traces[0], "--slots", "2,4", "--plot", path)[0] == 0
     begin = path.read_bytes()[:400]
-    assert begin.startswith(b"\x89PNG") if suffix == "png" else b"<svg" in begin or b"<!DOCTYPE svg" in begin
+    assert (
+        begin.startswith(b"\x89PNG")
+        if suffix == "png"
+        else b"<svg" in begin or b"<!DOCTYPE svg" in begin
+    )
 
 
 def test_without_matplotlib_the_extra_is_named(run, traces, tmp_path, monkeypatch):

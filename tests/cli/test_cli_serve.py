@@ -41,12 +41,18 @@ def test_keys_that_no_header_carries_are_refused(run_command, converted, key, tm
 def test_key_is_given_in_one_way(run_command, converted, tmp_path):
     file = tmp_path / "key"
     file.write_text("secret")
-    code, _, err = run_command("serve", converted("2bit"), "--api-key", "other", "--api-key-file", file)
+    code, _, err = run_command(
+        "serve", converted("2bit"), "--api-key", "other", "--api-key-file", file
+    )
     assert code == 2 and "not both" in err
 
 
-def test_port_that_is_taken_is_named_before_the_model_is_loaded(run_command, converted, monkeypatch):
-    monkeypatch.setattr("loader.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+def test_port_that_is_taken_is_named_before_the_model_is_loaded(
+    run_command, converted, monkeypatch
+):
+    monkeypatch.setattr(
+        "loader.from_pretrained", lambda *_, **__: pytest.fail("the model was loaded")
+    )
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -73,7 +79,10 @@ def test_missing_packages_are_named(run_command, converted, monkeypatch):
 
 def test_position_of_the_context_takes_what_plan_says(converted):
     size = ContextSize(converted("2bit"))
-    assert size.position_bytes == ModelSizes.of_folder(Artifact.open(converted("2bit"))).kv_per_position
+    assert (
+        size.position_bytes
+        == ModelSizes.of_folder(Artifact.open(converted("2bit"))).kv_per_position
+    )
     assert (size.most, size.chosen(None), size.chosen(100)) == (512, 512, 100)
 
 
@@ -88,12 +97,25 @@ def test_automatic_budget_leaves_free_what_is_reserved(converted, monkeypatch):
 
 def test_plan_counts_prefix_caches(run_command, converted):
     def plan(*options):
-        speeds = ("--disk", "2", "--memory", "20", "--ram", "600MB", "--ctx", "256", "--prompt", "32")
+        speeds = (
+            "--disk",
+            "2",
+            "--memory",
+            "20",
+            "--ram",
+            "600MB",
+            "--ctx",
+            "256",
+            "--prompt",
+            "32",
+        )
         code, out, _ = run_command("plan", converted("2bit"), *speeds, *options)
         assert code == 0
         return out
 
-    without, with_them = (json.loads(plan(*o, "--json"))["plans"][0] for o in ((), ("--prefix-cache", "64MiB")))
+    without, with_them = (
+        json.loads(plan(*o, "--json"))["plans"][0] for o in ((), ("--prefix-cache", "64MiB"))
+    )
     assert without["prefix_bytes"] == 0 and with_them["prefix_bytes"] == 64 << 20
     assert without["cache_bytes"] - with_them["cache_bytes"] == 64 << 20
     assert "prefix caches" in plan("--prefix-cache", "64MiB") and "prefix caches" not in plan()

@@ -21,11 +21,17 @@ def english(example_folder):
 
 def test_a_converted_folder_is_traced(run, converted, english, tmp_path):
     out = tmp_path / "t.zst"
-    code, said, err = run(converted("2bit"), "--text", english, "--max-tokens", 512, "-o", out, "--json")
+    code, said, err = run(
+        converted("2bit"), "--text", english, "--max-tokens", 512, "-o", out, "--json"
+    )
     assert code == 0
     assert "english.txt: 2 windows" in err
     result = json.loads(said)
-    assert (result["tokens"], result["prompt_tokens"], result["bytes"]) == (512, 0, out.stat().st_size)
+    assert (result["tokens"], result["prompt_tokens"], result["bytes"]) == (
+        512,
+        0,
+        out.stat().st_size,
+    )
     header = read_trace(out).header
     assert header.model == "2bit"
     assert header.producer.startswith("moe-convert ")
@@ -77,15 +83,21 @@ def one_layer(tmp_path_factory):
     return root / "out"
 
 
-def test_a_model_of_one_layer_is_traced_without_guesses_and_replayed(run, run_command, one_layer, english, tmp_path):
+def test_a_model_of_one_layer_is_traced_without_guesses_and_replayed(
+    run, run_command, one_layer, english, tmp_path
+):
     out = tmp_path / "t.zst"
-    code, said, _ = run(one_layer, "--text", english, "--window", 64, "--max-tokens", 576, "-o", out, "--json")
+    code, said, _ = run(
+        one_layer, "--text", english, "--window", 64, "--max-tokens", 576, "-o", out, "--json"
+    )
     assert code == 0
     assert json.loads(said)["tokens"] == 576
     trace = read_trace(out)
     assert trace.experts.shape == (576, 1, 2)
     assert trace.guesses.shape == trace.guesses_next_norm.shape == (576, 0, 4)
-    code, said, _ = run_command("replay", out, "--slots", "2,3", "--guesses", "0,1", "--by-layer", "--json")
+    code, said, _ = run_command(
+        "replay", out, "--slots", "2,3", "--guesses", "0,1", "--by-layer", "--json"
+    )
     assert code == 0
     report = json.loads(said)
     assert report["recall"]["next_norm"] == []
@@ -93,17 +105,30 @@ def test_a_model_of_one_layer_is_traced_without_guesses_and_replayed(run, run_co
     assert run_command("replay", out, "--disk", 2, "--by-layer")[0] == 0
 
 
-def test_prompts_of_a_model_of_one_layer_are_traced_and_choose_its_slots(run, run_command, one_layer, tmp_path):
+def test_prompts_of_a_model_of_one_layer_are_traced_and_choose_its_slots(
+    run, run_command, one_layer, tmp_path
+):
     prompts, out = tmp_path / "p.txt", tmp_path / "t.zst"
     prompts.write_text("one\ntwo three\n")
     assert run(one_layer, "--prompts", prompts, "--max-new-tokens", 3, "-o", out)[0] == 0
     assert len(read_trace(out).header.sequences) == 2
     code, _, err = run_command(
-        "generate", one_layer, "--prompt", "one", "--max-new-tokens", 4, "--ram-cache", "128KiB", "--trace", out
+        "generate",
+        one_layer,
+        "--prompt",
+        "one",
+        "--max-new-tokens",
+        4,
+        "--ram-cache",
+        "128KiB",
+        "--trace",
+        out,
     )
     assert code == 0, err
 
 
 def test_a_model_of_one_layer_is_evaluated(run_command, one_layer, english):
-    code, _, err = run_command("eval", one_layer, "--text", english, "--window", 64, "--max-windows", 2)
+    code, _, err = run_command(
+        "eval", one_layer, "--text", english, "--window", 64, "--max-windows", 2
+    )
     assert code == 0, err

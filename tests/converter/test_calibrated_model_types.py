@@ -37,7 +37,9 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_two_calibrated_bits_verify_and_load(calibrated: Callable[[str], tuple[Path, Path]], name: str) -> None:
+def test_two_calibrated_bits_verify_and_load(
+    calibrated: Callable[[str], tuple[Path, Path]], name: str
+) -> None:
     _, out = calibrated(name)
     assert "calibration" in read_index(out).producer.versions
     assert verify_folder(out, read_data=True).problems == []
@@ -47,7 +49,10 @@ def test_two_calibrated_bits_verify_and_load(calibrated: Callable[[str], tuple[P
 
 @pytest.mark.parametrize("name", ["qwen3_moe with dense layers", "olmoe"])
 def test_workers_and_an_interruption_change_no_byte(
-    calibrated: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    calibrated: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     source, expected = calibrated(name)
     with monkeypatch.context() as patch:
@@ -58,15 +63,21 @@ def test_workers_and_an_interruption_change_no_byte(
     assert hashes(tmp_path / "out") == hashes(expected)
 
 
-def test_bits_are_chosen_for_layers_with_experts(tmp_path: Path, calibrated: Callable[[str], Any]) -> None:
+def test_bits_are_chosen_for_layers_with_experts(
+    tmp_path: Path, calibrated: Callable[[str], Any]
+) -> None:
     source, _ = calibrated("qwen3_moe with dense layers")
-    done = convert_checkpoint(source, tmp_path / "out", make_recipe("2bit", target_bpw=18.0, **RANDOM))
+    done = convert_checkpoint(
+        source, tmp_path / "out", make_recipe("2bit", target_bpw=18.0, **RANDOM)
+    )
     assert verify_folder(tmp_path / "out").problems == []
     assert len(read_index(tmp_path / "out").layers) == 3
     assert 14 < done.plan.expert_bits <= 18
 
 
-def test_bits_for_a_repository_are_chosen_within_the_shards_of_one_layer(hub: HubServer, tmp_path: Path) -> None:
+def test_bits_for_a_repository_are_chosen_within_the_shards_of_one_layer(
+    hub: HubServer, tmp_path: Path
+) -> None:
     folder = tmp_path / "source"
     make_model("qwen3_moe with dense layers").save_pretrained(folder, max_shard_size="60KB")
     hub.add("me/dense", folder)
@@ -78,5 +89,7 @@ def test_bits_for_a_repository_are_chosen_within_the_shards_of_one_layer(hub: Hu
             shards[checkpoint.shape.experts[key.layer].decoder_layer].add(weight.shard)
         limit = max(sum(checkpoint.shards[name] for name in names) for names in shards.values())
     source = HubModel.open("me/dense", max_disk_bytes=limit)
-    done = convert_checkpoint(source, tmp_path / "out", make_recipe("2bit", target_bpw=18.0, **RANDOM))
+    done = convert_checkpoint(
+        source, tmp_path / "out", make_recipe("2bit", target_bpw=18.0, **RANDOM)
+    )
     assert done.done == "converted"

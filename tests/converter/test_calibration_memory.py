@@ -27,8 +27,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(folder: Path, *options: Any) -> dict[str, Any]:
     command = [sys.executable, ROOT / "bench" / "calibration.py", folder, "--json", *options]
     # Blocks of this shape are small enough for malloc to keep them when they are freed; those of an 8x7B are not.
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -18,7 +18,12 @@ from safetensors.torch import load_file, save_file
 from converter.calibration import calibration_pass
 from converter.calibration.calibration_pass import STATE_FOLDER, CalibrationPass
 from converter.calibration.calibration_text import CalibrationTokens, calibration_tokens
-from converter.calibration.layer_statistics import DOWN_BLOCK, PRIOR_SHARE, ExpertInputs, LayerStatistics
+from converter.calibration.layer_statistics import (
+    DOWN_BLOCK,
+    PRIOR_SHARE,
+    ExpertInputs,
+    LayerStatistics,
+)
 from converter.calibration.state_file import write_state
 from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
@@ -46,14 +51,18 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def convert(source: Path, out: Path, recipe: dict[str, Any] | None = None, **options: Any) -> str:
     chosen = {"calibrate": "random", "calibration_tokens": 1024} | (recipe or {})
-    return convert_checkpoint(source, out, make_recipe("2bit", **chosen), ConvertOptions(**options)).done
+    return convert_checkpoint(
+        source, out, make_recipe("2bit", **chosen), ConvertOptions(**options)
+    ).done
 
 
 def one_by_one(tasks: Any) -> list[Any]:
     return [task() for task in tasks]
 
 
-def passing(source: Path, folder: Path, tokens: CalibrationTokens, checkpoint: Checkpoint) -> CalibrationPass:
+def passing(
+    source: Path, folder: Path, tokens: CalibrationTokens, checkpoint: Checkpoint
+) -> CalibrationPass:
     return CalibrationPass(checkpoint, tokens, folder, "test", one_by_one)
 
 
@@ -68,14 +77,22 @@ def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("float32_products")
 @pytest.mark.parametrize("layer", [0, 2])
-def test_statistics_are_those_of_the_transformers_model(source: Path, tmp_path: Path, layer: int) -> None:
+def test_statistics_are_those_of_the_transformers_model(
+    source: Path, tmp_path: Path, layer: int
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     inputs: dict[str, torch.Tensor] = {}
     block = model.model.layers[layer]
-    for name, module in (("q", block.self_attn.q_proj), ("o", block.self_attn.o_proj), ("mlp", block.mlp.gate)):
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, -2)))
+    for name, module in (
+        ("q", block.self_attn.q_proj),
+        ("o", block.self_attn.o_proj),
+        ("mlp", block.mlp.gate),
+    ):
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, -2))
+        )
     with Checkpoint(source) as checkpoint:
         tokens = calibration_tokens(checkpoint, "random", 1024)
         passes = passing(source, tmp_path, tokens, checkpoint)
@@ -83,8 +100,12 @@ def test_statistics_are_those_of_the_transformers_model(source: Path, tmp_path: 
         prefix = f"model.layers.{layer}.self_attn"
         with torch.no_grad():
             model(input_ids=tokens.windows, use_cache=False)
-            torch.testing.assert_close(statistics.linears[f"{prefix}.k_proj"].hessian[0], moment(inputs["q"]))
-            torch.testing.assert_close(statistics.linears[f"{prefix}.o_proj"].hessian[0], moment(inputs["o"]))
+            torch.testing.assert_close(
+                statistics.linears[f"{prefix}.k_proj"].hessian[0], moment(inputs["q"])
+            )
+            torch.testing.assert_close(
+                statistics.linears[f"{prefix}.o_proj"].hessian[0], moment(inputs["o"])
+            )
             *_, chosen = block.mlp.gate(inputs["mlp"])
             here = (chosen == 1).any(1)
             x = inputs["mlp"][here]
@@ -96,13 +117,17 @@ def test_statistics_are_those_of_the_transformers_model(source: Path, tmp_path: 
             rows = block.mlp.experts.gate_up_proj[1].split(96)
             gate, up = (x @ part.T for part in rows)
             h = torch.nn.functional.silu(gate) * up
-            down, correction = statistics.of_down(1, *(lambda b, e, part=part: part[b:e] for part in rows))
+            down, correction = statistics.of_down(
+                1, *(lambda b, e, part=part: part[b:e] for part in rows)
+            )
             assert correction is not None
             assert float(correction.factor.abs().max()) < 0.01  # nothing is lost, but for bfloat16
         assert down.hessian.shape == (1, DOWN_BLOCK, DOWN_BLOCK)
         share = len(h) / (len(h) + PRIOR_SHARE * DOWN_BLOCK)
         pooled = statistics.down.hessian
-        torch.testing.assert_close(down.hessian[0, :96, :96], share * moment(h) + (1 - share) * pooled[0, :96, :96])
+        torch.testing.assert_close(
+            down.hessian[0, :96, :96], share * moment(h) + (1 - share) * pooled[0, :96, :96]
+        )
         assert not down.hessian[0, 96:].any()
 
 
@@ -115,7 +140,9 @@ def test_the_pass_ends_where_the_model_does(source: Path, tmp_path: Path) -> Non
         tokens = calibration_tokens(checkpoint, "random", 1024)
         passes = passing(source, tmp_path, tokens, checkpoint)
         head = passes.prepare_head().linears["lm_head"]
-        expected = moment(model.model(input_ids=tokens.windows, use_cache=False).last_hidden_state.flatten(0, 1))
+        expected = moment(
+            model.model(input_ids=tokens.windows, use_cache=False).last_hidden_state.flatten(0, 1)
+        )
         torch.testing.assert_close(head.hessian[0], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -126,7 +153,9 @@ def test_bfloat16_products_give_nearly_the_same_statistics(
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(calibration_pass, "fast_products", lambda _, dtype=dtype: dtype)
         with Checkpoint(source) as checkpoint:
-            passes = passing(source, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint)
+            passes = passing(
+                source, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint
+            )
             layer = passes.prepare(2)
             found.append([layer.of_gate_up(0)[0].hessian, layer.down.hessian])
     for exact, near in zip(*found, strict=True):
@@ -143,7 +172,11 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 @pytest.mark.parametrize("moment_of_it", [0, 3, 4, 9])
 def test_interruption_is_resumed_to_the_same_bytes(
-    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment_of_it: int
+    source: Path,
+    reference: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment_of_it: int,
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -184,7 +217,9 @@ def test_resume_begins_at_the_last_finished_layer(
     layers: list[int] = []
     original = CalibrationPass._forward
     monkeypatch.setattr(
-        CalibrationPass, "_forward", lambda self, layer, **k: (layers.append(layer), original(self, layer, **k))[1]
+        CalibrationPass,
+        "_forward",
+        lambda self, layer, **k: (layers.append(layer), original(self, layer, **k))[1],
     )
     convert(source, out)
     assert layers == [2]
@@ -193,7 +228,11 @@ def test_resume_begins_at_the_last_finished_layer(
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "another"])
 def test_lost_or_foreign_state_is_computed_again(
-    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    source: Path,
+    reference: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -217,7 +256,9 @@ def test_lost_or_foreign_state_is_computed_again(
     assert hashes(out) == reference
 
 
-def test_parts_of_the_layers_add_up_to_the_whole(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+def test_parts_of_the_layers_add_up_to_the_whole(
+    source: Path, reference: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert convert(source, out, part=(2, 2)) == "part"
     assert convert(source, out, part=(1, 2)) == "part"
@@ -225,7 +266,9 @@ def test_parts_of_the_layers_add_up_to_the_whole(source: Path, reference: dict[s
     assert hashes(out) == reference
 
 
-def test_resume_with_other_tokens_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_with_other_tokens_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text("".join(f"line {i} of a text\n" for i in range(2000)))
     recipe = {"calibrate": "file"}
@@ -254,7 +297,10 @@ def test_index_and_quality_say_how_it_was_calibrated(source: Path, tmp_path: Pat
     index = read_index(out)
     assert index.recipe.options == {"calibrate": "random", "calibration_tokens": 1024}
     with Checkpoint(source) as checkpoint:
-        assert calibration_tokens(checkpoint, "random", 1024).sha256 in index.producer.versions["calibration"]
+        assert (
+            calibration_tokens(checkpoint, "random", 1024).sha256
+            in index.producer.versions["calibration"]
+        )
     quality = json.loads((out / "quality.json").read_text())
     assert quality["uncalibrated"] == []
     assert sum(e["calibration_tokens"] for e in quality["experts"] if e["layer"] == 0) == 2 * 1024
@@ -270,15 +316,22 @@ def test_head_is_calibrated_too(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(float("nan"), r"1 NaN.* the first at \[5\]"), (2.0**127, r"largest weight there is 1.70141e\+38.* at \[5\]")],
+    [
+        (float("nan"), r"1 NaN.* the first at \[5\]"),
+        (2.0**127, r"largest weight there is 1.70141e\+38.* at \[5\]"),
+    ],
 )
-def test_activations_that_are_not_finite_name_the_weight(tmp_path: Path, value: float, message: str) -> None:
+def test_activations_that_are_not_finite_name_the_weight(
+    tmp_path: Path, value: float, message: str
+) -> None:
     folder = tmp_path / "mini"
     make_checkpoint(folder, SHAPES["mini"], 3)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.post_attention_layernorm.weight"][5] = value
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(SourceError, match=rf"(?s)(?=.*layers\.1\.post_attention_layernorm\.weight).*{message}"):
+    with pytest.raises(
+        SourceError, match=rf"(?s)(?=.*layers\.1\.post_attention_layernorm\.weight).*{message}"
+    ):
         convert(folder, tmp_path / "out")
 
 
@@ -294,7 +347,9 @@ def test_useless_statistics_fall_back_and_are_recorded(tmp_path: Path) -> None:
     assert 0 < quality["trunk"]["model.layers.0.self_attn.o_proj"] < 0.12
 
 
-def test_expert_that_no_token_reached_gets_its_layers_statistics(source: Path, tmp_path: Path) -> None:
+def test_expert_that_no_token_reached_gets_its_layers_statistics(
+    source: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "mini"
     make_checkpoint(folder, SHAPES["mini"], 1)
     tensors = load_file(folder / "model.safetensors")
@@ -304,12 +359,23 @@ def test_expert_that_no_token_reached_gets_its_layers_statistics(source: Path, t
     tensors["model.layers.0.block_sparse_moe.gate.weight"] = router
     save_file(tensors, folder / "model.safetensors")
     with Checkpoint(folder) as checkpoint:
-        passes = passing(folder, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint)
+        passes = passing(
+            folder, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint
+        )
         layer = passes.prepare(0)
-        layer.experts[0] = ExpertInputs(torch.empty(0, dtype=torch.int64), torch.empty(0, 96, dtype=torch.bfloat16))
+        layer.experts[0] = ExpertInputs(
+            torch.empty(0, dtype=torch.int64), torch.empty(0, 96, dtype=torch.bfloat16)
+        )
         gate_up, count = layer.of_gate_up(0)
-        down, correction = layer.of_down(0, lambda begin, end: torch.ones(end - begin, 64), lambda *_: torch.ones(0))
-        assert (count, gate_up is layer.gate_up, down is layer.down, correction) == (0, True, True, None)
+        down, correction = layer.of_down(
+            0, lambda begin, end: torch.ones(end - begin, 64), lambda *_: torch.ones(0)
+        )
+        assert (count, gate_up is layer.gate_up, down is layer.down, correction) == (
+            0,
+            True,
+            True,
+            None,
+        )
 
 
 @pytest.mark.parametrize(
@@ -322,7 +388,9 @@ def test_bad_text_is_named(source: Path, tmp_path: Path, data: bytes, word: str)
     with pytest.raises(SourceError, match=word):
         convert(source, tmp_path / "out", {"calibrate": "file"}, calibration_file=text)
     with pytest.raises(SourceError, match="No such file"):
-        convert(source, tmp_path / "out", {"calibrate": "file"}, calibration_file=tmp_path / "none.txt")
+        convert(
+            source, tmp_path / "out", {"calibrate": "file"}, calibration_file=tmp_path / "none.txt"
+        )
 
 
 def test_checkpoint_without_a_tokenizer_says_so(tmp_path: Path) -> None:
@@ -341,7 +409,9 @@ def test_text_that_is_unknown_to_the_tokenizer_is_refused(tmp_path: Path) -> Non
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     unknown = tokenizer["model"]["vocab"]["<unk>"]
     tokenizer["model"] |= {"byte_fallback": False, "unk_token": "<unk>", "fuse_unk": False}
-    tokenizer["model"]["vocab"] = {t: i for t, i in tokenizer["model"]["vocab"].items() if t.isascii() or i <= unknown}
+    tokenizer["model"]["vocab"] = {
+        t: i for t, i in tokenizer["model"]["vocab"].items() if t.isascii() or i <= unknown
+    }
     tokenizer["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     text.write_text("漢字かな" * 3000)
@@ -349,7 +419,9 @@ def test_text_that_is_unknown_to_the_tokenizer_is_refused(tmp_path: Path) -> Non
         convert(folder, tmp_path / "out", {"calibrate": "file"}, calibration_file=text)
 
 
-def test_builtin_text_is_in_the_source_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_builtin_text_is_in_the_source_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build = pytest.importorskip("scikit_build_core.build")
     monkeypatch.chdir(ROOT)
     with tarfile.open(tmp_path / build.build_sdist(str(tmp_path))) as archive:
@@ -409,7 +481,17 @@ def test_command_takes_a_file_and_says_what_it_did(
 
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} of a text\n" for i in range(2000)))
-    command = ["convert", source, "-o", tmp_path / "out", "--calibrate", text, "--calibration-tokens", 1024, "--json"]
+    command = [
+        "convert",
+        source,
+        "-o",
+        tmp_path / "out",
+        "--calibrate",
+        text,
+        "--calibration-tokens",
+        1024,
+        "--json",
+    ]
     with pytest.raises(SystemExit) as exit_:
         main([*map(str, command), "--dry-run"])
     needed = json.loads(capsys.readouterr().out)
@@ -417,5 +499,9 @@ def test_command_takes_a_file_and_says_what_it_did(
         main(list(map(str, command)))
     facts = json.loads(capsys.readouterr().out)
     assert exit_.value.code == 0
-    assert (facts["solver"], facts["calibration"], facts["done"]) == ("feedback", "file", "converted")
+    assert (facts["solver"], facts["calibration"], facts["done"]) == (
+        "feedback",
+        "file",
+        "converted",
+    )
     assert needed["memory_bytes"] > 0

@@ -47,7 +47,9 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return hashes(out)
 
 
-def converted_experts(monkeypatch: pytest.MonkeyPatch, conversion: Callable[[], Any]) -> list[tuple[int, int]]:
+def converted_experts(
+    monkeypatch: pytest.MonkeyPatch, conversion: Callable[[], Any]
+) -> list[tuple[int, int]]:
     """(layer, expert) of every expert that a conversion works on, in order."""
     done: list[tuple[int, int]] = []
     original = Worker.expert
@@ -77,7 +79,9 @@ def test_any_sharding_gives_the_same_bytes_but_for_the_record_of_the_source(
     convert(source, tmp_path / "one")
     make_checkpoint(tmp_path / "mini", SHAPES["mini"], 3, **changes)
     convert(tmp_path / "mini", tmp_path / "other")
-    assert hashes(tmp_path / "one", without_source=True) == hashes(tmp_path / "other", without_source=True)
+    assert hashes(tmp_path / "one", without_source=True) == hashes(
+        tmp_path / "other", without_source=True
+    )
 
 
 def test_interruption_leaves_nothing_that_looks_complete_and_is_resumed_to_the_same_bytes(
@@ -104,7 +108,9 @@ def test_frames_of_a_complete_layer_that_a_power_loss_brought_back_are_removed(
     assert hashes(out) == hashes(good)
 
 
-def test_resume_does_not_convert_an_expert_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_does_not_convert_an_expert_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch, 5)
     done = converted_experts(monkeypatch, lambda: convert(source, out))
@@ -177,10 +183,17 @@ def test_flipped_bit_in_a_line_of_the_journal_costs_its_work_and_changes_no_byte
     assert "is damaged: its work is done again" in caplog.text
 
 
-@pytest.mark.parametrize("file", ["experts/layer-001.safetensors.partial", "trunk.safetensors.partial"])
+@pytest.mark.parametrize(
+    "file", ["experts/layer-001.safetensors.partial", "trunk.safetensors.partial"]
+)
 @pytest.mark.parametrize("position", [4100, 6000])
 def test_flipped_bit_in_recorded_bytes_of_a_partial_file_changes_no_byte_of_the_result(
-    source: Path, reference: dict[str, str], unfinished: Path, tmp_path: Path, file: str, position: int
+    source: Path,
+    reference: dict[str, str],
+    unfinished: Path,
+    tmp_path: Path,
+    file: str,
+    position: int,
 ) -> None:
     out = Path(shutil.copytree(unfinished, tmp_path / "out"))
     flip(out / file, position, bit=3)
@@ -246,7 +259,12 @@ def test_flipped_bit_in_a_complete_layer_file_changes_no_byte_of_the_result(
 
 
 def test_undamaged_complete_layer_file_is_kept_without_a_warning(
-    source: Path, good: Path, with_complete_layer: Path, tmp_path: Path, codec: str, caplog: pytest.LogCaptureFixture
+    source: Path,
+    good: Path,
+    with_complete_layer: Path,
+    tmp_path: Path,
+    codec: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = Path(shutil.copytree(with_complete_layer, tmp_path / "out"))
     layer = out / "experts" / "layer-000.safetensors"
@@ -266,7 +284,10 @@ def test_of_a_damaged_complete_layer_only_the_damaged_expert_is_converted_again(
     flip_in_layer(out, good, "last byte of expert 2")
     again = converted_experts(monkeypatch, lambda: convert(source, out))
     assert [key for key in again if key[0] == 0] == [(0, 2)]
-    assert "the bytes of expert 0 2 changed since they were written: converting it again" in caplog.text
+    assert (
+        "the bytes of expert 0 2 changed since they were written: converting it again"
+        in caplog.text
+    )
     assert hashes(out) == hashes(good)
 
 
@@ -283,7 +304,9 @@ def test_complete_layer_file_of_another_size_is_written_again_with_a_warning(
     assert f"layer-000.safetensors: it has {size_bytes} bytes instead of 102400" in caplog.text
 
 
-def test_damage_in_a_complete_layer_that_calibration_has_passed_is_mended(source: Path, tmp_path: Path) -> None:
+def test_damage_in_a_complete_layer_that_calibration_has_passed_is_mended(
+    source: Path, tmp_path: Path
+) -> None:
     recipe = make_recipe("2bit", calibrate="random", calibration_tokens=1024)
     first, out = tmp_path / "good", tmp_path / "out"
     convert_checkpoint(source, first, recipe)
@@ -307,7 +330,9 @@ def test_changed_bytes_of_an_expert_are_never_compressed(
 
     with monkeypatch.context() as patch:
         patch.setattr(LayerWriter, "finish_zstd", changed)
-        with pytest.raises(OutputError, match="the bytes of expert 1 changed since they were written"):
+        with pytest.raises(
+            OutputError, match="the bytes of expert 1 changed since they were written"
+        ):
             convert(source, out, codec="zstd")
     convert(source, out, codec="zstd")
     assert hashes(out) == hashes(whole)
@@ -361,7 +386,11 @@ def test_kills_at_random_moments_do_not_change_a_byte(
 
 @pytest.mark.parametrize("moment", [LayerRecord, ShardRecord])
 def test_kill_between_renaming_a_file_and_recording_it_is_mended(
-    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: type[Record]
+    source: Path,
+    reference: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: type[Record],
 ) -> None:
     out = tmp_path / "out"
     original = Journal.append
@@ -384,7 +413,10 @@ def test_kill_before_the_index_is_mended(
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("converter.conversion.completion.write_card", lambda *_: (_ for _ in ()).throw(Interruption))
+        patch.setattr(
+            "converter.conversion.completion.write_card",
+            lambda *_: (_ for _ in ()).throw(Interruption),
+        )
         with pytest.raises(Interruption):
             convert(source, out)
     assert (out / "trunk.safetensors").exists()
@@ -404,7 +436,9 @@ def test_resume_by_another_recipe_is_refused(
     assert hashes(out) == before
 
 
-def test_resume_from_other_weights_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_from_other_weights_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     interrupted(source, out, monkeypatch)
     make_checkpoint(tmp_path / "mini", SHAPES["mini"], 3, shards=2, seed=1)
@@ -431,7 +465,9 @@ def test_no_resume_begins_again(
     assert hashes(out) == reference
 
 
-def test_complete_folder_is_left_as_it_is(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+def test_complete_folder_is_left_as_it_is(
+    source: Path, reference: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     convert(source, out)
     assert convert(source, out) == "already complete"
@@ -449,11 +485,15 @@ def test_complete_folder_of_another_config_is_named(source: Path, tmp_path: Path
     convert(mine, tmp_path / "out")
     config = json.loads((mine / "config.json").read_text())
     (mine / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    with pytest.raises(OutputError, match=r"another config\.json \(rms_norm_eps\): 1e-05 there, 0\.001 now"):
+    with pytest.raises(
+        OutputError, match=r"another config\.json \(rms_norm_eps\): 1e-05 there, 0\.001 now"
+    ):
         convert(mine, tmp_path / "out")
 
 
-def test_force_replaces_a_complete_conversion(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+def test_force_replaces_a_complete_conversion(
+    source: Path, reference: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     convert(source, out, "3bit")
     convert(source, out, force=True)
@@ -489,7 +529,9 @@ def test_too_little_disk_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_parts_of_the_layers_add_up_to_the_whole(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+def test_parts_of_the_layers_add_up_to_the_whole(
+    source: Path, reference: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert convert(source, out, part=(2, 2)) == "part"
     assert convert(source, out, part=(1, 2)) == "part"
@@ -513,7 +555,9 @@ def test_weight_that_is_not_finite_stops_the_conversion_and_keeps_the_rest(
     assert not (tmp_path / "out" / "moe_index.json").exists()
 
 
-def test_source_cut_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_cut_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "mini"
     make_checkpoint(folder, SHAPES["mini"], 3)
     original = Worker.expert
@@ -528,22 +572,30 @@ def test_source_cut_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("sigint")
-def test_ctrl_c_ends_cleanly_and_is_resumed(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+def test_ctrl_c_ends_cleanly_and_is_resumed(
+    source: Path, reference: dict[str, str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    threads = threading.active_count()  # tqdm's monitor may run already: it stays once a model was loaded
+    threads = (
+        threading.active_count()
+    )  # tqdm's monitor may run already: it stays once a model was loaded
 
     def progress(stage: str, done: int, total: int) -> None:
         if done > total / 3:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(source, out, make_recipe("2bit", solver="hqq"), ConvertOptions(2), progress)
+        convert_checkpoint(
+            source, out, make_recipe("2bit", solver="hqq"), ConvertOptions(2), progress
+        )
     assert threading.active_count() == threads
     convert(source, out)
     assert hashes(out) == reference
 
 
-def test_zstd_folder_decodes_to_the_same_experts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zstd_folder_decodes_to_the_same_experts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     convert(source, tmp_path / "raw")
     interrupted(source, tmp_path / "zstd", monkeypatch, codec="zstd")
     convert(source, tmp_path / "zstd", codec="zstd")
@@ -555,20 +607,28 @@ def test_zstd_folder_decodes_to_the_same_experts(source: Path, tmp_path: Path, m
                 assert torch.equal(one.read(layer, expert), other.read(layer, expert))
 
 
-def test_converted_weights_are_near_the_source_and_quality_says_how_near(source: Path, tmp_path: Path) -> None:
+def test_converted_weights_are_near_the_source_and_quality_says_how_near(
+    source: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     convert(source, out, "4bit")
     artifact = Artifact.open(out)
     quality = json.loads((out / "quality.json").read_text())
     with Checkpoint(source) as checkpoint, DirectReader(artifact) as reader:
         got = dict(
-            zip(("gate", "up", "down"), dequantize_expert(artifact.layout(2, 3), reader.read(2, 3)), strict=True)
+            zip(
+                ("gate", "up", "down"),
+                dequantize_expert(artifact.layout(2, 3), reader.read(2, 3)),
+                strict=True,
+            )
         )
         for key, weight in checkpoint.experts.items():
             if (key.layer, key.expert) == (2, 3):
                 true = checkpoint.read_rows(weight, 0, weight.shape[0]).float()
                 error = float((got[key.projection] - true).norm() / true.norm())
-                recorded = next(e for e in quality["experts"] if (e["layer"], e["expert"]) == (2, 3))
+                recorded = next(
+                    e for e in quality["experts"] if (e["layer"], e["expert"]) == (2, 3)
+                )
                 assert recorded[key.projection] == pytest.approx(error, rel=1e-4)
                 assert error < 0.1
     assert 0 < quality["totals"]["attention"] < 0.1
@@ -595,7 +655,9 @@ def test_side_files_are_copied_byte_for_byte(source: Path, tmp_path: Path) -> No
     assert config == {**source_config, **renamed, **defaults}
 
 
-@pytest.mark.parametrize("options", [{"max_workers": 0}, {"codec": "lzma"}, {"part": (3, 2)}, {"part": (0, 2)}])
+@pytest.mark.parametrize(
+    "options", [{"max_workers": 0}, {"codec": "lzma"}, {"part": (3, 2)}, {"part": (0, 2)}]
+)
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         ConvertOptions(**options)
@@ -613,4 +675,6 @@ def test_head_is_packed_where_the_recipe_says_so(source: Path, tmp_path: Path) -
 def test_tied_head_cannot_be_packed(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "mini", SHAPES["mini"], 1, tied=True)
     with pytest.raises(RecipeError, match="tie_word_embeddings"):
-        convert_checkpoint(tmp_path / "mini", tmp_path / "out", make_recipe("4bit", head_bits=4, solver="hqq"))
+        convert_checkpoint(
+            tmp_path / "mini", tmp_path / "out", make_recipe("4bit", head_bits=4, solver="hqq")
+        )

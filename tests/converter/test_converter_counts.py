@@ -67,7 +67,9 @@ def test_command_does_each_step_once(
     assert found == counts
 
 
-def test_finding_a_complete_conversion_takes_one_plan(run_command: Run, source: Path, tmp_path: Path) -> None:
+def test_finding_a_complete_conversion_takes_one_plan(
+    run_command: Run, source: Path, tmp_path: Path
+) -> None:
     line = ("convert", source, "-o", tmp_path / "out", "-q", "--solver", "hqq")
     run_command(*line)
     with counted() as found:

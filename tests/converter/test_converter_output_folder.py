@@ -39,12 +39,17 @@ def model(tmp_path: Path) -> Path:
 
 
 def convert(source: Path | HubModel, out: Path, recipe: str = "2bit", **options: Any) -> str:
-    return convert_checkpoint(source, out, make_recipe(recipe, solver="hqq"), ConvertOptions(**options)).done
+    return convert_checkpoint(
+        source, out, make_recipe(recipe, solver="hqq"), ConvertOptions(**options)
+    ).done
 
 
 def contents(folder: Path) -> dict[str, str]:
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and not file.is_symlink())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def needs(source: Path) -> OutputNeeds:
@@ -85,7 +90,11 @@ def test_out_folder_that_is_the_source_by_another_mount_or_case_is_refused(
     real, other = os.stat, tmp_path / "models" / "MINI"
 
     def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
-        return real(str(path).replace("MINI", "Mini") if isinstance(path, str | Path) else path, *args, **kwargs)
+        return real(
+            str(path).replace("MINI", "Mini") if isinstance(path, str | Path) else path,
+            *args,
+            **kwargs,
+        )
 
     monkeypatch.setattr(os, "stat", stat)
     before = contents(tmp_path)
@@ -111,7 +120,12 @@ def test_input_with_the_name_of_an_output_is_not_replaced(model: Path, tmp_path:
 
 def test_force_replaces_what_is_written_and_nothing_else(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    strangers = ["thesis.txt", "trunk.safetensors.bak", "experts/layer-000.txt", "experts/layer-777.safetensors"]
+    strangers = [
+        "thesis.txt",
+        "trunk.safetensors.bak",
+        "experts/layer-000.txt",
+        "experts/layer-777.safetensors",
+    ]
     (out / "experts").mkdir(parents=True)
     for name in (*strangers, "README.md", "config.json", "experts/layer-000.safetensors.partial"):
         (out / name).write_text("theirs")
@@ -135,7 +149,9 @@ def test_no_resume_replaces_what_is_written_and_nothing_else(
     assert "1 files are not of this conversion and stay: layer-001.safetensors" in caplog.text
 
 
-def test_card_that_somebody_wrote_during_the_conversion_is_kept(model: Path, tmp_path: Path) -> None:
+def test_card_that_somebody_wrote_during_the_conversion_is_kept(
+    model: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     convert(model, out, part=(1, 1))
     (out / "README.md").write_text("mine")
@@ -213,12 +229,16 @@ def test_file_is_not_written_through_another_name(tmp_path: Path, kind: str) -> 
         path.hardlink_to(tmp_path / "victim")
     else:
         os.mkfifo(path)
-    with pytest.raises(OutputError, match=r"a\.partial (is a symbolic link|has other hard links|is not a regular)"):
+    with pytest.raises(
+        OutputError, match=r"a\.partial (is a symbolic link|has other hard links|is not a regular)"
+    ):
         OutputFile(path)
     assert (tmp_path / "victim").read_text() == "theirs"
 
 
-@pytest.mark.parametrize("left", [[], ["experts"], ["experts", PARTIAL, "trunk.safetensors.partial"]], ids=str)
+@pytest.mark.parametrize(
+    "left", [[], ["experts"], ["experts", PARTIAL, "trunk.safetensors.partial"]], ids=str
+)
 def test_what_a_kill_or_a_power_loss_leaves_without_a_lock_is_ours(
     model: Path, tmp_path: Path, left: list[str]
 ) -> None:
@@ -229,7 +249,9 @@ def test_what_a_kill_or_a_power_loss_leaves_without_a_lock_is_ours(
     assert convert(model, out) == "converted"
 
 
-@pytest.mark.parametrize("name", ["experts/mine.txt", "experts/layer-001.safetensors.partial", "notes.partial"])
+@pytest.mark.parametrize(
+    "name", ["experts/mine.txt", "experts/layer-001.safetensors.partial", "notes.partial"]
+)
 def test_folder_with_other_files_is_not_ours(model: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
@@ -277,7 +299,9 @@ def test_probe_refuses_what_the_conversion_would(model: Path, tmp_path: Path) ->
         probe_output(model / "out", needs(model), force=True)
 
 
-def test_name_that_is_too_long_for_the_file_system_is_said_before_the_work(model: Path, tmp_path: Path) -> None:
+def test_name_that_is_too_long_for_the_file_system_is_said_before_the_work(
+    model: Path, tmp_path: Path
+) -> None:
     with pytest.raises(OutputError, match="allows names of 255 bytes"):
         convert(model, tmp_path / ("é" * 128))
     with pytest.raises(OutputError, match="allows paths of 4095 bytes"):
@@ -285,7 +309,9 @@ def test_name_that_is_too_long_for_the_file_system_is_said_before_the_work(model
     assert sorted(p.name for p in tmp_path.iterdir()) == ["models"]
 
 
-def test_lack_of_inodes_is_said_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_inodes_is_said_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status = namedtuple("status", "f_files f_favail")
     monkeypatch.setattr(os, "statvfs", lambda _: status(1000, 12))
     with pytest.raises(DoesNotFitError, match=r"has room for 12 \(inodes\)"):

@@ -68,12 +68,16 @@ def out_below_a_file(checkpoint: Path, _: pytest.MonkeyPatch) -> list[str]:
 
 
 def full_disk(checkpoint: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, used=0, free=1000))
+    patch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, used=0, free=1000)
+    )
     return []
 
 
 def little_memory(checkpoint: Path, patch: pytest.MonkeyPatch) -> list[str]:
-    patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20, total=2 << 20))
+    patch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20, total=2 << 20)
+    )
     patch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=0))
     return []
 
@@ -102,7 +106,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "code", "words"), BROKEN, ids=[spoil.__name__ for spoil, *_ in BROKEN])
+@pytest.mark.parametrize(
+    ("spoil", "code", "words"), BROKEN, ids=[spoil.__name__ for spoil, *_ in BROKEN]
+)
 def test_dry_run_and_conversion_refuse_the_same_before_anything_is_written(
     run_command: Run,
     checkpoint: Path,
@@ -145,7 +151,16 @@ def test_checkpoint_without_a_usable_tokenizer_converts_without_calibration_by_t
 ) -> None:
     spoil(checkpoint, monkeypatch)
     out = checkpoint.parent / "out"
-    line = ["convert", checkpoint, "-o", out, "--calibrate", "random", "--calibration-tokens", "1024"]
+    line = [
+        "convert",
+        checkpoint,
+        "-o",
+        out,
+        "--calibrate",
+        "random",
+        "--calibration-tokens",
+        "1024",
+    ]
     assert run_command(*line)[0] == 0
     assert "no usable tokenizer" in caplog.text
     assert run_command("verify", out, "--read-data")[0] == 0
@@ -155,7 +170,9 @@ def test_checkpoint_without_a_usable_tokenizer_converts_without_calibration_by_t
 def test_complete_conversion_by_another_recipe_is_refused(
     run_command: Run, converted_copy: Path, example_folder: Path, dry: list[str]
 ) -> None:
-    code, _, err = run_command("convert", example_folder, "-o", converted_copy, "--recipe", "3bit", *dry)
+    code, _, err = run_command(
+        "convert", example_folder, "-o", converted_copy, "--recipe", "3bit", *dry
+    )
     assert code == 1
     assert "another recipe" in err
     assert "--force" in err
@@ -178,9 +195,13 @@ def test_unfinished_conversion_by_another_recipe_is_refused(
 def test_memory_that_is_short_now_is_a_warning_with_both_numbers(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20, total=1 << 40))
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20, total=1 << 40)
+    )
     with Checkpoint(checkpoint) as opened, caplog.at_level(logging.WARNING):
-        checked = plan_conversion(opened, make_recipe("2bit"), ConvertOptions(max_workers=2), checkpoint.parent / "out")
+        checked = plan_conversion(
+            opened, make_recipe("2bit"), ConvertOptions(max_workers=2), checkpoint.parent / "out"
+        )
     assert checked.workers == 2
     assert f"about {checked.memory_bytes} bytes of memory, available are 1048576" in caplog.text
 
@@ -191,10 +212,14 @@ def test_workers_are_as_many_as_processors_and_fewer_where_memory_is_short(
     monkeypatch.setattr(worker_count, "_processors", lambda: 8)
 
     def workers(available: int) -> Any:
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=1 << 40))
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=1 << 40)
+        )
         with Checkpoint(checkpoint) as opened:
             out = checkpoint.parent / "out"
-            return plan_conversion(opened, make_recipe("2bit", solver="hqq"), ConvertOptions(max_workers=None), out)
+            return plan_conversion(
+                opened, make_recipe("2bit", solver="hqq"), ConvertOptions(max_workers=None), out
+            )
 
     assert workers(1 << 39).workers == 8
     some = workers(400 << 20)
@@ -216,7 +241,8 @@ def wrong_token(hub: HubServer) -> list[str]:
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 @pytest.mark.parametrize(
-    ("options", "words"), [(taken, "model.safetensors"), (foreign, "no member of somebody"), (wrong_token, "token")]
+    ("options", "words"),
+    [(taken, "model.safetensors"), (foreign, "no member of somebody"), (wrong_token, "token")],
 )
 def test_repository_that_cannot_be_written_is_refused_before_the_conversion(
     run_command: Run,
@@ -228,14 +254,20 @@ def test_repository_that_cannot_be_written_is_refused_before_the_conversion(
 ) -> None:
     hub.add("me/taken", {"model.safetensors": b"weights"})
     out = checkpoint.parent / "out"
-    code, _, err = run_command("convert", checkpoint, "-o", out, "--license", "mit", *options(hub), *dry)
+    code, _, err = run_command(
+        "convert", checkpoint, "-o", out, "--license", "mit", *options(hub), *dry
+    )
     assert code == 1
     assert words in err
     assert not out.exists()
 
 
 def test_upload_without_a_token_is_refused_before_the_bytes_are_read(
-    run_command: Run, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted_copy: Path
+    run_command: Run,
+    hub: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    converted_copy: Path,
 ) -> None:
     hub.connect(tmp_path / "home", monkeypatch, token=None)
     code, _, err = run_command("upload", converted_copy, "me/model", "--license", "mit")
@@ -246,10 +278,16 @@ def test_upload_without_a_token_is_refused_before_the_bytes_are_read(
 
 
 def test_download_into_a_full_disk_is_refused_before_the_first_weight(
-    run_command: Run, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted_copy: Path
+    run_command: Run,
+    hub: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    converted_copy: Path,
 ) -> None:
     hub.add("me/model", converted_copy)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, used=0, free=1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, used=0, free=1000)
+    )
     code, _, err = run_command("download", "me/model", "--local-dir", tmp_path / "here")
     assert code == 4
     assert "free are 1000" in err

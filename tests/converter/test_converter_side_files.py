@@ -14,7 +14,9 @@ from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError, SourceError
 from formats.index import read_index
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1795303\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1795303\n"
+)
 COPIES = [
     "tokenizer.json~", "tokenizer.json.bak", "#tokenizer.json#", ".tokenizer.json.swp", "tokenizer.json.orig",
     "tokenizer (1).json", "tokenizer_config (2).json", "tokenizer.model.old", "LICENSE~", "LICENSE (1)",
@@ -63,7 +65,9 @@ def test_a_copy_by_an_editor_or_browser_is_left_out_with_a_warning(
     (checkpoint / name).write_text("{}")
     caplog.set_level(logging.WARNING)
     assert check_side_files(checkpoint) == before
-    assert [r.getMessage().split(" is left out")[0] for r in caplog.records] == [str(checkpoint / name)]
+    assert [r.getMessage().split(" is left out")[0] for r in caplog.records] == [
+        str(checkpoint / name)
+    ]
 
 
 def test_a_folder_full_of_copies_converts(checkpoint: Path) -> None:
@@ -100,7 +104,9 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "additional_chat_templates/rag.jinja"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "additional_chat_templates/rag.jinja"]
+)
 @pytest.mark.parametrize("spoil", BAD)
 def test_a_needed_file_that_cannot_be_copied_is_refused_before_the_first_weight(
     checkpoint: Path, spoil: Callable[[Path], None], name: str

@@ -25,19 +25,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("model", ["source", "example_folder"])
-def test_streamed_predictions_are_those_of_transformers(model: str, request: pytest.FixtureRequest) -> None:
+def test_streamed_predictions_are_those_of_transformers(
+    model: str, request: pytest.FixtureRequest
+) -> None:
     folder: Path = request.getfixturevalue(model)
     windows = some_windows(5, 40)
     logits, chosen = streamed(folder, windows)
     expected, expected_chosen = transformers_answer(folder, windows)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(chosen, expected_chosen, strict=True))
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(chosen, expected_chosen, strict=True)
+    )
 
 
 def test_a_tied_head_is_the_embeddings(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, SHAPES["mini"], 1, dtype="F32", tied=True)
     windows = some_windows(1, 8)
-    torch.testing.assert_close(streamed(tmp_path, windows)[0], transformers_answer(tmp_path, windows)[0])
+    torch.testing.assert_close(
+        streamed(tmp_path, windows)[0], transformers_answer(tmp_path, windows)[0]
+    )
 
 
 def test_pieces_change_nothing_but_rounding(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,17 +116,25 @@ def test_activations_stand_in_nameless_files(source: Path) -> None:
             assert mapped(tensor.data_ptr()).endswith("(deleted)")
 
 
-def test_no_room_for_activations_is_said_before_the_work(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_activations_is_said_before_the_work(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(streamed_model.os, "posix_fallocate", full)
-    with Checkpoint(source) as checkpoint, pytest.raises(DoesNotFitError, match=r"no room for 8192 bytes.*\n.*TMPDIR"):
+    with (
+        Checkpoint(source) as checkpoint,
+        pytest.raises(DoesNotFitError, match=r"no room for 8192 bytes.*\n.*TMPDIR"),
+    ):
         StreamedModel(checkpoint, some_windows(2, 16))
 
 
 def test_a_token_without_embedding_is_named(source: Path) -> None:
-    with Checkpoint(source) as checkpoint, pytest.raises(SourceError, match=r"token 4096.*vocabulary of 4096"):
+    with (
+        Checkpoint(source) as checkpoint,
+        pytest.raises(SourceError, match=r"token 4096.*vocabulary of 4096"),
+    ):
         StreamedModel(checkpoint, torch.tensor([[1, 4096]]))
 
 
@@ -131,5 +145,8 @@ def test_activations_that_are_not_finite_name_the_layer(source: Path, tmp_path: 
     tensors = load_file(shard)
     tensors["model.layers.1.self_attn.o_proj.weight"][:] = 3e38
     save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(SourceError, match=r"layer 1: after attention.*largest weight there is 3e\+38: .*o_proj.weight"):
+    with pytest.raises(
+        SourceError,
+        match=r"layer 1: after attention.*largest weight there is 3e\+38: .*o_proj.weight",
+    ):
         streamed(tmp_path, some_windows(1, 8))

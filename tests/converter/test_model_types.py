@@ -44,7 +44,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory, sources: Any) -> Any:
     def convert(name: str, recipe: str, *, fused: bool = False) -> Path:
         if (name, recipe, fused) not in made:
             out = tmp_path_factory.mktemp("converted") / "out"
-            convert_checkpoint(sources(name, fused=fused), out, make_recipe(recipe, calibrate="none"))
+            convert_checkpoint(
+                sources(name, fused=fused), out, make_recipe(recipe, calibrate="none")
+            )
             made[name, recipe, fused] = out
         return made[name, recipe, fused]
 
@@ -59,19 +61,26 @@ def quarter(folder: Path) -> list[int]:
 
 @every_model
 def test_both_layouts_of_keys_are_the_same_weights(sources: Any, name: str) -> None:
-    stored = [load_file(sources(name, fused=fused) / "model.safetensors").keys() for fused in (False, True)]
+    stored = [
+        load_file(sources(name, fused=fused) / "model.safetensors").keys()
+        for fused in (False, True)
+    ]
     assert stored[0] != stored[1]
     with Checkpoint(sources(name)) as one, Checkpoint(sources(name, fused=True)) as other:
         assert one.experts.keys() == other.experts.keys()
         assert one.trunk.keys() == other.trunk.keys()
         for key, weight in one.experts.items():
             twin = other.experts[key]
-            assert torch.equal(one.read_rows(weight, 0, weight.shape[0]), other.read_rows(twin, 0, twin.shape[0]))
+            assert torch.equal(
+                one.read_rows(weight, 0, weight.shape[0]), other.read_rows(twin, 0, twin.shape[0])
+            )
 
 
 @every_model
 @torch.inference_mode()
-def test_logits_at_16_bits_are_those_of_plain_transformers(converted: Any, sources: Any, name: str) -> None:
+def test_logits_at_16_bits_are_those_of_plain_transformers(
+    converted: Any, sources: Any, name: str
+) -> None:
     folder = converted(name, "16bit")
     plain = AutoModelForCausalLM.from_pretrained(sources(name), dtype=torch.float32)
     expected = plain(TOKENS).logits
@@ -87,7 +96,9 @@ def test_greedy_tokens_with_a_quarter_of_the_experts_cached_are_those_of_plain_t
     folder = converted(name, "16bit")
     assert verify_folder(folder, read_data=True).problems == []
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    expected = AutoModelForCausalLM.from_pretrained(sources(name), dtype=torch.float32).generate(TOKENS, **options)
+    expected = AutoModelForCausalLM.from_pretrained(sources(name), dtype=torch.float32).generate(
+        TOKENS, **options
+    )
     model = loader.from_pretrained(folder, dtype=torch.float32, device="cpu", slots=quarter(folder))
     assert torch.equal(model.generate(TOKENS, **options), expected)
     assert model.moe_stats().total.misses > 0
@@ -133,16 +144,25 @@ def test_a_lost_index_is_written_again_from_the_files(converted: Any, name: str)
 
 @pytest.mark.parametrize(
     ("name", "decoder_layers"),
-    [("qwen3_moe with dense layers", [1, 3, 4]), ("qwen3_moe with every second layer dense", [1, 3])],
+    [
+        ("qwen3_moe with dense layers", [1, 3, 4]),
+        ("qwen3_moe with every second layer dense", [1, 3]),
+    ],
 )
-def test_layers_are_counted_among_those_with_experts(converted: Any, name: str, decoder_layers: list[int]) -> None:
+def test_layers_are_counted_among_those_with_experts(
+    converted: Any, name: str, decoder_layers: list[int]
+) -> None:
     folder = converted(name, "2bit")
     architecture = Artifact.open(folder).architecture
-    assert architecture.expert_modules == [f"model.layers.{layer}.mlp.experts" for layer in decoder_layers]
+    assert architecture.expert_modules == [
+        f"model.layers.{layer}.mlp.experts" for layer in decoder_layers
+    ]
     assert len(list((folder / "experts").iterdir())) == len(decoder_layers)
 
 
-def test_parts_of_a_model_with_dense_layers_make_the_same_bytes(converted: Any, sources: Any, tmp_path: Path) -> None:
+def test_parts_of_a_model_with_dense_layers_make_the_same_bytes(
+    converted: Any, sources: Any, tmp_path: Path
+) -> None:
     name = "qwen3_moe with dense layers"
     recipe = make_recipe("2bit", calibrate="none")
     for part in ((1, 2), (2, 2), None):
@@ -152,11 +172,15 @@ def test_parts_of_a_model_with_dense_layers_make_the_same_bytes(converted: Any, 
         assert (tmp_path / "out" / file).read_bytes() == (whole / file).read_bytes(), file
 
 
-def test_zstd_frames_of_a_model_with_dense_layers_load(sources: Any, converted: Any, tmp_path: Path) -> None:
+def test_zstd_frames_of_a_model_with_dense_layers_load(
+    sources: Any, converted: Any, tmp_path: Path
+) -> None:
     name = "qwen3_moe with dense layers"
     recipe = make_recipe("2bit", calibrate="none")
     convert_checkpoint(sources(name), tmp_path / "out", recipe, ConvertOptions(codec="zstd"))
     assert verify_folder(tmp_path / "out", read_data=True).problems == []
-    packed, plain = (loader.from_pretrained(f, device="cpu") for f in (tmp_path / "out", converted(name, "2bit")))
+    packed, plain = (
+        loader.from_pretrained(f, device="cpu") for f in (tmp_path / "out", converted(name, "2bit"))
+    )
     with torch.inference_mode():
         assert torch.equal(packed(TOKENS).logits, plain(TOKENS).logits)

@@ -64,7 +64,9 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_streamed_logits_and_choices_are_those_of_the_whole_model(folder_of: Callable[[str], Path], name: str) -> None:
+def test_streamed_logits_and_choices_are_those_of_the_whole_model(
+    folder_of: Callable[[str], Path], name: str
+) -> None:
     with Checkpoint(folder_of(name)) as checkpoint:
         whole = Heard(checkpoint.folder, [module.path for module in checkpoint.shape.experts])
         streamed = StreamedModel(checkpoint, WINDOWS)
@@ -85,7 +87,9 @@ def test_statistics_are_those_of_hooks_in_the_whole_model(
     weights = WEIGHTS.repeat_interleave(40)
     with Checkpoint(folder_of(name)) as checkpoint:
         shape = checkpoint.shape
-        whole = Heard(checkpoint.folder, [*shape.linears, *(module.path for module in shape.experts)])
+        whole = Heard(
+            checkpoint.folder, [*shape.linears, *(module.path for module in shape.experts)]
+        )
         passes = CalibrationPass(
             checkpoint, CalibrationTokens("random", WINDOWS, WEIGHTS), tmp_path, "test", one_by_one
         )
@@ -101,7 +105,9 @@ def test_statistics_are_those_of_hooks_in_the_whole_model(
             check_experts(found[module.decoder_layer], experts, whole.inputs[module.path], weights)
 
 
-def check_experts(statistics: LayerStatistics, experts: Any, inputs: list[Tensor], weights: Tensor) -> None:
+def check_experts(
+    statistics: LayerStatistics, experts: Any, inputs: list[Tensor], weights: Tensor
+) -> None:
     """Compares with an experts module of transformers and what it was given."""
     x, chosen, _ = inputs
     assert_near(statistics.gate_up.hessian[0], moment(x, weights))
@@ -112,7 +118,9 @@ def check_experts(statistics: LayerStatistics, experts: Any, inputs: list[Tensor
         gate, up = (x[reached] @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
         inner.append((nn.functional.silu(gate) * up).detach())
         inner_weights.append(weights[reached])
-        torch.testing.assert_close(statistics.experts[expert].inner.float(), inner[-1], rtol=2**-8, atol=1e-6)
+        torch.testing.assert_close(
+            statistics.experts[expert].inner.float(), inner[-1], rtol=2**-8, atol=1e-6
+        )
     down = moment(torch.cat(inner), torch.cat(inner_weights))
     assert_near(statistics.down.hessian[0, : len(down), : len(down)], down)
 
@@ -151,11 +159,16 @@ class ChangedRotary(nn.Module):
         return cos + self.change(x), sin
 
 
-def test_a_model_whose_layers_get_hidden_states_beside_the_stream_is_refused(checkpoint: Checkpoint) -> None:
+def test_a_model_whose_layers_get_hidden_states_beside_the_stream_is_refused(
+    checkpoint: Checkpoint,
+) -> None:
     model = checkpoint.shape.model.model
     model.rotary_emb = ChangedRotary(model.rotary_emb, lambda x: x.mean())
     forward = LayerForward(checkpoint)
-    with pytest.raises(SourceError, match=r"layer 0: argument position_embeddings depends on tokens or hidden states"):
+    with pytest.raises(
+        SourceError,
+        match=r"layer 0: argument position_embeddings depends on tokens or hidden states",
+    ):
         forward.layer(0, 16).__enter__()
 
 
@@ -165,7 +178,9 @@ def test_a_model_whose_layers_share_an_object_is_refused(checkpoint: Checkpoint)
             return {"seen": object()}
 
     checkpoint.shape.model.model.rotary_emb = Shared()
-    with pytest.raises(SourceError, match=r"position_embeddings seen is a object, which layers may change"):
+    with pytest.raises(
+        SourceError, match=r"position_embeddings seen is a object, which layers may change"
+    ):
         LayerForward(checkpoint).layer(0, 16).__enter__()
 
 
@@ -193,14 +208,17 @@ class Layer(nn.Module):
     def forward(self, stream: Tensor) -> Tensor:
         flat = stream.flatten(0, 1)
         for _ in range(self.calls):
-            flat = flat + self.experts(flat, torch.zeros(len(flat), 1, dtype=torch.int64), torch.ones(len(flat), 1))
+            flat = flat + self.experts(
+                flat, torch.zeros(len(flat), 1, dtype=torch.int64), torch.ones(len(flat), 1)
+            )
         return flat.view(stream.shape)
 
 
 def test_a_layer_that_calls_its_experts_twice_is_refused() -> None:
     current, stream, summed = CurrentRun(), torch.ones(1, 4, 8), torch.ones(4, 8)
     once, twice, never = (
-        LoadedLayer(Layer(calls, current), LayerCall((), {}), current, 0, "config.json") for calls in (1, 2, 0)
+        LoadedLayer(Layer(calls, current), LayerCall((), {}), current, 0, "config.json")
+        for calls in (1, 2, 0)
     )
     assert torch.equal(once.end(stream, summed)[0], stream + 1)
     with pytest.raises(SourceError, match="Layer calls its experts twice"):

@@ -91,7 +91,10 @@ def waited(pid: int, task: Task) -> bool:
     """Waits for a child, or kills it. False if it took too long."""
     handle = os.pidfd_open(pid)
     try:
-        ended, limit = select.poll(), task.seconds if task.kill_after_s is None else task.kill_after_s
+        ended, limit = (
+            select.poll(),
+            task.seconds if task.kill_after_s is None else task.kill_after_s,
+        )
         ended.register(handle, select.POLLIN)
         if ended.poll(limit * 1000):
             return True

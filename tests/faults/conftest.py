@@ -10,7 +10,9 @@ from faults.shim import FaultyCommands
 @pytest.fixture(scope="session")
 def lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lane]:
     """Where attempts are made, at four kinds of conversions."""
-    with Workshop(tmp_path_factory.mktemp("faults"), cases=("plain", "zstd", "calibrated", "hub")) as workshop:
+    with Workshop(
+        tmp_path_factory.mktemp("faults"), cases=("plain", "zstd", "calibrated", "hub")
+    ) as workshop:
         yield workshop.lane("lane")
 
 

@@ -24,17 +24,28 @@ SHOWN = 20
 
 
 def main() -> int:
-    sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "bench")]
+    sys.path[:0] = [
+        str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "bench")
+    ]
     from faults.campaigns import CAMPAIGNS, Attempt, attempt
     from faults.campaigns.workshop import Lane, Workshop
     from faults.shim import compiler
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaigns", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(CAMPAIGNS)} [default: all]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "campaigns", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(CAMPAIGNS)} [default: all]"
+    )
     parser.add_argument("--seconds", type=int, default=300, help="in all [default: 300]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, help="try this one state")
-    parser.add_argument("--project", type=Path, default=ROOT, help="folder of the packages to try [default: this tree]")
+    parser.add_argument(
+        "--project",
+        type=Path,
+        default=ROOT,
+        help="folder of the packages to try [default: this tree]",
+    )
     options = parser.parse_args()
     names = options.campaigns or list(CAMPAIGNS)
     if unknown := set(names) - set(CAMPAIGNS):
@@ -45,7 +56,12 @@ def main() -> int:
 
     def campaign(name: str, lanes: list[Lane], end: float) -> tuple[list[Attempt], float]:
         """Tries states until the time is over or none is left."""
-        begin, numbers, lock, stop = time.monotonic(), itertools.count(), threading.Lock(), threading.Event()
+        begin, numbers, lock, stop = (
+            time.monotonic(),
+            itertools.count(),
+            threading.Lock(),
+            threading.Event(),
+        )
 
         def tries(lane: Lane) -> Iterator[Attempt]:
             while time.monotonic() < end and not stop.is_set():
@@ -57,7 +73,11 @@ def main() -> int:
 
         with ThreadPoolExecutor(len(lanes)) as pool:
             try:
-                results = [result for part in pool.map(lambda lane: list(tries(lane)), lanes) for result in part]
+                results = [
+                    result
+                    for part in pool.map(lambda lane: list(tries(lane)), lanes)
+                    for result in part
+                ]
             except BaseException:
                 stop.set()
                 raise
@@ -87,10 +107,15 @@ def main() -> int:
             counts = collections.Counter(result.outcome for result in results if result.outcome)
             how = ", ".join(f"{outcome} {count}" for outcome, count in counts.most_common())
             good = len(results) - len(bad)
-            print(f"{name:16} | {len(results):5} | {good:8} | {len(bad):6} | {took:3.0f} s | {how}", flush=True)
+            print(
+                f"{name:16} | {len(results):5} | {good:8} | {len(bad):6} | {took:3.0f} s | {how}",
+                flush=True,
+            )
             for result in bad[:SHOWN]:
                 print(f"  {result.failure}")
-                print(f"    again: python tests/faults/run.py --seed {options.seed} --number {result.number} {name}")
+                print(
+                    f"    again: python tests/faults/run.py --seed {options.seed} --number {result.number} {name}"
+                )
             if len(bad) > SHOWN:
                 print(f"  and {len(bad) - SHOWN} more", flush=True)
     print(f"{failed} failed" if failed else "all survived")

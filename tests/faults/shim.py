@@ -66,10 +66,15 @@ class FaultyCommands:
     """Runs moe-convert under the shim. `folder` is for the library and outputs, `project` the tree whose moe-convert
     runs. Use it as a context."""
 
-    def __init__(self, folder: Path, project: Path = ROOT, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, project: Path = ROOT, environ: Mapping[str, str] | None = None
+    ) -> None:
         self._output, self._modules = folder / "output", folder / "modules"
         library = folder / "shim.so"
-        subprocess.run([compiler(), "-O1", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl"], check=True)
+        subprocess.run(
+            [compiler(), "-O1", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl"],
+            check=True,
+        )
         forced = {"PYTHONPATH": str(project), "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
             [sys.executable, HERE / "command_server.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

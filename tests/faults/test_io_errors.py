@@ -25,16 +25,32 @@ def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command_for(source: Path, out: Path) -> list[object]:
     # One worker: the calls come in the same order each time.
-    return ["convert", source, "-o", out, "-q", "--solver", "hqq", "--calibrate", "none", "--max-workers", 1]
+    return [
+        "convert",
+        source,
+        "-o",
+        out,
+        "-q",
+        "--solver",
+        "hqq",
+        "--calibrate",
+        "none",
+        "--max-workers",
+        1,
+    ]
 
 
 def hashes(out: Path) -> dict[str, str]:
     files = (file for file in sorted(out.rglob("*")) if file.is_file())
-    return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
 
 
 @pytest.fixture(scope="module")
-def good(commands: FaultyCommands, small_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def good(
+    commands: FaultyCommands, small_source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     out = tmp_path_factory.mktemp("good") / "out"
     assert commands.run(*command_for(small_source, out)).code == 0
     return hashes(out)
@@ -44,13 +60,43 @@ def good(commands: FaultyCommands, small_source: Path, tmp_path_factory: pytest.
 STOPPED = [
     (Fault("mkdir", OUT, errno.EROFS), 1, "result", "Read-only file system (EROFS)"),
     (Fault("mkdir", f"{OUT}/experts", FULL), 4, "experts", "no space left in"),
-    (Fault("create", ".moe-convert.lock", errno.EACCES), 1, ".moe-convert.lock", "Permission denied (EACCES)"),
-    (Fault("lock", ".moe-convert.lock", DAMAGED), 1, ".moe-convert.lock", "cannot be locked: Input/output error"),
+    (
+        Fault("create", ".moe-convert.lock", errno.EACCES),
+        1,
+        ".moe-convert.lock",
+        "Permission denied (EACCES)",
+    ),
+    (
+        Fault("lock", ".moe-convert.lock", DAMAGED),
+        1,
+        ".moe-convert.lock",
+        "cannot be locked: Input/output error",
+    ),
     (Fault("create", ".moe-convert.journal", errno.EMFILE), 1, ".moe-convert.journal", "ulimit -n"),
-    (Fault("write", ".moe-convert.journal", FULL, first=5), 4, ".moe-convert.journal", "no space left in"),
-    (Fault("fsync", ".moe-convert.journal", DAMAGED, first=3), 1, ".moe-convert.journal", "check the disk"),
-    (Fault("allocate", TRUNK, FULL), 4, f"{TRUNK}.partial", "free space and run the same command again"),
-    (Fault("write", TRUNK, errno.EDQUOT, first=3), 4, f"{TRUNK}.partial", "the disk quota is used up in"),
+    (
+        Fault("write", ".moe-convert.journal", FULL, first=5),
+        4,
+        ".moe-convert.journal",
+        "no space left in",
+    ),
+    (
+        Fault("fsync", ".moe-convert.journal", DAMAGED, first=3),
+        1,
+        ".moe-convert.journal",
+        "check the disk",
+    ),
+    (
+        Fault("allocate", TRUNK, FULL),
+        4,
+        f"{TRUNK}.partial",
+        "free space and run the same command again",
+    ),
+    (
+        Fault("write", TRUNK, errno.EDQUOT, first=3),
+        4,
+        f"{TRUNK}.partial",
+        "the disk quota is used up in",
+    ),
     (Fault("truncate", LAYER, STALE), 1, f"{LAYER}.partial", "mount the network file system again"),
     (Fault("write", LAYER, errno.EFBIG, first=2), 4, f"{LAYER}.partial", "no file of this size"),
     (Fault("fsync", LAYER, DAMAGED, first=2), 1, f"{LAYER}.partial", "Input/output error (EIO)"),
@@ -59,16 +105,48 @@ STOPPED = [
     (Fault("stat", LAYER, STALE, first=4), 1, LAYER, "Stale file handle (ESTALE)"),
     (Fault("write", "config.json.partial", FULL), 4, "config.json.partial", "no space left in"),
     (Fault("rename", "moe_index.json", FULL), 4, "moe_index.json", "no space left in"),
-    (Fault("unlink", ".moe-convert.journal", errno.EPERM), 1, ".moe-convert.journal", "cannot be removed"),
-    (Fault("open", f"{SOURCE}/model", errno.EACCES), 1, "model.safetensors", "check the permissions"),
-    (Fault("read", f"{SOURCE}/model", DAMAGED), 1, "model.safetensors", "cannot be read: Input/output error (EIO)"),
-    (Fault("read", f"{SOURCE}/model", STALE, first=90), 1, "model.safetensors", "mount the network file system again"),
-    (Fault("read", f"{SOURCE}/config.json", DAMAGED), 1, "config.json", "cannot be read: Input/output error (EIO)"),
-    (Fault("read", f"{SOURCE}/tokenizer.json", STALE), 1, "tokenizer.json", "Stale file handle (ESTALE)"),
+    (
+        Fault("unlink", ".moe-convert.journal", errno.EPERM),
+        1,
+        ".moe-convert.journal",
+        "cannot be removed",
+    ),
+    (
+        Fault("open", f"{SOURCE}/model", errno.EACCES),
+        1,
+        "model.safetensors",
+        "check the permissions",
+    ),
+    (
+        Fault("read", f"{SOURCE}/model", DAMAGED),
+        1,
+        "model.safetensors",
+        "cannot be read: Input/output error (EIO)",
+    ),
+    (
+        Fault("read", f"{SOURCE}/model", STALE, first=90),
+        1,
+        "model.safetensors",
+        "mount the network file system again",
+    ),
+    (
+        Fault("read", f"{SOURCE}/config.json", DAMAGED),
+        1,
+        "config.json",
+        "cannot be read: Input/output error (EIO)",
+    ),
+    (
+        Fault("read", f"{SOURCE}/tokenizer.json", STALE),
+        1,
+        "tokenizer.json",
+        "Stale file handle (ESTALE)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("fault", "code", "named", "says"), STOPPED, ids=[str(case[0]) for case in STOPPED])
+@pytest.mark.parametrize(
+    ("fault", "code", "named", "says"), STOPPED, ids=[str(case[0]) for case in STOPPED]
+)
 def test_failing_call_is_said_and_the_same_command_goes_on(
     commands: FaultyCommands,
     small_source: Path,
@@ -107,14 +185,18 @@ def test_file_system_that_lacks_a_call_is_used_without(
     function: str, path: str, error: int, warns: str,
 ) -> None:  # fmt: skip
     out = tmp_path / OUT[1:]
-    ended = commands.run(*command_for(small_source, out), faults=[Fault(function, path, error, count=0)])
+    ended = commands.run(
+        *command_for(small_source, out), faults=[Fault(function, path, error, count=0)]
+    )
     assert ended.hits
     assert ended.code == 0, ended.output
     assert ended.output.count(warns) == 1 or not warns
     assert hashes(out) == good
 
 
-def test_lock_that_would_block_is_another_writer(commands: FaultyCommands, small_source: Path, tmp_path: Path) -> None:
+def test_lock_that_would_block_is_another_writer(
+    commands: FaultyCommands, small_source: Path, tmp_path: Path
+) -> None:
     fault = Fault("lock", ".moe-convert.lock", errno.EWOULDBLOCK)
     ended = commands.run(*command_for(small_source, tmp_path / "out"), faults=[fault])
     assert ended.code == 1

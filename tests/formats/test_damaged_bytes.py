@@ -32,12 +32,16 @@ REPO = "me/tiny"
 def compressed(example_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example at 2 bits with codec zstd."""
     folder = tmp_path_factory.mktemp("compressed") / "zstd"
-    convert_checkpoint(example_folder, folder, make_recipe("2bit", solver="hqq"), ConvertOptions(codec="zstd"))
+    convert_checkpoint(
+        example_folder, folder, make_recipe("2bit", solver="hqq"), ConvertOptions(codec="zstd")
+    )
     return folder
 
 
 @pytest.fixture
-def folder(converted_copy: Path, compressed: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+def folder(
+    converted_copy: Path, compressed: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Path:
     """A copy of the example at 2 bits, to be damaged."""
     wants_zstd = "zstd" in request.node.name
     return Path(shutil.copytree(compressed, tmp_path / "zstd")) if wants_zstd else converted_copy
@@ -81,7 +85,9 @@ def single_tokens(model: Any) -> Any:
 
 @pytest.mark.parametrize("run", [prompt, single_tokens])
 @pytest.mark.parametrize("kernels", ["native", "torch"])
-@pytest.mark.parametrize("way", ["mapped", "mapped, two slots", "direct", "zstd mapped", "zstd direct"])
+@pytest.mark.parametrize(
+    "way", ["mapped", "mapped, two slots", "direct", "zstd mapped", "zstd direct"]
+)
 @torch.no_grad()
 def test_flipped_bit_is_found_before_it_is_used(
     folder: Path, way: str, kernels: str, run: Callable[[Any], Any]
@@ -117,7 +123,9 @@ def test_expert_that_turned_wrong_before_the_backward_is_found(folder: Path) -> 
 
 
 @torch.no_grad()
-def test_lazy_folder_is_compared_each_time_it_is_read(hub: HubServer, converted: Callable[[str], Path]) -> None:
+def test_lazy_folder_is_compared_each_time_it_is_read(
+    hub: HubServer, converted: Callable[[str], Path]
+) -> None:
     hub.add(REPO, converted("2bit"))
     options = two_slots(converted("2bit"))
     model = loader.from_pretrained(REPO, lazy=True, **options)
@@ -131,7 +139,9 @@ def test_lazy_folder_is_compared_each_time_it_is_read(hub: HubServer, converted:
 
 @torch.no_grad()
 @pytest.mark.parametrize("complete", [True, False])
-def test_repository_is_compared_in_the_cache(hub: HubServer, converted: Callable[[str], Path], complete: bool) -> None:
+def test_repository_is_compared_in_the_cache(
+    hub: HubServer, converted: Callable[[str], Path], complete: bool
+) -> None:
     hub.add(REPO, converted("2bit"))
     options = {"lazy": not complete, **two_slots(converted("2bit"))}
     model = loader.from_pretrained(REPO, **options)
@@ -148,7 +158,9 @@ def test_expert_that_a_gpu_gets_is_compared_on_its_way_to_pinned_memory(folder: 
     device = RecordingDevice()
     opened = open_model(folder, None, None, lazy=False, progress=None)
     sizes = expert_bytes_by_layer(opened.artifact)
-    tier = PinnedTier(opened.reader("direct", check="fast"), dict.fromkeys(sizes, 4), device.pin, device.unpin)
+    tier = PinnedTier(
+        opened.reader("direct", check="fast"), dict.fromkeys(sizes, 4), device.pin, device.unpin
+    )
     flip(folder, 3)
     with tier.use(2, 1) as use:
         use.step()
@@ -178,7 +190,9 @@ def test_without_the_check_64_flipped_bits_an_expert_give_wrong_tokens_in_silenc
 ) -> None:
     def generated(path: Path, check: str) -> torch.Tensor:
         model = loader.from_pretrained(path, check=check, **two_slots(path))
-        return model.generate(IDS, min_new_tokens=60, max_new_tokens=60, do_sample=False)[0, IDS.shape[1] :]
+        return model.generate(IDS, min_new_tokens=60, max_new_tokens=60, do_sample=False)[
+            0, IDS.shape[1] :
+        ]
 
     flip(folder, 3, bits=64)
     good = generated(converted("2bit"), "fast")
@@ -188,11 +202,15 @@ def test_without_the_check_64_flipped_bits_an_expert_give_wrong_tokens_in_silenc
         generated(folder, "fast")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
 def test_edited_tokenizer_is_refused_unless_nothing_is_compared(folder: Path, name: str) -> None:
     text = (folder / name).read_text()
     (folder / name).write_text(text + "\n")
-    with pytest.raises(DamageError, match=f"{name}: its sha256 is .* with check none it would be used") as caught:
+    with pytest.raises(
+        DamageError, match=f"{name}: its sha256 is .* with check none it would be used"
+    ) as caught:
         loader.load_tokenizer(folder)
     assert caught.value.hint.startswith(f"moe-convert repair {folder} --from ")
     assert loader.load_tokenizer(folder, check="none")("a")["input_ids"]
@@ -204,7 +222,9 @@ def test_damaged_trunk_is_refused_unless_nothing_is_compared(folder: Path) -> No
         file.seek(-5000, 2)
         file.write(b"damage")
     for check in ("fast", "sha256"):
-        with pytest.raises(DamageError, match=r"trunk\.safetensors: its sha256 is .* with check none") as caught:
+        with pytest.raises(
+            DamageError, match=r"trunk\.safetensors: its sha256 is .* with check none"
+        ) as caught:
             loader.from_pretrained(folder, check=check)
         assert caught.value.hint.startswith(f"moe-convert repair {folder} --from ")
     assert loader.from_pretrained(folder, check="none") is not None
@@ -216,13 +236,17 @@ def test_changed_generation_config_is_used_with_one_log_line(
 ) -> None:
     path = folder / "generation_config.json"
     if edit == "changed":
-        path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.5, "do_sample": True}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "temperature": 0.5, "do_sample": True})
+        )
     else:
         path.unlink()
     for _ in range(2):
         model = loader.from_pretrained(folder)
     assert (model.generation_config.temperature == 0.5) == (edit == "changed")
-    assert len([line for line in caplog.messages if line.startswith(f"{path} was {edit} since")]) == 1
+    assert (
+        len([line for line in caplog.messages if line.startswith(f"{path} was {edit} since")]) == 1
+    )
 
 
 @torch.no_grad()
@@ -261,7 +285,9 @@ def test_verification_notes_a_config_that_was_only_formatted(folder: Path) -> No
     edit_config(folder)
     report = verify_folder(folder)
     assert report.problems == []
-    assert report.notes == [f"{folder / 'config.json'}: other bytes than were written, the same fields"]
+    assert report.notes == [
+        f"{folder / 'config.json'}: other bytes than were written, the same fields"
+    ]
 
 
 class Published(NoOrigin):
@@ -291,7 +317,9 @@ def test_repair_keeps_run_time_edits_until_something_else_differs(
     assert (folder / "config.json").read_bytes() == (good / "config.json").read_bytes()
 
 
-def test_verification_says_what_it_did_not_read(folder: Path, run_command: Callable[..., tuple[int, str, str]]) -> None:
+def test_verification_says_what_it_did_not_read(
+    folder: Path, run_command: Callable[..., tuple[int, str, str]]
+) -> None:
     report = verify_folder(folder)
     assert report.not_read.experts == 64
     assert report.not_read.files[0] == "trunk.safetensors"

@@ -22,14 +22,18 @@ LAYER = "experts/layer-000.safetensors"
 
 
 @pytest.mark.parametrize("edit", BAD_FOLDERS, ids=[edit["name"] for edit in BAD_FOLDERS])
-def test_bad_folder_is_refused_with_file_field_and_value(tmp_path: Path, edit: dict[str, Any]) -> None:
+def test_bad_folder_is_refused_with_file_field_and_value(
+    tmp_path: Path, edit: dict[str, Any]
+) -> None:
     folder = copy_of_good(tmp_path)
     spoil(folder, edit)
     refused(folder, edit["error"], str(folder), edit["message"])
 
 
 @pytest.mark.parametrize("edit", BAD_FOLDERS, ids=[edit["name"] for edit in BAD_FOLDERS])
-def test_verification_of_a_bad_folder_reports_instead_of_raising(tmp_path: Path, edit: dict[str, Any]) -> None:
+def test_verification_of_a_bad_folder_reports_instead_of_raising(
+    tmp_path: Path, edit: dict[str, Any]
+) -> None:
     folder = copy_of_good(tmp_path)
     spoil(folder, edit)
     for read_data in (False, True):
@@ -44,7 +48,11 @@ def test_good_folder_opens() -> None:
 
 def test_an_index_may_name_the_parts_that_it_was_made_of(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
-    part = {"name": "node-0", "producer": {"name": "moe-convert", "version": "0", "versions": {}}, "layers": [0]}
+    part = {
+        "name": "node-0",
+        "producer": {"name": "moe-convert", "version": "0", "versions": {}},
+        "layers": [0],
+    }
     spoil(folder, {"file": "moe_index.json", "at": "/parts", "json": json.dumps([part])})
     (found,) = Artifact.open(folder).index.parts
     assert (found.name, found.layers) == ("node-0", [0])
@@ -62,13 +70,17 @@ def test_nesting_of_100000_is_refused_without_exhausting_the_stack(tmp_path: Pat
 
 def test_brackets_inside_strings_are_not_nesting(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
-    spoil(folder, {"file": "moe_index.json", "at": "/producer/name", "json": json.dumps('\\"[{' * 40)})
+    spoil(
+        folder, {"file": "moe_index.json", "at": "/producer/name", "json": json.dumps('\\"[{' * 40)}
+    )
     Artifact.open(folder)
 
 
 def test_number_of_5000_digits_is_refused(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
-    spoil(folder, {"file": "moe_index.json", "at": "/layers/0/experts/0/offset", "json": "1" * 5000})
+    spoil(
+        folder, {"file": "moe_index.json", "at": "/layers/0/experts/0/offset", "json": "1" * 5000}
+    )
     refused(folder, "FormatError", "moe_index.json: not JSON: Exceeds the limit")
 
 
@@ -86,7 +98,9 @@ def test_layer_that_was_saved_again_is_refused_with_the_reason(tmp_path: Path) -
     assert "saved again by a general safetensors tool" in error.hint
 
 
-def test_layer_that_was_saved_again_in_the_same_size_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_layer_that_was_saved_again_in_the_same_size_is_refused_with_the_reason(
+    tmp_path: Path,
+) -> None:
     folder = copy_of_good(tmp_path)
     tensors = load_file(folder / LAYER)
     save_file(tensors, folder / LAYER)
@@ -111,14 +125,22 @@ def test_folder_with_two_packings_of_equal_size_swapped_is_refused(tmp_path: Pat
     text = (folder / "moe_index.json").read_text()
     (folder / "moe_index.json").write_text(text.replace("q3-g32-s4", "q3-g64-s8").replace("\r", ""))
     wrong = "tile32-q3-g32-s4,tile32-q3-g32-s4"
-    refused(folder, "FormatError", f"{LAYER}: metadata 'down' is '{wrong}', the index says 'tile32-q3-g64-s8,")
+    refused(
+        folder,
+        "FormatError",
+        f"{LAYER}: metadata 'down' is '{wrong}', the index says 'tile32-q3-g64-s8,",
+    )
 
 
 def test_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
     (folder / LAYER).rename(tmp_path / "elsewhere")
     (folder / LAYER).symlink_to(tmp_path / "elsewhere")
-    refused(folder, "PathError", f"{LAYER} is a symbolic link to {tmp_path / 'elsewhere'}, outside of {folder}")
+    refused(
+        folder,
+        "PathError",
+        f"{LAYER} is a symbolic link to {tmp_path / 'elsewhere'}, outside of {folder}",
+    )
 
 
 def test_index_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -186,10 +208,27 @@ def test_head_dim_and_key_value_heads_have_the_defaults_of_transformers() -> Non
     assert not architecture.tie_word_embeddings
 
 
-def test_every_random_change_of_index_or_config_is_refused_with_a_typed_error_or_harmless(tmp_path: Path) -> None:
+def test_every_random_change_of_index_or_config_is_refused_with_a_typed_error_or_harmless(
+    tmp_path: Path,
+) -> None:
     folder = copy_of_good(tmp_path)
     rng = random.Random(0)
-    values = ["-1", "0", "1", "1.5", "true", "null", '""', '"a"', "[]", "{}", str(2**53), str(2**64), "4096", "[[]]"]
+    values = [
+        "-1",
+        "0",
+        "1",
+        "1.5",
+        "true",
+        "null",
+        '""',
+        '"a"',
+        "[]",
+        "{}",
+        str(2**53),
+        str(2**64),
+        "4096",
+        "[[]]",
+    ]
     values += [
         '"../x"',
         '"\\ud800"',
@@ -214,19 +253,27 @@ def test_every_random_change_of_index_or_config_is_refused_with_a_typed_error_or
             outcome(folder)
         for _ in range(400):
             at = rng.randrange(len(good))
-            (folder / name).write_bytes(good[:at] + rng.randbytes(rng.randint(0, 2)) + good[at + rng.randint(0, 2) :])
+            (folder / name).write_bytes(
+                good[:at] + rng.randbytes(rng.randint(0, 2)) + good[at + rng.randint(0, 2) :]
+            )
             outcome(folder)
         (folder / name).write_bytes(good)
 
 
 @pytest.mark.parametrize("name", ["trunk.safetensors", LAYER])
-def test_every_random_change_of_a_header_is_refused_with_a_typed_error(tmp_path: Path, name: str) -> None:
+def test_every_random_change_of_a_header_is_refused_with_a_typed_error(
+    tmp_path: Path, name: str
+) -> None:
     folder = copy_of_good(tmp_path)
     good = (folder / name).read_bytes()
     rng = random.Random(1)
     for _ in range(300):
         at = rng.randrange(2000)
-        spoiled = good[:at] + rng.choice([b"9", b'"', b"[", b"-", b"\\", rng.randbytes(1)]) + good[at + 1 :]
+        spoiled = (
+            good[:at]
+            + rng.choice([b"9", b'"', b"[", b"-", b"\\", rng.randbytes(1)])
+            + good[at + 1 :]
+        )
         (folder / name).write_bytes(spoiled)
         if spoiled != good:
             with pytest.raises(FormatError):
@@ -242,7 +289,13 @@ def outcome(folder: Path) -> None:
 
 def pointers(value: Any, here: str = "") -> Any:
     """Every JSON pointer into `value`."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, child in children:
         yield f"{here}/{key}"
         yield from pointers(child, f"{here}/{key}")

@@ -22,7 +22,11 @@ def test_held_lock_is_not_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
 def test_file_system_without_locks_is_warned_of_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int, wait: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: int,
+    wait: bool,
 ) -> None:
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(error, os.strerror(error))
@@ -39,5 +43,8 @@ def test_other_error_names_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with OutputFile(tmp_path / "lock") as lock, pytest.raises(OutputError, match=r"lock: cannot be locked: .*EIO"):
+    with (
+        OutputFile(tmp_path / "lock") as lock,
+        pytest.raises(OutputError, match=r"lock: cannot be locked: .*EIO"),
+    ):
         lock_file(lock.fileno(), lock.path)

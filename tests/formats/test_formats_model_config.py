@@ -14,7 +14,12 @@ from hostile_configs import CODE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from project_paths import ROOT
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MixtralConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MixtralConfig,
+    PreTrainedConfig,
+)
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from formats.config.generation_config import GENERATION_FIELDS
@@ -47,8 +52,17 @@ NEEDED: dict[str, dict[str, Any]] = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
-    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-    "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "longrope": {
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 64,
+    },
 }
 
 
@@ -122,7 +136,9 @@ def test_the_experts_of_qwen3_moe_have_two_names() -> None:
 def test_a_sliding_window_that_is_not_used_is_none() -> None:
     given = {**SMALL_BY_TYPE["qwen3_moe"], "sliding_window": 64}
     for used, window in ((False, None), (True, 64)):
-        fields, _ = gate_config({**given, "use_sliding_window": used}, "config.json", error=SourceError)
+        fields, _ = gate_config(
+            {**given, "use_sliding_window": used}, "config.json", error=SourceError
+        )
         assert fields["sliding_window"] == window
 
 
@@ -132,7 +148,9 @@ def test_an_olmoe_whose_heads_are_not_as_wide_as_the_hidden_state_is_refused() -
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_fields_that_select_code_are_left_out_of_a_source_and_refused_in_a_converted_folder(name: str) -> None:
+def test_fields_that_select_code_are_left_out_of_a_source_and_refused_in_a_converted_folder(
+    name: str,
+) -> None:
     fields, notes = gate(**{name: CODE[name]})
     assert name not in fields
     assert len(notes) == 1
@@ -186,7 +204,11 @@ def test_a_token_behind_the_vocabulary_is_refused(name: str) -> None:
 
 def test_the_number_of_experts_has_two_names() -> None:
     fields, notes = gate(num_experts=8)
-    assert fields["num_local_experts"] == MixtralConfig(num_experts=8, num_local_experts=4).num_local_experts == 8
+    assert (
+        fields["num_local_experts"]
+        == MixtralConfig(num_experts=8, num_local_experts=4).num_local_experts
+        == 8
+    )
     assert "num_experts (8) goes before num_local_experts (4)" in notes[0]
 
 
@@ -215,14 +237,19 @@ def test_rope_parameters_are_those_that_transformers_computes_with(kind: str, fo
 
 
 def test_the_outer_pretraining_length_goes_before_the_inner_one_as_in_transformers() -> None:
-    given = {"rope_scaling": {"type": "yarn", **NEEDED["yarn"]}, "original_max_position_embeddings": 128}
+    given = {
+        "rope_scaling": {"type": "yarn", **NEEDED["yarn"]},
+        "original_max_position_embeddings": 128,
+    }
     fields, _ = gate(**given)
     theirs = MixtralRotaryEmbedding(MixtralConfig(**{**SMALL, "head_dim": 16, **given}))
     assert MixtralRotaryEmbedding(MixtralConfig.from_dict(fields)).inv_freq.equal(theirs.inv_freq)
 
 
 def test_an_overridden_rope_theta_is_noted() -> None:
-    fields, notes = gate(rope_theta=7000.0, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    fields, notes = gate(
+        rope_theta=7000.0, rope_parameters={"rope_type": "default", "rope_theta": 5000.0}
+    )
     assert fields["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000.0}
     assert "7000" in notes[0]
 
@@ -233,7 +260,9 @@ def test_a_model_that_rotates_parts_of_heads_is_refused() -> None:
 
 def test_a_converted_folder_must_have_the_sizes() -> None:
     with pytest.raises(FormatError, match="field num_experts_per_tok is missing"):
-        gate_config(without("num_experts_per_tok"), "config.json", error=FormatError, converted=True)
+        gate_config(
+            without("num_experts_per_tok"), "config.json", error=FormatError, converted=True
+        )
 
 
 def test_a_source_leaves_sizes_to_transformers_with_a_note() -> None:
@@ -253,7 +282,9 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )  # fmt: skip
-NAMES = sorted({*FIELDS, *NOT_TAKEN, "rope_parameters", "rope_scaling", "rope_theta", "num_experts", *CODE})
+NAMES = sorted(
+    {*FIELDS, *NOT_TAKEN, "rope_parameters", "rope_scaling", "rope_theta", "num_experts", *CODE}
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -268,7 +299,9 @@ def test_any_object_is_refused_or_taken_by_transformers_and_passes_unchanged(
         assert "config.json" in e.message
         assert e.hint
         return
-    assert gate_config(json.loads(json.dumps(fields)), "again", error=FormatError, converted=True) == (fields, [])
+    assert gate_config(
+        json.loads(json.dumps(fields)), "again", error=FormatError, converted=True
+    ) == (fields, [])
     config = MixtralConfig.from_dict(json.loads(json.dumps(fields)))
     if fields["head_dim"] <= 1024:
         assert MixtralRotaryEmbedding(config).inv_freq.isfinite().all()
@@ -299,7 +332,9 @@ def edit(tmp_path: Path, source: Path) -> Callable[..., Path]:
     return write
 
 
-def test_one_log_line_names_what_a_source_loses(edit: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_one_log_line_names_what_a_source_loses(
+    edit: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
     from formats.config.checkpoint_config import read_config
 
     folder = edit(auto_map={"AutoModel": "evil.Model"}, _attn_implementation="a/b", pad_token_id=-1)
@@ -307,5 +342,10 @@ def test_one_log_line_names_what_a_source_loses(edit: Callable[..., Path], caplo
         read_config(folder)
         read_config(folder)
     (line,) = caplog.messages
-    for word in (str(folder / "config.json"), "'auto_map'", "'_attn_implementation' ('a/b')", "pad_token_id -1"):
+    for word in (
+        str(folder / "config.json"),
+        "'auto_map'",
+        "'_attn_implementation' ('a/b')",
+        "pad_token_id -1",
+    ):
         assert word in line

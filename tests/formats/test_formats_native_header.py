@@ -10,7 +10,12 @@ from formats.native.abi import DTYPES, ISAS, Status
 from formats.packing import BLOCK_COLUMNS, HALF_ROWS, HEAD_BYTES, PACKINGS, TILE_ROWS
 
 SHARED = ROOT / "formats/native"
-NATIVE_FOLDERS = (SHARED, ROOT / "loader/native", ROOT / "converter/native", ROOT / "loader/cuda/kernels")
+NATIVE_FOLDERS = (
+    SHARED,
+    ROOT / "loader/native",
+    ROOT / "converter/native",
+    ROOT / "loader/cuda/kernels",
+)
 SOURCES = sorted(path for folder in NATIVE_FOLDERS for path in folder.rglob("*.*"))
 
 
@@ -48,8 +53,12 @@ def test_list_of_packings_is_that_of_the_reference() -> None:
 
 def test_statuses_isas_and_dtypes_are_those_of_the_header() -> None:
     stated = numbers("abi.h", r"MOE_(?:E_)?(\w+) = (-?\d+)")
-    assert {name: stated.pop(name) for name in Status.__members__} == {status.name: status for status in Status}
-    assert {f"ISA_{name.upper()}": number for name, number in ISAS.items()}.items() <= stated.items()
+    assert {name: stated.pop(name) for name in Status.__members__} == {
+        status.name: status for status in Status
+    }
+    assert {
+        f"ISA_{name.upper()}": number for name, number in ISAS.items()
+    }.items() <= stated.items()
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     assert {names[name]: stated[name] for name in names} == DTYPES
 
@@ -58,9 +67,17 @@ def test_statuses_isas_and_dtypes_are_those_of_the_header() -> None:
 def test_no_other_file_lists_the_packings(name: str) -> None:
     # A packing's own file names it alone (or with those of its bits and groups); a list would name all.
     others = [label(other) for other in PACKINGS if other[:14] != name[:14]]
-    files = [path for path in SOURCES if path.name not in ("packings.h", "test_kernels.cpp", "test_solver.cpp")]
+    files = [
+        path
+        for path in SOURCES
+        if path.name not in ("packings.h", "test_kernels.cpp", "test_solver.cpp")
+    ]
     texts = {path: path.read_text() for path in files}
-    lists = [path for path, text in texts.items() if label(name) in text and any(other in text for other in others)]
+    lists = [
+        path
+        for path, text in texts.items()
+        if label(name) in text and any(other in text for other in others)
+    ]
     assert lists == []
 
 

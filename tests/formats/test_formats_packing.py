@@ -18,7 +18,9 @@ FIELDS = ("codes", "s", "m", "ds", "dm")
 every_packing = pytest.mark.parametrize("name", GROUP_SIZES)
 
 
-def case_of(name: str, rows: int, columns: int, seed: int = 0) -> tuple[dict[str, Any], QuantizedMatrix]:
+def case_of(
+    name: str, rows: int, columns: int, seed: int = 0
+) -> tuple[dict[str, Any], QuantizedMatrix]:
     case = random_matrix(name, rows, columns, seed)
     return case, quantized(case)
 
@@ -61,7 +63,9 @@ def test_unpacking_gives_back_what_was_packed(name: str) -> None:
 def test_every_tile_is_some_matrix_and_packs_to_itself(name: str) -> None:
     # No bit of a tile is unused, so random bytes come back. Only the byte 0x80 as M is not written.
     packing = PACKINGS[name]
-    tiles = torch.randint(0, 256, (2, packing.tile_bytes(512)), generator=torch.Generator().manual_seed(0))
+    tiles = torch.randint(
+        0, 256, (2, packing.tile_bytes(512)), generator=torch.Generator().manual_seed(0)
+    )
     tiles = tiles.to(torch.uint8)
     if packing.scale_bits == 8:
         tiles[tiles == 128] = 129
@@ -74,7 +78,10 @@ def test_dequantized_weights_are_exact_and_rounded_once(name: str) -> None:
     for seed, (rows, columns) in enumerate(SHAPES):
         case, matrix = case_of(name, rows, columns, seed)
         group = [column // GROUP_SIZES[name] for column in range(columns)]
-        ds, dm = torch.tensor(case["ds"]).double()[:, None], torch.tensor(case["dm"]).double()[:, None]
+        ds, dm = (
+            torch.tensor(case["ds"]).double()[:, None],
+            torch.tensor(case["dm"]).double()[:, None],
+        )
         s, m = torch.tensor(case["s"])[:, group], torch.tensor(case["m"])[:, group]
         exact = ds * s * torch.tensor(case["codes"]) - dm * m
         weights = dequantize(matrix, GROUP_SIZES[name])
@@ -105,7 +112,9 @@ def test_extreme_super_scales_stay_exact(name: str) -> None:
         ("tile32-q4-g64-s8", 4352, 93_716_480, 4.256),
     ],
 )
-def test_sizes_are_those_of_the_format_page(name: str, block_bytes: int, expert_bytes: int, bits: float) -> None:
+def test_sizes_are_those_of_the_format_page(
+    name: str, block_bytes: int, expert_bytes: int, bits: float
+) -> None:
     packing = PACKINGS[name]
     assert packing.block_bytes == block_bytes
     layout = ExpertLayout(4096, 14336, packing, packing)
@@ -118,7 +127,9 @@ def test_sizes_are_those_of_the_format_page(name: str, block_bytes: int, expert_
 @pytest.mark.parametrize("field", ["codes", "s", "m"])
 def test_value_that_the_packing_cannot_hold_is_refused(name: str, field: str) -> None:
     _, matrix = case_of(name, 2, 300)
-    high = {"codes": PACKINGS[name].max_code, "s": PACKINGS[name].max_s, "m": PACKINGS[name].max_m}[field]
+    high = {"codes": PACKINGS[name].max_code, "s": PACKINGS[name].max_s, "m": PACKINGS[name].max_m}[
+        field
+    ]
     getattr(matrix, field)[1, 2] = high + 1
     with pytest.raises(ValueError, match=f"{field} from .* to {high + 1}, the packing holds"):
         pack(matrix, PACKINGS[name])
@@ -128,7 +139,10 @@ def test_value_that_the_packing_cannot_hold_is_refused(name: str, field: str) ->
 def test_scales_of_another_shape_are_refused(name: str) -> None:
     _, matrix = case_of(name, 2, 300)
     with pytest.raises(ValueError, match="s of shape"):
-        pack(QuantizedMatrix(matrix.codes, matrix.s[:, :1], matrix.m, matrix.ds, matrix.dm), PACKINGS[name])
+        pack(
+            QuantizedMatrix(matrix.codes, matrix.s[:, :1], matrix.m, matrix.ds, matrix.dm),
+            PACKINGS[name],
+        )
 
 
 @every_packing
@@ -139,7 +153,9 @@ def test_tiles_of_another_size_are_refused(name: str) -> None:
 
 
 def test_unknown_packing_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(FormatError, match=r"here: packing 'q5' is unknown; known are tile32-q2-g16-s4, ") as caught:
+    with pytest.raises(
+        FormatError, match=r"here: packing 'q5' is unknown; known are tile32-q2-g16-s4, "
+    ) as caught:
         packing_named("q5", "here")
     assert caught.value.hint == "update moe-convert"
 
@@ -152,7 +168,10 @@ def test_padding_is_zero() -> None:
         assert int((whole != 0).sum()) <= 8
         rest = unpack(whole, packing, 32, 256)
         assert (
-            not rest.codes[1:].any() and not rest.codes[:, 1:].any() and not rest.ds[1:].any() and not rest.dm[1:].any()
+            not rest.codes[1:].any()
+            and not rest.codes[:, 1:].any()
+            and not rest.ds[1:].any()
+            and not rest.dm[1:].any()
         )
 
 
@@ -171,11 +190,17 @@ def test_expert_dequantizes_to_its_three_projections() -> None:
     packing = PACKINGS["tile32-q2-g16-s4"]
     layout = ExpertLayout(40, 70, packing, PACKINGS["tile32-q3-g64-s8"])
     matrices = [
-        case_of(*shape, seed)[1] for seed, shape in ((51, (packing.name, 70, 40)), (52, (packing.name, 70, 40)))
+        case_of(*shape, seed)[1]
+        for seed, shape in ((51, (packing.name, 70, 40)), (52, (packing.name, 70, 40)))
     ]
     matrices.append(case_of(layout.down.name, 40, 70, 53)[1])
-    expected = [dequantize(m, p.group_size) for m, p in zip(matrices, (packing, packing, layout.down), strict=True)]
-    for found, wanted in zip(dequantize_expert(layout, expert_blob(layout, 5)), expected, strict=True):
+    expected = [
+        dequantize(m, p.group_size)
+        for m, p in zip(matrices, (packing, packing, layout.down), strict=True)
+    ]
+    for found, wanted in zip(
+        dequantize_expert(layout, expert_blob(layout, 5)), expected, strict=True
+    ):
         assert torch.equal(found, wanted)
 
 

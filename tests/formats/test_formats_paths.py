@@ -118,8 +118,12 @@ def test_file_over_the_limit_is_refused_with_the_limit(tmp_path: Path) -> None:
     assert read_small(tmp_path, "a", "here", max_bytes=11) == bytes(11)
 
 
-@pytest.mark.parametrize(("blob", "taken"), [("blobs/ab/ab" + "0" * 62, True), ("blobs/ab/cd" + "0" * 62, False)])
-def test_blobs_that_repositories_of_a_hub_cache_share_are_followed(tmp_path: Path, blob: str, taken: bool) -> None:
+@pytest.mark.parametrize(
+    ("blob", "taken"), [("blobs/ab/ab" + "0" * 62, True), ("blobs/ab/cd" + "0" * 62, False)]
+)
+def test_blobs_that_repositories_of_a_hub_cache_share_are_followed(
+    tmp_path: Path, blob: str, taken: bool
+) -> None:
     snapshot = tmp_path / "models--me--model/snapshots/0123abc"
     for folder in (snapshot, snapshot.parent.parent / "blobs", (tmp_path / blob).parent):
         folder.mkdir(parents=True)

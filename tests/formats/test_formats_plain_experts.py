@@ -41,7 +41,9 @@ def test_gate_stands_before_up_and_up_before_down() -> None:
     down = torch.full((72, 40), 3.0, dtype=torch.float16)
     blob = assemble(layout, gate, 2 * gate, down)
     matrix = 2 * 40 * 72
-    for i, (dtype, number) in enumerate([(torch.bfloat16, 1.0), (torch.bfloat16, 2.0), (torch.float16, 3.0)]):
+    for i, (dtype, number) in enumerate(
+        [(torch.bfloat16, 1.0), (torch.bfloat16, 2.0), (torch.float16, 3.0)]
+    ):
         assert blob[i * matrix : (i + 1) * matrix].view(dtype).tolist() == [number] * (40 * 72)
     assert len(blob) == layout.n_bytes == 3 * matrix
 
@@ -54,7 +56,10 @@ def test_parts_are_views_of_the_blob_that_assemble_to_it(pair: tuple[str, str]) 
     assert torch.equal(assemble(layout, *parts), blob)
     begin, end = blob.data_ptr(), blob.data_ptr() + len(blob)
     assert all(begin <= part.data_ptr() < end for part in (*parts, *sections(layout, blob)))
-    assert [tuple(part.shape) for part in sections(layout, blob)] == [layout.gate_up_shape, layout.down_shape]
+    assert [tuple(part.shape) for part in sections(layout, blob)] == [
+        layout.gate_up_shape,
+        layout.down_shape,
+    ]
 
 
 def test_weights_of_rows_are_the_stored_numbers() -> None:
@@ -98,16 +103,23 @@ def test_other_programs_see_matrices() -> None:
 def test_experts_begin_at_multiples_of_4096(tmp_path: Path) -> None:
     config = {**CONFIG, "hidden_size": 40, "intermediate_size": 24}
     index = read_index(write_folder(tmp_path / "f", packings=(BF16, BF16), config=config))
-    assert [(e.offset % 4096, e.length) for e in index.layers[0].experts] == [(0, 3 * 40 * 24 * 2)] * 2
+    assert [(e.offset % 4096, e.length) for e in index.layers[0].experts] == [
+        (0, 3 * 40 * 24 * 2)
+    ] * 2
     assert verify_folder(tmp_path / "f", read_data=True).problems == []
 
 
 @pytest.mark.parametrize(
-    ("version", "hint"), [(1, "convert the source again"), (2, "convert the source again"), (4, "update moe-convert")]
+    ("version", "hint"),
+    [(1, "convert the source again"), (2, "convert the source again"), (4, "update moe-convert")],
 )
-def test_folder_of_another_version_is_refused_with_both_versions(folder: Path, version: int, hint: str) -> None:
+def test_folder_of_another_version_is_refused_with_both_versions(
+    folder: Path, version: int, hint: str
+) -> None:
     edit(folder, "/format_version", str(version))
-    with pytest.raises(VersionError, match=f"format_version is {version}; this release reads 3") as caught:
+    with pytest.raises(
+        VersionError, match=f"format_version is {version}; this release reads 3"
+    ) as caught:
         Artifact.open(folder)
     assert caught.value.hint == hint
 
@@ -119,7 +131,9 @@ def edit(folder: Path, pointer: str, raw: str) -> None:
 
 def test_rows_in_the_trunk_are_refused(folder: Path) -> None:
     edit(folder, "/trunk/packed/model.layers.0.self_attn.k_proj/packing", '"rows-bf16"')
-    with pytest.raises(FormatError, match="k_proj: packing 'rows-bf16' is unknown; known are tile32-q2"):
+    with pytest.raises(
+        FormatError, match="k_proj: packing 'rows-bf16' is unknown; known are tile32-q2"
+    ):
         Artifact.open(folder)
 
 
@@ -127,7 +141,9 @@ def test_other_dtype_than_the_indexs_is_refused(folder: Path) -> None:
     for expert in (0, 1):
         edit(folder, f"/layers/0/experts/{expert}/gate_up", '"rows-f16"')
     edit(folder, "/packings", '["rows-f16", "tile32-q4-g64-s8"]')
-    with pytest.raises(FormatError, match=r"gate_up' is BF16 \[64, 32\].* the index says F16 \[64, 32\]"):
+    with pytest.raises(
+        FormatError, match=r"gate_up' is BF16 \[64, 32\].* the index says F16 \[64, 32\]"
+    ):
         Artifact.open(folder)
 
 
@@ -140,7 +156,9 @@ def test_index_is_rebuilt_to_the_same_bytes(folder: Path) -> None:
 
 def test_file_that_was_saved_again_gets_its_layout_back(folder: Path) -> None:
     before = (folder / LAYER).read_bytes()
-    save_file({name: t.clone() for name, t in sorted(load_file(folder / LAYER).items())}, folder / LAYER)
+    save_file(
+        {name: t.clone() for name, t in sorted(load_file(folder / LAYER).items())}, folder / LAYER
+    )
     index = read_index(folder)
     assert repair_folder(folder, index, NoOrigin("")).files == [LAYER]
     assert (folder / LAYER).read_bytes() == before

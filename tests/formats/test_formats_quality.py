@@ -80,11 +80,17 @@ def test_no_file_is_no_quality_and_nothing_to_save_into(tmp_path: Path) -> None:
         (("overall", "routers"), [True], r"\$\.evaluation\.overall\.routers\[0\]"),
         (("overall", "extra"), 1, r"unknown field `extra`.*\$\.evaluation\.overall"),
         (("extra",), 1, r"unknown field `extra`"),
-        (("texts",), [{"name": "a"}], r"missing required field `windows`.*\$\.evaluation\.texts\[0\]"),
+        (
+            ("texts",),
+            [{"name": "a"}],
+            r"missing required field `windows`.*\$\.evaluation\.texts\[0\]",
+        ),
         (("original",), None, r"Expected `str`"),
     ],
 )
-def test_a_wrong_field_is_named(converted_copy: Path, place: tuple[str, ...], value: Any, named: str) -> None:
+def test_a_wrong_field_is_named(
+    converted_copy: Path, place: tuple[str, ...], value: Any, named: str
+) -> None:
     save_evaluation(converted_copy, evaluation())
     file = converted_copy / "quality.json"
     whole = json.loads(file.read_text())

@@ -72,7 +72,9 @@ def test_an_address_that_expired_is_asked_for_again(repo: HubRepo, hub: HubServe
     assert [r.host for r in hub.requests] == ["cdn", "hub", "cdn"]
 
 
-def test_a_broken_line_goes_on_where_it_broke(repo: HubRepo, hub: HubServer, pauses: Pauses) -> None:
+def test_a_broken_line_goes_on_where_it_broke(
+    repo: HubRepo, hub: HubServer, pauses: Pauses
+) -> None:
     hub.faults.drop(NAME, after=1000)
     assert repo.read(NAME, 0, 5000) == WEIGHTS[:5000]
     assert hub.ranges(NAME) == [(0, 1000), (1000, 5000)]
@@ -86,7 +88,8 @@ def test_a_wrong_answer_is_asked_for_again(repo: HubRepo, hub: HubServer, fault:
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("ignore_range", "the range was ignored"), ("short", "bytes"), ("shift", "Content-Range")]
+    ("fault", "words"),
+    [("ignore_range", "the range was ignored"), ("short", "bytes"), ("shift", "Content-Range")],
 )
 def test_a_server_that_stays_wrong_is_given_up(
     repo: HubRepo, hub: HubServer, pauses: Pauses, fault: str, words: str
@@ -104,13 +107,17 @@ def test_a_line_that_gives_a_mebibyte_a_time_is_not_given_up(repo: HubRepo, hub:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_server_is_asked_again_when_it_says(repo: HubRepo, hub: HubServer, pauses: Pauses, status: int) -> None:
+def test_a_busy_server_is_asked_again_when_it_says(
+    repo: HubRepo, hub: HubServer, pauses: Pauses, status: int
+) -> None:
     hub.faults.status(status, NAME, Retry_After="7")
     assert repo.read(NAME, 0, 100) == WEIGHTS[:100]
     assert pauses == [7.0]
 
 
-def test_a_server_that_stalls_is_asked_again(hub: HubServer, pauses: Pauses, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_stalls_is_asked_again(
+    hub: HubServer, pauses: Pauses, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     hub.add("me/model", FILES)
     again = threading.Event()
@@ -175,7 +182,9 @@ def test_a_redirect_out_of_http_is_refused(repo: HubRepo, hub: HubServer, locati
 
 
 @pytest.mark.parametrize("address", ["http://me.example:x", "me.example"])
-def test_an_endpoint_that_is_no_address_is_not_tried_again(hub: HubServer, pauses: Pauses, address: str) -> None:
+def test_an_endpoint_that_is_no_address_is_not_tried_again(
+    hub: HubServer, pauses: Pauses, address: str
+) -> None:
     with pytest.raises(HubError, match="address") as caught:
         hub_call(lambda: get_session().get(address), "me/model", pauses.retries())
     assert caught.value.hint == "check HF_ENDPOINT"
@@ -201,7 +210,9 @@ def test_the_token_and_the_signature_are_in_no_error_and_no_log(
     hub.faults.status(401, "/api/models")
     with pytest.raises(HubError) as other:
         HubRepo.open("me/model")
-    said = "".join(traceback.format_exception(caught.value)) + "".join(traceback.format_exception(other.value))
+    said = "".join(traceback.format_exception(caught.value)) + "".join(
+        traceback.format_exception(other.value)
+    )
     for text in (said, caplog.text, repr(repo), str(vars(caught.value))):
         assert TOKEN not in text
         assert "secret" not in text
@@ -239,11 +250,24 @@ def test_what_is_not_there_is_named(repo: HubRepo) -> None:
 
 def test_a_name_that_is_no_repository_is_refused() -> None:
     assert is_repo_name("mistralai/Mixtral-8x7B-v0.1")
-    for name in ("model", "./model", "../model", "a/b/c", "/a/b", "a/", "a/..", "-a/b", "a b/c", "a/b--c"):
+    for name in (
+        "model",
+        "./model",
+        "../model",
+        "a/b/c",
+        "/a/b",
+        "a/",
+        "a/..",
+        "-a/b",
+        "a b/c",
+        "a/b--c",
+    ):
         assert not is_repo_name(name), name
 
 
-def test_offline_only_the_cache_is_used(repo: HubRepo, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_only_the_cache_is_used(
+    repo: HubRepo, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshot_download("me/model", allow_patterns="*.json")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
@@ -255,8 +279,12 @@ def test_offline_only_the_cache_is_used(repo: HubRepo, hub: HubServer, monkeypat
     assert hub.requests == []
 
 
-@pytest.mark.parametrize(("field", "value"), [("oid", "../../etc"), ("git_oid", "x"), ("sha256", "../" * 22)])
-def test_hashes_from_the_hub_that_are_none_are_refused(hub: HubServer, field: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"), [("oid", "../../etc"), ("git_oid", "x"), ("sha256", "../" * 22)]
+)
+def test_hashes_from_the_hub_that_are_none_are_refused(
+    hub: HubServer, field: str, value: str
+) -> None:
     hub.add("me/model", FILES)
     repo = hub.repos["me/model"]
     head = repo.commits[repo.refs["main"]]

@@ -33,19 +33,25 @@ class ReaderSuite:
     def test_every_expert_has_the_bytes_that_were_written(self, tmp_path: Path, codec: str) -> None:
         packings = ("tile32-q2-g16-s8", "tile32-q3-g32-s4")
         config = {**CONFIG, "num_hidden_layers": 2, "num_local_experts": 3}
-        artifact = Artifact.open(write_folder(tmp_path / "f", packings=packings, codec=codec, config=config))
+        artifact = Artifact.open(
+            write_folder(tmp_path / "f", packings=packings, codec=codec, config=config)
+        )
         with self.kind(artifact) as reader:
             for layer in (0, 1):
                 for expert in (0, 1, 2):
                     blob = reader.read(layer, expert)
                     assert blob.dtype == torch.uint8
-                    assert torch.equal(blob, expert_blob(artifact.layout(layer, expert), 100 * layer + expert))
+                    assert torch.equal(
+                        blob, expert_blob(artifact.layout(layer, expert), 100 * layer + expert)
+                    )
 
     def test_several_threads_read_at_once(self, tmp_path: Path) -> None:
         artifact = Artifact.open(write_folder(tmp_path / "f", codec="zstd"))
         expected = [expert_blob(artifact.layout(0, expert), expert) for expert in (0, 1)]
         with self.kind(artifact) as reader, ThreadPoolExecutor(4) as pool:
-            for number, blob in enumerate(pool.map(lambda expert: reader.read(0, expert), [0, 1] * 20)):
+            for number, blob in enumerate(
+                pool.map(lambda expert: reader.read(0, expert), [0, 1] * 20)
+            ):
                 assert torch.equal(blob, expected[number % 2])
 
     def test_writing_into_what_was_read_does_not_reach_the_file(self, tmp_path: Path) -> None:
@@ -61,7 +67,9 @@ class ReaderSuite:
             blob = reader.read(0, 1)
         assert torch.equal(blob, expert_blob(artifact.layout(0, 1), 1))
 
-    def test_frame_that_declares_another_size_is_refused_before_it_is_decoded(self, tmp_path: Path) -> None:
+    def test_frame_that_declares_another_size_is_refused_before_it_is_decoded(
+        self, tmp_path: Path
+    ) -> None:
         artifact = with_frame(tmp_path, zstandard.ZstdCompressor().compress(bytes(10**6)))
         with (
             self.kind(artifact) as reader,
@@ -72,7 +80,10 @@ class ReaderSuite:
     def test_frame_that_declares_no_size_is_refused(self, tmp_path: Path) -> None:
         compressor = zstandard.ZstdCompressor(write_content_size=False)
         artifact = with_frame(tmp_path, compressor.compress(bytes(8064)))
-        with self.kind(artifact) as reader, pytest.raises(DamageError, match="layer 0 expert 1 at offset"):
+        with (
+            self.kind(artifact) as reader,
+            pytest.raises(DamageError, match="layer 0 expert 1 at offset"),
+        ):
             reader.read(0, 1)
 
     def test_bytes_behind_a_frame_are_refused(self, tmp_path: Path) -> None:
@@ -95,7 +106,9 @@ class ReaderSuite:
             reader.read(0, 1)
 
     def test_expert_comes_in_pieces_that_can_be_interrupted(self, tmp_path: Path) -> None:
-        artifact = Artifact.open(write_folder(tmp_path / "f", packings=("tile32-q4-g64-s8", "tile32-q4-g64-s8")))
+        artifact = Artifact.open(
+            write_folder(tmp_path / "f", packings=("tile32-q4-g64-s8", "tile32-q4-g64-s8"))
+        )
         layout = artifact.layout(0, 1)
         with self.kind(artifact) as reader:
             buffer = None if reader.in_place(0, 1) else aligned_bytes(layout.n_bytes)
@@ -106,7 +119,9 @@ class ReaderSuite:
             assert not load.remaining
             assert torch.equal(load.result(), expert_blob(layout, 1))
 
-    def test_refused_read_is_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_refused_read_is_tried_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         artifact = Artifact.open(copy_of_good(tmp_path))
         with self.kind(artifact) as reader:
             failing = iter([OSError(5, "Input/output error"), None])
@@ -121,7 +136,8 @@ class ReaderSuite:
             assert torch.equal(reader.read(0, 1), expert_blob(artifact.layout(0, 1), 1))
 
     @pytest.mark.parametrize(
-        ("error", "hint"), [(errno.EIO, "check the disk"), (errno.ESTALE, "mount the network file system again")]
+        ("error", "hint"),
+        [(errno.EIO, "check the disk"), (errno.ESTALE, "mount the network file system again")],
     )
     def test_read_that_stays_refused_names_the_expert(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, hint: str
@@ -135,26 +151,37 @@ class ReaderSuite:
 
         with self.kind(Artifact.open(copy_of_good(tmp_path))) as reader:
             monkeypatch.setattr(reader, "fetch", never)
-            with pytest.raises(DamageError, match="expert 1 at offset 12288: cannot be read: ") as caught:
+            with pytest.raises(
+                DamageError, match="expert 1 at offset 12288: cannot be read: "
+            ) as caught:
                 reader.read(0, 1)
         assert os.strerror(error) in caught.value.message
         assert hint in caught.value.hint
         assert len(asked) == 3
 
     @pytest.mark.parametrize(("check", "kind"), [("fast", "xxh3"), ("sha256", "sha256")])
-    def test_wrong_bytes_are_found_as_they_are_read(self, tmp_path: Path, check: str, kind: str) -> None:
+    def test_wrong_bytes_are_found_as_they_are_read(
+        self, tmp_path: Path, check: str, kind: str
+    ) -> None:
         folder = copy_of_good(tmp_path)
         artifact = Artifact.open(folder)
         flip(folder / LAYER, artifact.entry(0, 1).offset + 100)
-        with self.kind(artifact, check="none") as careless, self.kind(artifact, check=check) as careful:
+        with (
+            self.kind(artifact, check="none") as careless,
+            self.kind(artifact, check=check) as careful,
+        ):
             careless.read(0, 1)
             careful.read(0, 0)
-            with pytest.raises(DamageError, match=rf"{LAYER}: layer 0 expert 1 .*: the {kind} of its bytes is") as e:
+            with pytest.raises(
+                DamageError, match=rf"{LAYER}: layer 0 expert 1 .*: the {kind} of its bytes is"
+            ) as e:
                 careful.read(0, 1)
             assert e.value.hint.startswith(f"moe-convert repair {folder}")
 
     @pytest.mark.parametrize("check", ["fast", "sha256"])
-    def test_bytes_that_turn_wrong_are_found_when_they_are_read_again(self, tmp_path: Path, check: str) -> None:
+    def test_bytes_that_turn_wrong_are_found_when_they_are_read_again(
+        self, tmp_path: Path, check: str
+    ) -> None:
         folder = copy_of_good(tmp_path)
         artifact = Artifact.open(folder)
         with self.kind(artifact, check=check) as reader:
@@ -194,7 +221,9 @@ class TestDirectReader(ReaderSuite):
 
     kind = DirectReader
 
-    def test_short_reads_go_on_where_they_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_short_reads_go_on_where_they_stopped(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         artifact = Artifact.open(copy_of_good(tmp_path))
         real = os.preadv
 
@@ -207,7 +236,11 @@ class TestDirectReader(ReaderSuite):
 
     @pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
     def test_file_system_without_direct_reads_is_read_through_the_cache(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        error: int,
     ) -> None:
         artifact = Artifact.open(copy_of_good(tmp_path))
         real = os.preadv
@@ -244,15 +277,22 @@ class TestDirectReader(ReaderSuite):
         folder = copy_of_good(tmp_path)
         with DirectReader(Artifact.open(folder)) as reader:
             cut(folder / LAYER, 17000)
-            with pytest.raises(DamageError, match=r"layer 0 expert 1 at offset 12288: .* after 4712 of 8064"):
+            with pytest.raises(
+                DamageError, match=r"layer 0 expert 1 at offset 12288: .* after 4712 of 8064"
+            ):
                 reader.read(0, 1)
 
-    def test_file_cut_while_open_is_reported_with_layer_expert_and_offset(self, tmp_path: Path) -> None:
+    def test_file_cut_while_open_is_reported_with_layer_expert_and_offset(
+        self, tmp_path: Path
+    ) -> None:
         folder = copy_of_good(tmp_path)
         with DirectReader(Artifact.open(folder)) as reader:
             cut(folder / LAYER, 16384)
             reader.read(0, 0)
-            with pytest.raises(DamageError, match=f"{LAYER}: layer 0 expert 1 at offset 12288: .* after 4096 of 8064"):
+            with pytest.raises(
+                DamageError,
+                match=f"{LAYER}: layer 0 expert 1 at offset 12288: .* after 4096 of 8064",
+            ):
                 reader.read(0, 1)
 
     def test_file_cut_before_an_expert_is_reported(self, tmp_path: Path) -> None:
@@ -260,7 +300,8 @@ class TestDirectReader(ReaderSuite):
         with DirectReader(Artifact.open(folder)) as reader:
             cut(folder / LAYER, 0)
             with pytest.raises(
-                DamageError, match="layer 0 expert 0 at offset 4096: the file ends after 0 of 8064 bytes"
+                DamageError,
+                match="layer 0 expert 0 at offset 4096: the file ends after 0 of 8064 bytes",
             ):
                 reader.read(0, 0)
 

@@ -48,17 +48,25 @@ def test_a_repository_is_inspected_like_its_folder(
     assert remote == local
 
 
-def test_only_index_and_headers_are_fetched(filled: HubServer, folder: Path, tmp_path: Path) -> None:
+def test_only_index_and_headers_are_fetched(
+    filled: HubServer, folder: Path, tmp_path: Path
+) -> None:
     artifact = open_remote(open_repo(), tmp_path)
     assert artifact.index == Artifact.open(folder).index
-    small = sum((folder / name).stat().st_size for name in ("moe_index.json", "config.json", "quality.json"))
-    headers = sum(artifact.index.layers[n].experts[0].offset for n in range(len(artifact.index.layers)))
+    small = sum(
+        (folder / name).stat().st_size for name in ("moe_index.json", "config.json", "quality.json")
+    )
+    headers = sum(
+        artifact.index.layers[n].experts[0].offset for n in range(len(artifact.index.layers))
+    )
     assert filled.served(REPO) <= small + headers + artifact.trunk_header().data_offset + 4096
     allocated = sum(p.stat().st_blocks * 512 for p in tmp_path.rglob("*"))
     assert allocated < sum(p.stat().st_size for p in tmp_path.rglob("*")) / 4
 
 
-def test_a_revision_is_inspected(filled: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_revision_is_inspected(
+    filled: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = filled.head(REPO).oid
     filled.commit(REPO, {"moe_index.json": b"{}"})
     assert inspect(capsys, REPO, "--revision", old)["repository"] == f"{REPO}@{old}"
@@ -66,8 +74,14 @@ def test_a_revision_is_inspected(filled: HubServer, tmp_path: Path, capsys: pyte
         open_remote(open_repo(), tmp_path)
 
 
-def test_a_name_in_the_index_that_leaves_the_folder_is_refused(filled: HubServer, folder: Path, tmp_path: Path) -> None:
-    data = (folder / "moe_index.json").read_text().replace("experts/layer-000.safetensors", "../layer-000.safetensors")
+def test_a_name_in_the_index_that_leaves_the_folder_is_refused(
+    filled: HubServer, folder: Path, tmp_path: Path
+) -> None:
+    data = (
+        (folder / "moe_index.json")
+        .read_text()
+        .replace("experts/layer-000.safetensors", "../layer-000.safetensors")
+    )
     filled.commit(REPO, {"moe_index.json": data.encode()})
     with pytest.raises(Exception, match=r"layers\[0\]\.file is '\.\./layer-000"):
         open_remote(open_repo(), tmp_path / "in")
@@ -88,13 +102,17 @@ def test_damage_on_the_way_is_found(filled: HubServer, tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("fault", ["drop", "short", "ignore_range", "shift"])
-def test_a_bad_line_is_got_over(filled: HubServer, folder: Path, tmp_path: Path, fault: str) -> None:
+def test_a_bad_line_is_got_over(
+    filled: HubServer, folder: Path, tmp_path: Path, fault: str
+) -> None:
     for name in open_repo().files:
         getattr(filled.faults, fault)(name)
     assert open_remote(open_repo(), tmp_path).index == Artifact.open(folder).index
 
 
-def test_a_repository_without_an_index_is_no_converted_model(hub: HubServer, tmp_path: Path) -> None:
+def test_a_repository_without_an_index_is_no_converted_model(
+    hub: HubServer, tmp_path: Path
+) -> None:
     hub.add(REPO, {"config.json": b"{}"})
     with pytest.raises(NotConvertedError, match=r"no moe_index\.json"):
         open_remote(open_repo(), tmp_path)

@@ -30,7 +30,10 @@ NOTHING = NoOrigin("give one")
 def write(folder: Path, codec: str = "none") -> Path:
     packings = ("tile32-q2-g16-s8", "tile32-q3-g32-s4")
     return write_folder(
-        folder, packings=packings, codec=codec, config={**CONFIG, "num_hidden_layers": 2, "num_local_experts": 3}
+        folder,
+        packings=packings,
+        codec=codec,
+        config={**CONFIG, "num_hidden_layers": 2, "num_local_experts": 3},
     )
 
 
@@ -50,7 +53,11 @@ def repair(folder: Path, **options: str) -> Repaired:
 
 def save_again(path: Path, metadata: dict[str, str] | None = None) -> None:
     """As a general tool does: another order, no alignment, no metadata unless it is given."""
-    save_file({name: t.clone() for name, t in sorted(load_file(path).items(), reverse=True)}, path, metadata)
+    save_file(
+        {name: t.clone() for name, t in sorted(load_file(path).items(), reverse=True)},
+        path,
+        metadata,
+    )
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -59,7 +66,9 @@ def metadata_of(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_a_damaged_expert_comes_by_its_range_and_nothing_else(hub: HubServer, tmp_path: Path, codec: str) -> None:
+def test_a_damaged_expert_comes_by_its_range_and_nothing_else(
+    hub: HubServer, tmp_path: Path, codec: str
+) -> None:
     folder = write(tmp_path / "f", codec)
     good = contents(folder)
     hub.add(REPO, contents(folder))
@@ -132,7 +141,9 @@ def test_without_an_origin_damage_stays_and_is_named(folder: Path) -> None:
 
 def test_an_expert_of_another_model_is_not_taken(hub: HubServer, tmp_path: Path) -> None:
     folder = write(tmp_path / "f")
-    other = write_folder(tmp_path / "o", config={**CONFIG, "num_hidden_layers": 2, "num_local_experts": 3})
+    other = write_folder(
+        tmp_path / "o", config={**CONFIG, "num_hidden_layers": 2, "num_local_experts": 3}
+    )
     hub.add(REPO, other)
     flip(folder / LAYER, 4096)
     before = contents(folder)[LAYER]

@@ -46,7 +46,9 @@ def test_data_begins_at_a_multiple_of_4096(tmp_path: Path, name: str, codec: str
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_every_expert_begins_at_a_multiple_of_4096(tmp_path: Path, codec: str) -> None:
     packings = ("tile32-q2-g16-s8", "tile32-q3-g32-s4")
-    entries, data_offset = header_of(write_folder(tmp_path / "folder", packings=packings, codec=codec) / FILES[0])
+    entries, data_offset = header_of(
+        write_folder(tmp_path / "folder", packings=packings, codec=codec) / FILES[0]
+    )
     begins = [e.begin for e in entries.values() if e.name.endswith((".gate_up", ".zstd"))]
     assert len(begins) == 2
     assert all((data_offset + begin) % 4096 == 0 for begin in begins)
@@ -64,7 +66,11 @@ def test_header_of_any_length_is_padded_to_4096(tmp_path: Path, extra: int) -> N
 
 
 def test_header_of_the_safetensors_package_is_read(tmp_path: Path) -> None:
-    tensors = {"a": torch.zeros(3, 5), "b": torch.zeros(0, 7, dtype=torch.bfloat16), "c": torch.tensor(1)}
+    tensors = {
+        "a": torch.zeros(3, 5),
+        "b": torch.zeros(0, 7, dtype=torch.bfloat16),
+        "c": torch.tensor(1),
+    }
     save_file(tensors, tmp_path / "f.safetensors")
     entries, _ = header_of(tmp_path / "f.safetensors")
     assert {(e.name, e.dtype, e.shape) for e in entries.values()} == {
@@ -78,7 +84,9 @@ def test_header_length_beyond_the_file_allocates_nothing_and_is_refused(tmp_path
     path = tmp_path / "f.safetensors"
     path.write_bytes((99_000_000).to_bytes(8, "little") + b"{}")
     descriptor = os.open(path, os.O_RDONLY)
-    with pytest.raises(Exception, match="cut off inside its header: 10 bytes, the header ends at 99000008"):
+    with pytest.raises(
+        Exception, match="cut off inside its header: 10 bytes, the header ends at 99000008"
+    ):
         read_header(descriptor, str(path))
     os.close(descriptor)
 

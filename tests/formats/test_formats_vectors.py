@@ -24,7 +24,9 @@ from formats.reading.verify import verify_folder
 from formats.safetensors_header import read_header
 
 TILES = [*PACKINGS, "example"]
-BAD_HEADERS: dict[str, dict[str, str]] = json.loads((VECTORS / "bad-headers/manifest.json").read_text())
+BAD_HEADERS: dict[str, dict[str, str]] = json.loads(
+    (VECTORS / "bad-headers/manifest.json").read_text()
+)
 PAGE = (ROOT / "docs/format.md").read_text()
 
 
@@ -57,7 +59,10 @@ def test_unpacking_gives_the_numbers_of_the_vector(name: str) -> None:
 def test_weights_have_the_sha256_of_the_vector(name: str) -> None:
     case, _ = tile(name)
     weights = dequantize(quantized(case), PACKINGS[case["packing"]].group_size).contiguous()
-    assert hashlib.sha256(weights.numpy().tobytes()).hexdigest() == case["sha256_of_weights_as_float32"]
+    assert (
+        hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+        == case["sha256_of_weights_as_float32"]
+    )
 
 
 def test_writer_reproduces_the_folder_byte_for_byte(tmp_path: Path) -> None:
@@ -72,7 +77,9 @@ def test_generator_reproduces_every_vector(tmp_path: Path) -> None:
     for part in ("tiles", "folder", "folder-rows", "bad-headers"):
         names = files_of(VECTORS / part)
         assert files_of(tmp_path / "vectors" / part) == names
-        same, different, missing = filecmp.cmpfiles(VECTORS / part, tmp_path / "vectors" / part, names, shallow=False)
+        same, different, missing = filecmp.cmpfiles(
+            VECTORS / part, tmp_path / "vectors" / part, names, shallow=False
+        )
         assert (len(same), different, missing) == (len(names), [], [])
 
 
@@ -86,7 +93,10 @@ def test_good_folder_verifies(folder: str) -> None:
 @pytest.mark.parametrize("io", READERS)
 @pytest.mark.parametrize(
     ("folder", "packings"),
-    [("folder", ("tile32-q2-g16-s4", "tile32-q2-g16-s4")), ("folder-rows", ("rows-bf16", "rows-f16"))],
+    [
+        ("folder", ("tile32-q2-g16-s4", "tile32-q2-g16-s4")),
+        ("folder-rows", ("rows-bf16", "rows-f16")),
+    ],
 )
 def test_good_folder_reads(folder: str, packings: tuple[str, str], io: str) -> None:
     artifact = Artifact.open(VECTORS / folder)
@@ -132,9 +142,21 @@ def test_header_of_the_format_page_is_that_of_the_good_folder() -> None:
 
 def test_every_field_of_the_index_stands_in_the_format_page() -> None:
     index = json.loads((VECTORS / "folder/moe_index.json").read_text())
-    parts = index, index["layers"][0], index["layers"][0]["experts"][0], index["trunk"], index["producer"]
-    fields = {name for part in (*parts, index["recipe"], index["source"], index["files"][0]) for name in part}
-    assert [field for field in sorted(fields) if f"`{field}`" not in PAGE and f".{field}`" not in PAGE] == []
+    parts = (
+        index,
+        index["layers"][0],
+        index["layers"][0]["experts"][0],
+        index["trunk"],
+        index["producer"],
+    )
+    fields = {
+        name
+        for part in (*parts, index["recipe"], index["source"], index["files"][0])
+        for name in part
+    }
+    assert [
+        field for field in sorted(fields) if f"`{field}`" not in PAGE and f".{field}`" not in PAGE
+    ] == []
 
 
 def test_every_packing_stands_in_the_format_page() -> None:

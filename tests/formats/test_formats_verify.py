@@ -28,7 +28,9 @@ def test_good_folder_has_no_problems(tmp_path: Path, codec: str) -> None:
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_flipped_byte_of_an_expert_is_found_with_its_place(tmp_path: Path, codec: str, where: str) -> None:
+def test_flipped_byte_of_an_expert_is_found_with_its_place(
+    tmp_path: Path, codec: str, where: str
+) -> None:
     folder = write_folder(tmp_path / "f", codec=codec, config={**CONFIG, "num_hidden_layers": 2})
     entry = Artifact.open(folder).entry(1, 1)
     at = {"first": 0, "middle": entry.length // 2, "last": entry.length - 1}[where]
@@ -58,7 +60,9 @@ def test_flipped_byte_of_the_trunk_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["edited", "missing", "fifo"])
-def test_file_beside_the_weights_is_reported_but_does_not_keep_them_from_loading(tmp_path: Path, change: str) -> None:
+def test_file_beside_the_weights_is_reported_but_does_not_keep_them_from_loading(
+    tmp_path: Path, change: str
+) -> None:
     folder = copy_of_good(tmp_path)
     if change == "edited":
         (folder / "LICENSE").write_text("another")
@@ -105,7 +109,9 @@ def test_every_byte_of_a_layer_file_is_covered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read_data", [False, True])
 @pytest.mark.parametrize("name", [LAYER, "trunk.safetensors", "LICENSE"])
-def test_missing_file_is_reported_and_the_rest_is_checked(tmp_path: Path, name: str, read_data: bool) -> None:
+def test_missing_file_is_reported_and_the_rest_is_checked(
+    tmp_path: Path, name: str, read_data: bool
+) -> None:
     folder = copy_of_good(tmp_path)
     (folder / name).unlink()
     report = verify_folder(folder, read_data=read_data)
@@ -113,7 +119,9 @@ def test_missing_file_is_reported_and_the_rest_is_checked(tmp_path: Path, name: 
     assert f"file {name} is missing" in report.problems[0].message
     experts = [(p.layer, p.expert, p.offset) for p in report.problems if p.expert is not None]
     index = Artifact.open(VECTORS / "folder").index
-    assert experts == [(e.layer, e.expert, e.offset) for e in index.layers[0].experts if name == LAYER]
+    assert experts == [
+        (e.layer, e.expert, e.offset) for e in index.layers[0].experts if name == LAYER
+    ]
     assert (report.checked_bytes > 0) == read_data
 
 
@@ -133,18 +141,30 @@ def test_every_problem_is_reported_not_only_the_first(tmp_path: Path) -> None:
     (folder / "LICENSE").unlink()
     found = [(p.file, p.expert) for p in problems(folder)]
     layer_1 = "experts/layer-001.safetensors"
-    assert found == [(LAYER, None), (LAYER, 0), (LAYER, 1), ("LICENSE", None), (layer_1, 0), (layer_1, 1)]
+    assert found == [
+        (LAYER, None),
+        (LAYER, 0),
+        (LAYER, 1),
+        ("LICENSE", None),
+        (layer_1, 0),
+        (layer_1, 1),
+    ]
 
 
 def test_problem_of_the_index_is_blamed_on_the_index(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
-    spoil(folder, {"file": "moe_index.json", "at": "/layers/0/experts/1/offset", "json": str(2**52)})
+    spoil(
+        folder, {"file": "moe_index.json", "at": "/layers/0/experts/1/offset", "json": str(2**52)}
+    )
     assert [p.file for p in problems(folder)] == ["moe_index.json"]
 
 
 def test_damaged_xxh3_of_a_good_expert_is_blamed_on_the_index(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
-    spoil(folder, {"file": "moe_index.json", "at": "/layers/0/experts/1/xxh3", "json": f'"{"0" * 32}"'})
+    spoil(
+        folder,
+        {"file": "moe_index.json", "at": "/layers/0/experts/1/xxh3", "json": f'"{"0" * 32}"'},
+    )
     (problem,) = problems(folder)
     assert problem.file == "moe_index.json"
     assert "layer 0 expert 1: xxh3 is " in problem.message
@@ -166,7 +186,9 @@ def test_folder_that_is_not_there_is_an_error_not_a_report(tmp_path: Path) -> No
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     report = verify_folder(
-        copy_of_good(tmp_path), read_data=True, progress=lambda done, total: calls.append((done, total))
+        copy_of_good(tmp_path),
+        read_data=True,
+        progress=lambda done, total: calls.append((done, total)),
     )
     assert calls[-1] == (report.checked_bytes, report.checked_bytes)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
@@ -189,7 +211,9 @@ def test_damage_comes_with_the_command_that_mends_it(tmp_path: Path) -> None:
     assert problem.hint.startswith(f"moe-convert repair {folder} --from ")
 
 
-def test_a_sample_is_the_same_for_the_same_seed_and_all_seeds_see_everything(tmp_path: Path) -> None:
+def test_a_sample_is_the_same_for_the_same_seed_and_all_seeds_see_everything(
+    tmp_path: Path,
+) -> None:
     folder = write_folder(tmp_path / "f", config={**CONFIG, "num_hidden_layers": 4})
     flip(folder / LAYER, 5000)
 

@@ -43,7 +43,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("order", [[3, 2, 1, 0], [1, 3, 0, 2], [0, 0, 1, 2, 3, 1]])
-def test_experts_in_any_order_give_the_same_bytes(tmp_path: Path, reference: bytes, order: list[int]) -> None:
+def test_experts_in_any_order_give_the_same_bytes(
+    tmp_path: Path, reference: bytes, order: list[int]
+) -> None:
     assert written(tmp_path / "layer.safetensors", order) == reference
 
 
@@ -55,7 +57,9 @@ def test_experts_from_several_threads_give_the_same_bytes(tmp_path: Path, refere
     assert path.read_bytes() == reference
 
 
-def test_expert_written_wrong_and_then_again_gives_the_same_bytes(tmp_path: Path, reference: bytes) -> None:
+def test_expert_written_wrong_and_then_again_gives_the_same_bytes(
+    tmp_path: Path, reference: bytes
+) -> None:
     path = tmp_path / "layer.safetensors"
     with LayerWriter(path, 3, MODULE, LAYOUTS) as writer:
         writer.write_expert(2, 255 - BLOBS[2])
@@ -71,13 +75,17 @@ def test_work_left_by_a_kill_is_kept(tmp_path: Path, reference: bytes) -> None:
     assert written(path, [1, 3]) == reference
 
 
-def test_rubbish_of_the_same_size_left_by_another_run_does_not_show(tmp_path: Path, reference: bytes) -> None:
+def test_rubbish_of_the_same_size_left_by_another_run_does_not_show(
+    tmp_path: Path, reference: bytes
+) -> None:
     path = tmp_path / "layer.safetensors"
     partial_path(path).write_bytes(b"\xff" * len(reference))
     assert written(path, [0, 1, 2, 3]) == reference
 
 
-def test_rubbish_of_another_size_left_by_another_run_does_not_show(tmp_path: Path, reference: bytes) -> None:
+def test_rubbish_of_another_size_left_by_another_run_does_not_show(
+    tmp_path: Path, reference: bytes
+) -> None:
     path = tmp_path / "layer.safetensors"
     partial_path(path).write_bytes(b"\xff" * (len(reference) + 5))
     assert written(path, [0, 1, 2, 3]) == reference
@@ -91,9 +99,15 @@ def test_only_finishing_gives_the_file_its_name(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["layer.safetensors"]
 
 
-def test_size_and_places_are_known_before_the_first_weight(tmp_path: Path, reference: bytes) -> None:
+def test_size_and_places_are_known_before_the_first_weight(
+    tmp_path: Path, reference: bytes
+) -> None:
     with LayerWriter(tmp_path / "layer.safetensors", 3, MODULE, LAYOUTS) as writer:
-        assert partial_path(tmp_path / "layer.safetensors").stat().st_size == writer.size_bytes == len(reference)
+        assert (
+            partial_path(tmp_path / "layer.safetensors").stat().st_size
+            == writer.size_bytes
+            == len(reference)
+        )
         assert reference.startswith(writer.header)
         for expert, offset in enumerate(writer.offsets):
             assert reference[offset : offset + LAYOUTS[expert].n_bytes] == bytes(BLOBS[expert])
@@ -107,7 +121,9 @@ def test_checksums_of_a_written_expert_are_those_of_its_bytes(tmp_path: Path) ->
         )
 
 
-@pytest.mark.parametrize("blob", [torch.zeros(5, dtype=torch.uint8), torch.zeros(LAYOUTS[0].n_bytes)])
+@pytest.mark.parametrize(
+    "blob", [torch.zeros(5, dtype=torch.uint8), torch.zeros(LAYOUTS[0].n_bytes)]
+)
 def test_expert_of_another_size_or_type_is_not_written(tmp_path: Path, blob: torch.Tensor) -> None:
     with (
         LayerWriter(tmp_path / "layer.safetensors", 3, MODULE, LAYOUTS) as writer,
@@ -122,13 +138,18 @@ def test_layer_file_holds_each_expert_as_two_tensors(tmp_path: Path, reference: 
         for expert, (layout, blob) in enumerate(zip(LAYOUTS, BLOBS, strict=True)):
             name = f"model.layers.3.mlp.experts.{expert}"
             parts = [f.get_tensor(f"{name}.{part}") for part in ("gate_up", "down")]
-            assert [tuple(part.shape) for part in parts] == [layout.gate_up_shape, layout.down_shape]
+            assert [tuple(part.shape) for part in parts] == [
+                layout.gate_up_shape,
+                layout.down_shape,
+            ]
             assert torch.equal(torch.cat([part.view(-1) for part in parts]), blob)
 
 
 def test_fillers_are_zero(reference: bytes, tmp_path: Path) -> None:
     with LayerWriter(tmp_path / "layer.safetensors", 3, MODULE, LAYOUTS) as writer:
-        ends = [offset + layout.n_bytes for offset, layout in zip(writer.offsets, LAYOUTS, strict=True)]
+        ends = [
+            offset + layout.n_bytes for offset, layout in zip(writer.offsets, LAYOUTS, strict=True)
+        ]
     assert any(end % 4096 for end in ends)
     assert not any(any(reference[end : aligned(end)]) for end in ends)
 

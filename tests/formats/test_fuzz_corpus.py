@@ -29,7 +29,10 @@ def test_mutated_inputs_raise_only_our_errors(name: str, target: Target) -> None
     seeds = random.Random(name)
     for number in range(MUTATIONS):
         data = target.corpus[number % len(target.corpus)]
-        begin, (line, newline, rest) = data[: target.prefix_bytes], data[target.prefix_bytes :].partition(b"\n")
+        begin, (line, newline, rest) = (
+            data[: target.prefix_bytes],
+            data[target.prefix_bytes :].partition(b"\n"),
+        )
         mutated = mutate_json(line, seeds.getrandbits(32))
         if mutated is None:
             flipped = bytearray(data or b"{")
@@ -39,7 +42,9 @@ def test_mutated_inputs_raise_only_our_errors(name: str, target: Target) -> None
             target.run(begin + mutated + newline + rest)
 
 
-@pytest.mark.parametrize("path", sorted(FOUND.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path", sorted(FOUND.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_input_that_fuzzing_found_raises_only_our_errors(path: Path, tmp_path: Path) -> None:
     TARGETS[path.parent.name](tmp_path).run(path.read_bytes())
 

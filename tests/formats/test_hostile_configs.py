@@ -64,7 +64,9 @@ def edit(folder: Path, changes: dict[str, Any], name: str = "config.json") -> No
 
 
 def load(folder: Path, **options: Any) -> Any:
-    return loader.from_pretrained(folder, device="cpu", kernels="torch", ram_cache="1GiB", **options)
+    return loader.from_pretrained(
+        folder, device="cpu", kernels="torch", ram_cache="1GiB", **options
+    )
 
 
 def each_config(folder: Path) -> Iterator[tuple[int, str]]:
@@ -88,7 +90,9 @@ def described(error: MoeConvertError, name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("each", [each_config, each_generation_config])
-def test_a_hostile_source_is_refused_or_opened(folder: Path, each: Callable[[Path], Iterator[tuple[int, str]]]) -> None:
+def test_a_hostile_source_is_refused_or_opened(
+    folder: Path, each: Callable[[Path], Iterator[tuple[int, str]]]
+) -> None:
     opened = refused = 0
     for _, name in each(folder):
         try:
@@ -113,7 +117,10 @@ def test_a_hostile_converted_folder_is_refused_or_generates(
             taken += 1
             if taken % 10 == 0 or number > len(CONFIGS) - 100 > 0:
                 model = load(ours)
-                assert model.generate(PROMPT, max_new_tokens=2, min_length=0, do_sample=False).shape[1] > 3
+                assert (
+                    model.generate(PROMPT, max_new_tokens=2, min_length=0, do_sample=False).shape[1]
+                    > 3
+                )
         except MoeConvertError as e:
             described(e, name, ours)
             refused += 1
@@ -123,10 +130,19 @@ def test_a_hostile_converted_folder_is_refused_or_generates(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 2**63}, {"pad_token_id": 4096}, {"rope_scaling": {"type": "su"}}, {"eos_token_id": "x"}],
+    [
+        {"hidden_size": 2**63},
+        {"pad_token_id": 4096},
+        {"rope_scaling": {"type": "su"}},
+        {"eos_token_id": "x"},
+    ],
 )
 def test_each_command_says_what_is_wrong_with_a_config(
-    changes: dict[str, Any], folder: Path, ours: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
+    changes: dict[str, Any],
+    folder: Path,
+    ours: Path,
+    tmp_path: Path,
+    run_command: Callable[..., tuple[int, str, str]],
 ) -> None:
     edit(folder, changes)
     edit(ours, changes)
@@ -182,7 +198,9 @@ def test_a_kernel_named_by_a_source_is_not_loaded_and_not_written(
     assert kernel_calls == []
 
 
-@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize(
+    "name", ["attn_implementation", "_attn_implementation", "experts_implementation"]
+)
 def test_a_kernel_named_by_a_converted_folder_is_refused_before_transformers_sees_it(
     name: str, ours: Path, kernel_calls: list[str]
 ) -> None:
@@ -200,17 +218,30 @@ def test_the_caller_chooses_the_attention(ours: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
-def test_scaled_rotation_without_head_dim_loads_after_the_conversion(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_scaled_rotation_without_head_dim_loads_after_the_conversion(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
     edit(folder, {"rope_scaling": {**YARN, "type": kind}, "head_dim": None})
     out = convert(folder, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["head_dim"] == 16
     assert load(out)(PROMPT).logits.isfinite().all()
 
 
-def test_fields_left_to_transformers_defaults_are_read_and_written(folder: Path, tmp_path: Path) -> None:
+def test_fields_left_to_transformers_defaults_are_read_and_written(
+    folder: Path, tmp_path: Path
+) -> None:
     config = json.loads((folder / "config.json").read_text())
-    left = ("num_experts_per_tok", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "architectures", "use_cache")
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in left}))
+    left = (
+        "num_experts_per_tok",
+        "hidden_act",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "architectures",
+        "use_cache",
+    )
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in left})
+    )
     written = json.loads((convert(folder, tmp_path / "out") / "config.json").read_text())
     assert written["num_experts_per_tok"] == 2
     assert written["rms_norm_eps"] == 1e-5
@@ -224,7 +255,11 @@ def test_a_source_with_a_null_quantization_config_is_read(folder: Path) -> None:
 
 
 def test_generation_fields_that_select_code_are_not_written(folder: Path, tmp_path: Path) -> None:
-    edit(folder, {"custom_generate": "a/b", "cache_implementation": "x", "temperature": 0.6}, "generation_config.json")
+    edit(
+        folder,
+        {"custom_generate": "a/b", "cache_implementation": "x", "temperature": 0.6},
+        "generation_config.json",
+    )
     out = convert(folder, tmp_path / "out")
     written = json.loads((out / "generation_config.json").read_text())
     assert written.keys() == {
@@ -237,13 +272,21 @@ def test_generation_fields_that_select_code_are_not_written(folder: Path, tmp_pa
     assert load(out).generation_config.temperature == 0.6
 
 
-def test_the_defaults_of_generate_are_those_of_plain_transformers(folder: Path, tmp_path: Path) -> None:
-    edit(folder, {"temperature": 0.6, "do_sample": True, "eos_token_id": [2, 3]}, "generation_config.json")
+def test_the_defaults_of_generate_are_those_of_plain_transformers(
+    folder: Path, tmp_path: Path
+) -> None:
+    edit(
+        folder,
+        {"temperature": 0.6, "do_sample": True, "eos_token_id": [2, 3]},
+        "generation_config.json",
+    )
     theirs = AutoModelForCausalLM.from_pretrained(folder).generation_config
     assert load(convert(folder, tmp_path / "out")).generation_config == theirs
 
 
-def test_without_a_generation_config_the_defaults_come_from_config_json(folder: Path, tmp_path: Path) -> None:
+def test_without_a_generation_config_the_defaults_come_from_config_json(
+    folder: Path, tmp_path: Path
+) -> None:
     (folder / "generation_config.json").unlink()
     edit(folder, {"eos_token_id": [2, 7]})
     theirs = AutoModelForCausalLM.from_pretrained(folder).generation_config
@@ -252,7 +295,9 @@ def test_without_a_generation_config_the_defaults_come_from_config_json(folder: 
     assert ours == theirs
 
 
-def test_experts_per_token_may_be_changed_in_config_json(ours: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_experts_per_token_may_be_changed_in_config_json(
+    ours: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = load(ours)(PROMPT).logits
     edit(ours, {"num_experts_per_tok": 3})
     with caplog.at_level(logging.WARNING):
@@ -272,7 +317,12 @@ RUN_TIME_EDITS: dict[str, Any] = {
     "bos_token_id": 3, "eos_token_id": [2, 7], "attention_dropout": 0.5, "num_experts_per_tok": 3,
     "output_router_logits": True, "router_aux_loss_coef": 0.5, "router_jitter_noise": 0.5,
 }  # fmt: skip
-OTHER_EDITS: dict[str, Any] = {"rms_norm_eps": 1e-3, "sliding_window": 32, "vocab_size": 4095, "head_dim": 8}
+OTHER_EDITS: dict[str, Any] = {
+    "rms_norm_eps": 1e-3,
+    "sliding_window": 32,
+    "vocab_size": 4095,
+    "head_dim": 8,
+}
 
 
 def test_every_field_that_may_be_edited_is_tried() -> None:
@@ -280,7 +330,9 @@ def test_every_field_that_may_be_edited_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", RUN_TIME)
-def test_run_time_fields_may_be_changed_with_a_warning(name: str, ours: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_time_fields_may_be_changed_with_a_warning(
+    name: str, ours: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     edit(ours, {name: RUN_TIME_EDITS[name]})
     with caplog.at_level(logging.WARNING):
         Artifact.open(ours)
@@ -292,7 +344,9 @@ def test_run_time_fields_may_be_changed_with_a_warning(name: str, ours: Path, ca
 @pytest.mark.parametrize("name", OTHER_EDITS)
 def test_other_fields_belong_to_the_weights(name: str, ours: Path) -> None:
     edit(ours, {name: OTHER_EDITS[name]})
-    with pytest.raises(DamageError, match=rf"config\.json: {name} is .*moe_index\.json says .*the weights") as caught:
+    with pytest.raises(
+        DamageError, match=rf"config\.json: {name} is .*moe_index\.json says .*the weights"
+    ) as caught:
         load(ours, check="none")
     assert caught.value.hint.startswith(f"moe-convert repair {ours}")
 
@@ -324,5 +378,8 @@ def test_a_rotation_that_transformers_cannot_compute_is_found_before_the_first_w
         raise ZeroDivisionError("a foreign error")
 
     monkeypatch.setattr(MixtralRotaryEmbedding, "__init__", fail)
-    with pytest.raises(SourceError, match=r"config\.json: transformers refuses it: ZeroDivisionError.*a foreign error"):
+    with pytest.raises(
+        SourceError,
+        match=r"config\.json: transformers refuses it: ZeroDivisionError.*a foreign error",
+    ):
         Checkpoint(folder)

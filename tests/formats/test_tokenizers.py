@@ -176,7 +176,9 @@ def test_without_a_text_it_converts_with_a_warning(
     out = checkpoint.with_name("out")
     convert_checkpoint(checkpoint, out, WITHOUT)
     assert "no usable tokenizer" in caplog.text
-    with pytest.raises(TokenizerError, match="has no tokenizer" if kind == "none" else "auto_map") as caught:
+    with pytest.raises(
+        TokenizerError, match="has no tokenizer" if kind == "none" else "auto_map"
+    ) as caught:
         loader.load_tokenizer(out)
     assert str(out) in caught.value.message
 
@@ -203,10 +205,15 @@ def test_a_sentencepiece_model_alone_is_enough(checkpoint: Path, model_file: Pat
         assert calibration_tokens(source, "file", 1024, text).windows.max() < 4096
     convert_checkpoint(checkpoint, checkpoint.with_name("out"), WITHOUT)
     tokenizer = loader.load_tokenizer(checkpoint.with_name("out"))
-    assert tokenizer.decode(tokenizer("Hello world", add_special_tokens=False)["input_ids"]).strip() == "Hello world"
+    assert (
+        tokenizer.decode(tokenizer("Hello world", add_special_tokens=False)["input_ids"]).strip()
+        == "Hello world"
+    )
 
 
-@pytest.mark.parametrize("missing", [["sentencepiece"], ["google.protobuf"], ["sentencepiece", "google.protobuf"]])
+@pytest.mark.parametrize(
+    "missing", [["sentencepiece"], ["google.protobuf"], ["sentencepiece", "google.protobuf"]]
+)
 def test_packages_that_a_sentencepiece_model_needs_are_named(
     checkpoint: Path, model_file: Path, missing: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +222,9 @@ def test_packages_that_a_sentencepiece_model_needs_are_named(
         monkeypatch.setitem(sys.modules, module, None)
 
     def load(path: str) -> Any:
-        raise ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
+        raise ValueError(
+            "`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`."
+        )
 
     with pytest.raises(TokenizerError, match=r"tokenizer\.model") as caught:
         open_tokenizer_by(load, checkpoint)
@@ -224,19 +233,31 @@ def test_packages_that_a_sentencepiece_model_needs_are_named(
 
 def test_what_is_no_sentencepiece_model_is_named(checkpoint: Path) -> None:
     only_model(checkpoint, b"no model" * 100)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.model: transformers cannot read it") as caught:
+    with pytest.raises(
+        TokenizerError, match=r"tokenizer\.model: transformers cannot read it"
+    ) as caught:
         loader.load_tokenizer(checkpoint)
     assert "tiktoken" not in caught.value.hint
 
 
 def test_tokens_beyond_the_embeddings_are_warned_of_and_refused_where_used(
-    checkpoint: Path, caplog: pytest.LogCaptureFixture, run_command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    checkpoint: Path,
+    caplog: pytest.LogCaptureFixture,
+    run_command: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
 ) -> None:
     added = json.loads((checkpoint / "tokenizer.json").read_text())["added_tokens"]
-    sets("tokenizer.json", "added_tokens", to=[*added, {**added[0], "id": 4096, "content": "<|im_start|>"}])(checkpoint)
+    sets(
+        "tokenizer.json",
+        "added_tokens",
+        to=[*added, {**added[0], "id": 4096, "content": "<|im_start|>"}],
+    )(checkpoint)
     out = checkpoint.with_name("out")
     convert_checkpoint(checkpoint, out, WITHOUT)
-    assert "1 tokens beyond the model's 4096 embeddings, the last is 4096 ('<|im_start|>')" in caplog.text
+    assert (
+        "1 tokens beyond the model's 4096 embeddings, the last is 4096 ('<|im_start|>')"
+        in caplog.text
+    )
     text = tmp_path / "text.txt"
     text.write_text("<|im_start|>" + "Some words. " * 200)
     wanted = "token 4096 ('<|im_start|>') is beyond the model's 4096 embeddings"
@@ -249,7 +270,12 @@ def test_tokens_beyond_the_embeddings_are_warned_of_and_refused_where_used(
         code, _, err = run_command(*arguments, "--kernels", "torch", "-q")
         assert (code, wanted in err) == (1, True), err
     assert run_command("eval", out, "--against", checkpoint, "--text", text, "-q")[0] == 1
-    assert run_command("generate", out, "--prompt", "user", "--kernels", "torch", "--max-new-tokens", 2, "-q")[0] == 0
+    assert (
+        run_command(
+            "generate", out, "--prompt", "user", "--kernels", "torch", "--max-new-tokens", 2, "-q"
+        )[0]
+        == 0
+    )
 
 
 def test_commands_say_that_there_is_no_tokenizer(
@@ -269,7 +295,9 @@ def test_commands_say_that_there_is_no_tokenizer(
         assert (code, f"error: {folder}: has no tokenizer" in err) == (1, True), err
 
 
-def test_what_the_index_does_not_list_is_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_index_does_not_list_is_not_used(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (folder / "chat_template.jinja").write_text("a stranger's")
     (folder / "added_tokens.json").write_text('{"<evil>": 7}')
     caplog.set_level(logging.WARNING)
@@ -288,7 +316,9 @@ def test_an_adapter_beside_the_index_is_not_loaded(
 
     config = MixtralConfig.from_dict(json.loads((folder / "config.json").read_text()))
     del config.quantization_config
-    peft = get_peft_model(MixtralForCausalLM(config), LoraConfig(target_modules=["gate_proj", "q_proj"]))
+    peft = get_peft_model(
+        MixtralForCausalLM(config), LoraConfig(target_modules=["gate_proj", "q_proj"])
+    )
     peft.save_pretrained(str(tmp_path / "adapter"))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "adapter" / name, folder)
@@ -300,4 +330,7 @@ def test_an_adapter_beside_the_index_is_not_loaded(
     index = json.loads((folder / "moe_index.json").read_text())
     index["files"] += [{"file": "adapter_config.json", "size_bytes": 1, "sha256": "0" * 64}]
     (folder / "moe_index.json").write_text(json.dumps(index))
-    assert not any("lora" in name for name, _ in loader.from_pretrained(folder, kernels="torch").named_modules())
+    assert not any(
+        "lora" in name
+        for name, _ in loader.from_pretrained(folder, kernels="torch").named_modules()
+    )

@@ -10,7 +10,9 @@ import atheris
 
 # The finder of an editable install would load our packages without the instrumentation.
 sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
-with atheris.instrument_imports(include=["formats", "converter", "loader"], enable_loader_override=True):
+with atheris.instrument_imports(
+    include=["formats", "converter", "loader"], enable_loader_override=True
+):
     from fuzz.targets import TARGETS, mutate_json
 
 

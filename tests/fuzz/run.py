@@ -24,11 +24,17 @@ AT_A_TIME = 2
 
 
 def main() -> int:
-    sys.path[:0] = [str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "bench")]
+    sys.path[:0] = [
+        str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "bench")
+    ]
     from fuzz.targets import TARGETS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(TARGETS)} [default: all]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(TARGETS)} [default: all]"
+    )
     parser.add_argument("--seconds", type=int, default=60, help="in all [default: 60]")
     parser.add_argument("--input", type=Path, help="try this file instead")
     options = parser.parse_args()
@@ -41,14 +47,22 @@ def main() -> int:
         print("accepted" if accepted else "refused, as it should be")
         return 0
     if importlib.util.find_spec("atheris") is None:
-        print("fuzzing needs atheris, which has wheels for Linux on x86-64: pip install atheris", file=sys.stderr)
+        print(
+            "fuzzing needs atheris, which has wheels for Linux on x86-64: pip install atheris",
+            file=sys.stderr,
+        )
         return 2
     seconds = max(1, options.seconds * AT_A_TIME // len(names))
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         failed = [
-            name for name, good in zip(names, pool.map(lambda n: fuzz(n, seconds), names), strict=True) if not good
+            name
+            for name, good in zip(names, pool.map(lambda n: fuzz(n, seconds), names), strict=True)
+            if not good
         ]
-    print(f"{len(names) - len(failed)} passed, {len(failed)} failed" + (f": {', '.join(failed)}" if failed else ""))
+    print(
+        f"{len(names) - len(failed)} passed, {len(failed)} failed"
+        + (f": {', '.join(failed)}" if failed else "")
+    )
     return 1 if failed else 0
 
 
@@ -76,7 +90,9 @@ def fuzz(name: str, seconds: int) -> bool:
         if run.returncode:
             print(f"{name}: exit {run.returncode}\n{run.stderr[-6000:]}")
         else:
-            print(f"{name}: {next(line for line in reversed(run.stderr.splitlines()) if line.startswith('Done'))}")
+            print(
+                f"{name}: {next(line for line in reversed(run.stderr.splitlines()) if line.startswith('Done'))}"
+            )
         return run.returncode == 0
 
 

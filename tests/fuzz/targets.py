@@ -130,7 +130,9 @@ def _layer_file(scratch: Path) -> Target:
     def run(data: bytes) -> None:
         path.write_bytes(_with_length(data) + experts)
         report = verify_folder(folder)
-        assert report.problems or path.read_bytes() == original, "another header passes for the one in the index"
+        assert report.problems or path.read_bytes() == original, (
+            "another header passes for the one in the index"
+        )
 
     return Target([_header_bytes(path)], run)
 
@@ -139,7 +141,9 @@ def _rebuild(scratch: Path) -> Target:
     folder = copy_of_good(scratch)
     names = ["moe_index.json", "config.json", LAYER_FILE]
     good = {name: (folder / name).read_bytes() for name in names}
-    inputs = {name: good[name] for name in names[:2]} | {LAYER_FILE: _header_bytes(folder / LAYER_FILE)}
+    inputs = {name: good[name] for name in names[:2]} | {
+        LAYER_FILE: _header_bytes(folder / LAYER_FILE)
+    }
 
     def run(data: bytes) -> None:
         name, content = names[data[0] % 3 if data else 0], data[1:]
@@ -159,7 +163,9 @@ def _journal(scratch: Path) -> Target:
     fingerprint = {"recipe": {"name": "2bit"}, "hub": {"repo": "a/b", "commit": "0" * 40}}
     journal = Journal(scratch, fingerprint)
     sha256, xxh3, error = "0" * 64, "0" * 32, SquaredError(0.5, 2.0)
-    journal.append(ExpertRecord(0, 1, sha256, xxh3, ProjectionErrors(error, error, error), 12, ["down"]))
+    journal.append(
+        ExpertRecord(0, 1, sha256, xxh3, ProjectionErrors(error, error, error), 12, ["down"])
+    )
     journal.append(LinearRecord("model.layers.0.self_attn.q_proj", xxh3, error))
     journal.append(TensorRecord("model.norm.weight", xxh3))
     journal.append(LayerRecord(0, 8192, sha256, [(4096, 4096, sha256, xxh3)]))
@@ -170,7 +176,9 @@ def _journal(scratch: Path) -> Target:
     def run(data: bytes) -> None:
         # Lines get their checksums, so that mutations reach what decodes them.
         lines = [line.partition(b" ")[2] for line in data.split(b"\n")[:-1]]
-        path.write_bytes(b"".join(xxh3_of(line).encode() + b" " + line + b"\n" for line in lines) or data)
+        path.write_bytes(
+            b"".join(xxh3_of(line).encode() + b" " + line + b"\n" for line in lines) or data
+        )
         read_pin(scratch)
         Journal(scratch, fingerprint).close()
 
@@ -199,7 +207,10 @@ def _rules(scratch: Path) -> Target:
 
 
 def _sizes(scratch: Path) -> Target:
-    return Target([b"8GiB", b"12 GB", b"1.5e9", b"512MiB"], lambda data: parse_size(data.decode("utf-8", "replace")))
+    return Target(
+        [b"8GiB", b"12 GB", b"1.5e9", b"512MiB"],
+        lambda data: parse_size(data.decode("utf-8", "replace")),
+    )
 
 
 def _quality(scratch: Path) -> Target:
@@ -222,7 +233,10 @@ def _quality(scratch: Path) -> Target:
         (scratch / "quality.json").write_bytes(data)
         read_quality(scratch)
 
-    return Target([json.dumps(value).encode() for value in (quality, quality | {"evaluation": evaluation})], run)
+    return Target(
+        [json.dumps(value).encode() for value in (quality, quality | {"evaluation": evaluation})],
+        run,
+    )
 
 
 def _trace(scratch: Path) -> Target:
@@ -245,7 +259,9 @@ def _trace(scratch: Path) -> Target:
 def _plan(scratch: Path) -> Target:
     recipe = make_recipe("2bit", solver="hqq")
     config = (VECTORS / "folder/config.json").read_bytes()
-    plain = {key: value for key, value in json.loads(config).items() if key != "quantization_config"}
+    plain = {
+        key: value for key, value in json.loads(config).items() if key != "quantization_config"
+    }
 
     def run(data: bytes) -> None:
         (scratch / "config.json").write_bytes(data)
@@ -276,7 +292,8 @@ def _source(scratch: Path) -> Target:
 
 def _json(scratch: Path) -> Target:
     return Target(
-        _spoiled(scratch, "moe_index.json"), lambda data: json.dumps(parse(data, "input"), ensure_ascii=False).encode()
+        _spoiled(scratch, "moe_index.json"),
+        lambda data: json.dumps(parse(data, "input"), ensure_ascii=False).encode(),
     )
 
 

@@ -61,7 +61,14 @@ def hostile(text: str) -> tuple[Index, Quality]:
         ),
     )
     row = Comparison(text, 4, 1000, 61.9, 61.0, 1.0147, 0.001, 0.0123, 0.001, 0.95, [0.9])
-    return index, Quality(text, {"experts": 0.1, text: 1.0}, [], {text: 0.1}, [], Evaluation(text, 256, {}, [row], row))
+    return index, Quality(
+        text,
+        {"experts": 0.1, text: 1.0},
+        [],
+        {text: 0.1},
+        [],
+        Evaluation(text, 256, {}, [row], row),
+    )
 
 
 def tokens_of(card: str) -> Iterator[Token]:
@@ -85,7 +92,9 @@ def test_texts_of_an_index_are_code_in_the_card_and_nothing_else(text: str) -> N
             assert token.type == "code_inline", token
         if token.type == "html_block":
             assert re.fullmatch("<!-- made by moe-convert.*-->\n?", token.content)
-    assert shape(card) == shape(card_text(*hostile("plain"), CardOptions("me/model", license="mit")))
+    assert shape(card) == shape(
+        card_text(*hostile("plain"), CardOptions("me/model", license="mit"))
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -100,7 +109,9 @@ def test_the_metadata_are_the_expected_ones_whatever_an_index_says(text: str) ->
     }
 
 
-def test_the_commit_of_an_upload_is_described_without_markup_of_an_index(hub: HubServer, converted_copy: Path) -> None:
+def test_the_commit_of_an_upload_is_described_without_markup_of_an_index(
+    hub: HubServer, converted_copy: Path
+) -> None:
     path = converted_copy / "moe_index.json"
     index = json.loads(path.read_text())
     index["source"]["name"] = "![x](https://evil.example) <b> @me #1 `y` [z][1]"
@@ -113,7 +124,11 @@ def test_the_commit_of_an_upload_is_described_without_markup_of_an_index(hub: Hu
 def test_only_the_name_of_a_repository_becomes_a_link() -> None:
     index, quality = hostile("plain")
     index = replace(index, source=replace(index.source, name="me/tiny"))
-    links = [t.attrs["href"] for t in tokens_of(card_text(index, quality, CardOptions("a/b"))) if t.type == "link_open"]
+    links = [
+        t.attrs["href"]
+        for t in tokens_of(card_text(index, quality, CardOptions("a/b")))
+        if t.type == "link_open"
+    ]
     assert links == ["https://huggingface.co/me/tiny"]
     given = card_text(index, quality, CardOptions("a/b", base_model="x](https://evil.example) <b>"))
     assert not {"link_open", "html_inline"} & set(shape(given))

@@ -19,7 +19,14 @@ from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.source_tensors import stored_tensors
 from formats.artifact import Artifact
-from formats.errors import DamageError, DoesNotFitError, FormatError, HubError, MoeConvertError, SourceError
+from formats.errors import (
+    DamageError,
+    DoesNotFitError,
+    FormatError,
+    HubError,
+    MoeConvertError,
+    SourceError,
+)
 from formats.expert import ExpertLayout
 from formats.hub import repo_listing
 from formats.hub.hub_origin import HubOrigin
@@ -42,7 +49,9 @@ OPENERS: dict[str, Callable[[Path], object]] = {
     "from_pretrained": lambda folder: open_model(REPO, None, None, lazy=False, progress=None),
     "lazy": lambda folder: LazyFolder.open(REPO, retries=QUICK),
     "load_tokenizer": lambda folder: small_files(REPO, None, None),
-    "download": lambda folder: fetch_listed(opened(), beside=("README.md", "quality.json"), local_dir=folder),
+    "download": lambda folder: fetch_listed(
+        opened(), beside=("README.md", "quality.json"), local_dir=folder
+    ),
 }
 every_way = pytest.mark.parametrize("way", OPENERS)
 
@@ -64,7 +73,11 @@ def refused(hub: HubServer, folder: Path, tmp_path: Path) -> Callable[..., str]:
         hub.requests.clear()
         with pytest.raises(error) as caught:
             OPENERS[way](tmp_path / "opened")
-        asked = {r.path.partition(hub.head(REPO).oid)[2][1:] for r in hub.requests if "/resolve/" in r.path}
+        asked = {
+            r.path.partition(hub.head(REPO).oid)[2][1:]
+            for r in hub.requests
+            if "/resolve/" in r.path
+        }
         assert asked <= {"moe_index.json", *also}
         assert hub.served() < 100_000
         assert caught.value.hint
@@ -94,8 +107,16 @@ def declare_size(hub: HubServer, name: str, size: int, repo: str = REPO) -> None
 
 
 @every_way
-def test_files_that_the_index_does_not_list_are_never_fetched(hub: HubServer, folder: Path, way: str) -> None:
-    unlisted = ["payload.bin", "model.safetensors", "tokenizer.json", "images/a.png", "custom_generate/generate.py"]
+def test_files_that_the_index_does_not_list_are_never_fetched(
+    hub: HubServer, folder: Path, way: str
+) -> None:
+    unlisted = [
+        "payload.bin",
+        "model.safetensors",
+        "tokenizer.json",
+        "images/a.png",
+        "custom_generate/generate.py",
+    ]
     hub.add(REPO, {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()})
     hub.commit(REPO, {name: bytes(2 << 20) for name in unlisted})
     OPENERS[way](folder.parent / "opened")
@@ -104,7 +125,9 @@ def test_files_that_the_index_does_not_list_are_never_fetched(hub: HubServer, fo
 
 
 @every_way
-def test_thousands_of_layers_of_one_file_are_refused_by_their_count(hub: HubServer, folder: Path, way: str) -> None:
+def test_thousands_of_layers_of_one_file_are_refused_by_their_count(
+    hub: HubServer, folder: Path, way: str
+) -> None:
     def thousands(index: Any) -> None:
         index["layers"] *= 3000
 
@@ -113,7 +136,9 @@ def test_thousands_of_layers_of_one_file_are_refused_by_their_count(hub: HubServ
     hub.requests.clear()
     with pytest.raises(FormatError, match=r"layers has 3000 entries, expert_modules has 1"):
         OPENERS[way](folder.parent / "opened")
-    assert hub.served() == hub.served("moe_index.json") == (folder / "moe_index.json").stat().st_size
+    assert (
+        hub.served() == hub.served("moe_index.json") == (folder / "moe_index.json").stat().st_size
+    )
 
 
 @every_way
@@ -137,7 +162,9 @@ def test_a_count_that_config_json_does_not_have_is_refused_before_a_header(
         first = index["layers"][0]
         for n in (1, 2):
             experts = [{**expert, "layer": n} for expert in first["experts"]]
-            index["layers"].append({**first, "file": f"experts/layer-00{n}.safetensors", "experts": experts})
+            index["layers"].append(
+                {**first, "file": f"experts/layer-00{n}.safetensors", "experts": experts}
+            )
 
     edit_index(folder, many)
     for n in (1, 2):
@@ -201,7 +228,9 @@ def test_a_small_file_of_a_terabyte_is_not_fetched(
     assert "1099511627776 bytes, allowed are" in message
 
 
-@pytest.mark.parametrize(("way", "name"), [("inspect and plan", "quality.json"), ("download", "README.md")])
+@pytest.mark.parametrize(
+    ("way", "name"), [("inspect and plan", "quality.json"), ("download", "README.md")]
+)
 def test_a_large_file_beside_the_index_is_not_fetched(
     hub: HubServer, folder: Path, refused: Callable[..., str], way: str, name: str
 ) -> None:
@@ -221,7 +250,10 @@ def test_a_name_that_the_index_has_twice_is_refused(
 
 def test_more_small_files_or_larger_ones_than_a_model_has_are_refused(folder: Path) -> None:
     (entry,) = json.loads((folder / "moe_index.json").read_text())["files"]
-    edit_index(folder, lambda index: index.update(files=[entry | {"file": f"LICENSE.{n}"} for n in range(1001)]))
+    edit_index(
+        folder,
+        lambda index: index.update(files=[entry | {"file": f"LICENSE.{n}"} for n in range(1001)]),
+    )
     with pytest.raises(FormatError, match=r"length <= 1000.*files"):
         Artifact.open(folder)
     edit_index(folder, lambda index: index.update(files=[entry | {"size_bytes": (256 << 20) + 1}]))
@@ -231,22 +263,32 @@ def test_more_small_files_or_larger_ones_than_a_model_has_are_refused(folder: Pa
 
 @pytest.mark.parametrize("way", ["from_pretrained", "download"])
 def test_a_disk_without_room_is_named_before_the_weights_come(
-    hub: HubServer, folder: Path, refused: Callable[..., str], way: str, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer,
+    folder: Path,
+    refused: Callable[..., str],
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.add(REPO, folder)
-    monkeypatch.setattr(repo_listing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(
+        repo_listing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1)
+    )
     needed = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert f"needs {needed} bytes, free are 1" in refused(way, DoesNotFitError)
 
 
-def test_a_repository_of_too_many_files_is_refused(hub: HubServer, folder: Path, refused: Callable[..., str]) -> None:
+def test_a_repository_of_too_many_files_is_refused(
+    hub: HubServer, folder: Path, refused: Callable[..., str]
+) -> None:
     hub.add(REPO, folder)
     blob = Blob.of(b"", "x")
     hub.head(REPO).files.update({f"x{n}": blob for n in range(MAX_FILES)})
     assert f"files, allowed are {MAX_FILES}" in refused("inspect and plan", HubError)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a\\x", "a//x", "x\x1b[2J", "\u202ex"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "/etc/x", "a\\x", "a//x", "x\x1b[2J", "\u202ex"]
+)
 def test_a_file_that_a_hub_may_not_list_is_refused(
     hub: HubServer, folder: Path, refused: Callable[..., str], name: str
 ) -> None:
@@ -271,7 +313,9 @@ def test_a_repair_takes_no_more_bytes_than_the_expert_has(hub: HubServer, folder
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
-def test_a_small_file_of_a_terabyte_beside_a_checkpoint_is_not_fetched(hub: HubServer, source: Path, name: str) -> None:
+def test_a_small_file_of_a_terabyte_beside_a_checkpoint_is_not_fetched(
+    hub: HubServer, source: Path, name: str
+) -> None:
     hub.add(REPO, source)
     declare_size(hub, name, 1 << 40)
     with pytest.raises(SourceError, match=f"{name} has 1099511627776 bytes, allowed are"):
@@ -279,7 +323,9 @@ def test_a_small_file_of_a_terabyte_beside_a_checkpoint_is_not_fetched(hub: HubS
     assert hub.served() == 0
 
 
-def test_the_header_of_a_checkpoints_shard_is_bounded_by_its_tensors(hub: HubServer, source: Path) -> None:
+def test_the_header_of_a_checkpoints_shard_is_bounded_by_its_tensors(
+    hub: HubServer, source: Path
+) -> None:
     hub.add(REPO, source)
     name = "model-00001-of-00002.safetensors"
     hub.commit(REPO, {name: struct.pack("<Q", 89_000_000) + bytes(1 << 20)})
@@ -312,21 +358,30 @@ def test_the_headers_of_a_checkpoint_with_512_experts_a_layer_are_within_their_l
     shape = LARGE["intermediate_size"], LARGE["hidden_size"]
     size = 2 * shape[0] * shape[1]
     prefix = "base_model.model.model.layers.59.block_sparse_moe.experts"
-    names = [f"{prefix}.{expert}.{part}.weight" for expert in range(512) for part in ("w1", "w2", "w3")]
-    entries = [TensorEntry(name, "BF16", shape, n * size, (n + 1) * size) for n, name in enumerate(names, 90_000)]
+    names = [
+        f"{prefix}.{expert}.{part}.weight" for expert in range(512) for part in ("w1", "w2", "w3")
+    ]
+    entries = [
+        TensorEntry(name, "BF16", shape, n * size, (n + 1) * size)
+        for n, name in enumerate(names, 90_000)
+    ]
     one_layer = shape_of({**LARGE, "num_hidden_layers": 1})
     assert len(build_header(entries, {})) < max_header_bytes(stored_tensors(one_layer), 0)
     assert max_header_bytes(stored_tensors(shape_of(LARGE))) < MAX_HEADER_BYTES
 
 
 @pytest.mark.parametrize("packing", ["tile32-q2-g16-s4", "rows-bf16"])
-def test_the_header_of_a_layer_with_512_experts_is_within_its_limit(folder: Path, packing: str) -> None:
+def test_the_header_of_a_layer_with_512_experts_is_within_its_limit(
+    folder: Path, packing: str
+) -> None:
     architecture = architecture_of(LARGE)
     layouts = [ExpertLayout.of(architecture, packing, packing)] * architecture.num_local_experts
     module = architecture.expert_modules[59]
     header = build_header(raw_entries(module, layouts), layer_metadata(59, module, layouts, "none"))
     first = Artifact.open(folder).index.layers[0]
-    assert len(header) < layer_header_limit(msgspec_replace(first, experts=first.experts[:1] * len(layouts)))
+    assert len(header) < layer_header_limit(
+        msgspec_replace(first, experts=first.experts[:1] * len(layouts))
+    )
 
 
 def test_the_index_of_a_good_folder_agrees_with_itself(folder: Path) -> None:

@@ -43,7 +43,9 @@ for layer in range(len(reader.artifact.index.layers)):
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
     monkeypatch.setattr("time.sleep", lambda s: None)
 
     def call(*args: object) -> dict[str, Any]:
@@ -70,12 +72,16 @@ def sent_per_expert(hub: HubServer, folder: Path) -> dict[tuple[int, int], int]:
     for layer in Artifact.open(folder).index.layers:
         ranges = hub.ranges(layer.file)
         for e in layer.experts:
-            overlaps = (min(end, e.offset + e.length) - max(begin, e.offset) for begin, end in ranges)
+            overlaps = (
+                min(end, e.offset + e.length) - max(begin, e.offset) for begin, end in ranges
+            )
             sent[e.layer, e.expert] = sum(max(0, n) for n in overlaps)
     return sent
 
 
-def test_round_trip(hub: HubServer, example_folder: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+def test_round_trip(
+    hub: HubServer, example_folder: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
     hub.add(SOURCE, example_folder)
     out = tmp_path / "out"
     run("convert", SOURCE, "-o", out, "--solver", "hqq", "--max-disk", "17MB", "--upload-repo", REPO,
@@ -87,7 +93,9 @@ def test_round_trip(hub: HubServer, example_folder: Path, tmp_path: Path, run: C
     hub.requests.clear()
     assert generate(REPO, lazy=True) == generate(out)
     sent = sent_per_expert(hub, out)
-    lengths = {(e.layer, e.expert): e.length for x in Artifact.open(out).index.layers for e in x.experts}
+    lengths = {
+        (e.layer, e.expert): e.length for x in Artifact.open(out).index.layers for e in x.experts
+    }
     assert sum(sent.values()) > 0
     assert all(sent[key] <= lengths[key] for key in sent)
 
@@ -97,7 +105,9 @@ def test_a_killed_process_leaves_only_good_experts_and_a_later_start_goes_on(
 ) -> None:
     hub.add(REPO, converted("2bit"))
     environ = os.environ | hub.environ(tmp_path / "hf-home") | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", LAZY_PROCESS], env=environ, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAZY_PROCESS], env=environ, stdout=subprocess.PIPE
+    )
     assert process.stdout
     assert process.stdout.readline()
     process.send_signal(signal.SIGKILL)
@@ -105,7 +115,12 @@ def test_a_killed_process_leaves_only_good_experts_and_a_later_start_goes_on(
     process.stdout.close()
     lazy = LazyFolder.open(REPO)
     index = lazy.artifact.index
-    there = [(e.layer, e.expert) for layer in index.layers for e in layer.experts if lazy.has(e.layer, e.expert)]
+    there = [
+        (e.layer, e.expert)
+        for layer in index.layers
+        for e in layer.experts
+        if lazy.has(e.layer, e.expert)
+    ]
     assert there
     hub.requests.clear()
     with HubReader(lazy, check="sha256", fill=False) as reader:
@@ -119,7 +134,9 @@ def test_a_killed_process_leaves_only_good_experts_and_a_later_start_goes_on(
     assert verify_folder(lazy.path, read_data=True).problems == []
 
 
-def test_two_readers_of_one_folder_both_give_the_right_bytes(hub: HubServer, converted: Callable[[str], Path]) -> None:
+def test_two_readers_of_one_folder_both_give_the_right_bytes(
+    hub: HubServer, converted: Callable[[str], Path]
+) -> None:
     hub.add(REPO, converted("2bit"))
     with HubReader(LazyFolder.open(REPO)) as one, HubReader(LazyFolder.open(REPO)) as two:
         for layer in reversed(one.artifact.index.layers):
@@ -128,7 +145,9 @@ def test_two_readers_of_one_folder_both_give_the_right_bytes(hub: HubServer, con
     assert verify_folder(one.artifact.folder, read_data=True).problems == []
 
 
-@pytest.mark.parametrize("fault", ["drop", "short", "shift", "ignore_range", "damage", "busy", "slow"])
+@pytest.mark.parametrize(
+    "fault", ["drop", "short", "shift", "ignore_range", "damage", "busy", "slow"]
+)
 def test_tokens_are_right_whatever_the_line_does(
     hub: HubServer, converted: Callable[[str], Path], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,12 +174,26 @@ def test_the_token_stays_with_the_hub(hub: HubServer, converted: Callable[[str],
 
 
 def test_hf_download_and_safe_open_work_on_what_is_published(
-    hub: HubServer, converted: Callable[[str], Path], tmp_path: Path, run: Callable[..., dict[str, Any]]
+    hub: HubServer,
+    converted: Callable[[str], Path],
+    tmp_path: Path,
+    run: Callable[..., dict[str, Any]],
 ) -> None:
     run("upload", converted("2bit"), REPO, "--license", "apache-2.0")
     target = tmp_path / "downloaded"
-    command = [str(Path(sys.executable).parent / "hf"), "download", REPO, "--local-dir", str(target)]
-    subprocess.run(command, env=os.environ | hub.environ(tmp_path / "other-home"), check=True, capture_output=True)
+    command = [
+        str(Path(sys.executable).parent / "hf"),
+        "download",
+        REPO,
+        "--local-dir",
+        str(target),
+    ]
+    subprocess.run(
+        command,
+        env=os.environ | hub.environ(tmp_path / "other-home"),
+        check=True,
+        capture_output=True,
+    )
     assert verify_folder(target, read_data=True).problems == []
     for path in [target / "trunk.safetensors", *(target / "experts").iterdir()]:
         with safe_open(path, "pt") as file:
@@ -168,11 +201,16 @@ def test_hf_download_and_safe_open_work_on_what_is_published(
 
 
 def test_plain_transformers_refuses_what_is_published(
-    hub: HubServer, converted: Callable[[str], Path], tmp_path: Path, run: Callable[..., dict[str, Any]]
+    hub: HubServer,
+    converted: Callable[[str], Path],
+    tmp_path: Path,
+    run: Callable[..., dict[str, Any]],
 ) -> None:
     run("upload", converted("2bit"), REPO, "--license", "apache-2.0")
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({REPO!r})"
     environ = os.environ | hub.environ(tmp_path / "other-home")
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert done.returncode
-    assert "does not appear to have a file named pytorch_model.bin or model.safetensors" in done.stderr
+    assert (
+        "does not appear to have a file named pytorch_model.bin or model.safetensors" in done.stderr
+    )

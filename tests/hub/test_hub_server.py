@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download, whoami
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+    whoami,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,7 +26,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 WEIGHTS = bytes(range(256)) * 100
-FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "experts/layer-000.safetensors": WEIGHTS[::-1]}
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": WEIGHTS,
+    "experts/layer-000.safetensors": WEIGHTS[::-1],
+}
 
 
 @pytest.fixture
@@ -43,7 +54,9 @@ def test_a_snapshot_is_what_was_added(filled: HubServer) -> None:
 def test_a_process_with_its_environment_uses_it(filled: HubServer, tmp_path: Path) -> None:
     code = "import huggingface_hub as h; print(h.hf_hub_download('me/model', 'config.json'))"
     environ = os.environ | filled.environ(tmp_path / "other")
-    found = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
     assert Path(found.stdout.strip()).is_relative_to(tmp_path / "other")
 
 
@@ -87,7 +100,9 @@ def test_a_pull_request_leaves_main_alone(filled: HubServer) -> None:
 def test_a_bad_card_is_refused(filled: HubServer) -> None:
     card = b"---\nbase_model_relation: quantised\n---\n"
     with pytest.raises(ValueError, match="base_model_relation"):
-        HfApi().create_commit("me/model", [CommitOperationAdd("README.md", card)], commit_message="card")
+        HfApi().create_commit(
+            "me/model", [CommitOperationAdd("README.md", card)], commit_message="card"
+        )
 
 
 def test_files_are_listed_with_hashes_and_sizes(filled: HubServer) -> None:
@@ -111,7 +126,9 @@ def test_the_user_is_known_by_the_token(hub: HubServer, monkeypatch: pytest.Monk
         whoami()
 
 
-def test_what_is_not_there_has_the_errors_of_the_client(filled: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_there_has_the_errors_of_the_client(
+    filled: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RemoteEntryNotFoundError):
         hf_hub_download("me/model", "nothing")
     with pytest.raises(RevisionNotFoundError):
@@ -155,7 +172,9 @@ def test_faults_happen_as_often_as_asked(filled: HubServer) -> None:
 
 def test_main_can_move_during_a_download(filled: HubServer) -> None:
     pinned = filled.head("me/model").oid
-    filled.faults.before("/resolve/", lambda: filled.commit("me/model", {"model.safetensors": b"new"}))
+    filled.faults.before(
+        "/resolve/", lambda: filled.commit("me/model", {"model.safetensors": b"new"})
+    )
     folder = Path(snapshot_download("me/model"))
     assert folder.name == pinned
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS

@@ -19,8 +19,12 @@ PAGE = ROOT / "docs" / "commands.md"
 
 def commands_page() -> str:
     """What docs/commands.md must say: the help of every command."""
-    context = click.Context(cli, info_name="moe-convert", terminal_width=100, **cli.context_settings)
-    parts = ["# Commands\n\nWritten by `python tests/project/test_docs.py` from the commands' help.\n"]
+    context = click.Context(
+        cli, info_name="moe-convert", terminal_width=100, **cli.context_settings
+    )
+    parts = [
+        "# Commands\n\nWritten by `python tests/project/test_docs.py` from the commands' help.\n"
+    ]
     parts.append(f"```\n{cli.get_help(context)}\n```\n")
     for name in COMMANDS:
         command = cli.get_command(context, name)
@@ -34,7 +38,9 @@ def test_page_of_commands_is_what_help_says() -> None:
     assert PAGE.read_text() == commands_page(), "run python tests/project/test_docs.py"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link

@@ -31,7 +31,10 @@ def imports(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively"
             parent = str(node.module)
-            found |= {f"{parent}.{a.name}" if f"{parent}.{a.name}" in MODULES else parent for a in node.names}
+            found |= {
+                f"{parent}.{a.name}" if f"{parent}.{a.name}" in MODULES else parent
+                for a in node.names
+            }
     return {name if name in MODULES else name.partition(".")[0] for name in found}
 
 
@@ -55,12 +58,17 @@ def test_module_imports_only_along_the_arrows(module: str) -> None:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if package(m) == "formats"])
 def test_formats_imports_little(module: str) -> None:
-    outside = {package(other) for other in imports(module)} - {"formats"} - set(sys.stdlib_module_names)
+    outside = (
+        {package(other) for other in imports(module)} - {"formats"} - set(sys.stdlib_module_names)
+    )
     assert outside <= OUTSIDE_FOR_FORMATS | FOR_THE_HUB.get(module, set())
 
 
 def test_no_imports_go_in_a_circle() -> None:
-    graph = {module: {other for other in imports(module) if other in MODULES} - {module} for module in MODULES}
+    graph = {
+        module: {other for other in imports(module) if other in MODULES} - {module}
+        for module in MODULES
+    }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as e:
@@ -71,7 +79,13 @@ def test_no_imports_go_in_a_circle() -> None:
 def described_methods() -> set[str]:
     """Names of methods that have a docstring in some class."""
     nodes = [node for path in MODULES.values() for node in ast.walk(ast.parse(path.read_text()))]
-    methods = [m for c in nodes if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef)]
+    methods = [
+        m
+        for c in nodes
+        if isinstance(c, ast.ClassDef)
+        for m in c.body
+        if isinstance(m, ast.FunctionDef)
+    ]
     return {method.name for method in methods if ast.get_docstring(method)}
 
 
@@ -93,7 +107,10 @@ def undocumented(module: str) -> Iterator[str]:
         if isinstance(node, ast.ClassDef) and not node.bases:
             for method in node.body:
                 if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
-                    is_property = any(isinstance(d, ast.Name) and d.id == "property" for d in method.decorator_list)
+                    is_property = any(
+                        isinstance(d, ast.Name) and d.id == "property"
+                        for d in method.decorator_list
+                    )
                     if not is_property and method.name not in described:
                         yield f"{module}.{node.name}.{method.name}"
 
@@ -106,5 +123,9 @@ def test_everything_public_has_a_docstring(module: str) -> None:
 @every_module
 def test_no_exported_function_is_named_like_its_module(module: str) -> None:
     own = module.rpartition(".")[2]
-    names = [n.name for n in ast.parse(MODULES[module].read_text()).body if isinstance(n, ast.FunctionDef)]
+    names = [
+        n.name
+        for n in ast.parse(MODULES[module].read_text()).body
+        if isinstance(n, ast.FunctionDef)
+    ]
     assert own not in names or own == "main"

@@ -27,13 +27,17 @@ from formats.safetensors_header import DTYPE_BYTES, TensorEntry, build_header, h
 from loader.arithmetic import kernels
 from loader.arithmetic.backend import TorchBackend
 
-settings.register_profile("seeded", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "seeded", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 settings.load_profile("seeded")
 
 PACKAGE_DTYPES = sorted(set(DTYPE_BYTES) - {"F8_E8M0", "C64"})
 """Those that torch has in every supported release."""
 tiles = st.sampled_from(sorted(PACKINGS))
-names = st.text(st.characters(exclude_categories=("Cs", "Cc", "Cf", "Zl", "Zp")), min_size=1, max_size=40)
+names = st.text(
+    st.characters(exclude_categories=("Cs", "Cc", "Cf", "Zl", "Zp")), min_size=1, max_size=40
+)
 values: st.SearchStrategy[Any] = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False),
     st.text(st.characters(exclude_categories=("Cs",)), max_size=20), st.just([]), st.just({}), st.just([[0]]),
@@ -44,7 +48,9 @@ values: st.SearchStrategy[Any] = st.one_of(
 def tensors(draw: st.DrawFn) -> list[TensorEntry]:
     """Tensors that lie one after the other."""
     entries: list[TensorEntry] = []
-    for name in draw(st.lists(names.filter(lambda n: n != "__metadata__"), unique=True, max_size=6)):
+    for name in draw(
+        st.lists(names.filter(lambda n: n != "__metadata__"), unique=True, max_size=6)
+    ):
         dtype = draw(st.sampled_from(PACKAGE_DTYPES))
         shape = draw(st.lists(st.integers(0, 5), max_size=4))
         begin = entries[-1].end if entries else 0
@@ -63,7 +69,11 @@ def test_any_header_that_is_written_is_read_by_us_and_by_the_safetensors_package
     header = build_header(entries, metadata)
     data = header + bytes(entries[-1].end if entries else 0)
     found = header_from(lambda offset, length: data[offset : offset + length], len(data), "file")
-    assert (list(found.entries.values()), found.metadata, found.data_offset) == (entries, metadata, len(header))
+    assert (list(found.entries.values()), found.metadata, found.data_offset) == (
+        entries,
+        metadata,
+        len(header),
+    )
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
         file.write(data)
         file.flush()
@@ -75,13 +85,21 @@ def test_any_header_that_is_written_is_read_by_us_and_by_the_safetensors_package
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of every value inside `value`."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [place for key, inner in items for place in [(*path, key), *places(inner, (*path, key))]]
 
 
 @given(st.data())
 @settings(max_examples=150)
-def test_any_value_in_any_field_of_an_index_is_refused_with_its_place_or_stays_what_it_is(data: st.DataObject) -> None:
+def test_any_value_in_any_field_of_an_index_is_refused_with_its_place_or_stays_what_it_is(
+    data: st.DataObject,
+) -> None:
     index = json.loads((VECTORS / "folder/moe_index.json").read_bytes())
     place = data.draw(st.sampled_from(places(index)))
     parent: Any = index
@@ -100,7 +118,9 @@ def test_any_value_in_any_field_of_an_index_is_refused_with_its_place_or_stays_w
 
 @given(st.data())
 @settings(max_examples=100)
-def test_any_value_in_any_field_of_a_header_is_refused_or_covers_the_file(data: st.DataObject) -> None:
+def test_any_value_in_any_field_of_a_header_is_refused_or_covers_the_file(
+    data: st.DataObject,
+) -> None:
     entries = [TensorEntry("a", "BF16", (3, 4), 0, 24), TensorEntry("b", "U8", (8,), 24, 32)]
     header = build_header(entries, {"format": "pt"})
     body = json.loads(header[8:])
@@ -112,7 +132,9 @@ def test_any_value_in_any_field_of_a_header_is_refused_or_covers_the_file(data: 
     text = json.dumps(body).encode()
     file = len(text).to_bytes(8, "little") + text + bytes(32)
     try:
-        found = header_from(lambda offset, length: file[offset : offset + length], len(file), "here")
+        found = header_from(
+            lambda offset, length: file[offset : offset + length], len(file), "here"
+        )
     except FormatError as e:
         assert e.message.startswith("here")
         return
@@ -133,7 +155,9 @@ def test_matrix_of_any_shape_is_stored_in_the_stated_bytes_and_comes_back(
     back = unpack(stored, packing, rows, columns)
     for field in ("codes", "s", "m", "ds", "dm"):
         assert torch.equal(getattr(back, field), getattr(matrix, field))
-    assert torch.equal(packing.weights(stored, rows, columns), dequantize(matrix, packing.group_size))
+    assert torch.equal(
+        packing.weights(stored, rows, columns), dequantize(matrix, packing.group_size)
+    )
 
 
 @pytest.mark.skipif(not kernels.available(), reason="native kernels are not built")
@@ -148,7 +172,10 @@ def test_native_product_of_any_shape_is_the_reference(
     expected = TorchBackend().linear(stored, packing, rows, columns, x)
     # docs/numerics.md: activations are rounded to 8 bits for each group of columns.
     scale = x.abs().amax() * packing.weights(stored, rows, columns).abs().sum(1).amax()
-    assert float((kernels.linear(x, stored, name, rows) - expected).abs().max()) <= float(scale) / 127 + 1e-6
+    assert (
+        float((kernels.linear(x, stored, name, rows) - expected).abs().max())
+        <= float(scale) / 127 + 1e-6
+    )
 
 
 @st.composite
@@ -167,7 +194,11 @@ def models(draw: st.DrawFn) -> tuple[Shape, dict[str, Any], str]:
         "tied": draw(st.booleans()),
         "seed": draw(st.integers(0, 1000)),
     }
-    return shape, options, draw(st.sampled_from(("16bit", "2bit", "3bit", "4bit", "paper-2bit", "paper-3bit")))
+    return (
+        shape,
+        options,
+        draw(st.sampled_from(("16bit", "2bit", "3bit", "4bit", "paper-2bit", "paper-3bit"))),
+    )
 
 
 @given(models())

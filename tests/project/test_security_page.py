@@ -22,17 +22,28 @@ def rows(title: str) -> list[tuple[str, str]]:
 
 
 def test_the_page_lists_the_files() -> None:
-    listed = {name.strip("`"): reader for name, reader in rows("Names of files") if name.startswith("`")}
-    for_transformers = {name for name, reader in listed.items() if reader.startswith("transformers")}
+    listed = {
+        name.strip("`"): reader for name, reader in rows("Names of files") if name.startswith("`")
+    }
+    for_transformers = {
+        name for name, reader in listed.items() if reader.startswith("transformers")
+    }
     assert for_transformers == {TRUNK_NAME, *READ_BY_TRANSFORMERS}
     assert listed.keys() - for_transformers == set(OPTIONAL)
 
 
 def test_the_page_has_the_limits() -> None:
     limits = dict(rows("What we promise"))
-    assert (MAX_SMALL_BYTES, MAX_BYTES, MAX_FILES, MAX_LISTED) == (16 << 20, 256 << 20, 1000, 20_000)
+    assert (MAX_SMALL_BYTES, MAX_BYTES, MAX_FILES, MAX_LISTED) == (
+        16 << 20,
+        256 << 20,
+        1000,
+        20_000,
+    )
     assert limits["files in a repository"] == "20,000"
-    assert limits["tokenizer files, chat templates, licences"].startswith("256 MiB each, 1,000 files")
+    assert limits["tokenizer files, chat templates, licences"].startswith(
+        "256 MiB each, 1,000 files"
+    )
     assert max_header_bytes(7) == (64 << 10) + 7 * 1024
     assert limits["header of trunk or layer file"] == "64 KiB and 1 KiB for each tensor"
 

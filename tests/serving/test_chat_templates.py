@@ -26,8 +26,12 @@ TEMPLATES = {
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["jinja files", "in tokenizer_config.json"])
-def chatty(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module", params=[True, False], ids=["jinja files", "in tokenizer_config.json"]
+)
+def chatty(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A checkpoint, converted, whose tokenizer was saved by transformers with several templates."""
     folder = Path(shutil.copytree(source, tmp_path_factory.mktemp("chatty") / "source"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -41,7 +45,10 @@ def chatty(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytes
 
 def assert_has_all(tokenizer: Any) -> None:
     assert tokenizer.chat_template == TEMPLATES
-    said = {name: tokenizer.apply_chat_template(MESSAGES, chat_template=name, tokenize=False) for name in TEMPLATES}
+    said = {
+        name: tokenizer.apply_chat_template(MESSAGES, chat_template=name, tokenize=False)
+        for name in TEMPLATES
+    }
     assert said == {
         "default": "[user] Hello\n", "tool_use": "tools: Hello", "rag 2": "documents for 1 – messages"
     }  # fmt: skip
@@ -71,7 +78,11 @@ def test_the_hub_repairs_a_template(
 ) -> None:
     hub.add(REPO, chatty)
     folder = Path(shutil.copytree(chatty, tmp_path / "folder"))
-    name = next(f.file for f in read_index(folder).files if "jinja" in f.file or f.file == "tokenizer_config.json")
+    name = next(
+        f.file
+        for f in read_index(folder).files
+        if "jinja" in f.file or f.file == "tokenizer_config.json"
+    )
     (folder / name).unlink()
     shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
     assert verify_folder(folder).problems[0].file == name
@@ -93,7 +104,9 @@ def test_a_hub_source_keeps_its_templates(chatty: Path, hub: HubServer, tmp_path
     from converter.checkpoint.shards.hub_model import HubModel
 
     hub.add("me/source", chatty.with_name("source"))
-    convert_checkpoint(HubModel.open("me/source"), tmp_path / "out", make_recipe("2bit", solver="hqq"))
+    convert_checkpoint(
+        HubModel.open("me/source"), tmp_path / "out", make_recipe("2bit", solver="hqq")
+    )
     assert_has_all(loader.load_tokenizer(tmp_path / "out"))
 
 

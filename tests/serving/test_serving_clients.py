@@ -28,7 +28,11 @@ TOOLS = [
         "function": {
             "name": "weather",
             "description": "Tell the weather of a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            },
         },
     }
 ]
@@ -72,7 +76,9 @@ class TestOpenai:
         return openai.OpenAI(base_url=url, api_key=KEY)
 
     def ask(self, client, **options):
-        return client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=6, temperature=0, **options)
+        return client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=6, temperature=0, **options
+        )
 
     def test_models(self, client):
         assert [listed.id for listed in client.models.list()] == ["tiny"]
@@ -101,7 +107,9 @@ class TestOpenai:
         assert asyncio.run(text()) == self.ask(client).choices[0].message.content
 
     def test_completion(self, client):
-        answer = client.completions.create(model="tiny", prompt="So Jonah arose, and", max_tokens=4, logprobs=2)
+        answer = client.completions.create(
+            model="tiny", prompt="So Jonah arose, and", max_tokens=4, logprobs=2
+        )
         choice = answer.choices[0]
         assert "".join(choice.logprobs.tokens) == choice.text
         assert len(choice.logprobs.top_logprobs[0]) == 2
@@ -109,26 +117,42 @@ class TestOpenai:
     def test_logprobs(self, client):
         choice = self.ask(client, logprobs=True, top_logprobs=3).choices[0]
         assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
-        assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in choice.logprobs.content)
+        assert all(
+            len(token.top_logprobs) == 3 and token.logprob <= 0 for token in choice.logprobs.content
+        )
 
     def test_stop_text_is_not_in_the_answer(self, client):
         text = self.ask(client).choices[0].message.content
         stopped = self.ask(client, stop=[text[5:8]]).choices[0]
-        assert (stopped.message.content, stopped.finish_reason) == (text[: text.index(text[5:8])], "stop")
+        assert (stopped.message.content, stopped.finish_reason) == (
+            text[: text.index(text[5:8])],
+            "stop",
+        )
 
     def test_json_schema(self, client):
         pytest.importorskip("xgrammar")
-        form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
-        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, seed=1, response_format=form)
+        form = {
+            "type": "json_schema",
+            "json_schema": {"name": "person", "schema": SCHEMA, "strict": True},
+        }
+        answer = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, seed=1, response_format=form
+        )
         value = json.loads(answer.choices[0].message.content)
         assert value.keys() == {"name", "age", "kind"}
-        assert len(value["name"]) <= 8 and 0 <= value["age"] <= 99 and value["kind"] in ("ship", "fish")
+        assert (
+            len(value["name"]) <= 8
+            and 0 <= value["age"] <= 99
+            and value["kind"] in ("ship", "fish")
+        )
 
     def test_json_object(self, client):
         pytest.importorskip("xgrammar")
         answer = self.ask(client, response_format={"type": "json_object"})
         choice = answer.choices[0]
-        assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+        assert choice.finish_reason == "length" or isinstance(
+            json.loads(choice.message.content), dict
+        )
         assert choice.message.content.startswith("{")
 
     def test_pydantic_model(self, client):
@@ -138,7 +162,9 @@ class TestOpenai:
         class Fish(pydantic.BaseModel):
             is_great: bool
 
-        answer = client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=Fish)
+        answer = client.chat.completions.parse(
+            model="tiny", messages=MESSAGES, response_format=Fish
+        )
         assert isinstance(answer.choices[0].message.parsed.is_great, bool)
 
     def test_tools_and_their_results(self, openai, tool_url):
@@ -173,10 +199,15 @@ class TestLangchain:
         chat = chat_class(base_url=url, api_key=KEY, model="tiny", temperature=0, max_tokens=6)
         answer = chat.invoke("So Jonah arose, and went to")
         assert answer.usage_metadata["output_tokens"] == 6
-        assert "".join(chunk.content for chunk in chat.stream("So Jonah arose, and went to")) == answer.content
+        assert (
+            "".join(chunk.content for chunk in chat.stream("So Jonah arose, and went to"))
+            == answer.content
+        )
         pytest.importorskip("xgrammar")
         longer = chat_class(base_url=url, api_key=KEY, model="tiny", seed=1)
-        value = longer.with_structured_output({"title": "person", **SCHEMA}, method="json_schema").invoke("Jonah")
+        value = longer.with_structured_output(
+            {"title": "person", **SCHEMA}, method="json_schema"
+        ).invoke("Jonah")
         assert value["kind"] in ("ship", "fish")
 
     def test_tools(self, chat_class, tool_url):
@@ -193,7 +224,13 @@ class TestLitellm:
         return pytest.importorskip("litellm")
 
     def test_chat_and_stream(self, litellm, url):
-        options = {"model": "openai/tiny", "api_base": url, "api_key": KEY, "max_tokens": 6, "temperature": 0}
+        options = {
+            "model": "openai/tiny",
+            "api_base": url,
+            "api_key": KEY,
+            "max_tokens": 6,
+            "temperature": 0,
+        }
         whole = litellm.completion(messages=MESSAGES, **options)
         assert whole.usage.completion_tokens == 6
         chunks = litellm.completion(messages=MESSAGES, stream=True, **options)
@@ -202,6 +239,10 @@ class TestLitellm:
 
     def test_text_completion(self, litellm, url):
         answer = litellm.text_completion(
-            model="text-completion-openai/tiny", prompt="So Jonah", api_base=url, api_key=KEY, max_tokens=3
+            model="text-completion-openai/tiny",
+            prompt="So Jonah",
+            api_base=url,
+            api_key=KEY,
+            max_tokens=3,
         )
         assert answer.usage.completion_tokens == 3

@@ -40,7 +40,9 @@ def tokens_of(tokenizer, text):
 def expected_text(model, tokenizer, prompt, tokens):
     """What transformers' generate gives."""
     ids = torch.tensor([prompt])
-    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)[0]
+    new = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+    )[0]
     return tokenizer.decode(new[len(prompt) :], skip_special_tokens=True)
 
 
@@ -75,7 +77,9 @@ def test_logprobs_are_of_the_tokens_whose_text_was_given(engine, prompt):
     whole = ask(engine, greedy(prompt, 12)).text()
     stop = whole[10:14]
     heard = ask(engine, greedy(prompt, 12, stop=(stop,), logprobs=2))
-    tokens = [token for event in heard.events if isinstance(event, Piece) for token in event.logprobs]
+    tokens = [
+        token for event in heard.events if isinstance(event, Piece) for token in event.logprobs
+    ]
     assert tokens and all(token.begin < len(heard.text()) for token in tokens)
     for token in tokens:
         assert token.top[0] == (token.token, token.logprob)
@@ -91,7 +95,9 @@ def test_same_seed_gives_the_same_answer_whatever_ran_between(engine, prompt):
     assert others != {first}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1e-30), Sampling(1e-5), Sampling(1.0, top_k=1), Sampling(top_p=1e-9)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1e-30), Sampling(1e-5), Sampling(1.0, top_k=1), Sampling(top_p=1e-9)]
+)
 def test_extreme_sampling_chooses_the_likeliest_token(engine, prompt, sampling):
     assert ask(engine, Request(prompt, 6, sampling)).text() == ask(engine, greedy(prompt, 6)).text()
 
@@ -107,7 +113,11 @@ def test_bias_and_penalties_change_the_answer(engine, tokenizer, prompt):
 
 def test_conversation_that_goes_on_reuses_its_prefix(engine, tokenizer, prompt):
     heard = ask(engine, greedy(prompt, 8))
-    longer = (*prompt, *tokens_of(tokenizer, heard.text())[-4:], *tokens_of(tokenizer, "And the men said")[1:])
+    longer = (
+        *prompt,
+        *tokens_of(tokenizer, heard.text())[-4:],
+        *tokens_of(tokenizer, "And the men said")[1:],
+    )
     counts = ask(engine, greedy(longer, 4)).end().counts
     assert counts.cached >= len(prompt)
     assert engine.metrics.value("prompt_tokens_cached") == counts.cached
@@ -123,7 +133,11 @@ def test_interleaved_conversations_do_not_mix(converted, tokenizer):
         prompt = begins[number]
         for text in ("Then they said", "And he went"):
             heard = yield greedy(prompt, 4)
-            prompt = (*prompt, *tokens_of(tokenizer, heard.text())[1:], *tokens_of(tokenizer, text)[1:])
+            prompt = (
+                *prompt,
+                *tokens_of(tokenizer, heard.text())[1:],
+                *tokens_of(tokenizer, text)[1:],
+            )
         yield greedy(prompt, 4)
 
     def answers(engine, numbers):
@@ -158,8 +172,16 @@ def test_prefix_caches_stay_within_their_bytes(model, tokenizer, prompt):
         assert gauges["prefix_cache_entries"] == 2
         assert 0 < gauges["prefix_cache_bytes"] <= 2 * one
         # The oldest has gone.
-        assert ask(engine, greedy((*tokens_of(tokenizer, "He said unto them"), 5), 1)).end().counts.cached > 0
-        assert ask(engine, greedy((*tokens_of(tokenizer, "And the ship"), 5), 1)).end().counts.cached <= 1
+        assert (
+            ask(engine, greedy((*tokens_of(tokenizer, "He said unto them"), 5), 1))
+            .end()
+            .counts.cached
+            > 0
+        )
+        assert (
+            ask(engine, greedy((*tokens_of(tokenizer, "And the ship"), 5), 1)).end().counts.cached
+            <= 1
+        )
 
 
 def test_full_queue_is_refused_with_a_time(model, tokenizer, prompt):
@@ -189,7 +211,10 @@ def test_answers_come_in_the_order_of_their_requests(model, tokenizer, prompt):
         for number in range(4):
             heard = Heard()
             ends.append(heard)
-            engine.submit(greedy(prompt, 2), lambda event, n=number, heard=heard: (order.append(n), heard(event)))
+            engine.submit(
+                greedy(prompt, 2),
+                lambda event, n=number, heard=heard: (order.append(n), heard(event)),
+            )
         paused.resume()
         for heard in ends:
             heard.end()
@@ -213,7 +238,10 @@ def test_cancelled_generation_ends_within_one_token(model, tokenizer, prompt):
 def test_cancelled_prompt_ends_before_its_next_layer(model, tokenizer, prompt):
     jobs, layers = [], []
     blocks = model.get_decoder().layers
-    hooks = [layer.register_forward_pre_hook(lambda *_, n=n: layers.append(n)) for n, layer in enumerate(blocks)]
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, n=n: layers.append(n))
+        for n, layer in enumerate(blocks)
+    ]
     hooks.append(blocks[2].register_forward_pre_hook(lambda *_: jobs[0].cancel()))
     paused, heard = PausedModel(model), Heard()
     try:

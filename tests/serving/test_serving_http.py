@@ -15,7 +15,10 @@ pytest.importorskip("fastapi")
 MESSAGES = [{"role": "user", "content": "So Jonah arose, and went to"}]
 CHAT = {"model": "tiny", "messages": MESSAGES, "max_tokens": 4, "temperature": 0}
 TEXT = {"model": "tiny", "prompt": "So Jonah arose, and went to", "max_tokens": 4, "temperature": 0}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,9 @@ def test_streamed_text_is_the_whole_text(client):
         whole = client.post(route, json=body).json()
         streamed, is_ended = lines(client.post(route, json={**body, "stream": True}))
         choices = [chunk["choices"][0] for chunk in streamed]
-        text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+        text = "".join(
+            choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices
+        )
         choice = whole["choices"][0]
         assert text == choice.get("text", choice.get("message", {}).get("content"))
         assert choices[-1]["finish_reason"] == choice["finish_reason"] == "length"
@@ -85,7 +90,10 @@ def test_text_goes_on_with_the_space_that_the_prompt_lacks(client):
 
 def test_prompt_may_be_tokens(client, tokenizer):
     tokens = tokenizer(TEXT["prompt"])["input_ids"]
-    answers = [client.post("/v1/completions", json={**TEXT, "prompt": prompt}) for prompt in (tokens, [tokens])]
+    answers = [
+        client.post("/v1/completions", json={**TEXT, "prompt": prompt})
+        for prompt in (tokens, [tokens])
+    ]
     assert {answer.json()["choices"][0]["text"] for answer in answers} == {
         client.post("/v1/completions", json=TEXT).json()["choices"][0]["text"]
     }
@@ -95,7 +103,10 @@ def test_developer_messages_are_system_messages_and_parts_are_joined(client):
     plain = [{"role": "system", "content": "Be\nbrief."}, *MESSAGES]
     parts = [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]
     other = [{"role": "developer", "content": parts}, *MESSAGES]
-    usages = [client.post("/v1/chat/completions", json={**CHAT, "messages": m}).json()["usage"] for m in (plain, other)]
+    usages = [
+        client.post("/v1/chat/completions", json={**CHAT, "messages": m}).json()["usage"]
+        for m in (plain, other)
+    ]
     assert usages[0]["prompt_tokens"] == usages[1]["prompt_tokens"]
 
 
@@ -143,10 +154,14 @@ def test_parameter_that_is_wrong_or_not_supported_is_named(client, route, body, 
     named = error(response)
     where = {"max_tokens": {"messages", "prompt", "max_tokens"}}.get(name, {name})
     assert named["param"] in where or name in named["message"]
-    assert (name in named["message"] or named["param"] in where) and named["type"] == "invalid_request_error"
+    assert (name in named["message"] or named["param"] in where) and named[
+        "type"
+    ] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("options", [{"tool_choice": "required"}, {"response_format": {"type": "json_object"}}])
+@pytest.mark.parametrize(
+    "options", [{"tool_choice": "required"}, {"response_format": {"type": "json_object"}}]
+)
 def test_tools_with_what_they_do_not_go_with_are_refused(client, options):
     response = client.post("/v1/chat/completions", json={**CHAT, "tools": [TOOL], **options})
     assert (response.status_code, error(response)["param"]) == (400, next(iter(options)))
@@ -164,22 +179,36 @@ def test_schema_that_no_grammar_keeps_is_refused(client, schema):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}', b'{"model": "\\ud800"}']
+    "data",
+    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}', b'{"model": "\\ud800"}'],
 )
 def test_bodies_that_are_no_request_are_refused(client, data):
-    response = client.post("/v1/chat/completions", content=data, headers={"Content-Type": "application/json"})
+    response = client.post(
+        "/v1/chat/completions", content=data, headers={"Content-Type": "application/json"}
+    )
     assert response.status_code == 400
 
 
 def test_bodies_of_other_types_and_huge_ones_are_refused(client):
     data = json.dumps(CHAT).encode()
-    assert client.post("/v1/chat/completions", content=data, headers={"Content-Type": "text/plain"}).status_code == 415
-    huge = client.post("/v1/chat/completions", content=b" " * (17 << 20), headers={"Content-Type": "application/json"})
+    assert (
+        client.post(
+            "/v1/chat/completions", content=data, headers={"Content-Type": "text/plain"}
+        ).status_code
+        == 415
+    )
+    huge = client.post(
+        "/v1/chat/completions",
+        content=b" " * (17 << 20),
+        headers={"Content-Type": "application/json"},
+    )
     assert huge.status_code == 413
 
 
 def test_null_is_not_given_and_user_is_accepted(client):
-    nulls = dict.fromkeys(("top_p", "stop", "seed", "n", "logprobs", "tools", "response_format", "stream"))
+    nulls = dict.fromkeys(
+        ("top_p", "stop", "seed", "n", "logprobs", "tools", "response_format", "stream")
+    )
     response = client.post("/v1/chat/completions", json={**CHAT, **nulls, "user": "me", "n": 1})
     assert response.status_code == 200
 
@@ -188,7 +217,9 @@ def test_context_that_is_too_long_is_refused(client):
     long = [{"role": "user", "content": "word " * 600}]
     response = client.post("/v1/chat/completions", json={**CHAT, "messages": long})
     assert response.status_code == 400
-    assert error(response)["code"] == "context_length_exceeded" and "512" in error(response)["message"]
+    assert (
+        error(response)["code"] == "context_length_exceeded" and "512" in error(response)["message"]
+    )
 
 
 def test_template_that_refuses_a_message_is_quoted(model, tokenizer):
@@ -209,8 +240,13 @@ def test_all_routes_but_health_need_the_key(model, tokenizer):
     with engine_of(model, tokenizer) as engine, served(engine, tokenizer, key="secret") as url:
         for route in ("/v1/models", "/metrics", "/v1/models/tiny"):
             assert httpx.get(url + route).status_code == 401
-            assert httpx.get(url + route, headers={"Authorization": "Bearer wrong"}).status_code == 401
-            assert httpx.get(url + route, headers={"Authorization": "Bearer secret"}).status_code == 200
+            assert (
+                httpx.get(url + route, headers={"Authorization": "Bearer wrong"}).status_code == 401
+            )
+            assert (
+                httpx.get(url + route, headers={"Authorization": "Bearer secret"}).status_code
+                == 200
+            )
         refused = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
         assert (refused.status_code, error(refused)["code"]) == (401, "invalid_api_key")
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
@@ -224,10 +260,15 @@ def test_without_a_key_requests_by_other_names_are_refused(client):
 def test_only_named_origins_may_ask(model, tokenizer):
     origin = "http://localhost:3000"
     with engine_of(model, tokenizer) as engine, served(engine, tokenizer, cors=(origin,)) as url:
-        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        asked = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type",
+        }
         allowed = httpx.options(f"{url}/v1/chat/completions", headers={"Origin": origin, **asked})
         assert allowed.headers["access-control-allow-origin"] == origin
-        other = httpx.options(f"{url}/v1/chat/completions", headers={"Origin": "http://evil.example", **asked})
+        other = httpx.options(
+            f"{url}/v1/chat/completions", headers={"Origin": "http://evil.example", **asked}
+        )
         assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
 
 
@@ -239,7 +280,9 @@ def test_full_queue_is_429_with_retry_after(model, tokenizer):
         httpx.Client(base_url=url, timeout=60) as client,
     ):
         paused.pause()
-        with client.stream("POST", "/v1/chat/completions", json={**CHAT, "stream": True}) as running:
+        with client.stream(
+            "POST", "/v1/chat/completions", json={**CHAT, "stream": True}
+        ) as running:
             paused.wait_for_pass()
             refused = client.post("/v1/chat/completions", json=CHAT)
             paused.resume()
@@ -253,7 +296,9 @@ def test_full_queue_is_429_with_retry_after(model, tokenizer):
 def test_client_that_goes_away_frees_the_model(model, tokenizer, stream):
     paused = PausedModel(model)
     data = json.dumps({**CHAT, "max_tokens": 400, "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n"
+    )
     with engine_of(paused, tokenizer) as engine, served(engine, tokenizer) as url:
         address = url.removeprefix("http://").split(":")
         paused.pause()
@@ -291,7 +336,9 @@ def test_failed_generation_is_a_500_or_an_event_of_the_stream(model, tokenizer):
 
     with engine_of(Failing(model), tokenizer) as engine, served(engine, tokenizer) as url:
         assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 500
-        events, is_ended = lines(httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True}))
+        events, is_ended = lines(
+            httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "stream": True})
+        )
         assert "the disk is gone" in events[-1]["error"]["message"] and not is_ended
 
 
@@ -300,7 +347,10 @@ CALL = '{"name": "weather", "arguments": {"city": "Nineveh"}}'
 
 @pytest.mark.parametrize(
     ("answer", "text"),
-    [(f"[TOOL_CALLS] [{CALL}]", ""), (f"Let me see. <tool_call>{CALL}</tool_call>", "Let me see. ")],
+    [
+        (f"[TOOL_CALLS] [{CALL}]", ""),
+        (f"Let me see. <tool_call>{CALL}</tool_call>", "Let me see. "),
+    ],
 )
 @pytest.mark.parametrize("stream", [True, False])
 def test_calls_of_tools_are_parsed(model, tokenizer, answer, text, stream):
@@ -326,7 +376,9 @@ def test_calls_of_tools_are_parsed(model, tokenizer, answer, text, stream):
     assert json.loads(calls[0]["function"]["arguments"]) == {"city": "Nineveh"}
 
 
-@pytest.mark.parametrize("answer", ["[TOOL_CALLS] [broken", '<tool_call>{"name": "other"}</tool_call>', "a [TOOL_CALL"])
+@pytest.mark.parametrize(
+    "answer", ["[TOOL_CALLS] [broken", '<tool_call>{"name": "other"}</tool_call>', "a [TOOL_CALL"]
+)
 def test_text_that_is_no_call_of_a_known_tool_stays_text(model, tokenizer, answer):
     script = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     body = {**CHAT, "tools": [TOOL], "max_tokens": 200}
@@ -334,13 +386,19 @@ def test_text_that_is_no_call_of_a_known_tool_stays_text(model, tokenizer, answe
         engine_of(ScriptedModel(model, script), tokenizer) as engine,
         served(engine, tokenizer, template=TOOL_TEMPLATE) as url,
     ):
-        choice = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
+        choice = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][
+            0
+        ]
     assert choice["message"]["content"] == answer and choice["finish_reason"] == "stop"
 
 
 def test_metrics_count_tokens_and_experts(client):
     def values():
-        rows = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#"]
+        rows = [
+            line.rsplit(" ", 1)
+            for line in client.get("/metrics").text.splitlines()
+            if line[0] != "#"
+        ]
         return {name.removeprefix("moe_convert_"): float(value) for name, value in rows}
 
     before = values()

@@ -68,7 +68,12 @@ def test_xgrammar_keeps_what_is_taken(schema, text, converted):
     from loader.serving.answers.grammar import GrammarMatch, Grammars
 
     tokenizer = loader.load_tokenizer(converted("2bit"))
-    match = GrammarMatch(Grammars(tokenizer, 4096, [tokenizer.eos_token_id]).json_schema(schema), 4096)
+    match = GrammarMatch(
+        Grammars(tokenizer, 4096, [tokenizer.eos_token_id]).json_schema(schema), 4096
+    )
     with pytest.raises(RuntimeError, match="does not follow"):
-        for token in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]:
+        for token in [
+            *tokenizer(text, add_special_tokens=False)["input_ids"],
+            tokenizer.eos_token_id,
+        ]:
             match.accept(token)

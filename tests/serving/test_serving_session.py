@@ -57,13 +57,17 @@ def by_generate(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     """What the model's own generate gives, greedily, without a cache from before."""
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)
-    result = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    result = model.generate(
+        ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+    )
     return list(result[0, len(prompt) :].tolist())
 
 
 def test_kept_keys_and_values_change_no_token(model: Any, tokenizer: Any, session: Session) -> None:
     for question in QUESTIONS:
-        prompt = ChatTemplate(tokenizer, TEMPLATE).ids([*session.messages, {"role": "user", "content": question}])
+        prompt = ChatTemplate(tokenizer, TEMPLATE).ids(
+            [*session.messages, {"role": "user", "content": question}]
+        )
         answer = session.ask(question, nothing)
         assert list(answer.token_ids) == by_generate(model, prompt, 8)
         assert answer.prompt_tokens == len(prompt)
@@ -75,7 +79,11 @@ def test_kept_keys_and_values_change_no_token(model: Any, tokenizer: Any, sessio
 def test_pieces_make_the_answers_text(tokenizer: Any, session: Session) -> None:
     pieces: list[str] = []
     answer = session.ask(QUESTIONS[0], pieces.append)
-    assert "".join(pieces) == answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+    assert (
+        "".join(pieces)
+        == answer.text
+        == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+    )
     assert session.messages == [
         {"role": "user", "content": QUESTIONS[0]},
         {"role": "assistant", "content": answer.text},
@@ -83,7 +91,9 @@ def test_pieces_make_the_answers_text(tokenizer: Any, session: Session) -> None:
     assert answer.finish_reason == "length"
 
 
-def test_an_interrupt_keeps_what_came_and_the_session(model: Any, tokenizer: Any, session: Session) -> None:
+def test_an_interrupt_keeps_what_came_and_the_session(
+    model: Any, tokenizer: Any, session: Session
+) -> None:
     pieces: list[str] = []
 
     def interrupt(text: str) -> None:
@@ -96,22 +106,30 @@ def test_an_interrupt_keeps_what_came_and_the_session(model: Any, tokenizer: Any
     (answer,) = session.answers
     assert (answer.finish_reason, len(answer.token_ids)) == ("interrupted", 3)
     assert session.messages[-1]["content"] == answer.text == "".join(pieces)
-    prompt = ChatTemplate(tokenizer, TEMPLATE).ids([*session.messages, {"role": "user", "content": "More"}])
+    prompt = ChatTemplate(tokenizer, TEMPLATE).ids(
+        [*session.messages, {"role": "user", "content": "More"}]
+    )
     assert list(session.ask("More", nothing).token_ids) == by_generate(model, prompt, 8)
 
 
 def test_stop_ends_after_the_present_token(model: Any, tokenizer: Any) -> None:
     prompt = text_ids(tokenizer, QUESTIONS[0])
-    generation = Generation(model, tokenizer, prompt, GenerationSettings(max_new_tokens=8), PrefixCache(model))
+    generation = Generation(
+        model, tokenizer, prompt, GenerationSettings(max_new_tokens=8), PrefixCache(model)
+    )
     answer = generation.run(lambda _: generation.stop())
     assert (answer.finish_reason, len(answer.token_ids)) == ("cancelled", 1)
 
 
-def test_an_end_token_is_no_text_and_finishes_with_stop(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
+def test_an_end_token_is_no_text_and_finishes_with_stop(
+    model: Any, tokenizer: Any, monkeypatch: Any
+) -> None:
     prompt = text_ids(tokenizer, QUESTIONS[0])
     first, second = by_generate(model, prompt, 2)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [second, 5])
-    answer = Generation(model, tokenizer, prompt, GenerationSettings(), PrefixCache(model)).run(nothing)
+    answer = Generation(model, tokenizer, prompt, GenerationSettings(), PrefixCache(model)).run(
+        nothing
+    )
     assert (answer.token_ids, answer.finish_reason) == ((first, second), "stop")
 
 
@@ -148,7 +166,10 @@ def test_an_answer_ends_where_the_context_does(model: Any, tokenizer: Any) -> No
 
 
 def test_a_refused_system_message_leaves_the_one_before(model: Any, tokenizer: Any) -> None:
-    refusing = "{% if messages[0].content == 'Be long' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    refusing = (
+        "{% if messages[0].content == 'Be long' %}{{ raise_exception('no system') }}{% endif %}"
+        + TEMPLATE
+    )
     template = ChatTemplate(tokenizer, refusing)
     session = Session(model, tokenizer, template, GenerationSettings(), system="Be brief")
     with pytest.raises(MoeConvertError, match="no system"):
@@ -156,7 +177,9 @@ def test_a_refused_system_message_leaves_the_one_before(model: Any, tokenizer: A
     assert session.system == "Be brief"
 
 
-@pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ x.y.z }}", ""])
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ x.y.z }}", ""]
+)
 def test_a_broken_template_is_our_error(tokenizer: Any, template: str) -> None:
     with pytest.raises(MoeConvertError, match="chat template"):
         ChatTemplate(tokenizer, template).ids([{"role": "user", "content": "x"}])

@@ -64,7 +64,10 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text("ab ", max_size=30), st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(
+    st.text("ab ", max_size=30),
+    st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
     letters = SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids)))
     stream = TextStream(letters, tuple(stops))
@@ -75,6 +78,8 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> 
     stream.finish()
     # As tokens come: the stop string that ends first, and of those that end there the longest.
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
-    longest = max((len(stop) for stop in stops if ends and text[: ends[0]].endswith(stop)), default=0)
+    longest = max(
+        (len(stop) for stop in stops if ends and text[: ends[0]].endswith(stop)), default=0
+    )
     assert stream.text == (text[: ends[0] - longest] if ends else text)
     assert stream.stopped == bool(ends)

@@ -33,7 +33,11 @@ def spoil(folder: Path, edit: dict[str, Any]) -> None:
         position, new = edit["write_hex"][0], bytes.fromhex(edit["write_hex"][1])
         data = data[:position] + new + data[position + len(new) :]
     data = edit.get("content", data.decode("latin-1")).encode("latin-1")[: edit.get("truncate")]
-    data = bytes.fromhex(edit.get("prepend_hex", "")) + data + bytes.fromhex(edit.get("append_hex", ""))
+    data = (
+        bytes.fromhex(edit.get("prepend_hex", ""))
+        + data
+        + bytes.fromhex(edit.get("append_hex", ""))
+    )
     path.write_bytes(data)
     if edit.get("delete"):
         path.unlink()

@@ -42,12 +42,17 @@ class Block:
     def low(self, half: int, first: int, step: int) -> bytes:
         """A code vector of the low two bits; plane v begins at column `first + step·v`."""
         return self._vector(
-            half, lambda row, c: sum((self.codes[row][first + step * v + c] & 3) << 2 * v for v in range(4))
+            half,
+            lambda row, c: sum(
+                (self.codes[row][first + step * v + c] & 3) << 2 * v for v in range(4)
+            ),
         )
 
     def nibbles(self, half: int, first: int) -> bytes:
         """A code vector of two nibble planes; plane v begins at column `first + 64·v`."""
-        return self._vector(half, lambda row, c: sum(self.codes[row][first + 64 * v + c] << 4 * v for v in (0, 1)))
+        return self._vector(
+            half, lambda row, c: sum(self.codes[row][first + 64 * v + c] << 4 * v for v in (0, 1))
+        )
 
     def high(self, half: int, first: int, step: int) -> bytes:
         """The 64 bytes of top bits of a pair of vectors; plane v of vector o begins at `first + 4·o + step·v`."""
@@ -64,7 +69,9 @@ class Block:
 
     def scale_nibbles(self, half: int, first: int) -> bytes:
         """S and M of groups first..first+3 as nibbles, byte 4·row + v."""
-        return self._vector(half, lambda row, v: self.s[row][first + v] | self.m[row][first + v] << 4)
+        return self._vector(
+            half, lambda row, v: self.s[row][first + v] | self.m[row][first + v] << 4
+        )
 
     def scales_by_row(self, half: int, table: Table, first: int) -> bytes:
         """64 bytes, byte 4·row + v."""
@@ -112,7 +119,9 @@ def superblock(packing: str, b: Block) -> Iterator[bytes]:
                         yield b.low(r, 4 * j, 64)
                     yield b.high(r, 8 * i, 64)
             for r in r01:
-                yield b.scales_by_group(r, b.s, (0, 1, 2, 3)) + b.scales_by_group(r, b.m, (0, 1, 2, 3))
+                yield b.scales_by_group(r, b.s, (0, 1, 2, 3)) + b.scales_by_group(
+                    r, b.m, (0, 1, 2, 3)
+                )
         case "tile32-q4-g64-s8":
             for h in (0, 1):
                 for j in range(16):
@@ -123,7 +132,9 @@ def superblock(packing: str, b: Block) -> Iterator[bytes]:
                     yield b.scales_by_group(r, b.s, groups) + b.scales_by_group(r, b.m, groups)
 
 
-def brute_pack(packing: str, codes: Table, s: Table, m: Table, ds: list[float], dm: list[float]) -> bytes:
+def brute_pack(
+    packing: str, codes: Table, s: Table, m: Table, ds: list[float], dm: list[float]
+) -> bytes:
     """All tiles of a matrix: codes [rows][columns], s and m [rows][groups], ds and dm [rows]."""
     rows, columns, per_block = len(codes), len(codes[0]), 256 // GROUP_SIZES[packing]
     result = b""

@@ -21,7 +21,9 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 def host_library(*defines):
     """The library, built with these macros when its sources are new. Tests that use it need a C++ compiler."""
     sources = sorted([*HERE.iterdir(), *KERNELS.iterdir(), SHARED / "packings.h"])
-    digest = hashlib.sha256(b"".join([*(path.read_bytes() for path in sources), repr(defines).encode()]))
+    digest = hashlib.sha256(
+        b"".join([*(path.read_bytes() for path in sources), repr(defines).encode()])
+    )
     digest = digest.hexdigest()[:16]
     built = Path(tempfile.gettempdir()) / f"moe-cuda-host-{os.getuid()}-{digest}.so"
     if not built.exists():
@@ -51,5 +53,7 @@ def launch_on_host(kernel, grid, threads, args, shared_bytes=0, order=0, defines
     values = [kernel_argument(value) for value in args]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     library.host_set_order(order)
-    if library.host_launch(kernel.encode(), (ctypes.c_uint * 3)(*grid), threads, shared_bytes, pointers):
+    if library.host_launch(
+        kernel.encode(), (ctypes.c_uint * 3)(*grid), threads, shared_bytes, pointers
+    ):
         raise RuntimeError(f"{kernel}: {library.host_error().decode()}")

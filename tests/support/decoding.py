@@ -23,7 +23,10 @@ def token_by_token(model, cache=None, ids=IDS, begin=None, **options):
     """Outputs of the tokens of `ids` from `begin` on, one by one: after a prompt of those before, or over `cache`."""
     begin = (ids.shape[1] // 2 if cache is None else 0) if begin is None else begin
     cache = prompted(model, ids[:, :begin]) if cache is None else cache
-    return [model(part, **{NAME: cache}, use_cache=True, **options) for part in ids[:, begin:].split(1, 1)]
+    return [
+        model(part, **{NAME: cache}, use_cache=True, **options)
+        for part in ids[:, begin:].split(1, 1)
+    ]
 
 
 def logits(steps):

@@ -58,7 +58,9 @@ class HappensBefore:
         self.check(new, clock)
         # Whoever is ordered after the new one is ordered after those that it covers.
         self._accesses = [
-            old for old in self._accesses if not (new.covers(old) and (write or (not old.write and old.actor == actor)))
+            old
+            for old in self._accesses
+            if not (new.covers(old) and (write or (not old.write and old.actor == actor)))
         ]
         self._accesses.append(new)
 
@@ -67,7 +69,9 @@ class HappensBefore:
         for old in self._accesses:
             overlap = old.begin < new.end and new.begin < old.end
             if overlap and (old.write or new.write) and clock.get(old.actor, 0) < old.tick:
-                self.races.append(f"{new} is not ordered after {old}: {new.end - new.begin} bytes at {new.begin:#x}")
+                self.races.append(
+                    f"{new} is not ordered after {old}: {new.end - new.begin} bytes at {new.begin:#x}"
+                )
                 raise AssertionError(self.races[-1])
 
     def forget(self, begin, end):

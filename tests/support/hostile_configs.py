@@ -50,7 +50,11 @@ CODE: dict[str, Any] = {
 
 CONFIGS: dict[str, dict[str, Any]] = {
     **{f"{name} {value!r}"[:60]: {name: value} for name in FIELDS for value in VALUES},
-    "heads that do not divide": {"num_attention_heads": 3, "num_key_value_heads": 2, "head_dim": 16},
+    "heads that do not divide": {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
     "more key-value heads than heads": {"num_key_value_heads": 8},
     "an odd head_dim": {"head_dim": 15},
     "a head_dim of 1": {"num_attention_heads": 64, "num_key_value_heads": 2, "head_dim": None},
@@ -72,20 +76,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{f"dynamic by {f!r}": {"rope_scaling": {"type": "dynamic", "factor": f}} for f in VALUES},
     **{f"yarn by {f!r}": {"rope_scaling": {"type": "yarn", "factor": f}} for f in VALUES},
     **{
-        f"yarn with {name} {value!r}": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, name: value}}
-        for name in ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate")
+        f"yarn with {name} {value!r}": {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, name: value}
+        }
+        for name in (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "truncate",
+        )
         for value in VALUES
     },
     "llama3 without frequencies": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "llama3 with equal frequencies": {
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+        }
     },
     "longrope with too few factors": {
         "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
     },
-    "longrope with text": {"rope_scaling": {"rope_type": "longrope", "short_factor": "a" * 8, "long_factor": "b" * 8}},
+    "longrope with text": {
+        "rope_scaling": {"rope_type": "longrope", "short_factor": "a" * 8, "long_factor": "b" * 8}
+    },
     "partial rotation": {"partial_rotary_factor": 0.5},
-    "partial rotation inside": {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+    "partial rotation inside": {
+        "rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
+    },
     "layer types": {"layer_types": ["sliding_attention"]},
     "other numbers by layer": {"per_layer_config": {"0": {"num_experts_per_tok": 1}}},
     "no causal mask": {"is_causal": False},

@@ -34,7 +34,9 @@ def reply(value: Any, status: int = 200) -> Reply:
 def refuse(status: int, code: str, message: str, **headers: str) -> Reply:
     """An error as the Hub words it: by its headers."""
     return Reply(
-        status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message} | headers
+        status,
+        json.dumps({"error": message}).encode(),
+        {"X-Error-Code": code, "X-Error-Message": message} | headers,
     )
 
 
@@ -51,7 +53,9 @@ def lookup(
     if commit is None:
         return refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
     if content and repo.gated and not may:
-        return refuse(403 if may is False else 401, "GatedRepo", f"Access to model {name} is restricted.")
+        return refuse(
+            403 if may is False else 401, "GatedRepo", f"Access to model {name} is restricted."
+        )
     if file not in commit.files:
         return refuse(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": commit.oid})
     return commit, file, commit.files[file]
@@ -74,7 +78,12 @@ def answer_api(hub: "HubServer", method: str, url: str, body: bytes, may: bool |
     if parts[0] != "api":
         return _lfs(hub, path, json.loads(body), may)
     if parts[1:] == ["whoami-v2"]:
-        known = {"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+        known = {
+            "name": "me",
+            "type": "user",
+            "orgs": [],
+            "auth": {"accessToken": {"role": "write"}},
+        }
         return reply(known) if may else Reply(401, b'{"error":"Invalid user token."}')
     if parts[1:] == ["validate-yaml"]:
         return _validate(json.loads(body)["content"])
@@ -88,10 +97,14 @@ def answer_api(hub: "HubServer", method: str, url: str, body: bytes, may: bool |
     return _answer_repo(hub, repo, parts[4:] or ["revision", "main"], parse_qs(query), body)
 
 
-def _answer_repo(hub: "HubServer", repo: Repo, parts: list[str], query: dict[str, list[str]], body: bytes) -> Reply:
+def _answer_repo(
+    hub: "HubServer", repo: Repo, parts: list[str], query: dict[str, list[str]], body: bytes
+) -> Reply:
     what, revision = parts[0], unquote(parts[1]) if len(parts) > 1 else "main"
     if what == "refs":
-        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.refs.items()]
+        branches = [
+            {"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.refs.items()
+        ]
         return reply({"branches": branches, "converts": [], "tags": [], "pullRequests": []})
     if what == "branch":
         if revision in repo.refs:
@@ -113,7 +126,13 @@ def _answer_repo(hub: "HubServer", repo: Repo, parts: list[str], query: dict[str
     if what == "preupload":
         return _preupload(commit, json.loads(body))
     if what == "commit":
-        return _commit(hub, repo, revision, "create_pr" in query, [json.loads(line) for line in body.splitlines()])
+        return _commit(
+            hub,
+            repo,
+            revision,
+            "create_pr" in query,
+            [json.loads(line) for line in body.splitlines()],
+        )
     return Reply(404, b"no such endpoint")
 
 
@@ -168,7 +187,9 @@ def _create(hub: "HubServer", wish: dict[str, Any]) -> Reply:
 def _validate(content: str) -> Reply:
     """Of a model card: metadata there, and valid YAML with the fields that the Hub checks."""
     if not content.startswith("---\n"):
-        return reply({"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
+        return reply(
+            {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
+        )
     errors = []
     try:
         card = yaml.safe_load(content[4:].partition("\n---")[0])
@@ -179,11 +200,21 @@ def _validate(content: str) -> Reply:
                 errors.append('"tags" must be an array')
             if not isinstance(card.get("license", ""), str | list):
                 errors.append('"license" must be a string')
-            if card.get("base_model_relation") not in (None, "quantized", "finetune", "adapter", "merge"):
-                errors.append('"base_model_relation" must be one of [adapter, merge, quantized, finetune]')
+            if card.get("base_model_relation") not in (
+                None,
+                "quantized",
+                "finetune",
+                "adapter",
+                "merge",
+            ):
+                errors.append(
+                    '"base_model_relation" must be one of [adapter, merge, quantized, finetune]'
+                )
     except yaml.YAMLError as e:
         errors.append(str(e))
-    return reply({"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200)
+    return reply(
+        {"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200
+    )
 
 
 def _preupload(commit: Commit, wish: dict[str, Any]) -> Reply:
@@ -194,7 +225,12 @@ def _preupload(commit: Commit, wish: dict[str, Any]) -> Reply:
         old = commit.files.get(file["path"])
         mode = "lfs" if lfs else "regular"
         files.append(
-            {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": old.etag if old else None}
+            {
+                "path": file["path"],
+                "uploadMode": mode,
+                "shouldIgnore": False,
+                "oid": old.etag if old else None,
+            }
         )
     return reply({"files": files, "commitOid": commit.oid})
 
@@ -205,11 +241,19 @@ def _lfs(hub: "HubServer", path: str, wish: dict[str, Any], may: bool | None) ->
     repo = find(hub, name, may)
     if isinstance(repo, Reply) or not may:
         return repo if isinstance(repo, Reply) else Reply(401, b"")
-    known = {b.sha256 for r in hub.repos.values() for c in r.commits.values() for b in c.files.values() if b.lfs}
+    known = {
+        b.sha256
+        for r in hub.repos.values()
+        for c in r.commits.values()
+        for b in c.files.values()
+        if b.lfs
+    }
     if rest == "verify":
         content = hub.objects.get(wish["oid"])
         good = (
-            content is not None and hashlib.sha256(content).hexdigest() == wish["oid"] and len(content) == wish["size"]
+            content is not None
+            and hashlib.sha256(content).hexdigest() == wish["oid"]
+            and len(content) == wish["size"]
         )
         return reply({} if good else {"error": "the object was not uploaded"}, 200 if good else 422)
     assert rest == "objects/batch" and wish["hash_algo"] == "sha256"
@@ -224,14 +268,22 @@ def _lfs(hub: "HubServer", path: str, wish: dict[str, Any], may: bool | None) ->
     return reply({"transfer": "basic", "objects": objects})
 
 
-def _commit(hub: "HubServer", repo: Repo, ref: str, pull: bool, lines: list[dict[str, Any]]) -> Reply:
+def _commit(
+    hub: "HubServer", repo: Repo, ref: str, pull: bool, lines: list[dict[str, Any]]
+) -> Reply:
     """Takes the operations of an ndjson body, all or none."""
     head = repo.at(ref)
     assert head and lines[0]["key"] == "header"
     header = lines[0]["value"]
     if header.get("parentCommit") not in (None, head.oid):
         return refuse(412, "", "A commit has happened since. Please refresh and try again.")
-    known = {b.sha256: b for r in hub.repos.values() for c in r.commits.values() for b in c.files.values() if b.lfs}
+    known = {
+        b.sha256: b
+        for r in hub.repos.values()
+        for c in r.commits.values()
+        for b in c.files.values()
+        if b.lfs
+    }
     files = dict(head.files)
     for line in lines[1:]:
         key, value = line["key"], line["value"]
@@ -241,12 +293,18 @@ def _commit(hub: "HubServer", repo: Repo, ref: str, pull: bool, lines: list[dict
         elif key == "lfsFile":
             blob = known.get(value["oid"])
             if blob is None and value["oid"] not in hub.objects:
-                return refuse(400, "", f"LFS pointer pointed to a file that does not exist: {value['oid']}")
+                return refuse(
+                    400, "", f"LFS pointer pointed to a file that does not exist: {value['oid']}"
+                )
             files[path] = blob or Blob.of(hub.objects[value["oid"]], path)
         elif key == "deletedFile":
             del files[path]
         elif key == "deletedFolder":
-            files = {name: blob for name, blob in files.items() if not name.startswith(path.rstrip("/") + "/")}
+            files = {
+                name: blob
+                for name, blob in files.items()
+                if not name.startswith(path.rstrip("/") + "/")
+            }
         else:
             return refuse(400, "", f"unknown operation {key}")
     number = sum(name.startswith("refs/pr/") for name in repo.refs) + 1
@@ -257,5 +315,11 @@ def _commit(hub: "HubServer", repo: Repo, ref: str, pull: bool, lines: list[dict
     pull_url = f"{hub.url}/{repo.name}/discussions/{number}" if pull else None
     url = f"{hub.url}/{repo.name}/commit/{commit.oid}"
     return reply(
-        {"success": True, "commitUrl": url, "commitOid": commit.oid, "hookOutput": "", "pullRequestUrl": pull_url}
+        {
+            "success": True,
+            "commitUrl": url,
+            "commitOid": commit.oid,
+            "hookOutput": "",
+            "pullRequestUrl": pull_url,
+        }
     )

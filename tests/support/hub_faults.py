@@ -55,7 +55,13 @@ class Faults:
     def status(self, code: int, path: str = "", *, times: int = 1, **headers: str) -> None:
         """An answer with this status; headers as keywords: `Retry_After="7"`."""
         self._add(
-            Fault("status", path, times, status=code, headers={k.replace("_", "-"): v for k, v in headers.items()})
+            Fault(
+                "status",
+                path,
+                times,
+                status=code,
+                headers={k.replace("_", "-"): v for k, v in headers.items()},
+            )
         )
 
     def redirect(self, location: str, path: str = "", *, times: int = 1) -> None:

@@ -30,7 +30,13 @@ class Blob:
         lfs = path.endswith(".safetensors") or size >= LFS_FROM_BYTES
         plain = b"" if lfs else content if isinstance(content, bytes) else content.read_bytes()
         stored = f"oid sha256:{sha256}\nsize {size}\n".encode() if lfs else plain
-        return cls(content, lfs, size, sha256, hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest())
+        return cls(
+            content,
+            lfs,
+            size,
+            sha256,
+            hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest(),
+        )
 
     @property
     def etag(self) -> str:
@@ -67,13 +73,17 @@ class Repo:
 
     def __post_init__(self) -> None:
         if not self.commits:
-            self.commit("main", {".gitattributes": Blob.of(b"*.safetensors filter=lfs\n", ".gitattributes")})
+            self.commit(
+                "main", {".gitattributes": Blob.of(b"*.safetensors filter=lfs\n", ".gitattributes")}
+            )
 
     def commit(self, ref: str, files: dict[str, Blob], title: str = "initial commit") -> Commit:
         """Makes `files` the whole content of `ref`."""
         parent = self.refs.get(ref)
         listing = "".join(f"{path} {blob.etag}\n" for path, blob in sorted(files.items()))
-        oid = hashlib.sha1(f"{self.name} {len(self.commits)} {parent} {title}\n{listing}".encode()).hexdigest()
+        oid = hashlib.sha1(
+            f"{self.name} {len(self.commits)} {parent} {title}\n{listing}".encode()
+        ).hexdigest()
         self.commits[oid] = commit = Commit(oid, parent, title, dict(files))
         self.refs[ref] = oid
         return commit

@@ -88,7 +88,9 @@ class HubServer:
         repo = self.repos[name]
         head = repo.at(ref)
         old = head.files if head else {}
-        return repo.commit(ref, old | {path: Blob.of(c, path) for path, c in files.items()}, "files").oid
+        return repo.commit(
+            ref, old | {path: Blob.of(c, path) for path, c in files.items()}, "files"
+        ).oid
 
     def head(self, name: str, ref: str = "main") -> Commit:
         """The commit at the head of a branch."""
@@ -140,7 +142,11 @@ class HubServer:
         if token is None:
             patch.delenv("HF_TOKEN", raising=False)
         patch.setattr(constants, "ENDPOINT", self.url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            self.url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         patch.setattr(constants, "HF_HOME", str(home))
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
@@ -199,14 +205,20 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         if blob.lfs:
             location = f"{hub.cdn}/{name}/{commit.oid}/{file}?oid={blob.sha256}&X-Signature=secret"
-            linked = {"Location": location, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(blob.size)}
+            linked = {
+                "Location": location,
+                "X-Linked-Etag": f'"{etag}"',
+                "X-Linked-Size": str(blob.size),
+            }
             self._send(302, b"", headers | linked | {"ETag": f'"{blob.git_oid}"'})
         else:
             self._send_file(blob, headers | {"ETag": f'"{etag}"'})
 
     def _answer_cdn(self, path: str) -> None:
         hub = self.server.hub
-        query = dict(item.split("=", 1) for item in self.path.partition("?")[2].split("&") if "=" in item)
+        query = dict(
+            item.split("=", 1) for item in self.path.partition("?")[2].split("&") if "=" in item
+        )
         if query.get("X-Signature") != "secret":
             self._send(403, b"no signature")
         elif self.command == "PUT":
@@ -233,7 +245,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if shift := faults.take("shift", path):
                 begin, end = begin + shift.number, min(blob.size, end + shift.number)
-            status, headers = 206, headers | {"Content-Range": f"bytes {begin}-{end - 1}/{blob.size}"}
+            status, headers = (
+                206,
+                headers | {"Content-Range": f"bytes {begin}-{end - 1}/{blob.size}"},
+            )
         short = faults.take("short", path) if with_body else None
         end -= short.number if short else 0
         drop = faults.take("drop", path) if with_body else None
@@ -267,7 +282,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _record(self, status: int, begin: int, end: int) -> None:
         path, token = self.path.partition("?")[0], "Authorization" in self.headers
-        self.server.hub.requests.append(Request(self.server.name, self.command, path, token, status, begin, end))
+        self.server.hub.requests.append(
+            Request(self.server.name, self.command, path, token, status, begin, end)
+        )
 
     def _may(self) -> bool | None:
         """Whether the token is the right one; None without a token."""

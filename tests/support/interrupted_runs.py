@@ -14,7 +14,9 @@ from converter.recipe.recipes import make_recipe
 
 def convert(source: Path, out: Path, recipe: str = "2bit", **options: Any) -> str:
     """By the solver that takes no time; test_converter_calibration.py has the other."""
-    return convert_checkpoint(source, out, make_recipe(recipe, solver="hqq"), ConvertOptions(**options)).done
+    return convert_checkpoint(
+        source, out, make_recipe(recipe, solver="hqq"), ConvertOptions(**options)
+    ).done
 
 
 def hashes(out: Path, *, without_source: bool = False) -> dict[str, str]:
@@ -46,7 +48,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     monkeypatch.setattr(Worker, "expert", expert)
 
 
-def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int = 5, **options: Any) -> None:
+def interrupted(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int = 5, **options: Any
+) -> None:
     with monkeypatch.context() as patch:
         stop_after(patch, n)
         with pytest.raises(Interruption):

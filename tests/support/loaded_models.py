@@ -13,14 +13,19 @@ from formats.reading.direct_reader import DirectReader
 from loader.arithmetic import kernels
 from loader.planning.budget import aside_bytes, expert_bytes_by_layer
 
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not kernels.available(), reason="not built"))]
+BACKENDS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(not kernels.available(), reason="not built")),
+]
 
 
 def dequantized(folder):
     """A plain float32 Mixtral of the weights that `folder` stands for."""
     artifact = Artifact.open(folder)
     architecture = artifact.architecture
-    config = MixtralConfig.from_dict({k: v for k, v in artifact.config.items() if k != "quantization_config"})
+    config = MixtralConfig.from_dict(
+        {k: v for k, v in artifact.config.items() if k != "quantization_config"}
+    )
     config.dtype = torch.float32
     trunk = load_file(folder / artifact.index.trunk.file)
     state = {name: tensor.float() for name, tensor in trunk.items() if tensor.dtype != torch.uint8}
@@ -35,7 +40,9 @@ def dequantized(folder):
                 for e in range(architecture.num_local_experts)
             ]
             prefix = f"model.layers.{layer}.mlp.experts"
-            state[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
+            state[f"{prefix}.gate_up_proj"] = torch.stack(
+                [torch.cat([gate, up]) for gate, up, _ in experts]
+            )
             state[f"{prefix}.down_proj"] = torch.stack([down for _, _, down in experts])
     if architecture.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

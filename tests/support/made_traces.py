@@ -3,7 +3,14 @@
 import numpy as np
 
 from formats.index import Architecture
-from loader.traces.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TracedSequence, TracedText, TraceHeader
+from loader.traces.trace import (
+    TRACE_FORMAT,
+    TRACE_VERSION,
+    Trace,
+    TracedSequence,
+    TracedText,
+    TraceHeader,
+)
 
 
 def trace_of(experts, count=8, guesses=None, prompts=(), expert_bytes=None):
@@ -12,7 +19,9 @@ def trace_of(experts, count=8, guesses=None, prompts=(), expert_bytes=None):
     experts = np.array(experts, np.uint8)
     tokens, layers, chosen = experts.shape
     if guesses is None:
-        guesses = np.broadcast_to(np.arange(min(4, count), dtype=np.uint8), (tokens, layers - 1, min(4, count)))
+        guesses = np.broadcast_to(
+            np.arange(min(4, count), dtype=np.uint8), (tokens, layers - 1, min(4, count))
+        )
     guesses = np.array(guesses, np.uint8)
     header = TraceHeader(
         format=TRACE_FORMAT,

@@ -38,7 +38,15 @@ from formats.index import (
     dump_index,
 )
 from formats.layer_file import FILLER_PREFIX, aligned, layer_file_name
-from formats.packing import PACKINGS, AnyPacking, Packing, QuantizedMatrix, dequantize, pack, tiles_of
+from formats.packing import (
+    PACKINGS,
+    AnyPacking,
+    Packing,
+    QuantizedMatrix,
+    dequantize,
+    pack,
+    tiles_of,
+)
 from formats.safetensors_header import TensorEntry
 from formats.trunk import parameter_count, trunk_metadata
 from formats.writer import LayerWriter, PlacedFile, write_file
@@ -70,7 +78,10 @@ def random_matrix(packing: str, rows: int, columns: int, seed: int) -> dict[str,
         return [[rng.randint(low, high) for _ in range(width)] for _ in range(rows)]
 
     def super_scales() -> list[float]:
-        return [struct.unpack("<e", struct.pack("<e", rng.uniform(0.0001, 0.02)))[0] for _ in range(rows)]
+        return [
+            struct.unpack("<e", struct.pack("<e", rng.uniform(0.0001, 0.02)))[0]
+            for _ in range(rows)
+        ]
 
     return {
         "packing": packing,
@@ -147,7 +158,10 @@ def write_folder(
     shape = shape_of(config)
     architecture = shape.architecture
     layout = ExpertLayout.of(architecture, *packings)
-    layers = [_write_layer(folder, layer, architecture, layout, codec) for layer in range(config["num_hidden_layers"])]
+    layers = [
+        _write_layer(folder, layer, architecture, layout, codec)
+        for layer in range(config["num_hidden_layers"])
+    ]
     trunk = _write_trunk(folder, shape)
     license_text = b"A licence, copied byte for byte.\n"
     write_file(folder / "LICENSE", license_text)
@@ -156,10 +170,14 @@ def write_folder(
         format="moe-convert",
         format_version=FORMAT_VERSION,
         producer=Producer("moe-convert", "0", {}),
-        source=Source("seeded", None, [Shard("model.safetensors", 0, hashlib.sha256(b"").hexdigest())]),
+        source=Source(
+            "seeded", None, [Shard("model.safetensors", 0, hashlib.sha256(b"").hexdigest())]
+        ),
         config=gate_config(config, "config", error=FormatError, converted=True)[0],
         architecture=architecture,
-        recipe=Recipe("custom" if "rows-bf16" in packings else "2bit", *packings, "tile32-q4-g64-s8", "none"),
+        recipe=Recipe(
+            "custom" if "rows-bf16" in packings else "2bit", *packings, "tile32-q4-g64-s8", "none"
+        ),
         packings=sorted({*packings, "tile32-q4-g64-s8"}),
         trunk=trunk,
         layers=layers,
@@ -175,7 +193,9 @@ def expert_blob(layout: ExpertLayout, seed: int) -> torch.Tensor:
 
     def stored(packing: AnyPacking, rows: int, columns: int, part: int) -> torch.Tensor:
         if isinstance(packing, Packing):
-            return pack(quantized(random_matrix(packing.name, rows, columns, 10 * seed + part)), packing)
+            return pack(
+                quantized(random_matrix(packing.name, rows, columns, 10 * seed + part)), packing
+            )
         rng = random.Random(10 * seed + part)
         values = [[rng.randint(-128, 127) / 64 for _ in range(columns)] for _ in range(rows)]
         return torch.tensor(values, dtype=packing.torch_dtype)
@@ -184,10 +204,14 @@ def expert_blob(layout: ExpertLayout, seed: int) -> torch.Tensor:
     return assemble(layout, gate, up, stored(layout.down, hidden, intermediate, 3))
 
 
-def _write_layer(folder: Path, layer: int, architecture: Architecture, layout: ExpertLayout, codec: str) -> LayerFile:
+def _write_layer(
+    folder: Path, layer: int, architecture: Architecture, layout: ExpertLayout, codec: str
+) -> LayerFile:
     n_experts = architecture.num_local_experts
     path = folder / layer_file_name(layer)
-    with LayerWriter(path, layer, architecture.expert_modules[layer], [layout] * n_experts) as writer:
+    with LayerWriter(
+        path, layer, architecture.expert_modules[layer], [layout] * n_experts
+    ) as writer:
         blobs = [expert_blob(layout, 100 * layer + expert) for expert in range(n_experts)]
         digests = [writer.write_expert(expert, blob) for expert, blob in enumerate(blobs)]
         if codec == "none":
@@ -202,7 +226,9 @@ def _write_layer(folder: Path, layer: int, architecture: Architecture, layout: E
         ExpertEntry(layer, expert, *place, layout.gate_up.name, layout.down.name, codec)
         for expert, place in enumerate(places)
     ]
-    return LayerFile(layer_file_name(layer), path.stat().st_size, hashlib.sha256(header).hexdigest(), entries)
+    return LayerFile(
+        layer_file_name(layer), path.stat().st_size, hashlib.sha256(header).hexdigest(), entries
+    )
 
 
 def _write_trunk(folder: Path, shape_of_model: ModelShape) -> Trunk:
@@ -210,12 +236,21 @@ def _write_trunk(folder: Path, shape_of_model: ModelShape) -> Trunk:
     linears = {module: size for module, size in shape_of_model.linears.items() if module != HEAD}
     packed = {module: PackedLinear(packing.name, *size) for module, size in linears.items()}
     tensors: dict[str, torch.Tensor] = {}
-    plain = {n: size for n, size in shape_of_model.trunk.items() if n.removesuffix(".weight") not in linears}
+    plain = {
+        n: size
+        for n, size in shape_of_model.trunk.items()
+        if n.removesuffix(".weight") not in linears
+    }
     for seed, (name, shape) in enumerate(plain.items()):
-        values = [random.Random(1000 + seed).randint(-512, 511) / 256 for _ in range(int(torch.Size(shape).numel()))]
+        values = [
+            random.Random(1000 + seed).randint(-512, 511) / 256
+            for _ in range(int(torch.Size(shape).numel()))
+        ]
         tensors[name] = torch.tensor(values, dtype=torch.bfloat16).view(shape)
     for seed, (module, (rows, columns)) in enumerate(linears.items()):
-        tensors[f"{module}.packed"] = pack(quantized(random_matrix(packing.name, rows, columns, 2000 + seed)), packing)
+        tensors[f"{module}.packed"] = pack(
+            quantized(random_matrix(packing.name, rows, columns, 2000 + seed)), packing
+        )
         assert tensors[f"{module}.packed"].shape[0] == tiles_of(rows)
     entries: list[TensorEntry] = []
     position = 0
@@ -224,7 +259,11 @@ def _write_trunk(folder: Path, shape_of_model: ModelShape) -> Trunk:
         dtype = "U8" if tensor.dtype == torch.uint8 else "BF16"
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), position, end))
         position = end
-    entries.append(TensorEntry(f"{FILLER_PREFIX}0", "U8", (aligned(position) - position,), position, aligned(position)))
+    entries.append(
+        TensorEntry(
+            f"{FILLER_PREFIX}0", "U8", (aligned(position) - position,), position, aligned(position)
+        )
+    )
     metadata = trunk_metadata(shape_of_model.architecture, packed)
     with PlacedFile(folder / "trunk.safetensors", entries, metadata) as file:
         for name, tensor in tensors.items():
@@ -265,34 +304,86 @@ def bad_headers() -> dict[str, tuple[bytes, str, str]]:
         "empty-file": (b"", "DamageError", "0 bytes, too short"),
         "cut-in-the-length": (b"\x08\0\0", "DamageError", "3 bytes, too short"),
         "cut-in-the-header": (header_file(good)[:40], "DamageError", "cut off inside its header"),
-        "cut-in-the-data": (header_file(good, bytes(7)), "DamageError", "7 bytes of data, the header says 8"),
-        "bytes-after-the-last-tensor": (header_file(good, bytes(9)), "DamageError", "1 bytes after the last tensor"),
-        "header-too-long": (struct.pack("<Q", 2**40) + b"{}", "FormatError", "header of 1099511627776 bytes"),
+        "cut-in-the-data": (
+            header_file(good, bytes(7)),
+            "DamageError",
+            "7 bytes of data, the header says 8",
+        ),
+        "bytes-after-the-last-tensor": (
+            header_file(good, bytes(9)),
+            "DamageError",
+            "1 bytes after the last tensor",
+        ),
+        "header-too-long": (
+            struct.pack("<Q", 2**40) + b"{}",
+            "FormatError",
+            "header of 1099511627776 bytes",
+        ),
         "leading-space": (header_file(b" " + good, bytes(8)), "FormatError", "begins with b' '"),
-        "byte-order-mark": (header_file(b"\xef\xbb\xbf" + good, bytes(8)), "FormatError", "begins with b'\\xef'"),
-        "duplicate-tensor": (header_file(f'{{"a":{a},"a":{a}}}'.encode(), bytes(4)), "FormatError", "'a' stands twice"),
+        "byte-order-mark": (
+            header_file(b"\xef\xbb\xbf" + good, bytes(8)),
+            "FormatError",
+            "begins with b'\\xef'",
+        ),
+        "duplicate-tensor": (
+            header_file(f'{{"a":{a},"a":{a}}}'.encode(), bytes(4)),
+            "FormatError",
+            "'a' stands twice",
+        ),
         "duplicate-field": (
             one('{"dtype":"U8","dtype":"U8","shape":[4],"data_offsets":[0,4]}'),
             "FormatError",
             "'dtype'",
         ),
-        "unknown-field": (one(tensor(0, 4, extra=1)), "FormatError", "tensor 'a': fields are not exactly"),
+        "unknown-field": (
+            one(tensor(0, 4, extra=1)),
+            "FormatError",
+            "tensor 'a': fields are not exactly",
+        ),
         "unknown-dtype": (one(tensor(0, 4, dtype="U7")), "FormatError", "tensor 'a': dtype 'U7'"),
-        "hole": (header_file(f'{{"a":{a},"b":{tensor(6, 8)}}}'.encode(), bytes(8)), "FormatError", "a hole before"),
+        "hole": (
+            header_file(f'{{"a":{a},"b":{tensor(6, 8)}}}'.encode(), bytes(8)),
+            "FormatError",
+            "a hole before",
+        ),
         "hole-at-the-start": (one(tensor(2, 4)), "FormatError", "a hole before tensor 'a'"),
         "overlap": (
             header_file(f'{{"a":{a},"b":{tensor(2, 8)}}}'.encode(), bytes(8)),
             "FormatError",
             "an overlap before",
         ),
-        "size-not-of-the-shape": (one(tensor(0, 4, shape=[3])), "FormatError", "4 bytes, U8 [3] takes 3"),
+        "size-not-of-the-shape": (
+            one(tensor(0, 4, shape=[3])),
+            "FormatError",
+            "4 bytes, U8 [3] takes 3",
+        ),
         "negative-shape": (one(tensor(0, 4, shape=[-4])), "FormatError", "shape [-4]"),
         "float-shape": (one(tensor(0, 4, shape=[4.0])), "FormatError", "shape [4.0]"),
-        "boolean-offset": (one(tensor(0, 1, data_offsets=[False, True])), "FormatError", "data_offsets [False, True]"),
-        "offset-of-2-to-the-63": (one(tensor(0, 4, data_offsets=[0, big])), "FormatError", f"data_offsets [0, {big}]"),
-        "end-before-begin": (one(tensor(0, 4, data_offsets=[4, 0])), "FormatError", "data_offsets [4, 0]"),
-        "metadata-not-strings": (header_file(b'{"__metadata__":{"a":1}}'), "FormatError", "__metadata__"),
-        "not-an-object": (header_file(b'{"a":[]}', bytes(4)), "FormatError", "tensor 'a': fields are not exactly"),
+        "boolean-offset": (
+            one(tensor(0, 1, data_offsets=[False, True])),
+            "FormatError",
+            "data_offsets [False, True]",
+        ),
+        "offset-of-2-to-the-63": (
+            one(tensor(0, 4, data_offsets=[0, big])),
+            "FormatError",
+            f"data_offsets [0, {big}]",
+        ),
+        "end-before-begin": (
+            one(tensor(0, 4, data_offsets=[4, 0])),
+            "FormatError",
+            "data_offsets [4, 0]",
+        ),
+        "metadata-not-strings": (
+            header_file(b'{"__metadata__":{"a":1}}'),
+            "FormatError",
+            "__metadata__",
+        ),
+        "not-an-object": (
+            header_file(b'{"a":[]}', bytes(4)),
+            "FormatError",
+            "tensor 'a': fields are not exactly",
+        ),
         "nested-too-deep": (
             header_file(b'{"a":' + b"[" * 9 + b"]" * 9 + b"}"),
             "FormatError",

@@ -27,9 +27,16 @@ class Watch:
 
 
 def main() -> None:
-    folder, options, prompt, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    folder, options, prompt, tokens = (
+        sys.argv[1],
+        json.loads(sys.argv[2]),
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+    )
     model = loader.from_pretrained(folder, **options)
-    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
+    )
     watch = Watch()
     with torch.inference_mode():
         out = model.generate(
@@ -37,7 +44,12 @@ def main() -> None:
             pad_token_id=0, streamer=watch,
         )  # fmt: skip
     stats = model.moe_stats()
-    result = {"most": watch.most, "ids": out[0].tolist(), "bytes_read": stats.total.bytes_read, "slots": stats.slots}
+    result = {
+        "most": watch.most,
+        "ids": out[0].tolist(),
+        "bytes_read": stats.total.bytes_read,
+        "slots": stats.slots,
+    }
     print(json.dumps(result))
 
 

@@ -79,14 +79,19 @@ class GpuCache:
         sizes = sizes or [EXPERT_BYTES] * layers
         first = RecordingDevice(order=order, **of_device)
         self.devices = [first] + [
-            RecordingDevice(order=order, name=f"cuda:{n}", beside=first, **of_device) for n in range(1, devices)
+            RecordingDevice(order=order, name=f"cuda:{n}", beside=first, **of_device)
+            for n in range(1, devices)
         ]
         self.device = first
         self.reader = PatternReader(sizes, experts, first, top_k)
         self.counts = {size: ram or sizes.count(size) * experts for size in sizes}
-        self.tier = PinnedTier(self.reader, self.counts, first.pin, first.unpin, piece_bytes=piece_buffers * max(sizes))
+        self.tier = PinnedTier(
+            self.reader, self.counts, first.pin, first.unpin, piece_bytes=piece_buffers * max(sizes)
+        )
         self.of_layer = [self.devices[layer * devices // len(sizes)] for layer in range(len(sizes))]
-        memories = {id(d): Memory(d.empty, piece_buffers * buffer_bytes(max(sizes))) for d in self.devices}
+        memories = {
+            id(d): Memory(d.empty, piece_buffers * buffer_bytes(max(sizes))) for d in self.devices
+        }
         self.gpu_reader = GpuReader(self.tier, self.of_layer)
         self.cache = ExpertCache(
             self.gpu_reader, slots, aside=aside, policy=policy, memory=[memories[id(d)] for d in self.of_layer],
@@ -98,9 +103,13 @@ class GpuCache:
     def use(self, layer, blobs):
         """A launch that uses the experts; AssertionError if their bytes are others."""
         with self._use:
-            self.of_layer[layer].touch(f"layer {layer} experts {list(blobs)}", reads=list(blobs.values()))
+            self.of_layer[layer].touch(
+                f"layer {layer} experts {list(blobs)}", reads=list(blobs.values())
+            )
             for expert, blob in blobs.items():
-                assert torch.equal(blob, self._patterns[layer, expert]), f"layer {layer} expert {expert}: other bytes"
+                assert torch.equal(blob, self._patterns[layer, expert]), (
+                    f"layer {layer} expert {expert}: other bytes"
+                )
 
     def token(self, layer, experts, guess=()):
         """As a token's way through a layer; the next layer's `guess` is begun meanwhile."""
@@ -121,7 +130,9 @@ class GpuCache:
     def check_counts(self):
         """What must always hold while nothing is under way."""
         cache, tier = self.cache, self.tier
-        cache._changes.until(lambda: not any(h.job for s in cache._layers for h in s.entries()) or None, timeout_s=60)
+        cache._changes.until(
+            lambda: not any(h.job for s in cache._layers for h in s.entries()) or None, timeout_s=60
+        )
         with cache._changes.lock:
             for side in {id(slots.aside): slots.aside for slots in cache._layers}.values():
                 users = [slots for slots in cache._layers if slots.aside is side]

@@ -39,7 +39,11 @@ def make_model(name: str, dtype: torch.dtype = torch.bfloat16, **fields: Any) ->
     with torch.no_grad():
         for parameter in model.parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(values * 0.9 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1 + 0.2 * values)
+            parameter.copy_(
+                values * 0.9 / parameter.shape[-1] ** 0.5
+                if parameter.ndim > 1
+                else 1 + 0.2 * values
+            )
     return model
 
 

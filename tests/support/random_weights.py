@@ -20,7 +20,14 @@ def blob_of(layout: ExpertLayout, seed: int) -> torch.Tensor:
     def matrix(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=rng) / columns**0.5).to(dtype)
 
-    wide, narrow, dtypes = layout.intermediate, layout.hidden, (layout.gate_up.torch_dtype, layout.down.torch_dtype)
+    wide, narrow, dtypes = (
+        layout.intermediate,
+        layout.hidden,
+        (layout.gate_up.torch_dtype, layout.down.torch_dtype),
+    )
     return assemble(
-        layout, matrix(wide, narrow, dtypes[0]), matrix(wide, narrow, dtypes[0]), matrix(narrow, wide, dtypes[1])
+        layout,
+        matrix(wide, narrow, dtypes[0]),
+        matrix(wide, narrow, dtypes[0]),
+        matrix(narrow, wide, dtypes[1]),
     )

@@ -31,10 +31,22 @@ class RecordingDevice:
     synchronisations: (thread's name, what) of each wait of the host. copied_bytes: to the device, and to the host.
     """
 
-    def __init__(self, *, order="late", capacity_bytes=1 << 40, pinnable_bytes=1 << 60, name="cuda:0", beside=None):
+    def __init__(
+        self,
+        *,
+        order="late",
+        capacity_bytes=1 << 40,
+        pinnable_bytes=1 << 60,
+        name="cuda:0",
+        beside=None,
+    ):
         self.name, self.torch_device, self.capability = name, torch.device("cpu"), (7, 5)
         self.order = order
-        self.capacity_bytes, self.used_bytes, self.pinnable_bytes = capacity_bytes, 0, pinnable_bytes
+        self.capacity_bytes, self.used_bytes, self.pinnable_bytes = (
+            capacity_bytes,
+            0,
+            pinnable_bytes,
+        )
         self.log, self.synchronisations = [], []
         self.copied_bytes = {"to device": 0, "to host": 0}
         self.thread_order = 0
@@ -58,7 +70,9 @@ class RecordingDevice:
             self._reclaim()
             size = -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             if self.used_bytes + size > self.capacity_bytes:
-                raise torch.OutOfMemoryError(f"{self.name}: {size} bytes, {self.used_bytes} are in use")
+                raise torch.OutOfMemoryError(
+                    f"{self.name}: {size} bytes, {self.used_bytes} are in use"
+                )
             array = numpy.full(size + ALIGNMENT_BYTES, 0xA5, numpy.uint8)
             # Its address may be that of what has just been freed.
             self._reclaim()
@@ -139,7 +153,9 @@ class RecordingDevice:
         return launch
 
     def launch(self, kernel, grid, threads, args, *, shared_bytes=0, reads=(), writes=()):
-        self.prepare(kernel, grid, threads, args, shared_bytes=shared_bytes, reads=reads, writes=writes)()
+        self.prepare(
+            kernel, grid, threads, args, shared_bytes=shared_bytes, reads=reads, writes=writes
+        )()
 
     # What tests call.
 
@@ -177,7 +193,12 @@ class RecordingDevice:
             begin = memory.data_ptr()
             keep = None if self._is_mine(memory) else memory
             order.access(
-                stream.name, name, begin, begin + memory.numel() * memory.element_size(), write=write, memory=keep
+                stream.name,
+                name,
+                begin,
+                begin + memory.numel() * memory.element_size(),
+                write=write,
+                memory=keep,
             )
 
     def _host_accesses(self, memory, name, *, write):
@@ -185,7 +206,9 @@ class RecordingDevice:
             self._reclaim()
             begin = memory.data_ptr()
             end = begin + memory.numel() * memory.element_size()
-            self.machine.order.access(HOST, self.machine.number(name), begin, end, write=write, memory=memory)
+            self.machine.order.access(
+                HOST, self.machine.number(name), begin, end, write=write, memory=memory
+            )
 
     def host_waited(self, what, point):
         """The host was made to wait until `point`."""
@@ -216,7 +239,10 @@ class RecordingDevice:
             self.used_bytes -= end - begin
             order = self.machine.order
             try:
-                order.check(Access(self._compute.name, 0, "the memory's next use", True, begin, end, None), clock)
+                order.check(
+                    Access(self._compute.name, 0, "the memory's next use", True, begin, end, None),
+                    clock,
+                )
             finally:
                 order.forget(begin, end)
 
@@ -261,14 +287,18 @@ class RecordingStream:
 
     def wait_event(self, event):
         with self.device.lock:
-            assert event.stream is not None, f"{self.name} waits for an event that was never recorded"
+            assert event.stream is not None, (
+                f"{self.name} waits for an event that was never recorded"
+            )
             self.device.log.append(("wait", self.name))
             self.device.machine.order.see(self.name, event.point)
             if self.eager:
                 event.stream.run_until(event.after)
             else:
                 self.given += 1
-                self._queue.append(lambda stream=event.stream, after=event.after: stream.run_until(after))
+                self._queue.append(
+                    lambda stream=event.stream, after=event.after: stream.run_until(after)
+                )
 
     def synchronize(self):
         with self.device.lock:

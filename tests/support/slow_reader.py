@@ -63,12 +63,16 @@ class SlowReader:
             self.asked.append((layer, expert))
             self._lock.notify_all()
             if self._held:
-                assert self._lock.wait_for(lambda: self._turns.get((layer, expert), 0) > 0, timeout=60)
+                assert self._lock.wait_for(
+                    lambda: self._turns.get((layer, expert), 0) > 0, timeout=60
+                )
                 self._turns[layer, expert] -= 1
 
     def wait_until_asked(self, layer, expert, times=1):
         with self._lock:
-            assert self._lock.wait_for(lambda: self.asked.count((layer, expert)) >= times, timeout=60)
+            assert self._lock.wait_for(
+                lambda: self.asked.count((layer, expert)) >= times, timeout=60
+            )
 
     def start_anew(self):
         self._lock = threading.Condition()
@@ -97,7 +101,9 @@ class SlowLoad:
         self._reader.turn(self._layer, self._expert)
         if (self._layer, self._expert) in self._reader.fails:
             raise DamageError(f"layer {self._layer} expert {self._expert}: cut")
-        self.done = EXPERT_BYTES if at_most is None else min(EXPERT_BYTES, self.done + EXPERT_BYTES // 2)
+        self.done = (
+            EXPERT_BYTES if at_most is None else min(EXPERT_BYTES, self.done + EXPERT_BYTES // 2)
+        )
 
     def result(self):
         self._buffer[0] = self._expert

@@ -31,15 +31,23 @@ def edit_json(path: Path, **changes: Any) -> None:
 def rewrite(folder: Path, change: Callable[[Tensors], Tensors | None]) -> None:
     tensors = load_file(folder / SINGLE)
     tensors = change(tensors) or tensors
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / SINGLE, metadata={"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()},
+        folder / SINGLE,
+        metadata={"format": "pt"},
+    )
 
 
-def shard(folder: Path, shards: dict[str, Tensors], weight_map: dict[str, str] | None = None) -> None:
+def shard(
+    folder: Path, shards: dict[str, Tensors], weight_map: dict[str, str] | None = None
+) -> None:
     """Writes `shards` and their index in place of the one file."""
     (folder / SINGLE).unlink(missing_ok=True)
     for name, tensors in shards.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
-    weight_map = weight_map or {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    weight_map = weight_map or {
+        tensor: name for name, tensors in shards.items() for tensor in tensors
+    }
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
@@ -51,7 +59,13 @@ def sharded(folder: Path) -> None:
     tensors = load_file(folder / SINGLE)
     names = sorted(tensors)
     halves = names[::2], names[1::2]
-    shard(folder, {f"model-0000{i + 1}-of-00002.safetensors": {n: tensors[n] for n in halves[i]} for i in (0, 1)})
+    shard(
+        folder,
+        {
+            f"model-0000{i + 1}-of-00002.safetensors": {n: tensors[n] for n in halves[i]}
+            for i in (0, 1)
+        },
+    )
 
 
 def index_that_misplaces_tensors(folder: Path) -> None:
@@ -141,7 +155,12 @@ def head_under_the_model_prefix(folder: Path) -> None:
 
 
 def router_of_the_fused_layout(folder: Path) -> None:
-    rewrite(folder, lambda t: {n.replace("block_sparse_moe.gate", "mlp.gate"): tensor for n, tensor in t.items()})
+    rewrite(
+        folder,
+        lambda t: {
+            n.replace("block_sparse_moe.gate", "mlp.gate"): tensor for n, tensor in t.items()
+        },
+    )
 
 
 def fused(folder: Path) -> None:
@@ -159,11 +178,18 @@ def float32_under_a_config_of_bfloat16(folder: Path) -> None:
 
 
 def prefixed(prefix: str) -> Callable[[Path], None]:
-    return lambda folder: rewrite(folder, lambda t: {prefix + name: tensor for name, tensor in t.items()})
+    return lambda folder: rewrite(
+        folder, lambda t: {prefix + name: tensor for name, tensor in t.items()}
+    )
 
 
 def compiled_layer_by_layer(folder: Path) -> None:
-    rewrite(folder, lambda t: {re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", n): tensor for n, tensor in t.items()})
+    rewrite(
+        folder,
+        lambda t: {
+            re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", n): tensor for n, tensor in t.items()
+        },
+    )
 
 
 def switch_mlp(folder: Path) -> None:
@@ -188,14 +214,18 @@ def missing_layer(folder: Path) -> None:
 
 def extra_experts(folder: Path) -> None:
     edit_json(folder / "config.json", num_local_experts=3)
-    rewrite(folder, lambda t: {n: tensor[:3] if "moe.gate." in n else tensor for n, tensor in t.items()})
+    rewrite(
+        folder, lambda t: {n: tensor[:3] if "moe.gate." in n else tensor for n, tensor in t.items()}
+    )
 
 
 def overlay_without_a_say(folder: Path) -> None:
     overlay(folder)
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     del weight_map[W1]
-    edit_json(folder / INDEX, weight_map=weight_map | {EMBEDDING: "model-overlay-00001.safetensors"})
+    edit_json(
+        folder / INDEX, weight_map=weight_map | {EMBEDDING: "model-overlay-00001.safetensors"}
+    )
 
 
 def adapter_tensors(folder: Path) -> None:

@@ -12,14 +12,18 @@ def some_windows(count: int, window: int) -> torch.Tensor:
     return torch.randint(0, 4096, (count, window), generator=torch.Generator().manual_seed(0))
 
 
-def transformers_answer(folder: Path, windows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def transformers_answer(
+    folder: Path, windows: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits [windows, window, vocabulary], and each layer's choices [windows · window, k], sorted."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     chosen: list[torch.Tensor] = []
     for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda _m, _x, output: chosen.append(output[-1].sort(-1).values))
+        layer.mlp.gate.register_forward_hook(
+            lambda _m, _x, output: chosen.append(output[-1].sort(-1).values)
+        )
     with torch.no_grad():
         return model(input_ids=windows, use_cache=False).logits, chosen
 

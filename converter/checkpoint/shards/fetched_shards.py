@@ -100,7 +100,9 @@ class FetchedShards:
                 while name not in self._files:
                     if self._error:
                         raise self._error
-                    if self._stop.is_set() or not any(thread.is_alive() for thread in self._threads):
+                    if self._stop.is_set() or not any(
+                        thread.is_alive() for thread in self._threads
+                    ):
                         raise Stopped
                     self._changed.wait(_LOOK_EVERY_S)
                 self._held[name] += 1
@@ -183,7 +185,11 @@ class FetchedShards:
         except Stopped:
             pass
         except DoesNotFitError as e:
-            self._fail(DoesNotFitError(e.message, "lower --max-disk, or free space, and run the same command again"))
+            self._fail(
+                DoesNotFitError(
+                    e.message, "lower --max-disk, or free space, and run the same command again"
+                )
+            )
         except OSError as e:
             self._fail(io_error(e, self._folder, "used"))
         except Exception as e:
@@ -191,11 +197,19 @@ class FetchedShards:
 
     def _choose(self) -> str | None:
         """The shard to fetch next, with room made for it; None if there is none or no room that may be made."""
-        absent = [n for n in {*self._left, *self._wanted} if n not in self._files and n not in self._fetching]
+        absent = [
+            n
+            for n in {*self._left, *self._wanted}
+            if n not in self._files and n not in self._fetching
+        ]
         name = min(absent, key=lambda n: (self._rank(n), n), default=None)
         if name is None or (rank := self._rank(name)) == inf:
             return None
-        room = self._max_bytes - self._size((*self._files, *self._fetching)) - self._repo.file(name).size
+        room = (
+            self._max_bytes
+            - self._size((*self._files, *self._fetching))
+            - self._repo.file(name).size
+        )
         victims = []
         for other in sorted(self._files, key=self._rank, reverse=True):
             if room >= 0:

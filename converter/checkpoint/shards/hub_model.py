@@ -65,12 +65,17 @@ def _small_files(repo: HubRepo) -> Path:
     # Names of side files have no character that means something in a pattern.
     patterns = ["config.json", INDEX_NAME, *filter(is_side_file, repo.files)]
     if "config.json" not in repo.files:
-        raise SourceError(f"{repo.repo}@{repo.commit[:12]}: file config.json is missing", "name a model's repository")
+        raise SourceError(
+            f"{repo.repo}@{repo.commit[:12]}: file config.json is missing",
+            "name a model's repository",
+        )
     files = repo.matching(patterns)
     for file in files:
         if file.size > (limit := _LIMITS.get(file.name, MAX_BYTES)):
             raise SourceError(f"{file} has {file.size} bytes, allowed are {limit}", _HINT)
     if (size := sum(file.size for file in files)) > _MAX_SMALL_BYTES or len(files) > MAX_FILES:
         found = f"{len(files)} tokenizer, licence and other small files of {size} bytes"
-        raise SourceError(f"{repo.repo}: {found}; allowed are {MAX_FILES} of {_MAX_SMALL_BYTES}", _HINT)
+        raise SourceError(
+            f"{repo.repo}: {found}; allowed are {MAX_FILES} of {_MAX_SMALL_BYTES}", _HINT
+        )
     return repo.snapshot(patterns)

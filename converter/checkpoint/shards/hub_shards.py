@@ -33,7 +33,11 @@ class HubShards(Shards):
 
     def open(self, name: str) -> None:
         if name not in self._repo.files:
-            hint = "go online: HF_HUB_OFFLINE is set" if self._repo.offline else "the repository is not complete"
+            hint = (
+                "go online: HF_HUB_OFFLINE is set"
+                if self._repo.offline
+                else "the repository is not complete"
+            )
             raise SourceError(f"{self.where}: file {name} is missing", hint)
         if path := self._repo.cached(name):
             self._paths[name] = path
@@ -62,7 +66,10 @@ class HubShards(Shards):
             with translated(self._paths[name], "read", SourceError):
                 return pread_into(self._cached[name], offset, view)
         if self._fetched:
-            with self._fetched.hold(name) as descriptor, translated(f"{self.where}: {name}", "read", SourceError):
+            with (
+                self._fetched.hold(name) as descriptor,
+                translated(f"{self.where}: {name}", "read", SourceError),
+            ):
                 return pread_into(descriptor, offset, view)
         self._repo.read_into(name, offset, view)
         return len(view)
@@ -88,8 +95,14 @@ class HubShards(Shards):
         """How much disk fetched shards may take."""
         if not self._model.keep:
             return 0
-        sizes = sorted((self.size(name) for name in self._names if name not in self._cached), reverse=True)
-        return sum(sizes[:_SHARDS_AT_ONCE]) if self._model.max_disk_bytes is None else self._model.max_disk_bytes
+        sizes = sorted(
+            (self.size(name) for name in self._names if name not in self._cached), reverse=True
+        )
+        return (
+            sum(sizes[:_SHARDS_AT_ONCE])
+            if self._model.max_disk_bytes is None
+            else self._model.max_disk_bytes
+        )
 
     def fetch_into(self, folder: Path) -> None:
         """From here on, shards are kept in `folder` while they are needed (unless the model is not to be kept)."""
@@ -98,7 +111,9 @@ class HubShards(Shards):
 
     def expect(self, needs: Iterable[ShardNeed]) -> None:
         if self._fetched:
-            self._fetched.expect(ShardNeed(need.key, need.shards - self._cached.keys()) for need in needs)
+            self._fetched.expect(
+                ShardNeed(need.key, need.shards - self._cached.keys()) for need in needs
+            )
 
     def done(self, key: UnitKey) -> None:
         if self._fetched:

@@ -21,7 +21,9 @@ class ChatLoop:
     Where somebody types, an error or Ctrl-C ends the present answer only; from a pipe they end the command.
     """
 
-    def __init__(self, session: Session, lines: Lines, commands: ChatCommands, output: Output) -> None:
+    def __init__(
+        self, session: Session, lines: Lines, commands: ChatCommands, output: Output
+    ) -> None:
         self._session = session
         self._lines = lines
         self._commands = commands
@@ -107,8 +109,13 @@ class ChatLoop:
                 "send less, or lower --max-new-tokens",
             ) from error
         click.echo(f"{error.message}.", err=True)
-        if self._lines.is_terminal and not self._agrees(f"Drop the oldest {count} of {session.turns} turns? [Y/n] "):
-            click.echo("The message was not sent; /reset begins anew, /save keeps the conversation.", err=True)
+        if self._lines.is_terminal and not self._agrees(
+            f"Drop the oldest {count} of {session.turns} turns? [Y/n] "
+        ):
+            click.echo(
+                "The message was not sent; /reset begins anew, /save keeps the conversation.",
+                err=True,
+            )
             return False
         session.drop(count)
         click.echo(f"Dropped the oldest {count} turns.", err=True)

@@ -133,7 +133,9 @@ def _decoding() -> Iterator[None]:
     try:
         yield
     except UnicodeError:
-        raise MoeConvertError("the message is not UTF-8", "give it in UTF-8, or set the locale") from None
+        raise MoeConvertError(
+            "the message is not UTF-8", "give it in UTF-8, or set the locale"
+        ) from None
 
 
 def _readline() -> Any:

@@ -59,7 +59,9 @@ class ChatCommands:
                 self.is_over = True
             case _:
                 near = difflib.get_close_matches(name, HELP, 1)
-                raise MoeConvertError(f"there is no command {name}", f"did you mean {near[0]}?" if near else "/help")
+                raise MoeConvertError(
+                    f"there is no command {name}", f"did you mean {near[0]}?" if near else "/help"
+                )
 
     def _system(self, text: str) -> None:
         if text:
@@ -68,8 +70,14 @@ class ChatCommands:
 
     def _save(self, name: str) -> None:
         path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.json")).expanduser()
-        settings = {key: value for key, value in dataclasses.asdict(self._session.settings).items() if value}
-        content = {"model": self._model_name, "messages": self._session.messages, "settings": settings}
+        settings = {
+            key: value for key, value in dataclasses.asdict(self._session.settings).items() if value
+        }
+        content = {
+            "model": self._model_name,
+            "messages": self._session.messages,
+            "settings": settings,
+        }
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         try:
             # "x": neither an older file nor the target of a link is overwritten.
@@ -78,7 +86,9 @@ class ChatCommands:
         except FileExistsError:
             raise OutputError(f"{path} is there already", "name another file: /save FILE") from None
         except OSError as e:
-            raise OutputError(f"{path}: cannot be written: {e.strerror}", "name another file: /save FILE") from None
+            raise OutputError(
+                f"{path}: cannot be written: {e.strerror}", "name another file: /save FILE"
+            ) from None
         _say(f"Saved in {path}")
 
     def _stats(self) -> str:
@@ -92,11 +102,19 @@ class ChatCommands:
             used = last.prompt_tokens + len(last.token_ids)
             rows = [
                 ("context", f"{used} of {session.context_tokens} tokens, {session.turns} turns"),
-                ("last prompt", f"{last.prompt_tokens} tokens, {last.reused_tokens} of them in the KV cache"),
-                ("last answer", f"{len(last.token_ids)} tokens, the first after {last.first_token_s:.2f} s{speed}"),
+                (
+                    "last prompt",
+                    f"{last.prompt_tokens} tokens, {last.reused_tokens} of them in the KV cache",
+                ),
+                (
+                    "last answer",
+                    f"{len(last.token_ids)} tokens, the first after {last.first_token_s:.2f} s{speed}",
+                ),
                 *rows,
             ]
-        rows.append(("expert cache", f"hit ratio {total.hit_ratio:.3f}, read {gigabytes(total.bytes_read)}"))
+        rows.append(
+            ("expert cache", f"hit ratio {total.hit_ratio:.3f}, read {gigabytes(total.bytes_read)}")
+        )
         return table(rows, left=2)
 
 

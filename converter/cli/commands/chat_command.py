@@ -7,7 +7,12 @@ from typing import Any
 import click
 
 from converter.cli.chat.message_input import PipedLines, TypedLines, history_path
-from converter.cli.options.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
+from converter.cli.options.model_options import (
+    ExpertsThere,
+    early_tokenizer,
+    load_model,
+    with_model_options,
+)
 from converter.cli.options.sampling_options import settings_of, with_sampling_options
 from converter.cli.show.console import Output, output_options
 
@@ -28,7 +33,13 @@ Examples:
     "--template", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A chat template (Jinja), instead of the tokenizer's.",
 )  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Of an answer.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Of an answer.",
+)
 @click.option(
     "--max-context", type=click.IntRange(min=16),
     help="Tokens of the whole conversation [default: as many as the model was made for].",
@@ -75,9 +86,13 @@ def command(
     session = Session(model, tokenizer, used, settings, system=system, context_tokens=max_context)
     lines = TypedLines(history_path(), list(HELP)) if sys.stdin.isatty() else PipedLines()
     if lines.is_terminal:
-        output.note(f"{path}: {session.context_tokens} tokens of context. /help lists commands, Ctrl-D leaves.")
+        output.note(
+            f"{path}: {session.context_tokens} tokens of context. /help lists commands, Ctrl-D leaves."
+        )
     if isinstance(used, PlainText):
-        output.note("The tokenizer has no chat template: the model continues the text. --template FILE gives one.")
+        output.note(
+            "The tokenizer has no chat template: the model continues the text. --template FILE gives one."
+        )
     output.interrupted = "the conversation was not saved; /save keeps one"
     try:
         ChatLoop(session, lines, ChatCommands(session, model, str(path)), output).run()

@@ -26,7 +26,12 @@ _OF_RECIPE = (
 
 @click.command("convert", epilog="Run it again after an interruption: it goes on where it stopped.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--out-dir", type=click.Path(path_type=Path), help="Where to write [default: MODEL-RECIPE].")
+@click.option(
+    "-o",
+    "--out-dir",
+    type=click.Path(path_type=Path),
+    help="Where to write [default: MODEL-RECIPE].",
+)
 @click.option(
     "--recipe",
     "recipe_name",
@@ -44,8 +49,16 @@ _OF_RECIPE = (
     help="Bits of the experts instead of the recipe's: 2, 3, 4, or 16 for as in the source.",
 )
 @click.option("--attn-bits", type=int, help="Bits of attention: 4, or 16 for as in the source.")
-@click.option("--head-bits", type=int, help="Bits of the output head: 4, or 16 for as in the source [default: 16].")
-@click.option("--group-size", type=int, help="Weights that share a scale: 16, 32 or 64, where a packing has it.")
+@click.option(
+    "--head-bits",
+    type=int,
+    help="Bits of the output head: 4, or 16 for as in the source [default: 16].",
+)
+@click.option(
+    "--group-size",
+    type=int,
+    help="Weights that share a scale: 16, 32 or 64, where a packing has it.",
+)
 @click.option("--gate-up", help="Packing of the experts' gate and up, by name.")
 @click.option("--down", help="Packing of the experts' down, by name.")
 @click.option(
@@ -93,16 +106,36 @@ _OF_RECIPE = (
     help="Most that fetched shards may take, such as 12GB [default: four shards]; each goes when it is done.",
 )
 @click.option(
-    "--no-keep", is_flag=True, help="Read the Hub's shards by ranges and keep nothing; no hash can be checked."
+    "--no-keep",
+    is_flag=True,
+    help="Read the Hub's shards by ranges and keep nothing; no hash can be checked.",
 )
-@click.option("--max-workers", type=click.IntRange(1), help="Threads [default: the processors, as memory allows].")
-@click.option("--max-memory", help="Upper limit for the process, such as 2GiB; lowers the number of workers.")
 @click.option(
-    "--layers", "part", metavar="I/N", help="Only the I-th of N parts of the layers; a later run does the rest."
+    "--max-workers",
+    type=click.IntRange(1),
+    help="Threads [default: the processors, as memory allows].",
 )
-@click.option("--upload-repo", metavar="OWNER/MODEL", help="Publish the result there, as moe-convert upload does.")
+@click.option(
+    "--max-memory", help="Upper limit for the process, such as 2GiB; lowers the number of workers."
+)
+@click.option(
+    "--layers",
+    "part",
+    metavar="I/N",
+    help="Only the I-th of N parts of the layers; a later run does the rest.",
+)
+@click.option(
+    "--upload-repo",
+    metavar="OWNER/MODEL",
+    help="Publish the result there, as moe-convert upload does.",
+)
 @click.option("--private", is_flag=True, help="With --upload-repo: make a new repository private.")
-@click.option("--license", "license_id", metavar="ID", help="With --upload-repo: the weights' licence (see upload).")
+@click.option(
+    "--license",
+    "license_id",
+    metavar="ID",
+    help="With --upload-repo: the weights' licence (see upload).",
+)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -156,11 +189,15 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
         force=options["force"],
         calibration_file=calibration_file,
         part=_part(options["part"]),
-        max_memory_bytes=parse_size(options["max_memory"], "--max-memory") if options["max_memory"] else None,
+        max_memory_bytes=parse_size(options["max_memory"], "--max-memory")
+        if options["max_memory"]
+        else None,
     )
     source, out = _source(model, out_dir, recipe.name, options)
     _check_upload(source, options)
-    pinned = {} if isinstance(source, Path) else {"source": f"{source.repo.repo}@{source.repo.commit}"}
+    pinned = (
+        {} if isinstance(source, Path) else {"source": f"{source.repo.repo}@{source.repo.commit}"}
+    )
     with Checkpoint(source) as checkpoint:
         plan = plan_conversion(checkpoint, recipe, how, out)
         if options["dry_run"]:
@@ -172,12 +209,16 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
         done = convert(plan, output.progress())
     facts = pinned | facts_of(done.plan, done.recipe, done.source_bytes, out) | {"done": done.done}
     if done.quality:
-        facts["weight_error"] = {name: done.quality["totals"][name] for name in ("experts", "attention")}
+        facts["weight_error"] = {
+            name: done.quality["totals"][name] for name in ("experts", "attention")
+        }
     text = text_of(facts)
     if options["upload_repo"]:
         from converter.cli.commands.upload_command import upload
 
-        facts["upload"], uploaded = upload(out, options["upload_repo"], output, **_publication(options))
+        facts["upload"], uploaded = upload(
+            out, options["upload_repo"], output, **_publication(options)
+        )
         text += f"\n{uploaded}"
     output.result(facts, text)
     if options["upload_repo"] and not facts["upload"]["ok"]:
@@ -190,7 +231,12 @@ def _publication(options: dict[str, Any]) -> dict[str, Any]:
 
 def _check_upload(source: Any, options: dict[str, Any]) -> None:
     """Refuses before the conversion what the upload would refuse after it."""
-    from converter.publish.hub_commit import PublishOptions, check_license, check_repo_name, check_target
+    from converter.publish.hub_commit import (
+        PublishOptions,
+        check_license,
+        check_repo_name,
+        check_target,
+    )
 
     repo = options["upload_repo"]
     if not repo:
@@ -203,17 +249,28 @@ def _check_upload(source: Any, options: dict[str, Any]) -> None:
     folder = source if isinstance(source, Path) else source.folder
     if folder.is_dir():
         check_license([p.name for p in folder.iterdir()], options["license_id"], folder)
-    check_target(PublishOptions(repo, options["private"], license=options["license_id"], token=options["token"]))
+    check_target(
+        PublishOptions(
+            repo, options["private"], license=options["license_id"], token=options["token"]
+        )
+    )
 
 
-def _source(model: Path, out: Path | None, recipe: str, options: dict[str, Any]) -> tuple[Any, Path]:
+def _source(
+    model: Path, out: Path | None, recipe: str, options: dict[str, Any]
+) -> tuple[Any, Path]:
     """(folder or HubModel, out folder): a folder goes before a repository of the same name."""
     from converter.checkpoint.shards.hub_model import HubModel
     from formats.hub.repo import is_repo_name
     from formats.sizes import parse_size
 
     name = str(model)
-    only_remote = ("revision", "max_disk", "no_keep", *(() if options["upload_repo"] else ("token",)))
+    only_remote = (
+        "revision",
+        "max_disk",
+        "no_keep",
+        *(() if options["upload_repo"] else ("token",)),
+    )
     remote = [f"--{o.replace('_', '-')}" for o in only_remote if options[o]]
     if model.exists() or not is_repo_name(name):
         if remote:
@@ -227,7 +284,9 @@ def _source(model: Path, out: Path | None, recipe: str, options: dict[str, Any])
         options["revision"],
         options["token"],
         keep=not options["no_keep"],
-        max_disk_bytes=parse_size(options["max_disk"], "--max-disk") if options["max_disk"] else None,
+        max_disk_bytes=parse_size(options["max_disk"], "--max-disk")
+        if options["max_disk"]
+        else None,
         resume=None if options["no_resume"] or options["force"] else out,
     )
     return source, out

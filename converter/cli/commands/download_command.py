@@ -18,15 +18,24 @@ _BESIDE = ("README.md", "quality.json")
 @click.command("download", epilog="Exit code 3 if anything is damaged.")
 @click.argument("repo", metavar="OWNER/MODEL")
 @click.option(
-    "--local-dir", type=click.Path(path_type=Path), help="Where to put the files [default: the cache of the Hub]."
+    "--local-dir",
+    type=click.Path(path_type=Path),
+    help="Where to put the files [default: the cache of the Hub].",
 )
 @click.option("--revision", help="Branch, tag or commit [default: main].")
 @click.option(
-    "--include", multiple=True, metavar="PATTERN", help="Only files that match, such as '*.json'; repeatable."
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only files that match, such as '*.json'; repeatable.",
 )
 @shared_options.token
-@output_options(interrupted="run the same command again: files that are there are not fetched again")
-def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output: Output, **options: Any) -> None:
+@output_options(
+    interrupted="run the same command again: files that are there are not fetched again"
+)
+def command(
+    repo: str, local_dir: Path | None, include: tuple[str, ...], output: Output, **options: Any
+) -> None:
     """Fetch the converted model OWNER/MODEL from the Hub, and check every byte of it.
 
     Fetched are the files that its index lists, README.md and quality.json; with --include, those that match. Files that
@@ -45,7 +54,9 @@ def command(repo: str, local_dir: Path | None, include: tuple[str, ...], output:
         folder, files = _fetch_matching(source, list(include), local_dir, output)
         problems = _against_hub(folder, files, output)
     else:
-        folder, files = fetch_listed(source, beside=_BESIDE, local_dir=local_dir, bars=not output.quiet)
+        folder, files = fetch_listed(
+            source, beside=_BESIDE, local_dir=local_dir, bars=not output.quiet
+        )
         note_unlisted(source, [file.name for file in files])
         mend = f"moe-convert repair {shlex.quote(str(folder))} --from {repo}" if local_dir else None
         problems = _against_index(folder, mend, output)
@@ -73,7 +84,9 @@ def _check_place(source: Any, local_dir: Path | None) -> None:
         check_out_folder(next(p for p in (place, *place.absolute().parents) if p.exists()))
 
 
-def _fetch_matching(source: Any, patterns: list[str], local_dir: Path | None, output: Output) -> tuple[Path, list[Any]]:
+def _fetch_matching(
+    source: Any, patterns: list[str], local_dir: Path | None, output: Output
+) -> tuple[Path, list[Any]]:
     """(folder, files) of what the user asked for by name, whatever it is."""
     from formats.errors import HubError
     from formats.hub.repo_listing import check_room
@@ -91,9 +104,15 @@ def _against_index(folder: Path, mend: str | None, output: Output) -> list[str]:
     from formats.reading.verify import verify_folder
 
     progress = output.progress()
-    report = verify_folder(folder, read_data=True, progress=lambda done, total: progress("verifying", done, total))
+    report = verify_folder(
+        folder, read_data=True, progress=lambda done, total: progress("verifying", done, total)
+    )
     again = "delete the files that the damaged ones link to, and run the same command again"
-    return [*(problem.message for problem in report.problems), f"  next: {mend or again}"] if report.problems else []
+    return (
+        [*(problem.message for problem in report.problems), f"  next: {mend or again}"]
+        if report.problems
+        else []
+    )
 
 
 def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
@@ -106,7 +125,9 @@ def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
             while chunk := f.read(4 << 20):
                 hasher.update(chunk)
         if hasher.hexdigest() != file.etag:
-            problems.append(f"{folder / file.name}: its hash is not the Hub's, {file.etag}; delete it and run again")
+            problems.append(
+                f"{folder / file.name}: its hash is not the Hub's, {file.etag}; delete it and run again"
+            )
         done += file.size
         progress("verifying", done, total)
     return problems

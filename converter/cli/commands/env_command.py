@@ -8,7 +8,16 @@ import click
 from converter import __version__
 from converter.cli.show.console import Output, output_options, table
 
-_PACKAGES = ("torch", "transformers", "hqq", "safetensors", "huggingface-hub", "numpy", "zstandard", "msgspec")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "hqq",
+    "safetensors",
+    "huggingface-hub",
+    "numpy",
+    "zstandard",
+    "msgspec",
+)
 
 
 @click.command("env")
@@ -24,7 +33,15 @@ def command(output: Output) -> None:
     from loader.arithmetic import kernels
     from loader.cuda.device.choice import describe_gpus
 
-    facts = {"moe-convert": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    facts = {
+        "moe-convert": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
     facts |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    facts |= {"kernels": kernels.describe(), "solver": solver_library.describe(), "gpu": describe_gpus()}
+    facts |= {
+        "kernels": kernels.describe(),
+        "solver": solver_library.describe(),
+        "gpu": describe_gpus(),
+    }
     output.result(facts, table([(name, value) for name, value in facts.items()], left=2))

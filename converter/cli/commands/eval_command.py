@@ -41,8 +41,12 @@ Examples:
 )  # fmt: skip
 @shared_options.raw
 @shared_options.window
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time.")
-@click.option("--max-windows", type=click.IntRange(min=1), help="Only the first windows of each text.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time."
+)
+@click.option(
+    "--max-windows", type=click.IntRange(min=1), help="Only the first windows of each text."
+)
 @shared_options.device
 @shared_options.gpu_cache
 @shared_options.ram_cache
@@ -77,7 +81,15 @@ def command(
     With --tasks, instead: benchmarks by lm-eval, which pip install 'moe-convert[eval]' brings. Documents go through the
     tokenizer's chat template if it has one, unless --raw is given: numbers with and without do not compare.
     """
-    _check_options(texts=texts, against=against, save=save, tasks=tasks, limit=limit, task_folder=task_folder, raw=raw)
+    _check_options(
+        texts=texts,
+        against=against,
+        save=save,
+        tasks=tasks,
+        limit=limit,
+        task_folder=task_folder,
+        raw=raw,
+    )
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks:
         require_extra("lm_eval", "eval", "--tasks")
@@ -86,7 +98,12 @@ def command(
     import loader
     from formats.labels import to_label
     from loader.evaluation.perplexity import measure_windows, named_windows, read_text
-    from loader.hf.loading.plain_checkpoint import check_runnable, is_converted, load_checkpoint, vocabulary_size
+    from loader.hf.loading.plain_checkpoint import (
+        check_runnable,
+        is_converted,
+        load_checkpoint,
+        vocabulary_size,
+    )
     from loader.hf.loading.tokenizer import check_tokens
     from loader.hf.modules.expert_layers import experts_modules
 
@@ -116,9 +133,17 @@ def command(
         chat = has_template(tokenizer) and not raw
         if chat:
             check_template(template_of(tokenizer), "")
-            output.note("documents go through the tokenizer's chat template; --raw leaves them as they are")
-        found = run_tasks(load(path), tokenizer, names, batch=batch, chat=chat, limit=limit, folder=task_folder)
-        lines = [(task, name, f"{value:.4f}") for task, metrics in found.items() for name, value in metrics.items()]
+            output.note(
+                "documents go through the tokenizer's chat template; --raw leaves them as they are"
+            )
+        found = run_tasks(
+            load(path), tokenizer, names, batch=batch, chat=chat, limit=limit, folder=task_folder
+        )
+        lines = [
+            (task, name, f"{value:.4f}")
+            for task, metrics in found.items()
+            for name, value in metrics.items()
+        ]
         output.result(
             {"path": str(path), "chat_template": chat, "tasks": found},
             table([("task", "metric", "value"), *lines], left=2),
@@ -148,15 +173,21 @@ def command(
         if save:
             save_evaluation(path, evaluation)
             output.note(f"saved in {path / 'quality.json'}")
-        output.result({"path": str(path), **msgspec.to_builtins(evaluation)}, evaluation_table(evaluation))
+        output.result(
+            {"path": str(path), **msgspec.to_builtins(evaluation)}, evaluation_table(evaluation)
+        )
         return
     tokenizer = loader.load_tokenizer(path, check=options["check"])
-    windows = [(name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in named]
+    windows = [
+        (name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in named
+    ]
     for name, ids in windows:
         check_tokens(ids, tokenizer, vocabulary_size(path) or sys.maxsize, name)
     report = measure_windows(load(path), windows, batch=batch, progress=note)
     rows: list[tuple[str, ...]] = [("text", "tokens", "perplexity")]
-    rows += [(t.name, str(t.tokens), f"{t.perplexity:.3f}") for t in (*report.texts, report.overall)]
+    rows += [
+        (t.name, str(t.tokens), f"{t.perplexity:.3f}") for t in (*report.texts, report.overall)
+    ]
     output.result({"path": str(path), **report.as_dict()}, table(rows))
 
 
@@ -196,7 +227,18 @@ def evaluation_table(evaluation: Evaluation) -> str:
         return "-" if value is None else f"{value:.5f}"
 
     rows: list[tuple[str, ...]] = [
-        ("text", "tokens", "perplexity", "original", "ratio", "±", "KL", "±", "same first", "same experts")
+        (
+            "text",
+            "tokens",
+            "perplexity",
+            "original",
+            "ratio",
+            "±",
+            "KL",
+            "±",
+            "same first",
+            "same experts",
+        )
     ]
     for c in (*evaluation.texts, evaluation.overall):
         rows.append(

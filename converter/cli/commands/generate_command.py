@@ -7,7 +7,12 @@ from typing import Any
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.options.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
+from converter.cli.options.model_options import (
+    ExpertsThere,
+    early_tokenizer,
+    load_model,
+    with_model_options,
+)
 from converter.cli.options.sampling_options import settings_of, with_sampling_options
 from converter.cli.show.console import Output, output_options
 from converter.cli.show.generation_stats import live_line, stats_table, with_shares
@@ -27,15 +32,27 @@ Examples:
   moe-convert generate owner/mixtral-2bit --lazy --prompt "Hello"   (experts come when they are needed)""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="The user's message, or the text to continue; - reads it from stdin.")
+@click.option(
+    "--prompt",
+    required=True,
+    help="The user's message, or the text to continue; - reads it from stdin.",
+)
 @shared_options.raw
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @with_sampling_options
 @with_model_options
-@click.option("--stats", is_flag=True, help="Show cache hits, guesses, bytes read, waits and speed on stderr.")
+@click.option(
+    "--stats", is_flag=True, help="Show cache hits, guesses, bytes read, waits and speed on stderr."
+)
 @output_options(interrupted="nothing was generated yet; run the same command again")
 def command(
-    path: Path, prompt: str, raw: bool, max_new_tokens: int, stats: bool, output: Output, **options: Any
+    path: Path,
+    prompt: str,
+    raw: bool,
+    max_new_tokens: int,
+    stats: bool,
+    output: Output,
+    **options: Any,
 ) -> None:
     """Generate text with the converted model in PATH, a folder or owner/name of a repository on the Hub.
 
@@ -63,7 +80,9 @@ def command(
     tokenizer = tokenizer or loader.load_tokenizer(model.name_or_path, check=options["check"])
     ids = ids or _tokens(tokenizer, text, raw, Path(model.name_or_path))
     generation = Generation(model, tokenizer, ids, settings, PrefixCache(model))
-    shown = LiveText((lambda: live_line(generation.answer, model)) if stats and not output.quiet else None)
+    shown = LiveText(
+        (lambda: live_line(generation.answer, model)) if stats and not output.quiet else None
+    )
     try:
         answer = generation.run((lambda _: None) if output.as_json else shown)
     except KeyboardInterrupt:

@@ -16,12 +16,17 @@ from converter.cli.show.console import Output, gigabytes, output_options, table
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--experts", "show_experts", is_flag=True, help="List every expert: file, offset, length, packings, sha256."
+    "--experts",
+    "show_experts",
+    is_flag=True,
+    help="List every expert: file, offset, length, packings, sha256.",
 )
 @shared_options.revision
 @shared_options.token
 @output_options(interrupted="nothing was changed")
-def command(path: Path, show_experts: bool, revision: str | None, token: str | None, output: Output) -> None:
+def command(
+    path: Path, show_experts: bool, revision: str | None, token: str | None, output: Output
+) -> None:
     """Show what the converted folder or Hub repository PATH holds, from its index and headers; no weights are read.
 
     \b
@@ -37,7 +42,9 @@ def command(path: Path, show_experts: bool, revision: str | None, token: str | N
 
 
 @contextlib.contextmanager
-def _opened(path: Path, revision: str | None, token: str | None) -> Iterator[tuple[Any, str | None]]:
+def _opened(
+    path: Path, revision: str | None, token: str | None
+) -> Iterator[tuple[Any, str | None]]:
     """The artifact, and repository@commit if it is on the Hub; a folder goes before a repository of the same name."""
     from formats.artifact import Artifact
     from formats.hub.remote_artifact import open_remote
@@ -56,7 +63,9 @@ def _packings(names: Iterable[str]) -> str:
     counts = Counter(names)
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{name} ({counts[name]} of {counts.total()} experts)" for name in sorted(counts))
+    return ", ".join(
+        f"{name} ({counts[name]} of {counts.total()} experts)" for name in sorted(counts)
+    )
 
 
 def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[str, Any], str]:
@@ -67,7 +76,9 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
     from formats.trunk import attention_size
 
     index, a = artifact.index, artifact.architecture
-    attention, attention_weights = attention_size(artifact.trunk_header().entries.values(), index.trunk.packed)
+    attention, attention_weights = attention_size(
+        artifact.trunk_header().entries.values(), index.trunk.packed
+    )
     attention_bits = 8 * attention / max(1, attention_weights)
     entries = [entry for layer in index.layers for entry in layer.experts]
     stored = sum(entry.length for entry in entries)
@@ -91,16 +102,25 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
     if output.as_json and show_experts:
         facts["layers"] = msgspec.to_builtins(index.layers)
     rows = [
-        ("format", f"moe-convert {index.format_version}, by {index.producer.name} {index.producer.version}"),
+        (
+            "format",
+            f"moe-convert {index.format_version}, by {index.producer.name} {index.producer.version}",
+        ),
         ("model type", a.model_type),
-        ("source", index.source.name + (f" at {index.source.revision}" if index.source.revision else "")),
+        (
+            "source",
+            index.source.name + (f" at {index.source.revision}" if index.source.revision else ""),
+        ),
         ("recipe", f"{index.recipe.name} (solver {index.recipe.solver})"),
         ("gate and up", _packings(entry.gate_up for entry in entries)),
         ("down", _packings(entry.down for entry in entries)),
         ("attention", index.recipe.attention),
         ("head", index.recipe.head),
         ("codec", entries[0].codec),
-        ("layers × experts", f"{a.expert_layers} × {a.num_local_experts}, {a.num_experts_per_tok} a token"),
+        (
+            "layers × experts",
+            f"{a.expert_layers} × {a.num_local_experts}, {a.num_experts_per_tok} a token",
+        ),
         ("hidden, intermediate", f"{a.hidden_size}, {a.intermediate_size}"),
         ("bits per expert weight", f"{8 * stored / weights:.3f}"),
         ("bits per attention weight", f"{attention_bits:.3f}"),
@@ -117,10 +137,20 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         rows.append((f"against {evaluation.original}", fields))
     text = table(rows, left=2)
     if show_experts:
-        lines: list[tuple[str, ...]] = [("file", "expert", "offset", "length", "gate and up", "down", "sha256")]
+        lines: list[tuple[str, ...]] = [
+            ("file", "expert", "offset", "length", "gate and up", "down", "sha256")
+        ]
         for layer in index.layers:
             lines += [
-                (layer.file, str(e.expert), str(e.offset), str(e.length), e.gate_up, e.down, e.sha256[:12])
+                (
+                    layer.file,
+                    str(e.expert),
+                    str(e.offset),
+                    str(e.length),
+                    e.gate_up,
+                    e.down,
+                    e.sha256[:12],
+                )
                 for e in layer.experts
             ]
         text += "\n\n" + table(lines)

@@ -37,16 +37,28 @@ Exit code 4: not even the least fits; the message says how much is needed.""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--ram", metavar="SIZE", help="Memory for the whole process, e.g. 12GiB [default: a table over several budgets]."
+    "--ram",
+    metavar="SIZE",
+    help="Memory for the whole process, e.g. 12GiB [default: a table over several budgets].",
 )
 @click.option(
     "--vram", metavar="SIZE",
     help="GPU memory, e.g. 12GiB: trunk, KV cache and some experts there; without --ram, all experts in RAM.",
 )  # fmt: skip
-@click.option("--ctx", type=click.IntRange(min=1), default=4096, show_default=True, help="Positions of the KV cache.")
+@click.option(
+    "--ctx",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Positions of the KV cache.",
+)
 @shared_options.prefix_cache("0", "Memory for the prefix caches of moe-convert serve, e.g. 1GiB.")
 @click.option(
-    "--prompt", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of the longest prompt."
+    "--prompt",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Tokens of the longest prompt.",
 )
 @click.option(
     "--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -56,14 +68,33 @@ Exit code 4: not even the least fits; the message says how much is needed.""",
     "--policy", type=click.Choice(["lrfu", "lru", "lfu"]), default="lrfu", show_default=True,
     help="Which experts leave first.",
 )  # fmt: skip
-@click.option("--disk", type=_SPEED, metavar="GB/s", help="Speed of the disk [default: measured for a second].")
-@click.option("--memory", type=_SPEED, metavar="GB/s", help="Speed of the memory [default: measured].")
-@click.option("--link", type=_SPEED, metavar="GB/s", help="Speed of copies to the GPU [default: measured, on a GPU].")
 @click.option(
-    "--gpu-bandwidth", type=_SPEED, metavar="GB/s", help="Speed of the GPU's memory [default: measured, on a GPU]."
+    "--disk",
+    type=_SPEED,
+    metavar="GB/s",
+    help="Speed of the disk [default: measured for a second].",
 )
 @click.option(
-    "--recipe", "recipe_name", default="2bit", show_default=True, help="For a checkpoint that is not converted yet."
+    "--memory", type=_SPEED, metavar="GB/s", help="Speed of the memory [default: measured]."
+)
+@click.option(
+    "--link",
+    type=_SPEED,
+    metavar="GB/s",
+    help="Speed of copies to the GPU [default: measured, on a GPU].",
+)
+@click.option(
+    "--gpu-bandwidth",
+    type=_SPEED,
+    metavar="GB/s",
+    help="Speed of the GPU's memory [default: measured, on a GPU].",
+)
+@click.option(
+    "--recipe",
+    "recipe_name",
+    default="2bit",
+    show_default=True,
+    help="For a checkpoint that is not converted yet.",
 )
 @shared_options.revision
 @shared_options.token
@@ -108,7 +139,12 @@ def command(path: Path, ram: str | None, vram: str | None, output: Output, **opt
 
 
 def _plans(
-    sizes: "ModelSizes", files: list[Path], ram: str | None, context: int, prompt: int, options: dict[str, Any]
+    sizes: "ModelSizes",
+    files: list[Path],
+    ram: str | None,
+    context: int,
+    prompt: int,
+    options: dict[str, Any],
 ) -> "tuple[dict[str, Any], Sequence[Plan]]":
     """The speeds, and the plan for `ram`, or several."""
     from loader.experts.policy import POLICIES
@@ -140,9 +176,15 @@ def _gpu_plans(
     vram_bytes, ram_bytes = parse_size(vram, "--vram"), parse_size(ram, "--ram") if ram else None
     policy = POLICIES[options["policy"]]
     trace = _traced(options["trace"], sizes)
-    misses = traced_tier_misses(trace, policy) if trace else uniform_tier_misses(sizes.architecture, policy)
+    misses = (
+        traced_tier_misses(trace, policy)
+        if trace
+        else uniform_tier_misses(sizes.architecture, policy)
+    )
     speeds = gpu_machine(sizes, files, options, needs_disk=bool(ram))
-    plan = plan_gpu(sizes, speeds, vram_bytes, ram_bytes, context=context, prompt=prompt, tier_misses=misses)
+    plan = plan_gpu(
+        sizes, speeds, vram_bytes, ram_bytes, context=context, prompt=prompt, tier_misses=misses
+    )
     return asdict(speeds), [plan]
 
 
@@ -153,12 +195,19 @@ def _traced(path: Path | None, sizes: "ModelSizes") -> Any:
         return None
     read = read_trace(path)
     if read.header.architecture != sizes.architecture:
-        raise MoeConvertError(f"{path}: a trace of another model", "trace this one, or its original")
+        raise MoeConvertError(
+            f"{path}: a trace of another model", "trace this one, or its original"
+        )
     return read
 
 
 def _verify(
-    folder: Path, plans: list[dict[str, Any]], prompt: int, context: int, options: dict[str, Any], output: Output
+    folder: Path,
+    plans: list[dict[str, Any]],
+    prompt: int,
+    context: int,
+    options: dict[str, Any],
+    output: Output,
 ) -> None:
     """Adds what 32 tokens measured to each plan, as `verified`."""
     import transformers

@@ -16,7 +16,9 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
     try:
         return value if value is None else sorted({int(part) for part in value.split(",")})
     except ValueError:
-        raise click.BadParameter(f"{value!r}: expected numbers with commas between, such as 2,4,6") from None
+        raise click.BadParameter(
+            f"{value!r}: expected numbers with commas between, such as 2,4,6"
+        ) from None
 
 
 def _policies(_ctx: click.Context, _param: click.Parameter, value: str) -> list[str]:
@@ -24,7 +26,9 @@ def _policies(_ctx: click.Context, _param: click.Parameter, value: str) -> list[
 
     names = list(dict.fromkeys(value.split(",")))
     if unknown := [name for name in names if name not in (*POLICIES, "fixed")]:
-        raise click.BadParameter(f"{unknown[0]!r} is unknown; known are {', '.join(POLICIES)}, fixed")
+        raise click.BadParameter(
+            f"{unknown[0]!r} is unknown; known are {', '.join(POLICIES)}, fixed"
+        )
     return names
 
 
@@ -69,8 +73,18 @@ Examples:
     "--norm", type=click.Choice(["this", "next"]), default="next", show_default=True,
     help="Whose norm weight the guesses have: the layer's that guesses, or the next one's.",
 )  # fmt: skip
-@click.option("--disk", type=click.FloatRange(min=0, min_open=True), metavar="GB/s", help="Misses come at this speed.")
-@click.option("--link", type=click.FloatRange(min=0, min_open=True), metavar="GB/s", help="The same, e.g. of PCIe.")
+@click.option(
+    "--disk",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/s",
+    help="Misses come at this speed.",
+)
+@click.option(
+    "--link",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/s",
+    help="The same, e.g. of PCIe.",
+)
 @click.option(
     "--compute-ms", type=click.FloatRange(min=0), default=0.0, show_default=True,
     help="Milliseconds that a layer computes.",
@@ -103,9 +117,13 @@ def command(
     time: each layer waits for its missing experts; while it computes, the next layer's guesses are read.
     """
     if choose_from is None and (shares == "chosen" or "fixed" in policies):
-        raise click.UsageError("--policy fixed and --shares chosen need --choose-from, a trace of another text")
+        raise click.UsageError(
+            "--policy fixed and --shares chosen need --choose-from, a trace of another text"
+        )
     if plot and plot.suffix not in PLOT_SUFFIXES:
-        raise click.UsageError(f"--plot {plot}: the name must end with {' or '.join(PLOT_SUFFIXES)}")
+        raise click.UsageError(
+            f"--plot {plot}: the name must end with {' or '.join(PLOT_SUFFIXES)}"
+        )
     from formats.files.overlap import refuse_inputs
     from loader.traces.replay_report import Settings, replay_trace
     from loader.traces.trace import read_trace
@@ -124,7 +142,9 @@ def command(
     speeds = {name: value * GB for name, value in (("disk", disk), ("link", link)) if value}
     other = read_trace(choose_from) if choose_from else None
     if other and other.header.architecture != read.header.architecture:
-        raise click.UsageError(f"--choose-from {choose_from}: a trace of another model than {trace}")
+        raise click.UsageError(
+            f"--choose-from {choose_from}: a trace of another model than {trace}"
+        )
     settings = Settings(
         policies=policies, slots=numbers, guesses=guesses, next_norm=norm == "next",
         bytes_per_s=speeds, compute_s=compute_ms / 1000,
@@ -133,4 +153,6 @@ def command(
     report = replay_trace(read, settings, progress=output.note)
     if plot:
         plot_replay(report, plot)
-    output.result({"trace": str(trace), **report}, tables_of(report, list(speeds), by_layer=by_layer))
+    output.result(
+        {"trace": str(trace), **report}, tables_of(report, list(speeds), by_layer=by_layer)
+    )

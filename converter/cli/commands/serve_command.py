@@ -8,7 +8,12 @@ from typing import Any
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.options.model_options import ExpertsThere, early_tokenizer, load_model, with_model_options
+from converter.cli.options.model_options import (
+    ExpertsThere,
+    early_tokenizer,
+    load_model,
+    with_model_options,
+)
 from converter.cli.show.console import Output, gigabytes, output_options
 from formats.errors import MoeConvertError
 
@@ -28,18 +33,33 @@ Examples:
 A signal ends the server within 10 seconds; what runs may finish for 5 of them.""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a key.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0: any free one."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; others need a key.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0: any free one.",
 )
 @click.option(
     "--api-key", envvar=KEY_VARIABLE, metavar="KEY",
     help=f"Key that requests must bring; other users see it in the list of processes, so better in {KEY_VARIABLE}.",
 )  # fmt: skip
 @click.option(
-    "--api-key-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A file with the key."
+    "--api-key-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A file with the key.",
 )
-@click.option("--model-name", metavar="NAME", help="What clients call the model [default: the last part of PATH].")
+@click.option(
+    "--model-name",
+    metavar="NAME",
+    help="What clients call the model [default: the last part of PATH].",
+)
 @click.option(
     "--max-context", type=click.IntRange(min=2), metavar="TOKENS",
     help="Tokens of a prompt with its answer [default: as many as the model was made for, at most 8192].",
@@ -49,13 +69,19 @@ A signal ends the server within 10 seconds; what runs may finish for 5 of them."
     help="Requests that may wait beside the one that runs; more get status 429.",
 )  # fmt: skip
 @shared_options.prefix_cache(
-    "1GiB", "Memory for KV caches of finished answers, which conversations that go on reuse; 0 keeps none."
+    "1GiB",
+    "Memory for KV caches of finished answers, which conversations that go on reuse; 0 keeps none.",
 )
 @click.option(
     "--template", type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A chat template (Jinja) in place of the tokenizer's.",
 )  # fmt: skip
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="A web page's origin that may ask; repeat it for more.")
+@click.option(
+    "--cors",
+    multiple=True,
+    metavar="ORIGIN",
+    help="A web page's origin that may ask; repeat it for more.",
+)
 @with_model_options
 @output_options(interrupted="the model was not served yet; run the same command again")
 def command(
@@ -82,7 +108,9 @@ def command(
     key = _key(api_key, api_key_file)
     _check_packages()
     if key is None and not _is_loopback(host):
-        raise click.UsageError(f"--host {host} needs a key: set {KEY_VARIABLE}, or give --api-key-file FILE")
+        raise click.UsageError(
+            f"--host {host} needs a key: set {KEY_VARIABLE}, or give --api-key-file FILE"
+        )
     import loader
     from loader.evaluation.perplexity import read_text
     from loader.repository import small_files
@@ -113,7 +141,9 @@ def command(
         f" caches, {'with' if key else 'without'} a key; Ctrl-C ends it"
     )
     if not (text or has_template(tokenizer)):
-        output.note("The tokenizer has no chat template: only /v1/completions answers. --template FILE gives one.")
+        output.note(
+            "The tokenizer has no chat template: only /v1/completions answers. --template FILE gives one."
+        )
     _run(server, listening, output)
     there.say()
 
@@ -133,7 +163,10 @@ def _key(given: str | None, file: Path | None) -> str | None:
     if file is None:
         key = given
     else:
-        if given is not None and click.get_current_context().get_parameter_source("api_key") is not _ENVIRONMENT:
+        if (
+            given is not None
+            and click.get_current_context().get_parameter_source("api_key") is not _ENVIRONMENT
+        ):
             raise click.UsageError("give --api-key or --api-key-file, not both")
         try:
             key = file.read_text(encoding="utf-8").strip()
@@ -158,4 +191,6 @@ def _is_loopback(host: str) -> bool:
 def _check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise MoeConvertError(f"serve needs {' and '.join(missing)}", "pip install 'moe-convert[serve]'")
+        raise MoeConvertError(
+            f"serve needs {' and '.join(missing)}", "pip install 'moe-convert[serve]'"
+        )

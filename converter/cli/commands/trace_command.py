@@ -22,15 +22,36 @@ Examples:
   moe-convert replay trace.zst""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--text", "texts", type=_FILES, multiple=True, help="A UTF-8 text; give the option again for more.")
-@click.option("--prompts", type=_FILES, multiple=True, help="A UTF-8 file with one prompt a line, in place of --text.")
-@shared_options.raw
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The trace to write.")
-@shared_options.window
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Of each text, in whole windows, at least one.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Greedy, after each prompt."
+    "--text",
+    "texts",
+    type=_FILES,
+    multiple=True,
+    help="A UTF-8 text; give the option again for more.",
+)
+@click.option(
+    "--prompts",
+    type=_FILES,
+    multiple=True,
+    help="A UTF-8 file with one prompt a line, in place of --text.",
+)
+@shared_options.raw
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The trace to write."
+)
+@shared_options.window
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Of each text, in whole windows, at least one."
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Greedy, after each prompt.",
 )
 @shared_options.ram_cache
 @shared_options.check
@@ -68,7 +89,13 @@ def command(
     from formats.files.overlap import refuse_inputs
     from formats.layer_file import partial_path
     from loader.hf.loading.plain_checkpoint import is_converted, load_checkpoint
-    from loader.traces.record_trace import TracedModel, read_prompts, text_windows, trace_inputs, trace_windows
+    from loader.traces.record_trace import (
+        TracedModel,
+        read_prompts,
+        text_windows,
+        trace_inputs,
+        trace_windows,
+    )
     from loader.traces.trace import is_trace, write_trace
 
     of_model = (file for file in path.rglob("*") if not is_trace(file))
@@ -93,10 +120,19 @@ def command(
             output.note(f"{name}: {total} {'windows' if texts else 'prompts'}")
 
     if texts:
-        trace = trace_windows(model, described, producer, texts, windows, batch=batch, progress=note)
+        trace = trace_windows(
+            model, described, producer, texts, windows, batch=batch, progress=note
+        )
     else:
         trace = trace_inputs(
-            model, tokenizer, described, producer, prompts, inputs, max_new_tokens=max_new_tokens, progress=note
+            model,
+            tokenizer,
+            described,
+            producer,
+            prompts,
+            inputs,
+            max_new_tokens=max_new_tokens,
+            progress=note,
         )
     write_trace(out, trace)
     size = out.stat().st_size
@@ -108,5 +144,6 @@ def command(
         "sequences": len(trace.header.sequences),
     }
     output.result(
-        result, f"{trace.header.tokens} tokens in {len(trace.header.sequences)} sequences: {out}, {gigabytes(size)}"
+        result,
+        f"{trace.header.tokens} tokens in {len(trace.header.sequences)} sequences: {out}, {gigabytes(size)}",
     )

@@ -13,16 +13,22 @@ from converter.cli.show.console import Output, gigabytes, output_options
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/MODEL")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead of writing to the branch.")
+@click.option(
+    "--create-pr", is_flag=True, help="Open a pull request instead of writing to the branch."
+)
 @click.option("--revision", help="The branch to write to, made if need be [default: main].")
 @click.option(
     "--license", "license_id", metavar="ID",
     help="The weights' licence as the Hub calls it, such as apache-2.0; needed where the source has no licence file.",
 )  # fmt: skip
-@click.option("--base-model", metavar="OWNER/MODEL", help="What was converted, where it was a local folder.")
+@click.option(
+    "--base-model", metavar="OWNER/MODEL", help="What was converted, where it was a local folder."
+)
 @click.option("--token", help="That may write [default: the one of hf auth login, or HF_TOKEN].")
 @click.option(
-    "--dry-run", is_flag=True, help="Check the folder and the card, say what would be sent, and send nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Check the folder and the card, say what would be sent, and send nothing.",
 )
 @output_options(interrupted="run the same command again: files that were sent are not sent again")
 def command(path: Path, repo: str, dry_run: bool, output: Output, **options: Any) -> None:
@@ -56,10 +62,16 @@ def upload(
         # Before minutes of reading.
         check_publication(path, target)
         progress = output.progress()
-        report = verify_folder(path, read_data=True, progress=lambda done, total: progress("verifying", done, total))
+        report = verify_folder(
+            path, read_data=True, progress=lambda done, total: progress("verifying", done, total)
+        )
     if report.problems:
         problems = [problem.message for problem in report.problems]
-        lines = [*problems, f"{len(problems)} problems: nothing was sent", f"  next: {report.problems[0].hint}"]
+        lines = [
+            *problems,
+            f"{len(problems)} problems: nothing was sent",
+            f"  next: {report.problems[0].hint}",
+        ]
         return {"ok": False, "problems": problems}, "\n".join(lines)
     done = publish_folder(path, target, dry_run=dry_run, bars=not output.quiet)
     facts = {
@@ -75,5 +87,7 @@ def upload(
     sizes = f"{len(done.sent)} files, {gigabytes(sum(done.sent.values()))}"
     what = f"would send {sizes}" if dry_run else f"sent {sizes}"
     lines = [f"{name}  {gigabytes(size)}" for name, size in done.sent.items()] if dry_run else []
-    lines.append(f"{what}; {len(done.unchanged)} files are there already, {len(done.deleted)} deleted")
+    lines.append(
+        f"{what}; {len(done.unchanged)} files are there already, {len(done.deleted)} deleted"
+    )
     return facts, "\n".join([*lines, *([done.url] if done.url else [])])

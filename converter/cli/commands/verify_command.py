@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     "--read-data-subset", metavar="N%",
     help="Read such a share of experts and files, drawn anew each time: so that runs together see everything.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), help="Draw the same subset as the run that named this seed.")
+@click.option(
+    "--seed", type=click.IntRange(0), help="Draw the same subset as the run that named this seed."
+)
 @output_options(interrupted="nothing was changed; the next run checks from the beginning")
-def command(path: Path, read_data: bool, read_data_subset: str | None, seed: int | None, output: Output) -> None:
+def command(
+    path: Path, read_data: bool, read_data_subset: str | None, seed: int | None, output: Output
+) -> None:
     """Check the converted folder PATH: structure, sizes and headers; with --read-data every byte.
 
     Each damaged or missing expert is named with file, layer, expert and offset, and the command that mends it.
@@ -47,19 +51,25 @@ def command(path: Path, read_data: bool, read_data_subset: str | None, seed: int
     lines = [p.message for p in report.problems]
     if report.problems:
         lines.append(f"{len(report.problems)} problems")
-        lines += [f"  next: {hint}" for hint in dict.fromkeys(p.hint for p in report.problems) if hint]
+        lines += [
+            f"  next: {hint}" for hint in dict.fromkeys(p.hint for p in report.problems) if hint
+        ]
     else:
         how = "structure only"
         if read_data or sample:
             how = f"{gigabytes(report.checked_bytes)} read and compared"
-        lines.append(f"ok: {report.files} files, {report.experts} experts, {gigabytes(report.total_bytes)} ({how})")
+        lines.append(
+            f"ok: {report.files} files, {report.experts} experts, {gigabytes(report.total_bytes)} ({how})"
+        )
     lines += [f"note: {note}" for note in report.notes]
     if left := _not_read(report.not_read):
         lines.append(f"not read: {left}" + ("" if read_data else "; --read-data reads them"))
     drawn = {"seed": sample.seed} if sample else {}
     if sample:
         lines.append(f"the subset of --seed {sample.seed}")
-    output.result(dataclasses.asdict(report) | drawn | {"ok": not report.problems}, "\n".join(lines))
+    output.result(
+        dataclasses.asdict(report) | drawn | {"ok": not report.problems}, "\n".join(lines)
+    )
     if report.problems:
         sys.exit(3)
 
@@ -68,7 +78,9 @@ def _not_read(left: "NotRead") -> str:
     """What a verification did not hash, in words; empty where it hashed everything."""
     parts = [f"{left.experts} experts ({gigabytes(left.expert_bytes)})"] if left.experts else []
     if left.files:
-        shown = ", ".join(left.files[:3]) + (f" and {len(left.files) - 3} more" if len(left.files) > 3 else "")
+        shown = ", ".join(left.files[:3]) + (
+            f" and {len(left.files) - 3} more" if len(left.files) > 3 else ""
+        )
         parts.append(f"{shown} ({gigabytes(left.file_bytes)})")
     return "the bytes of " + " and of ".join(parts) if parts else ""
 
@@ -85,5 +97,7 @@ def _sample(read_data: bool, share: str | None, seed: int | None) -> Any:
         raise click.UsageError("--read-data reads everything: give no --read-data-subset with it")
     match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", share)
     if not match or not 0 < float(match[1]) <= 100:
-        raise click.BadParameter(f"{share!r} is not a share such as 5%", param_hint="--read-data-subset")
+        raise click.BadParameter(
+            f"{share!r} is not a share such as 5%", param_hint="--read-data-subset"
+        )
     return Sample(float(match[1]) / 100, SystemRandom().randrange(10**6) if seed is None else seed)

@@ -52,12 +52,16 @@ def compare_with_original(
         converted = is_converted(path)
         ours: Any = Artifact.open(path) if converted else opened.enter_context(Checkpoint(path))
         _check_alike(original.architecture, against, ours.architecture, path)
-        texts = _texts(path, against, named, window, max_windows, ours.architecture.vocab_size, check)
+        texts = _texts(
+            path, against, named, window, max_windows, ours.architecture.vocab_size, check
+        )
         windows = torch.cat([text.windows for text in texts])
 
         def streamed(checkpoint: Checkpoint) -> "Iterator[Prediction]":
             model = StreamedModel(checkpoint, windows)
-            model.run(lambda done, total: output.note(f"{checkpoint.name}: layer {done} of {total}"))
+            model.run(
+                lambda done, total: output.note(f"{checkpoint.name}: layer {done} of {total}")
+            )
             return model.predictions()
 
         of_original = streamed(original)
@@ -83,7 +87,8 @@ def _check_alike(original: Architecture, against: Path, ours: Architecture, path
         theirs, our = getattr(original, name), getattr(ours, name)
         if theirs != our and name != "num_experts_per_tok":
             raise MoeConvertError(
-                f"{against}: {name} is {theirs}, in {path} it is {our}", "name the checkpoint that was converted"
+                f"{against}: {name} is {theirs}, in {path} it is {our}",
+                "name the checkpoint that was converted",
             )
 
 

@@ -23,10 +23,14 @@ def check_out_folder(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-convert.probe-"):
             pass
     except OSError as e:
-        raise OutputError(f"{folder}: cannot be written to: {e.strerror}", "choose another folder") from None
+        raise OutputError(
+            f"{folder}: cannot be written to: {e.strerror}", "choose another folder"
+        ) from None
 
 
 def require_extra(module: str, extra: str, option: str) -> None:
     """MoeConvertError with the line that installs `extra`, unless `module` is installed."""
     if importlib.util.find_spec(module) is None:
-        raise MoeConvertError(f"{option} needs the package {module}", f"pip install 'moe-convert[{extra}]'")
+        raise MoeConvertError(
+            f"{option} needs the package {module}", f"pip install 'moe-convert[{extra}]'"
+        )

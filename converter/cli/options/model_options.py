@@ -45,7 +45,9 @@ _OPTIONS = (
         help="Divide --ram-cache among the layers as this routing trace would have read least, instead of evenly.",
     ),
     shared_options.kernels,
-    click.option("--lazy", is_flag=True, help="Of a Hub repository: begin before all experts are there."),
+    click.option(
+        "--lazy", is_flag=True, help="Of a Hub repository: begin before all experts are there."
+    ),
     shared_options.revision,
     shared_options.token,
 )
@@ -98,8 +100,12 @@ def _slots(trace: Path, path: Path, options: dict[str, Any]) -> list[int]:
     if not path.is_dir():
         raise click.UsageError(f"--trace: only for a folder, and {path} is none")
     artifact = Artifact.open(path)
-    budget = ram_budget(options["ram_cache"], artifact, reserve_bytes=options.get("reserve_bytes", 0))
-    return slots_from_trace(read_trace(trace), artifact, budget, POLICIES[options["policy"]], io=options["io"])
+    budget = ram_budget(
+        options["ram_cache"], artifact, reserve_bytes=options.get("reserve_bytes", 0)
+    )
+    return slots_from_trace(
+        read_trace(trace), artifact, budget, POLICIES[options["policy"]], io=options["io"]
+    )
 
 
 class ExpertsThere:
@@ -119,7 +125,11 @@ class ExpertsThere:
 
     def facts(self) -> dict[str, int]:
         """Return both sizes in bytes, for JSON."""
-        return dict(zip(("experts_there_bytes", "experts_bytes"), self._experts, strict=True)) if self._experts else {}
+        return (
+            dict(zip(("experts_there_bytes", "experts_bytes"), self._experts, strict=True))
+            if self._experts
+            else {}
+        )
 
     def say(self) -> None:
         """Print the line."""

@@ -19,7 +19,9 @@ TYPICAL = (
 def check_options(options: dict[str, Any], *, vram: bool) -> None:
     """UsageError for a speed that the plan does not use."""
     if vram and options["memory"]:
-        raise click.UsageError("--memory: not used with --vram: RAM gives what the link takes, and the GPU computes")
+        raise click.UsageError(
+            "--memory: not used with --vram: RAM gives what the link takes, and the GPU computes"
+        )
     for name in ("link", "gpu_bandwidth"):
         if options[name] and not vram:
             raise click.UsageError(f"--{name.replace('_', '-')}: only with --vram")
@@ -31,10 +33,14 @@ def ram_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any])
     from loader.planning.memory_plan import Machine
 
     disk, memory = _disk(sizes, files, options), options["memory"]
-    return Machine(memory_bytes_per_s=memory * GB if memory else memory_bytes_per_s(), disk_bytes_per_s=disk)
+    return Machine(
+        memory_bytes_per_s=memory * GB if memory else memory_bytes_per_s(), disk_bytes_per_s=disk
+    )
 
 
-def gpu_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any], *, needs_disk: bool) -> "GpuMachine":
+def gpu_machine(
+    sizes: "ModelSizes", files: list[Path], options: dict[str, Any], *, needs_disk: bool
+) -> "GpuMachine":
     """Of link, GPU memory, and disk. UsageError as `ram_machine`, and for what is not given where there is no GPU."""
     from loader.planning.budget import expert_bytes_by_layer
     from loader.planning.gpu_plan import GpuMachine
@@ -43,8 +49,14 @@ def gpu_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any],
     link, memory = (options[name] and options[name] * GB for name in ("link", "gpu_bandwidth"))
     if not (link and memory):
         if not has_gpu():
-            missing = [name for name, speed in (("--link GB/s", link), ("--gpu-bandwidth GB/s", memory)) if not speed]
-            raise click.UsageError(f"there is no GPU here to measure: say {' and '.join(missing)}; {TYPICAL}")
+            missing = [
+                name
+                for name, speed in (("--link GB/s", link), ("--gpu-bandwidth GB/s", memory))
+                if not speed
+            ]
+            raise click.UsageError(
+                f"there is no GPU here to measure: say {' and '.join(missing)}; {TYPICAL}"
+            )
         from loader.cuda.device.speeds import link_bytes_per_s, memory_bytes_per_s
         from loader.cuda.device.torch_device import cuda_devices
 
@@ -67,5 +79,7 @@ def _disk(sizes: "ModelSizes", files: list[Path], options: dict[str, Any]) -> fl
     if options["disk"]:
         return float(options["disk"]) * GB
     if not files:
-        raise click.UsageError("there are no weights here to measure the disk with: say how fast it is, --disk GB/s")
+        raise click.UsageError(
+            "there are no weights here to measure the disk with: say how fast it is, --disk GB/s"
+        )
     return disk_bytes_per_s(files, int(max(sizes.stored)))

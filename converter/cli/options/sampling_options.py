@@ -11,14 +11,20 @@ NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 _OPTIONS = (
     click.option(
-        "--temperature", type=click.FloatRange(min=0), help="Sample at this temperature; 0 or none is greedy."
+        "--temperature",
+        type=click.FloatRange(min=0),
+        help="Sample at this temperature; 0 or none is greedy.",
     ),
     click.option(
         "--top-p",
         type=click.FloatRange(0, 1, min_open=True),
         help="Sample among the likeliest tokens with this total probability.",
     ),
-    click.option("--top-k", type=click.IntRange(min=0), help="Sample among this many of the likeliest tokens; 0: all."),
+    click.option(
+        "--top-k",
+        type=click.IntRange(min=0),
+        help="Sample among this many of the likeliest tokens; 0: all.",
+    ),
     click.option(
         "--min-p",
         type=click.FloatRange(0, 1),
@@ -44,4 +50,6 @@ def settings_of(max_new_tokens: int, options: dict[str, Any]) -> Any:
     """Return the GenerationSettings of the options, which are taken out of `options`. RecipeError out of range."""
     from loader.serving.answers.settings import GenerationSettings
 
-    return GenerationSettings(max_new_tokens=max_new_tokens, **{name: options.pop(name) for name in NAMES})
+    return GenerationSettings(
+        max_new_tokens=max_new_tokens, **{name: options.pop(name) for name in NAMES}
+    )

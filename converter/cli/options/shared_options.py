@@ -8,12 +8,19 @@ import click
 from formats.checksums import CHECKS
 from formats.sizes import parse_size
 
-revision = click.option("--revision", help="Branch, tag or commit of the Hub repository [default: main].")
+revision = click.option(
+    "--revision", help="Branch, tag or commit of the Hub repository [default: main]."
+)
 token = click.option(
-    "--token", help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN]."
+    "--token",
+    help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].",
 )
 ram_cache = click.option(
-    "--ram-cache", default="auto", show_default=True, metavar="SIZE", help="Memory for experts, e.g. 6GiB."
+    "--ram-cache",
+    default="auto",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for experts, e.g. 6GiB.",
 )
 device = click.option(
     "--device",
@@ -23,7 +30,11 @@ device = click.option(
     help="cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1; auto: a GPU if there is one that works.",
 )
 gpu_cache = click.option(
-    "--gpu-cache", default="auto", show_default=True, metavar="SIZE", help="GPU memory for experts, e.g. 8GiB."
+    "--gpu-cache",
+    default="auto",
+    show_default=True,
+    metavar="SIZE",
+    help="GPU memory for experts, e.g. 8GiB.",
 )
 io = click.option(
     "--io",
@@ -40,12 +51,20 @@ check = click.option(
     help="What is compared with the index as bytes are read: fast, the trunk's and tokenizer's sha256 and a quick"
     " checksum of each expert; sha256, also of the experts; or none.",
 )
-kernels = click.option("--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True)
+kernels = click.option(
+    "--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True
+)
 window = click.option(
-    "--window", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a window, BOS included."
+    "--window",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Tokens a window, BOS included.",
 )
 raw = click.option(
-    "--raw", is_flag=True, help="Leave prompts as they are, also where the tokenizer has a chat template."
+    "--raw",
+    is_flag=True,
+    help="Leave prompts as they are, also where the tokenizer has a chat template.",
 )
 
 
@@ -56,5 +75,10 @@ def prefix_cache(default: str, text: str) -> Callable[[Any], Any]:
         return 0 if value == "0" else parse_size(value, "--prefix-cache")
 
     return click.option(
-        "--prefix-cache", metavar="SIZE", default=default, show_default=True, callback=parsed, help=text
+        "--prefix-cache",
+        metavar="SIZE",
+        default=default,
+        show_default=True,
+        callback=parsed,
+        help=text,
     )

@@ -42,10 +42,16 @@ def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], 
     def decorate(function: F) -> F:
         @(json_option if has_json else _unchanged)
         @click.option("-q", "--quiet", is_flag=True, help="No progress, warnings only.")
-        @click.option("-v", "--verbose", is_flag=True, help="Say more; show the traceback of an error.")
-        def wrapper(*args: Any, quiet: bool, verbose: bool, as_json: bool = False, **kwargs: Any) -> Any:
+        @click.option(
+            "-v", "--verbose", is_flag=True, help="Say more; show the traceback of an error."
+        )
+        def wrapper(
+            *args: Any, quiet: bool, verbose: bool, as_json: bool = False, **kwargs: Any
+        ) -> Any:
             level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-            logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+            logging.basicConfig(
+                level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+            )
             for room in ("converter", "formats", "loader"):
                 logging.getLogger(room).setLevel(level)
             output = Output(as_json, quiet, interrupted)
@@ -59,13 +65,18 @@ def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], 
                 # click ends silently for any of them.
                 if is_closed_pipe(e):
                     raise
-                raise MoeConvertError(f"a connection was closed by its other end: {e}", AGAIN) from e
+                raise MoeConvertError(
+                    f"a connection was closed by its other end: {e}", AGAIN
+                ) from e
             except Exception:
                 if verbose:
                     click.echo(printable(traceback.format_exc()), err=True)
                 raise
 
-        options = [*getattr(wrapper, "__click_params__", []), *getattr(function, "__click_params__", [])]
+        options = [
+            *getattr(wrapper, "__click_params__", []),
+            *getattr(function, "__click_params__", []),
+        ]
         wrapper.__name__, wrapper.__doc__ = function.__name__, function.__doc__
         wrapper.__click_params__ = options  # type: ignore[attr-defined]
         return wrapper  # type: ignore[return-value]
@@ -111,7 +122,9 @@ class _Bar:
             if self._bar is not None:
                 self._bar.close()
             self._stage = stage
-            self._bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=stage, file=sys.stderr)
+            self._bar = tqdm(
+                total=total, initial=done, unit="B", unit_scale=True, desc=stage, file=sys.stderr
+            )
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()
@@ -135,7 +148,10 @@ class _Lines:
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
         share = 100 * done / total if total else 100
         speed = f", {rate / 1e6:.0f} MB/s" if rate > 0 else ""
-        click.echo(f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} MB ({share:.0f} %){speed}{left}", err=True)
+        click.echo(
+            f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} MB ({share:.0f} %){speed}{left}",
+            err=True,
+        )
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -145,7 +161,9 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     def cell(text: str, i: int) -> str:
         return text.ljust(widths[i]) if i < left else text.rjust(widths[i])
 
-    return "\n".join("  ".join(cell(text, i) for i, text in enumerate(row)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell(text, i) for i, text in enumerate(row)).rstrip() for row in rows
+    )
 
 
 def gigabytes(n_bytes: int) -> str:

@@ -11,10 +11,16 @@ if TYPE_CHECKING:
     from converter.recipe.conversion_recipe import ConversionRecipe
 
 
-def facts_of(plan: "OutputPlan", recipe: "ConversionRecipe", source_bytes: int, out: Path) -> dict[str, Any]:
+def facts_of(
+    plan: "OutputPlan", recipe: "ConversionRecipe", source_bytes: int, out: Path
+) -> dict[str, Any]:
     """Plain values for JSON of the bytes of a conversion and its recipe."""
     options = recipe.options
-    rules = ["chosen by calibration"] if options.rules_are_open else [rule.text for rule in options.rules]
+    rules = (
+        ["chosen by calibration"]
+        if options.rules_are_open
+        else [rule.text for rule in options.rules]
+    )
     return {
         "out_dir": str(out),
         "recipe": recipe.name,
@@ -53,11 +59,16 @@ def text_of(facts: dict[str, Any]) -> str:
     rows = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            rows += [(f"{name.replace('_', ' ')} ({key})", f"{number:.4f}") for key, number in value.items()]
+            rows += [
+                (f"{name.replace('_', ' ')} ({key})", f"{number:.4f}")
+                for key, number in value.items()
+            ]
         elif isinstance(value, list):
             rows += [(name.replace("_", " "), text) for text in value]
         elif name.endswith("_bytes"):
-            rows.append((name.removesuffix("_bytes").replace("_", " ") + " size", f"{gigabytes(value)}"))
+            rows.append(
+                (name.removesuffix("_bytes").replace("_", " ") + " size", f"{gigabytes(value)}")
+            )
         else:
             rows.append((name.replace("_", " "), str(value)))
     return table(rows, left=2)

@@ -15,7 +15,13 @@ def live_line(answer: Any, model: Any) -> str:
 
 def with_shares(cache: dict[str, Any], seconds: float | None) -> dict[str, Any]:
     """`MoeStats.as_dict` and which shares of the time went by waiting for reads, and with a read under way."""
-    return {**cache, **{f"{name}_share": cache[f"{name}_s"] / seconds if seconds else 0.0 for name in ("wait", "busy")}}
+    return {
+        **cache,
+        **{
+            f"{name}_share": cache[f"{name}_s"] / seconds if seconds else 0.0
+            for name in ("wait", "busy")
+        },
+    }
 
 
 def stats_table(result: dict[str, Any]) -> str:

@@ -11,7 +11,9 @@ GB = 10**9
 def text_of(result: dict[str, Any], *, detailed: bool) -> str:
     """What `plan --json` prints as text: each part of the one budget if `detailed`, else a line for each budget."""
     experts = f"{result['layers']} layers of {result['experts']} experts, {gigabytes(result['expert_bytes'])}"
-    routing = f"hit ratios of {result['trace']}" if result["trace"] else "every expert equally likely"
+    routing = (
+        f"hit ratios of {result['trace']}" if result["trace"] else "every expert equally likely"
+    )
     heading = (
         f"{result['path']} ({result['recipe']}): {experts}\n"
         f"{_speeds(result)}; {routing}; {result['context']} positions, prompts of {result['prompt']} tokens"
@@ -28,7 +30,9 @@ def _speeds(result: dict[str, Any]) -> str:
     names = {"disk": ".2f", "memory": ".1f", "link": ".1f", "gpu_memory": ".1f"}
     speeds = ((name, digits, result.get(f"{name}_bytes_per_s")) for name, digits in names.items())
     return ", ".join(
-        f"{name.replace('gpu_', 'GPU ')} {speed / GB:{digits}} GB/s" for name, digits, speed in speeds if speed
+        f"{name.replace('gpu_', 'GPU ')} {speed / GB:{digits}} GB/s"
+        for name, digits, speed in speeds
+        if speed
     )
 
 
@@ -107,7 +111,14 @@ def _sizes(rows: Sequence[tuple[str, int | None]]) -> str:
 
 def _comparison(plans: list[dict[str, Any]], result: dict[str, Any]) -> str:
     verified = "verified" in plans[0]
-    heading = ["budget", "--ram-cache", f"slots of {result['experts']}", "misses", "MB/token", "tokens/s"]
+    heading = [
+        "budget",
+        "--ram-cache",
+        f"slots of {result['experts']}",
+        "misses",
+        "MB/token",
+        "tokens/s",
+    ]
     rows = [tuple(heading + (["measured misses", "tokens/s"] if verified else []))]
     for plan in plans:
         low, high = plan["tokens_per_s"]
@@ -116,7 +127,10 @@ def _comparison(plans: list[dict[str, Any]], result: dict[str, Any]) -> str:
             f"{plan['miss_ratio']:.3f}", f"{plan['read_bytes_per_token'] / 1e6:.1f}", f"{low:.2f} to {high:.2f}",
         ]  # fmt: skip
         if verified:
-            row += [f"{1 - plan['verified']['hit_ratio']:.3f}", f"{plan['verified']['tokens_per_s']:.2f}"]
+            row += [
+                f"{1 - plan['verified']['hit_ratio']:.3f}",
+                f"{plan['verified']['tokens_per_s']:.2f}",
+            ]
         rows.append(tuple(row))
     return table(rows)
 

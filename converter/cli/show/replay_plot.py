@@ -19,7 +19,9 @@ def plot_replay(report: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        raise MoeConvertError("--plot needs matplotlib", "pip install 'moe-convert[plots]'") from None
+        raise MoeConvertError(
+            "--plot needs matplotlib", "pip install 'moe-convert[plots]'"
+        ) from None
     # Figure instead of pyplot: no display, no state.
     figure = Figure(figsize=(10, 4), layout="constrained")
     hits, guesses = figure.subplots(1, 2)
@@ -41,14 +43,26 @@ def plot_replay(report: dict[str, Any], path: Path) -> None:
         if layers:
             means = [sum(column) / len(layers) for column in zip(*layers, strict=True)]
             guesses.plot(
-                range(1, len(means) + 1), means, label=norm.replace("_", " layer's "), marker=marker, markersize=4
+                range(1, len(means) + 1),
+                means,
+                label=norm.replace("_", " layer's "),
+                marker=marker,
+                markersize=4,
             )
     chosen = report["chosen"]
-    numbers = range(1, len(report["recall"]["this_norm"][0]) + 1) if report["recall"]["this_norm"] else []
-    guesses.plot(
-        numbers, [min(1, g / chosen) for g in numbers], color="black", linestyle="--", label="all guesses right"
+    numbers = (
+        range(1, len(report["recall"]["this_norm"][0]) + 1) if report["recall"]["this_norm"] else []
     )
-    guesses.set(xlabel="guesses a layer", ylabel="recall", title="guesses of the next layer's experts")
+    guesses.plot(
+        numbers,
+        [min(1, g / chosen) for g in numbers],
+        color="black",
+        linestyle="--",
+        label="all guesses right",
+    )
+    guesses.set(
+        xlabel="guesses a layer", ylabel="recall", title="guesses of the next layer's experts"
+    )
     for axes in (hits, guesses):
         axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -32,24 +32,36 @@ def _hit_ratios(report: dict[str, Any], by_layer: bool) -> Iterator[str]:
                 (str(number), *(f"{layer['hit_ratio']:.3f} of {layer['slots']}" for layer in row))
                 for number, row in enumerate(layers)
             ]
-            yield _titled(f"{name}: hit ratio of each layer, by slots a layer", ("layer", *numbers), rows)
+            yield _titled(
+                f"{name}: hit ratio of each layer, by slots a layer", ("layer", *numbers), rows
+            )
 
 
 def _recall(report: dict[str, Any], by_layer: bool) -> Iterator[str]:
     for norm, layers in report["recall"].items():
         if not layers:
             continue  # a single layer has nobody to guess for it
-        rows = [(f"{i} → {i + 1}", *_shares(layer)) for i, layer in enumerate(layers)] if by_layer else []
-        rows.append(("mean", *_shares([sum(column) / len(layers) for column in zip(*layers, strict=True)])))
+        rows = (
+            [(f"{i} → {i + 1}", *_shares(layer)) for i, layer in enumerate(layers)]
+            if by_layer
+            else []
+        )
+        rows.append(
+            ("mean", *_shares([sum(column) / len(layers) for column in zip(*layers, strict=True)]))
+        )
         numbers = [str(number + 1) for number in range(len(layers[0]))]
-        yield _titled(f"recall by guesses, with {norm.replace('_', ' ')}", ("layers", *numbers), rows)
+        yield _titled(
+            f"recall by guesses, with {norm.replace('_', ' ')}", ("layers", *numbers), rows
+        )
 
 
 def _reads(report: dict[str, Any], speeds: Sequence[str]) -> str:
     rows = []
     for run in report["runs"]:
         for reads in run["reads"]:
-            kinds = [reads[f"{kind}_bytes_per_token"] / 1e6 for kind in ("total", "useful", "wasted")]
+            kinds = [
+                reads[f"{kind}_bytes_per_token"] / 1e6 for kind in ("total", "useful", "wasted")
+            ]
             rates = [reads["tokens_per_s"][name] for name in speeds]
             rows.append(
                 (

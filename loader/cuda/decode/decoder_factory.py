@@ -16,7 +16,11 @@ class CudaDecoderFactory:
     """Makes `CudaDecoder`s. share: which experts the CPU computes, by the backend `cpu`; None: none."""
 
     def __init__(
-        self, device: Device, products: Products, share: CpuShare | None = None, cpu: Backend | None = None
+        self,
+        device: Device,
+        products: Products,
+        share: CpuShare | None = None,
+        cpu: Backend | None = None,
     ) -> None:
         self.device = device.torch_device
         self._device, self._products = device, products
@@ -27,9 +31,13 @@ class CudaDecoderFactory:
         sizes = _sizes(weights.layers[0], weights)
         for number, layer in enumerate(weights.layers):
             if _sizes(layer, weights) != sizes:
-                raise LeaveDecoder(Reason.EXPERTS, f"layer {number} differs from layer 0 in sizes or top_k")
+                raise LeaveDecoder(
+                    Reason.EXPERTS, f"layer {number} differs from layer 0 in sizes or top_k"
+                )
             if layer.layout is None:
-                raise LeaveDecoder(Reason.WEIGHTS, f"layer {number} has experts of several packings, or in 16 bits")
+                raise LeaveDecoder(
+                    Reason.WEIGHTS, f"layer {number} has experts of several packings, or in 16 bits"
+                )
         if not fits(sizes):
             raise LeaveDecoder(Reason.WEIGHTS, f"{sizes} is not a size of the GPU kernels")
         return CudaDecoder(self._device, self._products, sizes, weights, self._share, self._cpu)

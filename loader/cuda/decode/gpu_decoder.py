@@ -49,25 +49,38 @@ class CudaDecoder:
         self.has_head = weights.head is not None
         for tensor in (weights.embedding[0], weights.norm):
             if tensor.dtype is not sizes.dtype or tensor.shape != (sizes.hidden,):
-                raise ValueError(f"expected {sizes.dtype} of {sizes.hidden}, got {tensor.shape} {tensor.dtype}")
+                raise ValueError(
+                    f"expected {sizes.dtype} of {sizes.hidden}, got {tensor.shape} {tensor.dtype}"
+                )
         self._kind: Kind = (sizes.kv_heads, sizes.head_dim, sizes.dtype, device.torch_device)
         memory = self._memory = TokenMemory(device, sizes, for_cpu=share is not None)
         self._cpu = None if share is None or cpu is None else CpuPart(device, memory, cpu)
         launches = Launches(device, sizes, memory)
         layouts = [layer.layouts[0] for layer in weights.layers]
         experts = {
-            layout: products.token_experts(layout, memory.acts, memory.weights, memory.sum) for layout in set(layouts)
+            layout: products.token_experts(layout, memory.acts, memory.weights, memory.sum)
+            for layout in set(layouts)
         }
         self._layers = [
-            CudaLayerStep(launches, products, sizes, memory, layer, experts[layout], first=number == 0)
+            CudaLayerStep(
+                launches, products, sizes, memory, layer, experts[layout], first=number == 0
+            )
             for number, (layer, layout) in enumerate(zip(weights.layers, layouts, strict=True))
         ]
-        self._norm = launches.add_norm(memory.residual, memory.sum, self._weights.norm, weights.eps, memory.x)
+        self._norm = launches.add_norm(
+            memory.residual, memory.sum, self._weights.norm, weights.eps, memory.x
+        )
         self._head = _head(device, products, sizes, memory, self._weights.head)
         self._lock = threading.Lock()
 
     def run(
-        self, token: int, cos: Tensor, sin: Tensor, row: int, past: Sequence[KvLayer], experts: ExpertSource
+        self,
+        token: int,
+        cos: Tensor,
+        sin: Tensor,
+        row: int,
+        past: Sequence[KvLayer],
+        experts: ExpertSource,
     ) -> Tensor:
         """As `Decoder.run`. Experts are asked for by rank, in the order of layers."""
         with self._lock:
@@ -79,7 +92,10 @@ class CudaDecoder:
                 step.begin(place, ahead)
                 chosen, guesses = self._memory.chosen(ahead[1] if ahead else 0)
                 guess = partial(experts.guess, number + 1, guesses) if guesses else _nothing
-                with self._split(number, chosen) as split, experts.lease(number, split.on_gpu) as lease:
+                with (
+                    self._split(number, chosen) as split,
+                    experts.lease(number, split.on_gpu) as lease,
+                ):
                     self._add(step.experts, lease, chosen, guess)
                     if split.on_cpu and self._cpu:
                         self._cpu.add(split.on_cpu, self._weights.layers[number].layouts, chosen)
@@ -96,8 +112,14 @@ class CudaDecoder:
 
     def _set_token(self, token: int, cos: Tensor, sin: Tensor, row: int, length: int) -> None:
         memory, sizes, embedding = self._memory, self._sizes, self._weights.embedding
-        if not (cos.dtype is sin.dtype is sizes.dtype and cos.shape == sin.shape and cos.shape[-1] == sizes.head_dim):
-            raise ValueError(f"rotary embedding of {sizes.dtype} [{sizes.head_dim}]: got {cos.dtype} {cos.shape}")
+        if not (
+            cos.dtype is sin.dtype is sizes.dtype
+            and cos.shape == sin.shape
+            and cos.shape[-1] == sizes.head_dim
+        ):
+            raise ValueError(
+                f"rotary embedding of {sizes.dtype} [{sizes.head_dim}]: got {cos.dtype} {cos.shape}"
+            )
         offset = row * sizes.head_dim * sizes.dtype.itemsize
         memory.cos.value, memory.sin.value = cos.data_ptr() + offset, sin.data_ptr() + offset
         memory.row.value = embedding.data_ptr() + token * sizes.hidden * sizes.dtype.itemsize
@@ -111,7 +133,13 @@ class CudaDecoder:
         ahead = experts.router_ahead(layer)
         return ahead if ahead and ahead[0].dtype is self._sizes.dtype else None
 
-    def _add(self, experts: TokenExperts, lease: Lease, chosen: Sequence[int], meanwhile: Callable[[], None]) -> None:
+    def _add(
+        self,
+        experts: TokenExperts,
+        lease: Lease,
+        chosen: Sequence[int],
+        meanwhile: Callable[[], None],
+    ) -> None:
         """The leased ones of the chosen experts, by rank, into `sum`; `meanwhile` is called once the GPU has something
         to do, or has to wait."""
         # In ascending order; of two terms the order changes no bit (docs/numerics.md), so that one need not wait.
@@ -120,13 +148,20 @@ class CudaDecoder:
         if not at_once:
             meanwhile()
         for place, blobs in enumerate(lease.parts() if in_parts else (lease.all(),)):
-            experts.add([(chosen.index(expert), blobs[expert]) for expert in sorted(blobs)], first=place == 0)
+            experts.add(
+                [(chosen.index(expert), blobs[expert]) for expert in sorted(blobs)],
+                first=place == 0,
+            )
             if at_once and place == 0:
                 meanwhile()
 
 
 def _head(
-    device: Device, products: Products, sizes: Sizes, memory: TokenMemory, head: Tensor | PackedMatrix | None
+    device: Device,
+    products: Products,
+    sizes: Sizes,
+    memory: TokenMemory,
+    head: Tensor | PackedMatrix | None,
 ) -> Callable[[], Tensor]:
     """What gives a new [1, 1, rows] of the dtype from `normed` and `acts`; without a head the normed [1, 1, hidden]."""
     if isinstance(head, Tensor):
@@ -145,9 +180,13 @@ def _head(
     return run
 
 
-def _bf16_head(device: Device, sizes: Sizes, memory: TokenMemory, head: Tensor) -> Callable[[], Tensor]:
+def _bf16_head(
+    device: Device, sizes: Sizes, memory: TokenMemory, head: Tensor
+) -> Callable[[], Tensor]:
     if not head.dtype is sizes.dtype is torch.bfloat16 or head.shape[1:] != (sizes.hidden,):
-        raise ValueError(f"head of bfloat16 [rows, {sizes.hidden}] for {sizes.dtype}: got {head.shape} {head.dtype}")
+        raise ValueError(
+            f"head of bfloat16 [rows, {sizes.hidden}] for {sizes.dtype}: got {head.shape} {head.dtype}"
+        )
     rows, place = len(head), c_void_p()
     args = head, memory.normed, rows, sizes.hidden, place
     launch = device.prepare("linear_bf16", (-(-rows // _HEAD_ROWS), 1, 1), _HEAD_THREADS, args)

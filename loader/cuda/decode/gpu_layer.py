@@ -36,7 +36,10 @@ class Launches:
         memory = self._memory
         args = x, c_void_p() if added is None else added, weight, eps, self._sizes.hidden
         return self._device.prepare(
-            f"add_norm_{self._suffix}", (1, 1, 1), _NORM_THREADS, (*args, total, memory.normed, memory.acts)
+            f"add_norm_{self._suffix}",
+            (1, 1, 1),
+            _NORM_THREADS,
+            (*args, total, memory.normed, memory.acts),
         )
 
     def attend(self, keys: c_void_p, values: c_void_p, capacity: c_int64) -> Callable[[], None]:
@@ -57,7 +60,15 @@ class Launches:
         """The mixed values of all spans, quantized, into `mixed`."""
         sizes, memory = self._sizes, self._memory
         blocks = memory.mixed.shape[1]
-        args = memory.acc, memory.top, memory.total, memory.spans, sizes.heads, sizes.head_dim, memory.mixed
+        args = (
+            memory.acc,
+            memory.top,
+            memory.total,
+            memory.spans,
+            sizes.heads,
+            sizes.head_dim,
+            memory.mixed,
+        )
         return self._device.prepare("attend_combine", (-(-blocks // 8), 1, 1), 128, args)
 
     def route(self, router: Tensor) -> Callable[[], None]:
@@ -96,10 +107,19 @@ class CudaLayerStep:
         self._launches, self._memory = launches, memory
         self.keys, self.values, self.capacity = c_void_p(), c_void_p(), c_int64()
         x, added = (memory.row, None) if first else (memory.residual, memory.sum)
-        self._norm = launches.add_norm(x, added, weights.attention_norm, weights.attention_eps, memory.x)
+        self._norm = launches.add_norm(
+            x, added, weights.attention_norm, weights.attention_eps, memory.x
+        )
         self._qkv = products.prepare_linear(
             memory.acts,
-            [_entry(m, y) for m, y in ((attention.q, memory.q), (attention.k, memory.k), (attention.v, memory.v))],
+            [
+                _entry(m, y)
+                for m, y in (
+                    (attention.q, memory.q),
+                    (attention.k, memory.k),
+                    (attention.v, memory.v),
+                )
+            ],
             sizes.hidden,
         )
         self._o = products.prepare_linear(memory.mixed, [_entry(attention.o, memory.o)], sizes.wide)
@@ -112,7 +132,15 @@ class CudaLayerStep:
         """After the number of spans has changed."""
         attend = self._launches.attend(self.keys, self.values, self.capacity)
         combine = self._launches.combine()
-        self._steps = self._norm, self._qkv, attend, combine, self._o, self._experts_norm, self._route
+        self._steps = (
+            self._norm,
+            self._qkv,
+            attend,
+            combine,
+            self._o,
+            self._experts_norm,
+            self._route,
+        )
 
     def begin(self, place: tuple[int, int, int], ahead: tuple[Tensor, int] | None) -> None:
         """Queues all up to the router, over the cache at `place` (`GrowingLayer.place`), and the copy of its choice."""
@@ -144,15 +172,24 @@ def fits(sizes: Sizes) -> bool:
 def check(sizes: Sizes, weights: LayerWeights) -> None:
     """ValueError if these are not weights of such a layer."""
     hidden, wide, narrow = sizes.hidden, sizes.wide, sizes.narrow
-    for name, rows, columns in (("q", wide, hidden), ("k", narrow, hidden), ("v", narrow, hidden), ("o", hidden, wide)):
+    for name, rows, columns in (
+        ("q", wide, hidden),
+        ("k", narrow, hidden),
+        ("v", narrow, hidden),
+        ("o", hidden, wide),
+    ):
         matrix: PackedMatrix = getattr(weights.attention, name)
         need = tile_packing_named(matrix.packing).matrix_bytes(rows, columns)
         if matrix.rows != rows or matrix.tiles.numel() < need or not matrix.tiles.is_contiguous():
-            raise ValueError(f"{name}: {matrix.rows} rows in {matrix.tiles.numel()} bytes; {rows} take {need}")
+            raise ValueError(
+                f"{name}: {matrix.rows} rows in {matrix.tiles.numel()} bytes; {rows} take {need}"
+            )
     for tensor, shape in (
         (weights.attention_norm, (hidden,)),
         (weights.experts_norm, (hidden,)),
         (weights.router, (sizes.experts, hidden)),
     ):
         if tensor.dtype is not sizes.dtype or tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(f"expected dense {shape} of {sizes.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+            raise ValueError(
+                f"expected dense {shape} of {sizes.dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
+            )

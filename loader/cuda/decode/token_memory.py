@@ -50,11 +50,17 @@ class TokenMemory:
         self._device, self._sizes = device, sizes
         hidden = sizes.hidden
         self.x, self.residual = (self.new(hidden, sizes.dtype) for _ in range(2))
-        self.q, self.k, self.v = (self.new(n, torch.float32) for n in (sizes.wide, sizes.narrow, sizes.narrow))
+        self.q, self.k, self.v = (
+            self.new(n, torch.float32) for n in (sizes.wide, sizes.narrow, sizes.narrow)
+        )
         self.o, self.sum = (self.new(hidden, torch.float32) for _ in range(2))
         self.acts, self.mixed = (self.new_acts(n) for n in (hidden, sizes.wide))
         # Side by side, so that one copy brings to the host what it needs.
-        ends = list(accumulate((hidden * sizes.dtype.itemsize, 4 * (sizes.top_k + sizes.experts), 4 * sizes.top_k)))
+        ends = list(
+            accumulate(
+                (hidden * sizes.dtype.itemsize, 4 * (sizes.top_k + sizes.experts), 4 * sizes.top_k)
+            )
+        )
         there, self._host = self.new(ends[-1], torch.uint8), pinned(device, ends[-1], self)
         self.normed, self.choice, self.weights = self._views(there, ends)
         """What the router sees; its choice by rank, then what the next layer's router guesses; the choice's weights."""
@@ -66,7 +72,12 @@ class TokenMemory:
         self.spans = 0
         self.acc, self.top, self.total = (self.new(0, torch.float32) for _ in range(3))
         """Of the attention kernel: [spans, heads, head_dim] and twice [spans, heads]."""
-        self.row, self.cos, self.sin, self.next_router = c_void_p(), c_void_p(), c_void_p(), c_void_p()
+        self.row, self.cos, self.sin, self.next_router = (
+            c_void_p(),
+            c_void_p(),
+            c_void_p(),
+            c_void_p(),
+        )
         """Addresses: of the token's row of the embedding, of its rotary embedding, of the router that guesses."""
         self.position, self.guesses = c_int64(), c_int64()
         self._arrived = device.new_event()

@@ -51,7 +51,9 @@ def device_names(wish: Devices) -> list[str | Device]:
     for name in [name for name in names if isinstance(name, str)]:
         kind, _, number = name.partition(":")
         if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
-            raise RecipeError(f"device: {name!r} is unknown; known are auto, cpu, cuda, cuda:N and several of the last")
+            raise RecipeError(
+                f"device: {name!r} is unknown; known are auto, cpu, cuda, cuda:N and several of the last"
+            )
     return names
 
 
@@ -82,7 +84,10 @@ def describe_gpus() -> str:
             "is built without CUDA" if torch.version.cuda is None else "finds none"
         )
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    names = [f"cuda:{i} {p.name}, {p.total_memory >> 20} MiB, sm_{p.major}{p.minor}" for i, p in enumerate(found)]
+    names = [
+        f"cuda:{i} {p.name}, {p.total_memory >> 20} MiB, sm_{p.major}{p.minor}"
+        for i, p in enumerate(found)
+    ]
     return "; ".join(names) + ("" if nvrtc.is_available() else "; not used: NVRTC is missing")
 
 

@@ -58,12 +58,19 @@ class Module:
     def __init__(self, cubin: bytes, context: Context) -> None:
         self._context, self._driver, self._check = context, context.driver, context.check
         self._handle = c_void_p()
-        self._check(self._driver.cuModuleLoadData(ctypes.byref(self._handle), cubin), "loading the kernels")
+        self._check(
+            self._driver.cuModuleLoadData(ctypes.byref(self._handle), cubin), "loading the kernels"
+        )
         self._functions: dict[str, c_void_p] = {}
         self._most_shared: dict[str, int] = {}
 
     def prepare(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, values: Sequence[Any], shared_bytes: int
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        values: Sequence[Any],
+        shared_bytes: int,
     ) -> Callable[[int], None]:
         """What launches `kernel` on the stream whose handle it is given. `values` are ctypes objects, whose contents
         at each call are passed. MoeConvertError, now or then, if the driver refuses."""
@@ -74,7 +81,10 @@ class Module:
         # `values` is named so that it lives as long as the pointers.
         def run(stream: int, values: Sequence[Any] = values) -> None:
             if error := launch(function, *sizes, stream, pointers, None):
-                self._check(error, f"kernel {kernel} with grid {grid}, {threads} threads, {shared_bytes} shared bytes")
+                self._check(
+                    error,
+                    f"kernel {kernel} with grid {grid}, {threads} threads, {shared_bytes} shared bytes",
+                )
 
         return run
 
@@ -82,7 +92,9 @@ class Module:
         function = self._functions.get(kernel)
         if function is None:
             function = c_void_p()
-            found = self._driver.cuModuleGetFunction(ctypes.byref(function), self._handle, kernel.encode())
+            found = self._driver.cuModuleGetFunction(
+                ctypes.byref(function), self._handle, kernel.encode()
+            )
             self._check(found, f"kernel {kernel}")
             self._functions[kernel] = function
         if shared_bytes > self._most_shared.get(kernel, _UNASKED_SHARED_BYTES):
@@ -97,7 +109,9 @@ def _library() -> ctypes.CDLL:
     try:
         return declared(ctypes.CDLL("libcuda.so.1"))
     except OSError as e:
-        raise MoeConvertError(f"the GPU's driver library is not here: {e}", "use device='cpu'") from None
+        raise MoeConvertError(
+            f"the GPU's driver library is not here: {e}", "use device='cpu'"
+        ) from None
 
 
 def declared(driver: ctypes.CDLL) -> ctypes.CDLL:

@@ -60,10 +60,14 @@ def _compile(nvrtc: ctypes.CDLL, sources: dict[str, bytes], arch: str) -> bytes:
     )  # fmt: skip
     try:
         options = [f"--gpu-architecture={arch}".encode(), *(option.encode() for option in OPTIONS)]
-        failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        failed = nvrtc.nvrtcCompileProgram(
+            program, len(options), (ctypes.c_char_p * len(options))(*options)
+        )
         if failed:
             log = _bytes(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
-            raise MoeConvertError(f"NVRTC cannot compile the kernels for {arch}: {log[:4000]}", "use device='cpu'")
+            raise MoeConvertError(
+                f"NVRTC cannot compile the kernels for {arch}: {log[:4000]}", "use device='cpu'"
+            )
         return _bytes(nvrtc, program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -79,7 +83,9 @@ def _bytes(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 def _check(nvrtc: ctypes.CDLL, error: int, what: str) -> None:
     if error:
-        raise MoeConvertError(f"{what}: {nvrtc.nvrtcGetErrorString(error).decode()}", "use device='cpu'")
+        raise MoeConvertError(
+            f"{what}: {nvrtc.nvrtcGetErrorString(error).decode()}", "use device='cpu'"
+        )
 
 
 def _version(nvrtc: ctypes.CDLL) -> tuple[int, int]:
@@ -98,7 +104,12 @@ def _library() -> ctypes.CDLL:
             tried.append(str(e))
             continue
         nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
-        for function in ("nvrtcGetProgramLogSize", "nvrtcGetProgramLog", "nvrtcGetCUBINSize", "nvrtcGetCUBIN"):
+        for function in (
+            "nvrtcGetProgramLogSize",
+            "nvrtcGetProgramLog",
+            "nvrtcGetCUBINSize",
+            "nvrtcGetCUBIN",
+        ):
             getattr(nvrtc, function).argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         nvrtc.nvrtcCompileProgram.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         return nvrtc
@@ -113,7 +124,11 @@ def _candidates() -> list[str]:
     found: list[str] = []
     for package in importlib.metadata.distributions():
         if (package.metadata["Name"] or "").startswith("nvidia-cuda-nvrtc"):
-            found += [str(package.locate_file(f)) for f in package.files or () if f.name.startswith("libnvrtc.so")]
+            found += [
+                str(package.locate_file(f))
+                for f in package.files or ()
+                if f.name.startswith("libnvrtc.so")
+            ]
     major = (torch.version.cuda or "").split(".")[0]
     found.sort(key=lambda name: not (major and name.endswith(f".so.{major}")))
     return [*found, *([f"libnvrtc.so.{major}"] if major else []), "libnvrtc.so"]

@@ -44,7 +44,9 @@ def _error(device: Device, packing: Packing, tokens: int) -> float:
     index, weights = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
     layouts, expected = {0: layout}, torch.zeros(tokens, hidden)
     TorchBackend().experts({0: blob}, layouts, x, index, weights, expected)
-    there = [part.to(device.torch_device) for part in (blob, x, weights, torch.zeros_like(expected))]
+    there = [
+        part.to(device.torch_device) for part in (blob, x, weights, torch.zeros_like(expected))
+    ]
     Products(device).add_experts({0: there[0]}, layouts, there[1], index, there[2], there[3])
     return float((there[3].cpu() - expected).norm() / expected.norm())
 
@@ -54,7 +56,10 @@ def random_expert(layout: ExpertLayout, random: torch.Generator) -> Tensor:
     blob = torch.randint(256, (layout.n_bytes,), generator=random, dtype=torch.uint8)
     sections = blob[: layout.gate_up_bytes], blob[layout.gate_up_bytes :]
     for section, shape, packing in zip(
-        sections, (layout.gate_up_shape, layout.down_shape), (layout.gate_up, layout.down), strict=True
+        sections,
+        (layout.gate_up_shape, layout.down_shape),
+        (layout.gate_up, layout.down),
+        strict=True,
     ):
         heads = section.view(shape)[:, :HEAD_BYTES]
         scale = 0.05 / getattr(packing, "max_code", 1) / getattr(packing, "max_s", 1)

@@ -24,7 +24,9 @@ def link_bytes_per_s(device: Device, block_bytes: int, seconds: float = 0.5) -> 
     stream = device.compute_stream()
     pinned = device.pin(source)
     try:
-        return block_bytes * _calls_per_s(lambda: device.copy(target, source, stream), stream.synchronize, seconds)
+        return block_bytes * _calls_per_s(
+            lambda: device.copy(target, source, stream), stream.synchronize, seconds
+        )
     finally:
         stream.synchronize()
         if pinned:
@@ -35,7 +37,11 @@ def memory_bytes_per_s(device: Device, seconds: float = 0.5) -> float:
     """Copies 256 MiB, or a quarter of the free memory if that is less, within `device`: bytes read and written."""
     n_bytes = min(_MEMORY_BYTES, device.memory()[0] // 4)
     source, target = device.empty(n_bytes), device.empty(n_bytes)
-    return 2 * n_bytes * _calls_per_s(partial(target.copy_, source), device.compute_stream().synchronize, seconds)
+    return (
+        2
+        * n_bytes
+        * _calls_per_s(partial(target.copy_, source), device.compute_stream().synchronize, seconds)
+    )
 
 
 def _calls_per_s(call: Callable[[], object], wait: Callable[[], None], seconds: float) -> float:

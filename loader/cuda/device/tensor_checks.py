@@ -7,7 +7,9 @@ from torch import Tensor
 def dense(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Of `dtype`, without gaps."""
     if tensor.dtype is not dtype or not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected dense {dtype}, got {tensor.dtype}, strides {tuple(tensor.stride())}")
+        raise ValueError(
+            f"{name}: expected dense {dtype}, got {tensor.dtype}, strides {tuple(tensor.stride())}"
+        )
 
 
 def shape_of(name: str, tensor: Tensor, dtype: torch.dtype, dims: int) -> tuple[int, ...]:

@@ -76,7 +76,9 @@ class CudaDevice:
     ) -> Callable[[], None]:  # fmt: skip
         values = [kernel_argument(value) for value in args]
         # Tensors among `args` are held by the closure: their memory must stay.
-        return self._on_stream(self._loaded().prepare(kernel, grid, threads, values, shared_bytes), args)
+        return self._on_stream(
+            self._loaded().prepare(kernel, grid, threads, values, shared_bytes), args
+        )
 
     def launch(
         self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,
@@ -121,6 +123,8 @@ def cuda_devices(names: Sequence[str], kept: Path | None = None) -> list[CudaDev
         index = torch.device(name).index
         index = torch.cuda.current_device() if index is None else index
         if index >= torch.cuda.device_count():
-            raise MoeConvertError(f"device {name}: there are {torch.cuda.device_count()} GPUs", "count from cuda:0")
+            raise MoeConvertError(
+                f"device {name}: there are {torch.cuda.device_count()} GPUs", "count from cuda:0"
+            )
         result.append(CudaDevice(index, kept))
     return result

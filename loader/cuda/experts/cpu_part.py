@@ -18,9 +18,14 @@ class CpuPart:
         self._device, self._memory, self._backend = device, memory, backend
         self._host = pinned(device, memory.sum.numel() * 4, self)
         self._there = memory.new(self._host.numel(), torch.uint8)
-        self._sum, self._sum_there = self._host.view(torch.float32)[None], self._there.view(torch.float32)
+        self._sum, self._sum_there = (
+            self._host.view(torch.float32)[None],
+            self._there.view(torch.float32),
+        )
 
-    def add(self, blobs: dict[int, Tensor], layouts: dict[int, ExpertLayout], chosen: Sequence[int]) -> None:
+    def add(
+        self, blobs: dict[int, Tensor], layouts: dict[int, ExpertLayout], chosen: Sequence[int]
+    ) -> None:
         """Adds the experts `blobs`, uint8 [n_bytes] in RAM, to the memory's `sum` after what was launched until now;
         layouts: of all experts; chosen: the token's, by rank. Waits for the CPU only.
 

@@ -22,7 +22,9 @@ class CudaBackend(Shared):
         self.products = Products(device)
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
-        return self.products.linear(self.products.quantize(x.contiguous()), tiles, packing, rows, columns)
+        return self.products.linear(
+            self.products.quantize(x.contiguous()), tiles, packing, rows, columns
+        )
 
     def experts(
         self,

@@ -56,7 +56,11 @@ def gpu_budget(gpu_cache: int | str, device: Device, least_bytes: int, trunk_byt
 
 
 def gpu_slots(
-    gpu_cache: int | str, devices: Sequence[Device], artifact: SizedExperts, aside: int, trunk_bytes: Sequence[int]
+    gpu_cache: int | str,
+    devices: Sequence[Device],
+    artifact: SizedExperts,
+    aside: int,
+    trunk_bytes: Sequence[int],
 ) -> GpuSlots:
     """Slots for `gpu_cache` on each of `devices`, of which layers get consecutive parts, as large as their budgets.
 
@@ -65,7 +69,10 @@ def gpu_slots(
     sizes = expert_bytes_by_layer(artifact)
     # A device's own layers are known only when its budget is: any size may be among them.
     least = aside * sum(buffer_bytes(size) for size in set(sizes))
-    budgets = [gpu_budget(gpu_cache, *each) for each in zip(devices, [least] * len(devices), trunk_bytes, strict=True)]
+    budgets = [
+        gpu_budget(gpu_cache, *each)
+        for each in zip(devices, [least] * len(devices), trunk_bytes, strict=True)
+    ]
     numbers = split_layers(sizes, budgets)
     slots: list[int] = []
     for number, budget in enumerate(budgets):
@@ -74,7 +81,9 @@ def gpu_slots(
             layers = slice(begin, begin + count)
             slots += slots_by_layer(budget, artifact, aside, all_in_place=False, layers=layers)
     memory = [Memory(device.empty, PIECE_BYTES) for device in devices]
-    return GpuSlots(tuple(devices[n] for n in numbers), tuple(slots), tuple(memory[n] for n in numbers))
+    return GpuSlots(
+        tuple(devices[n] for n in numbers), tuple(slots), tuple(memory[n] for n in numbers)
+    )
 
 
 def split_layers(sizes: Sequence[int], budgets: Sequence[int]) -> list[int]:
@@ -83,7 +92,11 @@ def split_layers(sizes: Sequence[int], budgets: Sequence[int]) -> list[int]:
     total, before, result = sum(sizes), 0, []
     for size in sizes:
         middle = (before + size / 2) / total
-        result.append(next(number for number, end in enumerate(ends) if middle < end or number == len(ends) - 1))
+        result.append(
+            next(
+                number for number, end in enumerate(ends) if middle < end or number == len(ends) - 1
+            )
+        )
         before += size
     return result
 

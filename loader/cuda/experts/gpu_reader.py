@@ -21,7 +21,10 @@ class GpuReader:
         self.artifact = tier.artifact
         self._tier = tier
         self._devices = tuple(devices)
-        streams = {key: device.new_stream() for key, device in {id(device): device for device in devices}.items()}
+        streams = {
+            key: device.new_stream()
+            for key, device in {id(device): device for device in devices}.items()
+        }
         self._streams = [streams[id(device)] for device in self._devices]
         self._slots: dict[int, Slot] = {}
         """By address of the buffer."""
@@ -39,8 +42,12 @@ class GpuReader:
             raise no_gpu_after_fork()
         slot = self._slots.get(buffer.data_ptr())
         if slot is None:
-            slot = self._slots[buffer.data_ptr()] = Slot(self._devices[layer], self._streams[layer], buffer)
-        return GpuLoad(slot, self._tier.use(layer, expert), buffer[: self.moved_bytes(layer, expert)])
+            slot = self._slots[buffer.data_ptr()] = Slot(
+                self._devices[layer], self._streams[layer], buffer
+            )
+        return GpuLoad(
+            slot, self._tier.use(layer, expert), buffer[: self.moved_bytes(layer, expert)]
+        )
 
     def before_use(self, blobs: Iterable[Tensor]) -> None:
         """The compute stream waits for the copies that bring `blobs`; the host doesn't."""
@@ -116,7 +123,10 @@ class Slot:
 
     def before_use(self) -> None:
         """The compute stream waits for the copy, if it has not done so."""
-        if self.written is not None and (stream := self.device.compute_stream()) not in self._waited:
+        if (
+            self.written is not None
+            and (stream := self.device.compute_stream()) not in self._waited
+        ):
             stream.wait_event(self.written)
             self._waited.add(stream)
 

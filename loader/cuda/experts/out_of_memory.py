@@ -28,7 +28,9 @@ class MemoryRetry:
         self._cache, self._process = cache, os.getpid()
         self._devices = {device.name: device for device in layer_devices}
         # The first layer of each device stands for it.
-        self._layers = {device.name: layer for layer, device in reversed(list(enumerate(layer_devices)))}
+        self._layers = {
+            device.name: layer for layer, device in reversed(list(enumerate(layer_devices)))
+        }
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Return what `forward` gives. DoesNotFitError if no slot is left; MoeConvertError in a forked child."""
@@ -49,7 +51,10 @@ class MemoryRetry:
                 ) from None
             for device in self._devices.values():
                 device.release()
-            _log.warning("GPU memory was used up: %d MiB of expert slots given up, and tried again", freed >> 20)
+            _log.warning(
+                "GPU memory was used up: %d MiB of expert slots given up, and tried again",
+                freed >> 20,
+            )
             wanted *= 2
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryRetry":

@@ -29,7 +29,11 @@ class Pairs:
         numbers, counts = expert.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0)
         self._ranges = dict(
-            zip(numbers.tolist(), zip((ends - counts).tolist(), ends.tolist(), strict=True), strict=True)
+            zip(
+                numbers.tolist(),
+                zip((ends - counts).tolist(), ends.tolist(), strict=True),
+                strict=True,
+            )
         )
 
     def parts(self, expert: int) -> list[tuple[int, int]]:

@@ -75,7 +75,9 @@ class Pool:
     def evict(self, copied: Collection[Entry]) -> Entry | None:
         """The expert that leaves; None if all are used or being `copied`."""
         fixed = {number for number, entry in self.entries.items() if entry.users or entry in copied}
-        return None if len(fixed) == len(self.entries) else self.entries.pop(self.policy.victim(fixed))
+        return (
+            None if len(fixed) == len(self.entries) else self.entries.pop(self.policy.victim(fixed))
+        )
 
 
 class PinnedTier:
@@ -103,7 +105,8 @@ class PinnedTier:
         self._sizes = expert_bytes_by_layer(reader.artifact)
         memory = Memory(self._allocate, piece_bytes, lazy=True)
         self._pools = {
-            size: Pool(size, counts[size], self._sizes.count(size), memory) for size in sorted(set(self._sizes))
+            size: Pool(size, counts[size], self._sizes.count(size), memory)
+            for size in sorted(set(self._sizes))
         }
         self._entries: dict[tuple[int, int], Entry] = {}
         self._copies: deque[tuple[CopyEvent, Entry]] = deque()
@@ -252,11 +255,16 @@ class PinnedTier:
                 self._pinned[memory.data_ptr()] = memory
             else:
                 self._refused = True
-                _log.warning("%d bytes of RAM could not be page-locked: copies to the GPU will be slower", n_bytes)
+                _log.warning(
+                    "%d bytes of RAM could not be page-locked: copies to the GPU will be slower",
+                    n_bytes,
+                )
         return memory
 
     def _count(self, **counts: int) -> None:
-        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in counts.items()})
+        self._stats = replace(
+            self._stats, **{name: getattr(self._stats, name) + n for name, n in counts.items()}
+        )
 
 
 class TierUse:

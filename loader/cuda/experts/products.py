@@ -27,7 +27,11 @@ MOST_GRID_ROWS = 65535
 GEMM_TOKENS = 32
 """Tokens of one block of the kernels for many."""
 
-_QUANTIZE = {torch.float32: "quantize_f32", torch.bfloat16: "quantize_bf16", torch.float16: "quantize_f16"}
+_QUANTIZE = {
+    torch.float32: "quantize_f32",
+    torch.bfloat16: "quantize_bf16",
+    torch.float16: "quantize_f16",
+}
 
 LinearMatrix = tuple[Tensor, Packing, int, Tensor]
 """Tiles, their packing, rows, and y: float32 [rows] that the product is written to."""
@@ -54,10 +58,14 @@ class Products:
         for begin in range(0, tokens, MOST_GRID_ROWS):
             rows, to = x[begin : begin + MOST_GRID_ROWS], acts[begin : begin + MOST_GRID_ROWS]
             grid = (-(-acts.shape[1] // 8), len(rows), 1)
-            self._device.launch(_QUANTIZE[x.dtype], grid, 128, (rows, columns, to), reads=(rows,), writes=(to,))
+            self._device.launch(
+                _QUANTIZE[x.dtype], grid, 128, (rows, columns, to), reads=(rows,), writes=(to,)
+            )
         return acts
 
-    def linear(self, acts: Tensor, tiles: Tensor, packing: Packing, rows: int, columns: int) -> Tensor:
+    def linear(
+        self, acts: Tensor, tiles: Tensor, packing: Packing, rows: int, columns: int
+    ) -> Tensor:
         """The product of `acts` (of `quantize`, T tokens) with a packed matrix [rows, columns], transposed: float32
         [T, rows]."""
         tokens = _tokens(acts, columns)
@@ -72,7 +80,9 @@ class Products:
             self._gemm(packing, groups, 0, rows, columns, acts, y, tiles)
         return y
 
-    def prepare_linear(self, acts: Tensor, matrices: Sequence[LinearMatrix], columns: int) -> Callable[[], None]:
+    def prepare_linear(
+        self, acts: Tensor, matrices: Sequence[LinearMatrix], columns: int
+    ) -> Callable[[], None]:
         """What multiplies one token's `acts` [1, blocks of 64, 80] with several matrices (q, k, v) at each call: a
         launch for each packing. Tiles and results must stay where they are."""
         if _tokens(acts, columns) != 1:
@@ -95,7 +105,9 @@ class Products:
 
         return run
 
-    def token_experts(self, layout: ExpertLayout, acts: Tensor, weights: Tensor, out: Tensor) -> "TokenExperts":
+    def token_experts(
+        self, layout: ExpertLayout, acts: Tensor, weights: Tensor, out: Tensor
+    ) -> "TokenExperts":
         """One token's experts of one layout: acts [1, blocks of 64, 80] of its x, weights float32 [k] by rank, out
         float32 [hidden], all on the device; read and written at each `add`."""
         if _tokens(acts, layout.hidden) != 1:
@@ -103,7 +115,9 @@ class Products:
         shape_of("weights", weights, torch.float32, 1)
         if shape_of("out", out, torch.float32, 1) != (layout.hidden,):
             raise ValueError(f"out: expected [{layout.hidden}], got {tuple(out.shape)}")
-        return TokenExperts(self._device, layout, acts, weights, out, self._shared_h(layout.intermediate))
+        return TokenExperts(
+            self._device, layout, acts, weights, out, self._shared_h(layout.intermediate)
+        )
 
     def add_experts(
         self,
@@ -118,8 +132,13 @@ class Products:
         tokens, hidden = shape_of("x", x, torch.float32, 2)
         if shape_of("out", out, torch.float32, 2) != (tokens, hidden):
             raise ValueError(f"out: expected {tuple(x.shape)}, got {tuple(out.shape)}")
-        if shape_of("index", index_host, torch.int64, 2)[0] != tokens or weights.shape != index_host.shape:
-            raise ValueError(f"index {tuple(index_host.shape)}, weights {tuple(weights.shape)}, {tokens} tokens")
+        if (
+            shape_of("index", index_host, torch.int64, 2)[0] != tokens
+            or weights.shape != index_host.shape
+        ):
+            raise ValueError(
+                f"index {tuple(index_host.shape)}, weights {tuple(weights.shape)}, {tokens} tokens"
+            )
         dense("weights", weights, torch.float32)
         for expert, blob in blobs.items():
             _check_expert(layouts[expert], blob, hidden)
@@ -160,7 +179,9 @@ class Products:
             (groups, layout.hidden, layout.intermediate, acts, token, h), reads=(acts, token, *blobs), writes=(h,),
         )  # fmt: skip
         y = self._floats(count, layout.hidden)
-        self._gemm(down, groups, layout.gate_up_bytes, layout.hidden, layout.intermediate, h, y, *blobs)
+        self._gemm(
+            down, groups, layout.gate_up_bytes, layout.hidden, layout.intermediate, h, y, *blobs
+        )
         tokens, hidden = out.shape
         self._device.launch(
             "add_pairs", (tokens, -(-hidden // 256), 1), 256,
@@ -168,7 +189,9 @@ class Products:
             reads=(y, pairs.place, pairs.rank, weights), writes=(out,),
         )  # fmt: skip
 
-    def _gemv(self, acts: Tensor, matrices: Sequence[LinearMatrix], columns: int) -> Callable[[], None]:
+    def _gemv(
+        self, acts: Tensor, matrices: Sequence[LinearMatrix], columns: int
+    ) -> Callable[[], None]:
         tokens, packing = acts.shape[0], matrices[0][1]
         width = next(width for width in GEMV_TOKENS if width >= tokens)
         structure = Matrices.of([(tiles, y, rows) for tiles, _, rows, y in matrices])
@@ -184,10 +207,14 @@ class Products:
     ) -> None:  # fmt: skip
         grid = (-(-tiles_of(rows) // 4), groups.token_tiles, 1)
         args = groups, offset, rows, columns, acts, y
-        self._device.launch(f"gemm_{_suffix(packing)}", grid, 128, args, reads=(acts, *tiles), writes=(y,))
+        self._device.launch(
+            f"gemm_{_suffix(packing)}", grid, 128, args, reads=(acts, *tiles), writes=(y,)
+        )
 
     def _acts(self, tokens: int, columns: int) -> Tensor:
-        return torch.empty(acts_shape(tokens, columns), dtype=torch.uint8, device=self._device.torch_device)
+        return torch.empty(
+            acts_shape(tokens, columns), dtype=torch.uint8, device=self._device.torch_device
+        )
 
     def _floats(self, tokens: int, rows: int) -> Tensor:
         return torch.empty(tokens, rows, dtype=torch.float32, device=self._device.torch_device)
@@ -203,7 +230,13 @@ class TokenExperts:
     """One token's experts of one layout, a few at a time. Made by `Products.token_experts`."""
 
     def __init__(
-        self, device: Device, layout: ExpertLayout, acts: Tensor, weights: Tensor, out: Tensor, h: Tensor
+        self,
+        device: Device,
+        layout: ExpertLayout,
+        acts: Tensor,
+        weights: Tensor,
+        out: Tensor,
+        h: Tensor,
     ) -> None:
         self._device, self._layout, self._n_bytes = device, layout, layout.n_bytes
         self._packings = _tiled(layout)

@@ -18,7 +18,13 @@ from loader.experts.buffers import Memory
 from loader.experts.cache import ExpertCache
 from loader.experts.fetcher import THREADS
 from loader.experts.policy import Policy
-from loader.planning.budget import check_slots, expert_bytes_by_layer, experts_aside, ram_budget, tier_counts
+from loader.planning.budget import (
+    check_slots,
+    expert_bytes_by_layer,
+    experts_aside,
+    ram_budget,
+    tier_counts,
+)
 
 TIER_ASIDE = THREADS + 1
 """Experts that the tier holds at least: one for each thread that copies, and a guess that gave way."""
@@ -75,7 +81,9 @@ class GpuExperts:
         except torch.OutOfMemoryError:
             sizes = expert_bytes_by_layer(artifact)
             need = sum(count * size for count, size in zip(places.slots, sizes, strict=True))
-            free = ", ".join(f"{device.name} has {device.memory()[0]} bytes free" for device in devices)
+            free = ", ".join(
+                f"{device.name} has {device.memory()[0]} bytes free" for device in devices
+            )
             raise DoesNotFitError(
                 f"{artifact.folder}: slots for experts take {need} bytes, {free}",
                 "give a smaller gpu_cache, or fewer slots",
@@ -92,4 +100,6 @@ class GpuExperts:
 def _given(slots: Sequence[int], devices: Sequence[Device], artifact: Artifact) -> GpuSlots:
     numbers = split_layers(expert_bytes_by_layer(artifact), [1] * len(devices))
     memory = [Memory(device.empty, PIECE_BYTES) for device in devices]
-    return GpuSlots(tuple(devices[n] for n in numbers), tuple(slots), tuple(memory[n] for n in numbers))
+    return GpuSlots(
+        tuple(devices[n] for n in numbers), tuple(slots), tuple(memory[n] for n in numbers)
+    )

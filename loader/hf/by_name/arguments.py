@@ -61,7 +61,9 @@ def loader_options(name: str, given: Any, there: Any, arguments: dict[str, Any])
     for argument, (neutral, hint) in ONLY.items():
         value = left.pop(argument, None)
         if value is not None and value not in neutral:
-            raise RecipeError(f"{argument}: {short(value)} is not supported for a converted model", hint)
+            raise RecipeError(
+                f"{argument}: {short(value)} is not supported for a converted model", hint
+            )
     _check_quantization(left.pop("quantization_config", None))
     options = {
         **_device(left),
@@ -71,13 +73,18 @@ def loader_options(name: str, given: Any, there: Any, arguments: dict[str, Any])
     }
     if unknown := sorted(left.keys() - set(_OPTIONS)):
         raise RecipeError(
-            f"{unknown[0]}: unknown argument for a converted model", f"known are {', '.join(_OPTIONS)} and device_map"
+            f"{unknown[0]}: unknown argument for a converted model",
+            f"known are {', '.join(_OPTIONS)} and device_map",
         )
     return {**left, **options}
 
 
 def _check_quantization(value: Any) -> None:
-    method = value.get("quant_method") if isinstance(value, dict) else getattr(value, "quant_method", None)
+    method = (
+        value.get("quant_method")
+        if isinstance(value, dict)
+        else getattr(value, "quant_method", None)
+    )
     if value is not None and method != METHOD:
         name = short(getattr(method, "value", method))
         raise RecipeError(
@@ -124,6 +131,8 @@ def _repository(name: str, left: dict[str, Any], given: Any) -> dict[str, Any]:
     if os.path.exists(name):
         return {}
     if cached_only and not is_offline():
-        raise RecipeError("local_files_only: True is not supported for a converted model", "set HF_HUB_OFFLINE=1")
+        raise RecipeError(
+            "local_files_only: True is not supported for a converted model", "set HF_HUB_OFFLINE=1"
+        )
     # True: the token that huggingface_hub has.
     return {"revision": revision or commit, "token": None if token is True else token}

@@ -8,9 +8,7 @@ from formats.config.field_rules import short
 from formats.errors import RecipeError
 
 _KNOWN = "known are auto, cpu, cuda, cuda:N, N and {'': one of these}"
-_SPLIT_HINT = (
-    "experts go to disk and RAM by themselves (ram_cache, gpu_cache); device='cuda:0,cuda:1' splits them over GPUs"
-)
+_SPLIT_HINT = "experts go to disk and RAM by themselves (ram_cache, gpu_cache); device='cuda:0,cuda:1' splits them over GPUs"
 
 
 def device_of_map(device_map: Any) -> str:
@@ -19,7 +17,9 @@ def device_of_map(device_map: Any) -> str:
         return _device(device_map)
     devices = sorted({_device(device) for device in device_map.values()})
     if len(devices) > 1:
-        raise RecipeError(f"device_map: it splits the layers over {', '.join(devices)}", _SPLIT_HINT)
+        raise RecipeError(
+            f"device_map: it splits the layers over {', '.join(devices)}", _SPLIT_HINT
+        )
     if not devices:
         raise RecipeError("device_map: it is empty", _KNOWN)
     return devices[0]
@@ -39,4 +39,6 @@ def _device(device: Any) -> str:
             raise RecipeError(f"device_map: {short(device)} is no device", _KNOWN) from None
         if known.type in ("cpu", "cuda"):
             return "cpu" if known.type == "cpu" else str(known)
-    raise RecipeError(f"device_map: {short(str(device))} is no device that computes a converted model", _KNOWN)
+    raise RecipeError(
+        f"device_map: {short(str(device))} is no device that computes a converted model", _KNOWN
+    )

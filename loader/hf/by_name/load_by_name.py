@@ -34,7 +34,9 @@ class NamedFolder:
     there: Any
 
     @classmethod
-    def of(cls, name: Any, config: Any, config_class: Any, kwargs: dict[str, Any]) -> "NamedFolder | None":
+    def of(
+        cls, name: Any, config: Any, config_class: Any, kwargs: dict[str, Any]
+    ) -> "NamedFolder | None":
         """None if `name` has no converted model. NotConvertedError if there is an unfinished one."""
         if not isinstance(name, str | os.PathLike):
             return None

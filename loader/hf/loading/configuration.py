@@ -25,7 +25,9 @@ def loading_options(
     """
     from transformers import AutoConfig, GenerationConfig
 
-    generation = read_generation_config(folder, fields["vocab_size"], error=error, converted=converted)
+    generation = read_generation_config(
+        folder, fields["vocab_size"], error=error, converted=converted
+    )
     where = folder / "config.json"
     try:
         given = copy.deepcopy(fields)
@@ -37,11 +39,15 @@ def loading_options(
             defaults = GenerationConfig(**generation)
     # Whatever a foreign library raises for a stranger's values, its own classes among it.
     except Exception as e:
-        raise error(f"{where}: transformers refuses it: {type(e).__name__}: {short(str(e))}", f"correct {where}") from e
+        raise error(
+            f"{where}: transformers refuses it: {type(e).__name__}: {short(str(e))}",
+            f"correct {where}",
+        ) from e
     return {
         "config": config,
         "generation_config": defaults,
-        "attn_implementation": attn_implementation or ("sdpa" if model_class(config)._supports_sdpa else "eager"),
+        "attn_implementation": attn_implementation
+        or ("sdpa" if model_class(config)._supports_sdpa else "eager"),
         "local_files_only": True,
         "use_safetensors": True,
         "trust_remote_code": False,

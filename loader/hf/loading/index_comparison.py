@@ -24,7 +24,10 @@ def check_matrix(model: nn.Module, path: str, linear: PackedLinear, artifact: Ar
 def check_experts(model: nn.Module, path: str, artifact: Artifact) -> None:
     """FormatError unless the model has experts of the sizes that the index says at `path`."""
     a, module = artifact.architecture, _module(model, path, artifact)
-    shapes = [getattr(getattr(module, name, None), "shape", None) for name in ("gate_up_proj", "down_proj")]
+    shapes = [
+        getattr(getattr(module, name, None), "shape", None)
+        for name in ("gate_up_proj", "down_proj")
+    ]
     expected = [
         (a.num_local_experts, 2 * a.intermediate_size, a.hidden_size),
         (a.num_local_experts, a.hidden_size, a.intermediate_size),
@@ -39,11 +42,15 @@ def check_experts(model: nn.Module, path: str, artifact: Artifact) -> None:
 def check_no_experts_left(model: nn.Module, artifact: Artifact) -> None:
     """FormatError naming experts of the model that the index does not name."""
     if left := experts_modules(model).keys() - artifact.architecture.expert_modules:
-        raise FormatError(f"{artifact.folder / INDEX_NAME}: expert_modules lacks {min(left)}, which the model has")
+        raise FormatError(
+            f"{artifact.folder / INDEX_NAME}: expert_modules lacks {min(left)}, which the model has"
+        )
 
 
 def _module(model: nn.Module, path: str, artifact: Artifact) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise FormatError(f"{artifact.folder / INDEX_NAME}: {path} is no module of the model") from None
+        raise FormatError(
+            f"{artifact.folder / INDEX_NAME}: {path} is no module of the model"
+        ) from None

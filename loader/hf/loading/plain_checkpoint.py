@@ -30,7 +30,9 @@ def check_runnable(folder: Path) -> None:
     if is_converted(folder):
         return
     if not folder.is_dir():
-        raise MoeConvertError(f"{folder} is not a folder", "name a converted folder, or a folder with a checkpoint")
+        raise MoeConvertError(
+            f"{folder} is not a folder", "name a converted folder, or a folder with a checkpoint"
+        )
     check_finished(folder)
     if not any((folder / name).exists() for name in WEIGHTS):
         raise MoeConvertError(
@@ -66,7 +68,9 @@ def load_checkpoint(folder: Path) -> "PreTrainedModel":
     check_runnable(folder)
     options = loading_options(folder, read_config(folder), None, error=SourceError)
     try:
-        model = model_class(options["config"]).from_pretrained(os.fspath(folder), dtype="auto", **options)
+        model = model_class(options["config"]).from_pretrained(
+            os.fspath(folder), dtype="auto", **options
+        )
     except (OSError, ValueError) as e:
         raise MoeConvertError(f"{folder}: transformers cannot load it: {e}") from e
     return model.eval()

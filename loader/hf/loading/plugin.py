@@ -68,7 +68,9 @@ def register_plugin() -> None:
 def _parts() -> Parts:
     parts = _PARTS.get()
     if parts is None:
-        raise MoeConvertError("this is a folder that moe-convert wrote", "load it by loader.from_pretrained(folder)")
+        raise MoeConvertError(
+            "this is a folder that moe-convert wrote", "load it by loader.from_pretrained(folder)"
+        )
     return parts
 
 
@@ -130,7 +132,9 @@ def _swap_modules(model: nn.Module, parts: Parts) -> None:
         _replace(model, name, PackedLinear(packing, linear.rows, linear.columns, parts.backend))
     for layer, path in enumerate(artifact.architecture.expert_modules):
         check_experts(model, path, artifact)
-        layouts = {e: artifact.layout(layer, e) for e in range(artifact.architecture.num_local_experts)}
+        layouts = {
+            e: artifact.layout(layer, e) for e in range(artifact.architecture.num_local_experts)
+        }
         experts = CachedExperts(layer, layouts, parts.cache, parts.experts[layer])
         _replace(model, path, experts)
     check_no_experts_left(model, artifact)
@@ -150,11 +154,21 @@ def compare_with_trunk(model: nn.Module, artifact: Artifact) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if artifact.architecture.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
-    found = {n: e.shape for n, e in artifact.trunk_header().entries.items() if not n.startswith("__pad__.")}
+    found = {
+        n: e.shape
+        for n, e in artifact.trunk_header().entries.items()
+        if not n.startswith("__pad__.")
+    }
     if missing := sorted(wanted.keys() - found.keys()):
-        raise FormatError(f"{where}: {len(missing)} tensors that the model needs are missing: {', '.join(missing[:4])}")
+        raise FormatError(
+            f"{where}: {len(missing)} tensors that the model needs are missing: {', '.join(missing[:4])}"
+        )
     if extra := sorted(found.keys() - wanted.keys()):
-        raise FormatError(f"{where}: {len(extra)} tensors that the model does not have: {', '.join(extra[:4])}")
+        raise FormatError(
+            f"{where}: {len(extra)} tensors that the model does not have: {', '.join(extra[:4])}"
+        )
     for name, shape in wanted.items():
         if found[name] != shape:
-            raise FormatError(f"{where}: tensor {name} has shape {list(found[name])}, the model needs {list(shape)}")
+            raise FormatError(
+                f"{where}: tensor {name} has shape {list(found[name])}, the model needs {list(shape)}"
+            )

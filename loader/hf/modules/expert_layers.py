@@ -31,8 +31,13 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer] | None:
     for path, experts in experts_modules(model).items():
         block_path = path.rpartition(".")[0]
         router = getattr(model.get_submodule(block_path), "gate", None)
-        norm = getattr(model.get_submodule(block_path.rpartition(".")[0]), "post_attention_layernorm", None)
-        if getattr(getattr(router, "weight", None), "ndim", 0) != 2 or getattr(norm, "weight", None) is None:
+        norm = getattr(
+            model.get_submodule(block_path.rpartition(".")[0]), "post_attention_layernorm", None
+        )
+        if (
+            getattr(getattr(router, "weight", None), "ndim", 0) != 2
+            or getattr(norm, "weight", None) is None
+        ):
             return None
         layers.append(RoutedLayer(experts, router, norm))
     return layers or None

@@ -27,5 +27,7 @@ class NativeHead(nn.Linear):
             or x.device.type != "cpu"
         ):
             return functional.linear(x, weight, self.bias)
-        result = kernels.linear_bf16(x.reshape(tokens, self.in_features).float().contiguous(), weight)
+        result = kernels.linear_bf16(
+            x.reshape(tokens, self.in_features).float().contiguous(), weight
+        )
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -27,7 +27,9 @@ class PackedLinear(nn.Linear):
     _is_hf_initialized = True
     """Tells transformers that there is no `weight` to give random values to."""
 
-    def __init__(self, packing: Packing, rows: int, columns: int, backend: Backend, *, bias: bool = False) -> None:
+    def __init__(
+        self, packing: Packing, rows: int, columns: int, backend: Backend, *, bias: bool = False
+    ) -> None:
         """packed and bias [rows] are on the default device, and without values until a checkpoint is loaded."""
         # Not nn.Linear's, which makes a weight.
         nn.Module.__init__(self)
@@ -35,7 +37,9 @@ class PackedLinear(nn.Linear):
         self.out_features = rows
         self.in_features = columns
         self._backend = backend
-        self.register_buffer("packed", torch.empty(tiles_of(rows), packing.tile_bytes(columns), dtype=torch.uint8))
+        self.register_buffer(
+            "packed", torch.empty(tiles_of(rows), packing.tile_bytes(columns), dtype=torch.uint8)
+        )
         self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
 
     @property
@@ -54,7 +58,9 @@ class PackedLinear(nn.Linear):
         tiles: Any = self._buffers["packed"]
         bias = self._parameters["bias"]
         rows = x.reshape(-1, self.in_features).float()
-        result = gradients.linear(self._backend, tiles, self.packing, self.out_features, self.in_features, rows)
+        result = gradients.linear(
+            self._backend, tiles, self.packing, self.out_features, self.in_features, rows
+        )
         if bias is not None:
             result = result + bias
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -69,7 +75,9 @@ class PackedLinear(nn.Linear):
 class CachedExperts(nn.Module):
     """All experts of a layer; their bytes come from the cache when tokens need them."""
 
-    def __init__(self, layer: int, layouts: dict[int, ExpertLayout], cache: ExpertSource, backend: Backend) -> None:
+    def __init__(
+        self, layer: int, layouts: dict[int, ExpertLayout], cache: ExpertSource, backend: Backend
+    ) -> None:
         super().__init__()
         self.layer = layer
         self._layouts = layouts
@@ -100,11 +108,14 @@ class CachedExperts(nn.Module):
         inputs = hidden_states, top_k_index, top_k_weights
         return gradients.experts(self._backend, self._run, self._differentiate, *inputs)
 
-    def _run(self, backend: Backend, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def _run(
+        self, backend: Backend, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         here, there = hidden_states.device, backend.torch_device
         if here.type != there.type:
             raise MoeConvertError(
-                f"experts run on {there}, the input is on {here}", "do not move the model; load it for another device"
+                f"experts run on {there}, the input is on {here}",
+                "do not move the model; load it for another device",
             )
         # Of several GPUs, the layer's own.
         x, weights = (part.to(there, torch.float32) for part in (hidden_states, top_k_weights))
@@ -117,12 +128,16 @@ class CachedExperts(nn.Module):
                 backend.experts(lease.all(), self._layouts, x, index, weights, out)
         elif len(x) == 1:
             # The router was set to more experts than the cache was made for.
-            for blobs in self._cache.stream(self.layer, _by_last_use(index), guesses, ascending=True):
+            for blobs in self._cache.stream(
+                self.layer, _by_last_use(index), guesses, ascending=True
+            ):
                 ranks = [rank for rank, expert in enumerate(index[0].tolist()) if expert in blobs]
                 backend.experts(blobs, self._layouts, x, index[:, ranks], weights[:, ranks], out)
         else:
             ascending = index.shape[1] > 2
-            for blobs in self._cache.stream(self.layer, _by_last_use(index), guesses, ascending=ascending):
+            for blobs in self._cache.stream(
+                self.layer, _by_last_use(index), guesses, ascending=ascending
+            ):
                 backend.experts(blobs, self._layouts, x, index, weights, out)
         return out.to(here, hidden_states.dtype)
 
@@ -135,11 +150,15 @@ class CachedExperts(nn.Module):
         x, weights, grad = (part.float() for part in (hidden_states, top_k_weights, grad))
         x_grad, weights_grad = torch.zeros_like(x), torch.zeros_like(weights)
         ascending = top_k_index.shape[1] > 2
-        for blobs in self._cache.stream(self.layer, _by_last_use(top_k_index), [], ascending=ascending):
+        for blobs in self._cache.stream(
+            self.layer, _by_last_use(top_k_index), [], ascending=ascending
+        ):
             for expert in sorted(blobs):
                 token, rank = torch.where(top_k_index == expert)
                 parts = x[token], weights[token, rank], grad[token]
-                mine, weights_grad[token, rank] = expert_gradients(self._layouts[expert], blobs[expert], *parts)
+                mine, weights_grad[token, rank] = expert_gradients(
+                    self._layouts[expert], blobs[expert], *parts
+                )
                 x_grad.index_add_(0, token, mine)
         return x_grad, weights_grad
 

@@ -26,7 +26,9 @@ class Answer:
         self._model = model
         self._request = request
         self._end_tokens = vocabulary.end_tokens
-        matcher = GrammarMatch(request.grammar, vocabulary.size) if request.grammar is not None else None
+        matcher = (
+            GrammarMatch(request.grammar, vocabulary.size) if request.grammar is not None else None
+        )
         self._sampler = Sampler(request.sampling, request.logprobs, matcher)
         before = request.prompt[-_TOKENS_BEFORE:] if request.spaced else ()
         self._text = TextStream(vocabulary.decoder(request.markers), request.stop, before)

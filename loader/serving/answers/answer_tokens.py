@@ -20,7 +20,11 @@ class CancelledError(Exception):
 
 
 def generate_tokens(
-    model: Any, tokens: Sequence[int], cache: Any, sampler: Sampler, is_cancelled: Callable[[], bool]
+    model: Any,
+    tokens: Sequence[int],
+    cache: Any,
+    sampler: Sampler,
+    is_cancelled: Callable[[], bool],
 ) -> Iterator[TokenLogprob]:
     """Yield the tokens after `tokens`, without end: whoever iterates stops. CancelledError within one token.
 
@@ -46,7 +50,11 @@ def _logits(model: Any, tokens: list[int], cache: Any, is_cancelled: Callable[[]
         ids = torch.tensor([tokens[begin:end]], device=model.device)
         # Without a mask every position attends to all before it.
         arguments: dict[str, Any] = {cache_field(): cache}
-        with _cancelled_between_layers(model, is_cancelled) if end - begin > 1 else contextlib.nullcontext():
+        with (
+            _cancelled_between_layers(model, is_cancelled)
+            if end - begin > 1
+            else contextlib.nullcontext()
+        ):
             output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **arguments)
         begin = end
         if begin == len(tokens):

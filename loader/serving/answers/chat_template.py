@@ -46,7 +46,9 @@ class ChatTemplate:
         except Exception as e:
             # A template is a program from somebody else: it may raise anything.
             reason = " ".join(str(e).split())[:200]
-            raise MoeConvertError(f"the chat template fails: {type(e).__name__}: {reason}", _HINT) from e
+            raise MoeConvertError(
+                f"the chat template fails: {type(e).__name__}: {reason}", _HINT
+            ) from e
         return str(text)
 
 
@@ -90,7 +92,9 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of `text`, with one BOS if the tokenizer adds it. MoeConvertError if there is none at all."""
     ids = tokenizer(text, verbose=False)["input_ids"]
     if not ids:
-        raise MoeConvertError("the prompt is empty and the tokenizer adds no BOS token", "give a prompt")
+        raise MoeConvertError(
+            "the prompt is empty and the tokenizer adds no BOS token", "give a prompt"
+        )
     return with_one_bos(ids, tokenizer)
 
 

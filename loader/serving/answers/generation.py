@@ -138,12 +138,18 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Return the tokens that end an answer: those of the model's generation_config and the tokenizer's EOS."""
     configured = model.generation_config.eos_token_id
     ids = list(configured) if isinstance(configured, list | tuple) else [configured]
-    return frozenset(int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None and token >= 0)
+    return frozenset(
+        int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None and token >= 0
+    )
 
 
 def _pad_token(model: Any, tokenizer: Any) -> int | None:
     """Return the padding token, or what stands in for it where the model has none."""
-    for token in (model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
+    for token in (
+        model.generation_config.pad_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+    ):
         if token is not None:
             return int(token)
     return None

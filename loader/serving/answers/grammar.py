@@ -27,14 +27,18 @@ class Grammars:
 
     def json_object(self) -> Any:
         """Return the grammar of JSON objects."""
-        return self._compiled("type", {"type": "object", "additionalProperties": True}, strict=False)
+        return self._compiled(
+            "type", {"type": "object", "additionalProperties": True}, strict=False
+        )
 
     def json_schema(self, schema: Any) -> Any:
         """Return the grammar of a JSON schema, without fields that it does not name. RefusedError for one that cannot
         be kept."""
         where = "response_format.json_schema.schema"
         if len(json.dumps(schema)) > LARGEST_SCHEMA_BYTES:
-            raise RefusedError(f"{where} is larger than {LARGEST_SCHEMA_BYTES} bytes", "response_format")
+            raise RefusedError(
+                f"{where} is larger than {LARGEST_SCHEMA_BYTES} bytes", "response_format"
+            )
         check_schema(schema, where)
         return self._compiled(where, schema, strict=True)
 
@@ -45,9 +49,13 @@ class Grammars:
                 "response_format",
             )
         try:
-            return self._opened().compile_json_schema(json.dumps(schema), any_whitespace=False, strict_mode=strict)
+            return self._opened().compile_json_schema(
+                json.dumps(schema), any_whitespace=False, strict_mode=strict
+            )
         except (RuntimeError, ValueError, TypeError) as e:
-            raise RefusedError(f"response_format: {where}: {_first_line(e)}", "response_format") from e
+            raise RefusedError(
+                f"response_format: {where}: {_first_line(e)}", "response_format"
+            ) from e
 
     def _opened(self) -> Any:
         import xgrammar
@@ -56,7 +64,9 @@ class Grammars:
             info = xgrammar.TokenizerInfo.from_huggingface(
                 self._tokenizer, vocab_size=self._vocabulary, stop_token_ids=self._end_tokens
             )
-            self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=64 << 20)
+            self._compiler = xgrammar.GrammarCompiler(
+                info, max_threads=1, cache_limit_bytes=64 << 20
+            )
         return self._compiler
 
 
@@ -89,5 +99,7 @@ class GrammarMatch:
 
 def _first_line(error: Exception) -> str:
     """What xgrammar says, without its time and place in the source."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     return re.sub(r"^\[[\d:]+\] \S+: ", "", line)

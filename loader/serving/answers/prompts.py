@@ -31,7 +31,9 @@ class Prompts:
         """True if messages can be made a prompt."""
         return bool(self._template)
 
-    def of_messages(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[int, ...]:
+    def of_messages(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> tuple[int, ...]:
         """Return the tokens of a chat before its next message. RefusedError naming what is wrong."""
         if not self.has_template:
             raise RefusedError(
@@ -39,7 +41,9 @@ class Prompts:
                 " /v1/completions",
                 "messages",
             )
-        checked = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+        checked = [
+            _message(message, f"messages[{number}]") for number, message in enumerate(messages)
+        ]
         text = self._rendered(checked, tools)
         if tools and text == self._rendered(checked, None):
             raise RefusedError("tools: the model's chat template has no place for tools", "tools")
@@ -59,12 +63,18 @@ class Prompts:
         try:
             with self._lock:
                 rendered = self._tokenizer.apply_chat_template(
-                    messages, chat_template=self._template, tools=tools, tokenize=False, add_generation_prompt=True
+                    messages,
+                    chat_template=self._template,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=True,
                 )
         except Exception as e:
             # A template is a stranger's program: it refuses messages by errors of any kind.
             text = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise RefusedError(f"messages: the model's chat template refuses them: {text}", "messages") from e
+            raise RefusedError(
+                f"messages: the model's chat template refuses them: {text}", "messages"
+            ) from e
         return str(rendered)
 
     def _tokens(self, text: str, where: str, *, special: bool) -> tuple[int, ...]:
@@ -81,7 +91,9 @@ class Prompts:
             raise RefusedError(f"{where}: no tokens", where)
         beyond = [token for token in tokens if not 0 <= token < self._size]
         if beyond:
-            raise RefusedError(f"{where}: token {beyond[0]} is beyond the model's {self._size} embeddings", where)
+            raise RefusedError(
+                f"{where}: token {beyond[0]} is beyond the model's {self._size} embeddings", where
+            )
         return tuple(tokens)
 
 
@@ -90,12 +102,18 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     role = _SAME_ROLE.get(str(message.get("role")), message.get("role"))
     if not isinstance(role, str) or role not in _ROLES:
         raise RefusedError(f"{where}.role: {role!r} is none of {', '.join(_ROLES)}", "messages")
-    made: dict[str, Any] = {"role": role, "content": _content(message.get("content"), f"{where}.content")}
+    made: dict[str, Any] = {
+        "role": role,
+        "content": _content(message.get("content"), f"{where}.content"),
+    }
     for field, value in message.items():
         if field not in _ROLES[role] and value is not None:
             raise RefusedError(f"{where}.{field}: not supported in a message of {role}", "messages")
         if field == "tool_calls" and value is not None:
-            made[field] = [_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(_list(value))]
+            made[field] = [
+                _call(call, f"{where}.tool_calls[{number}]")
+                for number, call in enumerate(_list(value))
+            ]
         elif field in ("name", "tool_call_id") and value is not None:
             made[field] = str(value)
         elif field == "refusal" and value:
@@ -112,7 +130,10 @@ def _content(content: Any, where: str) -> str:
     for number, part in enumerate(_list(content)):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise RefusedError(f"{where}[{number}]: parts of type {kind!r} are not supported, only text", "messages")
+            raise RefusedError(
+                f"{where}[{number}]: parts of type {kind!r} are not supported, only text",
+                "messages",
+            )
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -127,7 +148,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             "function": {"name": str(function["name"]), "arguments": arguments},
         }
     except (KeyError, TypeError, ValueError) as e:
-        raise RefusedError(f"{where}: no call of a function with JSON arguments ({e})", "messages") from None
+        raise RefusedError(
+            f"{where}: no call of a function with JSON arguments ({e})", "messages"
+        ) from None
 
 
 def _list(value: Any) -> list[Any]:

@@ -27,7 +27,9 @@ class Sampler:
     """Chooses the tokens of one answer. Random numbers come from a generator of its own: what other answers drew
     changes nothing."""
 
-    def __init__(self, sampling: Sampling, logprobs: int | None = None, matcher: Any = None) -> None:
+    def __init__(
+        self, sampling: Sampling, logprobs: int | None = None, matcher: Any = None
+    ) -> None:
         """logprobs: as in `Request`. matcher: a `GrammarMatch`, or None."""
         self._sampling = sampling
         self._logprobs = logprobs
@@ -52,7 +54,11 @@ class Sampler:
         self._counts[token] += 1
         if self._matcher is not None:
             self._matcher.accept(token)
-        return TokenLogprob(token, 0.0) if self._logprobs is None else self._reported(raw, token, self._logprobs)
+        return (
+            TokenLogprob(token, 0.0)
+            if self._logprobs is None
+            else self._reported(raw, token, self._logprobs)
+        )
 
     @property
     def is_done(self) -> bool:

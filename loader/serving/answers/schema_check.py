@@ -7,7 +7,18 @@ from typing import Any
 from loader.serving.answers.answer_request import RefusedError
 
 _ANNOTATIONS = frozenset(
-    {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$id", "$comment"}
+    {
+        "title",
+        "description",
+        "default",
+        "examples",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "$schema",
+        "$id",
+        "$comment",
+    }
 )
 _DEFINITIONS = ("$defs", "definitions")
 _OF_TYPE = {
@@ -19,7 +30,18 @@ _OF_TYPE = {
     "boolean": set(),
     "null": set(),
 }
-_FORMATS = {"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+_FORMATS = {
+    "date",
+    "time",
+    "date-time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "uuid",
+    "uri",
+}
 _UNKEPT_PATTERN = re.compile(r"\(\?[^:]|\\[bBkK1-9]")
 _PYTHON_TYPES = {
     "string": str, "integer": int, "number": (int, float), "array": list, "object": dict, "boolean": bool,
@@ -56,7 +78,10 @@ def _check_single(schema: Any, keywords: set[str], where: str, depth: int) -> bo
             return True
         parts = schema[name]
         if not isinstance(parts, list) or not parts or (name == "allOf" and len(parts) > 1):
-            raise _refused(f"{where}.{name}", "a list of one schema" if name == "allOf" else "a list of schemas")
+            raise _refused(
+                f"{where}.{name}",
+                "a list of one schema" if name == "allOf" else "a list of schemas",
+            )
         for number, part in enumerate(parts):
             check_schema(part, f"{where}.{name}[{number}]", depth + 1)
         return True
@@ -76,7 +101,9 @@ def _check_values(schema: Any, keywords: set[str], where: str, depth: int) -> bo
     if "type" in schema:
         for value in values:
             if not any(_has_type(value, kind) for kind in _types(schema, where)):
-                raise _refused(f"{where}.{name}", f"{value!r} is not of the type {schema['type']!r}")
+                raise _refused(
+                    f"{where}.{name}", f"{value!r} is not of the type {schema['type']!r}"
+                )
     return True
 
 
@@ -85,13 +112,21 @@ def _check_typed(schema: Any, keywords: set[str], where: str, depth: int) -> boo
     types = _types(schema, where) if "type" in schema else []
     known = set[str]().union({"type"}, *(_OF_TYPE[kind] for kind in types))
     if others := sorted(keywords - known):
-        raise _refused(f"{where}.{others[0]}", "not supported" if types else "not supported without a type")
-    if ("pattern" in schema) + ("format" in schema) + bool({"minLength", "maxLength"} & keywords) > 1:
+        raise _refused(
+            f"{where}.{others[0]}", "not supported" if types else "not supported without a type"
+        )
+    if ("pattern" in schema) + ("format" in schema) + bool(
+        {"minLength", "maxLength"} & keywords
+    ) > 1:
         raise _refused(where, "only one of pattern, format and lengths is supported")
     if "pattern" in schema and _UNKEPT_PATTERN.search(str(schema["pattern"])):
-        raise _refused(f"{where}.pattern", "look-around, word boundaries and references are not supported")
+        raise _refused(
+            f"{where}.pattern", "look-around, word boundaries and references are not supported"
+        )
     if schema.get("format", "date") not in _FORMATS:
-        raise _refused(f"{where}.format", f"{schema['format']!r} is none of {', '.join(sorted(_FORMATS))}")
+        raise _refused(
+            f"{where}.format", f"{schema['format']!r} is none of {', '.join(sorted(_FORMATS))}"
+        )
     properties = _object(schema.get("properties", {}), f"{where}.properties")
     for name, part in properties.items():
         check_schema(part, f"{where}.properties.{name}", depth + 1)
@@ -114,7 +149,9 @@ def _types(schema: Any, where: str) -> list[str]:
 
 
 def _has_type(value: Any, kind: str) -> bool:
-    return isinstance(value, _PYTHON_TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))  # type: ignore[arg-type]
+    return isinstance(value, _PYTHON_TYPES[kind]) and (
+        kind == "boolean" or not isinstance(value, bool)
+    )  # type: ignore[arg-type]
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

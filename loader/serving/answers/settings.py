@@ -28,13 +28,24 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more")
         temperature = self.temperature
-        in_range = temperature is None or temperature == 0 or LEAST_TEMPERATURE <= temperature <= 100
+        in_range = (
+            temperature is None or temperature == 0 or LEAST_TEMPERATURE <= temperature <= 100
+        )
         _check("temperature", temperature, in_range, f"0 (greedy) or {LEAST_TEMPERATURE} to 100")
-        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "more than 0, at most 1")
-        _check("top_k", self.top_k, self.top_k is None or 0 <= self.top_k < 1 << 31, "0 (off) or a number of tokens")
+        _check(
+            "top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "more than 0, at most 1"
+        )
+        _check(
+            "top_k",
+            self.top_k,
+            self.top_k is None or 0 <= self.top_k < 1 << 31,
+            "0 (off) or a number of tokens",
+        )
         _check("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty is None or 0.01 <= penalty <= 100, "0.01 to 100")
+        _check(
+            "repetition_penalty", penalty, penalty is None or 0.01 <= penalty <= 100, "0.01 to 100"
+        )
         _check("seed", self.seed, self.seed is None or -(1 << 63) <= self.seed < 1 << 63, "64 bits")
         _check("stop", self.stop, all(self.stop), "strings that are not empty")
 
@@ -49,15 +60,24 @@ class GenerationSettings:
         if not config.do_sample or self.temperature == 0:
             return self
         names = ("temperature", "top_p", "top_k", "min_p")
-        own: dict[str, Any] = {name: getattr(config, name, None) for name in names if getattr(self, name) is None}
+        own: dict[str, Any] = {
+            name: getattr(config, name, None) for name in names if getattr(self, name) is None
+        }
         filled = replace(self, **own)
         return filled if filled.temperature is not None else replace(filled, temperature=1.0)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of transformers' generate. Greedy ones switch off what generation_config.json asks."""
-        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.samples}
+        arguments: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.samples,
+        }
         if self.samples:
-            arguments |= {"temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
+            arguments |= {
+                "temperature": self.temperature or 1.0,
+                "top_p": self.top_p or 1.0,
+                "top_k": self.top_k or 0,
+            }
             arguments["min_p"] = self.min_p
         else:
             arguments |= {"temperature": None, "top_p": None, "top_k": None, "min_p": None}

@@ -15,7 +15,9 @@ class TextStream:
     before: tokens that the answer goes on after, which decide whether it begins with a space.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), before: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: tuple[str, ...] = (), before: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._ids = list(before)
@@ -79,4 +81,6 @@ class TextStream:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
+    )

@@ -40,7 +40,14 @@ class ToolCallText:
         if places:
             self._is_call = True
             return self._give(min(places))
-        held = next((n for n in range(12, 0, -1) if any(m.startswith(self._held[-n:]) for m in MARKERS[:2])), 0)
+        held = next(
+            (
+                n
+                for n in range(12, 0, -1)
+                if any(m.startswith(self._held[-n:]) for m in MARKERS[:2])
+            ),
+            0,
+        )
         return self._give(len(self._held) - min(held, len(self._held)))
 
     def end(self, allowed: frozenset[str]) -> tuple[str, list[ToolCall]]:

@@ -20,7 +20,11 @@ class Vocabulary:
 
     def text(self, token: int) -> str:
         """Return the text of one token alone, special tokens included."""
-        return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(
+                [token], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
     def decoder(self, markers: Iterable[int] = ()) -> "Decoder":
         """Return what makes text of tokens, of all but special ones that are not in `markers`."""
@@ -42,4 +46,8 @@ class Decoder:
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Return the text of `ids`; which special tokens are hidden was said before."""
         shown = [token for token in ids if token not in self._hidden]
-        return str(self._tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(
+                shown, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )

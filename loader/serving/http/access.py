@@ -26,8 +26,14 @@ class Access:
         """Return why a request with these headers is refused, or None."""
         if self._key is None:
             name = urlsplit(f"//{host or ''}").hostname or ""
-            return None if is_loopback(name) else f"the host {name!r} is not this machine; give the server an API key"
+            return (
+                None
+                if is_loopback(name)
+                else f"the host {name!r} is not this machine; give the server an API key"
+            )
         scheme, _, given = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._key.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.strip().encode(), self._key.encode()
+        ):
             return "the API key is missing or wrong: Authorization: Bearer KEY"
         return None

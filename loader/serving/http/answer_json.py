@@ -20,7 +20,9 @@ def usage(counts: Counts) -> dict[str, Any]:
     }
 
 
-def error_json(message: str, kind: str, parameter: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_json(
+    message: str, kind: str, parameter: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """An error."""
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
@@ -30,7 +32,11 @@ class ChatJson:
 
     def __init__(self, model: str, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._common = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     def first(self) -> dict[str, Any]:
         """The chunk before any text."""
@@ -42,12 +48,19 @@ class ChatJson:
 
     def last(self, reason: str, calls: Sequence[ToolCall] = ()) -> list[dict[str, Any]]:
         """The chunks after all text."""
-        chunks = [self._chunk({"tool_calls": [call.as_dict(index)]}) for index, call in enumerate(calls)]
+        chunks = [
+            self._chunk({"tool_calls": [call.as_dict(index)]}) for index, call in enumerate(calls)
+        ]
         return [*chunks, self._chunk({}, "tool_calls" if calls else reason)]
 
     def counts(self, counts: Counts) -> dict[str, Any]:
         """The chunk with the counts."""
-        return {**self._common, "object": "chat.completion.chunk", "choices": [], "usage": usage(counts)}
+        return {
+            **self._common,
+            "object": "chat.completion.chunk",
+            "choices": [],
+            "usage": usage(counts),
+        }
 
     def whole(
         self,
@@ -68,9 +81,16 @@ class ChatJson:
             "logprobs": self._logprobs(logprobs),
             "finish_reason": "tool_calls" if calls else reason,
         }
-        return {**self._common, "object": "chat.completion", "choices": [choice], "usage": usage(counts)}
+        return {
+            **self._common,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": usage(counts),
+        }
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+    def _chunk(
+        self, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
 
@@ -129,8 +149,15 @@ class CompletionJson:
         """The answer in one piece."""
         return {**self._answer(text, reason, logprobs), "usage": usage(counts)}
 
-    def _answer(self, text: str, reason: str | None, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        choice = {"index": 0, "text": text, "logprobs": self._logprobs(logprobs), "finish_reason": reason}
+    def _answer(
+        self, text: str, reason: str | None, logprobs: Sequence[TokenLogprob] | None
+    ) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "text": text,
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": reason,
+        }
         return {**self._common, "choices": [choice]}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
@@ -140,6 +167,8 @@ class CompletionJson:
         return {
             "tokens": [name(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{name(other): logprob for other, logprob in token.top} for token in tokens],
+            "top_logprobs": [
+                {name(other): logprob for other, logprob in token.top} for token in tokens
+            ],
             "text_offset": [token.begin for token in tokens],
         }

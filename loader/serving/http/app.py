@@ -59,7 +59,10 @@ def build_app(engine: Engine, tokenizer: Any, options: AppOptions) -> FastAPI:
     app.add_middleware(_Counted, engine=engine)
     if options.cors:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(options.cors), allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(options.cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
         )
     return app
 
@@ -75,7 +78,9 @@ class _Routes:
         return {"status": "ok"}
 
     async def metrics(self) -> Response:
-        return PlainTextResponse(self._engine.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(
+            self._engine.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model()]}
@@ -123,7 +128,9 @@ class _Stream(StreamingResponse):
         # A proxy that collects the answer would undo the stream.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(
-            exchange.stream(includes_usage=includes_usage), headers=headers, media_type="text/event-stream"
+            exchange.stream(includes_usage=includes_usage),
+            headers=headers,
+            media_type="text/event-stream",
         )
         self._exchange = exchange
 
@@ -136,7 +143,9 @@ class _Stream(StreamingResponse):
             self._exchange.cancel()
 
 
-async def _response(exchange: Exchange, http: HttpRequest, body: ChatBody | CompletionBody) -> Response:
+async def _response(
+    exchange: Exchange, http: HttpRequest, body: ChatBody | CompletionBody
+) -> Response:
     if body.stream:
         return _Stream(exchange, includes_usage=body.includes_usage)
     watch = asyncio.create_task(exchange.cancel_when_gone(http.receive))
@@ -171,7 +180,9 @@ class _Counted:
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")
-                self._engine.metrics.count_response(getattr(route, "path", "other"), message["status"])
+                self._engine.metrics.count_response(
+                    getattr(route, "path", "other"), message["status"]
+                )
             await send(message)
 
         await self._app(scope, receive, counted if scope["type"] == "http" else send)
@@ -180,16 +191,22 @@ class _Counted:
 async def _http_error(_http: HttpRequest, error: StarletteHTTPException) -> JSONResponse:
     kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
     code = {401: "invalid_api_key", 404: "not_found"}.get(error.status_code)
-    return JSONResponse(error_json(str(error.detail), kind, code=code), error.status_code, error.headers)
+    return JSONResponse(
+        error_json(str(error.detail), kind, code=code), error.status_code, error.headers
+    )
 
 
 async def _refused(_http: HttpRequest, error: RefusedError) -> JSONResponse:
-    return JSONResponse(error_json(error.message, "invalid_request_error", error.parameter, error.code), 400)
+    return JSONResponse(
+        error_json(error.message, "invalid_request_error", error.parameter, error.code), 400
+    )
 
 
 async def _queue_full(_http: HttpRequest, error: QueueFullError) -> JSONResponse:
     headers = {"Retry-After": str(error.retry_after_s)}
-    return JSONResponse(error_json(error.message, "rate_limit_error", code="queue_full"), 429, headers)
+    return JSONResponse(
+        error_json(error.message, "rate_limit_error", code="queue_full"), 429, headers
+    )
 
 
 async def _closed(_http: HttpRequest, error: ClosedError) -> JSONResponse:

@@ -122,12 +122,16 @@ def _check_chat(body: ChatBody) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise RefusedError("top_logprobs is for a request with logprobs: true", "top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise RefusedError("max_completion_tokens and max_tokens are one thing; give one of them", "max_tokens")
+        raise RefusedError(
+            "max_completion_tokens and max_tokens are one thing; give one of them", "max_tokens"
+        )
     if body.tool_choice is not None and not body.tools:
         raise RefusedError("tool_choice is for a request with tools", "tool_choice")
     form = body.response_format
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
-        raise RefusedError("response_format: json_schema belongs to the type json_schema", "response_format")
+        raise RefusedError(
+            "response_format: json_schema belongs to the type json_schema", "response_format"
+        )
 
 
 def _refusal(message: str) -> RefusedError:
@@ -137,9 +141,13 @@ def _refusal(message: str) -> RefusedError:
     what = message[: path.start()] if path else message
     if field := re.search(r"unknown field `(.*)`", what):
         name = f"{where}.{field.group(1)}" if where else field.group(1)
-        return RefusedError(f"{name}: this server does not support this parameter", name, "unsupported_parameter")
+        return RefusedError(
+            f"{name}: this server does not support this parameter", name, "unsupported_parameter"
+        )
     if field := re.search(r"missing required field `(.*)`", what):
         name = f"{where}.{field.group(1)}" if where else field.group(1)
         return RefusedError(f"{name}: missing", name, "missing_required_parameter")
     name = re.split(r"[.\[]", where)[0] or None
-    return RefusedError(f"{where or 'the request'}: {what[0].lower()}{what[1:]}", name, "invalid_value")
+    return RefusedError(
+        f"{where or 'the request'}: {what[0].lower()}{what[1:]}", name, "invalid_value"
+    )

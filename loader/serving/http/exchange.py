@@ -22,7 +22,11 @@ class Exchange:
     call; None where it has no tools."""
 
     def __init__(
-        self, engine: Engine, request: Request, form: ChatJson | CompletionJson, tools: frozenset[str] | None = None
+        self,
+        engine: Engine,
+        request: Request,
+        form: ChatJson | CompletionJson,
+        tools: frozenset[str] | None = None,
     ) -> None:
         """Errors as `Engine.submit`. In a running event loop."""
         loop = asyncio.get_running_loop()
@@ -76,7 +80,11 @@ class Exchange:
         yield "data: [DONE]\n\n"
 
     def _chunk(self, text: str, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
-        return self._form.piece(text, logprobs if self._has_logprobs else None) if text or logprobs else None
+        return (
+            self._form.piece(text, logprobs if self._has_logprobs else None)
+            if text or logprobs
+            else None
+        )
 
     def _end(self, event: End, *, includes_usage: bool) -> list[dict[str, Any]]:
         rest, calls = self._rest()
@@ -97,7 +105,9 @@ def _deliver(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", ev
 
 def _failure(event: Failure) -> tuple[int, dict[str, Any]]:
     if event.cancelled:
-        return 503, error_json("the generation was cancelled: the server is about to end", "server_error")
+        return 503, error_json(
+            "the generation was cancelled: the server is about to end", "server_error"
+        )
     return 500, error_json(f"the generation failed: {event.error}", "server_error")
 
 

@@ -42,7 +42,9 @@ class Metrics:
             lines += _metric(f"{name}_total", "counter", text, values.get(name, 0))
         lines += _head("http_responses_total", "counter", "Answers of HTTP by route and status")
         for (route, status), count in sorted(responses.items()):
-            lines.append(f'{PREFIX}_http_responses_total{{route="{route}",status="{status}"}} {count}')
+            lines.append(
+                f'{PREFIX}_http_responses_total{{route="{route}",status="{status}"}} {count}'
+            )
         for name, text in GAUGES.items():
             lines += _metric(name, "gauge", text, gauges[name])
         for name, kind, text, value in _of_experts(experts):
@@ -76,7 +78,12 @@ def _of_experts(total: Any) -> Iterator[tuple[str, str, str, float]]:
     yield "expert_cache_misses_total", "counter", "Experts that had to be read", total.misses
     yield "expert_cache_evictions_total", "counter", "Experts that left their slot", total.evictions
     yield "expert_bytes_read_total", "counter", "Stored bytes of the misses", total.bytes_read
-    yield "expert_bytes_wasted_total", "counter", "Bytes of guesses that were not used", total.wasted_bytes
+    yield (
+        "expert_bytes_wasted_total",
+        "counter",
+        "Bytes of guesses that were not used",
+        total.wasted_bytes,
+    )
     yield "expert_cache_hit_ratio", "gauge", "Hits as a share of hits and misses", total.hit_ratio
 
 

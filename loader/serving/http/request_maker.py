@@ -18,7 +18,9 @@ class RequestMaker:
         self._max_context = engine.limits.max_context
         self._vocabulary = engine.vocabulary
         self._prompts = Prompts(tokenizer, engine.vocabulary.size, template)
-        self._grammars = Grammars(tokenizer, engine.vocabulary.size, sorted(engine.vocabulary.end_tokens))
+        self._grammars = Grammars(
+            tokenizer, engine.vocabulary.size, sorted(engine.vocabulary.end_tokens)
+        )
         self._defaults = _defaults(engine.model.generation_config)
 
     def of_chat(self, body: ChatBody) -> Request:
@@ -29,14 +31,20 @@ class RequestMaker:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         markers = self._vocabulary.markers(MARKERS) if tools else frozenset()
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        return self._request(body, prompt, most, logprobs=logprobs, grammar=self._grammar(body), markers=markers)
+        return self._request(
+            body, prompt, most, logprobs=logprobs, grammar=self._grammar(body), markers=markers
+        )
 
     def of_completion(self, body: CompletionBody) -> Request:
         """Return the request for the text after a prompt. RefusedError."""
         prompt = self._prompts.of_text(body.prompt)
-        return self._request(body, prompt, body.max_tokens or 16, logprobs=body.logprobs, spaced=True)
+        return self._request(
+            body, prompt, body.max_tokens or 16, logprobs=body.logprobs, spaced=True
+        )
 
-    def _request(self, body: Body, prompt: tuple[int, ...], most: int | None, **options: Any) -> Request:
+    def _request(
+        self, body: Body, prompt: tuple[int, ...], most: int | None, **options: Any
+    ) -> Request:
         room = self._max_context - len(prompt)
         if room < (most or 1):
             asked = f" and {most} of an answer" if most else ""
@@ -67,8 +75,14 @@ class RequestMaker:
         if form is None or form.type == "text":
             return None
         if body.tools and body.tool_choice != "none":
-            raise RefusedError("response_format: not supported together with tools", "response_format")
-        return self._grammars.json_schema(form.json_schema.schema) if form.json_schema else self._grammars.json_object()
+            raise RefusedError(
+                "response_format: not supported together with tools", "response_format"
+            )
+        return (
+            self._grammars.json_schema(form.json_schema.schema)
+            if form.json_schema
+            else self._grammars.json_object()
+        )
 
 
 def check_tools(tools: list[dict[str, Any]]) -> None:
@@ -80,7 +94,9 @@ def check_tools(tools: list[dict[str, Any]]) -> None:
             or not isinstance(function, dict)
             or not isinstance(function.get("name"), str)
         ):
-            raise RefusedError(f"tools[{number}]: a tool of type function with a name was expected", "tools")
+            raise RefusedError(
+                f"tools[{number}]: a tool of type function with a name was expected", "tools"
+            )
 
 
 def _defaults(config: Any) -> Sampling:
@@ -88,4 +104,6 @@ def _defaults(config: Any) -> Sampling:
     if not getattr(config, "do_sample", False):
         return Sampling()
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return Sampling(**{name: value for name in names if (value := getattr(config, name, None)) is not None})
+    return Sampling(
+        **{name: value for name in names if (value := getattr(config, name, None)) is not None}
+    )

@@ -22,7 +22,9 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, engine: Engine) -> None:
         total_s = int(FINISH_S + CANCEL_S)
         # uvicorn would give connections their own time: the engine's streams end by themselves, within total_s.
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=total_s)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=total_s
+        )
         super().__init__(config)
         self._engine = engine
 
@@ -44,12 +46,16 @@ class Server(uvicorn.Server):
 def bound_socket(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to `host` and `port`, 0 for any free one. MoeConvertError if that fails."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as e:
-        raise MoeConvertError(f"cannot listen on {host} port {port}: {e}", "give another --host or --port") from e
+        raise MoeConvertError(
+            f"cannot listen on {host} port {port}: {e}", "give another --host or --port"
+        ) from e
     bound.listen()
     return bound
 

@@ -35,7 +35,8 @@ class Store:
 
     def expect(self, *needs: str) -> None:
         self.fetched.expect(
-            ShardNeed(ExpertKey(0, i), frozenset(f"{n}.safetensors" for n in names)) for i, names in enumerate(needs)
+            ShardNeed(ExpertKey(0, i), frozenset(f"{n}.safetensors" for n in names))
+            for i, names in enumerate(needs)
         )
 
     def read(self, name: str) -> bytes:
@@ -87,7 +88,9 @@ def test_shards_come_in_the_order_of_need_and_go_when_done(
     assert list((tmp_path / "s").iterdir()) == []
 
 
-def test_what_is_needed_later_makes_room(repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]) -> None:
+def test_what_is_needed_later_makes_room(
+    repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]
+) -> None:
     stores.append(store := Store(repo, tmp_path / "s", 2))
     needs = ("AB", "BC", "CA")
     store.expect(*needs)
@@ -124,7 +127,9 @@ def test_workers_that_need_different_shards_all_get_on(
     assert len(served(hub)) <= len("ABCDEAC")
 
 
-def test_a_read_beyond_what_was_expected_is_served(repo: HubRepo, tmp_path: Path, stores: list[Store]) -> None:
+def test_a_read_beyond_what_was_expected_is_served(
+    repo: HubRepo, tmp_path: Path, stores: list[Store]
+) -> None:
     stores.append(store := Store(repo, tmp_path / "s", 1))
     store.expect("A")
     assert store.read("D") == FILES["D"]
@@ -164,7 +169,9 @@ def test_shard_that_changed_on_disk_since_an_earlier_run_is_fetched_again(
     assert served(hub) == "A"
 
 
-def test_a_failure_reaches_every_waiter(repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]) -> None:
+def test_a_failure_reaches_every_waiter(
+    repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]
+) -> None:
     hub.faults.drop("A.safetensors", times=-1)
     stores.append(store := Store(repo, tmp_path / "s", 1))
     store.expect("A", "B")
@@ -173,7 +180,9 @@ def test_a_failure_reaches_every_waiter(repo: HubRepo, hub: HubServer, tmp_path:
             store.read("A")
 
 
-def test_a_waiter_ends_when_stopped(repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]) -> None:
+def test_a_waiter_ends_when_stopped(
+    repo: HubRepo, hub: HubServer, tmp_path: Path, stores: list[Store]
+) -> None:
     stores.append(store := Store(repo, tmp_path / "s", 1))
     hub.faults.before("A.safetensors", store.stop.set)
     store.expect("A")

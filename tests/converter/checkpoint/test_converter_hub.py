@@ -70,7 +70,11 @@ def convert(out: Path, recipe: Any = RECIPE, workers: int = 2, **options: Any) -
 
 def weights_of(folder: Path) -> dict[str, bytes]:
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if str(p.relative_to(folder)).startswith(WEIGHTS)}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in files
+        if str(p.relative_to(folder)).startswith(WEIGHTS)
+    }
 
 
 def watch_disk(patch: pytest.MonkeyPatch, folder: Path) -> Callable[[], int]:
@@ -90,9 +94,13 @@ def watch_disk(patch: pytest.MonkeyPatch, folder: Path) -> Callable[[], int]:
 
 def each_shard_once(hub: HubServer) -> None:
     """Of every shard, at most its bytes were sent, besides its header (twice, 64 KiB)."""
-    for path in {r.path for r in hub.requests if r.path.endswith(".safetensors") and r.host == "cdn"}:
+    for path in {
+        r.path for r in hub.requests if r.path.endswith(".safetensors") and r.host == "cdn"
+    }:
         ranges = hub.ranges(path)
-        assert sum(end - begin for begin, end in ranges) <= max(end for _, end in ranges) + 2 * (64 << 10)
+        assert sum(end - begin for begin, end in ranges) <= max(end for _, end in ranges) + 2 * (
+            64 << 10
+        )
 
 
 def two_shards(shard_bytes: list[int]) -> int:
@@ -100,7 +108,11 @@ def two_shards(shard_bytes: list[int]) -> int:
 
 
 def test_a_limit_below_the_checkpoint_gives_the_same_bytes(
-    filled: HubServer, local: Path, tmp_path: Path, shard_bytes: list[int], monkeypatch: pytest.MonkeyPatch
+    filled: HubServer,
+    local: Path,
+    tmp_path: Path,
+    shard_bytes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limit = two_shards(shard_bytes)
     assert limit < sum(shard_bytes) / 2
@@ -114,7 +126,9 @@ def test_a_limit_below_the_checkpoint_gives_the_same_bytes(
     assert list((tmp_path / "hf-home").rglob("*.safetensors")) == []
 
 
-def test_the_index_names_repository_commit_and_hashes(filled: HubServer, local: Path, tmp_path: Path) -> None:
+def test_the_index_names_repository_commit_and_hashes(
+    filled: HubServer, local: Path, tmp_path: Path
+) -> None:
     convert(tmp_path / "out")
     ours, theirs = Artifact.open(tmp_path / "out").index.source, Artifact.open(local).index.source
     assert (ours.name, ours.revision) == ("me/mini", filled.head("me/mini").oid)
@@ -131,7 +145,9 @@ def test_nothing_is_kept_without_keep(
     assert largest() == 0
 
 
-def test_shards_in_the_cache_are_used_in_place_and_stay(filled: HubServer, local: Path, tmp_path: Path) -> None:
+def test_shards_in_the_cache_are_used_in_place_and_stay(
+    filled: HubServer, local: Path, tmp_path: Path
+) -> None:
     folder = Path(snapshot_download("me/mini"))
     before = {p.name: p.resolve() for p in folder.iterdir()}
     filled.requests.clear()
@@ -141,7 +157,9 @@ def test_shards_in_the_cache_are_used_in_place_and_stay(filled: HubServer, local
     assert weights_of(tmp_path / "out") == weights_of(local)
 
 
-def test_a_part_of_the_shards_in_the_cache_is_used(filled: HubServer, local: Path, tmp_path: Path) -> None:
+def test_a_part_of_the_shards_in_the_cache_is_used(
+    filled: HubServer, local: Path, tmp_path: Path
+) -> None:
     name = f"model-00002-of-0000{SHARDS}.safetensors"
     snapshot_download("me/mini", allow_patterns=name)
     filled.requests.clear()
@@ -176,7 +194,10 @@ def test_offline_a_cached_checkpoint_is_converted_without_a_request(
 
 def test_main_may_move_meanwhile(filled: HubServer, local: Path, tmp_path: Path) -> None:
     pinned = filled.head("me/mini").oid
-    filled.faults.before("model-00002", lambda: filled.commit("me/mini", {"config.json": b"{}", "tokenizer.json": b""}))
+    filled.faults.before(
+        "model-00002",
+        lambda: filled.commit("me/mini", {"config.json": b"{}", "tokenizer.json": b""}),
+    )
     convert(tmp_path / "out")
     assert filled.head("me/mini").oid != pinned
     assert Artifact.open(tmp_path / "out").index.source.revision == pinned
@@ -184,7 +205,9 @@ def test_main_may_move_meanwhile(filled: HubServer, local: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("fault", ["drop", "short", "ignore_range", "shift", "damage"])
-def test_a_fault_on_the_way_changes_no_byte(filled: HubServer, local: Path, tmp_path: Path, fault: str) -> None:
+def test_a_fault_on_the_way_changes_no_byte(
+    filled: HubServer, local: Path, tmp_path: Path, fault: str
+) -> None:
     numbers = {"drop": {"after": 1000}, "damage": {"at": 100_000}}.get(fault, {})
     model = HubModel.open("me/mini")
     for name in model.repo.files:
@@ -234,7 +257,17 @@ def test_a_resume_goes_on_in_the_middle_of_a_shard_at_the_same_commit(
 def test_a_process_that_is_ended_goes_on_when_run_again(
     filled: HubServer, local: Path, tmp_path: Path, kill: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "converter", "convert", "me/mini", "-o", str(tmp_path / "out"), "--solver", "hqq"]
+    command = [
+        sys.executable,
+        "-m",
+        "converter",
+        "convert",
+        "me/mini",
+        "-o",
+        str(tmp_path / "out"),
+        "--solver",
+        "hqq",
+    ]
     process: list[subprocess.Popen[bytes]] = []
     started, asked = threading.Event(), itertools.count(1)
 
@@ -245,7 +278,9 @@ def test_a_process_that_is_ended_goes_on_when_run_again(
             process[0].send_signal(kill)
 
     filled.faults.before("model-00005", end, times=-1)
-    process.append(subprocess.Popen(command, env=os.environ | filled.environ(tmp_path / "hf-home"), cwd=ROOT))
+    process.append(
+        subprocess.Popen(command, env=os.environ | filled.environ(tmp_path / "hf-home"), cwd=ROOT)
+    )
     started.set()
     assert process[0].wait(60) == (-kill if kill == signal.SIGKILL else 130)
     filled.faults.clear()
@@ -297,7 +332,11 @@ def test_a_limit_beyond_the_disk_is_refused(filled: HubServer, tmp_path: Path) -
 
 
 def test_calibration_reads_whole_layers_within_the_limit(
-    filled: HubServer, source: Path, tmp_path: Path, shard_bytes: list[int], monkeypatch: pytest.MonkeyPatch
+    filled: HubServer,
+    source: Path,
+    tmp_path: Path,
+    shard_bytes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = make_recipe("2bit", calibrate="random", calibration_tokens=1024)
     convert_checkpoint(source, tmp_path / "local", recipe)
@@ -309,7 +348,9 @@ def test_calibration_reads_whole_layers_within_the_limit(
     each_shard_once(filled)
 
 
-def test_a_complete_conversion_is_compared_without_fetching(filled: HubServer, tmp_path: Path) -> None:
+def test_a_complete_conversion_is_compared_without_fetching(
+    filled: HubServer, tmp_path: Path
+) -> None:
     convert(tmp_path / "out")
     filled.requests.clear()
     # Nor is there any room needed for what would be fetched.
@@ -324,7 +365,11 @@ def call(*args: object) -> int:
 
 
 def test_the_command_takes_a_repository(
-    filled: HubServer, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    filled: HubServer,
+    local: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call("convert", "me/mini", "--solver", "hqq", "--dry-run", "--json") == 0
@@ -335,13 +380,22 @@ def test_the_command_takes_a_repository(
 
 
 def test_a_private_repository_needs_the_token_and_never_shows_it(
-    hub: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    hub: HubServer,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     hub.add("me/mini", source, private=True)
     monkeypatch.delenv("HF_TOKEN")
     assert call("convert", "me/mini", "-o", tmp_path / "out") == 1
     assert "hf auth login" in capfd.readouterr().err
-    assert call("convert", "me/mini", "-o", tmp_path / "out", "--token", TOKEN, "--solver", "hqq", "-v") == 0
+    assert (
+        call(
+            "convert", "me/mini", "-o", tmp_path / "out", "--token", TOKEN, "--solver", "hqq", "-v"
+        )
+        == 0
+    )
     said = capfd.readouterr()
     assert TOKEN not in said.out + said.err
     assert not any(r.token for r in hub.requests if r.host == "cdn")
@@ -349,6 +403,8 @@ def test_a_private_repository_needs_the_token_and_never_shows_it(
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
 
 
-def test_options_of_the_hub_are_refused_for_a_folder(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_the_hub_are_refused_for_a_folder(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call("convert", source, "--revision", "main") == 2
     assert "--revision: only for a repository" in capsys.readouterr().err

@@ -21,13 +21,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_streamed_predictions_follow_the_config_as_transformers_does(weights: Path, tmp_path: Path, name: str) -> None:
+def test_streamed_predictions_follow_the_config_as_transformers_does(
+    weights: Path, tmp_path: Path, name: str
+) -> None:
     folder = with_config(weights, tmp_path / "model", CONFIGS[name])
     windows = some_windows(3, 48)
     logits, chosen = streamed(folder, windows)
     expected, expected_chosen = transformers_answer(folder, windows)
     assert (logits - expected).abs().max() < 1e-4 * expected.std()
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(chosen, expected_chosen, strict=True))
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(chosen, expected_chosen, strict=True)
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -46,16 +50,22 @@ def test_heads_wider_than_hidden_over_heads_and_a_tied_head(tmp_path: Path, tied
     assert (logits - expected).abs().max() < 1e-4 * expected.std()
 
 
-def test_calibration_statistics_are_those_of_a_model_with_a_window(weights: Path, tmp_path: Path) -> None:
+def test_calibration_statistics_are_those_of_a_model_with_a_window(
+    weights: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = with_config(weights, tmp_path / "model", CONFIGS["window"])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: list[torch.Tensor] = []
-    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, -2)))
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(
+        lambda _, x: seen.append(x[0].flatten(0, -2))
+    )
     tokens = CalibrationTokens("random", some_windows(4, 48), torch.ones(4))
     with torch.no_grad(), Checkpoint(folder) as checkpoint:
         model(input_ids=tokens.windows, use_cache=False)
-        passes = CalibrationPass(checkpoint, tokens, tmp_path / "out", "test", lambda tasks: [task() for task in tasks])
+        passes = CalibrationPass(
+            checkpoint, tokens, tmp_path / "out", "test", lambda tasks: [task() for task in tasks]
+        )
         found = passes.prepare(1).linears["model.layers.1.self_attn.o_proj"].hessian[0]
     torch.testing.assert_close(found, seen[0].T @ seen[0] / len(seen[0]))

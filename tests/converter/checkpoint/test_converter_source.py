@@ -54,7 +54,9 @@ def test_per_expert_and_fused_layouts_give_the_same_weights(source: Path, tmp_pa
         assert one.trunk.keys() == other.trunk.keys()
         for key, weight in one.experts.items():
             rows = weight.shape[0]
-            assert torch.equal(one.read_rows(weight, 0, rows), other.read_rows(other.experts[key], 0, rows))
+            assert torch.equal(
+                one.read_rows(weight, 0, rows), other.read_rows(other.experts[key], 0, rows)
+            )
 
 
 def test_rows_are_read_at_their_place(source: Path) -> None:
@@ -78,7 +80,16 @@ def test_other_float_types_are_read(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.safetensors", "/etc/passwd", "a\\b.safetensors", "%2e%2e/x.safetensors", "x\0.safetensors", "", ".", "a//b"],
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "a\\b.safetensors",
+        "%2e%2e/x.safetensors",
+        "x\0.safetensors",
+        "",
+        ".",
+        "a//b",
+    ],
 )
 def test_unsafe_name_in_weight_map_is_refused(source: Path, name: str) -> None:
     index = source / "model.safetensors.index.json"
@@ -157,7 +168,12 @@ def test_header_with_a_doubled_key_is_refused(tmp_path: Path) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     header = data[8 : 8 + length].rstrip()
     first = next(iter(json.loads(header)))
-    header = header[:-1] + f',"{first}":'.encode() + json.dumps(json.loads(header)[first]).encode() + b"}"
+    header = (
+        header[:-1]
+        + f',"{first}":'.encode()
+        + json.dumps(json.loads(header)[first]).encode()
+        + b"}"
+    )
     shard.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
     refuse(folder, "model.safetensors", first, "twice")
 
@@ -197,7 +213,10 @@ def test_missing_expert_is_named(tmp_path: Path) -> None:
 
 def test_tensor_of_an_adapter_is_refused(tmp_path: Path) -> None:
     folder = single(tmp_path)
-    edit_tensors(folder / "model.safetensors", **{"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 64)})
+    edit_tensors(
+        folder / "model.safetensors",
+        **{"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 64)},
+    )
     refuse(folder, "lora_A", "do not belong")
 
 
@@ -227,5 +246,7 @@ def test_weight_that_is_not_finite_is_found_with_its_place(tmp_path: Path, value
     with Checkpoint(folder) as checkpoint:
         weight = checkpoint.experts[ExpertTensor(0, 1, "gate")]
         checkpoint.check_finite(weight, 0, checkpoint.read_rows(weight, 0, 64))
-        with pytest.raises(SourceError, match=r"experts\.1\.w1\.weight has 1 NaN.*, the first at \[70, 3\]"):
+        with pytest.raises(
+            SourceError, match=r"experts\.1\.w1\.weight has 1 NaN.*, the first at \[70, 3\]"
+        ):
             checkpoint.check_finite(weight, 64, checkpoint.read_rows(weight, 64, 96))

@@ -31,7 +31,13 @@ _TINY: dict[str, Any] = {
 
 
 def tiny(kind: str, **fields: Any) -> dict[str, Any]:
-    return {**_TINY, "model_type": kind, MODEL_TYPES[kind].experts: 4, MODEL_TYPES[kind].expert_width: 48, **fields}
+    return {
+        **_TINY,
+        "model_type": kind,
+        MODEL_TYPES[kind].experts: 4,
+        MODEL_TYPES[kind].expert_width: 48,
+        **fields,
+    }
 
 
 def spelled_out(kind: str, layer: int, expert: int, projection: str) -> str:
@@ -47,12 +53,22 @@ def test_a_shape_is_that_of_the_model(name: str) -> None:
     model = make_model(name)
     shape = shape_of(json.loads(model.config.to_json_string()))
     stored = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    experts = {key: size for key, size in stored.items() if key.endswith(("gate_up_proj", "down_proj"))}
-    assert {f"{module.path}.down_proj" for module in shape.experts} == {k for k in experts if k.endswith("down_proj")}
+    experts = {
+        key: size for key, size in stored.items() if key.endswith(("gate_up_proj", "down_proj"))
+    }
+    assert {f"{module.path}.down_proj" for module in shape.experts} == {
+        k for k in experts if k.endswith("down_proj")
+    }
     for module in shape.experts:
-        assert experts[f"{module.path}.down_proj"] == (module.experts, module.hidden, module.intermediate)
+        assert experts[f"{module.path}.down_proj"] == (
+            module.experts,
+            module.hidden,
+            module.intermediate,
+        )
     head = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    assert shape.trunk == {key: size for key, size in stored.items() if key not in experts.keys() | head}
+    assert shape.trunk == {
+        key: size for key, size in stored.items() if key not in experts.keys() | head
+    }
     assert len(shape.decoder_layers) == model.config.num_hidden_layers
     assert shape.tied == bool(head)
 
@@ -78,13 +94,17 @@ def test_a_layer_is_counted_among_those_with_experts() -> None:
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 @pytest.mark.parametrize("projection", ["gate", "up", "down"])
-def test_the_conversion_table_knows_every_expert_of_a_published_checkpoint(kind: str, projection: str) -> None:
+def test_the_conversion_table_knows_every_expert_of_a_published_checkpoint(
+    kind: str, projection: str
+) -> None:
     # Fails where a release of transformers changed what converter/checkpoint/conversion_table.py asks.
     shape = shape_of(tiny(kind))
     for layer in range(2):
         for expert in range(4):
             found = shape.role(spelled_out(kind, layer, expert, projection))
-            assert found == ExpertTensor(layer, expert, projection), f"transformers {transformers.__version__}"
+            assert found == ExpertTensor(layer, expert, projection), (
+                f"transformers {transformers.__version__}"
+            )
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
@@ -92,7 +112,9 @@ def test_the_conversion_table_knows_fused_experts_and_leaves_the_trunk(kind: str
     shape = shape_of(tiny(kind))
     for projection in ("gate_up", "down"):
         name = f"model.layers.1.mlp.experts.{projection}_proj"
-        assert shape.role(name) == foreign_role(f"{name}.weight", shape) == FusedTensor(1, projection)
+        assert (
+            shape.role(name) == foreign_role(f"{name}.weight", shape) == FusedTensor(1, projection)
+        )
     assert [shape.role(name) for name in shape.trunk] == list(shape.trunk)
     assert shape.role("model.layers.0.self_attn.rotary_emb.inv_freq") is None
 
@@ -111,7 +133,9 @@ def test_a_release_without_the_table_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     table = ConversionTable(model, "config.json")
     monkeypatch.setattr(table, "_rename", changed)
-    with pytest.raises(SourceError, match=f"transformers {transformers.__version__} has no table of conversions"):
+    with pytest.raises(
+        SourceError, match=f"transformers {transformers.__version__} has no table of conversions"
+    ):
         table.target("model.norm.weight")
 
 
@@ -122,16 +146,28 @@ def test_a_tensor_that_is_missing_or_misshapen_is_named(tmp_path: Path, name: st
     folder = write_checkpoint(tmp_path / "source", name, fused=False)
     # Copies: the file is written over, and safetensors 0.5 maps it.
     good = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
-    some = [key for key in good if "experts" in key][5], "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
+    some = (
+        [key for key in good if "experts" in key][5],
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.norm.weight",
+    )
     for key in some:
-        save_file({**good, key: good[key][:-1].clone()}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {**good, key: good[key][:-1].clone()}, folder / "model.safetensors", {"format": "pt"}
+        )
         with pytest.raises(SourceError, match=f"tensor {key} has shape"):
             Checkpoint(folder)
-        save_file({k: t for k, t in good.items() if k != key}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: t for k, t in good.items() if k != key},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
         with pytest.raises(SourceError, match="1 tensors are missing: "):
             Checkpoint(folder)
     save_file({**good, "model.layers.1.adapter": torch.ones(2)}, folder / "model.safetensors")
-    with pytest.raises(SourceError, match=r"1 tensors do not belong to the model: model\.layers\.1\.adapter"):
+    with pytest.raises(
+        SourceError, match=r"1 tensors do not belong to the model: model\.layers\.1\.adapter"
+    ):
         Checkpoint(folder)
 
 
@@ -151,7 +187,9 @@ class _Experts(nn.Module):
             for token, expert in enumerate(index[:, rank].tolist()):
                 gate, up = (self.gate_up_proj[expert] @ x[token]).chunk(2)
                 gate, up = (up, gate) if self._swapped else (gate, up)
-                out[token] += weights[token, rank] * (self.down_proj[expert] @ (self._activation(gate) * up))
+                out[token] += weights[token, rank] * (
+                    self.down_proj[expert] @ (self._activation(gate) * up)
+                )
         return out
 
 
@@ -176,7 +214,9 @@ def test_hostile_numbers_give_our_error_or_a_model(kind: str) -> None:
     for name in MODEL_TYPES[kind].fields:
         for value in VALUES:
             try:
-                fields, _ = gate_config(tiny(kind, **{name: value}), "config.json", error=SourceError)
+                fields, _ = gate_config(
+                    tiny(kind, **{name: value}), "config.json", error=SourceError
+                )
                 ModelShape(fields, "config.json")
             except MoeConvertError as e:
                 assert "config.json" in e.message
@@ -187,7 +227,9 @@ def test_an_expert_of_five_thousand_digits_is_refused_by_name(tmp_path: Path) ->
     from safetensors.torch import load_file, save_file
 
     folder = write_checkpoint(tmp_path / "source", "olmoe", fused=False)
-    tensors = {key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        key: tensor.clone() for key, tensor in load_file(folder / "model.safetensors").items()
+    }
     tensors[f"model.layers.0.mlp.experts.{'9' * 5000}.up_proj.weight"] = torch.zeros(48, 64)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=r"model\.layers\.0\.mlp\.experts\.9999"):
@@ -228,5 +270,7 @@ def test_a_published_config_gives_a_model_of_its_published_size(name: str) -> No
     assert [note.split("'")[1] for note in notes] == ([left_out] if left_out else [])
     shape = ModelShape(fields, "config.json")
     count = sum(prod(size) for size in shape.trunk.values())
-    count += sum(3 * module.experts * module.hidden * module.intermediate for module in shape.experts)
+    count += sum(
+        3 * module.experts * module.hidden * module.intermediate for module in shape.experts
+    )
     assert count == pytest.approx(parameters, rel=1e-3)

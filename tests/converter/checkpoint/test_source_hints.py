@@ -31,7 +31,10 @@ def source(tmp_path: Path) -> Path:
     ("name", "hint"),
     [
         ("https://huggingface.co/mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
-        ("https://huggingface.co/mistralai/Mixtral-8x7B-v0.1/tree/main", "mistralai/Mixtral-8x7B-v0.1"),
+        (
+            "https://huggingface.co/mistralai/Mixtral-8x7B-v0.1/tree/main",
+            "mistralai/Mixtral-8x7B-v0.1",
+        ),
         ("huggingface.co/mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
         ("https://hf.co/mistralai/Mixtral-8x7B-v0.1.git", "mistralai/Mixtral-8x7B-v0.1"),
         ("hf://mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-v0.1"),
@@ -74,11 +77,15 @@ def test_path_of_a_file_gets_its_folder(source: Path) -> None:
     assert caught.value.hint == f"name its folder: {source}"
 
 
-def test_hint_of_an_adapter_merges_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hint_of_an_adapter_merges_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft")
     model = MixtralForCausalLM.from_pretrained(source)
     torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     adapted = peft.get_peft_model(model, config)
     expected = logits(adapted.eval().float(), IDS)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -86,7 +93,9 @@ def test_hint_of_an_adapter_merges_it(source: Path, tmp_path: Path, monkeypatch:
         Checkpoint(tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)
     exec(shlex.split(caught.value.hint)[-1], {})
-    merged = logits(MixtralForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval(), IDS)
+    merged = logits(
+        MixtralForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval(), IDS
+    )
     assert apart(merged, expected) < 0.05
     with Checkpoint(tmp_path / "merged") as checkpoint:
         assert HEAD in checkpoint.trunk
@@ -124,7 +133,9 @@ def test_hint_of_mistrals_layout_names_options_that_exist(source: Path) -> None:
     with pytest.raises(MoeConvertError) as caught:
         Checkpoint(source)
     command = Path(sys.executable).with_name("hf")
-    shown = subprocess.run([command, "download", "--help"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [command, "download", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     options = re.findall(r"--[a-z-]+", caught.value.hint)
     assert options == ["--exclude", "--local-dir"]
     assert all(option in shown for option in options)

@@ -104,7 +104,9 @@ def source(tmp_path: Path) -> Path:
         router_of_the_fused_layout,
     ],
 )
-def test_what_transformers_reads_has_its_logits(make: Callable[[Path], None], source: Path, tmp_path: Path) -> None:
+def test_what_transformers_reads_has_its_logits(
+    make: Callable[[Path], None], source: Path, tmp_path: Path
+) -> None:
     make(source)
     expected = logits(MixtralForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), IDS)
     convert_checkpoint(source, tmp_path / "out", make_recipe("16bit"))
@@ -128,7 +130,14 @@ def expected_of_base(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
         compiled_layer_by_layer,
         switch_mlp,
     ],
-    ids=["_orig_mod", "module", "base_model", "module._orig_mod", "compiled_layer_by_layer", "switch_mlp"],
+    ids=[
+        "_orig_mod",
+        "module",
+        "base_model",
+        "module._orig_mod",
+        "compiled_layer_by_layer",
+        "switch_mlp",
+    ],
 )
 def test_other_programs_names_give_the_logits_of_transformers_names(
     make: Callable[[Path], None], source: Path, tmp_path: Path, expected_of_base: torch.Tensor
@@ -149,7 +158,15 @@ def test_other_programs_names_give_the_logits_of_transformers_names(
         (shards_that_the_index_does_not_name, ["model-00003-of-00003.safetensors", "not read"]),
         (second_index, ["model.fp16.safetensors.index.json", "not read"]),
     ],
-    ids=["prefix", "own_head", "head_alone", "overlay", "single_and_index", "unnamed_shard", "second_index"],
+    ids=[
+        "prefix",
+        "own_head",
+        "head_alone",
+        "overlay",
+        "single_and_index",
+        "unnamed_shard",
+        "second_index",
+    ],
 )
 def test_each_choice_is_logged_once(
     make: Callable[[Path], None], words: list[str], source: Path, caplog: pytest.LogCaptureFixture
@@ -167,7 +184,10 @@ def test_own_head_makes_config_and_index_say_not_tied(source: Path, tmp_path: Pa
     tied_with_a_head_of_its_own(source)
     convert_checkpoint(source, tmp_path / "out", make_recipe("16bit"))
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
-    assert json.loads((tmp_path / "out/moe_index.json").read_text())["config"]["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "out/moe_index.json").read_text())["config"]["tie_word_embeddings"]
+        is False
+    )
 
 
 def test_equal_head_is_stored_once(source: Path, tmp_path: Path) -> None:
@@ -176,7 +196,9 @@ def test_equal_head_is_stored_once(source: Path, tmp_path: Path) -> None:
     assert HEAD not in load_file(tmp_path / "out/trunk.safetensors")
 
 
-def test_complete_conversion_is_not_taken_for_one_of_another_overlay(source: Path, tmp_path: Path) -> None:
+def test_complete_conversion_is_not_taken_for_one_of_another_overlay(
+    source: Path, tmp_path: Path
+) -> None:
     overlay(source)
     convert_checkpoint(source, tmp_path / "out", make_recipe("16bit"))
     weight_map = json.loads((source / INDEX).read_text())["weight_map"]
@@ -197,20 +219,48 @@ def test_own_head_of_a_repository_is_kept(source: Path, hub: HubServer) -> None:
 @pytest.mark.parametrize(
     ("make", "words", "hint"),
     [
-        (other_weights, ["config.json", "transformers_weights", "ema.safetensors", SINGLE], "remove the field"),
-        (extra_layer, ["num_hidden_layers", "config.json is 1", "of 2", SINGLE], "set num_hidden_layers to 2"),
-        (missing_layer, ["num_hidden_layers", "config.json is 3", "layer 1"], "set num_hidden_layers to 2"),
-        (extra_experts, ["num_local_experts", "config.json is 3", "of 4", SINGLE], "set num_local_experts to 4"),
-        (other_vocabulary, [SINGLE, EMBEDDING, "[4096, 64]", "[4097, 64]", "vocab_size"], "correct the field"),
+        (
+            other_weights,
+            ["config.json", "transformers_weights", "ema.safetensors", SINGLE],
+            "remove the field",
+        ),
+        (
+            extra_layer,
+            ["num_hidden_layers", "config.json is 1", "of 2", SINGLE],
+            "set num_hidden_layers to 2",
+        ),
+        (
+            missing_layer,
+            ["num_hidden_layers", "config.json is 3", "layer 1"],
+            "set num_hidden_layers to 2",
+        ),
+        (
+            extra_experts,
+            ["num_local_experts", "config.json is 3", "of 4", SINGLE],
+            "set num_local_experts to 4",
+        ),
+        (
+            other_vocabulary,
+            [SINGLE, EMBEDDING, "[4096, 64]", "[4097, 64]", "vocab_size"],
+            "correct the field",
+        ),
         (untied_without_a_head, [HEAD, "tie_word_embeddings"], '"tie_word_embeddings": true'),
-        (overlay_without_a_say, [W1, "model-overlay-00001.safetensors", "model-00001-of"], "name the right shard"),
+        (
+            overlay_without_a_say,
+            [W1, "model-overlay-00001.safetensors", "model-00001-of"],
+            "name the right shard",
+        ),
         (missing_shard, ["model-00002-of-00002.safetensors", "missing"], "get the shard again"),
         (dangling_link, [SINGLE, "missing", "/gone/blob"], "get the shard again"),
         (adapter_tensors, ["lora_A", "do not belong"], "merge_and_unload"),
         (mlx_quantized, ["switch_mlp", "U32"], "original checkpoint"),
         (beside("adapter_config.json"), ["adapter"], "merge_and_unload"),
         (beside("moe_index.json"), ["converted already"], "moe-convert inspect"),
-        (beside(".moe-convert.journal"), ["unfinished conversion"], "moe-convert convert CHECKPOINT -o"),
+        (
+            beside(".moe-convert.journal"),
+            ["unfinished conversion"],
+            "moe-convert convert CHECKPOINT -o",
+        ),
         (only("model.gguf"), ["GGUF", "model.gguf"], "safetensors checkpoint"),
         (only("consolidated.00.pth", "params.json"), ["Mistral's own layout"], "hf download"),
         (only("consolidated.safetensors", "params.json"), ["Mistral's own layout"], "hf download"),
@@ -237,8 +287,16 @@ def test_what_is_not_read_is_refused_with_a_fitting_hint(
 @pytest.mark.parametrize(
     ("make", "words", "hint"),
     [
-        (beside("adapter_config.json"), ["me/mini@", "adapter"], 'from_pretrained("me/mini").merge_and_unload'),
-        (beside("moe_index.json"), ["me/mini@", "converted already"], "moe-convert inspect me/mini shows"),
+        (
+            beside("adapter_config.json"),
+            ["me/mini@", "adapter"],
+            'from_pretrained("me/mini").merge_and_unload',
+        ),
+        (
+            beside("moe_index.json"),
+            ["me/mini@", "converted already"],
+            "moe-convert inspect me/mini shows",
+        ),
         (only("model.Q4_K_M.gguf"), ["me/mini@", "GGUF"], "safetensors checkpoint"),
         (only("consolidated.00.pth"), ["me/mini@", "Mistral's own layout"], "hf download"),
         (only("pytorch_model.bin"), ["me/mini@", "pickled"], "safetensors version"),

@@ -23,14 +23,23 @@ def outline(example_folder: Path) -> Outline:
 
 def errors(**largest: float) -> list[dict[str, dict[str, float]]]:
     """Of eight layers, all 1 at 2 bits but those named: down_3=5 is down of layer 3."""
-    every = {(layer, p): largest.get(f"{p}_{layer}", 1.0) for layer, p in product(range(8), ("gate_up", "down"))}
+    every = {
+        (layer, p): largest.get(f"{p}_{layer}", 1.0)
+        for layer, p in product(range(8), ("gate_up", "down"))
+    }
     return [
-        {p: {Q2: every[n, p], Q3: every[n, p] / 4, Q4: every[n, p] / 16} for p in ("gate_up", "down")} for n in range(8)
+        {
+            p: {Q2: every[n, p], Q3: every[n, p] / 4, Q4: every[n, p] / 16}
+            for p in ("gate_up", "down")
+        }
+        for n in range(8)
     ]
 
 
 def chosen(outline: Outline, target: float, found: Any) -> tuple[list[str], OutputPlan]:
-    recipe = choose_bits(make_recipe(target_bpw=target, solver="feedback"), outline.architecture, found)
+    recipe = choose_bits(
+        make_recipe(target_bpw=target, solver="feedback"), outline.architecture, found
+    )
     return [rule.text for rule in recipe.options.rules], plan_output(outline, recipe)
 
 

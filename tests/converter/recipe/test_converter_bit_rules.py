@@ -26,7 +26,9 @@ def packings(architecture: Architecture, *rules: str) -> list[list[tuple[str, st
     return packings_by_expert(make_recipe(rules=rules), architecture)
 
 
-def test_a_rule_counts_for_its_layers_experts_and_projection_only(architecture: Architecture) -> None:
+def test_a_rule_counts_for_its_layers_experts_and_projection_only(
+    architecture: Architecture,
+) -> None:
     found = packings(architecture, "1-2,5=3bit,*:0,3-4/down=4bit")
     for layer, row in enumerate(found):
         base = Q3 if layer in (1, 2, 5) else Q2
@@ -72,12 +74,16 @@ def test_what_is_no_rule_is_refused_by_name(rule: str, words: str) -> None:
         make_recipe(rules=[rule])
 
 
-@pytest.mark.parametrize(("rule", "words"), [("6-8=3bit", "no layer 8"), ("0:8=3bit", "no expert 8")])
+@pytest.mark.parametrize(
+    ("rule", "words"), [("6-8=3bit", "no layer 8"), ("0:8=3bit", "no expert 8")]
+)
 def test_a_rule_about_what_the_model_lacks_is_refused_before_anything_is_written(
     example_folder: Path, tmp_path: Path, rule: str, words: str
 ) -> None:
     with pytest.raises(RecipeError, match=words):
-        convert_checkpoint(example_folder, tmp_path / "out", make_recipe(rules=[rule]), ConvertOptions())
+        convert_checkpoint(
+            example_folder, tmp_path / "out", make_recipe(rules=[rule]), ConvertOptions()
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -100,7 +106,9 @@ def test_a_file_says_what_the_options_say(tmp_path: Path) -> None:
         ('{"bits": 3, "bits": 2}', "mine.json.*bits"),
     ],
 )
-def test_a_file_that_says_something_else_is_refused(tmp_path: Path, content: str, words: str) -> None:
+def test_a_file_that_says_something_else_is_refused(
+    tmp_path: Path, content: str, words: str
+) -> None:
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(RecipeError, match=words):
         recipe_settings(str(tmp_path / "mine.json"))

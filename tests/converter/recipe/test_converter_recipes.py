@@ -14,7 +14,9 @@ from formats.errors import RecipeError
 
 def test_named_recipes_use_the_packings_of_the_design() -> None:
     experts = {name: recipe.gate_up for name, recipe in RECIPES.items()}
-    assert {name for name, recipe in RECIPES.items() if recipe.down != recipe.gate_up} == {"2bit-down3"}
+    assert {name for name, recipe in RECIPES.items() if recipe.down != recipe.gate_up} == {
+        "2bit-down3"
+    }
     assert RECIPES["2bit-down3"].down == RECIPES["3bit"].down
     assert experts == {
         "2bit": "tile32-q2-g16-s4",
@@ -25,11 +27,16 @@ def test_named_recipes_use_the_packings_of_the_design() -> None:
         "paper-3bit": "tile32-q3-g64-s8",
         "16bit": "none",
     }
-    assert {recipe.attention for name, recipe in RECIPES.items() if name != "16bit"} == {"tile32-q4-g64-s8"}
+    assert {recipe.attention for name, recipe in RECIPES.items() if name != "16bit"} == {
+        "tile32-q4-g64-s8"
+    }
 
 
 def test_plain_recipes_calibrate_and_the_papers_do_not() -> None:
-    assert {name: (recipe.solver, recipe.recorded.options.get("calibrate")) for name, recipe in RECIPES.items()} == {
+    assert {
+        name: (recipe.solver, recipe.recorded.options.get("calibrate"))
+        for name, recipe in RECIPES.items()
+    } == {
         "2bit": ("feedback", "builtin"),
         "2bit-down3": ("feedback", "builtin"),
         "3bit": ("feedback", "builtin"),
@@ -76,7 +83,11 @@ def test_options_that_add_up_to_a_named_recipe_get_its_name() -> None:
 
 def test_down_may_have_a_packing_of_its_own() -> None:
     recipe = make_recipe("2bit", down="tile32-q4-g64-s8")
-    assert (recipe.name, recipe.gate_up, recipe.down) == ("custom", "tile32-q2-g16-s4", "tile32-q4-g64-s8")
+    assert (recipe.name, recipe.gate_up, recipe.down) == (
+        "custom",
+        "tile32-q2-g16-s4",
+        "tile32-q4-g64-s8",
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,9 @@ def test_what_does_not_exist_is_refused_by_name(options: dict[str, object], word
     ],
     ids=str,
 )
-def test_recipe_that_is_read_from_an_index_is_the_one_that_was_recorded(settings: dict[str, Any]) -> None:
+def test_recipe_that_is_read_from_an_index_is_the_one_that_was_recorded(
+    settings: dict[str, Any],
+) -> None:
     recipe = make_recipe(**settings)
     assert ConversionRecipe.read(recipe.recorded) == recipe
 
@@ -128,7 +141,9 @@ def test_recipe_that_is_read_from_an_index_is_the_one_that_was_recorded(settings
     ],
     ids=str,
 )
-def test_option_of_an_index_that_means_nothing_is_refused_by_name(options: dict[str, Any], words: str) -> None:
+def test_option_of_an_index_that_means_nothing_is_refused_by_name(
+    options: dict[str, Any], words: str
+) -> None:
     with pytest.raises(RecipeError, match=words):
         RecipeOptions.read(options)
 

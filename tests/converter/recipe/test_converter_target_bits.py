@@ -32,12 +32,18 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return hashes(out)
 
 
-def to_target(source: Path | HubModel, out: Path, target: float = 10.0, **options: Any) -> Converted:
-    recipe = make_recipe(target_bpw=target, solver="feedback", calibrate="random", calibration_tokens=1024)
+def to_target(
+    source: Path | HubModel, out: Path, target: float = 10.0, **options: Any
+) -> Converted:
+    recipe = make_recipe(
+        target_bpw=target, solver="feedback", calibrate="random", calibration_tokens=1024
+    )
     return convert_checkpoint(source, out, recipe, ConvertOptions(**options))
 
 
-def with_changed_tensors(source: Path, folder: Path, change: Callable[[str, Tensor], Tensor]) -> Path:
+def with_changed_tensors(
+    source: Path, folder: Path, change: Callable[[str, Tensor], Tensor]
+) -> Path:
     """A copy of a checkpoint, each tensor as `change` (of its name and itself) gives it."""
     folder.mkdir()
     for file in source.iterdir():
@@ -50,21 +56,28 @@ def with_changed_tensors(source: Path, folder: Path, change: Callable[[str, Tens
 
 
 def by_rules(source: Path, out: Path, rules: str = RULES, **options: Any) -> Converted:
-    return convert_checkpoint(source, out, make_recipe(rules=[rules], solver="hqq"), ConvertOptions(**options))
+    return convert_checkpoint(
+        source, out, make_recipe(rules=[rules], solver="hqq"), ConvertOptions(**options)
+    )
 
 
-def test_a_mixed_folder_has_the_packings_of_its_rules_and_is_whole(source: Path, tmp_path: Path) -> None:
+def test_a_mixed_folder_has_the_packings_of_its_rules_and_is_whole(
+    source: Path, tmp_path: Path
+) -> None:
     done = by_rules(source, tmp_path / "out")
     artifact = Artifact.open(tmp_path / "out")
     bits = [
-        [(artifact.layout(n, e).gate_up.nbits, artifact.layout(n, e).down.nbits) for e in range(4)] for n in range(3)
+        [(artifact.layout(n, e).gate_up.nbits, artifact.layout(n, e).down.nbits) for e in range(4)]
+        for n in range(3)
     ]
     assert bits == [[(2, 2)] * 4, [(3, 3)] * 4, [(2, 4), (2, 2), (2, 4), (2, 2)]]
     assert not verify_folder(tmp_path / "out", read_data=True).problems
     stored = sum(entry.length for layer in artifact.index.layers for entry in layer.experts)
     assert done.plan.expert_bytes == stored
     assert done.plan.expert_bits == 8 * stored / (12 * 3 * 64 * 96)
-    assert done.plan.layer_bytes == [layer.size_bytes - offset(layer) for layer in artifact.index.layers]
+    assert done.plan.layer_bytes == [
+        layer.size_bytes - offset(layer) for layer in artifact.index.layers
+    ]
 
 
 def rules_in(recipe: Recipe) -> list[str]:
@@ -86,7 +99,9 @@ def test_mixed_bits_give_the_same_bytes_for_any_workers_and_interruption(
     assert hashes(tmp_path / "out") == hashes(tmp_path / "one")
 
 
-def test_other_rules_are_another_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_rules_are_another_conversion(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("test_converter_convert.convert", by_rules)
     interrupted(source, tmp_path / "out", monkeypatch, 6)
     with pytest.raises(OutputError, match="recipe"):
@@ -96,7 +111,9 @@ def test_other_rules_are_another_conversion(source: Path, tmp_path: Path, monkey
         by_rules(source, tmp_path / "out", "1=3bit")
 
 
-def test_the_choice_is_in_the_index_and_what_it_says_is_what_was_done(source: Path, tmp_path: Path) -> None:
+def test_the_choice_is_in_the_index_and_what_it_says_is_what_was_done(
+    source: Path, tmp_path: Path
+) -> None:
     done = to_target(source, tmp_path / "out")
     index = read_index(tmp_path / "out")
     assert index.recipe == done.recipe.recorded
@@ -111,14 +128,20 @@ def test_the_choice_is_in_the_index_and_what_it_says_is_what_was_done(source: Pa
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "by-rules" / name).read_bytes()
 
 
-def test_a_target_gives_the_same_bytes_for_any_workers(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
+def test_a_target_gives_the_same_bytes_for_any_workers(
+    source: Path, reference: dict[str, str], tmp_path: Path
+) -> None:
     to_target(source, tmp_path / "out", max_workers=3)
     assert hashes(tmp_path / "out") == reference
 
 
 @pytest.mark.parametrize("stop_in", ["measuring", "converting"])
 def test_a_target_gives_the_same_bytes_after_an_interruption_and_measures_no_layer_again(
-    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_in: str
+    source: Path,
+    reference: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_in: str,
 ) -> None:
     measured: list[int] = []
     original = BitSensitivity._layer
@@ -156,7 +179,11 @@ def test_the_layer_whose_error_is_largest_gets_the_bits(source: Path, tmp_path: 
     loud = with_changed_tensors(
         source,
         tmp_path / "loud",
-        lambda name, tensor: tensor * 2.0**-10 if name.endswith(".w2.weight") and ".layers.1." not in name else tensor,
+        lambda name, tensor: (
+            tensor * 2.0**-10
+            if name.endswith(".w2.weight") and ".layers.1." not in name
+            else tensor
+        ),
     )
     rules = rules_in(to_target(loud, tmp_path / "out").recipe.recorded)
     assert {rule.partition("/")[0] for rule in rules} == {"1"}
@@ -176,7 +203,10 @@ def test_activations_that_are_nan_name_the_layer(source: Path, tmp_path: Path) -
 def test_nothing_of_the_measurement_stays(source: Path, tmp_path: Path) -> None:
     to_target(source, tmp_path / "out")
     assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".")]
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"] == "10bpw"
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
+        == "10bpw"
+    )
 
 
 def test_a_target_of_a_repository_gives_the_bytes_of_the_folder_and_leaves_no_shard(

@@ -12,8 +12,12 @@ WIDTH = 64
 def activations(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The original's, and others that lack a part of them and have something of their own."""
     generator = torch.Generator().manual_seed(0)
-    original = torch.randn(3000, 20, generator=generator) @ torch.randn(20, columns, generator=generator)
-    return original, 0.8 * original + 0.1 * original.roll(1, 1) + 0.3 * torch.randn(3000, columns, generator=generator)
+    original = torch.randn(3000, 20, generator=generator) @ torch.randn(
+        20, columns, generator=generator
+    )
+    return original, 0.8 * original + 0.1 * original.roll(1, 1) + 0.3 * torch.randn(
+        3000, columns, generator=generator
+    )
 
 
 @pytest.mark.parametrize("columns", [64, 150])
@@ -28,13 +32,17 @@ def test_corrected_weights_come_nearer_to_the_originals_outputs(columns: int) ->
     corrected = correction.apply(weight.bfloat16())
     wanted = original @ weight.T
     assert corrected.shape == weight.shape
-    assert (found @ corrected.T - wanted).square().sum() < 0.5 * (found @ weight.T - wanted).square().sum()
+    assert (found @ corrected.T - wanted).square().sum() < 0.5 * (
+        found @ weight.T - wanted
+    ).square().sum()
 
 
 def test_without_a_difference_the_weights_stay_as_they_are() -> None:
     _, found = activations(100)
     weight = torch.randn(40, 100)
-    correction = DownCorrection.of(torch.zeros(2, WIDTH, WIDTH), block_moments(found, torch.ones(3000), WIDTH))
+    correction = DownCorrection.of(
+        torch.zeros(2, WIDTH, WIDTH), block_moments(found, torch.ones(3000), WIDTH)
+    )
     assert correction is not None
     assert torch.equal(correction.apply(weight), weight)
 

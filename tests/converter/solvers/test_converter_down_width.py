@@ -32,7 +32,9 @@ def one_by_one(tasks: Any) -> list[Any]:
     return [task() for task in tasks]
 
 
-@pytest.mark.parametrize(("asked", "blocks", "width"), [(256, 3, 256), (512, 2, 512), ("full", 1, 768), (4096, 1, 768)])
+@pytest.mark.parametrize(
+    ("asked", "blocks", "width"), [(256, 3, 256), (512, 2, 512), ("full", 1, 768), (4096, 1, 768)]
+)
 def test_statistics_have_blocks_of_the_width_that_the_recipe_says(
     source: Path, tmp_path: Path, asked: int | str, blocks: int, width: int
 ) -> None:
@@ -52,7 +54,9 @@ def test_statistics_have_blocks_of_the_width_that_the_recipe_says(
             weights = torch.cat([layer.weights[e.tokens] for e in layer.experts])
             expected = second_moment([inner], weights, one_by_one) / weights.sum()
             # The inner activations are kept in bfloat16.
-            assert float((layer.down.hessian[0, :640, :640] - expected).norm()) < 0.01 * float(expected.norm())
+            assert float((layer.down.hessian[0, :640, :640] - expected).norm()) < 0.01 * float(
+                expected.norm()
+            )
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -60,7 +64,9 @@ def test_full_width_gives_the_same_bytes_for_any_workers_and_others_than_blocks(
     source: Path, tmp_path: Path, workers: int
 ) -> None:
     def convert(name: str, max_workers: int, width: int | str | None) -> dict[str, str]:
-        recipe = make_recipe(solver="feedback", calibrate="random", calibration_tokens=1024, down_width=width)
+        recipe = make_recipe(
+            solver="feedback", calibrate="random", calibration_tokens=1024, down_width=width
+        )
         convert_checkpoint(source, tmp_path / name, recipe, ConvertOptions(max_workers))
         return hashes(tmp_path / name)
 
@@ -78,7 +84,9 @@ def test_the_usual_width_is_the_recipe_as_it_was() -> None:
 def test_memory_is_estimated_by_width(source: Path) -> None:
     outline, solver = Outline.of_folder(source), choose_solver("refit")
     narrow, wide = (
-        plan_output(outline, make_recipe(solver="feedback", down_width=width)).memory_bytes(2, solver)
+        plan_output(outline, make_recipe(solver="feedback", down_width=width)).memory_bytes(
+            2, solver
+        )
         for width in (256, "full")
     )
     assert wide > narrow

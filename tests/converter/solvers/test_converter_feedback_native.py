@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from converter.solvers import feedback_native, hqq_native, solver_library
-from converter.solvers.feedback_native import FeedbackError, SingularHessianError, factorize, quantize_feedback
+from converter.solvers.feedback_native import (
+    FeedbackError,
+    SingularHessianError,
+    factorize,
+    quantize_feedback,
+)
 from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order
 from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
 
@@ -44,7 +49,9 @@ def blocks_of(whole: Tensor, size: int = 256) -> Tensor:
     """[blocks, size, size], the diagonal blocks; the last one padded with zeros."""
     count = -(-len(whole) // size)
     padded = torch.nn.functional.pad(whole, (0, count * size - len(whole)) * 2)
-    return torch.stack([padded[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
+    return torch.stack(
+        [padded[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)]
+    )
 
 
 def room(weight: Tensor, name: str) -> Tensor:
@@ -131,20 +138,28 @@ class Group:
         best: dict[str, Tensor] = {}
 
         def keep(coded: dict[str, Tensor]) -> None:
-            better = coded["error"] < best["error"] if best else torch.ones(len(self.w), dtype=torch.bool)
+            better = (
+                coded["error"] < best["error"]
+                if best
+                else torch.ones(len(self.w), dtype=torch.bool)
+            )
             for key, value in coded.items():
                 best[key] = torch.where(better, value, best.get(key, value))
 
         for part in RANGES[nbits]:
             b = part * (high - low) / 2 - (high + low) / 2
-            coded = self.code((high - low) / self.limit * part, b.clamp(min=0) if self.unsigned else b)
+            coded = self.code(
+                (high - low) / self.limit * part, b.clamp(min=0) if self.unsigned else b
+            )
             keep(coded)
             keep(self.code(*self.fit_codes(coded)))
         for _ in range(2):
             keep(self.code(*self.fit_codes(self.code(best["a"], best["b"]))))
         return best
 
-    def choose(self, fitted: dict[str, Tensor], ds: Tensor, dm: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, fitted: dict[str, Tensor], ds: Tensor, dm: Tensor, packing: Packing
+    ) -> tuple[Tensor, Tensor]:
         nearest = (fitted["a"] / torch.where(ds > 0, ds, 1.0)).round().clamp(0, packing.max_s)
         nearest = torch.where(ds > 0, nearest, 0.0)
         best_s = best_m = least = None
@@ -153,7 +168,11 @@ class Group:
             mean = fitted["mean"]
             for _ in range(2):
                 b = ds * s * mean - self.w @ self.h / self.h.sum()
-                m = (b / torch.where(dm > 0, dm, torch.inf)).round().clamp(packing.min_m, packing.max_m)
+                m = (
+                    (b / torch.where(dm > 0, dm, torch.inf))
+                    .round()
+                    .clamp(packing.min_m, packing.max_m)
+                )
                 coded = self.code(ds * s, dm * m)
                 mean = coded["mean"]
                 if least is None:
@@ -164,14 +183,18 @@ class Group:
         return best_s, best_m
 
 
-def search_super_scale(values: Tensor, weight: Tensor, least: int, most: int, start: Tensor) -> Tensor:
+def search_super_scale(
+    values: Tensor, weight: Tensor, least: int, most: int, start: Tensor
+) -> Tensor:
     """The candidate with the least weighted error of the rounding of values [rows, groups]."""
     count, first, step = (48, 1.02, 1 / 96) if most < 16 else (9, 1.0, 1 / 64)
     best = torch.zeros_like(start)
     best_error = torch.full_like(start, torch.inf)
     for i in range(count):
         scale = (start * (first - i * step)).half().double()
-        rounded = (values / torch.where(scale > 0, scale, torch.inf)[:, None]).round().clamp(least, most)
+        rounded = (
+            (values / torch.where(scale > 0, scale, torch.inf)[:, None]).round().clamp(least, most)
+        )
         error = ((values - scale[:, None] * rounded).square() * weight).sum(1)
         best = torch.where(error < best_error, scale, best)
         best_error = torch.minimum(best_error, error)
@@ -181,7 +204,9 @@ def search_super_scale(values: Tensor, weight: Tensor, least: int, most: int, st
 def reference(weight: Tensor, name: str, metric: Tensor, damping: float) -> QuantizedMatrix:
     p, w = PACKINGS[name], weight.double()
     columns = w.shape[1]
-    damped = metric.double() + damping * metric.diagonal().double().mean() * torch.eye(columns, dtype=torch.float64)
+    damped = metric.double() + damping * metric.diagonal().double().mean() * torch.eye(
+        columns, dtype=torch.float64
+    )
     v = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     h = v.diagonal().square() / v.diagonal().square().mean()
     starts = range(0, columns, p.group_size)
@@ -191,11 +216,17 @@ def reference(weight: Tensor, name: str, metric: Tensor, damping: float) -> Quan
         return Group(x[:, begin:end], h[begin:end], p.max_code, p.min_m == 0)
 
     fits = [group_at(begin, w).fit(p.nbits) for begin in starts]
-    a, b, mean, spread = (torch.stack([fit[key] for fit in fits], 1) for key in ("a", "b", "mean", "spread"))
+    a, b, mean, spread = (
+        torch.stack([fit[key] for fit in fits], 1) for key in ("a", "b", "mean", "spread")
+    )
     ds = search_super_scale(a, spread, 0, p.max_s, a.amax(1) / p.max_s)
-    rounded = ds[:, None] * (a / torch.where(ds > 0, ds, torch.inf)[:, None]).round().clamp(0, p.max_s)
+    rounded = ds[:, None] * (a / torch.where(ds > 0, ds, torch.inf)[:, None]).round().clamp(
+        0, p.max_s
+    )
     total = torch.stack([group_at(begin, w).h.sum() for begin in starts])
-    dm = search_super_scale(b + (rounded - a) * mean, total, p.min_m, p.max_m, b.abs().amax(1) / p.max_m)
+    dm = search_super_scale(
+        b + (rounded - a) * mean, total, p.min_m, p.max_m, b.abs().amax(1) / p.max_m
+    )
     ds, dm = ((scale.float() * ROOM).half().to(scale) for scale in (ds, dm))
     s, m = torch.zeros_like(a), torch.zeros_like(a)
     codes, error = torch.zeros_like(w), torch.zeros_like(w)
@@ -214,7 +245,11 @@ def reference(weight: Tensor, name: str, metric: Tensor, damping: float) -> Quan
     energy = ((w @ damped) * w).sum(1)
     gain = energy / ((w @ damped) * (w - error)).sum(1)
     return QuantizedMatrix(
-        codes.to(torch.uint8), s.to(torch.int16), m.to(torch.int16), (ds * gain).half(), (dm * gain).half()
+        codes.to(torch.uint8),
+        s.to(torch.int16),
+        m.to(torch.int16),
+        (ds * gain).half(),
+        (dm * gain).half(),
     )
 
 
@@ -226,12 +261,18 @@ def test_feedback_is_that_of_the_float64_reference_but_for_ties(name: str, colum
     expected = reference(w, name, metric, feedback_native.DAMPING)
     ours = unpacked(out, name, w)
     # A tie that falls otherwise moves every later column of its row.
-    same = (ours.codes == expected.codes).all(1) & (ours.s == expected.s).all(1) & (ours.m == expected.m).all(1)
+    same = (
+        (ours.codes == expected.codes).all(1)
+        & (ours.s == expected.s).all(1)
+        & (ours.m == expected.m).all(1)
+    )
     assert same.float().mean() > 0.7
     assert (ours.codes == expected.codes).float().mean() > 0.9
     scales_apart = (ours.ds.float() / expected.ds.float() - 1).abs()[same]
     assert float(scales_apart.max()) < 2e-3
-    theirs = squares(w - dequantize(expected, PACKINGS[name].group_size), metric) / squares(w, metric)
+    theirs = squares(w - dequantize(expected, PACKINGS[name].group_size), metric) / squares(
+        w, metric
+    )
     assert error_in(metric, w, out, name) == pytest.approx(theirs, rel=0.01)
 
 
@@ -245,7 +286,9 @@ def test_feedback_lowers_the_error_of_outputs(name: str) -> None:
     hqq_native.quantize_matrix(w, name, out)
     hqq = error_in(metric, w, out, name)
     plain = error_in(metric, w, refit(w, name)[0], name)
-    weighted = error_in(metric, w, refit(w, name, importance=metric.diagonal().contiguous())[0], name)
+    weighted = error_in(
+        metric, w, refit(w, name, importance=metric.diagonal().contiguous())[0], name
+    )
     in_blocks = error_in(metric, w, feedback(w, name, blocks_of(metric))[0], name)
     full = error_in(metric, w, feedback(w, name, metric)[0], name)
     assert plain < hqq
@@ -274,7 +317,9 @@ def test_sums_are_those_of_the_unpacked_weights(name: str, exact_gain: bool) -> 
         out, error = feedback(w, name, metric, exact_gain=exact_gain)
         off = w.float() - restored(out, name, w)
         assert error.sum_squares == pytest.approx(float(w.double().square().sum()), rel=1e-12)
-        assert error.sum_squared_error == pytest.approx(float(off.double().square().sum()), rel=1e-6)
+        assert error.sum_squared_error == pytest.approx(
+            float(off.double().square().sum()), rel=1e-6
+        )
         close = 0.01 if exact_gain else 0.1  # estimated with the gain
         assert error.sum_hessian == pytest.approx(squares(w, metric), rel=close)
         assert error.sum_hessian_error == pytest.approx(squares(off, metric), rel=close)
@@ -359,7 +404,11 @@ def test_gate_and_up_interleave_tile_by_tile(name: str) -> None:
 def test_zero_rows_and_groups_stay_zero(name: str) -> None:
     w, metric = weights((40, 512)), hessian(512)
     w[::3] = 0
-    for out in (refit(w, name)[0], feedback(w, name, torch.eye(512))[0], feedback(w, name, metric)[0]):
+    for out in (
+        refit(w, name)[0],
+        feedback(w, name, torch.eye(512))[0],
+        feedback(w, name, metric)[0],
+    ):
         assert (restored(out, name, w)[::3] == 0).all()
         assert torch.isfinite(restored(out, name, w)).all()
 
@@ -373,7 +422,9 @@ def test_dead_inputs_disturb_nothing(name: str, damping: float) -> None:
     out = room(w, name)
     quantize_feedback(w, name, out, factorize(metric, damping), metric, damping=damping)
     assert error_in(metric, w, out, name) < 0.06
-    assert (w - restored(out, name, w))[:, 100:150].square().sum() < 0.5 * w[:, 100:150].square().sum()
+    assert (w - restored(out, name, w))[:, 100:150].square().sum() < 0.5 * w[
+        :, 100:150
+    ].square().sum()
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
@@ -465,9 +516,13 @@ def test_wrong_tensors_are_refused() -> None:
         refit(w, name, importance=torch.ones(511))
 
 
-@pytest.mark.parametrize(("name", "columns", "width"), [("tile32-q2-g16-s4", 384, 256), ("tile32-q3-g32-s4", 192, 192)])
+@pytest.mark.parametrize(
+    ("name", "columns", "width"), [("tile32-q2-g16-s4", 384, 256), ("tile32-q3-g32-s4", 192, 192)]
+)
 @pytest.mark.parametrize("isa", ISAS)
-def test_groups_in_another_order_are_those_of_moved_columns(name: str, columns: int, width: int, isa: str) -> None:
+def test_groups_in_another_order_are_those_of_moved_columns(
+    name: str, columns: int, width: int, isa: str
+) -> None:
     weight, size = weights((40, columns)), PACKINGS[name].group_size
     metric = blocks_of(hessian(columns), width)
     order = group_order(metric, columns, size)
@@ -479,7 +534,8 @@ def test_groups_in_another_order_are_those_of_moved_columns(name: str, columns: 
         pytest.skip(f"no {isa}")
     other, same = feedback(weight[:, moved].contiguous(), name, ordered, isa=isa)
     found, expected = (
-        dequantize(unpack(bytes_.view(2, -1), PACKINGS[name], 40, columns), size) for bytes_ in (out, other)
+        dequantize(unpack(bytes_.view(2, -1), PACKINGS[name], 40, columns), size)
+        for bytes_ in (out, other)
     )
     assert torch.equal(found[:, moved], expected)
     assert error.sum_hessian_error == pytest.approx(same.sum_hessian_error)
@@ -489,4 +545,9 @@ def test_groups_in_another_order_are_those_of_moved_columns(name: str, columns: 
 def test_order_that_is_none_or_crosses_a_block_is_refused(order: list[int]) -> None:
     metric = blocks_of(hessian(384))
     with pytest.raises(ValueError, match="refused"):
-        feedback(weights((5, 384)), "tile32-q4-g64-s8", metric, order=torch.tensor(order, dtype=torch.int32))
+        feedback(
+            weights((5, 384)),
+            "tile32-q4-g64-s8",
+            metric,
+            order=torch.tensor(order, dtype=torch.int32),
+        )

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order, matrix_in_place
-from converter.solvers.feedback_reference import SingularStatisticsError, factorize, feedback_rows, refit_rows
+from converter.solvers.feedback_order import (
+    columns_in_order,
+    group_order,
+    hessian_in_order,
+    matrix_in_place,
+)
+from converter.solvers.feedback_reference import (
+    SingularStatisticsError,
+    factorize,
+    feedback_rows,
+    refit_rows,
+)
 from converter.solvers.hqq_package import quantize_rows
 from converter.solvers.protocol import NonFiniteWeightsError
 from formats.packing import PACKINGS, dequantize, pack, unpack
@@ -19,7 +29,9 @@ def weights(rows: int = 64, columns: int = 384, seed: int = 0) -> torch.Tensor:
 def inputs(columns: int = 384, tokens: int = 2000) -> torch.Tensor:
     """Correlated, with a few strong channels."""
     generator = torch.Generator().manual_seed(1)
-    mixed = torch.randn(tokens, 40, generator=generator) @ torch.randn(40, columns, generator=generator)
+    mixed = torch.randn(tokens, 40, generator=generator) @ torch.randn(
+        40, columns, generator=generator
+    )
     x = mixed + 2 * torch.randn(tokens, columns, generator=generator)
     x[:, ::50] *= 10
     return x
@@ -27,7 +39,9 @@ def inputs(columns: int = 384, tokens: int = 2000) -> torch.Tensor:
 
 def hessian(x: torch.Tensor, width: int) -> torch.Tensor:
     blocks = -(-x.shape[1] // width)
-    padded = torch.nn.functional.pad(x, (0, blocks * width - x.shape[1])).view(len(x), blocks, width)
+    padded = torch.nn.functional.pad(x, (0, blocks * width - x.shape[1])).view(
+        len(x), blocks, width
+    )
     return torch.einsum("tbi,tbj->bij", padded, padded) / len(x)
 
 
@@ -39,8 +53,12 @@ def output_error(weight: torch.Tensor, matrix: object, packing: object, x: torch
 def test_factor_is_the_upper_root_of_the_damped_inverse() -> None:
     h = hessian(inputs(), 384)
     factor = factorize(h, 0.05)[0].double()
-    damped = h[0].double() + 0.05 * h[0].double().diagonal().mean() * torch.eye(384, dtype=torch.float64)
-    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(384, dtype=torch.float64), rtol=0, atol=1e-3)
+    damped = h[0].double() + 0.05 * h[0].double().diagonal().mean() * torch.eye(
+        384, dtype=torch.float64
+    )
+    torch.testing.assert_close(
+        factor.T @ factor @ damped, torch.eye(384, dtype=torch.float64), rtol=0, atol=1e-3
+    )
     assert torch.equal(factor, factor.triu())
 
 
@@ -119,7 +137,9 @@ def test_strongest_groups_go_first_and_end_where_they_were(packing: object) -> N
     assert order is not None
     assert int(order[0]) >= 320 // size
     ordered = hessian_in_order(h, order, size)
-    moved, _ = feedback_rows(w[:, columns_in_order(order, size)], packing, ordered, factorize(ordered))  # type: ignore[arg-type]
+    moved, _ = feedback_rows(
+        w[:, columns_in_order(order, size)], packing, ordered, factorize(ordered)
+    )  # type: ignore[arg-type]
     plain, _ = feedback_rows(w, packing, h, factorize(h))  # type: ignore[arg-type]
     matrix = matrix_in_place(moved, order, size)
     assert output_error(w, matrix, packing, x) < 0.8 * output_error(w, plain, packing, x)

@@ -40,7 +40,9 @@ def checkpoint_of(folder: Path, dtype: str, **options: Any) -> Path:
 
 
 def convert(source: Path, out: Path, name: str = "16bit", workers: int = 1, **options: Any) -> Path:
-    convert_checkpoint(source, out, make_recipe(name, **options), ConvertOptions(max_workers=workers))
+    convert_checkpoint(
+        source, out, make_recipe(name, **options), ConvertOptions(max_workers=workers)
+    )
     return out
 
 
@@ -62,7 +64,9 @@ def stored_and_source(out: Path, source: Path) -> list[tuple[torch.Tensor, torch
 
 @pytest.mark.parametrize("layout", ["experts", "fused"])
 @pytest.mark.parametrize(("dtype", "packing"), [("BF16", "rows-bf16"), ("F16", "rows-f16")])
-def test_weights_are_the_sources_to_the_bit(tmp_path: Path, dtype: str, packing: str, layout: str) -> None:
+def test_weights_are_the_sources_to_the_bit(
+    tmp_path: Path, dtype: str, packing: str, layout: str
+) -> None:
     source = checkpoint_of(tmp_path / "mini", dtype, layout=layout)
     out = convert(source, tmp_path / "out")
     pairs = stored_and_source(out, source)
@@ -70,8 +74,15 @@ def test_weights_are_the_sources_to_the_bit(tmp_path: Path, dtype: str, packing:
     assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in pairs)
     index = read_index(out)
     assert (index.packings, index.format_version) == ([packing], FORMAT_VERSION)
-    assert (index.recipe.name, index.recipe.solver, index.producer.versions) == ("16bit", "none", {"solver": "none"})
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["format_version"] == FORMAT_VERSION
+    assert (index.recipe.name, index.recipe.solver, index.producer.versions) == (
+        "16bit",
+        "none",
+        {"solver": "none"},
+    )
+    assert (
+        json.loads((out / "config.json").read_text())["quantization_config"]["format_version"]
+        == FORMAT_VERSION
+    )
     assert verify_folder(out, read_data=True).problems == []
 
 
@@ -123,7 +134,9 @@ def test_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 def test_no_calibration_runs_where_nothing_is_quantized(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CalibrationPass, "__init__", lambda *args, **options: pytest.fail("calibrates"))
+    monkeypatch.setattr(
+        CalibrationPass, "__init__", lambda *args, **options: pytest.fail("calibrates")
+    )
     by_bits = convert(source, tmp_path / "bits", "2bit", bits=16, attn_bits=16, **RANDOM)
     by_rule = convert(source, tmp_path / "rule", "2bit", rules=["*=16bit"], attn_bits=16, **RANDOM)
     assert "calibration" not in read_index(by_rule).producer.versions
@@ -150,9 +163,15 @@ def test_no_calibration_runs_where_nothing_is_quantized(
     ],
     ids=str,
 )
-def test_solver_is_that_of_what_is_quantized(options: dict[str, Any], name: str, solver: str) -> None:
+def test_solver_is_that_of_what_is_quantized(
+    options: dict[str, Any], name: str, solver: str
+) -> None:
     recipe = make_recipe(**options)
-    assert (recipe.name, recipe.solver, "calibrate" in recipe.recorded.options) == (name, solver, solver == "feedback")
+    assert (recipe.name, recipe.solver, "calibrate" in recipe.recorded.options) == (
+        name,
+        solver,
+        solver == "feedback",
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,11 +194,24 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
 def test_file_may_say_16_bits(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text('{"bits": 16, "attn_bits": 16, "rules": ["0/down=2bit"]}')
     recipe = make_recipe(**recipe_settings(str(tmp_path / "mine.json")))
-    assert (recipe.gate_up, recipe.recorded.options["rule.1"]) == ("none", "0/down=tile32-q2-g16-s4")
+    assert (recipe.gate_up, recipe.recorded.options["rule.1"]) == (
+        "none",
+        "0/down=tile32-q2-g16-s4",
+    )
 
 
 def test_option_may_be_called_expert_bits_and_a_dry_run_says_the_sizes(source: Path) -> None:
-    args = ["convert", str(source), "--expert-bits", "16", "--attn-bits", "16", "--dry-run", "--json", "-q"]
+    args = [
+        "convert",
+        str(source),
+        "--expert-bits",
+        "16",
+        "--attn-bits",
+        "16",
+        "--dry-run",
+        "--json",
+        "-q",
+    ]
     facts = json.loads(CliRunner().invoke(cli, args).output)
     assert (facts["recipe"], facts["solver"], facts["calibration"]) == ("16bit", "none", "none")
     assert facts["expert_bits"] == facts["attention_bits"] == 16
@@ -187,7 +219,9 @@ def test_option_may_be_called_expert_bits_and_a_dry_run_says_the_sizes(source: P
 
 
 def test_config_alone_gives_the_sizes_of_the_folder(source: Path, tmp_path: Path) -> None:
-    artifact = Artifact.open(convert(source, tmp_path / "out", "2bit", rules=["1=16bit"], solver="hqq"))
+    artifact = Artifact.open(
+        convert(source, tmp_path / "out", "2bit", rules=["1=16bit"], solver="hqq")
+    )
     planned = PlannedFolder.of(source, make_recipe("2bit", rules=["1=16bit"], solver="hqq"))
     assert [planned.layout(n, 0) for n in range(3)] == [artifact.layout(n, 0) for n in range(3)]
 
@@ -209,8 +243,12 @@ def test_workers_and_interruptions_change_no_byte(
 
 def test_quantized_layers_are_those_of_a_folder_without_rows(source: Path, tmp_path: Path) -> None:
     whole = Artifact.open(convert(source, tmp_path / "whole", "2bit", attn_bits=16, **RANDOM))
-    mixed = Artifact.open(convert(source, tmp_path / "mixed", "2bit", attn_bits=16, rules=["0,2=16bit"], **RANDOM))
-    assert [e.sha256 for e in mixed.index.layers[1].experts] == [e.sha256 for e in whole.index.layers[1].experts]
+    mixed = Artifact.open(
+        convert(source, tmp_path / "mixed", "2bit", attn_bits=16, rules=["0,2=16bit"], **RANDOM)
+    )
+    assert [e.sha256 for e in mixed.index.layers[1].experts] == [
+        e.sha256 for e in whole.index.layers[1].experts
+    ]
     assert [e.gate_up for layer in mixed.index.layers for e in layer.experts] == [
         *["rows-bf16"] * 4, *["tile32-q2-g16-s4"] * 4, *["rows-bf16"] * 4
     ]  # fmt: skip
@@ -231,7 +269,9 @@ def test_statistics_are_gathered_of_quantized_layers_only(
     assert passes == [(0, False), (1, True)]
 
 
-def test_down_is_calibrated_by_a_gate_and_up_that_lost_nothing(source: Path, tmp_path: Path) -> None:
+def test_down_is_calibrated_by_a_gate_and_up_that_lost_nothing(
+    source: Path, tmp_path: Path
+) -> None:
     out = convert(source, tmp_path / "out", "2bit", rules=["*/gate_up=16bit"], **RANDOM)
     quality = json.loads((out / "quality.json").read_text())
     assert (quality["totals"]["gate"], quality["totals"]["up"]) == (0, 0)
@@ -240,7 +280,9 @@ def test_down_is_calibrated_by_a_gate_and_up_that_lost_nothing(source: Path, tmp
 
 
 @pytest.mark.parametrize("rules", ["*=16bit", "0=16bit"])
-def test_damaged_expert_comes_back_from_the_source(source: Path, tmp_path: Path, rules: str) -> None:
+def test_damaged_expert_comes_back_from_the_source(
+    source: Path, tmp_path: Path, rules: str
+) -> None:
     out = convert(source, tmp_path / "out", "2bit", rules=[rules], **RANDOM)
     before, index = hashes(out), read_index(out)
     entry = index.layers[0].experts[2]
@@ -262,11 +304,15 @@ def test_zstd_holds_the_same_weights_in_fewer_bytes(source: Path, tmp_path: Path
 
 def test_model_card_says_that_experts_are_as_in_the_source(source: Path, tmp_path: Path) -> None:
     card = (convert(source, tmp_path / "out") / "README.md").read_text()
-    assert "its experts as in the source (`rows-bf16` for gate and up, `rows-bf16` for down)" in card
+    assert (
+        "its experts as in the source (`rows-bf16` for gate and up, `rows-bf16` for down)" in card
+    )
     assert "quantized" not in card
 
 
-def test_rows_are_copied_in_bounded_pieces(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_copied_in_bounded_pieces(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows: list[int] = []
     read = Checkpoint.read_rows
 

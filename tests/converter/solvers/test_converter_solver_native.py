@@ -51,7 +51,18 @@ def weights(kind: str, shape: tuple[int, int], seed: int = 0) -> Tensor:
     raise ValueError(kind)
 
 
-KINDS = ["gaussian", "sigma1", "student", "heavy", "positive", "zeros", "constant", "huge", "tiny", "small"]
+KINDS = [
+    "gaussian",
+    "sigma1",
+    "student",
+    "heavy",
+    "positive",
+    "zeros",
+    "constant",
+    "huge",
+    "tiny",
+    "small",
+]
 
 
 # ---- the reference: HQQ as converter/native/hqq_group.h defines it, then nearest rounding, in numpy's float32 ----
@@ -61,8 +72,20 @@ def power_minus_0_3(a: np.ndarray) -> np.ndarray:
     bits = a.view(np.int32)
     exponent = (bits - np.int32(0x3F3504F3)) >> 23
     f = (bits - (exponent << 23)).view(F32) - F32(1)
-    log2 = [1.4426950216293335, -0.7213473320007324, 0.48089852929115295, -0.36069655418395996, 0.28855255246162415]
-    log2 += [-0.23960812389850616, 0.20485764741897583, -0.19138838350772858, 0.18476031720638275, -0.10749787837266922]
+    log2 = [
+        1.4426950216293335,
+        -0.7213473320007324,
+        0.48089852929115295,
+        -0.36069655418395996,
+        0.28855255246162415,
+    ]
+    log2 += [
+        -0.23960812389850616,
+        0.20485764741897583,
+        -0.19138838350772858,
+        0.18476031720638275,
+        -0.10749787837266922,
+    ]
     p = np.full_like(f, log2[9])
     for c in log2[8::-1]:
         p = p * f + F32(c)
@@ -100,8 +123,12 @@ def reference_groups(w: np.ndarray, nbits: int, round_zero: bool) -> tuple[np.nd
         if need.any():
             error = w - (q - zero[..., None]) / inverse[..., None]
             size = np.abs(error)
-            smaller = np.maximum(size - F32(0.1) * power_minus_0_3(np.maximum(size, F32(0.1))), F32(0))
-            moved = np.where(size > F32(0.1695), np.copysign(smaller, error) * inverse[..., None], F32(0))
+            smaller = np.maximum(
+                size - F32(0.1) * power_minus_0_3(np.maximum(size, F32(0.1))), F32(0)
+            )
+            moved = np.where(
+                size > F32(0.1695), np.copysign(smaller, error) * inverse[..., None], F32(0)
+            )
             for c in range(count):
                 shrunk = shrunk + moved[..., c]
             shrunk = np.where(need, shrunk, F32(0))
@@ -124,12 +151,16 @@ def reference_matrix(weight: Tensor, name: str) -> QuantizedMatrix:
     """The torch path's rounding of the reference's scale and zero; a group with one code has no scale."""
     p = PACKINGS[name]
     scale, zero = (torch.from_numpy(x) for x in reference_hqq(weight, p.nbits, p.group_size))
-    w = torch.nn.functional.pad(weight, (0, -weight.shape[1] % p.group_size)).view(len(weight), -1, p.group_size)
+    w = torch.nn.functional.pad(weight, (0, -weight.shape[1] % p.group_size)).view(
+        len(weight), -1, p.group_size
+    )
     codes = (w * (1 / scale)[..., None] + zero[..., None]).round().clamp(0, p.max_code)
     existing = torch.arange(codes.shape[1] * p.group_size).view(-1, p.group_size) < weight.shape[1]
     low = torch.where(existing, codes, torch.inf).amin(2)
     one = low == torch.where(existing, codes, -torch.inf).amax(2)
-    return round_scales(weight, torch.where(one, 0, scale), torch.where(one, scale * (zero - low), scale * zero), p)
+    return round_scales(
+        weight, torch.where(one, 0, scale), torch.where(one, scale * (zero - low), scale * zero), p
+    )
 
 
 def quantize(weight: Tensor, name: str, **options) -> tuple[Tensor, hqq_native.QuantizeError]:
@@ -156,7 +187,9 @@ def usable(isa: str) -> bool:
 def test_codes_are_those_of_the_hqq_package(kind: str, nbits: int, group_size: int) -> None:
     w = weights(kind, (256, 512))
     options = {"nbits": nbits, "group_size": group_size, "round_zero": nbits == 4}
-    codes, meta = Quantizer.quantize(w, axis=1, optimize=True, bitpack=False, device="cpu", **options)
+    codes, meta = Quantizer.quantize(
+        w, axis=1, optimize=True, bitpack=False, device="cpu", **options
+    )
     theirs = w - ((codes - meta["zero"]) * meta["scale"]).view(w.shape)
     ours = hqq_native.hqq(w, nbits, group_size, round_zero=nbits == 4)
     groups = ours.codes.view(256, -1, group_size).float()
@@ -204,7 +237,9 @@ def test_bytes_are_the_plain_rounding_of_hqq(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_bytes_of_16_bit_weights_are_those_of_the_same_weights_in_float32(name: str, dtype: torch.dtype) -> None:
+def test_bytes_of_16_bit_weights_are_those_of_the_same_weights_in_float32(
+    name: str, dtype: torch.dtype
+) -> None:
     for kind in ("gaussian", "tiny", "small"):  # in fp16 the last two are subnormals
         for isa in filter(usable, ISAS):
             w = weights(kind, (40, 300)).to(dtype)
@@ -231,7 +266,9 @@ def test_error_is_that_of_the_unpacked_weights(name: str, refit: bool) -> None:
         w = weights("gaussian", shape).to(torch.bfloat16)
         tiles, error = quantize(w, name, refit=refit)
         back = dequantize(unpack(tiles, PACKINGS[name], *shape), PACKINGS[name].group_size)
-        assert error.sum_squared_error == pytest.approx((w.double() - back.double()).square().sum().item(), rel=1e-6)
+        assert error.sum_squared_error == pytest.approx(
+            (w.double() - back.double()).square().sum().item(), rel=1e-6
+        )
         assert error.sum_squares == pytest.approx(w.double().square().sum().item(), rel=1e-12)
 
 
@@ -263,14 +300,18 @@ def test_refit_keeps_a_row_with_one_constant_group(name: str) -> None:
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
 @pytest.mark.parametrize("refit", [False, True])
-def test_tile_ranges_on_two_threads_give_the_bytes_and_error_of_one_call(name: str, refit: bool) -> None:
+def test_tile_ranges_on_two_threads_give_the_bytes_and_error_of_one_call(
+    name: str, refit: bool
+) -> None:
     w = weights("student", (5 * 32 - 7, 520)).to(torch.bfloat16)
     whole, error = quantize(w, name, refit=refit)
     out = torch.zeros_like(whole)
 
     def part(ends: tuple[int, int]) -> Tensor:
         to = out[ends[0] : ends[1]].view(-1)
-        return hqq_native.quantize_tiles(w, name, to, tile_begin=ends[0], tile_end=ends[1], refit=refit)
+        return hqq_native.quantize_tiles(
+            w, name, to, tile_begin=ends[0], tile_end=ends[1], refit=refit
+        )
 
     with ThreadPoolExecutor(2) as pool:
         errors = list(pool.map(part, [(0, 1), (1, 1), (1, 4), (4, 5)]))

@@ -32,7 +32,12 @@ def test_rounding_the_scales_changes_the_weights_of_hqq(name: str) -> None:
 
     packing, weight = packing_named(name), weights()
     codes, meta = Quantizer.quantize(
-        weight, nbits=packing.nbits, group_size=packing.group_size, axis=1, bitpack=False, device="cpu"
+        weight,
+        nbits=packing.nbits,
+        group_size=packing.group_size,
+        axis=1,
+        bitpack=False,
+        device="cpu",
     )
     unrounded = ((codes - meta["zero"]) * meta["scale"]).view_as(weight)
     rounded = dequantize(quantize_rows(weight, packing)[0], packing.group_size)

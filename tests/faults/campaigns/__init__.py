@@ -41,8 +41,14 @@ CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
     "repeated-kills": (RepeatedKills(), 2),
     "random-kills": (RandomKills(), 2),
     "power-loss": (PowerLoss(), 3),
-    "journal-flips": (UnfinishedFlips(("plain", "calibrated"), lambda p: p.name == JOURNAL, (*KINDS, "line")), 2),
-    "partial-flips": (UnfinishedFlips(("plain", "zstd", "hub"), lambda p: p.suffix == ".partial"), 2),
+    "journal-flips": (
+        UnfinishedFlips(("plain", "calibrated"), lambda p: p.name == JOURNAL, (*KINDS, "line")),
+        2,
+    ),
+    "partial-flips": (
+        UnfinishedFlips(("plain", "zstd", "hub"), lambda p: p.suffix == ".partial"),
+        2,
+    ),
     "layer-flips": (UnfinishedFlips(("plain", "zstd"), is_layer_file, refusable=False), 1),
     "state-flips": (UnfinishedFlips(("calibrated", "target"), lambda p: p.parent.name == STATE), 1),
     "shard-flips": (UnfinishedFlips(("hub",), lambda p: p.parent.name == SHARDS), 1),

@@ -93,7 +93,9 @@ class Disk:
         """In each folder the first few changes of names; of each file the first few calls."""
         return self._state(
             lambda changes: changes[: state.randint(0, len(changes))],
-            lambda file: _replay(file, file.pending[: state.randint(0, len(file.pending))], lambda: True),
+            lambda file: _replay(
+                file, file.pending[: state.randint(0, len(file.pending))], lambda: True
+            ),
         )
 
     def subset(self, state: random.Random) -> dict[str, bytes | None]:
@@ -112,7 +114,9 @@ class Disk:
         file.pending.append(call)
 
     def _state(
-        self, chosen: Callable[[list[NameChange]], list[NameChange]], bytes_of: Callable[[File], bytes]
+        self,
+        chosen: Callable[[list[NameChange]], list[NameChange]],
+        bytes_of: Callable[[File], bytes],
     ) -> dict[str, bytes | None]:
         names = dict(self._durable)
         for changes in self._pending.values():

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from faults.campaigns.damage import damaged
-from faults.campaigns.workshop import INDEX, PROMPT, RESULT, Case, Failed, Lane, hashes_in, is_refused, last_lines
+from faults.campaigns.workshop import (
+    INDEX,
+    PROMPT,
+    RESULT,
+    Case,
+    Failed,
+    Lane,
+    hashes_in,
+    is_refused,
+    last_lines,
+)
 from faults.shim import Kill
 
 JOURNAL = ".moe-convert.journal"
@@ -96,16 +106,24 @@ class CompleteFlips:
 
 def without_warnings(output: str) -> str:
     """A command's output without lines that warn."""
-    return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("WARNING: "))
+    return "".join(
+        line for line in output.splitlines(keepends=True) if not line.startswith("WARNING: ")
+    )
 
 
 def is_said(name: str, output: str) -> bool:
     """True if the damaged file is one that users may change, and a note or warning says that it was changed."""
-    return name in USERS_OWN and any(name in line for line in output.splitlines() if not line.startswith("ok"))
+    return name in USERS_OWN and any(
+        name in line for line in output.splitlines() if not line.startswith("ok")
+    )
 
 
 def _without_origin(index: Path) -> dict[str, Any]:
-    return {field: value for field, value in json.loads(index.read_bytes()).items() if field not in ORIGIN}
+    return {
+        field: value
+        for field, value in json.loads(index.read_bytes()).items()
+        if field not in ORIGIN
+    }
 
 
 class TokenFlips:
@@ -119,8 +137,14 @@ class TokenFlips:
         """Tries one state."""
         case = lane.workshop.choose(("plain", "zstd"), state)
         text = lane.said(case)
-        name = damage_one(case, state, lane) if state.random() < 0.5 else damage_layer(case, state, lane)
-        cache = state.choice((("--ram-cache", "100KB"), ("--ram-cache", "100KB", "--io", "direct"), ()))
+        name = (
+            damage_one(case, state, lane)
+            if state.random() < 0.5
+            else damage_layer(case, state, lane)
+        )
+        cache = state.choice(
+            (("--ram-cache", "100KB"), ("--ram-cache", "100KB", "--io", "direct"), ())
+        )
         ended = lane.run("generate", lane.out, *PROMPT, *cache)
         if is_refused(ended):
             return "refused"

@@ -8,7 +8,16 @@ from faults.campaigns.flips import JOURNAL, READ_BY_PEOPLE
 from faults.campaigns.workshop import INDEX, RESULT, Failed, Lane, hashes_in, is_refused
 from faults.shim import Kill
 
-OBJECTS = ("link to file", "link to folder", "broken link", "pipe", "folder", "full folder", "hard link", "empty file")
+OBJECTS = (
+    "link to file",
+    "link to folder",
+    "broken link",
+    "pipe",
+    "folder",
+    "full folder",
+    "hard link",
+    "empty file",
+)
 OWN = (
     "", "experts", ".moe-convert.lock", JOURNAL, ".moe-convert.calibration", ".moe-convert.calibration/state",
     ".moe-convert.calibration/state.partial", ".moe-convert.source",
@@ -33,7 +42,10 @@ class HostileFolders:
             lane.convert(case, faults=[Kill("before", RESULT, state.randint(2, len(good.calls)))])
         elif before == "complete":
             lane.copy(good.folder)
-        files = [*good.hashes, *(f"{name}{end}" for name in good.hashes for end in (".partial", ".zstd.partial"))]
+        files = [
+            *good.hashes,
+            *(f"{name}{end}" for name in good.hashes for end in (".partial", ".zstd.partial")),
+        ]
         name = state.choice([*OWN, *files])
         complete = (lane.out / INDEX).exists()
         victims = make_victims(lane.folder / "victims")

@@ -23,7 +23,9 @@ class Kills:
     def states(self, lane: Lane) -> list[KillState]:
         """(case, call, moment), all of them."""
         counts = {case: len(lane.workshop.good(case, lane).calls) for case in lane.workshop.cases}
-        points = ((case, call) for case, n in counts.items() for call in range(1, (self._first or n) + 1))
+        points = (
+            (case, call) for case, n in counts.items() for call in range(1, (self._first or n) + 1)
+        )
         return [(case, call, when) for case, call in points for when in MOMENTS]
 
     def attempt(self, state: KillState, lane: Lane) -> str:
@@ -33,7 +35,11 @@ class Kills:
         ended = lane.convert(case, faults=[Kill(when, RESULT, call)])
         check_index(lane)
         lane.check_resume(case)
-        return f"{case.name}: same bytes" if ended.code == -9 else f"{case.name}: done before the kill, same bytes"
+        return (
+            f"{case.name}: same bytes"
+            if ended.code == -9
+            else f"{case.name}: done before the kill, same bytes"
+        )
 
 
 class RepeatedKills:
@@ -96,4 +102,6 @@ def check_index(lane: Lane) -> None:
 
 def unfinished_files(out: Path) -> list[Path]:
     """Files that a resume goes on from, but the journal, whose damage may be refused."""
-    return sorted(p for p in out.rglob("*") if p.is_file() and (p.suffix == ".partial" or p.name == "state"))
+    return sorted(
+        p for p in out.rglob("*") if p.is_file() and (p.suffix == ".partial" or p.name == "state")
+    )

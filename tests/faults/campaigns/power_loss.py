@@ -40,7 +40,9 @@ class PowerLoss:
         build(MODELS[model](disk, state), root, lane.folder)
         check_index(lane)
         if state.random() < 0.25:
-            lane.convert(case, faults=[Kill(state.choice(MOMENTS), RESULT, state.randint(1, len(calls)))])
+            lane.convert(
+                case, faults=[Kill(state.choice(MOMENTS), RESULT, state.randint(1, len(calls)))]
+            )
             check_index(lane)
         lane.check_resume(case)
         return f"{model}: same bytes"

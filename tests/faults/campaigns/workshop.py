@@ -50,7 +50,9 @@ class Workshop:
     """A folder with the source, served by a Hub too, and for each case the undisturbed conversion, made when it is
     first asked for. `project`: the tree whose moe-convert is tried. `cases`: names. A context."""
 
-    def __init__(self, folder: Path, project: Path = ROOT, cases: Sequence[str] = tuple(CASES)) -> None:
+    def __init__(
+        self, folder: Path, project: Path = ROOT, cases: Sequence[str] = tuple(CASES)
+    ) -> None:
         self.folder, self.project = folder, project
         self.cases = [CASES[name] for name in cases]
         self.source = folder / "checkpoint"
@@ -101,7 +103,9 @@ class Lane:
         self.workshop = workshop
         self.folder, self.out = folder, folder / RESULT[1:]
         folder.mkdir()
-        self.commands = FaultyCommands(folder, workshop.project, workshop.hub.environ(folder / "hub-home"))
+        self.commands = FaultyCommands(
+            folder, workshop.project, workshop.hub.environ(folder / "hub-home")
+        )
 
     def __enter__(self) -> "Lane":
         return self
@@ -109,14 +113,18 @@ class Lane:
     def __exit__(self, *error: object) -> None:
         self.commands.__exit__(*error)
 
-    def run(self, *arguments: object, faults: Sequence[Fault | Kill] = (), warm: bool = False) -> Ended:
+    def run(
+        self, *arguments: object, faults: Sequence[Fault | Kill] = (), warm: bool = False
+    ) -> Ended:
         """One command. Failed if it takes too long."""
         ended = self.commands.run(*arguments, faults=faults, warm=warm)
         if ended.too_slow:
             raise Failed(f"{arguments[0]} does not end")
         return ended
 
-    def convert(self, case: Case, *options: object, faults: Sequence[Fault | Kill] = (), workers: int = 1) -> Ended:
+    def convert(
+        self, case: Case, *options: object, faults: Sequence[Fault | Kill] = (), workers: int = 1
+    ) -> Ended:
         """Converts to `out`. One worker makes the same calls in the same order each time."""
         return self.run(*self._command(case, workers, self.out), *options, faults=faults)
 
@@ -140,7 +148,9 @@ class Lane:
     def check_result(self, case: Case) -> None:
         """Failed unless `out` has the bytes of the undisturbed conversion, and nothing else."""
         good, found = self.workshop.good(case, self).hashes, hashes_in(self.out)
-        if differing := sorted(name for name in good.keys() | found.keys() if good.get(name) != found.get(name)):
+        if differing := sorted(
+            name for name in good.keys() | found.keys() if good.get(name) != found.get(name)
+        ):
             raise Failed(f"done with other bytes in {', '.join(differing)}")
 
     def check_resume(self, case: Case, *options: object) -> None:
@@ -174,7 +184,9 @@ class Lane:
         """What the undisturbed conversion generates."""
         good = self.workshop.good(case, self)
         if not good.said:
-            good.said.append(self.commands.run("generate", good.folder, *PROMPT, warm=True, seconds=600).output)
+            good.said.append(
+                self.commands.run("generate", good.folder, *PROMPT, warm=True, seconds=600).output
+            )
         return good.said[0]
 
     def _command(self, case: Case, workers: int, out: Path) -> list[object]:
@@ -185,7 +197,9 @@ class Lane:
 def hashes_in(out: Path) -> dict[str, str]:
     """sha256 of every file in a folder, by name."""
     files = (file for file in sorted(out.rglob("*")) if file.is_file())
-    return {str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
 
 
 def is_refused(ended: Ended) -> bool:

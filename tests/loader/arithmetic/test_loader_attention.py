@@ -26,8 +26,12 @@ class Ours:
     def __init__(self, packed, dtype):
         self.packed, self.config = packed, packed.config
         matrices = (getattr(packed, name) for name in PROJECTIONS)
-        weights = AttentionWeights(*(PackedMatrix(m.packed, m.packing.name, m.out_features) for m in matrices))
-        self._native = NativeAttention(weights, packed.config.hidden_size, packed.head_dim, packed.scaling, dtype)
+        weights = AttentionWeights(
+            *(PackedMatrix(m.packed, m.packing.name, m.out_features) for m in matrices)
+        )
+        self._native = NativeAttention(
+            weights, packed.config.hidden_size, packed.head_dim, packed.scaling, dtype
+        )
 
     def __call__(self, x, cos_sin, mask, cache):
         if mask is not None:
@@ -39,7 +43,11 @@ def attentions(heads, kv_heads, dim, dtype, hidden=192):
     """Our attention over packed weights, and transformers' over the same dequantized ones."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=dim, num_hidden_layers=1
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=dim,
+        num_hidden_layers=1,
     )
     config._attn_implementation = "sdpa"
     packed, plain = MixtralAttention(config, 0), MixtralAttention(config, 0)
@@ -48,7 +56,9 @@ def attentions(heads, kv_heads, dim, dtype, hidden=192):
         rows, columns = linear.weight.shape
         ours = PackedLinear(PACKING, rows, columns, NativeBackend())
         ours.packed = random_tiles(rows, columns)
-        linear.weight.data = dequantize(unpack(ours.packed, PACKING, rows, columns), PACKING.group_size)
+        linear.weight.data = dequantize(
+            unpack(ours.packed, PACKING, rows, columns), PACKING.group_size
+        )
         setattr(packed, name, ours)
     return Ours(packed.eval(), dtype), plain.eval(), MixtralRotaryEmbedding(config), dtype
 
@@ -63,7 +73,11 @@ def steps(module, rotary, dtype, lengths):
         x = torch.randn(1, length, width).to(dtype)
         places = torch.arange(position, position + length)[None]
         cos_sin = rotary(x, places)
-        mask = None if length == 1 else torch.ones(length, position + length, dtype=torch.bool).tril(position)
+        mask = (
+            None
+            if length == 1
+            else torch.ones(length, position + length, dtype=torch.bool).tril(position)
+        )
         # By position: the cache's name differs between versions of transformers.
         outputs.append(module(x, cos_sin, mask, cache)[0])
         position += length
@@ -71,7 +85,9 @@ def steps(module, rotary, dtype, lengths):
 
 
 @pytest.mark.parametrize("isa", kernels.supported_isas() if kernels.available() else [])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (8, 8, 16), (6, 1, 64), (9, 3, 128), (4, 1, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 2, 32), (8, 8, 16), (6, 1, 64), (9, 3, 128), (4, 1, 128)]
+)
 def test_a_token_gets_what_transformers_attention_gives(isa, heads, kv_heads, dim):
     ours, plain, rotary, dtype = attentions(heads, kv_heads, dim, torch.float32)
     kernels.set_isa(isa)
@@ -83,10 +99,12 @@ def test_a_token_gets_what_transformers_attention_gives(isa, heads, kv_heads, di
     want, wanted_cache = steps(plain, rotary, dtype, lengths)
     # The difference is the rounding of activations to int8 in q, k, v and o.
     assert (got - want).norm() < 0.02 * want.norm()
-    assert (cache.layers[0].keys - wanted_cache.layers[0].keys).norm() < 0.02 * wanted_cache.layers[0].keys.norm()
-    assert (cache.layers[0].values - wanted_cache.layers[0].values).norm() < 0.02 * want.norm() + 0.02 * (
-        wanted_cache.layers[0].values.norm()
-    )
+    assert (cache.layers[0].keys - wanted_cache.layers[0].keys).norm() < 0.02 * wanted_cache.layers[
+        0
+    ].keys.norm()
+    assert (
+        cache.layers[0].values - wanted_cache.layers[0].values
+    ).norm() < 0.02 * want.norm() + 0.02 * (wanted_cache.layers[0].values.norm())
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])

@@ -20,13 +20,22 @@ BACKENDS = ["torch", pytest.param("native", marks=native)]
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "packings", [("tile32-q2-g16-s4", "tile32-q3-g64-s8"), ("rows-bf16", "rows-f16"), ("tile32-q4-g64-s8", "rows-bf16")]
+    "packings",
+    [
+        ("tile32-q2-g16-s4", "tile32-q3-g64-s8"),
+        ("rows-bf16", "rows-f16"),
+        ("tile32-q4-g64-s8", "rows-bf16"),
+    ],
 )
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_an_experts_gradients_are_those_of_autograd(packings: tuple[str, str], top_k: int, backend: str) -> None:
+def test_an_experts_gradients_are_those_of_autograd(
+    packings: tuple[str, str], top_k: int, backend: str
+) -> None:
     layout = ExpertLayout(192, 160, *map(packing_named, packings))
     blobs = {expert: some_blob(layout, expert) for expert in range(4)}
-    module = CachedExperts(0, dict.fromkeys(blobs, layout), OneLayer(blobs), choose_backend(backend))
+    module = CachedExperts(
+        0, dict.fromkeys(blobs, layout), OneLayer(blobs), choose_backend(backend)
+    )
     rng = torch.Generator().manual_seed(3)
     x = torch.randn(11, 192, generator=rng).requires_grad_(True)
     index = torch.stack([torch.randperm(4, generator=rng)[:top_k] for _ in range(11)])
@@ -62,14 +71,21 @@ def some_blob(layout: ExpertLayout, seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     blob = torch.randint(0, 256, (layout.n_bytes,), dtype=torch.uint8)
     begin = 0
-    for packing, shape in ((layout.gate_up, layout.gate_up_shape), (layout.down, layout.down_shape)):
+    for packing, shape in (
+        (layout.gate_up, layout.gate_up_shape),
+        (layout.down, layout.down_shape),
+    ):
         part = blob[begin : begin + shape[0] * shape[1] * packing.torch_dtype.itemsize]
         begin += part.numel()
         if packing.name in PACKINGS:
             # Row scales such that weights are about 0.1.
-            part.view(shape)[:, :128] = torch.full((64,), 1e-3, dtype=torch.float16).view(torch.uint8)
+            part.view(shape)[:, :128] = torch.full((64,), 1e-3, dtype=torch.float16).view(
+                torch.uint8
+            )
         else:
-            part.copy_((torch.randn(shape) / 10).to(packing.torch_dtype).view(torch.uint8).flatten())
+            part.copy_(
+                (torch.randn(shape) / 10).to(packing.torch_dtype).view(torch.uint8).flatten()
+            )
     return blob
 
 
@@ -80,7 +96,9 @@ def test_the_gradient_of_a_product_is_grad_times_the_matrix(packing: Any, rows: 
     stored = torch.randint(0, 256, packing.stored_shape(rows, 300), dtype=torch.uint8)
     stored[:, :128] = torch.full((64,), 1e-3, dtype=torch.float16).view(torch.uint8)
     weights, grad = packing.weights(stored, rows, 300), torch.randn(5, rows)
-    torch.testing.assert_close(input_gradient(stored, packing, rows, 300, grad), grad @ weights, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        input_gradient(stored, packing, rows, 300, grad), grad @ weights, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_large_matrix_is_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,14 +71,16 @@ def test_gradients_of_embeddings_and_parameters_are_those_of_the_dequantized_wei
     assert_same_gradients(embedding_gradient(model, ids), embedding_gradient(plain, ids))
     exact = dict(plain.named_parameters())
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert {n for n in exact if "norm" in n or "mlp.gate" in n or n == "lm_head.weight"} - found.keys() == (
-        {"lm_head.weight"} if name == "head4" else set()
-    )
+    assert {
+        n for n in exact if "norm" in n or "mlp.gate" in n or n == "lm_head.weight"
+    } - found.keys() == ({"lm_head.weight"} if name == "head4" else set())
     for parameter, gradient in found.items():
         assert_same_gradients(gradient, exact[parameter].grad)
 
 
-def test_gradients_of_the_reference_kernels_are_those_of_the_dequantized_weights(folder: Folder) -> None:
+def test_gradients_of_the_reference_kernels_are_those_of_the_dequantized_weights(
+    folder: Folder,
+) -> None:
     ours = embedding_gradient(loaded(folder("2bit"), kernels="torch"), batch())
     exact = embedding_gradient(dequantized(folder("2bit")), batch())
     assert ((ours - exact).norm() / exact.norm()).item() < 1e-5
@@ -89,7 +91,9 @@ def test_gradients_of_a_padded_batch_and_of_single_tokens_are_right(folder: Fold
     mask = torch.ones(2, 24, dtype=torch.int64)
     mask[0, :9] = 0
     options = {"attention_mask": mask}
-    assert_same_gradients(embedding_gradient(model, batch(), **options), embedding_gradient(plain, batch(), **options))
+    assert_same_gradients(
+        embedding_gradient(model, batch(), **options), embedding_gradient(plain, batch(), **options)
+    )
     # One token's loss has no target: the largest logit instead.
     grads = []
     for each in (model, plain):
@@ -100,7 +104,9 @@ def test_gradients_of_a_padded_batch_and_of_single_tokens_are_right(folder: Fold
 
 
 def test_gradients_are_the_same_bits_whatever_the_cache(folder: Folder) -> None:
-    first, *others = (embedding_gradient(loaded(folder("mixed"), cache), batch()) for cache in CACHES)
+    first, *others = (
+        embedding_gradient(loaded(folder("mixed"), cache), batch()) for cache in CACHES
+    )
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -117,7 +123,11 @@ def test_gradients_with_16_bit_activations_are_about_as_near_as_transformers_own
 def test_gradients_under_autocast_are_about_as_near_as_transformers_own(folder: Folder) -> None:
     exact = embedding_gradient(dequantized(folder("mixed")), batch())
     found = []
-    for model in (loaded(folder("mixed")), loaded(folder("mixed"), kernels="torch"), dequantized(folder("mixed"))):
+    for model in (
+        loaded(folder("mixed")),
+        loaded(folder("mixed"), kernels="torch"),
+        dequantized(folder("mixed")),
+    ):
         with torch.autocast("cpu", torch.bfloat16):
             found.append(1 - cosine(embedding_gradient(model, batch()), exact))
     assert max(found[:2]) < 2 * found[2] + 1e-4 and max(found) < 0.01
@@ -144,7 +154,10 @@ def test_checkpointed_layers_give_the_same_gradients(folder: Folder, name: str) 
 
 def test_prompt_tuning_ends_where_the_dequantized_model_ends(folder: Folder) -> None:
     for name in ("2bit", "16bit"):
-        losses = [tuned_prompt_loss(model) for model in (loaded(folder(name), "two"), dequantized(folder(name)))]
+        losses = [
+            tuned_prompt_loss(model)
+            for model in (loaded(folder(name), "two"), dequantized(folder(name)))
+        ]
         assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 

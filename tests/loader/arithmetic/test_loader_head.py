@@ -11,11 +11,15 @@ from loader.hf.modules.head import NativeHead
 from loader.hf.modules.packed_modules import PackedLinear
 
 
-def test_packed_head_gives_nearly_the_logits_of_the_plain_one(example_folder: Path, tmp_path: Path) -> None:
+def test_packed_head_gives_nearly_the_logits_of_the_plain_one(
+    example_folder: Path, tmp_path: Path
+) -> None:
     ids = torch.tensor([[1, 80, 90, 100, 110, 120]])
     logits = []
     for bits in (16, 4):
-        convert_checkpoint(example_folder, tmp_path / str(bits), make_recipe("4bit", solver="hqq", head_bits=bits))
+        convert_checkpoint(
+            example_folder, tmp_path / str(bits), make_recipe("4bit", solver="hqq", head_bits=bits)
+        )
         model = loader.from_pretrained(tmp_path / str(bits), dtype=torch.float32)
         assert isinstance(model.lm_head, PackedLinear) == (bits == 4)
         with torch.inference_mode():

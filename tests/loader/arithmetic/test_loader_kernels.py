@@ -54,7 +54,11 @@ def put(codes: np.ndarray, s: np.ndarray, m: np.ndarray, name: str) -> np.ndarra
         return out.reshape(64)
 
     def half(a: np.ndarray, r: int) -> np.ndarray:
-        return a[16 * r : 16 * r + 16].astype(np.int8 if a is m and scale_bits == 8 else np.uint8).view(np.uint8)
+        return (
+            a[16 * r : 16 * r + 16]
+            .astype(np.int8 if a is m and scale_bits == 8 else np.uint8)
+            .view(np.uint8)
+        )
 
     if group == 16:
         for q in range(4):
@@ -63,12 +67,18 @@ def put(codes: np.ndarray, s: np.ndarray, m: np.ndarray, name: str) -> np.ndarra
                     parts.append(vector([64 * q + 16 * v + 4 * j for v in range(4)], r, 2))
             for r in range(2):
                 sv, mv = half(s, r)[:, 4 * q : 4 * q + 4], half(m, r)[:, 4 * q : 4 * q + 4]
-                parts += [(sv | mv << 4).reshape(64)] if scale_bits == 4 else [sv.reshape(64), mv.reshape(64)]
+                parts += (
+                    [(sv | mv << 4).reshape(64)]
+                    if scale_bits == 4
+                    else [sv.reshape(64), mv.reshape(64)]
+                )
     elif group == 32:
         for q in range(2):
             for i in range(4):
                 for r in range(2):
-                    a, b = ([128 * q + 32 * v + 4 * j for v in range(4)] for j in (2 * i, 2 * i + 1))
+                    a, b = (
+                        [128 * q + 32 * v + 4 * j for v in range(4)] for j in (2 * i, 2 * i + 1)
+                    )
                     parts += [vector(a, r, 2), vector(b, r, 2), top(a, b, r)]
             for r in range(2):
                 sv, mv = half(s, r)[:, 4 * q : 4 * q + 4], half(m, r)[:, 4 * q : 4 * q + 4]
@@ -95,7 +105,9 @@ def put(codes: np.ndarray, s: np.ndarray, m: np.ndarray, name: str) -> np.ndarra
 class Matrix:
     """Random codes and scales [rows, columns] as bytes and as float64 values."""
 
-    def __init__(self, name: str, rows: int, columns: int, seed: int, extreme: bool = False) -> None:
+    def __init__(
+        self, name: str, rows: int, columns: int, seed: int, extreme: bool = False
+    ) -> None:
         nbits, group, scale_bits, _ = PACKINGS[name]
         rng = np.random.default_rng(seed)
         r, k = -(-rows // 32) * 32, -(-columns // 256) * 256
@@ -113,11 +125,15 @@ class Matrix:
         ds[rows:], dm[rows:] = 0, 0
         self.codes, self.s, self.m, self.ds, self.dm = codes, s, m, ds, dm
         wide = lambda a: np.repeat(a, group, 1).astype(np.float64)  # noqa: E731
-        values = ds[:, None].astype(np.float64) * wide(s) * codes - dm[:, None].astype(np.float64) * wide(m)
+        values = ds[:, None].astype(np.float64) * wide(s) * codes - dm[:, None].astype(
+            np.float64
+        ) * wide(m)
         self.values = values[:rows, :columns]
         self.tiles: list[np.ndarray] = []
         for row in range(0, r, 32):
-            head = np.concatenate([a[row + 16 * h : row + 16 * h + 16] for h in range(2) for a in (ds, dm)])
+            head = np.concatenate(
+                [a[row + 16 * h : row + 16 * h + 16] for h in range(2) for a in (ds, dm)]
+            )
             blocks = [
                 put(
                     codes[row : row + 32, c : c + 256],
@@ -194,7 +210,9 @@ def test_kernel_agrees_with_float64_over_the_same_int8_activations(
 @pytest.mark.parametrize("name", PACKINGS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_largest_codes_scales_and_activations_do_not_overflow(name: str, isa: str, sign: float, tokens: int) -> None:
+def test_largest_codes_scales_and_activations_do_not_overflow(
+    name: str, isa: str, sign: float, tokens: int
+) -> None:
     kernels.set_isa(isa)
     w = Matrix(name, 40, 512, seed=3, extreme=True)
     x = torch.full((tokens, 512), sign)
@@ -214,7 +232,12 @@ def test_all_instruction_sets_and_thread_counts_give_the_same_bits(name: str) ->
         kernels.set_isa(isa)
         for threads in (1, 2, 3):
             kernels.set_threads(threads)
-            results.append((kernels.linear(x, w.tensor(), name, w.rows), table.run(hidden, index, torch.ones((14, 1)))))
+            results.append(
+                (
+                    kernels.linear(x, w.tensor(), name, w.rows),
+                    table.run(hidden, index, torch.ones((14, 1))),
+                )
+            )
     assert all(torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]) for a, b in results)
 
 
@@ -244,7 +267,9 @@ def test_bits_do_not_depend_on_alignment(name: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("gate_up", "down"), [(n, n) for n in PACKINGS] + [("tile32-q2-g16-s4", "tile32-q4-g64-s8")])
+@pytest.mark.parametrize(
+    ("gate_up", "down"), [(n, n) for n in PACKINGS] + [("tile32-q2-g16-s4", "tile32-q4-g64-s8")]
+)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(192, 384), (100, 72), (256, 512), (5, 3)])
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_fused_experts_agree_with_the_composition(
@@ -255,7 +280,10 @@ def test_fused_experts_agree_with_the_composition(
     x = activations(tokens, hidden)
     weights = torch.rand((tokens, 2), generator=torch.Generator().manual_seed(1))
     rows = torch.arange(tokens, dtype=torch.int32)
-    calls = [kernels.ExpertCall(e.blob, gate_up, down, rows, weights[:, i].contiguous()) for i, e in enumerate(pair)]
+    calls = [
+        kernels.ExpertCall(e.blob, gate_up, down, rows, weights[:, i].contiguous())
+        for i, e in enumerate(pair)
+    ]
     fused = kernels.experts(x, calls, intermediate)
     expected = sum(e.run(x) * weights[:, i : i + 1] for i, e in enumerate(pair))
     # A last-bit difference in SwiGLU can move one int8 of h by one step.
@@ -267,11 +295,15 @@ def test_a_call_over_a_list_equals_calls_over_its_parts() -> None:
     pair = [Expert(name, name, 192, 384, seed) for seed in (1, 7)]
     x = activations(6, 192)
     calls = [
-        kernels.ExpertCall(e.blob, name, name, torch.tensor(rows, dtype=torch.int32), torch.rand(len(rows)))
+        kernels.ExpertCall(
+            e.blob, name, name, torch.tensor(rows, dtype=torch.int32), torch.rand(len(rows))
+        )
         for e, rows in zip(pair, ([0, 2, 5], [1, 2, 3, 4]), strict=True)
     ]
     parts = kernels.experts(x, calls[:1], 384)
-    assert torch.equal(kernels.experts(x, calls, 384), kernels.experts(x, calls[1:], 384, out=parts))
+    assert torch.equal(
+        kernels.experts(x, calls, 384), kernels.experts(x, calls[1:], 384, out=parts)
+    )
 
 
 def test_a_routers_answer_gives_the_bits_of_the_explicit_lists() -> None:
@@ -286,7 +318,9 @@ def test_a_routers_answer_gives_the_bits_of_the_explicit_lists() -> None:
     calls = []
     for i, e in enumerate(many):
         rows, slots = torch.where(index == i)
-        calls.append(kernels.ExpertCall(e.blob, name, name, rows.int(), weights[rows, slots].contiguous()))
+        calls.append(
+            kernels.ExpertCall(e.blob, name, name, rows.int(), weights[rows, slots].contiguous())
+        )
     assert torch.equal(table.run(x, index, weights), kernels.experts(x, calls, 384))
 
 
@@ -305,7 +339,9 @@ def test_many_pairs_in_several_passes_give_the_bits_of_single_tokens() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("tokens", [1, 2, 6])
-def test_a_value_that_is_not_finite_spoils_its_token_and_no_other(isa: str, bad: float, tokens: int) -> None:
+def test_a_value_that_is_not_finite_spoils_its_token_and_no_other(
+    isa: str, bad: float, tokens: int
+) -> None:
     kernels.set_isa(isa)
     for name in PACKINGS:
         w, expert = Matrix(name, 40, 192, seed=1), Expert(name, name, 192, 100, seed=2)
@@ -314,7 +350,10 @@ def test_a_value_that_is_not_finite_spoils_its_token_and_no_other(isa: str, bad:
         table = kernels.ExpertTable(1, 192, 100, name, name)
         table.set(0, expert.blob)
         index = torch.zeros((tokens, 1), dtype=torch.int64)
-        for y in (kernels.linear(x, w.tensor(), name, 40), table.run(x, index, torch.ones((tokens, 1)))):
+        for y in (
+            kernels.linear(x, w.tensor(), name, 40),
+            table.run(x, index, torch.ones((tokens, 1))),
+        ):
             assert not y[0].isfinite().any()
             assert y[1:].isfinite().all()
 
@@ -327,17 +366,24 @@ def test_zero_and_tiny_activations_give_zero() -> None:
 
 
 def test_several_matrices_over_one_activation_give_the_bits_of_single_calls() -> None:
-    many = [Matrix(n, rows, 320, seed=rows) for n, rows in zip(PACKINGS, (64, 1, 33, 300, 96), strict=True)]
+    many = [
+        Matrix(n, rows, 320, seed=rows)
+        for n, rows in zip(PACKINGS, (64, 1, 33, 300, 96), strict=True)
+    ]
     for tokens in (1, 4, 20):
         x = activations(tokens, 320)
-        together = kernels.linear_many(x, [kernels.PackedMatrix(w.tensor(), w.name, w.rows) for w in many])
+        together = kernels.linear_many(
+            x, [kernels.PackedMatrix(w.tensor(), w.name, w.rows) for w in many]
+        )
         for w, y in zip(many, together, strict=True):
             assert torch.equal(y, kernels.linear(x, w.tensor(), w.name, w.rows))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 11])
 @pytest.mark.parametrize("shape", [(1, 1), (50, 300), (33, 64)])
-def test_bf16_linear_agrees_with_float64_with_the_same_bits_on_each_path(tokens: int, shape: tuple[int, int]) -> None:
+def test_bf16_linear_agrees_with_float64_with_the_same_bits_on_each_path(
+    tokens: int, shape: tuple[int, int]
+) -> None:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     x = activations(tokens, shape[1])
     results = []
@@ -353,7 +399,9 @@ def test_no_tokens_and_no_experts_are_fine() -> None:
     w, expert = Matrix(name, 40, 64, seed=1), Expert(name, name, 64, 64, seed=2)
     assert kernels.linear(torch.empty((0, 64)), w.tensor(), name, 40).shape == (0, 40)
     assert (kernels.experts(torch.ones((3, 64)), [], 64) == 0).all()
-    none = kernels.ExpertCall(expert.blob, name, name, torch.empty(0, dtype=torch.int32), torch.empty(0))
+    none = kernels.ExpertCall(
+        expert.blob, name, name, torch.empty(0, dtype=torch.int32), torch.empty(0)
+    )
     assert (kernels.experts(torch.ones((3, 64)), [none], 64) == 0).all()
 
 
@@ -395,10 +443,18 @@ def test_wrong_arguments_are_refused() -> None:
         lambda: kernels.linear_many(x, [kernels.PackedMatrix(tiles[1:], name, 40)]),
         lambda: kernels.linear_bf16(x, torch.zeros((3, 63), dtype=torch.bfloat16)),
         lambda: kernels.linear_bf16(x, torch.zeros((3, 64))),
-        lambda: kernels.experts(x, [kernels.ExpertCall(expert.blob[1:], name, name, rows, ones)], 64),
-        lambda: kernels.experts(x, [kernels.ExpertCall(expert.blob, name, name, rows, ones[:1])], 64),
-        lambda: kernels.experts(x, [kernels.ExpertCall(expert.blob, name, name, rows + 1, ones)], 64),
-        lambda: kernels.experts(x, [kernels.ExpertCall(expert.blob, name, name, rows.long(), ones)], 64),
+        lambda: kernels.experts(
+            x, [kernels.ExpertCall(expert.blob[1:], name, name, rows, ones)], 64
+        ),
+        lambda: kernels.experts(
+            x, [kernels.ExpertCall(expert.blob, name, name, rows, ones[:1])], 64
+        ),
+        lambda: kernels.experts(
+            x, [kernels.ExpertCall(expert.blob, name, name, rows + 1, ones)], 64
+        ),
+        lambda: kernels.experts(
+            x, [kernels.ExpertCall(expert.blob, name, name, rows.long(), ones)], 64
+        ),
         lambda: kernels.experts(x, [], 64, out=torch.zeros((2, 63))),
         lambda: table.set(0, expert.blob[1:]),
         lambda: table.set(2, expert.blob),
@@ -426,7 +482,9 @@ def test_the_reference_packing_writes_and_means_the_same_bytes(name: str) -> Non
         torch.from_numpy(w.dm[:40]),
     )
     assert torch.equal(reference.pack(matrix, packing).reshape(-1), torch.from_numpy(w.bytes))
-    assert relative(reference.dequantize(matrix, packing.group_size).double().numpy(), w.values) < 1e-6
+    assert (
+        relative(reference.dequantize(matrix, packing.group_size).double().numpy(), w.values) < 1e-6
+    )
 
 
 def test_parts_of_a_routers_answer_add_up_to_the_whole() -> None:
@@ -440,7 +498,9 @@ def test_parts_of_a_routers_answer_add_up_to_the_whole() -> None:
         whole.set(i, blobs[i])
         parts[i].set(i, blobs[i])
     out = parts[0].run(x, index, weights, partial=True)
-    assert torch.equal(parts[1].run(x, index, weights, out=out, partial=True), whole.run(x, index, weights))
+    assert torch.equal(
+        parts[1].run(x, index, weights, out=out, partial=True), whole.run(x, index, weights)
+    )
 
 
 def test_describe_names_the_path() -> None:
@@ -451,4 +511,6 @@ def test_describe_names_the_path() -> None:
 
 def test_stream_sum_reads_every_word() -> None:
     words = torch.arange(10_000, dtype=torch.int64)
-    assert kernels.stream_sum([words.view(torch.uint8)] * 2, chunk_bytes=1024) == 2 * int(words.sum())
+    assert kernels.stream_sum([words.view(torch.uint8)] * 2, chunk_bytes=1024) == 2 * int(
+        words.sum()
+    )

@@ -32,12 +32,16 @@ def test_a_packed_linear_is_a_linear_layer_without_parameters() -> None:
         torch.float32,
         torch.device("cpu"),
     )
-    assert repr(linear) == ("PackedLinear(in_features=96, out_features=64, packing=tile32-q4-g64-s8, bias=False)")
+    assert repr(linear) == (
+        "PackedLinear(in_features=96, out_features=64, packing=tile32-q4-g64-s8, bias=False)"
+    )
     packed = linear.packed.clone()
     assert torch.equal(linear.half().to(torch.bfloat16).packed, packed)
 
 
-@pytest.mark.parametrize("use", [lambda w: w + 1, lambda w: w.data.add_(1), lambda w: w.clone(), lambda w: w.sum()])
+@pytest.mark.parametrize(
+    "use", [lambda w: w + 1, lambda w: w.data.add_(1), lambda w: w.clone(), lambda w: w.sum()]
+)
 def test_values_of_packed_weights_are_refused(use: Callable[[torch.Tensor], Any]) -> None:
     with pytest.raises(MoeConvertError, match="packed") as raised:
         use(packed_linear().weight)
@@ -61,7 +65,9 @@ def test_attention_with_a_bias_does_not_take_the_decoder(converted: Callable[[st
     model = load(converted("2bit"), kernels="native")
     attention = model.model.layers[0].self_attn
     old = attention.q_proj
-    attention.q_proj = PackedLinear(old.packing, old.out_features, old.in_features, choose_backend("native"), bias=True)
+    attention.q_proj = PackedLinear(
+        old.packing, old.out_features, old.in_features, choose_backend("native"), bias=True
+    )
     attention.q_proj.packed = old.packed
     torch.nn.init.zeros_(attention.q_proj.bias)
     model.eval()

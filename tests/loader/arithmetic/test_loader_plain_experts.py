@@ -40,7 +40,9 @@ def folder(example_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Fo
     def of(name: str) -> Path:
         if not (root / name).exists():
             codec = "zstd" if name == "zstd" else "none"
-            convert_checkpoint(example_folder, root / name, recipes[name], ConvertOptions(codec=codec))
+            convert_checkpoint(
+                example_folder, root / name, recipes[name], ConvertOptions(codec=codec)
+            )
         return root / name
 
     return of
@@ -82,7 +84,9 @@ def test_logits_in_bfloat16_are_about_as_near_as_transformers_own(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["16bit", "attn4", "mixed", "zstd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_small_cache_gives_the_same_bits(folder: Folder, name: str, dtype: torch.dtype, backend: str) -> None:
+def test_a_small_cache_gives_the_same_bits(
+    folder: Folder, name: str, dtype: torch.dtype, backend: str
+) -> None:
     options: dict[str, Any] = {"kernels": backend, "dtype": dtype}
     whole = load(folder(name), ram_cache="40GiB", **options)
     small = load(folder(name), ram_cache=slots_budget(folder(name), 3), io="direct", **options)
@@ -109,7 +113,9 @@ def test_single_tokens_of_a_mixed_folder_take_the_decoder(folder: Folder) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 40])
-@pytest.mark.parametrize("packings", [("rows-bf16", "rows-bf16"), ("rows-f16", "rows-f16"), ("rows-bf16", "rows-f16")])
+@pytest.mark.parametrize(
+    "packings", [("rows-bf16", "rows-bf16"), ("rows-f16", "rows-f16"), ("rows-bf16", "rows-f16")]
+)
 def test_experts_are_those_of_float64(packings: tuple[str, str], tokens: int, backend: str) -> None:
     layout = ExpertLayout(72, 104, *map(packing_named, packings))
     blobs = {e: blob_of(layout, e) for e in (0, 1, 3)}
@@ -130,7 +136,9 @@ def test_experts_are_those_of_float64(packings: tuple[str, str], tokens: int, ba
 
 
 @native
-def test_activations_of_a_bfloat16_model_may_be_multiplied_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_of_a_bfloat16_model_may_be_multiplied_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     layout = ExpertLayout(64, 96, packing_named("rows-bf16"), packing_named("rows-bf16"))
     blob = blob_of(layout, 0)
@@ -149,7 +157,9 @@ def test_activations_of_a_bfloat16_model_may_be_multiplied_in_it(monkeypatch: py
 def test_an_fp16_model_has_its_own_logits(tmp_path: Path, backend: str) -> None:
     make_checkpoint(tmp_path / "mini", SHAPES["mini"], 3, dtype="F16")
     convert_checkpoint(tmp_path / "mini", tmp_path / "out", make_recipe("16bit"))
-    exact = logits(MixtralForCausalLM.from_pretrained(tmp_path / "mini", dtype=torch.float32).eval(), IDS)
+    exact = logits(
+        MixtralForCausalLM.from_pretrained(tmp_path / "mini", dtype=torch.float32).eval(), IDS
+    )
     assert apart(logits(load(tmp_path / "out", kernels=backend), IDS), exact) < 2e-5
     model = load(tmp_path / "out", kernels=backend, dtype="auto")
     assert model.dtype is torch.float16

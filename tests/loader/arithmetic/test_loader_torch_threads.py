@@ -126,7 +126,9 @@ def test_the_number_is_back_when_passes_of_two_threads_overlap():
 def test_the_signatures_of_a_model_are_those_of_its_class(converted):
     model = loader.from_pretrained(converted("2bit"))
     for name in ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
-        ours, theirs = (inspect.signature(getattr(owner, name)) for owner in (type(model), MixtralForCausalLM))
+        ours, theirs = (
+            inspect.signature(getattr(owner, name)) for owner in (type(model), MixtralForCausalLM)
+        )
         assert ours == theirs
 
 

@@ -36,7 +36,9 @@ def test_experts_have_the_cpus_bits(device, name, tokens):
     index = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2, generator=generator)
     expected = torch.zeros_like(x)
-    NativeBackend().experts({e: blobs[e] for e in index.unique().tolist()}, layouts, x, index, weights, expected)
+    NativeBackend().experts(
+        {e: blobs[e] for e in index.unique().tolist()}, layouts, x, index, weights, expected
+    )
     there = {e: blobs[e].to(device.torch_device) for e in index.unique().tolist()}
     out = torch.zeros_like(x, device=device.torch_device)
     x_there, weights_there = x.to(device.torch_device), weights.to(device.torch_device)
@@ -48,17 +50,28 @@ def test_experts_have_the_cpus_bits(device, name, tokens):
 def generated(model):
     ids = IDS.to(model.device)
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=2
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=32,
+        min_new_tokens=32,
+        do_sample=False,
+        pad_token_id=2,
     ).tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"prefetch": 0}, {"cpu_share": "auto"}, {"ram_cache": "2MB"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"prefetch": 0}, {"cpu_share": "auto"}, {"ram_cache": "2MB"}], ids=str
+)
 @pytest.mark.parametrize("slots", [8, 4, 0])
 def test_tokens_are_the_cpus(converted, slots, options):
     folder = converted("2bit")
     layers = Artifact.open(folder).architecture.num_hidden_layers
-    model = loader.from_pretrained(folder, device="cuda", dtype=torch.float32, slots=[slots] * layers, **options)
-    assert generated(model) == generated(loader.from_pretrained(folder, device="cpu", dtype=torch.float32))
+    model = loader.from_pretrained(
+        folder, device="cuda", dtype=torch.float32, slots=[slots] * layers, **options
+    )
+    assert generated(model) == generated(
+        loader.from_pretrained(folder, device="cpu", dtype=torch.float32)
+    )
 
 
 def test_auto_takes_the_gpu(converted):

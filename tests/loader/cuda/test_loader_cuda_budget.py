@@ -3,7 +3,13 @@ from pattern_reader import EXPERT_BYTES, PatternReader
 from recording_device import RecordingDevice
 
 from formats.errors import DoesNotFitError, RecipeError
-from loader.cuda.experts.gpu_budget import PIECE_BYTES, RESERVE_BYTES, gpu_budget, gpu_slots, split_layers
+from loader.cuda.experts.gpu_budget import (
+    PIECE_BYTES,
+    RESERVE_BYTES,
+    gpu_budget,
+    gpu_slots,
+    split_layers,
+)
 
 GIB = 1 << 30
 
@@ -27,7 +33,9 @@ def test_what_is_given_is_taken():
         gpu_budget("much", device(), 1000)
 
 
-@pytest.mark.parametrize(("gpu_cache", "trunk"), [("auto", 7 * GIB), ("6GiB", 3 * GIB), (100, 0), ("100MiB", 8 * GIB)])
+@pytest.mark.parametrize(
+    ("gpu_cache", "trunk"), [("auto", 7 * GIB), ("6GiB", 3 * GIB), (100, 0), ("100MiB", 8 * GIB)]
+)
 def test_what_does_not_fit_is_refused_with_all_numbers(gpu_cache, trunk):
     least = 200 << 20
     with pytest.raises(DoesNotFitError) as error:

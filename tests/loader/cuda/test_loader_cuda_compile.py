@@ -17,9 +17,15 @@ TEXT = (SUPPORT / "cuda_host/names.inc").read_text()
 SUFFIXES = [name.removeprefix("tile32-").replace("-", "_") for name in PACKINGS]
 NAMES = [
     *re.findall(r"X\((\w+)\)", TEXT),
-    *(name.replace("##", "").replace("Q", q) for name in re.findall(r"X\((\w+##Q\S*)\)", TEXT) for q in SUFFIXES),
+    *(
+        name.replace("##", "").replace("Q", q)
+        for name in re.findall(r"X\((\w+##Q\S*)\)", TEXT)
+        for q in SUFFIXES
+    ),
 ]
-PRODUCTS = [name for name in NAMES if name.startswith(("gemv_", "gemm_", "gate_up_", "down_", "add_pairs"))]
+PRODUCTS = [
+    name for name in NAMES if name.startswith(("gemv_", "gemm_", "gate_up_", "down_", "add_pairs"))
+]
 
 FRAME_SIZE = 0x11
 """Attribute of a cubin's section .nv.info: bytes of local memory (arrays that are not in registers, and spills)."""
@@ -42,7 +48,9 @@ def frame_sizes(cubin):
 
     by_name = {text(names_at, header[0]): header for header in headers}
     _, _, _, _, at, size, strings, *_ = by_name[".symtab"]
-    symbols = [text(strings, struct.unpack_from("<I", cubin, at + 24 * i)[0]) for i in range(size // 24)]
+    symbols = [
+        text(strings, struct.unpack_from("<I", cubin, at + 24 * i)[0]) for i in range(size // 24)
+    ]
     _, _, _, _, at, size, *_ = by_name[".nv.info"]
     sizes, end = {}, at + size
     while at < end:

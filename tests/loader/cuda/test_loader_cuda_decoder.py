@@ -34,7 +34,9 @@ from loader.hf.served_model import Serving
 from loader.planning.budget import expert_bytes_by_layer
 from loader.repository import open_model
 
-pytestmark = pytest.mark.skipif(not kernels.available() or COMPILER is None, reason="not built, or no C++ compiler")
+pytestmark = pytest.mark.skipif(
+    not kernels.available() or COMPILER is None, reason="not built, or no C++ compiler"
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 IDS = torch.arange(7, 47)[None]
@@ -50,8 +52,12 @@ def folder_of(source, tmp_path_factory):
         if not out.exists():
             checkpoint = shutil.copytree(source, root / f"source-{head_bits}-{top_k}")
             config = json.loads((checkpoint / "config.json").read_text())
-            (checkpoint / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
-            convert_checkpoint(checkpoint, out, make_recipe("2bit", solver="hqq", head_bits=head_bits))
+            (checkpoint / "config.json").write_text(
+                json.dumps({**config, "num_experts_per_tok": top_k})
+            )
+            convert_checkpoint(
+                checkpoint, out, make_recipe("2bit", solver="hqq", head_bits=head_bits)
+            )
         return out
 
     return folder
@@ -78,15 +84,22 @@ class Gpu:
         before = model.model.layers[0].mlp.experts.cache
         sizes = expert_bytes_by_layer(opened.artifact)
         tier = PinnedTier(
-            opened.reader("direct", check="none"), dict.fromkeys(sizes, ram), self.device.pin, self.device.unpin
+            opened.reader("direct", check="none"),
+            dict.fromkeys(sizes, ram),
+            self.device.pin,
+            self.device.unpin,
         )
         reader = GpuReader(tier, [self.device] * len(sizes))
-        cache = ExpertCache(reader, slots, memory=[Memory(self.device.empty)] * len(sizes), tier=tier)
+        cache = ExpertCache(
+            reader, slots, memory=[Memory(self.device.empty)] * len(sizes), tier=tier
+        )
         cache.prefetcher = before.prefetcher
         for layer in model.model.layers:
             layer.mlp.experts._cache = cache
         share = speeds and CpuShare(cache, tier, speeds)
-        self.factory = CudaDecoderFactory(self.device, Products(self.device), share, NativeBackend())
+        self.factory = CudaDecoderFactory(
+            self.device, Products(self.device), share, NativeBackend()
+        )
 
     def __call__(self, model, ids, cache, **options):
         """The decoder's logits, or None where it leaves the token to transformers."""
@@ -100,7 +113,9 @@ class Gpu:
 
 
 def load(folder, dtype, **options):
-    return loader.from_pretrained(folder, kernels="native", dtype=dtype, **{"ram_cache": "1GiB", **options})
+    return loader.from_pretrained(
+        folder, kernels="native", dtype=dtype, **{"ram_cache": "1GiB", **options}
+    )
 
 
 def prompted(model, ids):
@@ -150,14 +165,18 @@ def test_other_numbers_of_experts_with_room_for_few_are_the_cpus(folder_of, top_
 @torch.no_grad()
 @pytest.mark.parametrize("order", ["late", "early", 0, 1])
 @pytest.mark.parametrize(("top_k", "slots"), [(2, [2, 1, 0]), (3, [2, 1, 1])])
-def test_experts_that_are_copied_to_few_slots_give_the_same_bits_without_a_race(folder_of, order, top_k, slots):
+def test_experts_that_are_copied_to_few_slots_give_the_same_bits_without_a_race(
+    folder_of, order, top_k, slots
+):
     cpu, gpu = load(folder_of(top_k=top_k), torch.bfloat16), Gpu()
     model, past = load(folder_of(top_k=top_k), torch.bfloat16), prompted(cpu, IDS[:, :8])
     gpu.device.order = order
     gpu.take_experts(model, folder_of(top_k=top_k), slots, ram=6)
     copied = copy.deepcopy(past)
     for token in IDS[:, 8:20].split(1, 1):
-        assert torch.equal(gpu(model, token, copied), cpu(token, past_key_values=past, use_cache=True).logits)
+        assert torch.equal(
+            gpu(model, token, copied), cpu(token, past_key_values=past, use_cache=True).logits
+        )
     stats = model.model.layers[0].mlp.experts.cache.stats().total
     assert stats.misses > 12 and stats.guesses > 0
     assert not gpu.device.races
@@ -169,13 +188,21 @@ def test_experts_that_are_copied_to_few_slots_give_the_same_bits_without_a_race(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_that_the_cpu_computes_give_the_same_bits(folder_of, monkeypatch, dtype, cpu_speed):
     made, add = [], CpuPart.add
-    monkeypatch.setattr(CpuPart, "add", lambda self, blobs, *rest: made.append(len(blobs)) or add(self, blobs, *rest))
+    monkeypatch.setattr(
+        CpuPart,
+        "add",
+        lambda self, blobs, *rest: made.append(len(blobs)) or add(self, blobs, *rest),
+    )
     cpu, gpu = load(folder_of(), dtype), Gpu()
     model, past = load(folder_of(), dtype), prompted(cpu, IDS[:, :8])
-    gpu.take_experts(model, folder_of(), [1, 1, 0], 9, Speeds(link_bytes_per_s=1e9, cpu_bytes_per_s=cpu_speed))
+    gpu.take_experts(
+        model, folder_of(), [1, 1, 0], 9, Speeds(link_bytes_per_s=1e9, cpu_bytes_per_s=cpu_speed)
+    )
     copied = copy.deepcopy(past)
     for token in IDS[:, 8:24].split(1, 1):
-        assert torch.equal(gpu(model, token, copied), cpu(token, past_key_values=past, use_cache=True).logits)
+        assert torch.equal(
+            gpu(model, token, copied), cpu(token, past_key_values=past, use_cache=True).logits
+        )
     assert made and (cpu_speed < 1e10 or 2 in made)
     assert not gpu.device.races
     assert gpu.device.syncs_of() == [f"event on {gpu.device.compute_stream().name}"] * 16 * 3
@@ -186,7 +213,9 @@ def test_the_host_waits_once_a_layer(folder_of):
     model, gpu = compare(folder_of(), torch.bfloat16, tokens=2)
     layers = len(model.model.layers)
     assert len(gpu.device.synchronisations) == 2 * layers
-    assert {what for _, what in gpu.device.synchronisations} == {f"event on {gpu.device.compute_stream().name}"}
+    assert {what for _, what in gpu.device.synchronisations} == {
+        f"event on {gpu.device.compute_stream().name}"
+    }
 
 
 def test_nine_launches_a_layer_when_all_experts_are_there(folder_of):
@@ -204,7 +233,9 @@ def test_the_next_layers_experts_are_guessed_as_on_the_cpu(folder_of, monkeypatc
         cache, made = model.model.layers[0].mlp.experts.cache, []
         past, inner = prompted(model, IDS[:, :8]), cache.guess
         monkeypatch.setattr(
-            cache, "guess", lambda layer, experts: made.append((layer, experts)) or inner(layer, experts)
+            cache,
+            "guess",
+            lambda layer, experts: made.append((layer, experts)) or inner(layer, experts),
         )
         for token in IDS[:, 8:20].split(1, 1):
             run(model, token, past)
@@ -212,7 +243,9 @@ def test_the_next_layers_experts_are_guessed_as_on_the_cpu(folder_of, monkeypatc
 
     ours = guesses(gpu)
     assert len(ours) == 12 * 2 and {layer for layer, _ in ours} == {1, 2}
-    assert ours == guesses(lambda model, token, past: model(token, past_key_values=past, use_cache=True))
+    assert ours == guesses(
+        lambda model, token, past: model(token, past_key_values=past, use_cache=True)
+    )
 
 
 @torch.no_grad()
@@ -233,9 +266,15 @@ def test_float16_differs_from_transformers_code_by_rounding(folder_of):
     gpu = Gpu()
     model = gpu.load(folder_of(), torch.float16)
     caches = prompted(model, IDS[:, :8]), prompted(model, IDS[:, :8])
-    ours = torch.cat([gpu(model, token, caches[0]) for token in IDS[:, 8:16].split(1, 1)], 1).float()
+    ours = torch.cat(
+        [gpu(model, token, caches[0]) for token in IDS[:, 8:16].split(1, 1)], 1
+    ).float()
     plain = torch.cat(
-        [model.model(token, past_key_values=caches[1]).last_hidden_state for token in IDS[:, 8:16].split(1, 1)], 1
+        [
+            model.model(token, past_key_values=caches[1]).last_hidden_state
+            for token in IDS[:, 8:16].split(1, 1)
+        ],
+        1,
     )
     plain = model.lm_head(plain).float()
     assert (ours - plain).square().mean().sqrt() < 0.05 * plain.std()
@@ -247,7 +286,9 @@ def test_generate_gives_the_cpus_tokens(folder_of, dtype):
     results = []
     for gpu in (None, Gpu()):
         model = (gpu.load if gpu else load)(folder_of(), dtype)
-        results.append(model.generate(IDS[:, :8], max_new_tokens=12, do_sample=False, pad_token_id=2))
+        results.append(
+            model.generate(IDS[:, :8], max_new_tokens=12, do_sample=False, pad_token_id=2)
+        )
     assert len(gpu.device.synchronisations) == 11 * 3
     assert torch.equal(*results)
 
@@ -257,12 +298,17 @@ def test_weights_that_were_exchanged_are_taken_up(folder_of):
     cpu, gpu = load(folder_of(), torch.bfloat16), Gpu()
     model = gpu.load(folder_of(), torch.bfloat16)
     for change in (
-        lambda m: setattr(m.model.embed_tokens, "weight", nn.Parameter(m.model.embed_tokens.weight.flip(0))),
+        lambda m: setattr(
+            m.model.embed_tokens, "weight", nn.Parameter(m.model.embed_tokens.weight.flip(0))
+        ),
         lambda m: m.model.norm.weight.data.mul_(2.0),
         lambda m: m.to(torch.float32),
     ):
         logits = []
-        for one, run in ((cpu, lambda *a: cpu(a[1], past_key_values=a[2], use_cache=True).logits), (model, gpu)):
+        for one, run in (
+            (cpu, lambda *a: cpu(a[1], past_key_values=a[2], use_cache=True).logits),
+            (model, gpu),
+        ):
             change(one)
             logits.append(run(one, IDS[:, 8:9], prompted(one, IDS[:, :8])))
         assert torch.equal(*logits)
@@ -273,7 +319,11 @@ def test_what_asks_for_more_is_left_to_transformers(folder_of):
     gpu = Gpu()
     model = gpu.load(folder_of(), torch.bfloat16)
     cache = prompted(model, IDS[:, :8])
-    for options in ({"output_hidden_states": True}, {"attention_mask": torch.zeros(1, 9)}, {"labels": IDS[:, :1]}):
+    for options in (
+        {"output_hidden_states": True},
+        {"attention_mask": torch.zeros(1, 9)},
+        {"labels": IDS[:, :1]},
+    ):
         assert gpu(model, IDS[:, 8:9], cache, **options) is None
     handle = model.model.layers[1].mlp.gate.register_forward_hook(lambda *_: None)
     assert gpu(model, IDS[:, 8:9], cache) is None
@@ -321,7 +371,9 @@ def test_an_expert_that_cannot_be_read_leaves_the_cache_as_it_was(folder_of, mon
             gpu(model, IDS[:, 8:9], past)
     assert [layer.get_seq_length() for layer in past.layers] == [8] * 3
     other = load(folder_of(), torch.bfloat16)
-    expected = other(IDS[:, 8:9], past_key_values=prompted(other, IDS[:, :8]), use_cache=True).logits
+    expected = other(
+        IDS[:, 8:9], past_key_values=prompted(other, IDS[:, :8]), use_cache=True
+    ).logits
     assert torch.equal(gpu(model, IDS[:, 8:9], past), expected)
 
 
@@ -407,7 +459,9 @@ def give_another_router(layer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [narrow_router, use_one_expert, change_scaling_of_one, give_another_router])
+@pytest.mark.parametrize(
+    "change", [narrow_router, use_one_expert, change_scaling_of_one, give_another_router]
+)
 def test_layers_that_differ_are_left_to_transformers(folder_of, change):
     gpu = Gpu()
     model = gpu.load(folder_of(), torch.bfloat16)
@@ -419,6 +473,8 @@ def test_layers_that_differ_are_left_to_transformers(folder_of, change):
 
 def test_the_decoder_is_made_once(folder_of, monkeypatch):
     made, init = [], CudaDecoder.__init__
-    monkeypatch.setattr(CudaDecoder, "__init__", lambda self, *args: made.append(1) or init(self, *args))
+    monkeypatch.setattr(
+        CudaDecoder, "__init__", lambda self, *args: made.append(1) or init(self, *args)
+    )
     compare(folder_of(), torch.bfloat16, tokens=3)
     assert len(made) == 1

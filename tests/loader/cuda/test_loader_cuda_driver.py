@@ -26,7 +26,9 @@ def module(context):
 
 def quantize(module, x, out, **changes):
     values = [kernel_argument(value) for value in (x, x.shape[1], out)]
-    run = module.prepare("quantize_f32", (1, x.shape[0], 1), 128, values, changes.get("shared_bytes", 0))
+    run = module.prepare(
+        "quantize_f32", (1, x.shape[0], 1), 128, values, changes.get("shared_bytes", 0)
+    )
     return run, values
 
 
@@ -51,14 +53,18 @@ def test_more_shared_memory_than_a_kernel_has_by_itself_is_asked_for(module):
     x, out = torch.ones(1, 256), torch.zeros(1, 4, 80, dtype=torch.uint8)
     quantize(module, x, out, shared_bytes=60 << 10)[0](7)
     assert out.any()
-    with pytest.raises(MoeConvertError, match="quantize_f32 with 102400 shared bytes: invalid value"):
+    with pytest.raises(
+        MoeConvertError, match="quantize_f32 with 102400 shared bytes: invalid value"
+    ):
         quantize(module, x, out, shared_bytes=100 << 10)
 
 
 @needs_compiler
 def test_a_refused_launch_names_kernel_grid_and_reason(module):
     x, out = torch.ones(1, 256), torch.zeros(1, 4, 80, dtype=torch.uint8)
-    with pytest.raises(MoeConvertError, match=r"quantize_f32 with grid \(1, 1, 1\), 128 threads.*: invalid value"):
+    with pytest.raises(
+        MoeConvertError, match=r"quantize_f32 with grid \(1, 1, 1\), 128 threads.*: invalid value"
+    ):
         quantize(module, x, out)[0](8)
 
 
@@ -70,7 +76,9 @@ def test_a_kernel_that_is_not_there_is_named(module):
 
 @needs_compiler
 def test_an_image_that_the_driver_refuses_is_an_error(context):
-    with pytest.raises(MoeConvertError, match="loading the kernels: device kernel image is invalid"):
+    with pytest.raises(
+        MoeConvertError, match="loading the kernels: device kernel image is invalid"
+    ):
         driver.Module(b"broken", context)
 
 
@@ -98,7 +106,9 @@ def test_an_unknown_architecture_is_an_error_with_the_compilers_words():
 def test_compiled_kernels_are_kept_and_a_broken_copy_is_not_used(tmp_path, monkeypatch):
     source = tmp_path / "kernels"
     source.mkdir()
-    (source / "moe_kernels.cu").write_text('#include "a.cuh"\nextern "C" __global__ void f(float* y) { *y = kValue; }')
+    (source / "moe_kernels.cu").write_text(
+        '#include "a.cuh"\nextern "C" __global__ void f(float* y) { *y = kValue; }'
+    )
     (source / "a.cuh").write_text("constexpr float kValue = 1.0f;\n")
     monkeypatch.setattr(nvrtc, "KERNELS", source)
     first = nvrtc.compile_kernels("sm_80", tmp_path / "kept")
@@ -114,4 +124,9 @@ def test_compiled_kernels_are_kept_and_a_broken_copy_is_not_used(tmp_path, monke
 
 def test_values_become_what_a_kernel_takes():
     values = [kernel_argument(value) for value in (torch.ones(1), 3, 2.5, (ctypes.c_void_p * 2)())]
-    assert [type(value).__name__ for value in values] == ["c_void_p", "c_long", "c_float", "c_void_p_Array_2"]
+    assert [type(value).__name__ for value in values] == [
+        "c_void_p",
+        "c_long",
+        "c_float",
+        "c_void_p_Array_2",
+    ]

@@ -33,7 +33,9 @@ def in_ram(gpu, *keys):
 def settle(gpu, layer, *experts):
     """Waits until guesses are there."""
     outside = gpu.cache._layers[layer].outside
-    gpu.cache._changes.until(lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60)
+    gpu.cache._changes.until(
+        lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -127,7 +129,11 @@ def test_a_guess_is_copied_in_pieces_and_evicts_nothing_until_it_is_used(order):
     gpu.token(1, [4, 0])
     assert set(gpu.cache._layers[1].held) == {4, 0}
     stats = gpu.cache.stats().layers[1]
-    assert (stats.useful_guesses, stats.early_bytes, stats.wasted_bytes) == (1, EXPERT_BYTES, EXPERT_BYTES)
+    assert (stats.useful_guesses, stats.early_bytes, stats.wasted_bytes) == (
+        1,
+        EXPERT_BYTES,
+        EXPERT_BYTES,
+    )
     assert not gpu.device.syncs_of()
     gpu.check_counts()
 
@@ -374,12 +380,18 @@ RANDOM = [
 
 @pytest.mark.parametrize(("seed", "order", "slots", "ram", "policy"), RANDOM)
 @pytest.mark.parametrize("devices", [1, 2])
-def test_whatever_is_asked_for_in_whatever_order_finds_its_bytes(seed, order, slots, ram, policy, devices):
+def test_whatever_is_asked_for_in_whatever_order_finds_its_bytes(
+    seed, order, slots, ram, policy, devices
+):
     choose = random.Random(seed)
     sizes = [EXPERT_BYTES, EXPERT_BYTES, 2 * EXPERT_BYTES, EXPERT_BYTES]
-    gpu = GpuCache(slots, order=order, ram=ram, policy=POLICIES[policy], devices=devices, sizes=sizes)
+    gpu = GpuCache(
+        slots, order=order, ram=ram, policy=POLICIES[policy], devices=devices, sizes=sizes
+    )
     # Hot experts, as routers have.
-    draw = lambda count: choose.sample([0, 1, 2, 3, 4, 5, 6, 7], count, counts=[6, 5, 3, 2, 1, 1, 1, 1])  # noqa: E731
+    draw = lambda count: choose.sample(
+        [0, 1, 2, 3, 4, 5, 6, 7], count, counts=[6, 5, 3, 2, 1, 1, 1, 1]
+    )  # noqa: E731
     for _ in range(60):
         for layer in range(4):
             kind = choose.random()

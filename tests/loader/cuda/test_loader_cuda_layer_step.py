@@ -21,7 +21,9 @@ from loader.cuda.experts.products import Products
 from loader.decode.weights import AttentionWeights
 from loader.hf.growing_cache import GrowingLayer
 
-pytestmark = pytest.mark.skipif(not kernels.available() or COMPILER is None, reason="not built, or no C++ compiler")
+pytestmark = pytest.mark.skipif(
+    not kernels.available() or COMPILER is None, reason="not built, or no C++ compiler"
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 ORDERS = [0, 1, 2]
@@ -59,7 +61,9 @@ def test_launches_have_the_sizes_that_the_kernels_were_written_for(file, name, v
 
 def quantized(device, x):
     acts = torch.empty(1, -(-x.numel() // 256) * 4, 80, dtype=torch.uint8)
-    device.launch(f"quantize_{SUFFIXES[x.dtype]}", (-(-acts.shape[1] // 8), 1, 1), 128, (x, x.numel(), acts))
+    device.launch(
+        f"quantize_{SUFFIXES[x.dtype]}", (-(-acts.shape[1] // 8), 1, 1), 128, (x, x.numel(), acts)
+    )
     return acts
 
 
@@ -100,7 +104,12 @@ def attention_weights(hidden, heads, kv_heads, dim):
     def matrix(rows, columns):
         return PackedMatrix(random_tiles(-(-rows // 32) * 32, columns), "tile32-q4-g64-s8", rows)
 
-    shapes = (heads * dim, hidden), (kv_heads * dim, hidden), (kv_heads * dim, hidden), (hidden, heads * dim)
+    shapes = (
+        (heads * dim, hidden),
+        (kv_heads * dim, hidden),
+        (kv_heads * dim, hidden),
+        (hidden, heads * dim),
+    )
     return AttentionWeights(*(matrix(*shape) for shape in shapes))
 
 
@@ -120,10 +129,14 @@ def cache_of(length, kind):
      (4, 2, 32, 1100), (2, 2, 256, 130), (9, 3, 128, 70)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_over_any_number_of_positions_is_the_cpus(dtype, heads, kv_heads, dim, length, order):
+def test_attention_over_any_number_of_positions_is_the_cpus(
+    dtype, heads, kv_heads, dim, length, order
+):
     hidden = 64
     torch.manual_seed(10 * length + order)
-    device, launches, memory = made(dtype, order, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=dim)
+    device, launches, memory = made(
+        dtype, order, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=dim
+    )
     weights = attention_weights(hidden, heads, kv_heads, dim)
     cpu = NativeAttention(weights, hidden, dim, dim**-0.5, dtype)
     ours = cache_of(length, cpu.kind)
@@ -132,7 +145,11 @@ def test_attention_over_any_number_of_positions_is_the_cpus(dtype, heads, kv_hea
     cos, sin = torch.randn(1, 1, dim).to(dtype), torch.randn(1, 1, dim).to(dtype)
 
     place = ours.place(cpu.kind)
-    memory.position.value, memory.cos.value, memory.sin.value = length, cos.data_ptr(), sin.data_ptr()
+    memory.position.value, memory.cos.value, memory.sin.value = (
+        length,
+        cos.data_ptr(),
+        sin.data_ptr(),
+    )
     memory.set_spans(length // SPAN + 1)
     for name, y in (("q", memory.q), ("k", memory.k), ("v", memory.v)):
         matrix = getattr(weights, name)
@@ -156,12 +173,18 @@ def run_o(device, memory, matrix):
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "length"), [(4, 2, 32, 70), (4, 1, 64, 600)])
 def test_attention_in_float16_differs_from_float64_by_rounding(heads, kv_heads, dim, length):
     torch.manual_seed(0)
-    _, launches, memory = made(torch.float16, hidden=64, heads=heads, kv_heads=kv_heads, head_dim=dim)
+    _, launches, memory = made(
+        torch.float16, hidden=64, heads=heads, kv_heads=kv_heads, head_dim=dim
+    )
     kind = kv_heads, dim, torch.float16, torch.device("cpu")
     past = cache_of(length, kind)
     place = past.place(kind)
     cos, sin = torch.ones(dim).half(), torch.zeros(dim).half()
-    memory.position.value, memory.cos.value, memory.sin.value = length, cos.data_ptr(), sin.data_ptr()
+    memory.position.value, memory.cos.value, memory.sin.value = (
+        length,
+        cos.data_ptr(),
+        sin.data_ptr(),
+    )
     memory.set_spans(length // SPAN + 1)
     for y in (memory.q, memory.k, memory.v):
         y.copy_(torch.randn(y.shape))
@@ -171,7 +194,10 @@ def test_attention_in_float16_differs_from_float64_by_rounding(heads, kv_heads, 
     assert torch.equal(past.keys[0, :, -1].flatten(), memory.k.half())
     assert torch.equal(past.values[0, :, -1].flatten(), memory.v.half())
     expected = torch.nn.functional.scaled_dot_product_attention(
-        memory.q.double().view(1, heads, 1, dim), past.keys.double(), past.values.double(), enable_gqa=True
+        memory.q.double().view(1, heads, 1, dim),
+        past.keys.double(),
+        past.values.double(),
+        enable_gqa=True,
     ).flatten()
     spans, acc, total = memory.spans, memory.acc, memory.total
     if spans == 1:
@@ -183,7 +209,9 @@ def test_attention_in_float16_differs_from_float64_by_rounding(heads, kv_heads, 
 
 def dequantized(acts):
     """The values that int8 activations stand for."""
-    return (acts[0, :, :64].view(torch.int8) * acts[0, :, 72:76].contiguous().view(torch.float32)).flatten()
+    return (
+        acts[0, :, :64].view(torch.int8) * acts[0, :, 72:76].contiguous().view(torch.float32)
+    ).flatten()
 
 
 def cpu_logits(x, router):
@@ -201,9 +229,13 @@ def run_route(memory, launches, router, ahead=None, guesses=0):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("experts", "top_k", "hidden"), [(8, 2, 192), (4, 2, 68), (40, 5, 256), (3, 3, 64)])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "hidden"), [(8, 2, 192), (4, 2, 68), (40, 5, 256), (3, 3, 64)]
+)
 @pytest.mark.parametrize("dtype", SUFFIXES)
-def test_the_largest_of_a_routers_logits_are_chosen_and_of_the_next_ones_guessed(dtype, experts, top_k, hidden, order):
+def test_the_largest_of_a_routers_logits_are_chosen_and_of_the_next_ones_guessed(
+    dtype, experts, top_k, hidden, order
+):
     torch.manual_seed(10 * experts + order)
     _, launches, memory = made(dtype, order, hidden=hidden, experts=experts, top_k=top_k)
     memory.normed.copy_(torch.randn(hidden).to(dtype))
@@ -212,7 +244,9 @@ def test_the_largest_of_a_routers_logits_are_chosen_and_of_the_next_ones_guessed
     logits, next_logits = (cpu_logits(memory.normed, w).float() for w in (router, ahead))
     ranked = sorted(range(experts), key=lambda e: (-logits[e], e))
     assert choice[:top_k] == ranked[:top_k]
-    assert choice[top_k : top_k + 2] == sorted(range(experts), key=lambda e: (-next_logits[e], e))[:2]
+    assert (
+        choice[top_k : top_k + 2] == sorted(range(experts), key=lambda e: (-next_logits[e], e))[:2]
+    )
     shares = logits.double().softmax(0)[ranked[:top_k]]
     assert torch.allclose(weights.double(), shares / shares.sum(), rtol=1e-5)
 

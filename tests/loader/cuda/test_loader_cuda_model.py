@@ -52,11 +52,14 @@ def one_expert(folder):
 
 
 @pytest.mark.parametrize(
-    ("slots", "prefetch", "order"), [(8, "auto", "late"), (2, "auto", 0), (2, 0, "early"), (0, "auto", 1)]
+    ("slots", "prefetch", "order"),
+    [(8, "auto", "late"), (2, "auto", 0), (2, 0, "early"), (0, "auto", 1)],
 )
 def test_tokens_are_the_cpus_and_everything_is_ordered(folder, on_cpu, slots, prefetch, order):
     device = RecordingDevice(order=order)
-    model = loader.from_pretrained(folder, device=device, slots=[slots] * layers_of(folder), prefetch=prefetch)
+    model = loader.from_pretrained(
+        folder, device=device, slots=[slots] * layers_of(folder), prefetch=prefetch
+    )
     assert generated(model) == on_cpu
     assert not device.races
     total = model.moe_stats().total
@@ -85,14 +88,18 @@ def test_layers_are_split_between_gpus(folder, on_cpu):
 def test_a_batch_goes_through_the_slots_too(folder):
     device = RecordingDevice(order=2)
     model = loader.from_pretrained(folder, device=device, slots=[2] * layers_of(folder))
-    assert generated(model, batch=2) == generated(loader.from_pretrained(folder, device="cpu"), batch=2)
+    assert generated(model, batch=2) == generated(
+        loader.from_pretrained(folder, device="cpu"), batch=2
+    )
     assert not device.races
 
 
 def test_less_ram_than_experts_reads_some_again(folder, on_cpu):
     device = RecordingDevice()
     ram = 6 * one_expert(folder)
-    model = loader.from_pretrained(folder, device=device, slots=[1] * layers_of(folder), ram_cache=ram)
+    model = loader.from_pretrained(
+        folder, device=device, slots=[1] * layers_of(folder), ram_cache=ram
+    )
     assert generated(model) == on_cpu
     tier = model.moe_stats().ram
     # Buffers are whole pages.
@@ -103,13 +110,17 @@ def test_less_ram_than_experts_reads_some_again(folder, on_cpu):
 def test_what_the_cpu_computes_changes_no_token(folder, on_cpu, monkeypatch):
     monkeypatch.setattr(Speeds, "measured", classmethod(lambda cls, device, n_bytes: cls(1.0, 1.5)))
     device = RecordingDevice()
-    model = loader.from_pretrained(folder, device=device, slots=[2] * layers_of(folder), cpu_share="auto")
+    model = loader.from_pretrained(
+        folder, device=device, slots=[2] * layers_of(folder), cpu_share="auto"
+    )
     assert generated(model) == on_cpu
     assert model.moe_stats().total.cpu_experts > 0
     assert not device.races
 
 
-def test_out_of_memory_during_generation_gives_up_slots_and_goes_on(folder, on_cpu, monkeypatch, caplog):
+def test_out_of_memory_during_generation_gives_up_slots_and_goes_on(
+    folder, on_cpu, monkeypatch, caplog
+):
     device = RecordingDevice()
     monkeypatch.setattr(stack, "PIECE_BYTES", 4 * one_expert(folder))
     model = loader.from_pretrained(folder, device=device, slots=[6] * layers_of(folder))
@@ -142,7 +153,9 @@ def test_out_of_memory_without_a_slot_left_is_an_error_that_says_so(folder, monk
 
 def test_what_does_not_fit_is_refused_with_the_numbers(folder):
     device = RecordingDevice(capacity_bytes=1 << 20)
-    with pytest.raises(DoesNotFitError, match="cuda:0: 1048576 of 1048576 bytes are free; the trunk"):
+    with pytest.raises(
+        DoesNotFitError, match="cuda:0: 1048576 of 1048576 bytes are free; the trunk"
+    ):
         loader.from_pretrained(folder, device=device)
 
 
@@ -163,12 +176,16 @@ def test_bfloat16_becomes_float16_where_the_gpu_has_none(folder):
 def broken_gpu(monkeypatch):
     """The one GPU that torch sees computes nothing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("loader.cuda.device.torch_device.cuda_devices", lambda names, kept: [RecordingDevice()])
+    monkeypatch.setattr(
+        "loader.cuda.device.torch_device.cuda_devices", lambda names, kept: [RecordingDevice()]
+    )
     monkeypatch.setattr(Products, "add_experts", lambda *args: None)
 
 
 def test_a_gpu_that_computes_something_else_is_refused(folder, broken_gpu):
-    with pytest.raises(MoeConvertError, match=r"cuda:0: an expert of 1 tokens in tile32-q2-g16-s4 is off by 1 "):
+    with pytest.raises(
+        MoeConvertError, match=r"cuda:0: an expert of 1 tokens in tile32-q2-g16-s4 is off by 1 "
+    ):
         loader.from_pretrained(folder, device="cuda")
 
 

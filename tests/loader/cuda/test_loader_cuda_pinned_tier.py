@@ -16,7 +16,9 @@ def tier_of(count, *, sizes=(EXPERT_BYTES,) * 2, device=None, piece_buffers=2):
     device = device or RecordingDevice()
     reader = PatternReader(list(sizes), 8, device)
     counts = count if isinstance(count, dict) else {size: count for size in sizes}
-    tier = PinnedTier(reader, counts, device.pin, device.unpin, piece_bytes=piece_buffers * EXPERT_BYTES)
+    tier = PinnedTier(
+        reader, counts, device.pin, device.unpin, piece_bytes=piece_buffers * EXPERT_BYTES
+    )
     return tier, reader, device
 
 
@@ -34,7 +36,12 @@ def test_an_expert_that_is_there_is_not_read_again():
         get(tier, 0, 5)
     assert reader.asked == [(0, 5, 0, EXPERT_BYTES)]
     stats = tier.stats()
-    assert (stats.hits, stats.misses, stats.bytes_read, stats.buffer_bytes) == (2, 1, EXPERT_BYTES, 4 * EXPERT_BYTES)
+    assert (stats.hits, stats.misses, stats.bytes_read, stats.buffer_bytes) == (
+        2,
+        1,
+        EXPERT_BYTES,
+        4 * EXPERT_BYTES,
+    )
     tier.reset_stats()
     assert (tier.stats().hits, tier.stats().buffer_bytes) == (0, 4 * EXPERT_BYTES)
 
@@ -120,7 +127,11 @@ def test_an_expert_that_two_want_is_read_once():
     assert second.is_there
     first.close()
     second.close()
-    assert [(begin, end) for _, _, begin, end in reader.asked] == [(0, 4096), (4096, 12288), (12288, EXPERT_BYTES)]
+    assert [(begin, end) for _, _, begin, end in reader.asked] == [
+        (0, 4096),
+        (4096, 12288),
+        (12288, EXPERT_BYTES),
+    ]
     assert tier.stats().misses == 1
 
 
@@ -202,4 +213,6 @@ def test_a_budget_for_all_holds_all_and_a_smaller_one_the_same_share_of_each_siz
     least = 2 * (small + large)
     assert tier_counts(least, artifact, 2) == {small: 2, large: 2}
     for budget in range(least, everything, 1000):
-        assert sum(size * count for size, count in tier_counts(budget, artifact, 2).items()) <= budget
+        assert (
+            sum(size * count for size, count in tier_counts(budget, artifact, 2).items()) <= budget
+        )

@@ -61,7 +61,10 @@ def random_tiles(packing, rows, columns, seed=1):
 
 
 def random_expert(layout, seed):
-    gate, up = (random_tiles(layout.gate_up, layout.intermediate, layout.hidden, seed + i) for i in (100, 200))
+    gate, up = (
+        random_tiles(layout.gate_up, layout.intermediate, layout.hidden, seed + i)
+        for i in (100, 200)
+    )
     down = random_tiles(layout.down, layout.hidden, layout.intermediate, seed)
     return torch.cat([torch.stack([gate, up], dim=1).flatten(), down.flatten()])
 
@@ -109,7 +112,9 @@ def test_few_tokens_have_the_cpus_bits(name, tokens, order):
     # Several rounds of superblocks for each number of warps, the last one not full.
     packing, rows, columns = PACKINGS[name], 72, 2500
     tiles, x = random_tiles(packing, rows, columns), activations(tokens, columns)
-    assert same_bits(linear(HostDevice(order), x, tiles, packing, rows), kernels.linear(x, tiles, name, rows))
+    assert same_bits(
+        linear(HostDevice(order), x, tiles, packing, rows), kernels.linear(x, tiles, name, rows)
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -118,7 +123,9 @@ def test_few_tokens_have_the_cpus_bits(name, tokens, order):
 def test_many_tokens_have_the_cpus_bits(name, tokens, order):
     packing, rows, columns = PACKINGS[name], 168, 700
     tiles, x = random_tiles(packing, rows, columns), activations(tokens, columns)
-    assert same_bits(linear(HostDevice(order), x, tiles, packing, rows), kernels.linear(x, tiles, name, rows))
+    assert same_bits(
+        linear(HostDevice(order), x, tiles, packing, rows), kernels.linear(x, tiles, name, rows)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +142,9 @@ def test_many_tokens_without_tensor_cores_have_the_cpus_bits(name):
 def test_any_shape_has_the_cpus_bits(name, rows, columns, tokens):
     packing = PACKINGS[name]
     tiles, x = random_tiles(packing, rows, columns), activations(tokens, columns)
-    assert same_bits(linear(HostDevice(), x, tiles, packing, rows), kernels.linear(x, tiles, name, rows))
+    assert same_bits(
+        linear(HostDevice(), x, tiles, packing, rows), kernels.linear(x, tiles, name, rows)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,10 +165,14 @@ def test_largest_integers_have_the_cpus_bits(name, tokens):
     ones = torch.ones(rows, columns // packing.group_size, dtype=torch.int16)
     codes = torch.full((rows, columns), packing.max_code, dtype=torch.uint8)
     scale = torch.ones(rows, dtype=torch.float16)
-    tiles = pack(QuantizedMatrix(codes, packing.max_s * ones, packing.max_m * ones, scale, scale), packing)
+    tiles = pack(
+        QuantizedMatrix(codes, packing.max_s * ones, packing.max_m * ones, scale, scale), packing
+    )
     x = torch.ones(tokens, columns)
     x[1] = -1
-    assert same_bits(linear(HostDevice(), x, tiles, packing, rows), kernels.linear(x, tiles, name, rows))
+    assert same_bits(
+        linear(HostDevice(), x, tiles, packing, rows), kernels.linear(x, tiles, name, rows)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,7 +187,9 @@ def test_no_tokens_are_no_launches():
     assert not device.launched
 
 
-@pytest.mark.parametrize("packings,launches", [((Q2, Q2, Q2), 1), ((Q3, Q2, Q3), 2), ((Q4,) * 5, 2)])
+@pytest.mark.parametrize(
+    "packings,launches", [((Q2, Q2, Q2), 1), ((Q3, Q2, Q3), 2), ((Q4,) * 5, 2)]
+)
 def test_matrices_of_one_token_take_one_launch_a_packing(packings, launches):
     device, columns = HostDevice(), 320
     products, x = Products(device), activations(1, columns)
@@ -214,7 +229,9 @@ def test_experts_of_any_shape_have_the_cpus_bits(hidden, intermediate, tokens):
     x = activations(tokens, hidden) / 1000
     if tokens > 1:
         x[1, 3] = float("inf")
-    assert same_bits(*both_experts(dict.fromkeys(range(3), layout), blobs, x, index, weights, HostDevice()))
+    assert same_bits(
+        *both_experts(dict.fromkeys(range(3), layout), blobs, x, index, weights, HostDevice())
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -222,8 +239,12 @@ def test_experts_of_several_packings_are_summed_in_ascending_order(tokens):
     kinds = [ExpertLayout(64, 96, Q2, Q2), ExpertLayout(64, 96, Q4, Q3)]
     layouts = {expert: kinds[expert in (1, 4)] for expert in range(12)}
     index, weights = routed(tokens, 12, 10)
-    blobs = {expert: random_expert(layouts[expert], expert) for expert in set(index.flatten().tolist())}
-    assert same_bits(*both_experts(layouts, blobs, activations(tokens, 64) / 100, index, weights, HostDevice()))
+    blobs = {
+        expert: random_expert(layouts[expert], expert) for expert in set(index.flatten().tolist())
+    }
+    assert same_bits(
+        *both_experts(layouts, blobs, activations(tokens, 64) / 100, index, weights, HostDevice())
+    )
 
 
 def test_many_pairs_take_several_passes_and_have_the_same_bits(monkeypatch):
@@ -232,7 +253,14 @@ def test_many_pairs_take_several_passes_and_have_the_same_bits(monkeypatch):
     blobs = {expert: random_expert(layout, expert) for expert in range(4)}
     monkeypatch.setattr(pairs, "MOST_PAIRS", 10)
     assert same_bits(
-        *both_experts(dict.fromkeys(range(4), layout), blobs, activations(30, 64) / 100, index, weights, device)
+        *both_experts(
+            dict.fromkeys(range(4), layout),
+            blobs,
+            activations(30, 64) / 100,
+            index,
+            weights,
+            device,
+        )
     )
     assert device.launched.count("add_pairs") >= 6
 
@@ -245,7 +273,9 @@ def test_calls_over_ascending_parts_have_the_bits_of_one_call():
     once, parts = torch.zeros(2, 9, 64)
     products.add_experts(blobs, layouts, x, index, weights, once)
     for some in ((0, 2), (3,), (4, 5)):
-        products.add_experts({expert: blobs[expert] for expert in some}, layouts, x, index, weights, parts)
+        products.add_experts(
+            {expert: blobs[expert] for expert in some}, layouts, x, index, weights, parts
+        )
     without_1 = {expert: blob for expert, blob in blobs.items() if expert != 1}
     expected = torch.zeros(9, 64)
     NativeBackend().experts(without_1, layouts, x, index, weights, expected)
@@ -255,23 +285,32 @@ def test_calls_over_ascending_parts_have_the_bits_of_one_call():
 def test_one_tokens_experts_a_few_at_a_time_have_the_bits_of_all_at_once():
     layout, products = ExpertLayout(64, 96, Q2, Q4), Products(HostDevice())
     blobs = [random_expert(layout, expert) for expert in range(10)]
-    x, weights = activations(1, 64) / 100, torch.rand(10, generator=torch.Generator().manual_seed(1))
+    x, weights = (
+        activations(1, 64) / 100,
+        torch.rand(10, generator=torch.Generator().manual_seed(1)),
+    )
     once, parts = torch.full((2, 64), float("nan"))
-    products.token_experts(layout, products.quantize(x), weights, once).add([*enumerate(blobs)], first=True)
+    products.token_experts(layout, products.quantize(x), weights, once).add(
+        [*enumerate(blobs)], first=True
+    )
     some = products.token_experts(layout, products.quantize(x), weights, parts)
     some.add([(0, blobs[0])], first=True)
     some.add([])
     some.add([*enumerate(blobs)][1:])
     expected = torch.zeros(1, 64)
     index = torch.arange(10)[None]
-    NativeBackend().experts(dict(enumerate(blobs)), dict.fromkeys(range(10), layout), x, index, weights[None], expected)
+    NativeBackend().experts(
+        dict(enumerate(blobs)), dict.fromkeys(range(10), layout), x, index, weights[None], expected
+    )
     assert torch.equal(once, expected[0]) and torch.equal(parts, expected[0])
 
 
 def test_no_experts_at_all_leave_zeros():
     layout, products = ExpertLayout(64, 96, Q2, Q4), Products(HostDevice())
     out = torch.ones(64)
-    products.token_experts(layout, products.quantize(torch.ones(1, 64)), torch.ones(2), out).add([], first=True)
+    products.token_experts(layout, products.quantize(torch.ones(1, 64)), torch.ones(2), out).add(
+        [], first=True
+    )
     assert not out.any()
 
 

@@ -58,7 +58,8 @@ def test_a_launch_before_the_wait_for_its_copy_is_found(device, copies):
     blob = slot(device, copies)
     device.copy(blob, pinned(device), copies)
     with pytest.raises(
-        AssertionError, match=r"experts #\d+ \(read on .*compute\) is not ordered after copy of 4096 bytes"
+        AssertionError,
+        match=r"experts #\d+ \(read on .*compute\) is not ordered after copy of 4096 bytes",
     ):
         device.touch("experts", reads=[blob])
     assert len(device.races) == 1
@@ -89,7 +90,9 @@ def test_a_copy_into_a_slot_that_a_launch_reads_is_found(device, copies):
     blob, source = slot(device, copies), pinned(device)
     device.copy(blob, source, copies)
     use_after(device, copies, blob)
-    with pytest.raises(AssertionError, match=r"copy of .* is not ordered after experts #\d+ \(read"):
+    with pytest.raises(
+        AssertionError, match=r"copy of .* is not ordered after experts #\d+ \(read"
+    ):
         device.copy(blob, source, copies)
     copies.wait_event(event_on(device, device.compute_stream()))
     device.copy(blob, source, copies)
@@ -115,7 +118,9 @@ def test_a_second_copy_on_another_stream_is_found(device, copies):
 def test_a_buffer_that_is_reused_before_its_copy_is_done_is_found(device, copies):
     blob, source = slot(device, copies), pinned(device)
     device.copy(blob, source, copies)
-    with pytest.raises(AssertionError, match=r"read #\d+ \(write on host\) is not ordered after copy"):
+    with pytest.raises(
+        AssertionError, match=r"read #\d+ \(write on host\) is not ordered after copy"
+    ):
         device.host_writes(source, "read")
     event_on(device, copies).synchronize()
     device.host_writes(source, "read")
@@ -253,7 +258,9 @@ def test_kernels_run_and_are_checked(device, copies):
     x = slot(device, copies)
     device.copy(x, pinned(device, 0), copies)
     out = torch.zeros(16 * 80, dtype=torch.uint8)
-    launch = device.prepare("quantize_f32", (2, 1, 1), 128, (x.view(torch.float32), 1024, out), reads=[x])
+    launch = device.prepare(
+        "quantize_f32", (2, 1, 1), 128, (x.view(torch.float32), 1024, out), reads=[x]
+    )
     with pytest.raises(AssertionError, match="quantize_f32"):
         launch()
     device.compute_stream().wait_event(event_on(device, copies))

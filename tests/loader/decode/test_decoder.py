@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from decoding import IDS, NAME, ROUNDING, logits, paths, prompted, rms_difference, token_by_token, transformers_code
+from decoding import (
+    IDS,
+    NAME,
+    ROUNDING,
+    logits,
+    paths,
+    prompted,
+    rms_difference,
+    token_by_token,
+    transformers_code,
+)
 from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -24,13 +34,17 @@ FEW_SLOTS = [2, 0, 1, 8, 4, 1, 2, 3]
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def model(converted, request):
-    return loader.from_pretrained(converted("2bit"), kernels="native", dtype=request.param, ram_cache="1GiB")
+    return loader.from_pretrained(
+        converted("2bit"), kernels="native", dtype=request.param, ram_cache="1GiB"
+    )
 
 
 @pytest.fixture(scope="module")
 def small(converted, model):
     """The same model with few experts in memory."""
-    return loader.from_pretrained(converted("2bit"), kernels="native", dtype=model.dtype, slots=FEW_SLOTS)
+    return loader.from_pretrained(
+        converted("2bit"), kernels="native", dtype=model.dtype, slots=FEW_SLOTS
+    )
 
 
 @torch.no_grad()
@@ -46,7 +60,9 @@ def test_logits_differ_from_transformers_code_by_rounding_only(model):
 def test_bits_are_the_same_whichever_experts_are_in_memory(model, small):
     caches, ids = (DynamicCache(), DynamicCache()), IDS.repeat(1, 8)
     assert ids.shape[1] > 256
-    whole, parts = (token_by_token(one, cache, ids) for one, cache in zip((model, small), caches, strict=True))
+    whole, parts = (
+        token_by_token(one, cache, ids) for one, cache in zip((model, small), caches, strict=True)
+    )
     assert torch.equal(logits(whole), logits(parts))
     for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
@@ -98,9 +114,13 @@ def test_experts_of_the_next_layer_are_guessed(small):
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [4, 16])
 def test_a_packed_or_plain_head_gives_transformers_logits(example_folder, tmp_path, bits):
-    convert_checkpoint(example_folder, tmp_path / "out", make_recipe("2bit", solver="hqq", head_bits=bits))
+    convert_checkpoint(
+        example_folder, tmp_path / "out", make_recipe("2bit", solver="hqq", head_bits=bits)
+    )
     for dtype in (torch.float32, torch.bfloat16):
-        model = loader.from_pretrained(tmp_path / "out", kernels="native", dtype=dtype, ram_cache="1GiB")
+        model = loader.from_pretrained(
+            tmp_path / "out", kernels="native", dtype=dtype, ram_cache="1GiB"
+        )
         ours = token_by_token(model)
         assert model.moe_stats().paths.decoder == len(ours)
         with transformers_code(model):
@@ -110,7 +130,9 @@ def test_a_packed_or_plain_head_gives_transformers_logits(example_folder, tmp_pa
 @torch.no_grad()
 def test_a_mask_of_ones_and_the_next_position_change_nothing(model):
     def run(**options):
-        return model(input_ids=IDS[:, 20:21], **{NAME: prompted(model, IDS[:, :20])}, **options).logits
+        return model(
+            input_ids=IDS[:, 20:21], **{NAME: prompted(model, IDS[:, :20])}, **options
+        ).logits
 
     position = torch.tensor([[20]])
     ones = torch.ones(1, 21, dtype=torch.int64)
@@ -146,7 +168,9 @@ def test_copies_of_a_model_give_the_same_bits_and_count_for_themselves(model):
 
 @torch.no_grad()
 def test_another_dtype_or_weight_after_loading_is_taken_up(converted):
-    model = loader.from_pretrained(converted("2bit"), kernels="native", dtype=torch.bfloat16, ram_cache="1GiB")
+    model = loader.from_pretrained(
+        converted("2bit"), kernels="native", dtype=torch.bfloat16, ram_cache="1GiB"
+    )
     token_by_token(model)
     for change in (lambda: model.to(torch.float32), lambda: model.model.norm.weight.data.mul_(2.0), lambda: setattr(
         model.model.embed_tokens, "weight", nn.Parameter(model.model.embed_tokens.weight.flip(0)))):  # fmt: skip
@@ -187,17 +211,25 @@ def test_an_expert_that_cannot_be_read_leaves_the_cache_as_it_was(converted, mon
 def test_rotary_rows_are_those_of_the_model(model, dtype):
     rotary = model.model.rotary_emb
     table = RotaryTable(rotary, dtype)
-    for position in [*range(0, 2 * POSITIONS), 4097, 31999, *range(100000, 100000 + BLOCKS * POSITIONS, POSITIONS - 1)]:
+    for position in [
+        *range(0, 2 * POSITIONS),
+        4097,
+        31999,
+        *range(100000, 100000 + BLOCKS * POSITIONS, POSITIONS - 1),
+    ]:
         cos, sin, row = table.find(position)
         expected = rotary(torch.empty(1, dtype=dtype), torch.tensor([[position]]))
-        assert torch.equal(cos[:, row], expected[0][:, 0]) and torch.equal(sin[:, row], expected[1][:, 0])
+        assert torch.equal(cos[:, row], expected[0][:, 0]) and torch.equal(
+            sin[:, row], expected[1][:, 0]
+        )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "lookup"])
 def test_generate_gives_the_same_tokens_whichever_experts_are_in_memory(model, small, options):
     ours, theirs = (
-        one.generate(IDS, max_new_tokens=24, do_sample=False, pad_token_id=2, **options) for one in (model, small)
+        one.generate(IDS, max_new_tokens=24, do_sample=False, pad_token_id=2, **options)
+        for one in (model, small)
     )
     assert torch.equal(ours, theirs)
 
@@ -207,7 +239,9 @@ def test_a_table_of_addresses_is_a_tokens_own(converted):
     model = loader.from_pretrained(converted("2bit"), kernels="native", slots=FEW_SLOTS)
     made, init = [], CpuDecoder.__init__
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(CpuDecoder, "__init__", lambda self, *args: made.append(self) or init(self, *args))
+        patch.setattr(
+            CpuDecoder, "__init__", lambda self, *args: made.append(self) or init(self, *args)
+        )
         token_by_token(model)
     (decoder,) = made
     known = {number // 8 for number, address in enumerate(decoder._blobs) if address}

@@ -19,7 +19,9 @@ def logits(model):
     """Of single tokens after a prompt of twelve."""
     cache = DynamicCache()
     model(IDS[:, :12], past_key_values=cache, use_cache=True)
-    return torch.cat([model(i, past_key_values=cache, use_cache=True).logits for i in IDS[:, 12:].split(1, 1)], 1)
+    return torch.cat(
+        [model(i, past_key_values=cache, use_cache=True).logits for i in IDS[:, 12:].split(1, 1)], 1
+    )
 
 
 def logits_of_transformers(model):
@@ -29,7 +31,9 @@ def logits_of_transformers(model):
 
 
 def other(weight):
-    return nn.Parameter(weight.detach() * torch.linspace(0.2, 3, weight.shape[-1]), requires_grad=False)
+    return nn.Parameter(
+        weight.detach() * torch.linspace(0.2, 3, weight.shape[-1]), requires_grad=False
+    )
 
 
 def distance(a, b):
@@ -81,7 +85,9 @@ def replace_attention_norm(model):
 
 def assign_experts_norm_data(model):
     for layer in model.model.layers:
-        layer.post_attention_layernorm.weight.data = other(layer.post_attention_layernorm.weight).data
+        layer.post_attention_layernorm.weight.data = other(
+            layer.post_attention_layernorm.weight
+        ).data
 
 
 def replace_last_norm(model):
@@ -97,7 +103,9 @@ def replace_head(model):
 
 
 def give_the_head_a_bias(model):
-    model.lm_head.bias = nn.Parameter(torch.linspace(-9, 9, model.config.vocab_size), requires_grad=False)
+    model.lm_head.bias = nn.Parameter(
+        torch.linspace(-9, 9, model.config.vocab_size), requires_grad=False
+    )
 
 
 def exchange_q_buffers(model):
@@ -217,5 +225,7 @@ def test_the_next_token_uses_what_was_changed(converted, change):
 @torch.no_grad()
 @pytest.mark.parametrize("change", LAYER_CHANGES)
 def test_the_next_token_uses_what_was_changed_where_experts_come_and_go(converted, change):
-    model = loader.from_pretrained(converted("2bit"), dtype=torch.float32, slots=[2, 0, 1, 2, 0, 1, 2, 2])
+    model = loader.from_pretrained(
+        converted("2bit"), dtype=torch.float32, slots=[2, 0, 1, 2, 0, 1, 2, 2]
+    )
     check(model, change)

@@ -29,7 +29,9 @@ def token_by_token(model, cache=None, begin=8, end=40):
     if begin == 8:
         output = model(IDS[:, :8], past_key_values=cache, use_cache=True)
         cache = output.past_key_values if cache is None else cache
-    steps = [model(IDS[:, i : i + 1], past_key_values=cache, use_cache=True) for i in range(begin, end)]
+    steps = [
+        model(IDS[:, i : i + 1], past_key_values=cache, use_cache=True) for i in range(begin, end)
+    ]
     return torch.cat([step.logits for step in steps], 1)
 
 
@@ -63,7 +65,9 @@ def unchanged_weights(bfloat16_source, tmp_path_factory):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", POSITIONS)
-def test_logits_at_16_bits_are_those_of_plain_transformers(bfloat16_source, unchanged_weights, tmp_path, name):
+def test_logits_at_16_bits_are_those_of_plain_transformers(
+    bfloat16_source, unchanged_weights, tmp_path, name
+):
     changes = {"head_dim": 16} | CONFIGS[name]
     folder = with_config(bfloat16_source, tmp_path / "source", CONFIGS[name])
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -95,7 +99,9 @@ def test_native_tokens_follow_positions_and_windows(converted, tmp_path, name):
         changes["rope_scaling"] = scaling | factors
     folder = converted_with_config(converted("2bit"), tmp_path / "out", changes)
     # Two models: on transformers 5.3 a dynamic rotation stays what the longest sequence made of it.
-    model, again = (loader.from_pretrained(folder, dtype=torch.float32, ram_cache="1GiB") for _ in range(2))
+    model, again = (
+        loader.from_pretrained(folder, dtype=torch.float32, ram_cache="1GiB") for _ in range(2)
+    )
     compare(model, token_by_token, again)
     compare(model, lambda model: token_by_token(model, DynamicCache()), again)
 

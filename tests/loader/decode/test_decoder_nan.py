@@ -48,7 +48,13 @@ def asked(monkeypatch):
     return made
 
 
-SPOILERS = [spoil_input, spoil_input_with_infinity, spoil_one_expert_of_the_router, spoil_the_router, spoil_a_norm]
+SPOILERS = [
+    spoil_input,
+    spoil_input_with_infinity,
+    spoil_one_expert_of_the_router,
+    spoil_the_router,
+    spoil_a_norm,
+]
 
 
 @torch.no_grad()

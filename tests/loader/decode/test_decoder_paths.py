@@ -119,7 +119,8 @@ class Doubled(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["lm_head", "model.norm", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"]
+    "name",
+    ["lm_head", "model.norm", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj"],
 )
 def test_a_module_that_was_replaced_is_used(model, name):
     def run():
@@ -143,7 +144,11 @@ def test_a_forward_that_was_replaced_is_called(model, monkeypatch):
 
         def run(seen=seen, inner=inner, owner=owner):
             with monkeypatch.context() as patch:
-                patch.setattr(owner, "forward", lambda *args, **kwargs: seen.append(1) or inner(*args, **kwargs))
+                patch.setattr(
+                    owner,
+                    "forward",
+                    lambda *args, **kwargs: seen.append(1) or inner(*args, **kwargs),
+                )
                 token_by_token(model)
 
         assert left(model, run) == {"hooks": TOKENS}
@@ -213,7 +218,12 @@ def test_a_configuration_for_training_decodes_at_full_speed_and_says_so_once(fre
     assert torch.equal(logits(found[1]), expected)
     assert found[1][0].router_logits is None
     assert len([message for message in caplog.messages if "output_router_logits" in message]) <= 1
-    token = fresh(IDS[:, 20:21], **{NAME: prompted(fresh, IDS[:, :20])}, use_cache=True, output_router_logits=True)
+    token = fresh(
+        IDS[:, 20:21],
+        **{NAME: prompted(fresh, IDS[:, :20])},
+        use_cache=True,
+        output_router_logits=True,
+    )
     assert len(token.router_logits) == len(fresh.model.layers)
 
 
@@ -267,7 +277,9 @@ def test_training_mode_of_a_part_is_left_to_transformers(model):
 def test_embeddings_in_the_place_of_a_token_are_left_to_transformers(model):
     def run():
         cache = prompted(model, IDS[:, :20])
-        model(inputs_embeds=model.model.embed_tokens(IDS[:, 20:21]), **{NAME: cache}, use_cache=True)
+        model(
+            inputs_embeds=model.model.embed_tokens(IDS[:, 20:21]), **{NAME: cache}, use_cache=True
+        )
 
     assert left(model, run) == {"inputs_embeds": 1}
 
@@ -324,7 +336,9 @@ def test_generation_goes_on_if_the_decoder_cannot_be_prepared(fresh, monkeypatch
         listeners.Watch, "__init__", fail
     )
     with caplog.at_level(logging.WARNING, logger="loader.decode"):
-        tokens = fresh.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=2)
+        tokens = fresh.generate(
+            IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=2
+        )
     assert tokens.shape[1] == IDS.shape[1] + 4
     assert fresh.moe_stats().paths.reasons["decoder failed"] >= 3
     assert len([message for message in caplog.messages if "another release" in message]) == 1

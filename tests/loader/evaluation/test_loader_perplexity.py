@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from formats.errors import MoeConvertError
-from loader.evaluation.perplexity import PerplexityReport, TextPerplexity, measure_perplexity, read_text, windows_of
+from loader.evaluation.perplexity import (
+    PerplexityReport,
+    TextPerplexity,
+    measure_perplexity,
+    read_text,
+    windows_of,
+)
 
 
 class LetterTokenizer:
@@ -42,7 +48,9 @@ def test_windows_begin_with_bos_do_not_overlap_and_drop_the_rest():
 
 
 def test_every_token_but_bos_is_scored():
-    report = measure_perplexity(SuccessorModel(), LetterTokenizer(), [("t", "abcabcxyz")], window=4, batch=2)
+    report = measure_perplexity(
+        SuccessorModel(), LetterTokenizer(), [("t", "abcabcxyz")], window=4, batch=2
+    )
     # abc: 3 of 3 follow their predecessor (a follows BOS); abc again; xyz: x does not.
     expected = 8 * math.log(2) + math.log(62)
     assert report.texts[0].tokens == 9
@@ -51,7 +59,9 @@ def test_every_token_but_bos_is_scored():
 
 
 def test_overall_is_the_mean_over_tokens_not_over_texts():
-    report = PerplexityReport(4, (TextPerplexity("a", 1, math.log(2)), TextPerplexity("b", 3, 3 * math.log(4))))
+    report = PerplexityReport(
+        4, (TextPerplexity("a", 1, math.log(2)), TextPerplexity("b", 3, 3 * math.log(4)))
+    )
     assert report.overall.perplexity == pytest.approx(2 ** (7 / 4))
     assert report.as_dict()["overall"]["tokens"] == 4
 
@@ -59,7 +69,9 @@ def test_overall_is_the_mean_over_tokens_not_over_texts():
 @pytest.mark.parametrize("batch", [1, 2, 3, 100])
 def test_the_batch_does_not_change_the_result(batch):
     model = SuccessorModel()
-    report = measure_perplexity(model, LetterTokenizer(), [("t", "abcabdabeabf")], window=4, batch=batch)
+    report = measure_perplexity(
+        model, LetterTokenizer(), [("t", "abcabdabeabf")], window=4, batch=batch
+    )
     assert report.texts[0].nll == pytest.approx(9 * math.log(2) + 3 * math.log(62), rel=1e-6)
     assert max(shape[0] for shape in model.batches) <= batch
 
@@ -67,7 +79,12 @@ def test_the_batch_does_not_change_the_result(batch):
 def test_progress_counts_windows():
     seen = []
     measure_perplexity(
-        SuccessorModel(), LetterTokenizer(), [("t", "abcabcabc")], window=4, batch=2, progress=lambda *a: seen.append(a)
+        SuccessorModel(),
+        LetterTokenizer(),
+        [("t", "abcabcabc")],
+        window=4,
+        batch=2,
+        progress=lambda *a: seen.append(a),
     )
     assert seen == [("t", 2, 3), ("t", 3, 3)]
 

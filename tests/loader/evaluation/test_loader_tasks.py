@@ -14,7 +14,9 @@ import torch
 import loader
 from converter.cli.main import main
 
-needs_lm_eval = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]")
+needs_lm_eval = pytest.mark.skipif(
+    not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]"
+)
 
 DOCUMENTS = [
     {"question": "So Jonah arose, and went to", "choices": ["Nineveh", "def"], "label": 0},
@@ -74,21 +76,45 @@ def test_accuracy_is_the_share_of_documents_whose_right_choice_is_likelier(
     run: Any, converted: Callable[[str], Path], task_folder: Path, limit: int | None
 ) -> None:
     folder = converted("2bit")
-    options = ["--tasks", "letters_of_ours", "--task-folder", task_folder, "--kernels", "torch", "--json"]
+    options = [
+        "--tasks",
+        "letters_of_ours",
+        "--task-folder",
+        task_folder,
+        "--kernels",
+        "torch",
+        "--json",
+    ]
     code, out, _ = run(folder, *options, *(["--limit", limit] if limit else []))
-    model, tokenizer = loader.from_pretrained(folder, kernels="torch"), loader.load_tokenizer(folder)
+    model, tokenizer = (
+        loader.from_pretrained(folder, kernels="torch"),
+        loader.load_tokenizer(folder),
+    )
     right = [
-        max((0, 1), key=lambda c: likelihood(model, tokenizer, d["question"], d["choices"][c])) == d["label"]
+        max((0, 1), key=lambda c: likelihood(model, tokenizer, d["question"], d["choices"][c]))
+        == d["label"]
         for d in DOCUMENTS[:limit]
     ]
     assert code == 0
     assert 0 < sum(right) < len(right)
-    assert json.loads(out)["tasks"]["letters_of_ours"]["acc"] == pytest.approx(sum(right) / len(right))
+    assert json.loads(out)["tasks"]["letters_of_ours"]["acc"] == pytest.approx(
+        sum(right) / len(right)
+    )
 
 
 @needs_lm_eval
-def test_unknown_task_is_named(run: Any, converted: Callable[[str], Path], task_folder: Path) -> None:
-    code, _, err = run(converted("2bit"), "--tasks", "no_such_task", "--task-folder", task_folder, "--kernels", "torch")
+def test_unknown_task_is_named(
+    run: Any, converted: Callable[[str], Path], task_folder: Path
+) -> None:
+    code, _, err = run(
+        converted("2bit"),
+        "--tasks",
+        "no_such_task",
+        "--task-folder",
+        task_folder,
+        "--kernels",
+        "torch",
+    )
     assert code == 2
     assert "lm-eval has no task no_such_task" in err
 
@@ -114,7 +140,9 @@ def test_documents_go_through_the_template_with_no_bos_before_it(
         module = ModuleType(name)
         module.__dict__.update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    code, out, err = run(templated, "--tasks", "letters", "--kernels", "torch", "--check", "none", "--json", *options)
+    code, out, err = run(
+        templated, "--tasks", "letters", "--kernels", "torch", "--check", "none", "--json", *options
+    )
     assert code == 0, err
     assert json.loads(out)["chat_template"] == told["apply_chat_template"] == chat
     assert told.get("add_bos_token", True) != chat

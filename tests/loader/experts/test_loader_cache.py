@@ -115,7 +115,9 @@ def routes(example_folder):
     model = AutoModelForCausalLM.from_pretrained(example_folder, dtype="auto")
     asked = [[] for _ in model.model.layers]
     for layer, experts in zip(model.model.layers, asked, strict=True):
-        layer.mlp.gate.register_forward_hook(lambda module, x, result, experts=experts: experts.append(result[2]))
+        layer.mlp.gate.register_forward_hook(
+            lambda module, x, result, experts=experts: experts.append(result[2])
+        )
     text = read_text(example_folder.parent / "text" / "english.txt")
     with torch.inference_mode():
         for window in windows_of(load_tokenizer(example_folder), text, 256, 8):
@@ -229,7 +231,11 @@ def test_two_missing_experts_are_read_together_and_come_as_they_arrive():
 def test_an_interrupted_lease_leaves_the_cache_usable(monkeypatch):
     reader = SlowReader(held=True)
     cache = ExpertCache(reader, 2, policy=LruPolicy)
-    with pytest.raises(KeyboardInterrupt), cache.lease(0, [0, 1]) as lease, monkeypatch.context() as patch:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        cache.lease(0, [0, 1]) as lease,
+        monkeypatch.context() as patch,
+    ):
         patch.setattr("loader.experts.lease.time", SimpleNamespace(perf_counter=interrupt))
         lease.all()
     for expert in range(4):

@@ -47,7 +47,9 @@ def look_often(monkeypatch):
 
 
 def generated(model):
-    result = model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=2)
+    result = model.generate(
+        IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=2
+    )
     return result[0].tolist()
 
 
@@ -114,7 +116,9 @@ def test_a_child_works_after_torch_ran_on_several_threads(load):
     torch.set_num_threads(2)
     try:
         torch.randn(1000, 1000).softmax(-1)
-        assert in_child(lambda: (generated(model), torch.randn(1000, 1000).softmax(-1).shape[0])) == (wanted, 1000)
+        assert in_child(
+            lambda: (generated(model), torch.randn(1000, 1000).softmax(-1).shape[0])
+        ) == (wanted, 1000)
     finally:
         torch.set_num_threads(before)
 
@@ -163,7 +167,10 @@ def test_what_pickles_a_model_says_that_each_process_loads_it(load, folder, meth
             torch.save(model, io.BytesIO())
         else:
             multiprocessing.get_context(method).Process(target=generated, args=(model,)).start()
-    assert raised.value.hint == f"load it in each process: loader.from_pretrained({os.fspath(folder)!r})"
+    assert (
+        raised.value.hint
+        == f"load it in each process: loader.from_pretrained({os.fspath(folder)!r})"
+    )
 
 
 @pytest.mark.parametrize("slots", [2, 4])
@@ -181,7 +188,12 @@ def test_a_deep_copy_gives_the_same_tokens_from_the_same_cache(load, slots):
 
 
 def test_a_fork_waits_for_direct_reads_and_holds_up_others():
-    gate, reading, leave, forked = ForkGate(), threading.Event(), threading.Event(), threading.Event()
+    gate, reading, leave, forked = (
+        ForkGate(),
+        threading.Event(),
+        threading.Event(),
+        threading.Event(),
+    )
 
     def read():
         with gate.read():
@@ -232,7 +244,9 @@ def raised_by(call):
     return errors[0]
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, StopIteration])
+@pytest.mark.parametrize(
+    "kind", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, StopIteration]
+)
 def test_whatever_a_reader_raises_ends_the_wait(kind, monkeypatch):
     reader = SlowReader()
     cache = ExpertCache(reader, 2)
@@ -260,7 +274,9 @@ def test_a_closed_cache_says_so_to_those_who_wait_and_those_who_come():
     reader = SlowReader(held=True)
     cache = ExpertCache(reader, 3)
     waiting = []
-    thread = threading.Thread(target=lambda: waiting.append(raised_by(lambda: get(cache, 0, [0, 1, 2]))))
+    thread = threading.Thread(
+        target=lambda: waiting.append(raised_by(lambda: get(cache, 0, [0, 1, 2])))
+    )
     thread.start()
     for expert in (0, 1):
         reader.wait_until_asked(0, expert)
@@ -310,5 +326,7 @@ reader.wait_until_asked(0, 1)
 
 def test_a_process_that_ends_while_experts_are_read_ends_without_a_traceback():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.fspath, (SUPPORT, ROOT)))}
-    done = subprocess.run([sys.executable, "-c", STUCK], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -58,7 +58,11 @@ class Lines:
         sys.settrace(None)
 
     def _call(self, frame, event, argument):
-        return self._line if "/".join(frame.f_code.co_filename.rsplit("/", 2)[1:]) in self.files else None
+        return (
+            self._line
+            if "/".join(frame.f_code.co_filename.rsplit("/", 2)[1:]) in self.files
+            else None
+        )
 
     def _line(self, frame, event, argument):
         if event == "line" and not _leaves_a_with_block(frame):
@@ -83,12 +87,16 @@ def _leaves_a_with_block(frame):
 
 def generated(model, tokens=2):
     with torch.no_grad():
-        return model.generate(IDS, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2)
+        return model.generate(
+            IDS, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2
+        )
 
 
 def check_counts(cache):
     """Nothing is pinned, every buffer is free or holds an expert."""
-    cache._changes.until(lambda: not any(h.job for slots in cache._layers for h in slots.entries()) or None, 60)
+    cache._changes.until(
+        lambda: not any(h.job for slots in cache._layers for h in slots.entries()) or None, 60
+    )
     side = cache._layers[0].aside
     entries = [held for slots in cache._layers for held in slots.entries()]
     assert not any(held.pins for held in entries)
@@ -173,7 +181,9 @@ CASES = [
 
 @pytest.mark.parametrize(("kernels", "prefetch", "slots"), CASES)
 def test_the_same_tokens_come_after_an_interrupt_at_any_line(folder, kernels, prefetch, slots):
-    model = loader.from_pretrained(folder, slots=[slots] * 3, io="direct", kernels=kernels, prefetch=prefetch)
+    model = loader.from_pretrained(
+        folder, slots=[slots] * 3, io="direct", kernels=kernels, prefetch=prefetch
+    )
     cache = model.model.layers[0].mlp.experts.cache
     wanted = generated(model)
     with Lines() as lines:
@@ -187,7 +197,9 @@ def test_the_same_tokens_come_after_an_interrupt_at_any_line(folder, kernels, pr
                 sys.settrace(None)
                 # Here, where the traceback still holds what was in use.
                 if number % 4 == 0:
-                    assert torch.equal(within_a_minute(lambda: generated(model)), wanted), interrupted.place
+                    assert torch.equal(within_a_minute(lambda: generated(model)), wanted), (
+                        interrupted.place
+                    )
                 assert torch.equal(generated(model), wanted), interrupted.place
         check_counts(cache)
 

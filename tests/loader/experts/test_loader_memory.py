@@ -36,7 +36,10 @@ def folder(tmp_path_factory):
     (source / "config.json").write_text(json.dumps(CONFIG))
     generator = torch.Generator().manual_seed(0)
     shapes = expert_shapes() | trunk_shapes()
-    tensors = {name: torch.randn(shape, generator=generator).mul_(0.05).bfloat16() for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn(shape, generator=generator).mul_(0.05).bfloat16()
+        for name, shape in shapes.items()
+    }
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     out = source.with_name(f"{source.name}-4bit")
     convert_checkpoint(source, out, make_recipe("4bit", solver="hqq"))
@@ -49,13 +52,19 @@ def expert_shapes():
         f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight": shape
         for layer in range(CONFIG["num_hidden_layers"])
         for expert in range(CONFIG["num_local_experts"])
-        for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner)), ("w3", (inner, hidden)))
+        for name, shape in (
+            ("w1", (inner, hidden)),
+            ("w2", (hidden, inner)),
+            ("w3", (inner, hidden)),
+        )
     }
 
 
 def trunk_shapes():
     trunk = shape_of(CONFIG).trunk
-    return {name.replace("mlp.gate", "block_sparse_moe.gate"): shape for name, shape in trunk.items()}
+    return {
+        name.replace("mlp.gate", "block_sparse_moe.gate"): shape for name, shape in trunk.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +77,18 @@ def plan(folder):
 
 def run(folder, options, enter=None):
     script = SUPPORT / "memory_run.py"
-    command = [sys.executable, str(script), str(folder), json.dumps(options), str(PROMPT), str(TOKENS)]
+    command = [
+        sys.executable,
+        str(script),
+        str(folder),
+        json.dumps(options),
+        str(PROMPT),
+        str(TOKENS),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=enter, env=environment, check=False
+    )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
     return json.loads(done.stdout.splitlines()[-1])
 

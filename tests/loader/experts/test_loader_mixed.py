@@ -35,7 +35,9 @@ def test_logits_are_those_of_the_dequantized_weights(mixed: dict[str, Path], rul
 
 @native
 @pytest.mark.parametrize("rules", RULES)
-def test_native_logits_differ_by_the_rounding_of_activations_only(mixed: dict[str, Path], rules: str) -> None:
+def test_native_logits_differ_by_the_rounding_of_activations_only(
+    mixed: dict[str, Path], rules: str
+) -> None:
     exact = logits(dequantized(mixed[rules]), IDS)
     model = load(mixed[rules], kernels="native", ram_cache="1GiB")
     for found in (logits(model, IDS), token_by_token(model)):
@@ -44,7 +46,9 @@ def test_native_logits_differ_by_the_rounding_of_activations_only(mixed: dict[st
 
 @native
 @pytest.mark.parametrize("rules", RULES)
-def test_single_tokens_take_the_decoder_whatever_the_layouts(mixed: dict[str, Path], rules: str) -> None:
+def test_single_tokens_take_the_decoder_whatever_the_layouts(
+    mixed: dict[str, Path], rules: str
+) -> None:
     model = load(mixed[rules], kernels="native", ram_cache="1GiB")
     token_by_token(model)
     assert model.moe_stats().paths.decoder == IDS.shape[1]

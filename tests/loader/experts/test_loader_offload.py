@@ -45,13 +45,17 @@ def all_in_ram(converted):
     return outputs(loader.from_pretrained(converted("2bit")))
 
 
-COMBINATIONS = list(itertools.product((0, 1.5, 4.3), ("mmap", "direct"), (0, 1, 3), ("lru", "lfu", "lrfu")))
+COMBINATIONS = list(
+    itertools.product((0, 1.5, 4.3), ("mmap", "direct"), (0, 1, 3), ("lru", "lfu", "lrfu"))
+)
 
 
 @pytest.mark.parametrize(("slots", "io", "prefetch", "policy"), COMBINATIONS)
 def test_no_choice_changes_a_bit(converted, all_in_ram, slots, io, prefetch, policy):
     folder = converted("2bit")
-    model = loader.from_pretrained(folder, ram_cache=budget(folder, slots), io=io, prefetch=prefetch, policy=policy)
+    model = loader.from_pretrained(
+        folder, ram_cache=budget(folder, slots), io=io, prefetch=prefetch, policy=policy
+    )
     logits, tokens = outputs(model)
     assert torch.equal(tokens, all_in_ram[1])
     assert torch.equal(logits, all_in_ram[0])
@@ -100,7 +104,9 @@ def test_what_changed_after_the_folder_was_opened_is_found_when_it_is_read(conve
         outputs(model)
 
 
-def test_an_error_of_the_disk_names_the_expert_and_the_model_goes_on_afterwards(converted, all_in_ram, monkeypatch):
+def test_an_error_of_the_disk_names_the_expert_and_the_model_goes_on_afterwards(
+    converted, all_in_ram, monkeypatch
+):
     folder = converted("2bit")
     monkeypatch.setattr("formats.reading.reader._PAUSES_S", (0.0,))
     model = loader.from_pretrained(folder, ram_cache=budget(folder, 2))
@@ -130,7 +136,9 @@ def test_a_file_that_was_replaced_is_read_as_it_was(converted_copy, all_in_ram):
 def test_mapped_memory_is_given_back_when_an_expert_leaves(converted, monkeypatch):
     folder = converted("2bit")
     forgotten = []
-    monkeypatch.setattr(MmapReader, "forget", lambda self, layer, expert: forgotten.append((layer, expert)))
+    monkeypatch.setattr(
+        MmapReader, "forget", lambda self, layer, expert: forgotten.append((layer, expert))
+    )
     model = loader.from_pretrained(folder, ram_cache=budget(folder, 2), io="mmap")
     outputs(model)
     assert len(forgotten) >= model.moe_stats().total.evictions > 0
@@ -199,7 +207,9 @@ def test_native_and_torch_wait_for_the_same_experts(converted):
     folder = converted("2bit")
     counts = []
     for name in ("native", "torch"):
-        model = loader.from_pretrained(folder, ram_cache=budget(folder, 3), kernels=name, dtype=torch.float32)
+        model = loader.from_pretrained(
+            folder, ram_cache=budget(folder, 3), kernels=name, dtype=torch.float32
+        )
         outputs(model)
         counts.append([layer.hits + layer.misses for layer in model.moe_stats().layers])
     assert counts[0] == counts[1]

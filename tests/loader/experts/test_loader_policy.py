@@ -2,7 +2,14 @@ import random
 
 import pytest
 
-from loader.experts.policy import POLICIES, FixedPolicy, LfuPolicy, LrfuPolicy, LruPolicy, fixed_policies
+from loader.experts.policy import (
+    POLICIES,
+    FixedPolicy,
+    LfuPolicy,
+    LrfuPolicy,
+    LruPolicy,
+    fixed_policies,
+)
 
 EVERY = {**POLICIES, "fixed": lambda: FixedPolicy([3, 1, 4, 1, 5, 9, 2, 6])}
 every_policy = pytest.mark.parametrize("policy", EVERY.values(), ids=EVERY)
@@ -79,7 +86,9 @@ def test_lrfu_with_a_half_life_of_one_is_lru(slots):
 def test_lrfu_with_an_endless_half_life_is_lfu(slots):
     requests = random_requests(3)
     # 2^-1 of an expert's count: 800 uses with this half-life weigh less than that apart.
-    assert run(LrfuPolicy(1e12), requests, slots) == run(LfuPolicyWithDecayedTies(), requests, slots)
+    assert run(LrfuPolicy(1e12), requests, slots) == run(
+        LfuPolicyWithDecayedTies(), requests, slots
+    )
 
 
 class LfuPolicyWithDecayedTies:
@@ -94,7 +103,9 @@ class LfuPolicyWithDecayedTies:
         self.present.add(expert)
 
     def victim(self, pinned):
-        expert = min(self.present - set(pinned), key=lambda e: (len(self.uses[e]), sum(self.uses[e])))
+        expert = min(
+            self.present - set(pinned), key=lambda e: (len(self.uses[e]), sum(self.uses[e]))
+        )
         self.present.remove(expert)
         return expert
 
@@ -120,7 +131,9 @@ class LrfuByDefinition:
 def test_lrfu_is_its_definition(half_life):
     requests = random_requests(4)
     for slots in (3, 5):
-        assert run(LrfuPolicy(half_life), requests, slots) == run(LrfuByDefinition(half_life), requests, slots)
+        assert run(LrfuPolicy(half_life), requests, slots) == run(
+            LrfuByDefinition(half_life), requests, slots
+        )
 
 
 def test_lrfu_forgets_no_order_after_a_very_long_time():

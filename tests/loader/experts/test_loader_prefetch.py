@@ -18,7 +18,9 @@ def get(cache, layer, experts):
 def settle(cache, layer, *experts):
     """Waits until the guesses have been read."""
     outside = cache._layers[layer].outside
-    cache._changes.until(lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60)
+    cache._changes.until(
+        lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60
+    )
 
 
 def test_a_right_guess_is_not_read_again():
@@ -150,7 +152,9 @@ def test_guess_is_the_next_router_over_the_next_norm():
 def test_many_tokens_guess_what_most_of_them_need():
     guesser, routers, norms = prefetcher()
     normed = torch.randn(5, 16)
-    votes = torch.bincount(((normed * norms[1]) @ routers[1].T).topk(2).indices.flatten(), minlength=8)
+    votes = torch.bincount(
+        ((normed * norms[1]) @ routers[1].T).topk(2).indices.flatten(), minlength=8
+    )
     guesses = in_order(ranked(guesser.router(0), normed * norms[0], 2))
     assert sorted(guesses) == votes.nonzero().flatten().tolist()
     assert [int(votes[e]) for e in guesses] == sorted(votes[votes > 0].tolist(), reverse=True)
@@ -166,7 +170,12 @@ def test_a_weight_of_zero_in_the_norm_is_no_infinity():
 
 @pytest.mark.parametrize(
     ("early", "delays", "rests"),
-    [(PIECE_BYTES * 50, 10, False), (PIECE_BYTES * 4, 10, True), (0, 0, True), (PIECE_BYTES, 0, False)],
+    [
+        (PIECE_BYTES * 50, 10, False),
+        (PIECE_BYTES * 4, 10, True),
+        (0, 0, True),
+        (PIECE_BYTES, 0, False),
+    ],
 )
 def test_a_layer_rests_where_the_loss_is_the_greater_one(early, delays, rests):
     guesser = prefetcher()[0]
@@ -183,6 +192,8 @@ def test_a_layer_rests_where_the_loss_is_the_greater_one(early, delays, rests):
 
 def test_counters_that_were_reset_begin_a_new_trial():
     guesser = prefetcher()[0]
-    guesser.weigh([LayerStats(), LayerStats(guesses=10 * TRIAL_GUESSES, early_bytes=10**9), LayerStats()])
+    guesser.weigh(
+        [LayerStats(), LayerStats(guesses=10 * TRIAL_GUESSES, early_bytes=10**9), LayerStats()]
+    )
     guesser.weigh([LayerStats()] * 3)
     assert guesser.router(0) is not None

@@ -32,7 +32,9 @@ from loader.hf.by_name.import_hook import after_import
 from loader.hf.by_name.registry_entry import RegistryEntry
 from loader.hf.model_class import served_class
 
-needs_lm_eval = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]")
+needs_lm_eval = pytest.mark.skipif(
+    not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]"
+)
 
 PROMPT = "So Jonah arose, and went to"
 IDS = torch.tensor([[1, 17, 300, 42]])
@@ -63,10 +65,14 @@ def run_python(code: str, *arguments: object) -> str:
     """What `code` prints in a new process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout
+    return subprocess.run(
+        command, env=environment, check=True, text=True, stdout=subprocess.PIPE
+    ).stdout
 
 
-def test_auto_model_gives_the_model_that_the_loader_gives(folder: Path, expected: torch.Tensor) -> None:
+def test_auto_model_gives_the_model_that_the_loader_gives(
+    folder: Path, expected: torch.Tensor
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, ram_cache="3MiB")
     assert type(model) is type(loader.from_pretrained(folder))
     assert torch.equal(logits(model), expected)
@@ -103,11 +109,20 @@ print(type(AutoModelForCausalLM._model_mapping[MixtralConfig]).__module__)
 """
 
 
-def test_importing_the_loader_imports_neither_torch_nor_transformers_and_registers_all_the_same() -> None:
-    assert run_python(EARLY).split() == ["True", "False", "True", "loader.hf.by_name.registry_entry"]
+def test_importing_the_loader_imports_neither_torch_nor_transformers_and_registers_all_the_same() -> (
+    None
+):
+    assert run_python(EARLY).split() == [
+        "True",
+        "False",
+        "True",
+        "loader.hf.by_name.registry_entry",
+    ]
 
 
-def test_what_waits_for_an_import_runs_once_when_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_for_an_import_runs_once_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "module_to_wait_for.py").write_text("value = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     seen = []
@@ -125,17 +140,24 @@ def test_what_waits_for_an_import_runs_once_when_it_ends(tmp_path: Path, monkeyp
 
 def test_pipeline_generates_as_the_loaded_model_does(folder: Path) -> None:
     made = pipeline("text-generation", model=str(folder), model_kwargs={"ram_cache": "3MiB"})
-    text = made(PROMPT, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+    text = made(PROMPT, max_new_tokens=6, do_sample=False, return_full_text=False)[0][
+        "generated_text"
+    ]
     model, tokenizer = loader.from_pretrained(folder), loader.load_tokenizer(folder)
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     assert text == tokenizer.decode(generated, skip_special_tokens=True)
     assert made.model.moe_stats().slot_bytes < 3 << 20
 
 
 def test_auto_tokenizer_gives_the_tokens_of_the_loaders_tokenizer(folder: Path) -> None:
     text = f"{PROMPT} Nineveh.\n\nimport os"
-    assert AutoTokenizer.from_pretrained(folder)(text).input_ids == loader.load_tokenizer(folder)(text).input_ids
+    assert (
+        AutoTokenizer.from_pretrained(folder)(text).input_ids
+        == loader.load_tokenizer(folder)(text).input_ids
+    )
 
 
 def test_a_hub_repository_loads_by_its_name(
@@ -147,7 +169,9 @@ def test_a_hub_repository_loads_by_its_name(
     assert model.moe_stats().slot_bytes < 3 << 20
 
 
-def test_a_plain_checkpoint_loads_as_the_plain_class(example_folder: Path, tmp_path: Path, plain: Any) -> None:
+def test_a_plain_checkpoint_loads_as_the_plain_class(
+    example_folder: Path, tmp_path: Path, plain: Any
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(example_folder)
     assert type(model) is MixtralForCausalLM
     assert torch.equal(logits(model), logits(plain))
@@ -174,13 +198,17 @@ def test_registry_answers_for_the_plain_class(folder: Path) -> None:
 
 def test_every_model_type_that_is_admitted_is_registered() -> None:
     for model_type in MODEL_TYPES:
-        assert type(AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]) is RegistryEntry
+        assert (
+            type(AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]) is RegistryEntry
+        )
 
 
 def test_sizes_count_packed_weights_and_experts(folder: Path, plain: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, ram_cache="3MiB")
     assert model.num_parameters() == plain.num_parameters()
-    assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+    assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(
+        exclude_embeddings=True
+    )
     assert model.num_parameters(only_trainable=True) < model.num_parameters()
     trunk = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     assert model.get_memory_footprint() == trunk + model.moe_stats().slot_bytes
@@ -190,16 +218,22 @@ def test_sizes_count_packed_weights_and_experts(folder: Path, plain: Any) -> Non
 def test_an_unfinished_conversion_is_named_as_one(converted_copy: Path) -> None:
     (converted_copy / "moe_index.json").rename(converted_copy / JOURNAL_NAME)
     for load in (loader.from_pretrained, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(NotConvertedError, match=r"unfinished(.|\n)*run the same convert command again"):
+        with pytest.raises(
+            NotConvertedError, match=r"unfinished(.|\n)*run the same convert command again"
+        ):
             load(converted_copy)
 
 
 def test_the_loader_says_how_to_convert_a_plain_checkpoint(example_folder: Path) -> None:
-    with pytest.raises(NotConvertedError, match=rf"not converted(.|\n)*moe-convert convert {example_folder}"):
+    with pytest.raises(
+        NotConvertedError, match=rf"not converted(.|\n)*moe-convert convert {example_folder}"
+    ):
         loader.from_pretrained(example_folder)
 
 
-@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["inspect"], ["verify"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "x"], ["inspect"], ["verify"]], ids=lambda c: c[0]
+)
 def test_commands_say_what_to_do_with_what_is_not_converted(
     run_command: Any, example_folder: Path, converted_copy: Path, command: list[str]
 ) -> None:
@@ -215,7 +249,9 @@ def test_commands_say_what_to_do_with_what_is_not_converted(
 
 
 def test_arguments_of_lm_eval_load_the_model(folder: Path, expected: torch.Tensor) -> None:
-    config = AutoConfig.from_pretrained(folder, revision="main", trust_remote_code=False, gguf_file=None, subfolder="")
+    config = AutoConfig.from_pretrained(
+        folder, revision="main", trust_remote_code=False, gguf_file=None, subfolder=""
+    )
     quantization = AutoQuantizationConfig.from_dict(config.quantization_config)
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), revision="main", dtype="auto", trust_remote_code=False, gguf_file=None,
@@ -238,7 +274,9 @@ def test_lm_eval_loads_the_model_by_its_name(folder: Path) -> None:
     assert named.loglikelihood([question]) == given.loglikelihood([question])
 
 
-def test_server_of_transformers_loads_the_model_by_its_name(folder: Path, example_folder: Path) -> None:
+def test_server_of_transformers_loads_the_model_by_its_name(
+    folder: Path, example_folder: Path
+) -> None:
     try:
         from transformers.cli.serving.model_manager import ModelManager
     except (ImportError, NameError) as e:
@@ -256,5 +294,7 @@ def test_server_of_transformers_loads_the_model_by_its_name(folder: Path, exampl
 
 
 def test_a_generation_config_that_is_given_is_used(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, generation_config=GenerationConfig(max_new_tokens=3))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, generation_config=GenerationConfig(max_new_tokens=3)
+    )
     assert model.generation_config.max_new_tokens == 3

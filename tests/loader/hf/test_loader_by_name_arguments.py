@@ -45,7 +45,9 @@ def test_a_model_with_a_device_map_says_where_it_is(folder: Path, device_map: An
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device_map", ["cuda", 0, {"": 0}])
-def test_a_gpu_that_is_not_there_is_not_replaced_by_the_processor(folder: Path, device_map: Any) -> None:
+def test_a_gpu_that_is_not_there_is_not_replaced_by_the_processor(
+    folder: Path, device_map: Any
+) -> None:
     with pytest.raises(MoeConvertError, match="cuda"):
         AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
 
@@ -61,13 +63,17 @@ def test_a_gpu_that_is_not_there_is_not_replaced_by_the_processor(folder: Path, 
     ],
     ids=str,
 )
-def test_dtype_is_that_of_the_trunk(folder: Path, arguments: dict[str, Any], dtype: torch.dtype) -> None:
+def test_dtype_is_that_of_the_trunk(
+    folder: Path, arguments: dict[str, Any], dtype: torch.dtype
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     assert model.dtype == model.config.dtype == model.model.norm.weight.dtype == dtype
 
 
 def test_fields_that_are_read_at_each_call_may_be_given(folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, use_cache=False, pad_token_id=5, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, use_cache=False, pad_token_id=5, attn_implementation="eager"
+    )
     assert not model.config.use_cache
     assert model.config.pad_token_id == 5
     assert model.config._attn_implementation == "eager"
@@ -80,7 +86,10 @@ def test_fields_that_are_read_at_each_call_may_be_given(folder: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device_map": "balanced"}, "device_map: 'balanced' splits"),
     ({"device_map": "sequential"}, "device_map: 'sequential' splits"),
-    ({"device_map": {"model": "cpu", "lm_head": 0}}, "device_map: it splits the layers over cpu, cuda:0"),
+    (
+        {"device_map": {"model": "cpu", "lm_head": 0}},
+        "device_map: it splits the layers over cpu, cuda:0",
+    ),
     ({"device_map": {"": "disk"}}, "device_map: 'disk' splits"),
     ({"device_map": {}}, "device_map: it is empty"),
     ({"device_map": "mps"}, "device_map: 'mps'"),
@@ -90,7 +99,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"device_map": "cpu", "device": "cpu"}, "device, device_map"),
     ({"max_memory": {0: "1GB"}}, r"max_memory(.|\n)*gpu_cache"),
     ({"dtype": "int8"}, "dtype: 'int8'"),
-    ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "quantization_config: 'bitsandbytes'"),
+    (
+        {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        "quantization_config: 'bitsandbytes'",
+    ),
     ({"load_in_4bit": True}, "load_in_4bit: unknown argument"),
     ({"num_experts_per_tok": 3}, r"num_experts_per_tok: 3(.|\n)*edit it"),
     ({"hidden_size": 64}, "hidden_size: 64"),
@@ -106,7 +118,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=lambda v: str(v)[:40])
-def test_an_argument_that_is_not_supported_is_named(folder: Path, arguments: dict[str, Any], message: str) -> None:
+def test_an_argument_that_is_not_supported_is_named(
+    folder: Path, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         AutoModelForCausalLM.from_pretrained(folder, **arguments)
 

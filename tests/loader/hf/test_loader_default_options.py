@@ -24,7 +24,10 @@ def folder(converted: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def slots(folder: Path) -> dict[str, tuple[int, ...]]:
     """Budget -> slots of each layer."""
-    return {size: loader.from_pretrained(folder, ram_cache=size).moe_stats().slots for size in (SMALL, LARGER)}
+    return {
+        size: loader.from_pretrained(folder, ram_cache=size).moe_stats().slots
+        for size in (SMALL, LARGER)
+    }
 
 
 @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, loader.from_pretrained])
@@ -37,7 +40,9 @@ def test_defaults_hold_inside_the_with_and_where_the_call_gives_nothing(
     assert set(load(folder).moe_stats().slots) == {8}
 
 
-def test_an_inner_with_keeps_what_it_does_not_name(folder: Path, slots: dict[str, tuple[int, ...]]) -> None:
+def test_an_inner_with_keeps_what_it_does_not_name(
+    folder: Path, slots: dict[str, tuple[int, ...]]
+) -> None:
     with loader.defaults(ram_cache=SMALL, prefetch=0):
         with loader.defaults(ram_cache=LARGER):
             inner = loader.from_pretrained(folder)
@@ -48,7 +53,9 @@ def test_an_inner_with_keeps_what_it_does_not_name(folder: Path, slots: dict[str
         assert model.moe_stats().total.guesses == 0
 
 
-def test_defaults_hold_in_tasks_and_not_in_other_threads(folder: Path, slots: dict[str, tuple[int, ...]]) -> None:
+def test_defaults_hold_in_tasks_and_not_in_other_threads(
+    folder: Path, slots: dict[str, tuple[int, ...]]
+) -> None:
     found = []
 
     def load() -> None:
@@ -82,6 +89,8 @@ def test_defaults_hold_in_tasks_and_not_in_other_threads(folder: Path, slots: di
     ],
     ids=str,
 )
-def test_a_wrong_value_is_named_before_anything_is_loaded(options: dict[str, Any], message: str) -> None:
+def test_a_wrong_value_is_named_before_anything_is_loaded(
+    options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         loader.defaults(**options)

@@ -50,7 +50,9 @@ def prepared(owner, model, values):
     bound = () if owner is model else (model,)
     outputs = {} if values["cache"] is None else MoeCausalLMOutputWithPast(cache=values["cache"])
     kwargs = owner._update_model_kwargs_for_generation(*bound, outputs, dict(values))
-    return kwargs, owner.prepare_inputs_for_generation(*bound, IDS, next_sequence_length=1, **kwargs)
+    return kwargs, owner.prepare_inputs_for_generation(
+        *bound, IDS, next_sequence_length=1, **kwargs
+    )
 
 
 @torch.no_grad()
@@ -80,12 +82,15 @@ def test_the_values_are_transformers_own(model, change):
         "use_cache": True,
     }
     for ours, plain in zip(
-        *(prepared(owner, model, values | change) for owner in (model, MixtralForCausalLM)), strict=True
+        *(prepared(owner, model, values | change) for owner in (model, MixtralForCausalLM)),
+        strict=True,
     ):
         assert list(ours) == list(plain)
         for name in plain:
             if isinstance(plain[name], torch.Tensor):
-                assert torch.equal(ours[name], plain[name]) and ours[name].dtype == plain[name].dtype
+                assert (
+                    torch.equal(ours[name], plain[name]) and ours[name].dtype == plain[name].dtype
+                )
                 assert ours[name].is_contiguous()
             else:
                 assert ours[name] is plain[name]
@@ -120,7 +125,9 @@ def test_a_padded_prompt_gives_the_tokens_of_the_bare_one(model):
     ids = torch.cat([torch.full((1, 3), 2), IDS], 1)
     mask = torch.ones_like(ids)
     mask[:, :3] = 0
-    padded = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=2)
+    padded = model.generate(
+        ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=2
+    )
     assert torch.equal(padded[:, 3:], bare)
 
 

@@ -19,7 +19,9 @@ PROMPT = "So Jonah arose, and went to Nineveh, according to"
 
 def states(positions, seed, batch=2, **options):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, 3, positions, 4, generator=generator, **options) for _ in range(2))
+    return tuple(
+        torch.randn(batch, 3, positions, 4, generator=generator, **options) for _ in range(2)
+    )
 
 
 def both():
@@ -112,7 +114,9 @@ def test_gradients_flow_through_the_cache():
     results = []
     for layer in both():
         parts = [states(length, length, requires_grad=True) for length in (3, 1, 1)]
-        total = sum((keys * values).sum() for keys, values in (layer.update(*part) for part in parts))
+        total = sum(
+            (keys * values).sum() for keys, values in (layer.update(*part) for part in parts)
+        )
         total.backward()
         results.append([tensor.grad for part in parts for tensor in part])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -171,7 +175,9 @@ def test_generate_gives_the_tokens_of_the_dynamic_cache(model, batch, monkeypatc
         pytest.skip("transformers: assisted generation takes one sequence")
     arguments = {name: batch[name][:rows] for name in ("input_ids", "attention_mask")}
     ours, plain = with_and_without(
-        model, monkeypatch, lambda: model.generate(**arguments, max_new_tokens=24, pad_token_id=2, **options)
+        model,
+        monkeypatch,
+        lambda: model.generate(**arguments, max_new_tokens=24, pad_token_id=2, **options),
     )
     assert torch.equal(ours, plain)
 

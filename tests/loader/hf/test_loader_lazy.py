@@ -60,7 +60,9 @@ def open_lazy() -> LazyFolder:
 
 
 def experts_of(folder: Path) -> list[tuple[int, int]]:
-    return [(e.layer, e.expert) for layer in Artifact.open(folder).index.layers for e in layer.experts]
+    return [
+        (e.layer, e.expert) for layer in Artifact.open(folder).index.layers for e in layer.experts
+    ]
 
 
 def generate(folder: object, **options: object) -> list[int]:
@@ -80,7 +82,9 @@ def fetched(hub: HubServer) -> int:
     return sum(end - begin for begin, end in hub.ranges("experts/layer-") if begin >= 4096)
 
 
-def test_tokens_are_those_of_the_local_folder_and_no_expert_comes_twice(filled: HubServer, local: Path) -> None:
+def test_tokens_are_those_of_the_local_folder_and_no_expert_comes_twice(
+    filled: HubServer, local: Path
+) -> None:
     assert generate(REPO, lazy=True) == generate(local)
     assert 0 < fetched(filled) <= expert_bytes(local)
 
@@ -96,7 +100,9 @@ def test_experts_have_their_bytes_with_and_without_a_codec(
         from converter.recipe.recipes import make_recipe
 
         folder = tmp_path / "zstd"
-        convert_checkpoint(example_folder, folder, make_recipe("2bit", solver="hqq"), ConvertOptions(codec="zstd"))
+        convert_checkpoint(
+            example_folder, folder, make_recipe("2bit", solver="hqq"), ConvertOptions(codec="zstd")
+        )
     hub.add(REPO, folder)
     with HubReader(open_lazy(), fill=False) as reader:
         for key in experts_of(local):
@@ -111,7 +117,9 @@ def test_a_filled_folder_is_an_ordinary_one(filled: HubServer, local: Path) -> N
             reader.read(*key)
     assert verify_folder(lazy.path, read_data=True).problems == []
     assert Artifact.open(lazy.path).index == Artifact.open(local).index
-    assert not [p for p in lazy.path.iterdir() if "partial" in p.name or p.name == lazy_folder.RECORD_NAME]
+    assert not [
+        p for p in lazy.path.iterdir() if "partial" in p.name or p.name == lazy_folder.RECORD_NAME
+    ]
     filled.requests.clear()
     assert generate(REPO, lazy=True, io="mmap") == generate(local)
     assert fetched(filled) == 0
@@ -148,7 +156,9 @@ def test_an_expert_that_is_being_filled_is_waited_for_and_comes_once(
     reader.close()
     entry = reader.artifact.entry(0, 0)
     assert filled.ranges("layer-000").count((entry.offset, entry.offset + entry.length)) == 1
-    assert not any(begin < entry.offset + entry.length for begin, _ in filled.ranges("layer-000")[1:])
+    assert not any(
+        begin < entry.offset + entry.length for begin, _ in filled.ranges("layer-000")[1:]
+    )
 
 
 @needs_fork
@@ -162,7 +172,9 @@ def test_a_forked_child_fetches_what_it_needs_while_its_parent_fetches_the_rest(
 
     def child() -> bool:
         reader.start_anew()
-        found = torch.equal(reader.read(0, 0), expected(0, 0)) and torch.equal(reader.read(3, 1), expected(3, 1))
+        found = torch.equal(reader.read(0, 0), expected(0, 0)) and torch.equal(
+            reader.read(3, 1), expected(3, 1)
+        )
         reader.close()
         return found
 
@@ -213,7 +225,9 @@ def test_until_all_is_there_the_folder_does_not_look_complete(filled: HubServer)
         Artifact.open(lazy.path)
 
 
-def test_a_later_start_goes_on(filled: HubServer, local: Path, expected: Callable[[int, int], torch.Tensor]) -> None:
+def test_a_later_start_goes_on(
+    filled: HubServer, local: Path, expected: Callable[[int, int], torch.Tensor]
+) -> None:
     with HubReader(open_lazy(), fill=False) as reader:
         reader.read(0, 1), reader.read(1, 2)
     filled.requests.clear()
@@ -236,7 +250,9 @@ def test_a_guess_that_was_given_up_goes_on_where_it_stopped(
         assert reader.fetched_bytes == entry.length
 
 
-def test_an_expert_is_recorded_after_its_bytes_are_durable(filled: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_is_recorded_after_its_bytes_are_durable(
+    filled: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lazy = open_lazy()
     states: list[bool] = []
     real = os.fsync
@@ -252,7 +268,9 @@ def test_a_bad_line_gives_the_right_bytes(
     filled: HubServer, local: Path, fault: str, expected: Callable[[int, int], torch.Tensor]
 ) -> None:
     for name in filled.head(REPO).files:
-        getattr(filled.faults, fault)(name, **({"at": 300} if fault == "damage" and "layer" not in name else {}))
+        getattr(filled.faults, fault)(
+            name, **({"at": 300} if fault == "damage" and "layer" not in name else {})
+        )
     if fault == "damage":
         # Index and headers cannot be told from damaged ones: these are refused.
         filled.faults.clear()
@@ -260,7 +278,9 @@ def test_a_bad_line_gives_the_right_bytes(
     lazy = open_lazy()
     with HubReader(lazy, fill=False) as reader:
         for n in range(len(lazy.artifact.index.layers)):
-            arguments = {"after": 5000} if fault == "drop" else {"at": 77} if fault == "damage" else {}
+            arguments = (
+                {"after": 5000} if fault == "drop" else {"at": 77} if fault == "damage" else {}
+            )
             getattr(filled.faults, fault)(f"layer-{n:03d}", **arguments)
         for key in experts_of(local):
             assert torch.equal(reader.read(*key), expected(*key))
@@ -292,7 +312,9 @@ def test_a_changed_file_is_an_error_and_what_is_there_stays(
 
 
 def test_main_may_move_meanwhile(
-    filled: HubServer, converted: Callable[[str], Path], expected: Callable[[int, int], torch.Tensor]
+    filled: HubServer,
+    converted: Callable[[str], Path],
+    expected: Callable[[int, int], torch.Tensor],
 ) -> None:
     with HubReader(open_lazy(), fill=False) as reader:
         other = converted("3bit")
@@ -314,7 +336,9 @@ def test_damage_in_the_repository_is_an_error_and_is_not_recorded(
     lazy = open_lazy()
     with HubReader(lazy, fill=False) as reader:
         for _ in range(2):
-            with pytest.raises(DamageError, match=f"layer 1 expert 2 at offset {entry.offset}: the sha256"):
+            with pytest.raises(
+                DamageError, match=f"layer 1 expert 2 at offset {entry.offset}: the sha256"
+            ):
                 reader.read(1, 2)
         assert torch.equal(reader.read(1, 1), expected(1, 1))
     assert not lazy.has(1, 2)
@@ -364,13 +388,19 @@ def test_offline_what_is_there_can_be_used(
         LazyFolder.open("me/never-seen")
 
 
-def test_no_room_for_the_model_is_said_before_it_is_fetched(filled: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lazy_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+def test_no_room_for_the_model_is_said_before_it_is_fetched(
+    filled: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        lazy_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1)
+    )
     with pytest.raises(DoesNotFitError, match="free are 1"):
         open_lazy()
 
 
-def test_experts_in_the_users_cache_are_not_fetched(filled: HubServer, expected: Callable[..., torch.Tensor]) -> None:
+def test_experts_in_the_users_cache_are_not_fetched(
+    filled: HubServer, expected: Callable[..., torch.Tensor]
+) -> None:
     from huggingface_hub import hf_hub_download
 
     hf_hub_download(REPO, "experts/layer-001.safetensors")
@@ -380,9 +410,15 @@ def test_experts_in_the_users_cache_are_not_fetched(filled: HubServer, expected:
         assert reader.fetched_bytes == 0
 
 
-def test_a_whole_repository_is_used_in_the_cache_and_never_written_to(filled: HubServer, local: Path) -> None:
+def test_a_whole_repository_is_used_in_the_cache_and_never_written_to(
+    filled: HubServer, local: Path
+) -> None:
     assert generate(REPO) == generate(local)
-    blobs = [p for p in (Path(os.environ["HF_HOME"]) / "hub").rglob("*") if p.is_file() and not p.is_symlink()]
+    blobs = [
+        p
+        for p in (Path(os.environ["HF_HOME"]) / "hub").rglob("*")
+        if p.is_file() and not p.is_symlink()
+    ]
     names = {hashlib.sha256(p.read_bytes()).hexdigest() for p in blobs}
     assert {b.sha256 for name, b in filled.head(REPO).files.items() if b.lfs} <= names
     filled.requests.clear()
@@ -404,7 +440,9 @@ def test_a_tokenizer_comes_without_weights(filled: HubServer, local: Path) -> No
     assert filled.served("safetensors") == 0
 
 
-def test_an_ordinary_checkpoint_is_refused_before_it_is_fetched(hub: HubServer, example_folder: Path) -> None:
+def test_an_ordinary_checkpoint_is_refused_before_it_is_fetched(
+    hub: HubServer, example_folder: Path
+) -> None:
     hub.add("me/tiny", example_folder)
     with pytest.raises(NotConvertedError, match="is not converted"):
         loader.from_pretrained("me/tiny")
@@ -420,10 +458,23 @@ def test_options_that_cannot_be_are_refused(filled: HubServer, local: Path) -> N
         loader.from_pretrained(local, lazy=True)
 
 
-def test_generate_says_what_is_there(filled: HubServer, local: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_says_what_is_there(
+    filled: HubServer, local: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*args: object) -> dict[str, object]:
         with pytest.raises(SystemExit) as exit_:
-            main(["generate", *map(str, args), "--kernels", "torch", "--max-new-tokens", "6", "--prompt", PROMPT])
+            main(
+                [
+                    "generate",
+                    *map(str, args),
+                    "--kernels",
+                    "torch",
+                    "--max-new-tokens",
+                    "6",
+                    "--prompt",
+                    PROMPT,
+                ]
+            )
         assert exit_.value.code == 0
         value: dict[str, object] = json.loads(capsys.readouterr().out)
         return value

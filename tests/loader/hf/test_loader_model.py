@@ -40,7 +40,9 @@ def ids(tokenizer, example_folder):
 
 
 def test_tokenizer_adds_bos_as_the_source_does(tokenizer, example_folder):
-    assert tokenizer(PROMPT)["input_ids"] == loader.load_tokenizer(example_folder)(PROMPT)["input_ids"]
+    assert (
+        tokenizer(PROMPT)["input_ids"] == loader.load_tokenizer(example_folder)(PROMPT)["input_ids"]
+    )
     assert tokenizer(PROMPT)["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -67,7 +69,9 @@ def test_logits_token_by_token_are_those_of_the_dequantized_weights(model, plain
     with torch.inference_mode():
         past, steps = None, []
         for position in range(40):
-            output = model(input_ids=ids[:, position : position + 1], past_key_values=past, use_cache=True)
+            output = model(
+                input_ids=ids[:, position : position + 1], past_key_values=past, use_cache=True
+            )
             past = output.past_key_values
             steps.append(output.logits)
     assert apart(torch.cat(steps, 1), logits(plain, ids[:, :40])) < 1e-3
@@ -80,17 +84,24 @@ def test_a_padded_batch_gives_the_logits_of_the_dequantized_weights(model, plain
     real = batch["attention_mask"].bool()
     assert not real.all()
     mask = {"attention_mask": batch["attention_mask"]}
-    ours, theirs = logits(model, batch["input_ids"], **mask), logits(plain, batch["input_ids"], **mask)
+    ours, theirs = (
+        logits(model, batch["input_ids"], **mask),
+        logits(plain, batch["input_ids"], **mask),
+    )
     assert apart(ours[real], theirs[real]) < 1e-3
 
 
-@pytest.mark.parametrize("texts", [[PROMPT], [PROMPT, "def f(x):", "The", "int set"]], ids=["batch-1", "batch-4"])
+@pytest.mark.parametrize(
+    "texts", [[PROMPT], [PROMPT, "def f(x):", "The", "int set"]], ids=["batch-1", "batch-4"]
+)
 def test_generate_gives_the_tokens_of_the_dequantized_weights(model, plain, tokenizer, texts):
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     arguments = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    assert torch.equal(model.generate(**arguments, **options), plain.generate(**arguments, **options))
+    assert torch.equal(
+        model.generate(**arguments, **options), plain.generate(**arguments, **options)
+    )
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
@@ -113,7 +124,10 @@ def test_stats_count_each_expert_of_each_token(converted, ids):
         logits(model, ids[:, position : position + 1])
     stats = model.moe_stats()
     assert all(layer.hits + layer.misses == 20 for layer in stats.layers)
-    assert stats.total.bytes_read == stats.total.misses * expert_bytes_by_layer(Artifact.open(converted("2bit")))[0]
+    assert (
+        stats.total.bytes_read
+        == stats.total.misses * expert_bytes_by_layer(Artifact.open(converted("2bit")))[0]
+    )
     assert stats.as_dict()["hits"] == sum(layer["hits"] for layer in stats.as_dict()["layers"])
     model.reset_moe_stats()
     assert model.moe_stats().total.misses == 0
@@ -174,7 +188,11 @@ def test_pipeline_takes_the_model(model, tokenizer):
 
 @pytest.mark.parametrize(
     ("options", "dtype"),
-    [({"dtype": None}, torch.bfloat16), ({}, torch.float32), ({"dtype": torch.float16}, torch.float16)],
+    [
+        ({"dtype": None}, torch.bfloat16),
+        ({}, torch.float32),
+        ({"dtype": torch.float16}, torch.float16),
+    ],
 )
 def test_dtype_is_the_configs_unless_another_is_asked_for(converted, options, dtype):
     model = load(converted("2bit"), **options)
@@ -210,7 +228,9 @@ def test_unknown_options_are_refused_by_value(converted, options, part):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "cuda:0,cuda:1"])
 def test_a_gpu_that_is_not_there_is_refused_with_the_reason(converted, device):
-    with pytest.raises(MoeConvertError, match=rf"device {device.replace(',', ', ')}: torch .*(without CUDA|no GPU)"):
+    with pytest.raises(
+        MoeConvertError, match=rf"device {device.replace(',', ', ')}: torch .*(without CUDA|no GPU)"
+    ):
         load(converted("2bit"), device=device)
 
 

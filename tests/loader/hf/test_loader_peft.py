@@ -19,7 +19,12 @@ from formats.errors import MoeConvertError
 from loader.hf.modules.packed_modules import PackedLinear
 
 Folder = Callable[[str], Path]
-LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +77,18 @@ def test_prompt_tuning_ends_where_it_ends_on_the_dequantized_model(folder: Folde
     losses = []
     for model in (loaded(folder("2bit")), dequantized(folder("2bit"))):
         torch.manual_seed(0)
-        tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        tuned = get_peft_model(
+            model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        )
         losses.append(trained_loss(tuned, 0.1))
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_all_linear_layers_are_found_by_their_type(folder: Folder) -> None:
     model = adapted(loaded(folder("2bit")), target_modules="all-linear")
-    adapters = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".base_layer")}
+    adapters = {
+        name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".base_layer")
+    }
     assert adapters >= {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
@@ -97,13 +106,19 @@ def test_an_adapter_is_used_in_generation_saved_and_loaded(folder: Folder, tmp_p
     with model.disable_adapter():
         assert not torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(loaded(folder("2bit")), tmp_path).eval()), expected)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(loaded(folder("2bit")), tmp_path).eval()), expected
+    )
     with pytest.raises(ValueError, match="not serializable"):
         model.base_model.model.save_pretrained(tmp_path / "whole")
 
 
 def test_single_tokens_go_through_an_adapter_on_the_router(folder: Folder) -> None:
-    options = {"target_modules": [], "target_parameters": ["mlp.gate.weight"], "init_lora_weights": False}
+    options = {
+        "target_modules": [],
+        "target_parameters": ["mlp.gate.weight"],
+        "init_lora_weights": False,
+    }
     logits = []
     for model in (loaded(folder("2bit")), dequantized(folder("2bit"))):
         past, rows, tuned = None, [], adapted(model, lora_alpha=64, **options).eval()
@@ -155,7 +170,11 @@ def trainer(model: Any, out: Path, **options: Any) -> Trainer:
         str(out), num_train_epochs=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
         save_strategy="no", logging_strategy="epoch", disable_tqdm=True, **options,
     )  # fmt: skip
-    return Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])

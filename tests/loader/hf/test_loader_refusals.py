@@ -76,7 +76,9 @@ def test_packed_tiles_of_another_shape_are_named(converted_copy):
 
 
 def test_fillers_of_the_trunk_are_loaded_over_in_silence(converted_copy, caplog):
-    rewrite_trunk(converted_copy, lambda t: t.update({"__pad__.77": torch.zeros(3, dtype=torch.uint8)}))
+    rewrite_trunk(
+        converted_copy, lambda t: t.update({"__pad__.77": torch.zeros(3, dtype=torch.uint8)})
+    )
     transformers_logger = logging.getLogger("transformers")
     transformers_logger.addHandler(caplog.handler)
     try:
@@ -111,13 +113,18 @@ def test_a_newer_format_version_is_refused(converted_copy):
 
 
 def test_a_newer_version_in_the_config_is_refused(converted_copy):
-    edit_json(converted_copy / "config.json", lambda c: c["quantization_config"].update(format_version=4))
+    edit_json(
+        converted_copy / "config.json", lambda c: c["quantization_config"].update(format_version=4)
+    )
     with pytest.raises(VersionError, match="format_version is 4"):
         load(converted_copy)
 
 
 def test_a_config_that_names_code_is_refused(converted_copy):
-    edit_json(converted_copy / "config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "evil.Model"}))
+    edit_json(
+        converted_copy / "config.json",
+        lambda c: c.update(auto_map={"AutoModelForCausalLM": "evil.Model"}),
+    )
     with pytest.raises(FormatError, match="auto_map"):
         load(converted_copy)
 
@@ -173,7 +180,9 @@ def built_with(folder, **fields):
 
     def update(index):
         index["config"].update(fields)
-        index["architecture"].update({name: fields[name] for name in fields if name in index["architecture"]})
+        index["architecture"].update(
+            {name: fields[name] for name in fields if name in index["architecture"]}
+        )
 
     edit_json(folder / "moe_index.json", update)
     return folder
@@ -182,7 +191,9 @@ def built_with(folder, **fields):
 def test_a_packed_matrix_that_the_model_has_with_another_shape_is_named(tmp_path):
     folder = built_with(tmp_path / "folder", num_attention_heads=4)
     Artifact.open(folder)
-    with pytest.raises(FormatError, match=r"q_proj of \[32, 32\] without bias, the model has a matrix \[64, 32\]"):
+    with pytest.raises(
+        FormatError, match=r"q_proj of \[32, 32\] without bias, the model has a matrix \[64, 32\]"
+    ):
         load(folder, check="none")
 
 
@@ -190,7 +201,9 @@ def test_experts_at_a_path_that_the_model_has_not_are_named(tmp_path):
     folder = write_folder(tmp_path / "folder")
     elsewhere = "model.layers.0.mlp.exports"
     for path in (folder / "moe_index.json", folder / "trunk.safetensors", folder / LAYER):
-        path.write_bytes(path.read_bytes().replace(b"model.layers.0.mlp.experts", elsewhere.encode()))
+        path.write_bytes(
+            path.read_bytes().replace(b"model.layers.0.mlp.experts", elsewhere.encode())
+        )
 
     def hashed(index):
         for part in (index["trunk"], index["layers"][0]):

@@ -27,8 +27,20 @@ def other_arguments(self, input_ids, past=None):
 @pytest.mark.parametrize(
     ("owner", "name", "value", "look_up", "loss"),
     [
-        (output_capturing, "_active_collector", None, private_names.active_collector, "once outputs were recorded"),
-        (GenerationMixin, "_update_model_kwargs_for_generation", None, private_names.generation_methods, "copies"),
+        (
+            output_capturing,
+            "_active_collector",
+            None,
+            private_names.active_collector,
+            "once outputs were recorded",
+        ),
+        (
+            GenerationMixin,
+            "_update_model_kwargs_for_generation",
+            None,
+            private_names.generation_methods,
+            "copies",
+        ),
         (
             GenerationMixin,
             "prepare_inputs_for_generation",
@@ -46,7 +58,9 @@ def test_another_name_is_logged_once(monkeypatch, caplog, owner, name, value, lo
     with caplog.at_level(logging.INFO, logger="loader"):
         assert look_up() is None
         assert look_up() is None
-    assert [record.getMessage() for record in caplog.records if loss in record.getMessage()] == caplog.messages
+    assert [
+        record.getMessage() for record in caplog.records if loss in record.getMessage()
+    ] == caplog.messages
     assert len(caplog.messages) == 1
 
 
@@ -71,20 +85,30 @@ NEEDED = {
         modeling_auto,
         "loader/hf/by_name/registration.py adds types",
     ),
-    "modeling_auto.AutoModelForMultimodalLM": (modeling_auto, "loader/hf/by_name/registration.py registers there"),
-    "PreTrainedModel._supports_sdpa": (PreTrainedModel, "loader/hf/loading/configuration.py chooses the attention"),
+    "modeling_auto.AutoModelForMultimodalLM": (
+        modeling_auto,
+        "loader/hf/by_name/registration.py registers there",
+    ),
+    "PreTrainedModel._supports_sdpa": (
+        PreTrainedModel,
+        "loader/hf/loading/configuration.py chooses the attention",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_this_release_has_the_name(name):
     owner, use = NEEDED[name]
-    assert hasattr(owner, name.partition(".")[2]), f"transformers {transformers.__version__} lacks {name}: {use}"
+    assert hasattr(owner, name.partition(".")[2]), (
+        f"transformers {transformers.__version__} lacks {name}: {use}"
+    )
 
 
 @pytest.mark.parametrize("name", ["layers", "layer_class_to_replicate", "offloading"])
 def test_a_kv_cache_of_this_release_has_the_attribute(name):
-    assert hasattr(DynamicCache(), name), f"transformers {transformers.__version__}: DynamicCache lacks {name}"
+    assert hasattr(DynamicCache(), name), (
+        f"transformers {transformers.__version__}: DynamicCache lacks {name}"
+    )
 
 
 def test_this_release_keeps_the_choice_of_experts_where_the_loader_looks():
@@ -100,5 +124,9 @@ def test_this_release_says_which_attention_a_configuration_has():
 
 
 def test_this_release_puts_its_recording_hooks_where_the_loader_looks():
-    hooks = [getattr(output_capturing, name) for name in dir(output_capturing) if name.startswith("install_")]
+    hooks = [
+        getattr(output_capturing, name)
+        for name in dir(output_capturing)
+        if name.startswith("install_")
+    ]
     assert {hook.__module__ for hook in hooks} == {private_names.RECORDER_MODULE}

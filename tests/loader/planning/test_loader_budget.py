@@ -7,7 +7,13 @@ from formats.errors import DoesNotFitError, RecipeError
 from formats.files import control_group
 from formats.sizes import parse_size
 from loader.planning import budget
-from loader.planning.budget import aside_bytes, check_slots, expert_bytes_by_layer, ram_budget, slots_by_layer
+from loader.planning.budget import (
+    aside_bytes,
+    check_slots,
+    expert_bytes_by_layer,
+    ram_budget,
+    slots_by_layer,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +33,8 @@ def test_sizes_are_read_as_people_write_them(text, n_bytes):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "6G", "GiB", "-1GiB", "1e9", "nan", "0", 0, -5, True, 1.5, None, "6 GiB x", "١GiB"[1:]]
+    "text",
+    ["", "6G", "GiB", "-1GiB", "1e9", "nan", "0", 0, -5, True, 1.5, None, "6 GiB x", "١GiB"[1:]],
 )
 def test_nonsense_is_no_size_and_is_named(text):
     with pytest.raises(RecipeError, match="ram_cache"):
@@ -73,7 +80,11 @@ def test_too_small_budget_names_the_least_that_works(converted):
 
 @pytest.mark.parametrize(
     ("slots", "part"),
-    [([2] * 7, "7 numbers for 8"), ([2] * 7 + [-1], "-1 for layer 7"), ([9] + [2] * 7, "9 for layer 0")],
+    [
+        ([2] * 7, "7 numbers for 8"),
+        ([2] * 7 + [-1], "-1 for layer 7"),
+        ([9] + [2] * 7, "9 for layer 0"),
+    ],
 )
 def test_impossible_slots_are_refused(converted, slots, part):
     with pytest.raises(RecipeError, match=part):

@@ -10,7 +10,13 @@ from formats.errors import DoesNotFitError
 from loader.cuda.experts.stack import TIER_ASIDE
 from loader.experts.policy import LrfuPolicy
 from loader.planning.budget import experts_aside, slots_by_layer, tier_counts
-from loader.planning.gpu_plan import CONTEXT_BYTES, CUDA_PROCESS_BYTES, GPU_EFFICIENCY, GpuMachine, plan_gpu
+from loader.planning.gpu_plan import (
+    CONTEXT_BYTES,
+    CUDA_PROCESS_BYTES,
+    GPU_EFFICIENCY,
+    GpuMachine,
+    plan_gpu,
+)
 from loader.planning.memory_plan import PROCESS_BYTES, ModelSizes
 from loader.traces.tier_misses import uniform_tier_misses
 
@@ -24,9 +30,13 @@ ARCHITECTURE = SimpleNamespace(
 )
 IN_MEMORY = (100, 300)
 MADE = SimpleNamespace(
-    folder="made", architecture=ARCHITECTURE, layout=lambda layer, expert: SimpleNamespace(n_bytes=IN_MEMORY[layer])
+    folder="made",
+    architecture=ARCHITECTURE,
+    layout=lambda layer, expert: SimpleNamespace(n_bytes=IN_MEMORY[layer]),
 )
-SIZES = ModelSizes(MADE, stored=(90, 250), trunk=1000, trunk_read=800, kv_per_position=2, in_place=True)
+SIZES = ModelSizes(
+    MADE, stored=(90, 250), trunk=1000, trunk_read=800, kv_per_position=2, in_place=True
+)
 MACHINE = GpuMachine(link_bytes_per_s=1_000, gpu_memory_bytes_per_s=10_000, disk_bytes_per_s=500)
 # 50 positions of KV cache; a prompt of one token, whose activations take 4 * (2 * 10 + 4 * 5).
 ON_GPU = 1000 + 2 * 50 + CONTEXT_BYTES + 160
@@ -76,9 +86,15 @@ def test_less_ram_holds_what_the_tier_makes_of_it():
 
 
 def test_layers_of_one_size_share_the_tier_evenly():
-    same = SimpleNamespace(**vars(MADE) | {"layout": lambda layer, expert: SimpleNamespace(n_bytes=100)})
-    sizes = ModelSizes(same, stored=(90, 90), trunk=1000, trunk_read=800, kv_per_position=2, in_place=True)
-    plan = plan_gpu(sizes, MACHINE, 1 << 30, PROCESS + 950, context=50, prompt=1, tier_misses=misses_of())
+    same = SimpleNamespace(
+        **vars(MADE) | {"layout": lambda layer, expert: SimpleNamespace(n_bytes=100)}
+    )
+    sizes = ModelSizes(
+        same, stored=(90, 90), trunk=1000, trunk_read=800, kv_per_position=2, in_place=True
+    )
+    plan = plan_gpu(
+        sizes, MACHINE, 1 << 30, PROCESS + 950, context=50, prompt=1, tier_misses=misses_of()
+    )
     assert plan.slots == (4, 5)
 
 
@@ -103,7 +119,9 @@ def test_each_layer_is_asked_for_its_misses_with_its_slots():
     [(1e3, 1e5, 1e4, 0.4), (1e5, 1e3, 1e4, 2.1), (1e5, 1e5, 1e2, 1.7)],
     ids=["link", "GPU memory", "disk"],
 )
-def test_perfect_overlap_is_as_fast_as_the_slowest_of_link_memory_and_disk(link, memory, disk, slowest):
+def test_perfect_overlap_is_as_fast_as_the_slowest_of_link_memory_and_disk(
+    link, memory, disk, slowest
+):
     plan = planned(ASIDE, IN_RAM, machine=GpuMachine(link, memory, disk))
     # 800 of the trunk, 2 * 400 of experts, 100 of keys and values are used; 0.5 * 2 * 400 copied; 0.25 * 2 * 340 read.
     seconds = 400 / link, (1700 + 400) / memory, 170 / disk
@@ -126,7 +144,9 @@ def test_too_little_gpu_memory_is_refused_with_the_least_that_works():
 
 
 def test_too_little_ram_is_refused_with_the_least_that_works():
-    with pytest.raises(DoesNotFitError, match=f"RAM of {PROCESS + IN_RAM - 1} bytes.*{PROCESS + IN_RAM} in all") as e:
+    with pytest.raises(
+        DoesNotFitError, match=f"RAM of {PROCESS + IN_RAM - 1} bytes.*{PROCESS + IN_RAM} in all"
+    ) as e:
         planned(ASIDE, IN_RAM - 1)
     assert "at least 833MiB" in e.value.hint
     assert planned(ASIDE, IN_RAM).slots == (TIER_ASIDE, TIER_ASIDE)
@@ -134,7 +154,12 @@ def test_too_little_ram_is_refused_with_the_least_that_works():
 
 def test_the_documents_numbers_of_8x7b_are_what_is_computed(example_folder, tmp_path):
     config = json.loads((example_folder / "config.json").read_text())
-    config |= {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000}
+    config |= {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "vocab_size": 32000,
+    }
     config |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     (tmp_path / "config.json").write_text(json.dumps(config))
     outline = PlannedFolder.of(tmp_path, make_recipe("2bit"))
@@ -142,9 +167,14 @@ def test_the_documents_numbers_of_8x7b_are_what_is_computed(example_folder, tmp_
     misses = uniform_tier_misses(sizes.architecture, LrfuPolicy)
     page = PAGE.read_text()
     for vram in (6, 8, 12, 16, 24):
-        machines = [GpuMachine(link * 1e9, memory * 1e9, None) for link, memory in ((12, 300), (25, 360), (25, 1008))]
+        machines = [
+            GpuMachine(link * 1e9, memory * 1e9, None)
+            for link, memory in ((12, 300), (25, 360), (25, 1008))
+        ]
         plans = [
-            plan_gpu(sizes, machine, vram * 10**9, None, context=4096, prompt=512, tier_misses=misses)
+            plan_gpu(
+                sizes, machine, vram * 10**9, None, context=4096, prompt=512, tier_misses=misses
+            )
             for machine in machines
         ]
         gpu = plans[0].gpu

@@ -33,9 +33,13 @@ ARCHITECTURE = SimpleNamespace(
 )
 IN_MEMORY = (100, 300)
 MADE = SimpleNamespace(
-    folder="made", architecture=ARCHITECTURE, layout=lambda layer, expert: SimpleNamespace(n_bytes=IN_MEMORY[layer])
+    folder="made",
+    architecture=ARCHITECTURE,
+    layout=lambda layer, expert: SimpleNamespace(n_bytes=IN_MEMORY[layer]),
 )
-SIZES = ModelSizes(MADE, stored=(90, 300), trunk=1000, trunk_read=800, kv_per_position=2, in_place=True)
+SIZES = ModelSizes(
+    MADE, stored=(90, 300), trunk=1000, trunk_read=800, kv_per_position=2, in_place=True
+)
 MACHINE = Machine(memory_bytes_per_s=10_000, disk_bytes_per_s=1_000)
 # 50 positions of KV cache; a prompt of one token, whose activations take 4 * (2 * 10 + 4 * 5).
 FIXED = 1000 + 2 * 50 + PROCESS_BYTES + 160
@@ -48,7 +52,11 @@ def planned(cache, sizes=SIZES, **options):
 
 def test_what_trunk_kv_cache_and_the_process_leave_goes_to_experts():
     plan = planned(ASIDE + 3 * 400 + 399)
-    assert (plan.trunk_bytes, plan.kv_bytes, plan.workspace_bytes) == (1000, 100, PROCESS_BYTES + 160)
+    assert (plan.trunk_bytes, plan.kv_bytes, plan.workspace_bytes) == (
+        1000,
+        100,
+        PROCESS_BYTES + 160,
+    )
     assert plan.cache_bytes == ASIDE + 3 * 400 + 399
     assert plan.slots == (4, 3)
     assert (plan.aside_bytes, plan.slot_bytes) == (ASIDE, 4 * 100 + 3 * 300)
@@ -56,7 +64,9 @@ def test_what_trunk_kv_cache_and_the_process_leave_goes_to_experts():
 
 def test_all_experts_used_in_place_leave_none_on_their_way():
     assert (planned(8 * 400).slots, planned(8 * 400).aside_bytes) == ((8, 8), 0)
-    copied = ModelSizes(MADE, stored=(90, 300), trunk=1000, trunk_read=800, kv_per_position=2, in_place=False)
+    copied = ModelSizes(
+        MADE, stored=(90, 300), trunk=1000, trunk_read=800, kv_per_position=2, in_place=False
+    )
     assert planned(8 * 400, copied).slots == (6, 6)
     assert planned(8 * 400 + ASIDE, copied).aside_bytes == ASIDE
 
@@ -84,7 +94,9 @@ def test_with_all_experts_in_memory_only_memory_counts():
 
 def test_a_trace_replaces_the_uniform_assumption():
     ratios = [{3: 0.25}, {3: 0.5}]
-    assert planned(ASIDE + 3 * 400, miss_ratios=ratios).read_bytes_per_token == 2 * (0.25 * 90 + 0.5 * 300)
+    assert planned(ASIDE + 3 * 400, miss_ratios=ratios).read_bytes_per_token == 2 * (
+        0.25 * 90 + 0.5 * 300
+    )
 
 
 def test_too_little_memory_is_refused_with_the_least_that_works():
@@ -113,7 +125,10 @@ def test_sizes_of_a_folder_are_those_of_its_index(converted):
 
 def test_compressed_experts_are_read_compressed_and_copied(example_folder, tmp_path):
     convert_checkpoint(
-        example_folder, tmp_path / "out", make_recipe("2bit", solver="hqq"), ConvertOptions(codec="zstd")
+        example_folder,
+        tmp_path / "out",
+        make_recipe("2bit", solver="hqq"),
+        ConvertOptions(codec="zstd"),
     )
     artifact = Artifact.open(tmp_path / "out")
     sizes = ModelSizes.of_folder(artifact)
@@ -127,7 +142,15 @@ def test_a_checkpoint_is_planned_as_its_conversion_will_be(converted, example_fo
     converted_sizes = ModelSizes.of_folder(Artifact.open(converted(recipe)))
     outline = PlannedFolder.of(Path(example_folder), make_recipe(recipe, solver="hqq"))
     sizes = ModelSizes.of_parts(outline, outline.trunk)
-    for name in ("stored", "trunk", "trunk_read", "kv_per_position", "in_place", "all_experts", "aside"):
+    for name in (
+        "stored",
+        "trunk",
+        "trunk_read",
+        "kv_per_position",
+        "in_place",
+        "all_experts",
+        "aside",
+    ):
         assert getattr(sizes, name) == getattr(converted_sizes, name), name
 
 
@@ -140,7 +163,9 @@ def test_uniform_ratios_are_those_of_uniform_routing():
 
 
 def test_traced_ratios_are_of_each_layers_decoded_tokens():
-    trace = trace_of(random_experts(1, 300, layers=2), expert_bytes=[100, 300], prompts=[(200, 50), (100, 0)])
+    trace = trace_of(
+        random_experts(1, 300, layers=2), expert_bytes=[100, 300], prompts=[(200, 50), (100, 0)]
+    )
     for layer, ratios in enumerate(traced_miss_ratios(trace, LruPolicy)):
         missed = replay_layer(trace, layer, 4, LruPolicy).missed.sum()
         assert ratios[4] == pytest.approx(missed / (250 * 2))

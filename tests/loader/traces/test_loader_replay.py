@@ -20,7 +20,12 @@ def hits_of_a_recency_list(tokens, slots):
     """LRU by examples/tiny-mixtral/README.md, written down independently."""
     recent, hits = [], []
     for experts in tokens:
-        hits.append([e in recent[len(recent) - slots :] if len(recent) > slots else e in recent for e in experts])
+        hits.append(
+            [
+                e in recent[len(recent) - slots :] if len(recent) > slots else e in recent
+                for e in experts
+            ]
+        )
         for e in experts:
             recent = [r for r in recent if r != e] + [e]
     return hits
@@ -77,7 +82,12 @@ def test_no_policy_beats_belady_and_all_agree_where_nothing_can_be_chosen(policy
 def test_what_is_resident_is_what_was_used_and_not_given_up():
     trace = trace_of([[[0, 1]], [[2, 0]], [[3, 0]], [[1, 2]]])
     replay = replay_layer(trace, 0, 3, LruPolicy)
-    assert [np.flatnonzero(row).tolist() for row in replay.resident] == [[], [0, 1], [0, 1, 2], [0, 2, 3]]
+    assert [np.flatnonzero(row).tolist() for row in replay.resident] == [
+        [],
+        [0, 1],
+        [0, 1, 2],
+        [0, 2, 3],
+    ]
     assert replay.missed.tolist() == [[True, True], [True, False], [True, False], [True, False]]
 
 
@@ -134,10 +144,15 @@ def test_the_cache_misses_what_the_replay_says(policy, slots):
         for layer, request in enumerate(of_layers):
             use(cache, layer, request)
         after = cache.stats().layers
-        missed[int(request.prompt_tokens > 0)] += [b.misses - a.misses for a, b in zip(before, after, strict=True)]
+        missed[int(request.prompt_tokens > 0)] += [
+            b.misses - a.misses for a, b in zip(before, after, strict=True)
+        ]
         before = after
     replays = [replay_layer(trace, layer, slots[layer], policy) for layer in range(3)]
-    assert missed.tolist() == [[r.missed.sum() for r in replays], [r.prompt_misses for r in replays]]
+    assert missed.tolist() == [
+        [r.missed.sum() for r in replays],
+        [r.prompt_misses for r in replays],
+    ]
 
 
 def use(cache, layer, request):
@@ -186,13 +201,20 @@ def example_traces(example_folder):
     model, tokenizer = load_checkpoint(example_folder), load_tokenizer(example_folder)
     texts = sorted((example_folder.parent / "text").glob("*.txt"))
     described = TracedModel.of_folder(example_folder)
-    return [trace_texts(model, tokenizer, described, "tests", [text], max_tokens=16 * 256) for text in texts]
+    return [
+        trace_texts(model, tokenizer, described, "tests", [text], max_tokens=16 * 256)
+        for text in texts
+    ]
 
 
 @pytest.mark.parametrize("slots", README_LRU)
 def test_the_examples_hit_ratios_are_those_of_its_readme(example_traces, slots):
     found = np.mean(
-        [[1 - replay_layer(t, layer, slots, LruPolicy).missed.mean() for layer in range(8)] for t in example_traces], 0
+        [
+            [1 - replay_layer(t, layer, slots, LruPolicy).missed.mean() for layer in range(8)]
+            for t in example_traces
+        ],
+        0,
     )
     assert found.mean() == pytest.approx(np.mean(README_LRU[slots]), abs=0.01)
     # A third of the windows: single layers vary more than their mean.
@@ -216,7 +238,12 @@ def test_the_loader_misses_what_the_replay_says(converted):
     with RoutingRecorder(model, 4) as recorder, torch.inference_mode():
         # From one token on, so that every forward pass is a decoded token's.
         model.generate(
-            torch.tensor([[300]]), max_new_tokens=40, min_new_tokens=40, do_sample=True, top_k=0, pad_token_id=2
+            torch.tensor([[300]]),
+            max_new_tokens=40,
+            min_new_tokens=40,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=2,
         )
         routing = recorder.take()
     trace, stats = trace_of(routing.experts), model.moe_stats()

@@ -13,7 +13,11 @@ def replayed(trace, slots):
 
 def test_a_guess_is_read_only_if_it_is_not_in_a_slot():
     # Layer 1 holds 2 and 3 after the first token. The second token's guesses: 2 is there, 5 is right, 6 is wrong.
-    trace = trace_of([[[0, 1], [2, 3]], [[0, 1], [2, 5]]], guesses=[[[7, 6, 1]], [[2, 5, 6]]], expert_bytes=[10, 100])
+    trace = trace_of(
+        [[[0, 1], [2, 3]], [[0, 1], [2, 5]]],
+        guesses=[[[7, 6, 1]], [[2, 5, 6]]],
+        expert_bytes=[10, 100],
+    )
     reads = reads_of(trace, replayed(trace, 4), 3, next_norm=False)
     assert reads.demand.tolist() == [[20, 200], [0, 0]]
     assert reads.useful.tolist() == [[0, 0], [0, 100]]
@@ -36,7 +40,9 @@ def test_only_the_best_guesses_are_read_and_the_norm_is_chosen():
 def test_demand_and_useful_bytes_are_the_misses_whatever_is_guessed(guesses):
     experts = random_experts(5, 200, layers=3)
     named = random_experts(6, 200, layers=2, chosen=4)
-    trace = trace_of(experts, guesses=named, prompts=[(50, 20), (150, 0)], expert_bytes=[1, 10, 100])
+    trace = trace_of(
+        experts, guesses=named, prompts=[(50, 20), (150, 0)], expert_bytes=[1, 10, 100]
+    )
     layers = replayed(trace, 4)
     reads = reads_of(trace, layers, guesses)
     missed = np.stack([layer.missed.sum(1) for layer in layers], 1) * [1, 10, 100]

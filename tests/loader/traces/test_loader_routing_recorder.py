@@ -29,7 +29,9 @@ def record(model, *batches):
 def test_experts_and_weights_are_those_of_the_routers_probabilities(model, ids):
     logits = []
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda m, x, y: logits.append(linear(x[0].reshape(24, -1), m.weight)))
+        layer.mlp.gate.register_forward_hook(
+            lambda m, x, y: logits.append(linear(x[0].reshape(24, -1), m.weight))
+        )
         for layer in model.model.layers
     ]
     found = record(model, ids)
@@ -38,7 +40,9 @@ def test_experts_and_weights_are_those_of_the_routers_probabilities(model, ids):
     for layer, of_layer in enumerate(logits):
         weights, experts = of_layer.float().softmax(-1).topk(2)
         np.testing.assert_array_equal(found.experts[:, layer], experts.numpy())
-        np.testing.assert_allclose(found.weights[:, layer], weights / weights.sum(1, keepdim=True), atol=1e-3)
+        np.testing.assert_allclose(
+            found.weights[:, layer], weights / weights.sum(1, keepdim=True), atol=1e-3
+        )
     assert found.experts.dtype == np.uint8 and found.weights.dtype == np.float16
 
 
@@ -48,14 +52,20 @@ def test_guesses_are_the_next_router_on_this_input_under_either_norm(model, ids)
     layers = model.model.layers
     hooks = [
         layers[3].mlp.gate.register_forward_hook(lambda m, x, y: seen.update(input=x[0].float())),
-        layers[3].post_attention_layernorm.register_forward_hook(lambda m, x, y: seen.update(residual=x[0].float())),
+        layers[3].post_attention_layernorm.register_forward_hook(
+            lambda m, x, y: seen.update(residual=x[0].float())
+        ),
     ]
     found = record(model, ids)
     for hook in hooks:
         hook.remove()
     following, norm = layers[4].mlp.gate.weight.float(), layers[4].post_attention_layernorm
     residual = seen["residual"].reshape(24, -1)
-    scaled = residual / (residual.pow(2).mean(1, keepdim=True) + norm.variance_epsilon).sqrt() * norm.weight.float()
+    scaled = (
+        residual
+        / (residual.pow(2).mean(1, keepdim=True) + norm.variance_epsilon).sqrt()
+        * norm.weight.float()
+    )
     for name, x in (("guesses", seen["input"].reshape(24, -1)), ("guesses_next_norm", scaled)):
         expected = (x @ following.T).argsort(1, descending=True)[:, :4]
         np.testing.assert_array_equal(getattr(found, name)[:, 3], expected.numpy())

@@ -34,13 +34,18 @@ def test_a_total_that_cannot_be_divided_is_an_error(total):
 
 
 def test_layers_of_little_locality_and_large_experts_get_more():
-    even, skewed = random_experts(0, 300, layers=1, skew=0), random_experts(1, 300, layers=2, skew=3)
+    even, skewed = (
+        random_experts(0, 300, layers=1, skew=0),
+        random_experts(1, 300, layers=2, skew=3),
+    )
     experts = np.concatenate([even, skewed], axis=1)
     policies = [LruPolicy] * 3
     trace = trace_of(experts, expert_bytes=[100, 100, 100])
     first, second, third = least_cost_slots(miss_bytes(trace, policies), 12)
     assert first > max(second, third) and min(second, third) >= 1
-    larger = least_cost_slots(miss_bytes(trace_of(experts, expert_bytes=[1, 1, 10000]), policies), 12)
+    larger = least_cost_slots(
+        miss_bytes(trace_of(experts, expert_bytes=[1, 1, 10000]), policies), 12
+    )
     assert larger[2] == 8
 
 
@@ -49,7 +54,9 @@ def test_chosen_slots_read_no_more_than_equal_ones():
     shares = least_cost_slots(miss_bytes(trace, [LruPolicy] * 4), 16)
 
     def misses(slots):
-        return sum(replay_layer(trace, layer, n, LruPolicy).missed.sum() for layer, n in enumerate(slots))
+        return sum(
+            replay_layer(trace, layer, n, LruPolicy).missed.sum() for layer, n in enumerate(slots)
+        )
 
     assert misses(shares) < misses([4] * 4)
 
@@ -57,7 +64,10 @@ def test_chosen_slots_read_no_more_than_equal_ones():
 def folder_of(trace, sizes):
     """What slots_from_trace looks at, of a folder whose experts have `sizes`, by layer."""
     a = trace.header.architecture
-    layers = [SimpleNamespace(experts=[SimpleNamespace(codec="none")] * a.num_local_experts) for _ in sizes]
+    layers = [
+        SimpleNamespace(experts=[SimpleNamespace(codec="none")] * a.num_local_experts)
+        for _ in sizes
+    ]
     return SimpleNamespace(
         folder="made",
         architecture=a,
@@ -67,7 +77,10 @@ def folder_of(trace, sizes):
 
 
 def test_a_trace_divides_what_the_budget_holds():
-    trace = trace_of(random_experts(2, 400, layers=4, skew=np.array([0, 1, 2, 3])[:, None]), expert_bytes=[100] * 4)
+    trace = trace_of(
+        random_experts(2, 400, layers=4, skew=np.array([0, 1, 2, 3])[:, None]),
+        expert_bytes=[100] * 4,
+    )
     folder = folder_of(trace, [100] * 4)
     found = slots_from_trace(trace, folder, 2 * 100 + 4 * 400 + 50, LruPolicy)
     assert found == least_cost_slots(miss_bytes(trace, [LruPolicy] * 4), 16)
@@ -77,7 +90,9 @@ def test_a_trace_divides_what_the_budget_holds():
 
 def test_the_division_takes_no_more_than_equal_slots_where_experts_have_several_sizes():
     sizes = [1000, 10, 10, 10]
-    trace = trace_of(random_experts(2, 400, layers=4, skew=np.array([0, 3, 3, 3])[:, None]), expert_bytes=sizes)
+    trace = trace_of(
+        random_experts(2, 400, layers=4, skew=np.array([0, 3, 3, 3])[:, None]), expert_bytes=sizes
+    )
     found = slots_from_trace(trace, folder_of(trace, sizes), 2 * 1010 + 4 * 1030, LruPolicy)
     assert sum(n * size for n, size in zip(found, sizes, strict=True)) <= 4 * 1030
 
@@ -85,4 +100,6 @@ def test_the_division_takes_no_more_than_equal_slots_where_experts_have_several_
 def test_a_trace_of_another_model_divides_nothing():
     trace = trace_of(random_experts(0, 9, layers=2))
     with pytest.raises(RecipeError, match="another model"):
-        slots_from_trace(trace, folder_of(trace_of(random_experts(0, 9, layers=3)), [1] * 3), 1000, LruPolicy)
+        slots_from_trace(
+            trace, folder_of(trace_of(random_experts(0, 9, layers=3)), [1] * 3), 1000, LruPolicy
+        )

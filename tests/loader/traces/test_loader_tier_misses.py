@@ -71,12 +71,16 @@ def test_traced_misses_are_of_each_layers_decoded_tokens():
 @pytest.mark.parametrize(("gpu", "ram"), [(2, 5), (4, 6), (4, 3)])
 def test_the_engine_misses_what_the_replay_says(policy, gpu, ram):
     requests = requests_of(trace_of(random_experts(3, 300, chosen=1)), 0)
-    assert engine_misses(requests, gpu, ram, policy, top_k=1) == replay_tiers(requests, gpu, ram, policy)
+    assert engine_misses(requests, gpu, ram, policy, top_k=1) == replay_tiers(
+        requests, gpu, ram, policy
+    )
 
 
 def test_two_misses_of_a_token_come_to_ram_in_either_order_which_changes_little():
     requests = requests_of(trace_of(random_experts(3, 300)), 0)
-    found, expected = (misses(requests, 4, 6, LrfuPolicy) for misses in (engine_misses, replay_tiers))
+    found, expected = (
+        misses(requests, 4, 6, LrfuPolicy) for misses in (engine_misses, replay_tiers)
+    )
     assert found[0] == expected[0]
     assert found[1] == pytest.approx(expected[1], abs=0.1 * expected[0])
 

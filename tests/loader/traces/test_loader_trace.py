@@ -29,7 +29,9 @@ def rewrite(path, change=lambda header: None, body=lambda data: data):
     line, _, data = zstandard.ZstdDecompressor().decompress(path.read_bytes()).partition(b"\n")
     header = json.loads(line)
     change(header)
-    path.write_bytes(zstandard.ZstdCompressor().compress(json.dumps(header).encode() + b"\n" + body(data)))
+    path.write_bytes(
+        zstandard.ZstdCompressor().compress(json.dumps(header).encode() + b"\n" + body(data))
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -112,7 +114,13 @@ def test_wrong_arrays_are_refused(written, body, message):
 
 def test_a_cut_or_changed_or_longer_file_is_refused(written):
     data = written.read_bytes()
-    for bad in (data[:-5], data[: len(data) // 2], data[:-1] + bytes([data[-1] ^ 1]), data + b"more", data + data):
+    for bad in (
+        data[:-5],
+        data[: len(data) // 2],
+        data[:-1] + bytes([data[-1] ^ 1]),
+        data + b"more",
+        data + data,
+    ):
         written.write_bytes(bad)
         with pytest.raises(FormatError):
             read_trace(written)
@@ -120,7 +128,13 @@ def test_a_cut_or_changed_or_longer_file_is_refused(written):
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x"
-    for data in (b"", b"\x80\x04.", b"{}\n", zstandard.compress(b"no line"), zstandard.compress(b"[]\n")):
+    for data in (
+        b"",
+        b"\x80\x04.",
+        b"{}\n",
+        zstandard.compress(b"no line"),
+        zstandard.compress(b"[]\n"),
+    ):
         path.write_bytes(data)
         with pytest.raises(FormatError):
             read_trace(path)

@@ -43,7 +43,9 @@ def test_texts_are_traced_in_windows_of_decoded_tokens(model, tokenizer, example
         progress=lambda *at: seen.append(at),
     )  # fmt: skip
     assert trace.header.sequences == [TracedSequence(n, 64, 0) for n in (0, 0, 0, 1, 1, 1)]
-    assert trace.header.texts[1] == TracedText("german.txt", hashlib.sha256(paths[1].read_bytes()).hexdigest())
+    assert trace.header.texts[1] == TracedText(
+        "german.txt", hashlib.sha256(paths[1].read_bytes()).hexdigest()
+    )
     assert seen == [(f"{name}.txt", done, 3) for name in ("english", "german") for done in (2, 3)]
     assert trace.experts.shape == (6 * 64, 8, 2)
     again = trace_texts(model, tokenizer, described, "tests", paths[1:], window=64, max_tokens=64)
@@ -54,7 +56,9 @@ def test_texts_are_traced_in_windows_of_decoded_tokens(model, tokenizer, example
 def test_prompts_are_traced_with_their_continuations(model, tokenizer, example_folder, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("So Jonah arose\n\nimport os\n")
-    trace = trace_prompts(model, tokenizer, TracedModel.of_folder(example_folder), "tests", [file], max_new_tokens=5)
+    trace = trace_prompts(
+        model, tokenizer, TracedModel.of_folder(example_folder), "tests", [file], max_new_tokens=5
+    )
     sizes = [len(tokenizer(prompt)["input_ids"]) for prompt in ("So Jonah arose", "import os")]
     assert trace.header.sequences == [TracedSequence(0, size + 4, size) for size in sizes]
 
@@ -69,8 +73,13 @@ def test_too_short_a_text_and_no_prompt_are_errors(model, tokenizer, example_fol
         trace_prompts(model, tokenizer, described, "tests", [file])
 
 
-def test_a_trace_has_the_number_of_experts_that_the_routers_are_set_to(converted, tokenizer, example_folder):
-    model, path = loader.from_pretrained(converted("2bit")), example_folder.parent / "text" / "english.txt"
+def test_a_trace_has_the_number_of_experts_that_the_routers_are_set_to(
+    converted, tokenizer, example_folder
+):
+    model, path = (
+        loader.from_pretrained(converted("2bit")),
+        example_folder.parent / "text" / "english.txt",
+    )
     described = TracedModel.of_folder(converted("2bit"))
     for layer in model.model.layers:
         layer.mlp.gate.top_k = 3
