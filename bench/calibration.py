@@ -1,9 +1,11 @@
-"""The calibration pass alone: time of each layer, and peak anonymous memory above what the process had before.
+"""The calibration pass alone: time of each layer, and peak anonymous memory above what the process
+had before.
 
     python bench/make_checkpoint.py /tmp/mixtral-2 --shape 8x7b --layers 2
     python bench/calibration.py /tmp/mixtral-2 --workers 2
 
-Nothing is quantized: statistics of each layer are gathered and dropped. "estimated" is what a conversion's plan counts.
+Nothing is quantized: statistics of each layer are gathered and dropped. "estimated" is what a
+conversion's plan counts.
 """
 
 import argparse
@@ -48,7 +50,9 @@ class PeakMemory:
 
 
 def measure(model: Path, tokens: int, workers: int, width: int | None) -> dict[str, Any]:
-    """Gathers the statistics of all layers: seconds of each, bytes of memory, and what the plan estimates for them."""
+    """Gathers the statistics of all layers: seconds of each, bytes of memory, and what the plan
+    estimates for them.
+    """
     recipe = make_recipe(solver="feedback", down_width=width)
     seconds, cpu_seconds = [], []
     with Checkpoint(model) as checkpoint, tempfile.TemporaryDirectory() as scratch:

@@ -1,8 +1,10 @@
-"""What comparing bytes costs: decoding with check="fast" beside check="none", and the sha256 of the trunk at loading.
+"""What comparing bytes costs: decoding with check="fast" beside check="none", and the sha256 of the
+trunk at loading.
 
-Both models are in one process, with the same tokens and `share` of the experts in RAM, so that they miss the same
-experts; they decode in turn (A B B A ...), and each pair of passes gives a ratio of times. Then one more pass counts:
-bytes that were hashed a token, and the seconds that this took in the reading threads.
+Both models are in one process, with the same tokens and `share` of the experts in RAM, so that they
+miss the same experts; they decode in turn (A B B A ...), and each pair of passes gives a ratio of
+times. Then one more pass counts: bytes that were hashed a token, and the seconds that this took in
+the reading threads.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode(model: Any, prompt: int, tokens: int) -> dict[str, float]:
-    """Seconds, missed and wasted bytes, and seconds of waiting, a token; the prompt before is not counted."""
+    """Seconds, missed and wasted bytes, and seconds of waiting, a token; the prompt before is not
+    counted.
+    """
     ids = torch.randint(
         5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
     )
@@ -108,7 +112,9 @@ def decode(model: Any, prompt: int, tokens: int) -> dict[str, float]:
 
 
 def counted(model: Any, prompt: int, tokens: int) -> dict[str, float]:
-    """Bytes hashed, and the processor's seconds for it, a token, prompt included: of one pass with a stop watch."""
+    """Bytes hashed, and the processor's seconds for it, a token, prompt included: of one pass with
+    a stop watch.
+    """
     found = {"bytes": 0.0, "s": 0.0}
     real = formats.reading.reader.xxh3_of
 

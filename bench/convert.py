@@ -1,10 +1,12 @@
-"""A whole conversion: weights a second and core, peak anonymous memory; beside it the hqq package on one expert.
+"""A whole conversion: weights a second and core, peak anonymous memory; beside it the hqq package
+on one expert.
 
     python bench/make_checkpoint.py /tmp/mixtral-1 --layers 1
     python bench/convert.py /tmp/mixtral-1 --max-workers 2
     python bench/convert.py /tmp/mixtral-1 --solver feedback --no-package
 
-The conversion is the command itself, seen from outside (/proc); --drop-cache empties the page cache before (root).
+The conversion is the command itself, seen from outside (/proc); --drop-cache empties the page cache
+before (root).
 """
 
 import argparse
@@ -81,7 +83,9 @@ def convert(model: Path, recipe: str, solver: str, workers: int) -> dict[str, fl
 
 
 def package(model: Path, packing_name: str) -> float:
-    """Mweights/s of the hqq package on one thread, on rows of the same tensors, rounding and packing included."""
+    """Mweights/s of the hqq package on one thread, on rows of the same tensors, rounding and
+    packing included.
+    """
     torch.set_num_threads(1)
     packing, solver = packing_named(packing_name), PackageSolver()
     weights, seconds = 0, 0.0

@@ -26,7 +26,9 @@ from loader.arithmetic import kernels
 
 
 class Experts:
-    """Distinct experts of one packing in anonymous memory with 2 MiB pages: random codes, plausible row scales."""
+    """Distinct experts of one packing in anonymous memory with 2 MiB pages: random codes, plausible
+    row scales.
+    """
 
     def __init__(self, packing: str, hidden: int, intermediate: int, total_bytes: int) -> None:
         self.packing, self.hidden, self.intermediate = packing, hidden, intermediate
@@ -154,7 +156,9 @@ def prompt(experts: Experts, threads: int, tokens: int, repeats: int) -> dict[st
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """An SVG of the rows of part "tokens": ms of one expert against tokens, one line a packing. Needs matplotlib."""
+    """An SVG of the rows of part "tokens": ms of one expert against tokens, one line a packing.
+    Needs matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

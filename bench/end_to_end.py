@@ -116,8 +116,9 @@ class Bench:
         }
 
     def parts(self) -> dict[str, Any]:
-        """ms per layer inside the one native call of a token, and elsewhere; and the same with a lease for each layer,
-        as where experts come and go: one native call a layer."""
+        """ms per layer inside the one native call of a token, and elsewhere; and the same with a
+        lease for each layer, as where experts come and go: one native call a layer.
+        """
         decoder = self.model._serving._path._made[1]
         calls = {"native": [(decoder, "_run")]}
         native, ms = self._timed(calls)
@@ -256,7 +257,9 @@ MEASURES = _measures()
 
 
 def default_folder(work: Path, layers: int) -> Path:
-    """A converted model of random weights in 8x7B's shape, made where it is not there yet (11.7 GB for 4 layers)."""
+    """A converted model of random weights in 8x7B's shape, made where it is not there yet (11.7 GB
+    for 4 layers).
+    """
     from make_checkpoint import SHAPES, make_checkpoint
 
     source, folder = work / f"8x7b-{layers}", work / f"8x7b-{layers}-2bit"

@@ -1,8 +1,10 @@
-"""Time to the first token of a model on the Hub: whole download against lazy loading, over a line of so many MB/s.
+"""Time to the first token of a model on the Hub: whole download against lazy loading, over a line
+of so many MB/s.
 
-The Hub is the loopback one of the tests, in a process of its own. Each run is a process with an empty cache, timed from
-`from_pretrained` on. A prompt of several tokens uses most of a layer's experts, so its length decides what lazy loading
-saves; `again` is a lazy start after another that was left alone until all was there.
+The Hub is the loopback one of the tests, in a process of its own. Each run is a process with an
+empty cache, timed from `from_pretrained` on. A prompt of several tokens uses most of a layer's
+experts, so its length decides what lazy loading saves; `again` is a lazy start after another that
+was left alone until all was there.
 """
 
 from __future__ import annotations

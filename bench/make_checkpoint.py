@@ -1,9 +1,10 @@
-"""Writes a seeded random Mixtral checkpoint with the layer shapes of a real one, for benchmarks and tests.
+"""Writes a seeded random Mixtral checkpoint with the layer shapes of a real one, for benchmarks and
+tests.
 
     python bench/make_checkpoint.py /tmp/mixtral-4 --shape 8x7b --layers 4
 
-Weights depend on seed, layer, expert and projection only: the same for every layout and any number of shards. Memory
-stays under 1 GiB whatever the shape.
+Weights depend on seed, layer, expert and projection only: the same for every layout and any number
+of shards. Memory stays under 1 GiB whatever the shape.
 """
 
 import argparse
@@ -55,7 +56,9 @@ def make_checkpoint(
     tied: bool = False,
     seed: int = 0,
 ) -> None:
-    """Writes the checkpoint. `layout` is "experts" (w1, w2, w3 of each) or "fused" (transformers 5's keys)."""
+    """Writes the checkpoint. `layout` is "experts" (w1, w2, w3 of each) or "fused" (transformers
+    5's keys).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = list(_tensors(shape, layers, layout, tied))
     sizes = [prod(dims) for _, dims, _ in tensors]

@@ -1,4 +1,6 @@
-"""Control groups that limit the memory of a process, page cache included, where this user may make them."""
+"""Control groups that limit the memory of a process, page cache included, where this user may make
+them.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +18,9 @@ VERSIONS = (
 
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[Callable[[], None] | None]:
-    """Gives what a child process calls to enter a group of that much memory; None where none can be made."""
+    """Gives what a child process calls to enter a group of that much memory; None where none can be
+    made.
+    """
     for parent, limit, processes in VERSIONS:
         group = parent / f"moe-{uuid4().hex[:8]}"
         try:

@@ -1,10 +1,12 @@
-"""Decoding with less memory than the experts take: our engine, the same without prefetch, and a map left to the kernel.
+"""Decoding with less memory than the experts take: our engine, the same without prefetch, and a map
+left to the kernel.
 
-Each run is a process of its own in a memory control group (page cache included) of `share` of the experts' bytes plus
-what the rest of the process takes, with the folder's page cache dropped before. All three decode the same tokens from
-the same random prompt. Reported: tokens a second, bytes read from the disk per token, that over what the cache's
-misses alone take (1 without prefetch: what is more was guessed wrongly), the share of the time in which a read was
-under way, and the rate then over the disk's limit (direct reads of whole experts for two seconds, in the same run).
+Each run is a process of its own in a memory control group (page cache included) of `share` of the
+experts' bytes plus what the rest of the process takes, with the folder's page cache dropped before.
+All three decode the same tokens from the same random prompt. Reported: tokens a second, bytes read
+from the disk per token, that over what the cache's misses alone take (1 without prefetch: what is
+more was guessed wrongly), the share of the time in which a read was under way, and the rate then
+over the disk's limit (direct reads of whole experts for two seconds, in the same run).
 """
 
 from __future__ import annotations

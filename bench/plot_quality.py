@@ -1,5 +1,5 @@
-"""KL against bits per expert weight, from what bench/quality.py --json wrote: a panel a model, a line a solver; mixed
-bits have lines of their own.
+"""KL against bits per expert weight, from what bench/quality.py --json wrote: a panel a model, a
+line a solver; mixed bits have lines of their own.
 
 pip install 'moe-convert[plots]'
 python bench/quality.py --recipe 2bit --recipe 3bit --recipe 4bit --json plain.json
@@ -19,11 +19,14 @@ MARKERS = "osD^vPX"
 
 
 def plot_quality(records: list[dict[str, Any]], out: Path) -> None:
-    """Writes the figure as SVG, the same bytes for the same records. Bars are two standard errors each way."""
+    """Writes the figure as SVG, the same bytes for the same records. Bars are two standard errors
+    each way.
+    """
     import matplotlib
 
     matplotlib.use("svg")
-    # Text stays text: small, searchable. A fixed salt, no date: nothing changes but what the numbers do.
+    # Text stays text: small, searchable. A fixed salt, no date: nothing changes but what the
+    # numbers do.
     matplotlib.rcParams.update(
         {"svg.fonttype": "none", "svg.hashsalt": "moe-convert", "font.size": 9}
     )

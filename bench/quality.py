@@ -67,10 +67,11 @@ class Step:
 
 
 def make_outliers(source: Path, out: Path, seed: int = 0) -> None:
-    """The checkpoint with a few strong channels before every linear but attention's output; its function is the same.
+    """The checkpoint with a few strong channels before every linear but attention's output; its
+    function is the same.
 
-    Norm weights of four channels times 8 to 64 and the columns that follow divided by that; also rows of up and v, and
-    the columns of down that follow up's.
+    Norm weights of four channels times 8 to 64 and the columns that follow divided by that; also
+    rows of up and v, and the columns of down that follow up's.
     """
     out.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
@@ -111,7 +112,9 @@ def expert_bits(layouts: list[list[ExpertLayout]]) -> float:
 def recipe_of(
     name: str, source: Path, solver: str, calibrate: str | None, down_width: str | None = None
 ) -> ConversionRecipe:
-    """The recipe called RECIPE, RECIPE/RULE,RULE (rules for all layers begin at their projection), or NUMBERbpw."""
+    """The recipe called RECIPE, RECIPE/RULE,RULE (rules for all layers begin at their projection),
+    or NUMBERbpw.
+    """
     settings: dict[str, Any] = {"solver": solver, "calibrate": calibrate}
     if down_width:
         settings["down_width"] = int(down_width) if down_width.isdecimal() else down_width
@@ -179,7 +182,9 @@ def compare(original: list[Tensor], model: Any, batches: list[Tensor]) -> dict[s
 
 
 def text_windows(tokenizer: Any, texts: list[Path], options: argparse.Namespace) -> Tensor:
-    """Up to options.windows windows of each text, spread over the chosen half of what --skip leaves."""
+    """Up to options.windows windows of each text, spread over the chosen half of what --skip
+    leaves.
+    """
     chosen = []
     for path in texts:
         text = path.read_text()[options.skip :]
@@ -218,7 +223,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
-    # Small matrices: torch's workers spin longer than they compute, and stall where another job runs.
+    # Small matrices: torch's workers spin longer than they compute, and stall where another job
+    # runs.
     torch.set_num_threads(1)
     texts = options.text or sorted((ROOT / "examples" / "text").glob("*.txt"))
     solvers = options.solver or [*SOLVERS, *(["feedback:file"] if options.calibrate else [])]

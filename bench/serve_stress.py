@@ -1,10 +1,12 @@
-"""Clients that hold conversations with a server on the loopback interface and often go away in the middle of an answer.
+"""Clients that hold conversations with a server on the loopback interface and often go away in the
+middle of an answer.
 
     python bench/serve_stress.py FOLDER --seconds 300 --clients 4
 
-Each answer that comes whole is compared with the one that the model gives to the same conversation alone, without
-prefix caches. In float32: in bfloat16 a prompt and single tokens round differently, which decides between tokens that
-are equally likely. Exits with 1 if an answer differs, a request fails, or something is left over at the end.
+Each answer that comes whole is compared with the one that the model gives to the same conversation
+alone, without prefix caches. In float32: in bfloat16 a prompt and single tokens round differently,
+which decides between tokens that are equally likely. Exits with 1 if an answer differs, a request
+fails, or something is left over at the end.
 """
 
 import argparse

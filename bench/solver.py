@@ -1,7 +1,9 @@
-"""Speed of the native solver against the hqq package: both on one core, the same bf16 tensor, in one run.
+"""Speed of the native solver against the hqq package: both on one core, the same bf16 tensor, in
+one run.
 
-Native: bf16 in memory to packed tiles. hqq: its Quantizer alone, float32, not packed. Feedback: in blocks of 256
-columns with the exact gain, and at full width with the gain by low rank; factorization not included, stated apart.
+Native: bf16 in memory to packed tiles. hqq: its Quantizer alone, float32, not packed. Feedback: in
+blocks of 256 columns with the exact gain, and at full width with the gain by low rank;
+factorization not included, stated apart.
 """
 
 import argparse
@@ -21,7 +23,9 @@ from formats.packing import PACKINGS, Packing, dequantize, unpack
 
 
 def best_of(runs: int, action: Callable[[], object]) -> float:
-    """The shortest of some runs, in seconds of this process's CPU time: other jobs on the machine count less so."""
+    """The shortest of some runs, in seconds of this process's CPU time: other jobs on the machine
+    count less so.
+    """
     times = []
     for _ in range(runs):
         begin = time.process_time()
@@ -31,7 +35,9 @@ def best_of(runs: int, action: Callable[[], object]) -> float:
 
 
 def correlated_hessian(columns: int) -> Tensor:
-    """float32 [columns, columns], of inputs with a mean, channels of all sizes, and columns / 4 latent directions."""
+    """float32 [columns, columns], of inputs with a mean, channels of all sizes, and columns / 4
+    latent directions.
+    """
     generator = torch.Generator().manual_seed(1)
     mix = torch.randn(columns // 4, columns, generator=generator) / (columns // 4) ** 0.5
     inputs = torch.randn(2 * columns, columns // 4, generator=generator) @ mix
@@ -63,7 +69,9 @@ class Subject:
         self.metric = feedback_native.gain_metric(self.factor)
 
     def measure(self, packing: Packing, runs: int, isa: str) -> dict[str, float | str]:
-        """Mweights/s of each way, and the relative squared errors, plain and in the Hessian's metric."""
+        """Mweights/s of each way, and the relative squared errors, plain and in the Hessian's
+        metric.
+        """
         weight, mweights = self.weight, self.weight.numel() / 1e6
         # Touched, so that no page faults are timed.
         out = torch.zeros(packing.matrix_bytes(*weight.shape), dtype=torch.uint8)

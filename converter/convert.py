@@ -20,12 +20,13 @@ def convert_checkpoint(
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Converts the checkpoint in a folder or Hub repository into folder `out`; goes on where an earlier run stopped.
+    """Converts the checkpoint in a folder or Hub repository into folder `out`; goes on where an
+    earlier run stopped.
 
-    Memory stays bounded by workers × one expert, and with calibration by the activations of its tokens. The result
-    depends on weights, recipe, calibration text, codec and code version only.
-    Raises SourceError, HubError, OutputError, PathError, DoesNotFitError; after any of them nothing that was converted
-    is lost.
+    Memory stays bounded by workers × one expert, and with calibration by the activations of its
+    tokens. The result depends on weights, recipe, calibration text, codec and code version only.
+    Raises SourceError, HubError, OutputError, PathError, DoesNotFitError; after any of them nothing
+    that was converted is lost.
     """
     with Checkpoint(source) as checkpoint:
         return convert(

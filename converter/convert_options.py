@@ -19,7 +19,9 @@ class ConvertOptions:
     calibration_file: Path | None = None
     """The text for a recipe whose option `calibrate` is "file"."""
     part: tuple[int, int] | None = None
-    """(i, n): only the i-th of n equal parts of the layers, counted from 1; the folder stays unfinished."""
+    """(i, n): only the i-th of n equal parts of the layers, counted from 1; the folder stays
+    unfinished.
+    """
     max_memory_bytes: int | None = None
     """Upper limit for the process; lowers the number of workers."""
 

@@ -1,4 +1,6 @@
-"""The source checkpoint as the origin of repairs: an expert is converted again, and taken if its hash is right."""
+"""The source checkpoint as the origin of repairs: an expert is converted again, and taken if its
+hash is right.
+"""
 
 import hashlib
 import tempfile
@@ -33,10 +35,12 @@ from formats.writer import ZSTD_LEVEL, PlacedFile, write_file
 
 
 class SourceOrigin(Origin):
-    """The checkpoint that the folder of `index` was converted from, by the index's recipe. Use it as a context.
+    """The checkpoint that the folder of `index` was converted from, by the index's recipe. Use it
+    as a context.
 
-    Experts must be asked for layer by layer, ascending: with calibration, tokens go through the layers before. Raises
-    SourceError, RecipeError, HubError. calibration_file: the text, if it was one of the user's.
+    Experts must be asked for layer by layer, ascending: with calibration, tokens go through the
+    layers before. Raises SourceError, RecipeError, HubError. calibration_file: the text, if it was
+    one of the user's.
     """
 
     def __init__(
@@ -124,7 +128,9 @@ class SourceOrigin(Origin):
         )
 
     def _statistics_of(self, unit: Unit) -> LayerStatistics | None:
-        """The statistics of the decoder layer of a unit, or of the head; None where nothing is calibrated."""
+        """The statistics of the decoder layer of a unit, or of the head; None where nothing is
+        calibrated.
+        """
         if self._calibration is None:
             return None
         if unit.layer is None:

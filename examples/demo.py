@@ -1,5 +1,6 @@
-"""What `make demo` runs: the example model converted to 2 bits, verified, made to write, and compared with itself. The
-last line that it prints starts a chat with it."""
+"""What `make demo` runs: the example model converted to 2 bits, verified, made to write, and
+compared with itself. The last line that it prints starts a chat with it.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""A converted folder, opened: every number of its index compared with its files, before a byte is used."""
+"""A converted folder, opened: every number of its index compared with its files, before a byte is
+used.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -29,7 +31,9 @@ RESAVED_HINT = "it was cut off, or saved again by a general safetensors tool: ge
 
 @dataclass(frozen=True)
 class Head:
-    """Index and gated config.json of a folder; notes: what a user changed in config.json since the conversion."""
+    """Index and gated config.json of a folder; notes: what a user changed in config.json since the
+    conversion.
+    """
 
     index: Index
     config: dict[str, Any]
@@ -38,7 +42,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A converted folder whose structure was checked; the experts' bytes were not (formats/reading/verify.py does)."""
+    """A converted folder whose structure was checked; the experts' bytes were not
+    (formats/reading/verify.py does).
+    """
 
     folder: Path
     index: Index
@@ -46,9 +52,11 @@ class Artifact:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], index_name: str = INDEX_NAME) -> "Artifact":
-        """Opens `folder`. Raises the first problem that the checks of docs/format.md find, as a FormatError.
+        """Opens `folder`. Raises the first problem that the checks of docs/format.md find, as a
+        FormatError.
 
-        index_name: of a folder that is still being filled and must not look complete to anybody else.
+        index_name: of a folder that is still being filled and must not look complete to anybody
+        else.
         """
         path = Path(folder)
         head = read_head(path, index_name)
@@ -93,17 +101,21 @@ class Artifact:
 
 
 def read_head(folder: Path, index_name: str = INDEX_NAME) -> Head:
-    """The head of `folder`, whose parts were compared with each other and with what this release supports."""
+    """The head of `folder`, whose parts were compared with each other and with what this release
+    supports.
+    """
     check_converted(folder, index_name)
     index = read_index(folder, index_name)
     return Head(index, *read_recorded_config(folder, index))
 
 
 def structure_problems(folder: Path, index: Index) -> Iterator[tuple[str, MoeConvertError]]:
-    """Every disagreement between `index`, itself, and the weight files' sizes and headers. Reads no weights.
+    """Every disagreement between `index`, itself, and the weight files' sizes and headers. Reads no
+    weights.
 
-    Not of `index.files`: a tokenizer that the user has edited is no reason to refuse the weights (verify says so).
-    Each comes with the name of the file (as the index has it) whose place or size cannot be relied on.
+    Not of `index.files`: a tokenizer that the user has edited is no reason to refuse the weights
+    (verify says so). Each comes with the name of the file (as the index has it) whose place or size
+    cannot be relied on.
     """
     found = list(index_problems(index, str(folder / INDEX_NAME)))
     yield from found

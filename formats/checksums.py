@@ -1,4 +1,6 @@
-"""The two checksums of stored bytes: sha256 is their identity, xxh3 finds damage at the speed of memory."""
+"""The two checksums of stored bytes: sha256 is their identity, xxh3 finds damage at the speed of
+memory.
+"""
 
 import hashlib
 from typing import Any, NamedTuple
@@ -27,5 +29,7 @@ def sha256_of(data: Any) -> str:
 
 
 def xxh3_of(data: Any) -> str:
-    """The 128-bit XXH3 of bytes or of a contiguous buffer, in hex. Not secure against a forger, as sha256 is."""
+    """The 128-bit XXH3 of bytes or of a contiguous buffer, in hex. Not secure against a forger, as
+    sha256 is.
+    """
     return xxhash.xxh3_128_hexdigest(data)

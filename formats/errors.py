@@ -2,9 +2,11 @@
 
 
 class MoeConvertError(Exception):
-    """What was found, where, what was expected; `hint` says what to do next, as a command where one exists.
+    """What was found, where, what was expected; `hint` says what to do next, as a command where one
+    exists.
 
-    `exit_code` is what the command line returns (docs/commands.md); `default_hint` stands in where no hint is given.
+    `exit_code` is what the command line returns (docs/commands.md); `default_hint` stands in where
+    no hint is given.
     """
 
     exit_code = 1

@@ -1,4 +1,6 @@
-"""One expert's bytes: gate and up, interleaved where they are tiles, then down (docs/format.md, "Expert")."""
+"""One expert's bytes: gate and up, interleaved where they are tiles, then down (docs/format.md,
+"Expert").
+"""
 
 from dataclasses import dataclass
 
@@ -15,7 +17,9 @@ ACTIVATION = "silu"
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Sizes of an expert of gate, up [intermediate, hidden] and down [hidden, intermediate]; all in bytes."""
+    """Sizes of an expert of gate, up [intermediate, hidden] and down [hidden, intermediate]; all in
+    bytes.
+    """
 
     hidden: int
     intermediate: int
@@ -37,8 +41,9 @@ class ExpertLayout:
 
     @property
     def gate_up_shape(self) -> tuple[int, int]:
-        """Tiles: [2 · tiles, tile bytes], tile 2i is gate's tile i, tile 2i + 1 is up's. Rows: [2 · intermediate,
-        hidden], gate's rows, then up's."""
+        """Tiles: [2 · tiles, tile bytes], tile 2i is gate's tile i, tile 2i + 1 is up's. Rows: [2 ·
+        intermediate, hidden], gate's rows, then up's.
+        """
         rows, columns = self.gate_up.stored_shape(self.intermediate, self.hidden)
         return 2 * rows, columns
 
@@ -73,8 +78,9 @@ def assemble(layout: ExpertLayout, gate: Tensor, up: Tensor, down: Tensor) -> Te
 
 
 def sections(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of the tensors `gate_up` and `down` in `blob`, uint8 [n_bytes]: of their packings' dtypes, [gate_up_shape]
-    and [down_shape]. FormatError if the blob has another size."""
+    """Views of the tensors `gate_up` and `down` in `blob`, uint8 [n_bytes]: of their packings'
+    dtypes, [gate_up_shape] and [down_shape]. FormatError if the blob has another size.
+    """
     if blob.shape != (layout.n_bytes,):
         raise FormatError(f"expert of {blob.numel()} bytes, its packings take {layout.n_bytes}")
     gate_up, down = blob[: layout.gate_up_bytes], blob[layout.gate_up_bytes :]
@@ -85,8 +91,9 @@ def sections(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of gate, up and down in `blob` as they are stored: uint8 [tiles, tile_bytes], whose rows may lie apart, or
-    [rows, columns] of the packing's dtype. Errors as `sections`."""
+    """Views of gate, up and down in `blob` as they are stored: uint8 [tiles, tile_bytes], whose
+    rows may lie apart, or [rows, columns] of the packing's dtype. Errors as `sections`.
+    """
     gate_up, down = sections(layout, blob)
     if isinstance(layout.gate_up, Packing):
         gate, up = gate_up.view(-1, 2, gate_up.shape[1]).unbind(1)
@@ -96,7 +103,9 @@ def split(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gate_and_up(layout: ExpertLayout, products: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate's and up's part, [T, intermediate] each, of products with all rows of the section `gate_up`, [T, rows]."""
+    """Gate's and up's part, [T, intermediate] each, of products with all rows of the section
+    `gate_up`, [T, rows].
+    """
     if not isinstance(layout.gate_up, Packing):
         gate, up = products.chunk(2, dim=1)
         return gate, up
@@ -106,7 +115,9 @@ def gate_and_up(layout: ExpertLayout, products: Tensor) -> tuple[Tensor, Tensor]
 
 
 def dequantize_expert(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gate, up (float32 [intermediate, hidden]) and down (float32 [hidden, intermediate]) of an expert's bytes."""
+    """gate, up (float32 [intermediate, hidden]) and down (float32 [hidden, intermediate]) of an
+    expert's bytes.
+    """
     gate, up, down = split(layout, blob)
     return (
         layout.gate_up.weights(gate, layout.intermediate, layout.hidden),

@@ -37,8 +37,11 @@ class _Part(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Architecture(_Part, frozen=True):
-    """What a reader must know of the model, whatever its type. intermediate_size: of an expert; activation: of gate;
-    num_hidden_layers: of all decoder layers; expert_modules: the module path of each layer that has experts."""
+    """What a reader must know of the model, whatever its type. intermediate_size: of an expert;
+    activation: of gate;
+    num_hidden_layers: of all decoder layers; expert_modules: the module path of each layer that has
+    experts.
+    """
 
     model_type: Label
     activation: Label
@@ -114,7 +117,9 @@ class Recipe(_Part, frozen=True):
 
 
 class PackedLinear(_Part, frozen=True, omit_defaults=True):
-    """The packing and logical shape of a packed matrix of the trunk. input_transform: as in LayerFile."""
+    """The packing and logical shape of a packed matrix of the trunk. input_transform: as in
+    LayerFile.
+    """
 
     packing: Label
     rows: Positive
@@ -123,8 +128,10 @@ class PackedLinear(_Part, frozen=True, omit_defaults=True):
 
 
 class Trunk(_Part, frozen=True):
-    """The file of everything that is not an expert. `packed` is keyed by module: model.layers.0.self_attn.q_proj.
-    tensors: in the file, without fillers; parameters: numbers that the model has there."""
+    """The file of everything that is not an expert. `packed` is keyed by module:
+    model.layers.0.self_attn.q_proj.
+    tensors: in the file, without fillers; parameters: numbers that the model has there.
+    """
 
     file: Label
     size_bytes: Natural
@@ -136,7 +143,9 @@ class Trunk(_Part, frozen=True):
 
 
 class ExpertEntry(_Part, frozen=True):
-    """One expert: `offset` (from the start of the file) and `length` are bytes; checksums are of the stored bytes."""
+    """One expert: `offset` (from the start of the file) and `length` are bytes; checksums are of
+    the stored bytes.
+    """
 
     layer: Natural
     expert: Natural
@@ -150,8 +159,9 @@ class ExpertEntry(_Part, frozen=True):
 
 
 class LayerFile(_Part, frozen=True, omit_defaults=True):
-    """The file of one layer's experts. input_transform: what the inputs of gate and up, and those of down, go through
-    before the packed weights; absent where it is nothing."""
+    """The file of one layer's experts. input_transform: what the inputs of gate and up, and those
+    of down, go through before the packed weights; absent where it is nothing.
+    """
 
     file: Label
     size_bytes: Natural
@@ -177,8 +187,9 @@ class Part(_Part, frozen=True):
 
 
 class Index(_Part, frozen=True, omit_defaults=True):
-    """The whole index, in the order in which it is written. config: what config.json said then, as `gate_config`
-    gives it; architecture: of the model as it was converted."""
+    """The whole index, in the order in which it is written. config: what config.json said then, as
+    `gate_config` gives it; architecture: of the model as it was converted.
+    """
 
     format: Label
     format_version: Natural
@@ -195,16 +206,19 @@ class Index(_Part, frozen=True, omit_defaults=True):
 
     @property
     def whole_files(self) -> dict[str, tuple[int, str]]:
-        """Name -> (size in bytes, sha256) of the files that have a hash as a whole: the trunk, and `files`."""
+        """Name -> (size in bytes, sha256) of the files that have a hash as a whole: the trunk, and
+        `files`.
+        """
         trunk = {self.trunk.file: (self.trunk.size_bytes, self.trunk.sha256)}
         return trunk | {file.file: (file.size_bytes, file.sha256) for file in self.files}
 
 
 def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
-    """The index of `folder`, its file `name`: typed and of a version that this release reads; not yet compared with any
-    other file.
+    """The index of `folder`, its file `name`: typed and of a version that this release reads; not
+    yet compared with any other file.
 
-    Raises DamageError if there is none (the conversion was not completed), FormatError naming the field, VersionError.
+    Raises DamageError if there is none (the conversion was not completed), FormatError naming the
+    field, VersionError.
     """
     return parse_index(read_small(folder, name, str(folder)), str(folder / name))
 
@@ -234,7 +248,9 @@ def parse_index(data: bytes, where: str) -> Index:
 
 
 def dump_index(index: Index) -> bytes:
-    """The index as JSON. An object without others in it, such as an expert's entry, stands on one line."""
+    """The index as JSON. An object without others in it, such as an expert's entry, stands on one
+    line.
+    """
     return _FLAT_OBJECT.sub(
         lambda found: _LINE_BREAK.sub(b"", found[0].replace(b",\n", b", \n")), dump(index)
     )

@@ -1,4 +1,6 @@
-"""The index against itself: what can be said of a converted folder before any other file of it is opened or fetched."""
+"""The index against itself: what can be said of a converted folder before any other file of it is
+opened or fetched.
+"""
 
 import re
 from collections import Counter
@@ -21,7 +23,9 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 
 
 def index_problems(index: Index, where: str) -> Iterator[tuple[str, MoeConvertError]]:
-    """Every disagreement of `index` with itself, each with the name of the file whose place or size it concerns."""
+    """Every disagreement of `index` with itself, each with the name of the file whose place or size
+    it concerns.
+    """
     whole = (_check_architecture, _check_layers, _check_transforms)
     checks: list[tuple[str, Callable[[], None]]] = [
         (INDEX_NAME, partial(check, index, where)) for check in whole
@@ -107,7 +111,9 @@ def _check_trunk(index: Index, where: str) -> None:
 
 
 def _check_transforms(index: Index, where: str) -> None:
-    """FormatError for an input transform: there is none yet, and weights behind one are worthless without it."""
+    """FormatError for an input transform: there is none yet, and weights behind one are worthless
+    without it.
+    """
     named = [
         (f"layers[{n}]", name)
         for n, layer in enumerate(index.layers)

@@ -7,7 +7,9 @@ from formats.expert import ACTIVATION, ExpertLayout
 from formats.safetensors_header import TensorEntry
 
 FILLER_PREFIX = "__pad__."
-"""What the names of fillers begin with: the zero bytes between an expert and the next multiple of 4096."""
+"""What the names of fillers begin with: the zero bytes between an expert and the next multiple of
+4096.
+"""
 
 
 def layer_file_name(layer: int) -> str:
@@ -16,7 +18,9 @@ def layer_file_name(layer: int) -> str:
 
 
 def expert_prefix(module: str, expert: int) -> str:
-    """What the names of an expert's tensors begin with. module: the path of the layer's experts in the model."""
+    """What the names of an expert's tensors begin with. module: the path of the layer's experts in
+    the model.
+    """
     return f"{module}.{expert}"
 
 
@@ -26,7 +30,9 @@ def aligned(position: int) -> int:
 
 
 def raw_entries(module: str, layouts: list[ExpertLayout]) -> list[TensorEntry]:
-    """The tensors of a layer's file, experts in ascending order, each from a multiple of 4096, with fillers."""
+    """The tensors of a layer's file, experts in ascending order, each from a multiple of 4096, with
+    fillers.
+    """
     entries: list[TensorEntry] = []
     for expert, layout in enumerate(layouts):
         prefix = expert_prefix(module, expert)

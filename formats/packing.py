@@ -1,4 +1,6 @@
-"""The tile packings (docs/format.md, "Tiles"): pack, unpack, dequantize. The reference for every kernel."""
+"""The tile packings (docs/format.md, "Tiles"): pack, unpack, dequantize. The reference for every
+kernel.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,9 +21,10 @@ HEAD_BYTES = 128
 class Packing:
     """One way to store a matrix as a stream of tiles of 32 rows.
 
-    A superblock of 256 columns is `chunks` chunks; in a chunk, `planes` groups lie side by side in the bits of each
-    code byte. Group `chunks_before * planes + plane` holds `group_size` consecutive columns. Nibble scales
-    (`scale_bits` 4) hold S and M unsigned; byte scales hold S unsigned and M signed.
+    A superblock of 256 columns is `chunks` chunks; in a chunk, `planes` groups lie side by side in
+    the bits of each code byte. Group `chunks_before * planes + plane` holds `group_size`
+    consecutive columns. Nibble scales (`scale_bits` 4) hold S and M unsigned; byte scales hold S
+    unsigned and M signed.
     """
 
     name: str
@@ -80,7 +83,9 @@ class Packing:
         return tiles_of(rows), self.tile_bytes(columns)
 
     def weights(self, stored: Tensor, rows: int, columns: int) -> Tensor:
-        """float32 [rows, columns] of tiles (uint8 [tiles, tile_bytes]); FormatError if the sizes do not fit."""
+        """float32 [rows, columns] of tiles (uint8 [tiles, tile_bytes]); FormatError if the sizes do
+        not fit.
+        """
         return dequantize(unpack(stored, self, rows, columns), self.group_size)
 
 
@@ -104,7 +109,8 @@ ALL_PACKINGS: dict[str, AnyPacking] = {**PACKINGS, **PLAIN_PACKINGS}
 class QuantizedMatrix:
     """A quantized [rows, columns] matrix before packing: `w = ds·s·code − dm·m`.
 
-    codes: uint8 [rows, columns]. s, m: int16 [rows, ceil(columns / group_size)]. ds, dm: float16 [rows].
+    codes: uint8 [rows, columns]. s, m: int16 [rows, ceil(columns / group_size)]. ds, dm: float16
+    [rows].
     """
 
     codes: Tensor
@@ -170,7 +176,9 @@ def pack(matrix: QuantizedMatrix, packing: Packing) -> Tensor:
 
 
 def unpack(tiles: Tensor, packing: Packing, rows: int, columns: int) -> QuantizedMatrix:
-    """The matrix of `tiles` (uint8 [tiles, tile_bytes]); FormatError if the sizes do not fit [rows, columns]."""
+    """The matrix of `tiles` (uint8 [tiles, tile_bytes]); FormatError if the sizes do not fit [rows,
+    columns].
+    """
     n_tiles, blocks = tiles_of(rows), blocks_of(columns)
     if tuple(tiles.shape) != (n_tiles, packing.tile_bytes(columns)):
         expected = (n_tiles, packing.tile_bytes(columns))
@@ -194,7 +202,9 @@ def unpack(tiles: Tensor, packing: Packing, rows: int, columns: int) -> Quantize
 
 
 def dequantize(matrix: QuantizedMatrix, group_size: int) -> Tensor:
-    """float32 [rows, columns]: `ds·s·code − dm·m`. Both products are exact in float32, so it is rounded once."""
+    """float32 [rows, columns]: `ds·s·code − dm·m`. Both products are exact in float32, so it is
+    rounded once.
+    """
     rows, columns = matrix.codes.shape
     scale = matrix.ds.float()[:, None] * matrix.s
     minimum = matrix.dm.float()[:, None] * matrix.m

@@ -1,4 +1,6 @@
-"""The packings of weights left as they are: plain rows, without padding, head or scales (docs/format.md, "Rows")."""
+"""The packings of weights left as they are: plain rows, without padding, head or scales
+(docs/format.md, "Rows").
+"""
 
 from dataclasses import dataclass
 
@@ -8,8 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PlainPacking:
-    """A matrix as [rows, columns] of a 16-bit float; what it has in common with `formats.packing.Packing` has the same
-    names."""
+    """A matrix as [rows, columns] of a 16-bit float; what it has in common with
+    `formats.packing.Packing` has the same names.
+    """
 
     name: str
     dtype: str

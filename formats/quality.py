@@ -1,4 +1,6 @@
-"""quality.json: what the conversion measured, and what an evaluation did (docs/quality.md, "quality.json")."""
+"""quality.json: what the conversion measured, and what an evaluation did (docs/quality.md,
+"quality.json").
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,10 +23,13 @@ AtLeastZero = Annotated[float, Meta(ge=0)]
 class Comparison(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How far the model's predictions are from the original's on one text, or on all.
 
-    `_error` is the standard error, over windows, of the number before it; None for one window. perplexity and
-    original_perplexity: of both models; ratio: the first over the second, ratio_error: of its logarithm. kl: mean over
-    tokens of KL(original || model), nats. agreement: share of tokens at which both have the same first choice.
-    routers: per layer, share of tokens for which both choose the same set of experts. sha256: of the text's bytes.
+    `_error` is the standard error, over windows, of the number before it; None for one window.
+    perplexity and
+    original_perplexity: of both models; ratio: the first over the second, ratio_error: of its
+    logarithm. kl: mean over tokens of KL(original || model), nats. agreement: share of tokens at
+    which both have the same first choice.
+    routers: per layer, share of tokens for which both choose the same set of experts. sha256: of
+    the text's bytes.
     """
 
     name: Label
@@ -42,7 +47,9 @@ class Comparison(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
 
 
 class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
-    """A comparison with the original: its folder's name, tokens a window, what the numbers depend on, results."""
+    """A comparison with the original: its folder's name, tokens a window, what the numbers depend
+    on, results.
+    """
 
     original: Label
     window: Positive
@@ -63,7 +70,9 @@ class ExpertErrors(Struct, frozen=True):
 
 
 class Quality(Struct, frozen=True):
-    """The whole file. Fields of later releases are let pass in all but the evaluation: no weight depends on them."""
+    """The whole file. Fields of later releases are let pass in all but the evaluation: no weight
+    depends on them.
+    """
 
     measure: Label
     totals: dict[Label, float]
@@ -74,7 +83,9 @@ class Quality(Struct, frozen=True):
 
 
 def read_quality(folder: Path) -> Quality | None:
-    """What quality.json in `folder` says, None if there is none; FormatError naming the field if it is not as here."""
+    """What quality.json in `folder` says, None if there is none; FormatError naming the field if it
+    is not as here.
+    """
     path = folder / QUALITY_NAME
     with translated(path, "read", DamageError):
         # Not os.path.lexists: it also takes a file that cannot be read for none.
@@ -84,7 +95,8 @@ def read_quality(folder: Path) -> Quality | None:
 
 
 def save_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Puts `evaluation` into quality.json in `folder`, in place of an earlier one; all else stays as it is.
+    """Puts `evaluation` into quality.json in `folder`, in place of an earlier one; all else stays
+    as it is.
 
     FormatError or DamageError if there is no proper quality.json to put it into.
     """

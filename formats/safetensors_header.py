@@ -28,7 +28,9 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a header: `begin` and `end` (exclusive) are bytes from the start of the file's data section."""
+    """One tensor of a header: `begin` and `end` (exclusive) are bytes from the start of the file's
+    data section.
+    """
 
     name: str
     dtype: str
@@ -43,8 +45,9 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header. `data_offset` is where the data section begins in the file, in bytes; `sha256` is the hex
-    digest of the file's bytes before it."""
+    """A parsed header. `data_offset` is where the data section begins in the file, in bytes;
+    `sha256` is the hex digest of the file's bytes before it.
+    """
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -53,16 +56,19 @@ class Header:
 
 
 def max_header_bytes(n_tensors: int, other_bytes: int = 64 << 10) -> int:
-    """The most bytes that the header of a file may have that must hold `n_tensors`, fillers not counted, with
-    `other_bytes` for everything else.
+    """The most bytes that the header of a file may have that must hold `n_tensors`, fillers not
+    counted, with `other_bytes` for everything else.
 
-    Parsing takes 20 times the memory: a stranger's file of ten tensors must not have a header of 100 MB.
+    Parsing takes 20 times the memory: a stranger's file of ten tensors must not have a header of
+    100 MB.
     """
     return min(MAX_HEADER_BYTES, other_bytes + _BYTES_A_TENSOR * n_tensors)
 
 
 def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
-    """The bytes before the data section: length, JSON in the order given, spaces up to a multiple of 4096."""
+    """The bytes before the data section: length, JSON in the order given, spaces up to a multiple
+    of 4096.
+    """
     body: dict[str, Any] = {"__metadata__": metadata}
     for entry in entries:
         body[entry.name] = {
@@ -86,11 +92,13 @@ def read_header(descriptor: int, where: str, max_bytes: int = MAX_HEADER_BYTES) 
 def header_from(
     read: Callable[[int, int], bytes], size: int, where: str, max_bytes: int = MAX_HEADER_BYTES
 ) -> Header:
-    """The header of a file of `size` bytes, of which read(offset, length) gives parts (fewer bytes past its end).
+    """The header of a file of `size` bytes, of which read(offset, length) gives parts (fewer bytes
+    past its end).
 
-    FormatError naming `where` for a header over `max_bytes`, of which nothing is read, and for what the safetensors
-    specification forbids, including what its package lets pass (duplicate keys, leading white space), for holes and
-    overlaps, and for dtypes that are not whole bytes; DamageError if the file is shorter or longer than it says.
+    FormatError naming `where` for a header over `max_bytes`, of which nothing is read, and for what
+    the safetensors specification forbids, including what its package lets pass (duplicate keys,
+    leading white space), for holes and overlaps, and for dtypes that are not whole bytes;
+    DamageError if the file is shorter or longer than it says.
     """
     prefix = read(0, 8)
     if len(prefix) < 8:
@@ -141,7 +149,8 @@ def _entry(name: str, value: Any, where: str) -> TensorEntry:
 
 
 def _naturals(value: Any) -> bool:
-    # The length is bounded because the product of a shape is computed before anything is compared with it.
+    # The length is bounded because the product of a shape is computed before anything is compared
+    # with it.
     return (
         isinstance(value, list)
         and len(value) <= 64

@@ -1,5 +1,6 @@
-"""What trunk.safetensors holds: packed matrices as the index names them, and numbers. What of it a model needs, its
-class says when it is loaded."""
+"""What trunk.safetensors holds: packed matrices as the index names them, and numbers. What of it a
+model needs, its class says when it is loaded.
+"""
 
 from collections.abc import Iterable
 from math import prod
@@ -21,7 +22,9 @@ PACKED = ".packed"
 
 
 def trunk_metadata(architecture: Architecture, packed: dict[str, PackedLinear]) -> dict[str, str]:
-    """The header's metadata: what is needed, with config.json and the tensors, to write the index again."""
+    """The header's metadata: what is needed, with config.json and the tensors, to write the index
+    again.
+    """
     return {
         "format": "moe-convert",
         "format_version": str(FORMAT_VERSION),
@@ -64,7 +67,9 @@ def attention_size(
 
 
 def check_trunk(entries: dict[str, TensorEntry], trunk: Trunk, where: str) -> None:
-    """FormatError naming the first tensor that is not what the index says, or that is neither packed nor numbers."""
+    """FormatError naming the first tensor that is not what the index says, or that is neither
+    packed nor numbers.
+    """
     present = {entry.name: entry for entry in without_fillers(entries.values())}
     for module, linear in trunk.packed.items():
         packing = tile_packing_named(linear.packing, f"{where}: {module}")

@@ -24,7 +24,8 @@ from formats.layer_file import (
 from formats.safetensors_header import TensorEntry, build_header
 
 ZSTD_LEVEL = 19
-"""Packed codes hardly shrink (docs/format.md); what little there is to win needs the high levels."""
+"""Packed codes hardly shrink (docs/format.md); what little there is to win needs the high levels.
+"""
 
 
 _READ_BYTES = 16 << 20
@@ -47,10 +48,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 class PlacedFile:
-    """A safetensors file under construction, `<name>.partial`: header first, then each tensor at its own place.
+    """A safetensors file under construction, `<name>.partial`: header first, then each tensor at
+    its own place.
 
-    `entries` are its tensors in file order, fillers included. Tensors may be written in any order, from several
-    threads, and again after a kill: the bytes are the same. `finish` gives the file its name.
+    `entries` are its tensors in file order, fillers included. Tensors may be written in any order,
+    from several threads, and again after a kill: the bytes are the same. `finish` gives the file
+    its name.
     """
 
     def __init__(self, path: Path, entries: list[TensorEntry], metadata: dict[str, str]) -> None:
@@ -91,7 +94,9 @@ class PlacedFile:
         return len(self.header) + self._entries[name].begin
 
     def write(self, name: str, data: torch.Tensor, skip_bytes: int = 0) -> None:
-        """Writes bytes (uint8, contiguous) at `skip_bytes` into tensor `name`; not yet durable (`sync`)."""
+        """Writes bytes (uint8, contiguous) at `skip_bytes` into tensor `name`; not yet durable
+        (`sync`).
+        """
         entry = self._entries[name]
         if skip_bytes + data.numel() > entry.n_bytes:
             raise ValueError(
@@ -123,8 +128,9 @@ class PlacedFile:
 
 
 class LayerWriter(PlacedFile):
-    """A layer's file; `layouts[e]` is expert e's, `offsets[e]` is where it begins, in bytes. module: the path of the
-    layer's experts in the model."""
+    """A layer's file; `layouts[e]` is expert e's, `offsets[e]` is where it begins, in bytes.
+    module: the path of the layer's experts in the model.
+    """
 
     def __init__(self, path: Path, layer: int, module: str, layouts: list[ExpertLayout]) -> None:
         super().__init__(
@@ -139,7 +145,9 @@ class LayerWriter(PlacedFile):
         ]
 
     def write_expert(self, expert: int, blob: torch.Tensor) -> Checksums:
-        """Writes expert `expert`'s bytes (uint8 [n_bytes], contiguous) durably; returns their checksums."""
+        """Writes expert `expert`'s bytes (uint8 [n_bytes], contiguous) durably; returns their
+        checksums.
+        """
         self.place_expert(expert, blob)
         return Checksums.of(blob.numpy().data)
 
@@ -158,9 +166,11 @@ class LayerWriter(PlacedFile):
         return self._xxh3(self.offsets[expert], self._layouts[expert].n_bytes)
 
     def finish_zstd(self, written: list[str]) -> tuple[bytes, list[Place]]:
-        """Compresses every expert into the final file; returns its header and where each expert lies.
+        """Compresses every expert into the final file; returns its header and where each expert
+        lies.
 
-        written: the xxh3 of each expert as it was written. OutputError if the file has other bytes now.
+        written: the xxh3 of each expert as it was written. OutputError if the file has other bytes
+        now.
         """
         lengths: list[int] = []
         compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)

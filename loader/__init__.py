@@ -1,10 +1,12 @@
-"""Runs a converted folder: a model of transformers whose experts come from the files, through a cache.
+"""Runs a converted folder: a model of transformers whose experts come from the files, through a
+cache.
 
 import loader
 model = loader.from_pretrained("mixtral-2bit", ram_cache="6GiB")
 tokenizer = loader.load_tokenizer("mixtral-2bit")
 
-After `import loader` transformers' AutoModelForCausalLM loads converted folders by name too (docs/load.md).
+After `import loader` transformers' AutoModelForCausalLM loads converted folders by name too
+(docs/load.md).
 """
 
 import importlib
@@ -26,7 +28,9 @@ _MODULES = {
     "from_pretrained": "loader.model",
     "load_tokenizer": "loader.model",
 }
-"""Public name -> its module, imported when the name is first used: torch and transformers take seconds."""
+"""Public name -> its module, imported when the name is first used: torch and transformers take
+seconds.
+"""
 
 
 def __getattr__(name: str) -> Any:

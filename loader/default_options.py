@@ -16,7 +16,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class DefaultOptions:
-    """Options as the arguments of loader.from_pretrained; None where none was given. RecipeError for a wrong value."""
+    """Options as the arguments of loader.from_pretrained; None where none was given. RecipeError
+    for a wrong value.
+    """
 
     device: Devices = None
     gpu_cache: int | str | None = None
@@ -46,12 +48,14 @@ _CURRENT: ContextVar[DefaultOptions] = ContextVar(
 
 
 def defaults(**options: Any) -> AbstractContextManager[None]:
-    """Inside a `with`, models are loaded with these options wherever the call that loads one does not give them.
+    """Inside a `with`, models are loaded with these options wherever the call that loads one does
+    not give them.
 
-    options: those of `DefaultOptions`, as loader.from_pretrained takes them: device, gpu_cache, ram_cache, slots, io,
-    policy, prefetch, cpu_share, check, kernels. One `with` inside another keeps the outer options that the inner one
-    does not name. They hold in this thread, and in tasks and threads of asyncio that begin there; not in other threads.
-    RecipeError naming an option with a wrong value.
+    options: those of `DefaultOptions`, as loader.from_pretrained takes them: device, gpu_cache,
+    ram_cache, slots, io, policy, prefetch, cpu_share, check, kernels. One `with` inside another
+    keeps the outer options that the inner one does not name. They hold in this thread, and in tasks
+    and threads of asyncio that begin there; not in other threads. RecipeError naming an option with
+    a wrong value.
     """
     # Checked before the `with`.
     return _inside(DefaultOptions(**options))

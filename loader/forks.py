@@ -1,4 +1,6 @@
-"""What a forked child makes of the caches that it finds: it has the memory, and none of the threads."""
+"""What a forked child makes of the caches that it finds: it has the memory, and none of the
+threads.
+"""
 
 import functools
 import logging

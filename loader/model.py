@@ -1,4 +1,6 @@
-"""`from_pretrained` and `load_tokenizer`: a converted folder as a transformers model with its tokenizer."""
+"""`from_pretrained` and `load_tokenizer`: a converted folder as a transformers model with its
+tokenizer.
+"""
 
 import logging
 import os
@@ -54,41 +56,51 @@ def from_pretrained(
     progress: Progress | None = None,
     reserve_bytes: int = 0,
 ) -> "PreTrainedModel":
-    """A causal language model of transformers whose experts come from `folder` when tokens need them.
+    """A causal language model of transformers whose experts come from `folder` when tokens need
+    them.
 
-    folder: one that moe-convert wrote, or owner/model on the Hub, at `revision` (None: main), with `token` (None:
-    huggingface_hub's). A repository is fetched whole into huggingface_hub's cache and used there. With `lazy` all but
-    the experts is fetched first; each expert comes when it is needed, compared with its sha256, the others meanwhile;
-    they stay in HF_HOME/moe-convert, and a later start goes on. progress gets (stage, bytes there, bytes of all).
-    device: "cpu", "cuda", "cuda:1", several as "cuda:0,cuda:1" (layers' experts are split between them, all else is on
-    the first), or "auto": a GPU, if there is one that computes what it should (loader/cuda/device/choice.py) and has room.
-    dtype: of activations, norms and embeddings; None and "auto" take config.json's, on GPUs without bfloat16 float16.
-    gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto" (loader/cuda/experts/gpu_budget.py).
-    ram_cache: what they may take in RAM, likewise (loader/planning/budget.py); with a GPU page-locked, read by "direct".
-    slots: experts for each layer, on the GPU if there is one, instead of what the budget holds spread evenly.
-    io: "direct" (reads into memory of its own, past the page cache), "mmap" (experts where they lie in a map; the page
-    cache is the cache; a file that is cut while it is in use kills the process), or "auto": mmap where all experts fit
-    `ram_cache`, else direct.
-    policy: which expert leaves a full layer: lrfu, lru or lfu (loader/experts/policy.py; docs/traces.md compares them).
-    prefetch: how many experts of the next layer to guess and read ahead, 0 for none; "auto": as many as a token uses.
-    It rests by itself where it does not pay (loader/experts/prefetch.py).
-    cpu_share: "auto": missed experts are computed on the CPU where that is sooner done than copying them to the GPU;
-    "off". check: "fast": compares the sha256 of the trunk when the model loads, and the xxh3 of each expert whenever
-    its bytes come from a disk or a network into memory, or are first used in a map; "sha256": compares the experts'
-    sha256 instead; "none". Whatever it is, config.json must say what the index says, but for the fields that a user may
-    change (docs/security.md).
+    folder: one that moe-convert wrote, or owner/model on the Hub, at `revision` (None: main), with
+    `token` (None: huggingface_hub's). A repository is fetched whole into huggingface_hub's cache
+    and used there. With `lazy` all but the experts is fetched first; each expert comes when it is
+    needed, compared with its sha256, the others meanwhile; they stay in HF_HOME/moe-convert, and a
+    later start goes on. progress gets (stage, bytes there, bytes of all).
+    device: "cpu", "cuda", "cuda:1", several as "cuda:0,cuda:1" (layers' experts are split between
+    them, all else is on the first), or "auto": a GPU, if there is one that computes what it should
+    (loader/cuda/device/choice.py) and has room.
+    dtype: of activations, norms and embeddings; None and "auto" take config.json's, on GPUs without
+    bfloat16 float16.
+    gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto"
+    (loader/cuda/experts/gpu_budget.py).
+    ram_cache: what they may take in RAM, likewise (loader/planning/budget.py); with a GPU
+    page-locked, read by "direct".
+    slots: experts for each layer, on the GPU if there is one, instead of what the budget holds
+    spread evenly.
+    io: "direct" (reads into memory of its own, past the page cache), "mmap" (experts where they lie
+    in a map; the page cache is the cache; a file that is cut while it is in use kills the process),
+    or "auto": mmap where all experts fit `ram_cache`, else direct.
+    policy: which expert leaves a full layer: lrfu, lru or lfu (loader/experts/policy.py;
+    docs/traces.md compares them).
+    prefetch: how many experts of the next layer to guess and read ahead, 0 for none; "auto": as
+    many as a token uses. It rests by itself where it does not pay (loader/experts/prefetch.py).
+    cpu_share: "auto": missed experts are computed on the CPU where that is sooner done than copying
+    them to the GPU; "off". check: "fast": compares the sha256 of the trunk when the model loads,
+    and the xxh3 of each expert whenever its bytes come from a disk or a network into memory, or are
+    first used in a map; "sha256": compares the experts' sha256 instead; "none". Whatever it is,
+    config.json must say what the index says, but for the fields that a user may change
+    (docs/security.md).
     reserve_bytes: what "auto" budgets leave free besides, for KV caches of a server for example.
-    kernels: on the CPU: "native", "torch" (the slow reference), or "auto". attn_implementation: as in transformers.
+    kernels: on the CPU: "native", "torch" (the slow reference), or "auto". attn_implementation: as
+    in transformers.
 
-    After a fork the child may use the model, on the CPU, with a cache of its own. It cannot be pickled: other processes
-    load it. copy.deepcopy copies the trunk and shares the experts' cache.
+    After a fork the child may use the model, on the CPU, with a cache of its own. It cannot be
+    pickled: other processes load it. copy.deepcopy copies the trunk and shares the experts' cache.
 
-    The model is a subclass of its transformers class with two methods more: `moe_stats()` gives a `MoeStats`,
-    `reset_moe_stats()` sets the counters to zero.
+    The model is a subclass of its transformers class with two methods more: `moe_stats()` gives a
+    `MoeStats`, `reset_moe_stats()` sets the counters to zero.
 
-    Raises FormatError, DamageError or VersionError naming what is wrong with the folder, before any weight is loaded;
-    DoesNotFitError if a budget does not hold one token's experts, or the GPU not what was asked for; RecipeError for an
-    unknown option value.
+    Raises FormatError, DamageError or VersionError naming what is wrong with the folder, before any
+    weight is loaded; DoesNotFitError if a budget does not hold one token's experts, or the GPU not
+    what was asked for; RecipeError for an unknown option value.
     """
     check_options(cpu_share=cpu_share, io=io, policy=policy, check=check)
     dtype = _floating(dtype)
@@ -117,10 +129,12 @@ def from_pretrained(
 def load_tokenizer(
     folder: Folder, *, check: str = "fast", revision: str | None = None, token: str | None = None
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer in `folder`, or in the repository of that name on the Hub; code from there is never run.
+    """The tokenizer in `folder`, or in the repository of that name on the Hub; code from there is
+    never run.
 
-    Of a converted model only the files that its index lists are used, and compared with it; check: "none" takes those
-    that somebody edited too. TokenizerError (MoeConvertError) naming what is wrong; HubError, FormatError, DamageError.
+    Of a converted model only the files that its index lists are used, and compared with it; check:
+    "none" takes those that somebody edited too. TokenizerError (MoeConvertError) naming what is
+    wrong; HubError, FormatError, DamageError.
     """
     check_options(check=check)
     return tokenizer_of(small_files(folder, revision, token), check)
@@ -210,7 +224,9 @@ def _floating(dtype: Any) -> Any:
 
 
 def _check_attention(name: str | None) -> None:
-    """RecipeError unless transformers has this attention itself: for other names it would fetch code from the Hub."""
+    """RecipeError unless transformers has this attention itself: for other names it would fetch
+    code from the Hub.
+    """
     from transformers import AttentionInterface
 
     known = ("eager", *AttentionInterface().valid_keys())
@@ -227,7 +243,8 @@ def _prefetcher(model: Any, guesses: int | None) -> Prefetcher | None:
             type(model).__name__,
         )
         return None
-    # By the routers: config.json may ask for another number of experts than the folder was made with.
+    # By the routers: config.json may ask for another number of experts than the folder was made
+    # with.
     count = layers[0].router.top_k if guesses is None else guesses
     return Prefetcher([x.router.weight for x in layers], [x.norm.weight for x in layers], count)
 

@@ -1,4 +1,6 @@
-"""The values that options of loader.from_pretrained may have, so far as they can be checked without a folder."""
+"""The values that options of loader.from_pretrained may have, so far as they can be checked without
+a folder.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -34,8 +34,9 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Placement:
-    """backend: of the trunk, which is on `device`; experts: of each layer's experts. decoders: for single tokens, or
-    why there are none. retry: of passes for which a GPU had too little memory."""
+    """backend: of the trunk, which is on `device`; experts: of each layer's experts. decoders: for
+    single tokens, or why there are none. retry: of passes for which a GPU had too little memory.
+    """
 
     cache: ExpertCache
     backend: Backend

@@ -52,8 +52,9 @@ def open_model(
     lazy: bool,
     progress: Progress | None,
 ) -> OpenModel:
-    """Opens a folder, or a repository of that name where there is no such folder. Raises HubError, RecipeError for
-    options that only repositories have, and what Artifact.open raises."""
+    """Opens a folder, or a repository of that name where there is no such folder. Raises HubError,
+    RecipeError for options that only repositories have, and what Artifact.open raises.
+    """
     if not _is_repo(folder):
         if revision or lazy:
             raise RecipeError(
@@ -68,7 +69,9 @@ def open_model(
 
 
 def small_files(folder: Folder, revision: str | None, token: str | None) -> Path:
-    """The folder, or one in huggingface_hub's cache with the index and the tokenizer's files that it lists."""
+    """The folder, or one in huggingface_hub's cache with the index and the tokenizer's files that
+    it lists.
+    """
     if not _is_repo(folder):
         if os.path.isdir(folder):
             return Path(folder)

@@ -13,7 +13,8 @@ from hub_server import HubServer
 from project_paths import EXAMPLE, SUPPORT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Small matrices on few cores: torch's workers spin longer than they compute, and stall when another job runs.
+# Small matrices on few cores: torch's workers spin longer than they compute, and stall when another
+# job runs.
 torch.set_num_threads(1)
 
 
@@ -58,8 +59,10 @@ def converted_copy(converted: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def templated(converted_copy: Path) -> Path:
-    """A copy of the example at 2 bits whose tokenizer has the chat template tests/support/templates/instruct.jinja; to be
-    opened with check="none", as the index does not list it so."""
+    """A copy of the example at 2 bits whose tokenizer has the chat template
+    tests/support/templates/instruct.jinja; to be opened with check="none", as the index does not
+    list it so.
+    """
     config = converted_copy / "tokenizer_config.json"
     template = (SUPPORT / "templates" / "instruct.jinja").read_text()
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
@@ -81,8 +84,9 @@ def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, 
 
 @pytest.fixture
 def sigint() -> Iterator[None]:
-    """SIGINT interrupts this process and those that it starts, also where the tests run in the background of a script:
-    a shell has it ignored there, which children inherit."""
+    """SIGINT interrupts this process and those that it starts, also where the tests run in the
+    background of a script: a shell has it ignored there, which children inherit.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -90,7 +94,9 @@ def sigint() -> Iterator[None]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub on the loopback interface that huggingface_hub in this process talks to, with an empty cache."""
+    """A Hub on the loopback interface that huggingface_hub in this process talks to, with an empty
+    cache.
+    """
     with HubServer() as server:
         server.connect(tmp_path / "hf-home", monkeypatch)
         yield server

@@ -15,8 +15,9 @@ _TRIES = 4
 
 
 class Time(NamedTuple):
-    """seconds: of the work. queued: whether all of it had been given before it began; if not, seconds may hold pauses
-    in which the GPU waited for the host."""
+    """seconds: of the work. queued: whether all of it had been given before it began; if not,
+    seconds may hold pauses in which the GPU waited for the host.
+    """
 
     seconds: float
     queued: bool
@@ -30,7 +31,9 @@ class Clock(Protocol):
 
 
 class EventClock:
-    """By CUDA events. The GPU is held up until everything is queued; where the host needs longer, held up longer."""
+    """By CUDA events. The GPU is held up until everything is queued; where the host needs longer,
+    held up longer.
+    """
 
     def __init__(self, index: int) -> None:
         """index: the GPU's number, which is torch's present one."""
@@ -55,7 +58,9 @@ class EventClock:
 
 
 def median_time(clock: Clock, call: Call, calls: int, repeats: int) -> Time:
-    """Seconds of one call: the median over `repeats`, after one that is not counted; queued if all were."""
+    """Seconds of one call: the median over `repeats`, after one that is not counted; queued if all
+    were.
+    """
     clock.time(call, calls)
     times = [clock.time(call, calls) for _ in range(repeats)]
     return Time(statistics.median(t.seconds for t in times) / calls, all(t.queued for t in times))

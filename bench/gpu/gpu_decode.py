@@ -1,4 +1,6 @@
-"""Tokens a second of a whole model on a GPU, against what its link allows, and where a token's time goes."""
+"""Tokens a second of a whole model on a GPU, against what its link allows, and where a token's time
+goes.
+"""
 
 import gc
 import json
@@ -32,7 +34,9 @@ PAIRS: dict[str, tuple[Row, Row]] = {
 
 
 class Stamps:
-    """A streamer for generate: when each token comes; calls `on_first` at the first one, which ends the prompt."""
+    """A streamer for generate: when each token comes; calls `on_first` at the first one, which ends
+    the prompt.
+    """
 
     def __init__(self, on_first: Callable[[], None]) -> None:
         self.times: list[float] = []
@@ -88,8 +92,10 @@ class Decoding:
 
 
 def share_of_link(row: Row, link_bytes_per_s: float, expert_bytes: int) -> float | None:
-    """Tokens a second over what the link allows, `link / (misses a token · bytes of an expert)`; None without misses.
-    With a CPU share it may be above 1: what the CPU computes does not go over the link."""
+    """Tokens a second over what the link allows, `link / (misses a token · bytes of an expert)`;
+    None without misses. With a CPU share it may be above 1: what the CPU computes does not go over
+    the link.
+    """
     bytes_per_token = row["misses_per_token"] * expert_bytes
     return row["tokens_per_s"] * bytes_per_token / link_bytes_per_s if bytes_per_token else None
 
@@ -98,7 +104,9 @@ def compare(
     load: Load, decoding: Decoding, slots: list[int], names: list[str], expert_bytes: int,
     link_bytes_per_s: Callable[[], float], rounds: int,
 ) -> Iterator[Row]:  # fmt: skip
-    """Rows of the pairs called `names` with so many slots: both models loaded, in turn; the link measured before."""
+    """Rows of the pairs called `names` with so many slots: both models loaded, in turn; the link
+    measured before.
+    """
     for name in names:
         link = link_bytes_per_s()
         runs = _in_turn(
@@ -132,8 +140,10 @@ def _in_turn(load: Load, decoding: Decoding, options: list[Row], rounds: int) ->
 def profile(
     model: Any, decoding: Decoding, activity: Any = torch.profiler.ProfilerActivity.CUDA
 ) -> list[Row]:
-    """Rows of gaps by layer while tokens are decoded, under the profiler, which takes time of its own; the row of the
-    whole token has also `idle_share_plain`: what the time without the profiler leaves beside the busy time with it."""
+    """Rows of gaps by layer while tokens are decoded, under the profiler, which takes time of its
+    own; the row of the whole token has also `idle_share_plain`: what the time without the profiler
+    leaves beside the busy time with it.
+    """
     decoding.run(model)
     plain_us = 1e6 / decoding.run(model)["tokens_per_s"]
     profiler = torch.profiler.profile(activities=[activity])
@@ -181,7 +191,9 @@ def resident(
 
 @contextmanager
 def loaded(load: Load, **options: Any) -> Iterator[Any]:
-    """A model whose page-locked RAM is given back afterwards; what it has on the GPU, when it is collected."""
+    """A model whose page-locked RAM is given back afterwards; what it has on the GPU, when it is
+    collected.
+    """
     model = load(**options)
     try:
         yield model

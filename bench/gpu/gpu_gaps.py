@@ -37,7 +37,9 @@ def busy_us(intervals: Iterable[Interval], begin: float, end: float) -> float:
 
 
 def layer_begins(intervals: Sequence[Interval]) -> list[float]:
-    """When each layer of each token begins: with the norm before its attention (loader/cuda/decode/gpu_layer.py)."""
+    """When each layer of each token begins: with the norm before its attention
+    (loader/cuda/decode/gpu_layer.py).
+    """
     begins, norm = [], None
     for interval in intervals:
         if interval.name.startswith("add_norm_"):
@@ -53,9 +55,11 @@ def layer_begins(intervals: Sequence[Interval]) -> list[float]:
 
 
 def gaps(intervals: Sequence[Interval], layers: int) -> list[dict[str, Any]]:
-    """A row for each layer and one for a whole token, medians over tokens: µs, of these idle (neither kernel nor copy),
-    and the shares in which nothing, a kernel, a copy to the GPU runs. The last layer's has the head, the choice of the
-    token and the way through Python to the next one. Empty if the trace has not whole tokens of the fused path."""
+    """A row for each layer and one for a whole token, medians over tokens: µs, of these idle
+    (neither kernel nor copy), and the shares in which nothing, a kernel, a copy to the GPU runs.
+    The last layer's has the head, the choice of the token and the way through Python to the next
+    one. Empty if the trace has not whole tokens of the fused path.
+    """
     begins = layer_begins(intervals)
     tokens, rest = divmod(len(begins), layers)
     if rest or tokens < 2:

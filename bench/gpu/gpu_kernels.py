@@ -1,6 +1,8 @@
-"""What a GPU's link, memory and kernels give: copies of experts, both at once, products in every packing.
+"""What a GPU's link, memory and kernels give: copies of experts, both at once, products in every
+packing.
 
-GB/s of a kernel are the packed bytes that it reads, those of a copy within the GPU what it reads and what it writes.
+GB/s of a kernel are the packed bytes that it reads, those of a copy within the GPU what it reads
+and what it writes.
 """
 
 import statistics
@@ -77,7 +79,9 @@ class DeviceCopy:
 
 
 def ring_bytes(device: Device) -> int:
-    """What distinct weights may take, so that a kernel that walks around them finds none in a cache."""
+    """What distinct weights may take, so that a kernel that walks around them finds none in a
+    cache.
+    """
     return min(1 << 30, device.memory()[0] // 3)
 
 
@@ -100,7 +104,9 @@ def on_device(device: Device, host: Tensor) -> Tensor:
 
 
 class ExpertsRing:
-    """An even number of experts in the GPU's memory; each call is two of them, as one layer of Mixtral."""
+    """An even number of experts in the GPU's memory; each call is two of them, as one layer of
+    Mixtral.
+    """
 
     def __init__(self, device: Device, layout: ExpertLayout, n_bytes: int) -> None:
         self.device, self.layout, self.products = device, layout, Products(device)
@@ -189,7 +195,9 @@ def beside_copy(
     copy: DeviceCopy,
     pairs: int,
 ) -> Row:
-    """A kernel that reads n_bytes at each call and a copy within the GPU, in turn; the first pair is not counted."""
+    """A kernel that reads n_bytes at each call and a copy within the GPU, in turn; the first pair
+    is not counted.
+    """
     times = [(clock.time(call, calls), clock.time(copy, copy.calls)) for _ in range(pairs + 1)][1:]
     rates = [(calls * n_bytes / a.seconds, copy.calls * copy.n_bytes / b.seconds) for a, b in times]
     return {
@@ -211,9 +219,11 @@ def kernels(
     many: Sequence[int] = (16, 64, 256, 1024),
     pairs: int = 5,
 ) -> Iterator[Row]:
-    """Rows for every packing: a layer's two experts, its attention; `few` tokens beside a copy, `many` by arithmetic.
+    """Rows for every packing: a layer's two experts, its attention; `few` tokens beside a copy,
+    `many` by arithmetic.
 
-    weights_tokens_t_s: 10¹² weights times tokens a second, that is multiply-adds."""
+    weights_tokens_t_s: 10¹² weights times tokens a second, that is multiply-adds.
+    """
     copy = DeviceCopy(device)
     for packing in packings:
         layout = ExpertLayout(shape.hidden, shape.intermediate, packing, packing)
@@ -274,9 +284,11 @@ def overlap(
     copies: int = 4,
     most: int = 200,
 ) -> Row:
-    """Copies of experts while experts are computed: the time of both over that of the longer one alone.
+    """Copies of experts while experts are computed: the time of both over that of the longer one
+    alone.
 
-    copies: how many; as many layers' experts beside them, `most` at most, as take the same time."""
+    copies: how many; as many layers' experts beside them, `most` at most, as take the same time.
+    """
     ring, expert = ExpertsRing(device, layout, n_bytes), PinnedExpert(device, layout.n_bytes)
     stream, compute = device.new_stream(), device.compute_stream()
     one = ring.call(1)

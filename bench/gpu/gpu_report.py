@@ -92,7 +92,9 @@ def _text(value: Any) -> str:
 
 
 def parse_smi(text: str, uuid: str) -> dict[str, str]:
-    """The line of nvidia-smi's CSV (SMI_FIELDS, no header, no units) for the GPU `uuid`, empty if it is not there."""
+    """The line of nvidia-smi's CSV (SMI_FIELDS, no header, no units) for the GPU `uuid`, empty if
+    it is not there.
+    """
     for row in text.splitlines():
         values = [value.strip() for value in row.split(",")]
         if len(values) == len(SMI_FIELDS) and values[0].removeprefix("GPU-") == uuid.removeprefix(

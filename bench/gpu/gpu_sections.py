@@ -179,8 +179,10 @@ def run(
     result: Row,
     store: Callable[[], None],
 ) -> bool:
-    """Fills `result` with each section's rows and prints them; stores after each. A section that fails is told of, and
-    the next one begins: a machine may be there only once. Whether all went well."""
+    """Fills `result` with each section's rows and prints them; stores after each. A section that
+    fails is told of, and the next one begins: a machine may be there only once. Whether all went
+    well.
+    """
     well = True
     for name, section in sections:
         begin = time.perf_counter()

@@ -1,9 +1,11 @@
-"""What fewer bits cost each layer: how far the experts' outputs are off, beside what they are added to.
+"""What fewer bits cost each layer: how far the experts' outputs are off, beside what they are added
+to.
 
-Calibration's tokens, or some of them, go through the original model once. For each projection and packing a sample of
-its rows is quantized, under statistics in blocks, which take little time, and the layer's output error is estimated:
-mean over tokens of ‖error‖² / ‖residual stream after the layer‖², errors of different rows and experts taken as
-independent. docs/quality.md has how well that tells which layers need bits.
+Calibration's tokens, or some of them, go through the original model once. For each projection and
+packing a sample of its rows is quantized, under statistics in blocks, which take little time, and
+the layer's output error is estimated: mean over tokens of ‖error‖² / ‖residual stream after the
+layer‖², errors of different rows and experts taken as independent. docs/quality.md has how well
+that tells which layers need bits.
 """
 
 import hashlib
@@ -57,9 +59,11 @@ _log = logging.getLogger(__name__)
 
 
 class BitSensitivity:
-    """Measures one layer after the other; an interrupted one goes on after the last layer whose state is in `folder`.
+    """Measures one layer after the other; an interrupted one goes on after the last layer whose
+    state is in `folder`.
 
-    packings: for each projection (gate_up, down). identity: what the state must have been computed from.
+    packings: for each projection (gate_up, down). identity: what the state must have been computed
+    from.
     """
 
     def __init__(
@@ -88,7 +92,8 @@ class BitSensitivity:
         self._identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def measure(self, progress: Callable[[int], None]) -> list[LayerErrors]:
-        """Of each layer with experts: projection -> packing -> error. `progress` is told how many of them are done.
+        """Of each layer with experts: projection -> packing -> error. `progress` is told how many
+        of them are done.
 
         SourceError naming the layer where activations are infinite or NaN.
         """
@@ -115,7 +120,9 @@ class BitSensitivity:
         return [], stream
 
     def _layer(self, layer: int, stream: Tensor) -> LayerErrors:
-        """Take the stream through decoder layer `layer`, in place, and return what each packing costs there."""
+        """Take the stream through decoder layer `layer`, in place, and return what each packing
+        costs there.
+        """
         (intermediate,) = (
             m.intermediate for m in self._checkpoint.shape.experts if m.decoder_layer == layer
         )
@@ -155,7 +162,9 @@ class _Measurement(LayerWork):
             self._energies[key].index_add_(0, piece.tokens, energy * piece.scores.square())
 
     def errors(self, after: Tensor) -> LayerErrors:
-        """Return the mean over tokens of each packing's energy, beside the stream after the layer, [tokens, hidden]."""
+        """Return the mean over tokens of each packing's energy, beside the stream after the layer,
+        [tokens, hidden].
+        """
         weighted = (self._weights / after.square().sum(1).clamp_min(1e-30)).double()
         total = self._weights.double().sum()
         errors: LayerErrors = {}
@@ -194,8 +203,9 @@ class _RowQuantizer:
 
 
 class _ExpertCosts(SliceVisitor):
-    """Sums what each packing changes in an expert's outputs for inputs x, float32 [n, hidden], of tokens with these
-    weights, by a sample of its rows."""
+    """Sums what each packing changes in an expert's outputs for inputs x, float32 [n, hidden], of
+    tokens with these weights, by a sample of its rows.
+    """
 
     def __init__(
         self, quantizer: _RowQuantizer, x: Tensor, weights: Tensor, intermediate: int
@@ -244,7 +254,9 @@ class _ExpertCosts(SliceVisitor):
 
 
 def _statistics(x: Tensor, weights: Tensor) -> InputStatistics:
-    """In blocks of columns, shrunk towards their diagonal, as the tokens may be fewer than the columns of a block."""
+    """In blocks of columns, shrunk towards their diagonal, as the tokens may be fewer than the
+    columns of a block.
+    """
     moment = block_moments(x, weights, DOWN_BLOCK) / weights.double().sum().clamp_min(1e-30).float()
     diagonal = InputStatistics(torch.diag_embed(moment.diagonal(dim1=1, dim2=2)), 1.0)
     return InputStatistics(moment, effective_tokens(weights)).shrunk(

@@ -1,4 +1,6 @@
-"""The calibration pass: tokens go through the original layer by layer; the inputs of its linears are summed up."""
+"""The calibration pass: tokens go through the original layer by layer; the inputs of its linears
+are summed up.
+"""
 
 import hashlib
 import json
@@ -32,7 +34,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stand:
-    """Where the tokens are: before decoder layer `position`. activations: float32 [windows, window, hidden]."""
+    """Where the tokens are: before decoder layer `position`. activations: float32 [windows, window,
+    hidden].
+    """
 
     position: int
     activations: Tensor
@@ -45,8 +49,9 @@ OUTSIDE = Stand(-1, torch.empty(0))
 class CalibrationPass:
     """Gathers the statistics of one decoder layer after the other, best in ascending order.
 
-    `finish(layer)` stores the activations in `folder`, for a resume. `identity` is what they must have been computed
-    from. run_all runs tasks on the workers. down_width: columns of a block of down's statistics.
+    `finish(layer)` stores the activations in `folder`, for a resume. `identity` is what they must
+    have been computed from. run_all runs tasks on the workers. down_width: columns of a block of
+    down's statistics.
     """
 
     def __init__(
@@ -71,15 +76,19 @@ class CalibrationPass:
         self._stand = OUTSIDE
 
     def prepare(self, layer: int, *, gather: bool = True) -> LayerStatistics:
-        """Return the statistics of decoder layer `layer`, after passing through the layers before it where need be.
+        """Return the statistics of decoder layer `layer`, after passing through the layers before
+        it where need be.
 
-        Without `gather` it only goes through, and the statistics are empty: nothing of the layer is quantized.
+        Without `gather` it only goes through, and the statistics are empty: nothing of the layer is
+        quantized.
         """
         self._go_to(layer)
         return self._forward(layer, gather=gather)
 
     def finish(self, layer: int) -> None:
-        """Store where the pass stands, once everything of `layer`, the last that was prepared, is quantized."""
+        """Store where the pass stands, once everything of `layer`, the last that was prepared, is
+        quantized.
+        """
         if self._stand.position == layer + 1:
             write_state(self._state, self._identity, self._stand.position, self._stand.activations)
 
@@ -99,7 +108,9 @@ class CalibrationPass:
             self._forward(self._stand.position, gather=False)
 
     def _stored(self, layer: int) -> Stand:
-        """The stored activations, if they stand at or before `layer`; else those before the first layer."""
+        """The stored activations, if they stand at or before `layer`; else those before the first
+        layer.
+        """
         shape = (*self._windows.shape, self._forward_pass.hidden_size)
         kept = read_state(self._state, self._identity, shape)
         if kept and kept[0] <= layer:

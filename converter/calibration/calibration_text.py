@@ -1,4 +1,6 @@
-"""What calibration runs through the model: windows of tokens from a text, from the shipped one, or random."""
+"""What calibration runs through the model: windows of tokens from a text, from the shipped one, or
+random.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ SEED = 0
 RANDOM_SHARE = 0.25
 """Of the tokens, in `builtin` and `file`."""
 RANDOM_WEIGHT = 0.25
-"""What the random tokens weigh together. 0.25 did no worse than 0.5 in four comparisons: KL .00695 against
-.00706 and .00234 against .00247 on tiny-mixtral at 2 and 3 bits (docs/quality.md)."""
+"""What the random tokens weigh together. 0.25 did no worse than 0.5 in four comparisons: KL .00695
+against .00706 and .00234 against .00247 on tiny-mixtral at 2 and 3 bits (docs/quality.md).
+"""
 
 BUILTIN = "calibration.txt.zst"
 _MOST_TEXT_BYTES = 64 << 20
@@ -33,8 +36,9 @@ _MOST_UNKNOWN = 0.25
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """windows: int64 [windows, window], each begun by BOS where there is one; weights: float32 [windows], of a token
-    of each window; sha256 of both."""
+    """windows: int64 [windows, window], each begun by BOS where there is one; weights: float32
+    [windows], of a token of each window; sha256 of both.
+    """
 
     kind: str
     windows: Tensor
@@ -52,11 +56,12 @@ def calibration_tokens(
 ) -> CalibrationTokens:
     """About `tokens` tokens (whole windows) for `checkpoint`.
 
-    kind: "random", drawn uniformly from the vocabulary; "builtin", the text that the package ships, or "file", the
-    UTF-8 text in `file`: windows from all over the text, and a share of random ones. The same for the same arguments.
+    kind: "random", drawn uniformly from the vocabulary; "builtin", the text that the package ships,
+    or "file", the UTF-8 text in `file`: windows from all over the text, and a share of random ones.
+    The same for the same arguments.
     tokenizer: the checkpoint's, None to open it here.
-    Raises SourceError for a text that cannot be read, is no UTF-8, or has too few tokens, and where the checkpoint's
-    tokenizer cannot be loaded; RecipeError for too few tokens.
+    Raises SourceError for a text that cannot be read, is no UTF-8, or has too few tokens, and where
+    the checkpoint's tokenizer cannot be loaded; RecipeError for too few tokens.
     """
     if tokens < FEWEST_TOKENS:
         raise RecipeError(

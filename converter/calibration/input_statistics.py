@@ -1,4 +1,6 @@
-"""Second moments of a linear's inputs: what calibration gathers and the feedback solver minimizes errors under."""
+"""Second moments of a linear's inputs: what calibration gathers and the feedback solver minimizes
+errors under.
+"""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,14 +14,17 @@ from converter.forward.ordered_tasks import RunAll
 
 T = TypeVar("T")
 STRIPE_COLUMNS = 1024
-"""Columns of a moment that one task sums. Fixed, so that the number of workers changes no bit of a sum."""
+"""Columns of a moment that one task sums. Fixed, so that the number of workers changes no bit of a
+sum.
+"""
 
 
 class InputStatistics:
     """H = Σ w·x·xᵀ / Σ w over the tokens that reached a linear, in blocks along its columns.
 
-    hessian: float32 [blocks, width, width], the blocks of the diagonal; one block is the whole matrix. Columns past
-    the linear's last are zero. tokens: how many tokens were summed (an effective number where their weights differ).
+    hessian: float32 [blocks, width, width], the blocks of the diagonal; one block is the whole
+    matrix. Columns past the linear's last are zero. tokens: how many tokens were summed (an
+    effective number where their weights differ).
     """
 
     def __init__(self, hessian: Tensor, tokens: float) -> None:
@@ -45,7 +50,8 @@ class InputStatistics:
 
 
 def second_moment(parts: Sequence[Tensor], weights: Tensor, run_all: RunAll) -> Tensor:
-    """Σ w·x·xᵀ, float32 [columns, columns], of the rows x of all parts, [n, columns] each. weights: [all rows].
+    """Σ w·x·xᵀ, float32 [columns, columns], of the rows x of all parts, [n, columns] each. weights:
+    [all rows].
 
     All are float32. Parts are summed in their order.
     """
@@ -68,7 +74,8 @@ def second_moment(parts: Sequence[Tensor], weights: Tensor, run_all: RunAll) -> 
 
 
 def block_moments(x: Tensor, weights: Tensor, width: int, other: Tensor | None = None) -> Tensor:
-    """As `second_moment`, but only blocks of `width` columns: float32 [ceil(columns / width), width, width].
+    """As `second_moment`, but only blocks of `width` columns: float32 [ceil(columns / width),
+    width, width].
 
     With `other`, of the shape of x, Σ w·x·otherᵀ.
     """

@@ -23,9 +23,11 @@ ROWS_IN_A_PART = 2048
 
 
 class LayerGatherer(LayerWork):
-    """Sums up the inputs of decoder layer `number` over tokens with these weights (float32 [tokens]).
+    """Sums up the inputs of decoder layer `number` over tokens with these weights (float32
+    [tokens]).
 
-    down_width: columns of a block of down's statistics. SourceError for sums that are infinite or NaN.
+    down_width: columns of a block of down's statistics. SourceError for sums that are infinite or
+    NaN.
     """
 
     def __init__(
@@ -146,8 +148,9 @@ def whole_statistics(
     weights: Tensor,
     run_all: RunAll,
 ) -> InputStatistics:
-    """Return the statistics of a linear for all tokens, at full width; the linear is in decoder layer `layer`, None for
-    the head. SourceError if they are infinite or NaN."""
+    """Return the statistics of a linear for all tokens, at full width; the linear is in decoder
+    layer `layer`, None for the head. SourceError if they are infinite or NaN.
+    """
     moment = second_moment(parts, weights, run_all) / weights.double().sum()
     if not bool(torch.isfinite(moment).all()):
         raise overflow_error(checkpoint, layer, what)

@@ -1,4 +1,6 @@
-"""What calibration knows of one layer: its linears' statistics, some computed when an expert's turn comes."""
+"""What calibration knows of one layer: its linears' statistics, some computed when an expert's turn
+comes.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +19,12 @@ from converter.forward.ordered_tasks import one_by_one
 from converter.solvers.down_correction import DownCorrection
 
 DOWN_BLOCK = 256
-"""Columns of a block of down's statistics, if nothing else is asked for; full width takes 822 MB an expert of 8x7B."""
+"""Columns of a block of down's statistics, if nothing else is asked for; full width takes 822 MB an
+expert of 8x7B.
+"""
 PRIOR_SHARE = 0.25
-"""An expert's statistics are shrunk towards its layer's by this many tokens per column of a block."""
+"""An expert's statistics are shrunk towards its layer's by this many tokens per column of a block.
+"""
 
 Rows = Callable[[int, int], Tensor]
 """Rows begin..end (exclusive) of a matrix."""
@@ -27,7 +32,9 @@ Rows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """What reached one expert: which tokens (int64 [n]), and its down inputs, bfloat16 [n, intermediate]."""
+    """What reached one expert: which tokens (int64 [n]), and its down inputs, bfloat16 [n,
+    intermediate].
+    """
 
     tokens: Tensor
     inner: Tensor
@@ -39,10 +46,11 @@ def _nothing() -> InputStatistics:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """linears: of the packable linears, by module path. The rest is of the experts, and empty in a layer without any.
+    """linears: of the packable linears, by module path. The rest is of the experts, and empty in a
+    layer without any.
 
-    inputs: float32 [tokens, hidden], the experts'; weights: float32 [tokens]. gate_up and down are of all experts
-    together. products: the dtype in which weights are multiplied.
+    inputs: float32 [tokens, hidden], the experts'; weights: float32 [tokens]. gate_up and down are
+    of all experts together. products: the dtype in which weights are multiplied.
     """
 
     linears: dict[str, InputStatistics]
@@ -68,7 +76,9 @@ class LayerStatistics:
     def of_down(
         self, expert: int, gate: Rows, up: Rows
     ) -> tuple[InputStatistics, DownCorrection | None]:
-        """Of an expert's down, given its quantized gate and up, and how to correct its weights for their errors."""
+        """Of an expert's down, given its quantized gate and up, and how to correct its weights for
+        their errors.
+        """
         reached = self.experts[expert]
         weights = self.weights[reached.tokens]
         if not len(weights):

@@ -13,28 +13,31 @@ _EXPERTS_AT_ONCE = 8
 
 
 def experts_at_once(width: int) -> int:
-    """Return as many experts as have moments of the size of those of _EXPERTS_AT_ONCE in blocks of DOWN_BLOCK, at least
-    one."""
+    """Return as many experts as have moments of the size of those of _EXPERTS_AT_ONCE in blocks of
+    DOWN_BLOCK, at least one.
+    """
     return max(1, _EXPERTS_AT_ONCE * DOWN_BLOCK // width)
 
 
 def calibration_memory_bytes(
     architecture: Architecture, tokens: int, width: int
 ) -> tuple[int, int]:
-    """Return the peak memory of a pass over `tokens` tokens: (the pass's, each worker's in addition); 0 for no tokens.
+    """Return the peak memory of a pass over `tokens` tokens: (the pass's, each worker's in
+    addition); 0 for no tokens.
 
-    T tokens, hidden size h, q = heads · head_dim, intermediate size I, E experts of which a token chooses k, blocks of
-    w columns in down's statistics, n experts at once. The pass holds, in float32 unless said otherwise,
+    T tokens, hidden size h, q = heads · head_dim, intermediate size I, E experts of which a token
+    chooses k, blocks of w columns in down's statistics, n experts at once. The pass holds, in
+    float32 unless said otherwise,
 
     - the stream and the experts' inputs: 2·T·h;
     - the layer's weights but for the experts': q, k, v and o of attention, at most 4·h·q;
     - moments: h² and q² of attention's inputs, h² of gate's and up's, I·w of down's;
-    - and the larger of the inputs of attention's linears, T·(h + q), and what the experts need: the sum of their
-      outputs, T·h; down's inputs, T·k·I in bfloat16; outputs of n experts, T·k·h·n / E; and their pieces' moments, I·w
-      each.
+    - and the larger of the inputs of attention's linears, T·(h + q), and what the experts need: the
+      sum of their outputs, T·h; down's inputs, T·k·I in bfloat16; outputs of n experts, T·k·h·n /
+      E; and their pieces' moments, I·w each.
 
-    A worker holds the largest of a run of the layer on a few windows, slices of an expert with a piece's activations,
-    factorizations of h² moments, and the correction of down.
+    A worker holds the largest of a run of the layer on a few windows, slices of an expert with a
+    piece's activations, factorizations of h² moments, and the correction of down.
     """
     if not tokens:
         return 0, 0

@@ -1,4 +1,6 @@
-"""The state of a pass over layers that can be interrupted: numbers and the activations, kept with their checksum."""
+"""The state of a pass over layers that can be interrupted: numbers and the activations, kept with
+their checksum.
+"""
 
 import logging
 from pathlib import Path
@@ -16,9 +18,11 @@ _log = logging.getLogger(__name__)
 
 
 def write_state(path: Path, identity: str, progress: Any, activations: Tensor) -> None:
-    """Keeps `progress` (JSON) and `activations` (float32), which were computed from what `identity` says.
+    """Keeps `progress` (JSON) and `activations` (float32), which were computed from what `identity`
+    says.
 
-    The file is the sha256 of the rest in hex, a line feed, a line of JSON, and the activations' bytes.
+    The file is the sha256 of the rest in hex, a line feed, a line of JSON, and the activations'
+    bytes.
     """
     make_folder(path.parent)
     head = msgspec.json.encode([identity, progress, list(activations.shape)])
@@ -29,7 +33,8 @@ def write_state(path: Path, identity: str, progress: Any, activations: Tensor) -
 def read_state(path: Path, identity: str, shape: tuple[int, ...]) -> tuple[Any, Tensor] | None:
     """(progress, activations float32 [*shape]) as they were kept.
 
-    None where there are none of this identity and shape, or where they are damaged: a warning then says so.
+    None where there are none of this identity and shape, or where they are damaged: a warning then
+    says so.
     """
     try:
         data = path.read_bytes()

@@ -1,4 +1,6 @@
-"""The weight behind activations that are not finite: named where it can be, since only it can be mended."""
+"""The weight behind activations that are not finite: named where it can be, since only it can be
+mended.
+"""
 
 import torch
 
@@ -11,9 +13,11 @@ _BYTES_AT_ONCE = 16 << 20
 
 
 def overflow_error(checkpoint: Checkpoint, layer: int | None, where: str) -> SourceError:
-    """The error of activations that became infinite or NaN in `layer` (None: after the last), at `where`.
+    """The error of activations that became infinite or NaN in `layer` (None: after the last), at
+    `where`.
 
-    Names the layer's first weight that is not finite, else the largest one. Reads all of the layer's weights.
+    Names the layer's first weight that is not finite, else the largest one. Reads all of the
+    layer's weights.
     """
     largest, place = -1.0, ""
     for weight in _weights_of(checkpoint, layer):

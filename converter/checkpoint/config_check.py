@@ -14,10 +14,11 @@ from formats.errors import SourceError
 def check_with_transformers(
     shape: ModelShape, config: dict[str, Any], generation: dict[str, Any] | None, where: str
 ) -> None:
-    """Computes the first and the last position's rotary embedding, and builds the generation config.
+    """Computes the first and the last position's rotary embedding, and builds the generation
+    config.
 
-    config, generation: gated. `where` is config.json's path. SourceError naming the file and transformers' reason: what
-    it cannot build here it could not load after the conversion either.
+    config, generation: gated. `where` is config.json's path. SourceError naming the file and
+    transformers' reason: what it cannot build here it could not load after the conversion either.
     """
     from transformers import GenerationConfig
 
@@ -25,7 +26,8 @@ def check_with_transformers(
         built = type(shape.model.base_model.rotary_emb)(copy.deepcopy(shape.model.config))
         last = config["max_position_embeddings"] - 1
         cos, sin = built(torch.empty(1), torch.tensor([[0, last]]))
-    # Whatever a foreign library raises for a stranger's values: TypeError, KeyError, ZeroDivisionError and its own.
+    # Whatever a foreign library raises for a stranger's values: TypeError, KeyError,
+    # ZeroDivisionError and its own.
     except Exception as e:
         raise _refused(where, e) from e
     if cos.shape[-1] != config["head_dim"] or not bool(

@@ -1,5 +1,6 @@
-"""transformers' table of conversions: which tensor of the model a checkpoint's tensor becomes. Private there, and used
-only here."""
+"""transformers' table of conversions: which tensor of the model a checkpoint's tensor becomes.
+Private there, and used only here.
+"""
 
 import re
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq")
 
 @dataclass(frozen=True)
 class Target:
-    """The tensor of the model that a checkpoint's tensor goes to, and the part of it, if it is a part.
+    """The tensor of the model that a checkpoint's tensor goes to, and the part of it, if it is a
+    part.
 
-    part: its number among the `parts` tensors that an expert of the model's tensor is made of; expert: which one.
+    part: its number among the `parts` tensors that an expert of the model's tensor is made of;
+    expert: which one.
     """
 
     name: str
@@ -26,8 +29,9 @@ class Target:
 
 
 class ConversionTable:
-    """The conversions of one model, whose config.json is `where`. SourceError if the installed transformers has no such
-    table."""
+    """The conversions of one model, whose config.json is `where`. SourceError if the installed
+    transformers has no such table.
+    """
 
     def __init__(self, model: Any, where: str) -> None:
         try:
@@ -49,8 +53,8 @@ class ConversionTable:
     def target(self, name: str) -> Target | None:
         """Where the tensor `name` goes; None for what transformers does not load.
 
-        A name that the table does not know is its own target. SourceError for a conversion that is not a selection of
-        experts and their projections.
+        A name that the table does not know is its own target. SourceError for a conversion that is
+        not a selection of experts and their projections.
         """
         if _COMPUTED.search(name):
             return None

@@ -9,13 +9,17 @@ HIDDEN = 32
 INTERMEDIATE = 24
 _TOLERANCE = 1e-4
 FUSED = ("gate_up_proj", "down_proj")
-"""An experts module's parameters, [experts, 2 * intermediate, hidden] and [experts, hidden, intermediate]."""
+"""An experts module's parameters, [experts, 2 * intermediate, hidden] and [experts, hidden,
+intermediate].
+"""
 
 
 def computes_gated_silu(module: Any) -> bool:
-    """True if the module's own forward gives silu(gate)·up → down, by the weights of the experts that tokens choose.
+    """True if the module's own forward gives silu(gate)·up → down, by the weights of the experts
+    that tokens choose.
 
-    The module is on the meta device. It runs with small random weights, of which one expert's stand for all.
+    The module is on the meta device. It runs with small random weights, of which one expert's stand
+    for all.
     """
     count = len(module.down_proj)
     if set(dict(module.named_parameters())) != set(FUSED) or count < 1:

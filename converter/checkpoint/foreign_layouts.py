@@ -1,15 +1,19 @@
-"""Tensor names that other programs write around transformers' own: wrappers, a missing prefix, mlx-lm's stacks."""
+"""Tensor names that other programs write around transformers' own: wrappers, a missing prefix,
+mlx-lm's stacks.
+"""
 
 import re
 
 from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.names import ExpertTensor, FusedTensor
 
-# torch.compile, FSDP and activation checkpointing put the name of their wrapper before that of what they wrap.
+# torch.compile, FSDP and activation checkpointing put the name of their wrapper before that of what
+# they wrap.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-# DataParallel and DeepSpeed write "module.", PEFT "base_model.model."; they may stand inside each other.
+# DataParallel and DeepSpeed write "module.", PEFT "base_model.model."; they may stand inside each
+# other.
 _OUTER = re.compile(r"^(?:module\.|base_model\.model\.)+")
 _NO_MODEL = re.compile(r"^(?:layers\.\d+|embed_tokens|norm)\.")
 _SWITCH = re.compile(
@@ -21,7 +25,9 @@ _FUSED_MODULE = re.compile(r"(.+\.experts\.(?:gate_up_proj|down_proj))\.weight")
 
 
 def plain_name(name: str) -> str:
-    """`name` without the wrappers' prefixes, and with `model.` where it lacks that, as transformers reads it."""
+    """`name` without the wrappers' prefixes, and with `model.` where it lacks that, as transformers
+    reads it.
+    """
     name = _OUTER.sub("", _WRAPPERS.sub("", name))
     if name == "model.lm_head.weight":
         return "lm_head.weight"

@@ -1,4 +1,6 @@
-"""What a checkpoint's model is made of: layers, experts, tensors and shapes, as transformers' class says them."""
+"""What a checkpoint's model is made of: layers, experts, tensors and shapes, as transformers' class
+says them.
+"""
 
 import copy
 import re
@@ -21,7 +23,9 @@ from formats.trunk import ATTENTION
 HEAD = "lm_head"
 _PROJECTIONS = {("gate_up_proj", 0): "gate", ("gate_up_proj", 1): "up", ("down_proj", 0): "down"}
 _SPELLED_OUT = {("gate_up_proj", 2), ("down_proj", 1)}
-"""Of how many tensors of a checkpoint an expert's part of a fused parameter is made, where each expert has its own."""
+"""Of how many tensors of a checkpoint an expert's part of a fused parameter is made, where each
+expert has its own.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class ExpertsModule:
 class ModelShape:
     """The model of a gated config.json (formats/config/model_config.py), on the meta device.
 
-    `where` is config.json's path, for errors. SourceError for what transformers refuses, and for experts that compute
-    something else than packed ones.
+    `where` is config.json's path, for errors. SourceError for what transformers refuses, and for
+    experts that compute something else than packed ones.
     """
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
@@ -86,8 +90,8 @@ class ModelShape:
         self._ordinals = {module.path: layer for layer, module in enumerate(self.experts)}
 
     def role(self, name: str) -> ExpertTensor | FusedTensor | str | None:
-        """What a tensor of the checkpoint is: an expert's, all experts' of a layer, the trunk's (its name there); None
-        for what transformers does not load.
+        """What a tensor of the checkpoint is: an expert's, all experts' of a layer, the trunk's
+        (its name there); None for what transformers does not load.
 
         A tensor that the model does not have keeps its name, which is not in `trunk`.
         """
@@ -186,7 +190,8 @@ def _meta_model(config: dict[str, Any], where: str) -> Any:
             model = AutoModelForCausalLM.from_config(
                 built, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
             )
-    # Whatever a foreign library raises for a stranger's values: TypeError, KeyError, ZeroDivisionError and its own.
+    # Whatever a foreign library raises for a stranger's values: TypeError, KeyError,
+    # ZeroDivisionError and its own.
     except Exception as e:
         raise SourceError(
             f"{where}: transformers refuses it: {type(e).__name__}: {short(str(e))}",

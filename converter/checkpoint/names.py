@@ -1,11 +1,15 @@
-"""What a tensor of a checkpoint is: an expert's projection, or a projection of all experts of a layer."""
+"""What a tensor of a checkpoint is: an expert's projection, or a projection of all experts of a
+layer.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """One expert's projection: "gate", "up" or "down". layer: its place among the layers that have experts."""
+    """One expert's projection: "gate", "up" or "down". layer: its place among the layers that have
+    experts.
+    """
 
     layer: int
     expert: int
@@ -14,8 +18,9 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class FusedTensor:
-    """One projection of all experts of a layer, [experts, rows, columns]: "gate", "up", "down", or "gate_up", which has
-    gate's rows before up's."""
+    """One projection of all experts of a layer, [experts, rows, columns]: "gate", "up", "down", or
+    "gate_up", which has gate's rows before up's.
+    """
 
     layer: int
     projection: str

@@ -1,4 +1,6 @@
-"""A checkpoint as its config.json describes it, and what a recipe would make of it: no shard is opened."""
+"""A checkpoint as its config.json describes it, and what a recipe would make of it: no shard is
+opened.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,9 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Outline:
-    """The model, the tensors that are not experts, and the experts' dtype: for all config.json's, else bfloat16."""
+    """The model, the tensors that are not experts, and the experts' dtype: for all config.json's,
+    else bfloat16.
+    """
 
     shape: ModelShape
     trunk: dict[str, Weight]
@@ -31,7 +35,9 @@ class Outline:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Outline":
-        """From config.json in `folder`; SourceError unless it is of a model that this release converts."""
+        """From config.json in `folder`; SourceError unless it is of a model that this release
+        converts.
+        """
         check_folder(folder)
         config = read_config(folder)
         shape = ModelShape(config, str(folder / "config.json"))
@@ -45,7 +51,9 @@ class Outline:
 
 @dataclass(frozen=True)
 class PlannedFolder:
-    """What a conversion would write: the layouts of the experts, layers[layer][expert], and the trunk's tensors."""
+    """What a conversion would write: the layouts of the experts, layers[layer][expert], and the
+    trunk's tensors.
+    """
 
     folder: Path
     architecture: Architecture

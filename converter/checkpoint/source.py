@@ -1,4 +1,6 @@
-"""A source checkpoint: its config and shards, opened strictly, and its weights by (layer, expert, projection)."""
+"""A source checkpoint: its config and shards, opened strictly, and its weights by (layer, expert,
+projection).
+"""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -41,9 +43,10 @@ _COMPARED_BYTES = 16 << 20
 class Checkpoint:
     """A checkpoint in a local folder or a Hub repository. Close it, or use it as a context.
 
-    Raises SourceError for anything that this release does not convert: another model type, no safetensors, missing,
-    extra, misshapen or cut tensors; PathError for unsafe names; HubError. Nothing is written, and no weight is read but
-    a head that is stored beside an embedding that config.json ties it to.
+    Raises SourceError for anything that this release does not convert: another model type, no
+    safetensors, missing, extra, misshapen or cut tensors; PathError for unsafe names; HubError.
+    Nothing is written, and no weight is read but a head that is stored beside an embedding that
+    config.json ties it to.
     """
 
     def __init__(self, source: Path | HubModel) -> None:
@@ -54,7 +57,9 @@ class Checkpoint:
             check_folder(self.folder)
         where = str(self.folder / "config.json")
         self.config = read_config(self.folder)
-        """What transformers may get, and what is written (docs/security.md), with what the tensors decide."""
+        """What transformers may get, and what is written (docs/security.md), with what the tensors
+        decide.
+        """
         self.shape = ModelShape(self.config, where)
         """What the model is made of, as transformers says it."""
         generation = read_generation_config(
@@ -122,7 +127,9 @@ class Checkpoint:
             self._shards.fetch_into(folder)
 
     def expect(self, needs: Iterable[ShardNeed]) -> None:
-        """The work that will be done, in order. DoesNotFitError if one piece needs more than may be on disk at once."""
+        """The work that will be done, in order. DoesNotFitError if one piece needs more than may be
+        on disk at once.
+        """
         self._shards.expect(needs)
 
     def done(self, key: UnitKey) -> None:
@@ -158,7 +165,9 @@ class Checkpoint:
         return f"{self._shards.where}/{weight.shard}: tensor {weight.name}"
 
     def check_finite(self, weight: Weight, begin: int, rows: Tensor) -> None:
-        """SourceError naming the tensor and the first place if `rows`, read from row `begin` on, are not finite."""
+        """SourceError naming the tensor and the first place if `rows`, read from row `begin` on,
+        are not finite.
+        """
         bad = ~torch.isfinite(rows)
         if bool(bad.any()):
             row, *rest = bad.nonzero()[0].tolist()
@@ -171,7 +180,9 @@ class Checkpoint:
     def too_large(
         self, weight: Weight, begin: int, rows: Tensor, error: MoeConvertError
     ) -> SourceError:
-        """`error` of a matrix's `rows`, read from row `begin` on, with file, tensor and the largest weight's place."""
+        """`error` of a matrix's `rows`, read from row `begin` on, with file, tensor and the largest
+        weight's place.
+        """
         magnitude = rows.float().abs()
         row, column = divmod(int(magnitude.argmax()), rows.shape[1])
         return SourceError(
@@ -181,7 +192,9 @@ class Checkpoint:
         )
 
     def shard_sha256(self, name: str, stop: threading.Event | None = None) -> str:
-        """The sha256 of a whole shard, in hex: what the Hub calls its LFS object id; worthless once `stop` is set."""
+        """The sha256 of a whole shard, in hex: what the Hub calls its LFS object id; worthless once
+        `stop` is set.
+        """
         return self._shards.sha256(name, stop)
 
     def shard_sample(self, name: str) -> str:
@@ -189,8 +202,9 @@ class Checkpoint:
         return self._shards.identity(name, self._headers[name])
 
     def layer_of(self, name: str) -> int | None:
-        """The decoder layer of a tensor or module of the trunk: the first for the embeddings; None for what comes after
-        the layers."""
+        """The decoder layer of a tensor or module of the trunk: the first for the embeddings; None
+        for what comes after the layers.
+        """
         return 0 if name == self.shape.embedding else self.shape.decoder_layer(name)
 
     def _open_shards(self) -> tuple[dict[str, Header], dict[str, str]]:
@@ -225,7 +239,9 @@ class Checkpoint:
         return headers, weight_map
 
     def _weights(self) -> Iterator[Weight]:
-        """Every stored tensor once. Of copies in several shards, the one that the index names counts."""
+        """Every stored tensor once. Of copies in several shards, the one that the index names
+        counts.
+        """
         shards: dict[str, list[str]] = {}
         for shard, header in sorted(self._headers.items()):
             for name in header.entries:
@@ -252,7 +268,9 @@ class Checkpoint:
             )
 
     def _settle_head(self) -> None:
-        """Decides by the tensors, as transformers does, whether the head is the embedding; config follows."""
+        """Decides by the tensors, as transformers does, whether the head is the embedding; config
+        follows.
+        """
         name = self.shape.embedding
         head, embedding = self.trunk.get(HEAD), self.trunk.get(name)
         if not self.architecture.tie_word_embeddings or head is None:

@@ -1,4 +1,6 @@
-"""The small files of a source checkpoint, read strictly: which are copied, and the index of the shards."""
+"""The small files of a source checkpoint, read strictly: which are copied, and the index of the
+shards.
+"""
 
 from collections.abc import Collection
 from fnmatch import fnmatch
@@ -12,7 +14,8 @@ from formats.files.paths import check_name, read_small_source
 
 
 def shard_names(folder: Path, there: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """The names of the shards, and the weight map (empty where there is only one file); `there` are all files.
+    """The names of the shards, and the weight map (empty where there is only one file); `there` are
+    all files.
 
     As transformers chooses: model.safetensors where there is one, else what the index names.
     """

@@ -40,10 +40,11 @@ def check_folder(folder: Path) -> None:
 
 
 def check_names(names: Collection[str], name: str, where: str) -> None:
-    """SourceError if the files `names` of a folder or repository are those of something else than a checkpoint in
-    transformers' layout. Where there are no weights at all, nothing is said.
+    """SourceError if the files `names` of a folder or repository are those of something else than a
+    checkpoint in transformers' layout. Where there are no weights at all, nothing is said.
 
-    name: what commands call it; where: the same for messages, with a commit."""
+    name: what commands call it; where: the same for messages, with a commit.
+    """
     if CONVERTED_NAME in names:
         raise SourceError(
             f"{where} is converted already (it has {CONVERTED_NAME})",

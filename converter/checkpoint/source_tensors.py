@@ -1,4 +1,6 @@
-"""The tensors of a source checkpoint by their role in the model: each needed one there once, with the right shape."""
+"""The tensors of a source checkpoint by their role in the model: each needed one there once, with
+the right shape.
+"""
 
 import re
 from collections.abc import Iterable
@@ -31,7 +33,9 @@ _FIELDS = {
     "v_proj": "num_key_value_heads * head_dim, hidden_size",
     "o_proj": "hidden_size, num_attention_heads * head_dim",
 }
-"""config.json's fields that give the shape of a module of the trunk, where they have the same names in every type."""
+"""config.json's fields that give the shape of a module of the trunk, where they have the same names
+in every type.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,9 @@ def stored_tensors(shape: ModelShape) -> int:
 
 @dataclass
 class SourceTensors:
-    """The experts' projections and the trunk's tensors, under the names that they have in a converted folder. A head is
-    here if it is stored, whatever config.json says of tied embeddings."""
+    """The experts' projections and the trunk's tensors, under the names that they have in a
+    converted folder. A head is here if it is stored, whatever config.json says of tied embeddings.
+    """
 
     where: str
     """Of the checkpoint, for messages."""
@@ -76,8 +81,9 @@ class SourceTensors:
     trunk: dict[str, Weight] = field(default_factory=dict)
 
     def assign(self, weights: Iterable[Weight]) -> None:
-        """Gives each tensor its role. SourceError for one that has none, a second one with the same, and a wrong shape
-        or dtype."""
+        """Gives each tensor its role. SourceError for one that has none, a second one with the
+        same, and a wrong shape or dtype.
+        """
         a = self.shape.architecture
         shapes = dict(self.shape.trunk)
         shapes[HEAD] = shapes[self.shape.embedding]
@@ -113,7 +119,9 @@ class SourceTensors:
             )
 
     def check_complete(self, shape: ModelShape) -> None:
-        """SourceError naming what is missing of `shape`, whose head is tied or not as the tensors decided."""
+        """SourceError naming what is missing of `shape`, whose head is tied or not as the tensors
+        decided.
+        """
         a, modules = shape.architecture, shape.experts
         missing = [name for name in shape.trunk if name not in self.trunk]
         if missing == [HEAD]:

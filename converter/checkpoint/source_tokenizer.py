@@ -25,10 +25,12 @@ def open_source_tokenizer(folder: Path) -> Any:
 
 
 def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> Any:
-    """Loads the tokenizer, and compares its vocabulary with the rows of the embeddings; None if it cannot be loaded.
+    """Loads the tokenizer, and compares its vocabulary with the rows of the embeddings; None if it
+    cannot be loaded.
 
-    needed: by the calibration. SourceError then where it cannot be loaded; else a warning. Tokens without a row are
-    only warned of: many a vocabulary has more than its model, and a text need not use them.
+    needed: by the calibration. SourceError then where it cannot be loaded; else a warning. Tokens
+    without a row are only warned of: many a vocabulary has more than its model, and a text need not
+    use them.
     """
     folder, rows = checkpoint.folder, checkpoint.architecture.vocab_size
     try:

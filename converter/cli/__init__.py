@@ -1,1 +1,3 @@
-"""The command `moe-convert`: one small file a command, the only place that uses converter and loader together."""
+"""The command `moe-convert`: one small file a command, the only place that uses converter and
+loader together.
+"""

@@ -38,7 +38,9 @@ def failure_of(error: Exception) -> Failure:
 
 
 def is_closed_pipe(error: Exception) -> bool:
-    """True if `error` says that the reader of stdout or stderr is gone, as in `moe-convert inspect … | head`."""
+    """True if `error` says that the reader of stdout or stderr is gone, as in `moe-convert inspect
+    … | head`.
+    """
     return isinstance(error, BrokenPipeError) and any(_has_no_reader(stream) for stream in (1, 2))
 
 

@@ -69,7 +69,8 @@ def cli() -> None:
     moe-convert generate my-mixtral-2bit --prompt "Once upon a time"
     moe-convert chat my-mixtral-2bit
 
-    Shell completion: eval "$(_MOE_CONVERT_COMPLETE=bash_source moe-convert)", likewise zsh_source and fish_source.
+    Shell completion: eval "$(_MOE_CONVERT_COMPLETE=bash_source moe-convert)", likewise zsh_source
+    and fish_source.
     """
 
 
@@ -131,7 +132,9 @@ def _drop_output() -> None:
 
 @contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM stops a command as Ctrl-C does, so that files are closed and the message says how to go on."""
+    """SIGTERM stops a command as Ctrl-C does, so that files are closed and the message says how to
+    go on.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

@@ -1,4 +1,6 @@
-"""What of a conversion is done: the records of earlier runs and of this one, by key, over the journal."""
+"""What of a conversion is done: the records of earlier runs and of this one, by key, over the
+journal.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ class FinishedWork:
         self._records[record.key] = record
 
     def forget(self, key: RecordKey) -> None:
-        """Counts a piece of work as not done; the journal gets another record of it when it is done again."""
+        """Counts a piece of work as not done; the journal gets another record of it when it is done
+        again.
+        """
         del self._records[key]
 
     def shard_sha256(self, name: str) -> str | None:

@@ -16,7 +16,9 @@ from formats.files.io_errors import translated
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion came to. quality: the value of quality.json; empty unless the conversion ended now."""
+    """What a conversion came to. quality: the value of quality.json; empty unless the conversion
+    ended now.
+    """
 
     done: Literal["converted", "already complete", "part"]
     plan: OutputPlan
@@ -29,8 +31,8 @@ class Converted:
 def convert(plan: ConversionPlan, progress: Progress | None = None) -> Converted:
     """Carries out a plan, whose checkpoint is open; goes on where an earlier run stopped.
 
-    Raises SourceError, HubError, OutputError, PathError, DoesNotFitError; after any of them nothing that was converted
-    is lost.
+    Raises SourceError, HubError, OutputError, PathError, DoesNotFitError; after any of them nothing
+    that was converted is lost.
     """
     with translated(plan.out, "used"):
         return _convert(plan, progress or (lambda stage, done, total: None))

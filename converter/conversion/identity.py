@@ -75,7 +75,8 @@ def check_same(
     codec: str,
     tokens: CalibrationTokens | None,
 ) -> Index:
-    """The index of the complete conversion in `out`; OutputError if it is of another source, recipe or calibration.
+    """The index of the complete conversion in `out`; OutputError if it is of another source, recipe
+    or calibration.
 
     Reads no weights: of the source's shards it compares names and sizes.
     """
@@ -108,7 +109,9 @@ def check_same(
 def check_contents(
     out: Path, checkpoint: Checkpoint, index: Index, progress: Progress | None
 ) -> None:
-    """OutputError unless the shards of `checkpoint` have the hashes that `index`, of folder `out`, has."""
+    """OutputError unless the shards of `checkpoint` have the hashes that `index`, of folder `out`,
+    has.
+    """
     done, total = 0, sum(shard.size_bytes for shard in index.source.shards)
     for shard in index.source.shards:
         if checkpoint.shard_sha256(shard.name) != shard.sha256:

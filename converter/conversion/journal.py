@@ -1,6 +1,7 @@
 """The journal of a conversion: what is done, durably, one line each; and what it was done from.
 
-A line is the xxh3 of its JSON, a space, the JSON, and a line feed. The first is the fingerprint, each other a record.
+A line is the xxh3 of its JSON, a space, the JSON, and a line feed. The first is the fingerprint,
+each other a record.
 """
 
 import json
@@ -24,9 +25,9 @@ _log = logging.getLogger(__name__)
 class Journal:
     """An append-only file of checked lines.
 
-    A torn last line is dropped. A damaged line counts as not written, with a warning: its work is done again. Opening a
-    journal whose fingerprint differs or is damaged raises OutputError naming the field: two sources, recipes or code
-    versions are never mixed in one folder.
+    A torn last line is dropped. A damaged line counts as not written, with a warning: its work is
+    done again. Opening a journal whose fingerprint differs or is damaged raises OutputError naming
+    the field: two sources, recipes or code versions are never mixed in one folder.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -97,7 +98,9 @@ def _compare(path: Path, line: bytes, new: dict[str, Any]) -> None:
 
 
 class Pin(msgspec.Struct, frozen=True):
-    """The commit of a Hub repository that a conversion is made from. asked: the revision that the user named."""
+    """The commit of a Hub repository that a conversion is made from. asked: the revision that the
+    user named.
+    """
 
     repo: str
     asked: str | None

@@ -1,4 +1,6 @@
-"""What a record of the journal is about: a unit of work, a complete layer file, or a shard of the source."""
+"""What a record of the journal is about: a unit of work, a complete layer file, or a shard of the
+source.
+"""
 
 from msgspec import Struct
 

@@ -1,5 +1,6 @@
-"""A conversion's plan: what can be known of it before its first weight is read. A dry run and a conversion make the
-same."""
+"""A conversion's plan: what can be known of it before its first weight is read. A dry run and a
+conversion make the same.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from formats.files.io_errors import translated
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What is converted, into which folder and bytes, by what. `checkpoint` is open, and its opener's to close."""
+    """What is converted, into which folder and bytes, by what. `checkpoint` is open, and its
+    opener's to close.
+    """
 
     checkpoint: Checkpoint
     recipe: ConversionRecipe
@@ -67,9 +70,11 @@ class ConversionPlan:
 def plan_conversion(
     checkpoint: Checkpoint, recipe: ConversionRecipe, options: ConvertOptions, out: Path
 ) -> ConversionPlan:
-    """Plans the conversion of `checkpoint` into folder `out`; checks everything that would stop it later.
+    """Plans the conversion of `checkpoint` into folder `out`; checks everything that would stop it
+    later.
 
-    Raises RecipeError, SourceError, OutputError, DoesNotFitError. Writes nothing but a temporary file that it removes.
+    Raises RecipeError, SourceError, OutputError, DoesNotFitError. Writes nothing but a temporary
+    file that it removes.
     """
     with translated(out, "used"):
         output = plan_output(checkpoint, recipe)

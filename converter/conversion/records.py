@@ -1,4 +1,6 @@
-"""What a conversion records of each finished piece of work: one class a kind, tagged by the field `unit`."""
+"""What a conversion records of each finished piece of work: one class a kind, tagged by the field
+`unit`.
+"""
 
 from typing import Annotated
 
@@ -27,7 +29,8 @@ class ProjectionErrors(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExpertRecord(_Record, frozen=True, tag="expert"):
-    """One expert: its bytes are durable in the layer's partial file; the checksums are of its bytes before compression.
+    """One expert: its bytes are durable in the layer's partial file; the checksums are of its bytes
+    before compression.
 
     uncalibrated: the projections that were quantized without calibration although there was one.
     """

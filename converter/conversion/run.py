@@ -1,4 +1,6 @@
-"""The run of a conversion: the units that are left, over threads, journaled, in any order, to the same bytes."""
+"""The run of a conversion: the units that are left, over threads, journaled, in any order, to the
+same bytes.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -98,7 +100,8 @@ class _UnitRun:
             elif layer > output.last_quantized_layer:
                 self._do(units, None)
             else:
-                # In no variable here: they would stay in memory while those of the next layer are gathered.
+                # In no variable here: they would stay in memory while those of the next layer are
+                # gathered.
                 self._do(units, calibration.prepare(layer, gather=output.quantizes(layer)))
                 calibration.finish(layer)
 
@@ -120,7 +123,9 @@ class _UnitRun:
             raise
 
     def _convert(self, unit: Unit, statistics: LayerStatistics | None) -> UnitRecord:
-        """Does one unit and writes its bytes durably. statistics: of its layer, None without calibration."""
+        """Does one unit and writes its bytes durably. statistics: of its layer, None without
+        calibration.
+        """
         key = unit.key
         if isinstance(key, ExpertKey):
             expert, data = self._worker.expert(key, statistics)
@@ -144,7 +149,9 @@ class _UnitRun:
 
 
 def _keep_first_error(running: dict[Future[UnitRecord], Unit]) -> None:
-    """Lets running units end; of several that failed, the one that did so by itself is what the caller raises."""
+    """Lets running units end; of several that failed, the one that did so by itself is what the
+    caller raises.
+    """
     for future in running:
         with contextlib.suppress(Stopped, Exception):
             future.result()
@@ -152,7 +159,9 @@ def _keep_first_error(running: dict[Future[UnitRecord], Unit]) -> None:
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Sums over a tensor depend on torch's threads, and so would where hqq stops: one thread, more workers instead."""
+    """Sums over a tensor depend on torch's threads, and so would where hqq stops: one thread, more
+    workers instead.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

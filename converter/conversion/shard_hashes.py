@@ -7,7 +7,9 @@ from converter.conversion.finished_work import FinishedWork
 
 
 class ShardHashes:
-    """Hashes shards in a thread of its own; what it reads ahead, the workers find in the page cache. A context."""
+    """Hashes shards in a thread of its own; what it reads ahead, the workers find in the page
+    cache. A context.
+    """
 
     def __init__(self, checkpoint: Checkpoint, work: FinishedWork) -> None:
         self._checkpoint = checkpoint
@@ -22,7 +24,9 @@ class ShardHashes:
         self._executor.shutdown()
 
     def result(self) -> dict[str, str]:
-        """Waits; name -> sha256 in hex, worthless once the checkpoint is stopped. Raises what hashing raised."""
+        """Waits; name -> sha256 in hex, worthless once the checkpoint is stopped. Raises what
+        hashing raised.
+        """
         return self._hashes.result()
 
     def _compute(self) -> dict[str, str]:

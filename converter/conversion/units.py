@@ -1,4 +1,6 @@
-"""The units of work of a conversion: what each reads, with which decoder layer it is done, and in which order."""
+"""The units of work of a conversion: what each reads, with which decoder layer it is done, and in
+which order.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,9 @@ EXPERT_MATRICES = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work. layer: the decoder layer with whose units it is done, the first for the embeddings; None for
-    what comes after the layers. weights: what it reads."""
+    """One piece of work. layer: the decoder layer with whose units it is done, the first for the
+    embeddings; None for what comes after the layers. weights: what it reads.
+    """
 
     key: UnitKey
     layer: int | None
@@ -40,8 +43,10 @@ class Unit:
 def units_of(
     checkpoint: Checkpoint, plan: OutputPlan, layers: Sequence[int], *, outer: bool
 ) -> list[Unit]:
-    """The units of `layers` of experts, in the order in which checkpoints store them; those of decoder layers without
-    experts come with the next layer of experts, or the last. outer: also those before and after all decoder layers."""
+    """The units of `layers` of experts, in the order in which checkpoints store them; those of
+    decoder layers without experts come with the next layer of experts, or the last. outer: also
+    those before and after all decoder layers.
+    """
     shape = checkpoint.shape
     trunk = [*_linears(checkpoint, plan), *_tensors(checkpoint, plan)]
     embedding = TensorKey(shape.embedding)
@@ -78,7 +83,9 @@ def _decoder_layers(shape: ModelShape, layers: Sequence[int]) -> range:
 
 
 def shard_needs(units: Sequence[Unit], *, by_layer: bool) -> list[ShardNeed]:
-    """The shards that each unit reads. by_layer: those of all units of its layer, as calibration reads them."""
+    """The shards that each unit reads. by_layer: those of all units of its layer, as calibration
+    reads them.
+    """
     if not by_layer:
         return [ShardNeed(unit.key, unit.shards) for unit in units]
     of_layer: dict[int | None, frozenset[str]] = {}

@@ -1,4 +1,6 @@
-"""What a worker does: quantize one expert or one matrix of the trunk, or read one tensor that is copied."""
+"""What a worker does: quantize one expert or one matrix of the trunk, or read one tensor that is
+copied.
+"""
 
 import logging
 import threading
@@ -45,7 +47,9 @@ def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Any]]) -> lis
 
 
 class Worker:
-    """Does units; safe to use from several threads. It returns bytes and a record, and writes nothing."""
+    """Does units; safe to use from several threads. It returns bytes and a record, and writes
+    nothing.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, plan: OutputPlan, solver: Solver, stop: threading.Event
@@ -101,7 +105,9 @@ class Worker:
     def linear(
         self, key: LinearKey, statistics: InputStatistics | None
     ) -> tuple[LinearRecord, torch.Tensor]:
-        """Quantizes a matrix of the trunk: its record, and its bytes (uint8). statistics: None without calibration."""
+        """Quantizes a matrix of the trunk: its record, and its bytes (uint8). statistics: None
+        without calibration.
+        """
         linear = self._plan.packed[key.module]
         packing = tile_packing_named(linear.packing)
         tiles = torch.empty(packing.stored_shape(linear.rows, linear.columns), dtype=torch.uint8)
@@ -111,7 +117,9 @@ class Worker:
         return LinearRecord(key.module, xxh3_of(tiles.numpy().data), error, uncalibrated), tiles
 
     def tensor(self, key: TensorKey) -> Iterator[torch.Tensor]:
-        """The bytes (uint8) of a tensor that is copied as it is, in blocks: it may be larger than an expert."""
+        """The bytes (uint8) of a tensor that is copied as it is, in blocks: it may be larger than
+        an expert.
+        """
         weight = self._checkpoint.trunk[key.name]
         rows = weight.shape[0]
         row_bytes = weight.n_bytes // rows
@@ -130,9 +138,11 @@ class Worker:
         statistics: InputStatistics | None,
         correction: DownCorrection | None = None,
     ) -> tuple[SquaredError, bool]:
-        """Fills `tiles` (uint8 [tiles, tile_bytes], may be a strided view) with the packed weight, or a corrected one.
+        """Fills `tiles` (uint8 [tiles, tile_bytes], may be a strided view) with the packed weight,
+        or a corrected one.
 
-        Also returns whether it was with calibration. Where statistics cannot be used, the whole matrix is without.
+        Also returns whether it was with calibration. Where statistics cannot be used, the whole
+        matrix is without.
         """
         if statistics and isinstance(self._solver, CalibratedSolver):
             calibrated = partial(self._solver.solve_calibrated, statistics=statistics)
@@ -174,7 +184,9 @@ class Worker:
 def _rows(
     stored: torch.Tensor, packing: AnyPacking, columns: int, begin: int, end: int
 ) -> torch.Tensor:
-    """Rows begin..end (exclusive; begin a multiple of 32) of a stored matrix, float32 [rows, columns]."""
+    """Rows begin..end (exclusive; begin a multiple of 32) of a stored matrix, float32 [rows,
+    columns].
+    """
     return packing.weights(_part(stored, packing, begin, end).contiguous(), end - begin, columns)
 
 

@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 def choose_workers(plan: OutputPlan, solver: Solver, options: ConvertOptions) -> int:
     """The workers asked for, or the processors; fewer where memory would be short.
 
-    DoesNotFitError if one worker takes more than `max_memory_bytes`, or than the machine has; a warning if it takes
-    more than is available now. Both name both numbers.
+    DoesNotFitError if one worker takes more than `max_memory_bytes`, or than the machine has; a
+    warning if it takes more than is available now. Both name both numbers.
     """
     memory = psutil.virtual_memory()
     available, total = within_group(memory.available, memory.total)

@@ -21,8 +21,9 @@ class SliceVisitor:
     """Rows of gate and up in a slice; None for ROWS_AT_ONCE."""
 
     def gate_up(self, begin: int, gate: Tensor, up: Tensor, inner: Tensor) -> None:
-        """Takes rows of gate and up from row `begin` on, as stored, and what they give: these columns of down's inputs,
-        float32 [n, rows]."""
+        """Takes rows of gate and up from row `begin` on, as stored, and what they give: these
+        columns of down's inputs, float32 [n, rows].
+        """
 
     def start_down(self, inner: Tensor) -> "DownVisitor":
         """Takes all of down's inputs, [n, intermediate]; returns what takes down's slices."""
@@ -38,7 +39,9 @@ def _ignore(_begin: int, _rows: Tensor) -> None:
 
 
 class ExpertForward:
-    """Computes the experts of `checkpoint`, multiplying in the dtype `products`. Safe to use from several threads."""
+    """Computes the experts of `checkpoint`, multiplying in the dtype `products`. Safe to use from
+    several threads.
+    """
 
     def __init__(self, checkpoint: Checkpoint, products: torch.dtype) -> None:
         self._checkpoint = checkpoint
@@ -47,9 +50,11 @@ class ExpertForward:
     def output(
         self, layer: int, expert: int, x: Tensor, visitor: SliceVisitor | None = None
     ) -> Tensor:
-        """Return the expert's output, float32 [n, hidden], for its inputs x (float32 [n, hidden]), not yet weighted.
+        """Return the expert's output, float32 [n, hidden], for its inputs x (float32 [n, hidden]),
+        not yet weighted.
 
-        A slice of gate and one of up, or one of down, is in memory. layer: ordinal among the layers with experts.
+        A slice of gate and one of up, or one of down, is in memory. layer: ordinal among the layers
+        with experts.
         """
         visitor = visitor or SliceVisitor()
         gate, up, down = (
@@ -88,7 +93,8 @@ class ExpertForward:
 
 
 def inner_activations(x: Tensor, gate_rows: Tensor, up_rows: Tensor) -> Tensor:
-    """Return some of down's inputs, float32 [n, rows], for an expert's inputs x [n, hidden] and rows of gate and up.
+    """Return some of down's inputs, float32 [n, rows], for an expert's inputs x [n, hidden] and
+    rows of gate and up.
 
     All three have one dtype.
     """
@@ -102,14 +108,17 @@ def ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def read_finite(checkpoint: Checkpoint, weight: Weight, begin: int, end: int) -> Tensor:
-    """Return rows begin..end (exclusive) of `weight` as stored; SourceError naming the place of a value that is not
-    finite."""
+    """Return rows begin..end (exclusive) of `weight` as stored; SourceError naming the place of a
+    value that is not finite.
+    """
     rows = checkpoint.read_rows(weight, begin, end)
     checkpoint.check_finite(weight, begin, rows)
     return rows
 
 
 def fast_products(checkpoint: Checkpoint) -> torch.dtype:
-    """Return bfloat16 where the experts are stored so and the processor multiplies it (twice as fast); else float32."""
+    """Return bfloat16 where the experts are stored so and the processor multiplies it (twice as
+    fast); else float32.
+    """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if checkpoint.expert_dtypes == {"BF16"} and supported() else torch.float32

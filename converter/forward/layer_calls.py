@@ -1,7 +1,8 @@
 """How the model calls its decoder layers, recorded by dry runs over layers that do nothing.
 
-A layer can run alone, on any windows, only if nothing but the stream tells them apart. So two dry runs with other
-tokens and other hidden states must give the same calls, and each layer must get what the layer before it returned.
+A layer can run alone, on any windows, only if nothing but the stream tells them apart. So two dry
+runs with other tokens and other hidden states must give the same calls, and each layer must get
+what the layer before it returned.
 """
 
 from collections.abc import Callable
@@ -42,8 +43,9 @@ class CallRecorder:
     def visit(
         self, number: int, stream: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Tensor:
-        """Record a call, and return random hidden states. SourceError if another layer was expected, or if the model
-        changed what the layer before returned."""
+        """Record a call, and return random hidden states. SourceError if another layer was
+        expected, or if the model changed what the layer before returned.
+        """
         if number != len(self.calls):
             raise cannot_run_alone(
                 self._where,
@@ -55,7 +57,8 @@ class CallRecorder:
                 f"the model changes the hidden states between layers {number - 1} and {number}",
             )
         self.calls.append(LayerCall(arguments, keywords))
-        # One random number a token, seen along the hidden dimension: nothing of that size is in memory.
+        # One random number a token, seen along the hidden dimension: nothing of that size is in
+        # memory.
         drawn = torch.randn(*stream.shape[:-1], 1, generator=self._random).expand(stream.shape)
         self._returned = [drawn]
         return drawn

@@ -1,4 +1,6 @@
-"""The forward pass of a checkpoint's model in parts: embeddings, single decoder layers, single experts, head."""
+"""The forward pass of a checkpoint's model in parts: embeddings, single decoder layers, single
+experts, head.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -17,10 +19,11 @@ from converter.forward.trunk_weights import TrunkWeights, compute_buffers
 
 
 class LayerForward:
-    """Gives the parts of the model in `checkpoint`. Each reads its weights and keeps none of them afterwards.
+    """Gives the parts of the model in `checkpoint`. Each reads its weights and keeps none of them
+    afterwards.
 
-    products: the dtype in which the inputs of large matrices, and these, are multiplied. SourceError for a model whose
-    layers cannot run one at a time.
+    products: the dtype in which the inputs of large matrices, and these, are multiplied.
+    SourceError for a model whose layers cannot run one at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, products: torch.dtype = torch.float32) -> None:
@@ -68,8 +71,9 @@ class LayerForward:
         return frozenset(path for path, number in self._linears.items() if number == layer)
 
     def embed(self, windows: Tensor, stream: Tensor, windows_at_once: int) -> None:
-        """Write what the first layer is given for windows (int64 [n, window]) to `stream`, float32 [n, window,
-        hidden]."""
+        """Write what the first layer is given for windows (int64 [n, window]) to `stream`, float32
+        [n, window, hidden].
+        """
         self._outer.embed(windows.flatten(), stream.flatten(0, 1))
         for tokens, part in zip(
             *(torch.split(t, windows_at_once) for t in (windows, stream)), strict=True
@@ -78,7 +82,9 @@ class LayerForward:
 
     @contextmanager
     def layer(self, number: int, window: int) -> Iterator[LoadedLayer]:
-        """Load decoder layer `number` for windows of `window` tokens; its weights are in memory in this context."""
+        """Load decoder layer `number` for windows of `window` tokens; its weights are in memory in
+        this context.
+        """
         if window not in self._calls:
             self._calls[window] = self._outer.calls(window)
         layer = self._layers[number]
@@ -92,9 +98,13 @@ class LayerForward:
             )
 
     def head_inputs(self, window: Tensor) -> Tensor:
-        """Return what the head is given for a window's stream after the last layer, float32 [n, hidden]."""
+        """Return what the head is given for a window's stream after the last layer, float32 [n,
+        hidden].
+        """
         return self._outer.head_inputs(window[None])[0]
 
     def logits(self, window: Tensor) -> Tensor:
-        """Return float32 [n, vocabulary] for a window's stream after the last layer, float32 [n, hidden]."""
+        """Return float32 [n, vocabulary] for a window's stream after the last layer, float32 [n,
+        hidden].
+        """
         return self._outer.logits(window[None])[0]

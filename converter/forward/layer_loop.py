@@ -1,4 +1,6 @@
-"""The one loop that takes tokens through a decoder layer: up to the experts, through them, and on to the end."""
+"""The one loop that takes tokens through a decoder layer: up to the experts, through them, and on
+to the end.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +32,9 @@ class Steps:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of the tokens that chose an expert, from the `begin`-th on: tokens, int64 [n]; their scores, float32 [n]."""
+    """Some of the tokens that chose an expert, from the `begin`-th on: tokens, int64 [n]; their
+    scores, float32 [n].
+    """
 
     layer: int
     """Ordinal among the layers with experts."""
@@ -41,7 +45,8 @@ class Piece:
 
 
 class LayerWork:
-    """What is done with a layer's tokens on their way. This one computes the experts and looks at nothing.
+    """What is done with a layer's tokens on their way. This one computes the experts and looks at
+    nothing.
 
     Only `expert` runs on workers; the other methods are called by the loop's thread, in one order.
     """
@@ -59,10 +64,14 @@ class LayerWork:
         """Take what the experts are given."""
 
     def start_expert(self, expert: int, tokens: Tensor) -> None:
-        """Take the tokens (int64 [n]) that chose an expert, before it is computed. Experts come in ascending order."""
+        """Take the tokens (int64 [n]) that chose an expert, before it is computed. Experts come in
+        ascending order.
+        """
 
     def expert(self, piece: Piece, x: Tensor) -> tuple[Tensor, Any]:
-        """Return the outputs, float32 [n, hidden], for a piece's inputs x, and what `take_expert` is to get."""
+        """Return the outputs, float32 [n, hidden], for a piece's inputs x, and what `take_expert`
+        is to get.
+        """
         return self._experts.output(piece.layer, piece.expert, x), None
 
     def take_expert(self, piece: Piece, found: Any) -> None:
@@ -72,9 +81,10 @@ class LayerWork:
 class LayerLoop:
     """Takes the stream through decoder layers of `forward`.
 
-    In memory are, of the layer: its weights but for the experts'; for each worker, a slice of an expert's matrices, or
-    the activations of `steps.windows` windows; for all tokens, the experts' inputs and the sum of their outputs,
-    float32 [tokens, hidden] each, which `allocate` gives; and the outputs of `steps.experts` experts.
+    In memory are, of the layer: its weights but for the experts'; for each worker, a slice of an
+    expert's matrices, or the activations of `steps.windows` windows; for all tokens, the experts'
+    inputs and the sum of their outputs, float32 [tokens, hidden] each, which `allocate` gives; and
+    the outputs of `steps.experts` experts.
     """
 
     def __init__(
@@ -93,7 +103,8 @@ class LayerLoop:
         self._allocate = allocate
 
     def pass_layer(self, number: int, stream: Tensor, work: LayerWork) -> None:
-        """Take the stream, float32 [windows, window, hidden], through decoder layer `number`, in place.
+        """Take the stream, float32 [windows, window, hidden], through decoder layer `number`, in
+        place.
 
         SourceError naming the layer if activations are infinite or NaN.
         """

@@ -1,8 +1,8 @@
 """One decoder layer of transformers with its weights, its experts computed by the caller.
 
-The layer runs twice. The first run ends where the experts begin, by an exception, and says what they are given. The
-second run goes through to the end, with the sum of their outputs. So everything around the experts is the layer's own:
-norms, residuals, multipliers, shared experts.
+The layer runs twice. The first run ends where the experts begin, by an exception, and says what
+they are given. The second run goes through to the end, with the sum of their outputs. So everything
+around the experts is the layer's own: norms, residuals, multipliers, shared experts.
 """
 
 import threading
@@ -21,8 +21,9 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Routed:
-    """What a layer gives its experts: inputs, float32 [tokens, hidden]; the experts that each token chose, int64
-    [tokens, k]; and their scores, float32 [tokens, k]."""
+    """What a layer gives its experts: inputs, float32 [tokens, hidden]; the experts that each token
+    chose, int64 [tokens, k]; and their scores, float32 [tokens, k].
+    """
 
     inputs: Tensor
     chosen: Tensor
@@ -31,8 +32,9 @@ class Routed:
 
 @dataclass(frozen=True)
 class LayerRun:
-    """One run of a layer in one thread: the linears to listen to, what these were given, and the sum of the experts'
-    outputs, if it is known."""
+    """One run of a layer in one thread: the linears to listen to, what these were given, and the
+    sum of the experts' outputs, if it is known.
+    """
 
     wanted: frozenset[str] = frozenset()
     inputs: Inputs = field(default_factory=dict)
@@ -65,7 +67,9 @@ class AbsentExperts(nn.Module):
 
 
 class HeardLinear(nn.Module):
-    """Stands in the place of a linear: multiplies in its weight's dtype, returns float32, and notes its inputs."""
+    """Stands in the place of a linear: multiplies in its weight's dtype, returns float32, and notes
+    its inputs.
+    """
 
     def __init__(self, linear: nn.Linear, path: str, current: CurrentRun) -> None:
         super().__init__()
@@ -88,7 +92,8 @@ class HeardLinear(nn.Module):
 class LoadedLayer:
     """A decoder layer whose weights are in memory. Its methods may be called from several threads.
 
-    experts: its ordinal among the layers with experts, None for a layer without. where: config.json, for errors.
+    experts: its ordinal among the layers with experts, None for a layer without. where:
+    config.json, for errors.
     """
 
     def __init__(
@@ -123,8 +128,10 @@ class LoadedLayer:
     def end(
         self, stream: Tensor, summed: Tensor | None, wanted: frozenset[str] = frozenset()
     ) -> tuple[Tensor, Inputs]:
-        """Run the whole layer on the same windows, with the weighted sum of its experts' outputs, float32 [tokens,
-        hidden], if it has experts. Return the stream after it, and the inputs of the `wanted` linears."""
+        """Run the whole layer on the same windows, with the weighted sum of its experts' outputs,
+        float32 [tokens, hidden], if it has experts. Return the stream after it, and the inputs of
+        the `wanted` linears.
+        """
         run = LayerRun(wanted, sums=[] if summed is None else [summed])
         try:
             return self._run(stream, run), run.inputs

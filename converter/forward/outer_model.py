@@ -1,4 +1,6 @@
-"""The model without its decoder layers: what it does before the first and after the last, and how it calls them."""
+"""The model without its decoder layers: what it does before the first and after the last, and how
+it calls them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,8 @@ VOCABULARY_AT_ONCE = 4096
 
 
 class OuterModel:
-    """Runs transformers' `model` with stand-ins for its decoder layers, embeddings and head; for one thread at a time.
+    """Runs transformers' `model` with stand-ins for its decoder layers, embeddings and head; for
+    one thread at a time.
 
     Embeddings and head are read in slices, the other weights when a run reaches them.
     """
@@ -57,15 +60,18 @@ class OuterModel:
         return self._embeddings.shape[1]
 
     def embed(self, tokens: Tensor, out: Tensor) -> None:
-        """Write the embeddings of `tokens` (int64 [n]) to `out`, float32 [n, hidden], as they are stored."""
+        """Write the embeddings of `tokens` (int64 [n]) to `out`, float32 [n, hidden], as they are
+        stored.
+        """
         for begin, end in ranges(self._embeddings.shape[0], VOCABULARY_AT_ONCE):
             rows = read_finite(self._checkpoint, self._embeddings, begin, end)
             here = ((tokens >= begin) & (tokens < end)).nonzero()[:, 0]
             out[here] = rows[tokens[here] - begin].float()
 
     def first_inputs(self, windows: Tensor, embedded: Tensor) -> Tensor:
-        """Return what the first layer is given for windows (int64 [n, window]) and their embeddings, [n, window,
-        hidden]."""
+        """Return what the first layer is given for windows (int64 [n, window]) and their
+        embeddings, [n, window, hidden].
+        """
 
         def stop(_number: int, stream: Tensor, *_: Any) -> Tensor:
             raise _Stopped(stream)
@@ -75,7 +81,9 @@ class OuterModel:
         return self._stopped(input_ids=windows)
 
     def calls(self, window: int) -> list[LayerCall]:
-        """Return the calls of all layers for windows of `window` tokens. SourceError if they depend on more."""
+        """Return the calls of all layers for windows of `window` tokens. SourceError if they depend
+        on more.
+        """
         recorders = [CallRecorder(seed, self._where) for seed in (0, 1)]
         for seed, recorder in enumerate(recorders):
             random = torch.Generator().manual_seed(seed)
@@ -90,7 +98,9 @@ class OuterModel:
         return first
 
     def head_inputs(self, stream: Tensor) -> Tensor:
-        """Return what the head is given for the stream after the last layer, float32 [1, n, hidden]: of that shape."""
+        """Return what the head is given for the stream after the last layer, float32 [1, n,
+        hidden]: of that shape.
+        """
 
         def stop(x: Tensor) -> Tensor:
             raise _Stopped(x)
@@ -99,7 +109,9 @@ class OuterModel:
         return self._stopped(inputs_embeds=torch.zeros(stream.shape))
 
     def logits(self, stream: Tensor) -> Tensor:
-        """Return float32 [1, n, vocabulary] for the stream after the last layer, float32 [1, n, hidden]."""
+        """Return float32 [1, n, vocabulary] for the stream after the last layer, float32 [1, n,
+        hidden].
+        """
         self._inject(stream, self._multiply_head)
         with self._weights.filled_when_called(self._model), torch.no_grad():
             logits: Tensor = self._model(

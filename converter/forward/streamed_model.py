@@ -1,8 +1,9 @@
-"""An original's predictions, computed layer by layer, for comparison with its conversion on a smaller machine.
+"""An original's predictions, computed layer by layer, for comparison with its conversion on a
+smaller machine.
 
-In memory are one layer's weights but for its experts', slices of one expert, and the activations of a part of the
-windows. The activations of all windows stand in three temporary files, 12 · hidden_size bytes a token, which the system
-may keep in memory or not.
+In memory are one layer's weights but for its experts', slices of one expert, and the activations of
+a part of the windows. The activations of all windows stand in three temporary files, 12 ·
+hidden_size bytes a token, which the system may keep in memory or not.
 """
 
 import errno
@@ -27,7 +28,9 @@ from formats.errors import DoesNotFitError, SourceError
 from formats.files.io_errors import io_error
 
 TOKENS_AT_ONCE = 4096
-"""That go through an expert together; as many windows as are in them, but at least one, through a layer."""
+"""That go through an expert together; as many windows as are in them, but at least one, through a
+layer.
+"""
 
 Prediction = tuple[Callable[[int, int], Tensor], Tensor]
 
@@ -35,8 +38,8 @@ Prediction = tuple[Callable[[int, int], Tensor], Tensor]
 class StreamedModel:
     """Predictions of the model in `checkpoint` for `windows` (int64 [n, window]), in float32.
 
-    Raises SourceError naming the layer if activations are not finite, or if the windows have tokens that the model
-    has no embedding for; DoesNotFitError if there is no room for the activations.
+    Raises SourceError naming the layer if activations are not finite, or if the windows have tokens
+    that the model has no embedding for; DoesNotFitError if there is no room for the activations.
     """
 
     def __init__(self, checkpoint: Checkpoint, windows: Tensor) -> None:
@@ -59,7 +62,9 @@ class StreamedModel:
         self._work = _Choices(self._forward.experts)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Takes the windows through all layers; `progress` is called with (done layers, all layers)."""
+        """Takes the windows through all layers; `progress` is called with (done layers, all
+        layers).
+        """
         self._forward.embed(self._windows, self._stream, self._steps.windows)
         for layer in range(self._forward.layers):
             self._loop.pass_layer(layer, self._stream, self._work)
@@ -67,8 +72,10 @@ class StreamedModel:
                 progress(layer + 1, self._forward.layers)
 
     def predictions(self) -> Iterator[Prediction]:
-        """Of each window, after `run`: a function (begin, end) → logits, float32 [end - begin, vocabulary], of these
-        positions; and the experts that the tokens chose, int64 [layers with experts, window, k]."""
+        """Of each window, after `run`: a function (begin, end) → logits, float32 [end - begin,
+        vocabulary], of these positions; and the experts that the tokens chose, int64 [layers with
+        experts, window, k].
+        """
         window = self._windows.shape[1]
         chosen = torch.stack(self._work.chosen)
         for number, stream in enumerate(self._stream):

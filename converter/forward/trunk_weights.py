@@ -1,4 +1,6 @@
-"""Gives modules of the model on the meta device their tensors: those of the checkpoint, and those that no file has."""
+"""Gives modules of the model on the meta device their tensors: those of the checkpoint, and those
+that no file has.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +20,9 @@ _NARROW = 64
 
 
 class TrunkWeights:
-    """Reads the trunk of `checkpoint`. Large linears become `products`, everything else of floating point float32."""
+    """Reads the trunk of `checkpoint`. Large linears become `products`, everything else of floating
+    point float32.
+    """
 
     def __init__(self, checkpoint: Checkpoint, products: torch.dtype) -> None:
         self._checkpoint = checkpoint
@@ -27,7 +31,9 @@ class TrunkWeights:
 
     @contextmanager
     def filled(self, root: nn.Module, path: str) -> Iterator[None]:
-        """Give every module in `root`, which is `path` in the model, its tensors while the context is open."""
+        """Give every module in `root`, which is `path` in the model, its tensors while the context
+        is open.
+        """
         with _Replaced() as replaced:
             for name, module in root.named_modules(prefix=path):
                 self._fill(module, name, replaced)
@@ -35,7 +41,8 @@ class TrunkWeights:
 
     @contextmanager
     def filled_when_called(self, model: nn.Module) -> Iterator[None]:
-        """Give every module of `model` its tensors from its first call on, until the context is closed.
+        """Give every module of `model` its tensors from its first call on, until the context is
+        closed.
 
         So nothing is read that a run does not reach: its shard may not be there.
         """
@@ -86,9 +93,11 @@ class _Replaced:
 
 
 def compute_buffers(model: Any, where: str) -> None:
-    """Compute the buffers that no file has, such as rotary frequencies, as transformers does for a model that it loads.
+    """Compute the buffers that no file has, such as rotary frequencies, as transformers does for a
+    model that it loads.
 
-    `_init_weights` is private there: it is used here only. SourceError for a buffer that it leaves as it was.
+    `_init_weights` is private there: it is used here only. SourceError for a buffer that it leaves
+    as it was.
     """
     for path, module in model.named_modules():
         absent = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}

@@ -14,10 +14,11 @@ _READ_BYTES = 16 << 20
 
 
 def difference(path: Path, record: LayerRecord) -> str | None:
-    """The first difference between the file and its record, in words; None if its bytes are those of the record.
+    """The first difference between the file and its record, in words; None if its bytes are those
+    of the record.
 
-    Compared are the size, the header's sha256, the xxh3 of every expert's stored bytes, and the zero bytes between
-    experts. OutputError if the file cannot be read.
+    Compared are the size, the header's sha256, the xxh3 of every expert's stored bytes, and the
+    zero bytes between experts. OutputError if the file cannot be read.
     """
     with translated(path, "read"), os.fdopen(open_regular(path), "rb", buffering=0) as file:
         descriptor = file.fileno()

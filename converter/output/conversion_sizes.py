@@ -1,4 +1,6 @@
-"""What a conversion will write, known before the first weight is read: layouts, sizes, memory, disk."""
+"""What a conversion will write, known before the first weight is read: layouts, sizes, memory,
+disk.
+"""
 
 import os
 import shutil
@@ -26,7 +28,9 @@ from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.trunk import trunk_metadata
 
 CHUNK_WEIGHTS = 4 << 20
-"""Weights that a worker solves at once. It decides where the hqq package stops iterating, and so the bytes."""
+"""Weights that a worker solves at once. It decides where the hqq package stops iterating, and so
+the bytes.
+"""
 
 _BASE_MEMORY_BYTES = 300 << 20
 """Measured: the process after its imports, generously."""
@@ -84,7 +88,9 @@ class OutputPlan:
 
     @property
     def last_quantized_layer(self) -> int:
-        """The last decoder layer of which something is quantized, their number if the head is; -1 if nothing is."""
+        """The last decoder layer of which something is quantized, their number if the head is; -1
+        if nothing is.
+        """
         n = len(self.shape.decoder_layers)
         return n if HEAD in self.packed else max(filter(self.quantizes, range(n)), default=-1)
 
@@ -136,7 +142,9 @@ class OutputPlan:
 
 
 def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
-    """The plan for `checkpoint` by `recipe`; where its rules of bits are not chosen yet, for likely ones."""
+    """The plan for `checkpoint` by `recipe`; where its rules of bits are not chosen yet, for likely
+    ones.
+    """
     shape = checkpoint.shape
     a = shape.architecture
     stored = {UNPACKED: plain_packing_for(checkpoint.expert_dtypes)}
@@ -183,7 +191,8 @@ def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
 
 
 def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) -> int:
-    """The free bytes of the disk of `out`. DoesNotFitError, with both numbers, if what is still to be written is more.
+    """The free bytes of the disk of `out`. DoesNotFitError, with both numbers, if what is still to
+    be written is more.
 
     fetch_bytes: what shards may take that are fetched for the conversion, unless it is complete.
     """
@@ -216,7 +225,9 @@ def chunk_rows(columns: int) -> int:
 
 
 def _trunk_entries(checkpoint: Sized, packed: dict[str, PackedLinear]) -> list[TensorEntry]:
-    """Packed matrices first, whose sizes are multiples of 128, then everything else, by dtype size and name."""
+    """Packed matrices first, whose sizes are multiples of 128, then everything else, by dtype size
+    and name.
+    """
     shapes: list[tuple[str, str, tuple[int, ...]]] = []
     for module, linear in packed.items():
         packing = tile_packing_named(linear.packing)

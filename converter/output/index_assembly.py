@@ -39,7 +39,9 @@ def assemble_index(
     layers: list[LayerRecord],
     files: list[CopiedFile],
 ) -> Index:
-    """`trunk` is finished; `layers` are the journal's records of the layer files, in order; `files` the copied ones."""
+    """`trunk` is finished; `layers` are the journal's records of the layer files, in order; `files`
+    the copied ones.
+    """
     layouts = plan.layouts
     versions = {"solver": solver.version}
     if tokens:

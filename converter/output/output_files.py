@@ -1,4 +1,6 @@
-"""The trunk and the layer files of a conversion while they are under construction; reopened, they are compared."""
+"""The trunk and the layer files of a conversion while they are under construction; reopened, they
+are compared.
+"""
 
 import hashlib
 import logging
@@ -22,10 +24,12 @@ _log = logging.getLogger(__name__)
 
 
 class OutputFiles:
-    """Files in folder `out`; several threads may write. Close them, or use them as a context: partial files stay.
+    """Files in folder `out`; several threads may write. Close them, or use them as a context:
+    partial files stay.
 
-    A record counts only while its bytes have its checksum: where a file lost or changed them, `work` forgets the
-    record, with a warning, and the unit is done again. A complete layer file that changed becomes partial again.
+    A record counts only while its bytes have its checksum: where a file lost or changed them,
+    `work` forgets the record, with a warning, and the unit is done again. A complete layer file
+    that changed becomes partial again.
     """
 
     def __init__(
@@ -93,7 +97,9 @@ class OutputFiles:
         ]
 
     def _is_complete(self, layer: int) -> bool:
-        """True if a layer's file has its name and the bytes of its record; stale partial files are removed then."""
+        """True if a layer's file has its name and the bytes of its record; stale partial files are
+        removed then.
+        """
         path, record = self._out / layer_file_name(layer), self._work.layer(layer)
         # Without an expert's record its errors are unknown, and quality.json needs them.
         if record is None or not self._has_experts(layer) or not path.exists():
@@ -156,7 +162,9 @@ def write_linear(trunk: PlacedFile, key: LinearKey, tiles: torch.Tensor) -> None
 
 
 def write_tensor(trunk: PlacedFile, key: TensorKey, blocks: Iterator[torch.Tensor]) -> TensorRecord:
-    """Writes a tensor, whose bytes are `blocks` (uint8) one behind the other, into the trunk's file, durably."""
+    """Writes a tensor, whose bytes are `blocks` (uint8) one behind the other, into the trunk's
+    file, durably.
+    """
     checksum, written = xxhash.xxh3_128(), 0
     for block in blocks:
         trunk.write(key.name, block, written)

@@ -54,7 +54,8 @@ class OutputFolder:
         return (self.path / INDEX_NAME).exists()
 
     def discard(self) -> None:
-        """Removes the files that this conversion will write, under their names and partial ones: the index first.
+        """Removes the files that this conversion will write, under their names and partial ones:
+        the index first.
 
         Everything else stays; a line in the log names files that stay beside the experts.
         """
@@ -94,9 +95,10 @@ class OutputFolder:
 def check_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None:
     """Refuses an out folder before anything is written.
 
-    OutputError if `path` is no folder; if it and the source are one folder or one lies in the other, or if an input
-    would be replaced, whatever `force` says; if something in it that would be written to is a symbolic link; and
-    without `force`, if it has files and none of them says that moe-convert wrote it.
+    OutputError if `path` is no folder; if it and the source are one folder or one lies in the
+    other, or if an input would be replaced, whatever `force` says; if something in it that would be
+    written to is a symbolic link; and without `force`, if it has files and none of them says that
+    moe-convert wrote it.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file", "choose another --out-dir")
@@ -115,7 +117,9 @@ def check_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None
 
 
 def _is_ours(path: Path, needs: OutputNeeds) -> bool:
-    """True if moe-convert wrote there, or nobody did. A power loss may leave partial files without lock and journal."""
+    """True if moe-convert wrote there, or nobody did. A power loss may leave partial files without
+    lock and journal.
+    """
     if any((path / name).exists() for name in (INDEX_NAME, JOURNAL_NAME, LOCK_NAME)):
         return True
     return all(_is_begun(entry.name, path, needs) for entry in path.iterdir())

@@ -1,4 +1,6 @@
-"""What a conversion writes and reads: the names of its files, and the inputs that they must not touch."""
+"""What a conversion writes and reads: the names of its files, and the inputs that they must not
+touch.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,8 +39,9 @@ class OutputNeeds:
         copied: Iterable[str],
         inputs: Iterable[Path | None] = (),
     ) -> "OutputNeeds":
-        """The needs of converting `checkpoint` by `plan`. copied: names of the files that are copied. inputs: further
-        files that are read, None for none."""
+        """The needs of converting `checkpoint` by `plan`. copied: names of the files that are
+        copied. inputs: further files that are read, None for none.
+        """
         layers = (layer_file_name(layer) for layer in range(len(plan.layouts)))
         fixed = (INDEX_NAME, TRUNK_NAME, QUALITY_NAME, CARD_NAME, "config.json")
         folder = checkpoint.folder.resolve()

@@ -16,10 +16,13 @@ _SPARE_INODES = 8
 
 
 def probe_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None:
-    """Raises what would stop a conversion to `path` at its beginning or later; leaves nothing behind.
+    """Raises what would stop a conversion to `path` at its beginning or later; leaves nothing
+    behind.
 
-    Checks what `check_output` checks, lengths of names, free inodes, and with a temporary file, which is removed at
-    once: permission to write, the largest file's size, locks. DoesNotFitError, OutputError. Without locks it warns.
+    Checks what `check_output` checks, lengths of names, free inodes, and with a temporary file,
+    which is removed at
+    once: permission to write, the largest file's size, locks. DoesNotFitError, OutputError. Without
+    locks it warns.
     """
     # os.path.exists is also False where a name is too long.
     folder = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))

@@ -29,8 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFile:
-    """config.json: the source's fields that may reach transformers, and the quantization_config by which it finds the
-    loader's plugin."""
+    """config.json: the source's fields that may reach transformers, and the quantization_config by
+    which it finds the loader's plugin.
+    """
     quantization = {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
@@ -45,7 +46,8 @@ def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFil
 def check_side_files(source: Path) -> list[str]:
     """The names of the files in folder `source` that `copy_files` copies.
 
-    SourceError for one that transformers would read and that cannot be copied; others are left out with a warning.
+    SourceError for one that transformers would read and that cannot be copied; others are left out
+    with a warning.
     """
     names = []
     try:
@@ -56,7 +58,8 @@ def check_side_files(source: Path) -> list[str]:
         ) from None
     for name in found:
         if name == TEMPLATES_FOLDER:
-            # With this name in the way, transformers would read the default template alone, without a word.
+            # With this name in the way, transformers would read the default template alone, without
+            # a word.
             raise SourceError(
                 f"{source / name}: is not a folder",
                 "get the folder of chat templates, or remove it",
@@ -84,12 +87,16 @@ def check_side_files(source: Path) -> list[str]:
 
 
 def copy_files(source: Path, names: list[str], out: Path) -> list[CopiedFile]:
-    """Copies the files `names`: tokenizer, chat templates, generation config, licence and the like (`copied_bytes`)."""
+    """Copies the files `names`: tokenizer, chat templates, generation config, licence and the like
+    (`copied_bytes`).
+    """
     return [_write(out, name, copied_bytes(source, name)) for name in sorted(names)]
 
 
 def copied_bytes(source: Path, name: str) -> bytes:
-    """A file of the source as the output has it: generation_config.json without what transformers must not get."""
+    """A file of the source as the output has it: generation_config.json without what transformers
+    must not get.
+    """
     data = read_small_source(source, name, str(source), max_bytes=MAX_BYTES)
     return (
         clean_generation_config(data, str(source / name), error=SourceError)

@@ -1,4 +1,6 @@
-"""quality.json: how far the quantized weights are from the source's, from the records of a conversion."""
+"""quality.json: how far the quantized weights are from the source's, from the records of a
+conversion.
+"""
 
 import json
 from collections.abc import Iterable
@@ -20,7 +22,9 @@ def write_quality(records: Iterable[Record], out: Path) -> dict[str, Any]:
 
 
 def quality_of(records: list[Record]) -> dict[str, Any]:
-    """quality.json: relative weight errors ‖quantized − weight‖ / ‖weight‖ by expert and projection, and in total."""
+    """quality.json: relative weight errors ‖quantized − weight‖ / ‖weight‖ by expert and
+    projection, and in total.
+    """
     experts = sorted(
         (r for r in records if isinstance(r, ExpertRecord)), key=lambda r: (r.layer, r.expert)
     )

@@ -1,4 +1,6 @@
-"""Publishing: a converted folder becomes one commit of a Hub repository, so that nobody sees half of a model."""
+"""Publishing: a converted folder becomes one commit of a Hub repository, so that nobody sees half
+of a model.
+"""
 
 import hashlib
 import os
@@ -24,7 +26,9 @@ LICENSE_FILE = re.compile(r"LICEN[SC]E([.\-_].*)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """Where and how. license: an identifier of the Hub's, such as apache-2.0; None where the folder has the file."""
+    """Where and how. license: an identifier of the Hub's, such as apache-2.0; None where the folder
+    has the file.
+    """
 
     repo: str
     private: bool = False
@@ -38,7 +42,9 @@ class PublishOptions:
 
 @dataclass(frozen=True)
 class Publication:
-    """What an upload sends, in bytes by file name, and what is on the Hub already; files that go are `deleted`."""
+    """What an upload sends, in bytes by file name, and what is on the Hub already; files that go
+    are `deleted`.
+    """
 
     sent: dict[str, int]
     unchanged: list[str]
@@ -77,7 +83,8 @@ def make_card(artifact: Artifact, options: PublishOptions) -> str:
 
 
 def check_target(options: PublishOptions) -> None:
-    """HubError if the Hub would refuse a publication of whatever folder: by name, token, or the files that are there.
+    """HubError if the Hub would refuse a publication of whatever folder: by name, token, or the
+    files that are there.
 
     Changes nothing there.
     """
@@ -86,7 +93,8 @@ def check_target(options: PublishOptions) -> None:
 
 
 def check_publication(folder: Path, options: PublishOptions) -> None:
-    """Raises before the folder's bytes are read and sent what `publish_folder` would raise after that; sends nothing.
+    """Raises before the folder's bytes are read and sent what `publish_folder` would raise after
+    that; sends nothing.
 
     Licence, card with its metadata as the Hub sees them, and what `check_target` checks.
     """
@@ -108,9 +116,11 @@ def _text(data: bytes, path: Path) -> str:
 def publish_folder(
     folder: Path, options: PublishOptions, *, dry_run: bool = False, bars: bool = False
 ) -> Publication:
-    """Uploads the folder, which was verified before, in one commit; files that are there already are not sent again.
+    """Uploads the folder, which was verified before, in one commit; files that are there already
+    are not sent again.
 
-    bars: whether huggingface_hub draws its progress. Raises HubError, MoeConvertError, and what Artifact.open raises.
+    bars: whether huggingface_hub draws its progress. Raises HubError, MoeConvertError, and what
+    Artifact.open raises.
     """
     check_repo_name(options.repo)
     artifact = Artifact.open(folder)
@@ -188,7 +198,9 @@ def _refuse_loaded(there: Iterable[str], repo: str) -> None:
 
 
 def _state(options: PublishOptions, *, create: bool) -> tuple[str | None, dict[str, RemoteFile]]:
-    """Commit and files of the branch that is written to, made if need be; (None, {}) where it is not there."""
+    """Commit and files of the branch that is written to, made if need be; (None, {}) where it is
+    not there.
+    """
     api, repo, branch = _api(options), options.repo, options.revision
     if create:
         _call(lambda: api.create_repo(repo, private=options.private, exist_ok=True), options)

@@ -1,6 +1,7 @@
 """The model card, README.md: from a converted folder's index and quality.json alone.
 
-Their texts may be a stranger's. Each goes into the card through `_code`, so that it is neither Markdown nor HTML.
+Their texts may be a stranger's. Each goes into the card through `_code`, so that it is neither
+Markdown nor HTML.
 """
 
 import json
@@ -39,8 +40,10 @@ _CALIBRATION = {
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What the folder does not say. repo: what the loading lines name; license: an identifier of the Hub's, None for
-    no claim; license_file: the folder's licence, if it has one; base_model: instead of the index's source."""
+    """What the folder does not say. repo: what the loading lines name; license: an identifier of
+    the Hub's, None for no claim; license_file: the folder's licence, if it has one; base_model:
+    instead of the index's source.
+    """
 
     repo: str
     license: str | None = None
@@ -56,7 +59,9 @@ def parameter_count(index: Index) -> int:
 
 
 def card_text(index: Index, quality: Quality | None, options: CardOptions) -> str:
-    """The card: metadata that the Hub reads, then what it is, how to load it, sizes, quality, how it was made."""
+    """The card: metadata that the Hub reads, then what it is, how to load it, sizes, quality, how
+    it was made.
+    """
     base = options.base_model or (index.source.name if is_repo_name(index.source.name) else None)
     name = _code(base or index.source.name)
     link = f"[{name}](https://huggingface.co/{base})" if base and is_repo_name(base) else name
@@ -108,7 +113,8 @@ def card_text(index: Index, quality: Quality | None, options: CardOptions) -> st
 
 
 def write_card(out: Path, index: Index) -> None:
-    """README.md of a converted folder, whose index is not written yet; an upload makes it again with the repository.
+    """README.md of a converted folder, whose index is not written yet; an upload makes it again
+    with the repository.
 
     One that somebody else wrote there meanwhile is kept.
     """
@@ -249,10 +255,11 @@ def _calibration(recipe: Recipe) -> str:
 
 
 def _code(text: str) -> str:
-    """`text` as inline code, in which nothing else has a meaning: not a link, an address, an image or a tag.
+    """`text` as inline code, in which nothing else has a meaning: not a link, an address, an image
+    or a tag.
 
-    Two characters have one nevertheless, and are replaced: a backtick, which ends it, and a bar, which ends a table's
-    cell.
+    Two characters have one nevertheless, and are replaced: a backtick, which ends it, and a bar,
+    which ends a table's cell.
     """
     return f"`{to_label(text).translate(_ENDS) or ' '}`"
 

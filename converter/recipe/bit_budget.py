@@ -40,10 +40,12 @@ def ladder(recipe: ConversionRecipe) -> dict[str, list[str]]:
 def choose_bits(
     recipe: ConversionRecipe, architecture: Architecture, errors: Errors
 ) -> ConversionRecipe:
-    """`recipe`, whose option target_bpw says how many bits, with the rules that lessen `errors` most within them.
+    """`recipe`, whose option target_bpw says how many bits, with the rules that lessen `errors`
+    most within them.
 
-    Greedy: from the recipe's own packings on, the change that gains most for a byte and still fits comes first; of
-    equal ones that of the lowest layer, gate_up before down. RecipeError if no choice takes so many bits.
+    Greedy: from the recipe's own packings on, the change that gains most for a byte and still fits
+    comes first; of equal ones that of the lowest layer, gate_up before down. RecipeError if no
+    choice takes so many bits.
     """
     choices, left = ladder(recipe), _budget_bytes(recipe, architecture)
     sizes = {
@@ -81,7 +83,9 @@ def choose_bits(
 
 
 def likely_bits(recipe: ConversionRecipe, architecture: Architecture) -> ConversionRecipe:
-    """A recipe whose rules are yet to be chosen, with some that take about as many bytes; any other as it is."""
+    """A recipe whose rules are yet to be chosen, with some that take about as many bytes; any other
+    as it is.
+    """
     if not recipe.options.rules_are_open:
         return recipe
     errors = {
@@ -92,7 +96,9 @@ def likely_bits(recipe: ConversionRecipe, architecture: Architecture) -> Convers
 
 
 def _budget_bytes(recipe: ConversionRecipe, architecture: Architecture) -> int:
-    """What all layers' experts may take beyond the recipe's own packings, for one expert of each layer."""
+    """What all layers' experts may take beyond the recipe's own packings, for one expert of each
+    layer.
+    """
     target, choices = recipe.options.target_bpw, ladder(recipe)
     if target is None:
         raise ValueError(f"the recipe {recipe.name} has no target of bits")

@@ -1,9 +1,10 @@
 """Rules of a recipe that give layers, experts or projections other bits than the rest.
 
-As text: `0-3,28/down=3bit`, which is LAYERS[:EXPERTS][/PROJECTION]=BITS. Layers and experts are numbers and ranges
-(both ends included), or `*`; a projection is gate_up or down, both if none is named; bits are 2bit, 3bit, 4bit, 16bit
-(as in the source), or a packing by name. Several rules are separated by commas, and of several that fit, the last
-counts. The index has each as an option `rule.N` of its recipe (converter/recipe/recipe_options.py).
+As text: `0-3,28/down=3bit`, which is LAYERS[:EXPERTS][/PROJECTION]=BITS. Layers and experts are
+numbers and ranges (both ends included), or `*`; a projection is gate_up or down, both if none is
+named; bits are 2bit, 3bit, 4bit, 16bit (as in the source), or a packing by name. Several rules are
+separated by commas, and of several that fit, the last counts. The index has each as an option
+`rule.N` of its recipe (converter/recipe/recipe_options.py).
 """
 
 import re
@@ -29,8 +30,9 @@ _HINT = "such as 0-3/down=3bit: LAYERS[:EXPERTS][/gate_up or /down]=2bit, 3bit, 
 
 @dataclass(frozen=True)
 class BitRule:
-    """Which packing (or UNPACKED) some projections have. layers, experts: pairs of first and last; none for all. text:
-    as above, with the packing's name."""
+    """Which packing (or UNPACKED) some projections have. layers, experts: pairs of first and last;
+    none for all. text: as above, with the packing's name.
+    """
 
     layers: tuple[tuple[int, int], ...]
     experts: tuple[tuple[int, int], ...]

@@ -1,4 +1,6 @@
-"""A recipe as the converter uses it: which packing and solver for which weights, with its options typed."""
+"""A recipe as the converter uses it: which packing and solver for which weights, with its options
+typed.
+"""
 
 from msgspec import Struct
 

@@ -1,4 +1,6 @@
-"""A recipe as a JSON file: what the options of `convert` say, under their names, with rules of bits as a list."""
+"""A recipe as a JSON file: what the options of `convert` say, under their names, with rules of bits
+as a list.
+"""
 
 from typing import Any
 
@@ -31,7 +33,8 @@ class RecipeFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def recipe_settings(name: str) -> dict[str, Any]:
-    """The arguments of `make_recipe` for a recipe's name, or for the file called `name` if that ends with .json.
+    """The arguments of `make_recipe` for a recipe's name, or for the file called `name` if that
+    ends with .json.
 
     RecipeError naming file and field.
     """

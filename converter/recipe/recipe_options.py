@@ -1,6 +1,7 @@
 """The options of a recipe: typed here, a dict of names only in the index and the journal.
 
-On disk, rules of bits are the options `rule.1`, `rule.2` …, in their order; what has its default is not there.
+On disk, rules of bits are the options `rule.1`, `rule.2` …, in their order; what has its default is
+not there.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,9 @@ class Calibration(Struct, frozen=True):
 
     @classmethod
     def read(cls, recorded: Mapping[str, Option]) -> "Calibration | None":
-        """From the names and values of an index, None without a calibration; RecipeError as `RecipeOptions.read`."""
+        """From the names and values of an index, None without a calibration; RecipeError as
+        `RecipeOptions.read`.
+        """
         kind, tokens = recorded.get("calibrate"), recorded.get("calibration_tokens")
         if kind is None and tokens is None:
             return None
@@ -42,8 +45,9 @@ class Calibration(Struct, frozen=True):
 
 
 class RecipeOptions(Struct, frozen=True):
-    """What a recipe says beside its packings and its solver. target_bpw: bits a weight for which calibration chooses
-    the rules."""
+    """What a recipe says beside its packings and its solver. target_bpw: bits a weight for which
+    calibration chooses the rules.
+    """
 
     calibration: Calibration | None = None
     target_bpw: float | None = None
@@ -52,7 +56,8 @@ class RecipeOptions(Struct, frozen=True):
 
     @classmethod
     def read(cls, recorded: Mapping[str, Option]) -> "RecipeOptions":
-        """From the names and values of an index. Names that this release does not know are left out.
+        """From the names and values of an index. Names that this release does not know are left
+        out.
 
         RecipeError naming the option whose value is not as here.
         """
@@ -95,7 +100,9 @@ class RecipeOptions(Struct, frozen=True):
         return self.target_bpw is not None and not self.rules
 
     def down_block(self, columns: int) -> int:
-        """Columns of a block of down's statistics, of `columns` in all: as asked, at most all, in whole superblocks."""
+        """Columns of a block of down's statistics, of `columns` in all: as asked, at most all, in
+        whole superblocks.
+        """
         most = -(-columns // DOWN_BLOCK) * DOWN_BLOCK
         return most if self.down_width == "full" else min(self.down_width, most)
 

@@ -1,4 +1,6 @@
-"""Recipes: which packing and solver for which weights. Data, not code; a user may combine their own."""
+"""Recipes: which packing and solver for which weights. Data, not code; a user may combine their
+own.
+"""
 
 import functools
 import logging
@@ -61,15 +63,18 @@ def make_recipe(
     target_bpw: float | None = None,
     down_width: int | str | None = None,
 ) -> ConversionRecipe:
-    """The named recipe with what the options change: expert bits and group size, or packings by name.
+    """The named recipe with what the options change: expert bits and group size, or packings by
+    name.
 
-    `attn_bits` and `head_bits` are 4; these and `bits` may be 16, for as in the source. `calibrate` is a key of
-    `converter.calibration.calibration_text.KINDS`; calibration and the solver feedback imply each other, where only the solver
-    is given, the text is the builtin one, and without calibration the solver is refit (the paper's recipes keep hqq).
-    Where the native library is missing, a recipe that would calibrate by itself takes hqq; where all experts are as in
-    the source, none calibrates by itself, and where everything is, there is no solver. `rules` as
-    converter/recipe/bit_rules.py has them; with `target_bpw` calibration chooses them. `down_width` is "full", or a multiple
-    of 256: columns of down that make up for each other's errors. RecipeError names the option and what there is.
+    `attn_bits` and `head_bits` are 4; these and `bits` may be 16, for as in the source. `calibrate`
+    is a key of `converter.calibration.calibration_text.KINDS`; calibration and the solver feedback
+    imply each other, where only the solver is given, the text is the builtin one, and without
+    calibration the solver is refit (the paper's recipes keep hqq). Where the native library is
+    missing, a recipe that would calibrate by itself takes hqq; where all experts are as in the
+    source, none calibrates by itself, and where everything is, there is no solver. `rules` as
+    converter/recipe/bit_rules.py has them; with `target_bpw` calibration chooses them. `down_width`
+    is "full", or a multiple of 256: columns of down that make up for each other's errors.
+    RecipeError names the option and what there is.
     """
     if name not in RECIPES:
         raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(RECIPES)}")
@@ -205,8 +210,9 @@ def _experts_packing(bits: int | None, group_size: int | None, default: str) -> 
 
 
 def _named_by_contents(recipe: ConversionRecipe) -> ConversionRecipe:
-    """A recipe of a named one's packings has its name, the paper's only with its solver; any other is called custom,
-    and one with a target by that."""
+    """A recipe of a named one's packings has its name, the paper's only with its solver; any other
+    is called custom, and one with a target by that.
+    """
     if recipe.options.target_bpw is not None:
         return replace(recipe, name=f"{recipe.options.target_bpw:g}bpw")
     if recipe.options.rules:

@@ -1,4 +1,6 @@
-"""A target of bits that becomes rules: measured once, kept beside the work, the same for any workers."""
+"""A target of bits that becomes rules: measured once, kept beside the work, the same for any
+workers.
+"""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +23,11 @@ _log = logging.getLogger(__name__)
 def with_chosen_bits(
     plan: ConversionPlan, solver: CalibratedSolver, tokens: CalibrationTokens, progress: Progress
 ) -> ConversionPlan:
-    """The plan by the rules that fit its recipe's target best, by the errors of the checkpoint's layers for `tokens`.
+    """The plan by the rules that fit its recipe's target best, by the errors of the checkpoint's
+    layers for `tokens`.
 
-    What was measured is kept in the out folder until the conversion is complete. Errors as BitSensitivity, choose_bits.
+    What was measured is kept in the out folder until the conversion is complete. Errors as
+    BitSensitivity, choose_bits.
     """
     checkpoint, recipe = plan.checkpoint, plan.recipe
     layers = [list(expert_units(checkpoint, layer)) for layer in range(len(plan.output.layouts))]

@@ -1,4 +1,6 @@
-"""The solvers `refit` and `feedback`: by the native library where it is built, else by the reference in torch."""
+"""The solvers `refit` and `feedback`: by the native library where it is built, else by the
+reference in torch.
+"""
 
 import torch
 from torch import Tensor
@@ -121,6 +123,8 @@ def _factor(hessian: Tensor) -> Tensor:
 
 
 def _flat(tiles: Tensor) -> tuple[Tensor, int]:
-    """The bytes from the first tile to the last of a strided view, and how many tiles its rows are apart."""
+    """The bytes from the first tile to the last of a strided view, and how many tiles its rows are
+    apart.
+    """
     size = (len(tiles) - 1) * tiles.stride(0) + tiles.shape[1]
     return tiles.as_strided((size,), (1,)), tiles.stride(0) // tiles.shape[1]

@@ -1,8 +1,10 @@
-"""Down, fitted to what reaches it: the activations that the quantized gate and up give, towards the original's outputs.
+"""Down, fitted to what reaches it: the activations that the quantized gate and up give, towards the
+original's outputs.
 
-With h the original's inner activations and h' those after quantization, the W' for which W'h' is nearest to W h is
-W + W·D·(H' + λ)⁻¹, D = Σ (h - h')·h'ᵀ, H' = Σ h'·h'ᵀ; in blocks of columns, as down's statistics are. Nothing beyond
-the expert is needed for it (docs/quality.md has what it buys).
+With h the original's inner activations and h' those after quantization, the W' for which W'h' is
+nearest to W h is W + W·D·(H' + λ)⁻¹, D = Σ (h - h')·h'ᵀ, H' = Σ h'·h'ᵀ; in blocks of columns, as
+down's statistics are. Nothing beyond the expert is needed for it (docs/quality.md has what it
+buys).
 """
 
 from dataclasses import dataclass

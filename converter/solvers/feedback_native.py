@@ -1,4 +1,6 @@
-"""Error feedback (GPTQ/OBQ) by the native solver: each column's rounding error is carried to the columns after it."""
+"""Error feedback (GPTQ/OBQ) by the native solver: each column's rounding error is carried to the
+columns after it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +18,18 @@ DAMPING = 0.01
 
 
 GAIN_RANK = 32
-"""Directions of a full-width Hessian that the gain sees exactly; from 16 on no further gain in KL was seen."""
+"""Directions of a full-width Hessian that the gain sees exactly; from 16 on no further gain in KL
+was seen.
+"""
 
 EXACT_GAIN_COLUMNS = 1024
 """Blocks up to this width take the gain in the whole Hessian's metric."""
 
 
 class SingularHessianError(MoeConvertError):
-    """A Hessian that is not positive definite even when damped: NaN, infinities, or no sum of squares at all."""
+    """A Hessian that is not positive definite even when damped: NaN, infinities, or no sum of
+    squares at all.
+    """
 
     def __init__(self, block: int) -> None:
         super().__init__(
@@ -37,8 +43,8 @@ class SingularHessianError(MoeConvertError):
 class FeedbackError:
     """Sums over a matrix, in fp64; e = weight - dequantized, H the Hessian without damping.
 
-    sum_hessian_error: of e^T H e over rows; sum_hessian: of w^T H w. Without the exact gain both are estimates, good to
-    a few percent.
+    sum_hessian_error: of e^T H e over rows; sum_hessian: of w^T H w. Without the exact gain both
+    are estimates, good to a few percent.
     """
 
     sum_squared_error: float
@@ -48,7 +54,9 @@ class FeedbackError:
 
     @classmethod
     def total(cls, tile_errors: Sequence[Tensor]) -> "FeedbackError":
-        """The sum over tiles (fp64 [tiles, 4] each), in order: the same number however tiles were dealt to threads."""
+        """The sum over tiles (fp64 [tiles, 4] each), in order: the same number however tiles were
+        dealt to threads.
+        """
         sums = [0.0] * 4
         for row in torch.cat(list(tile_errors)).tolist():
             sums = [total + part for total, part in zip(sums, row, strict=True)]
@@ -56,12 +64,13 @@ class FeedbackError:
 
 
 def factorize(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """The upper triangular V, float32, with V·V^T = H + damping·mean(diag H)·I, for each block of columns.
+    """The upper triangular V, float32, with V·V^T = H + damping·mean(diag H)·I, for each block of
+    columns.
 
-    hessian: float32 or float64 [columns, columns], or [blocks, columns of a block, the same]; symmetric. Inputs that
-    never differ from zero have a zero row and column. Where columns do not fill the last block, its rest is zero.
-    V, not the factor of the inverse that GPTQ takes: the same codes, without inverting (converter/native/feedback.h).
-    Raises SingularHessianError.
+    hessian: float32 or float64 [columns, columns], or [blocks, columns of a block, the same];
+    symmetric. Inputs that never differ from zero have a zero row and column. Where columns do not
+    fill the last block, its rest is zero. V, not the factor of the inverse that GPTQ takes: the
+    same codes, without inverting (converter/native/feedback.h). Raises SingularHessianError.
     """
     blocks = hessian if hessian.dim() == 3 else hessian[None]
     factors = torch.empty_like(blocks, dtype=torch.float32)
@@ -89,12 +98,14 @@ def _factorize_block(block: Tensor, damping: float, index: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GainMetric:
-    """In what a row's gain is taken where the whole Hessian would cost too much: its largest part, and a diagonal.
+    """In what a row's gain is taken where the whole Hessian would cost too much: its largest part,
+    and a diagonal.
 
     low_rank: float32 [columns, rank], G with G·G^T ≈ H but for directions that carry little.
     diagonal: float32 [columns], the diagonal of H + damping - G·G^T.
-    pairing: float32 [columns]. <w, e>, e being the error of w, has the expected value sum of V_kk² w_k δ_k, δ_k what
-    the rounding of column k left, if columns of w are independent; these are its weights, less the part that G sees.
+    pairing: float32 [columns]. <w, e>, e being the error of w, has the expected value sum of V_kk²
+    w_k δ_k, δ_k what the rounding of column k left, if columns of w are independent; these are its
+    weights, less the part that G sees.
     """
 
     low_rank: Tensor
@@ -103,7 +114,9 @@ class GainMetric:
 
 
 def gain_metric(factor: Tensor, rank: int = GAIN_RANK) -> GainMetric:
-    """The metric for a full-width factor [columns, columns]: its `rank` largest directions, by subspace iteration."""
+    """The metric for a full-width factor [columns, columns]: its `rank` largest directions, by
+    subspace iteration.
+    """
     columns = len(factor)
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(columns, min(rank + 16, columns), generator=generator)
@@ -129,7 +142,9 @@ def _metric_of_blocks(blocks: Tensor, columns: int) -> GainMetric:
 
 
 def _damping_of(block: Tensor, damping: float) -> float:
-    """What damping adds to the diagonal. Inputs that are always zero do not count: there may be many."""
+    """What damping adds to the diagonal. Inputs that are always zero do not count: there may be
+    many.
+    """
     diagonal = block.diagonal().double()
     alive = diagonal != 0
     return damping * float(diagonal.sum()) / int(alive.sum()) if alive.any() else 0.0
@@ -152,18 +167,22 @@ def quantize_feedback_tiles(
     static: bool = False,
     isa: str = "auto",
 ) -> Tensor:
-    """Quantizes tiles `tile_begin`..`tile_end`-1 of a matrix into `out`; several threads may share a matrix.
+    """Quantizes tiles `tile_begin`..`tile_end`-1 of a matrix into `out`; several threads may share
+    a matrix.
 
-    weight, out, tile_begin, tile_end, stride_tiles, isa: as in `solver_native.quantize_tiles`; same errors.
-    factor, hessian: as `factorize(hessian, damping)` gave it, float32 [columns, columns], or [blocks, B, B] with
-    B a multiple of 256.
-    order: int32 [groups], in which order the groups are taken (converter/solvers/feedback_order.py); factor, hessian and metric
-    are then of the columns in that order.
-    exact_gain: each row's gain in the metric of the whole Hessian, which costs as much again as the feedback. Else by
-    `metric`, which is `gain_metric(factor)`: pass it where a matrix is quantized in several calls, or gate and up
-    share it. Default: in blocks of up to EXACT_GAIN_COLUMNS, so that only wider ones need a metric.
-    static: S and M from the weights alone, before any error is carried to them; faster by a little, worse by a lot.
-    Returns fp64 [tiles, 4]: see `FeedbackError.total`.
+    weight, out, tile_begin, tile_end, stride_tiles, isa: as in `solver_native.quantize_tiles`; same
+    errors.
+    factor, hessian: as `factorize(hessian, damping)` gave it, float32 [columns, columns], or
+    [blocks, B, B] with B a multiple of 256.
+    order: int32 [groups], in which order the groups are taken
+    (converter/solvers/feedback_order.py); factor, hessian and metric are then of the columns in
+    that order.
+    exact_gain: each row's gain in the metric of the whole Hessian, which costs as much again as the
+    feedback. Else by `metric`, which is `gain_metric(factor)`: pass it where a matrix is quantized
+    in several calls, or gate and up share it. Default: in blocks of up to EXACT_GAIN_COLUMNS, so
+    that only wider ones need a metric.
+    static: S and M from the weights alone, before any error is carried to them; faster by a little,
+    worse by a lot. Returns fp64 [tiles, 4]: see `FeedbackError.total`.
     """
     place = check_place(weight, packing, out, tile_begin, tile_end, stride_tiles)
     blocks, hessians = (factor, hessian) if factor.dim() == 3 else (factor[None], hessian[None])
@@ -212,7 +231,9 @@ def quantize_feedback_tiles(
 def quantize_feedback(
     weight: Tensor, packing: str, out: Tensor, factor: Tensor, hessian: Tensor, **options: Any
 ) -> FeedbackError:
-    """Quantizes a whole matrix into `out` on this thread; arguments and errors as in `quantize_feedback_tiles`."""
+    """Quantizes a whole matrix into `out` on this thread; arguments and errors as in
+    `quantize_feedback_tiles`.
+    """
     return FeedbackError.total(
         [quantize_feedback_tiles(weight, packing, out, factor, hessian, **options)]
     )

@@ -1,8 +1,8 @@
 """In which order error feedback takes a matrix's groups: those first whose inputs are strongest.
 
-An error is made up for by the columns that are still to come, so what matters most should have most of them. Whole
-groups are taken, not columns as in GPTQ's act-order: a group's columns share a scale, which is chosen when its turn
-comes. Where the groups stand in the packing stays as it is.
+An error is made up for by the columns that are still to come, so what matters most should have most
+of them. Whole groups are taken, not columns as in GPTQ's act-order: a group's columns share a
+scale, which is chosen when its turn comes. Where the groups stand in the packing stays as it is.
 """
 
 import torch
@@ -12,9 +12,11 @@ from formats.packing import QuantizedMatrix
 
 
 def group_order(hessian: Tensor, columns: int, group_size: int) -> Tensor | None:
-    """int32 [groups]: the groups by falling mean square of their inputs, within each block of the Hessian.
+    """int32 [groups]: the groups by falling mean square of their inputs, within each block of the
+    Hessian.
 
-    hessian: float32 [blocks, width, width], width a multiple of group_size. None where columns are no multiple of it.
+    hessian: float32 [blocks, width, width], width a multiple of group_size. None where columns are
+    no multiple of it.
     """
     if columns % group_size or hessian.shape[1] % group_size:
         return None

@@ -1,9 +1,11 @@
-"""The solvers `refit` and `feedback` in torch: range search and least squares, row scales, error feedback, row gain.
+"""The solvers `refit` and `feedback` in torch: range search and least squares, row scales, error
+feedback, row gain.
 
-The oracle of the native code, and what runs where that is not built. Error feedback is GPTQ's (Frantar et al. 2022,
-section 3): columns are rounded from left to right, and what a column is off by is made up for by the columns to its
-right. A group is fitted when its turn comes, to what its weights are by then: on tiny-mixtral KL .0071 against .0088
-for groups that were all fitted before (2 bits, bench/quality.py).
+The oracle of the native code, and what runs where that is not built. Error feedback is GPTQ's
+(Frantar et al. 2022, section 3): columns are rounded from left to right, and what a column is off
+by is made up for by the columns to its right. A group is fitted when its turn comes, to what its
+weights are by then: on tiny-mixtral KL .0071 against .0088 for groups that were all fitted before
+(2 bits, bench/quality.py).
 """
 
 from collections.abc import Iterator
@@ -37,9 +39,11 @@ class SingularStatisticsError(SourceError, ValueError):
 
 
 def factorize(hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """U, upper triangular with UᵀU = (H + damping · mean diagonal)⁻¹: float32, of the shape of hessian [..., n, n].
+    """U, upper triangular with UᵀU = (H + damping · mean diagonal)⁻¹: float32, of the shape of
+    hessian [..., n, n].
 
-    A block that is zero as a whole gets the identity: nothing reaches its columns. Raises SingularStatisticsError.
+    A block that is zero as a whole gets the identity: nothing reaches its columns. Raises
+    SingularStatisticsError.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise SingularStatisticsError
@@ -51,7 +55,8 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Tensor:
         damped = block.double()
         mean = damped.diagonal().mean().clamp(min=1e-30)
         damped = damped + torch.eye(len(block), dtype=torch.float64) * (damping * mean)
-        # H = R Rᵀ with R upper (Cholesky of the flipped matrix), so U = R⁻¹ and the inverse of H is never formed.
+        # H = R Rᵀ with R upper (Cholesky of the flipped matrix), so U = R⁻¹ and the inverse of H is
+        # never formed.
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info):
             raise SingularStatisticsError
@@ -65,7 +70,9 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def refit_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, SquaredError]:
-    """`weight` [rows, columns] without calibration: scales by search and least squares, gain corrected."""
+    """`weight` [rows, columns] without calibration: scales by search and least squares, gain
+    corrected.
+    """
     weight = _checked(weight, packing)
     groups = _Groups.of(weight, torch.ones(weight.shape[1]), packing)
     ds, dm = _row_scales(groups, packing)
@@ -83,14 +90,16 @@ def feedback_rows(
 ) -> tuple[QuantizedMatrix, SquaredError]:
     """`weight` [rows, columns] with error feedback.
 
-    hessian, factor: float32 [blocks, width, width] over the columns, as in InputStatistics and from `factorize`.
-    The row scales are found before; each group's S and M when its turn comes, from what its weights are by then.
+    hessian, factor: float32 [blocks, width, width] over the columns, as in InputStatistics and from
+    `factorize`. The row scales are found before; each group's S and M when its turn comes, from
+    what its weights are by then.
     """
     weight = _checked(weight, packing)
     rows, columns = weight.shape
     blocks, width, _ = hessian.shape
     size = packing.group_size
-    # What a column's error costs after the columns to its right have made up for it: 1 / U²  (GPTQ's loss).
+    # What a column's error costs after the columns to its right have made up for it: 1 / U²
+    # (GPTQ's loss).
     importance = factor.diagonal(dim1=1, dim2=2).reshape(-1)[:columns].square().reciprocal()
     found = _row_scales(_Groups.of(weight, importance, packing), packing)
     ds, dm = ((scale * _ROOM).clamp(max=FP16_MAX).half().float() for scale in found)
@@ -127,7 +136,9 @@ def feedback_rows(
 
 @dataclass(frozen=True)
 class _Groups:
-    """Weights [rows, groups, size] and what an error of each column counts [1, groups, size], 0 for padding."""
+    """Weights [rows, groups, size] and what an error of each column counts [1, groups, size], 0 for
+    padding.
+    """
 
     w: Tensor
     count: Tensor
@@ -144,7 +155,9 @@ class _Groups:
 
 
 def _row_scales(groups: _Groups, packing: Packing) -> tuple[Tensor, Tensor]:
-    """ds and dm [rows] (float32 that fp16 holds) of least error among some: a smaller one clips a few groups."""
+    """ds and dm [rows] (float32 that fp16 holds) of least error among some: a smaller one clips a
+    few groups.
+    """
     scale, minimum = _search(groups, packing)
     ds = _largest(scale.clamp(min=0), packing.max_s)
     dm = _largest(minimum.clamp(min=0) if packing.min_m == 0 else minimum.abs(), packing.max_m)
@@ -166,7 +179,8 @@ def _row_scales(groups: _Groups, packing: Packing) -> tuple[Tensor, Tensor]:
 def _under_row_scales(
     groups: _Groups, scale: Tensor, minimum: Tensor, ds: Tensor, dm: Tensor, packing: Packing
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(S, M [rows, groups], nearest codes [rows, groups, size], weighted squared error [rows]), all float32.
+    """(S, M [rows, groups], nearest codes [rows, groups, size], weighted squared error [rows]), all
+    float32.
 
     M is the one of least error under the rounded S.
     """
@@ -187,7 +201,9 @@ def _under_row_scales(
 
 
 def _largest(values: Tensor, most: int) -> Tensor:
-    """The row scale [rows] that gives the largest value the integer `most`; UnfitWeightsError if fp16 lacks it."""
+    """The row scale [rows] that gives the largest value the integer `most`; UnfitWeightsError if
+    fp16 lacks it.
+    """
     row = values.amax(1) / most
     if float(row.max()) > FP16_MAX:
         raise UnfitWeightsError(f"a weight scale of {float(row.max()):.3g} does not fit into fp16")
@@ -195,7 +211,9 @@ def _largest(values: Tensor, most: int) -> Tensor:
 
 
 def _search(groups: _Groups, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Scale and minimum, float32 [rows, groups], of least weighted error: each start refined by least squares."""
+    """Scale and minimum, float32 [rows, groups], of least weighted error: each start refined by
+    least squares.
+    """
     w, count = groups.w, groups.count
     best_error = torch.full(w.shape[:2], torch.inf)
     best_scale, best_minimum = torch.zeros(w.shape[:2]), torch.zeros(w.shape[:2])
@@ -245,7 +263,9 @@ def _codes(w: Tensor, scale: Tensor, minimum: Tensor, max_code: int) -> Tensor:
 def _with_gain(
     weight: Tensor, matrix: QuantizedMatrix, packing: Packing, hessian: Tensor | None
 ) -> QuantizedMatrix:
-    """Both row scales times ⟨w,w⟩/⟨w,w'⟩, in the metric of the hessian: least squares had made rows too small."""
+    """Both row scales times ⟨w,w⟩/⟨w,w'⟩, in the metric of the hessian: least squares had made rows
+    too small.
+    """
     found = dequantize(matrix, packing.group_size)
     metric = weight if hessian is None else _times(weight, hessian)
     gain = (weight * metric).sum(1) / (found * metric).sum(1)
@@ -268,7 +288,9 @@ def _times(weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _checked(weight: Tensor, packing: Packing) -> Tensor:
-    """float32 weights that the packing's scales can reach; beyond that, squared errors overflow unseen."""
+    """float32 weights that the packing's scales can reach; beyond that, squared errors overflow
+    unseen.
+    """
     if count := int((~torch.isfinite(weight)).sum()):
         raise NonFiniteWeightsError(count)
     weight = weight.float()

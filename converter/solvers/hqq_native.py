@@ -1,4 +1,6 @@
-"""The native solver: HQQ, rounding to S and M, and packing in one call to libmoe_solver.so (converter/native/)."""
+"""The native solver: HQQ, rounding to S and M, and packing in one call to libmoe_solver.so
+(converter/native/).
+"""
 
 from collections.abc import Sequence
 from ctypes import byref
@@ -26,7 +28,9 @@ class QuantizeError:
 
     @classmethod
     def total(cls, tile_errors: Sequence[Tensor]) -> "QuantizeError":
-        """The sum over tiles (fp64 [tiles, 2] each), in order: the same number however tiles were dealt to threads."""
+        """The sum over tiles (fp64 [tiles, 2] each), in order: the same number however tiles were
+        dealt to threads.
+        """
         error = squares = 0.0
         for tile_error, tile_squares in torch.cat(list(tile_errors)).tolist():
             error += tile_error
@@ -47,7 +51,9 @@ class HqqGroups:
 
 
 class NativeSolver:
-    """Quantizes by the native library, hundreds of Mweights a second and core; the same bytes on every ISA."""
+    """Quantizes by the native library, hundreds of Mweights a second and core; the same bytes on
+    every ISA.
+    """
 
     version = f"native {RESULT_VERSION}"
     bytes_a_weight = 4
@@ -72,18 +78,22 @@ def quantize_tiles(
     importance: Tensor | None = None,
     isa: str = "auto",
 ) -> Tensor:
-    """Quantizes tiles `tile_begin`..`tile_end`-1 of a matrix into `out`; several threads may share a matrix.
+    """Quantizes tiles `tile_begin`..`tile_end`-1 of a matrix into `out`; several threads may share
+    a matrix.
 
-    weight: [rows, columns] float32, bfloat16 or float16 on the CPU, contiguous: always the whole matrix.
-    out: uint8 [n], contiguous; tile `tile_begin` goes to its front and each next one `stride_tiles` tiles later
-    (2 interleaves gate and up). What lies between is not touched.
-    refit: scales by a search over ranges and least squares, S, M and super-scales by the error they cause, and each
-    row's gain restored; without it the bytes are those of plain HQQ with nearest rounding (solver_package.py).
-    importance: with refit, float32 [columns] of positive weights of the columns' squared errors, in any unit.
+    weight: [rows, columns] float32, bfloat16 or float16 on the CPU, contiguous: always the whole
+    matrix.
+    out: uint8 [n], contiguous; tile `tile_begin` goes to its front and each next one `stride_tiles`
+    tiles later (2 interleaves gate and up). What lies between is not touched.
+    refit: scales by a search over ranges and least squares, S, M and super-scales by the error they
+    cause, and each row's gain restored; without it the bytes are those of plain HQQ with nearest
+    rounding (solver_package.py).
+    importance: with refit, float32 [columns] of positive weights of the columns' squared errors, in
+    any unit.
     isa: a key of ISAS; all give the same bytes.
-    Returns fp64 [tiles, 2], a tile's sum of squared errors and of squares: see `QuantizeError.total`.
-    Raises NonFiniteWeightsError, ScaleOverflowError (both ValueErrors), NativeSolverError, and ValueError for tensors
-    of a wrong dtype, shape or layout.
+    Returns fp64 [tiles, 2], a tile's sum of squared errors and of squares: see
+    `QuantizeError.total`. Raises NonFiniteWeightsError, ScaleOverflowError (both ValueErrors),
+    NativeSolverError, and ValueError for tensors of a wrong dtype, shape or layout.
     """
     place = check_place(weight, packing, out, tile_begin, tile_end, stride_tiles)
     errors = torch.zeros(place.count, 4 if refit else 2, dtype=torch.float64)
@@ -110,7 +120,9 @@ def quantize_matrix(
     importance: Tensor | None = None,
     isa: str = "auto",
 ) -> QuantizeError:
-    """Quantizes a whole matrix into `out` on this thread; arguments and errors as in `quantize_tiles`."""
+    """Quantizes a whole matrix into `out` on this thread; arguments and errors as in
+    `quantize_tiles`.
+    """
     return QuantizeError.total(
         [
             quantize_tiles(
@@ -132,8 +144,9 @@ def hqq(
     """HQQ alone, with float32 scale and zero: what the hqq package gives for axis=1.
 
     weight: as in `quantize_tiles`; groups run along the columns, the last one may be short.
-    nbits: 2, 3 or 4; group_size: 16, 32 or 64. round_zero: start from a rounded zero, as hqq's BaseQuantizeConfig
-    does for 4 bits, at 1-2 % more error. Values that are not finite give undefined codes.
+    nbits: 2, 3 or 4; group_size: 16, 32 or 64. round_zero: start from a rounded zero, as hqq's
+    BaseQuantizeConfig does for 4 bits, at 1-2 % more error. Values that are not finite give
+    undefined codes.
     """
     check_weight(weight)
     rows, columns = weight.shape

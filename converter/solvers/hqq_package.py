@@ -1,4 +1,6 @@
-"""The hqq package's solver, then super-scales, then codes chosen again for the rounded scales: the oracle of ours."""
+"""The hqq package's solver, then super-scales, then codes chosen again for the rounded scales: the
+oracle of ours.
+"""
 
 import importlib.metadata
 
@@ -32,7 +34,8 @@ class PackageSolver:
 
 
 def quantize_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, SquaredError]:
-    """`weight` [rows, columns] of any float dtype, quantized by the hqq package and rounded to the packing's scales.
+    """`weight` [rows, columns] of any float dtype, quantized by the hqq package and rounded to the
+    packing's scales.
 
     Raises UnfitWeightsError if a row's scale does not fit into fp16.
     """
@@ -47,7 +50,8 @@ def quantize_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, Sq
 def round_scales(
     weight: Tensor, scale: Tensor, minimum: Tensor, packing: Packing
 ) -> QuantizedMatrix:
-    """`weight` ≈ scale·q − minimum (float32 [rows, groups] each) with both rounded to S and M under row scales.
+    """`weight` ≈ scale·q − minimum (float32 [rows, groups] each) with both rounded to S and M under
+    row scales.
 
     The codes are chosen after the rounding. docs/numerics.md states every step.
     """
@@ -81,7 +85,8 @@ def _under_row_scale(values: Tensor, least: int, most: int) -> tuple[Tensor, Ten
 
 
 def _hqq(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Scale and scale·zero, float32 [rows, groups], of the hqq package's solver, groups along the columns.
+    """Scale and scale·zero, float32 [rows, groups], of the hqq package's solver, groups along the
+    columns.
 
     Columns that do not fill a group make a shorter last group.
     """
@@ -111,8 +116,9 @@ def _hqq_groups(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Te
     )
     scale, zero = meta["scale"].view(rows, -1), meta["zero"].view(rows, -1)
     codes = codes.view(rows, -1, group_size)
-    # A group with a single code needs no scale: hqq gives those of a narrow range the scale 1, which as the largest
-    # of its row would leave nothing for the others. Its value goes into the minimum.
+    # A group with a single code needs no scale: hqq gives those of a narrow range the scale 1,
+    # which as the largest of its row would leave nothing for the others. Its value goes into the
+    # minimum.
     lowest, highest = codes.amin(2), codes.amax(2)
     single = lowest == highest
     return torch.where(single, 0.0, scale), torch.where(

@@ -1,4 +1,6 @@
-"""Weights that stay as they are in the source: copied into plain rows, and the solver of recipes with nothing else."""
+"""Weights that stay as they are in the source: copied into plain rows, and the solver of recipes
+with nothing else.
+"""
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ class NoSolver:
 
     version = "none"
     bytes_a_weight = 16
-    """What copying takes: the rows as they were read and as they are stored, in float32 for the sums."""
+    """What copying takes: the rows as they were read and as they are stored, in float32 for the
+    sums.
+    """
 
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
         """RecipeError: a recipe that quantizes names a solver."""
@@ -22,13 +26,15 @@ class NoSolver:
 
 
 def plain_packing_for(dtypes: set[str]) -> str:
-    """The packing of experts left as they are that are stored in `dtypes`, as safetensors calls them: exact for BF16
-    and for F16 alone; F32, and F16 among others, are rounded to bf16."""
+    """The packing of experts left as they are that are stored in `dtypes`, as safetensors calls
+    them: exact for BF16 and for F16 alone; F32, and F16 among others, are rounded to bf16.
+    """
     return "rows-f16" if dtypes == {"F16"} else "rows-bf16"
 
 
 def store_rows(weight: Tensor, packing: PlainPacking, out: Tensor) -> SquaredError:
-    """Writes `weight` [rows, columns] to `out`, of the packing's dtype: as it is, or rounded to nearest even.
+    """Writes `weight` [rows, columns] to `out`, of the packing's dtype: as it is, or rounded to
+    nearest even.
 
     Raises UnfitWeightsError where a weight is not finite, or beyond the packing's largest number.
     """

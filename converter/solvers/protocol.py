@@ -40,7 +40,9 @@ class SquaredError:
 
     @property
     def relative(self) -> float:
-        """‖quantized − weight‖ / ‖weight‖, to six digits so that it is the same everywhere; 0 for zero weights."""
+        """‖quantized − weight‖ / ‖weight‖, to six digits so that it is the same everywhere; 0 for
+        zero weights.
+        """
         return float(f"{(self.error / self.total) ** 0.5:.6g}") if self.total else 0.0
 
 
@@ -48,27 +50,33 @@ class Solver(Protocol):
     """Quantizes blocks of rows; from several threads at once."""
 
     version: str
-    """What the bytes depend on: part of the fingerprint of a conversion, and recorded in the index."""
+    """What the bytes depend on: part of the fingerprint of a conversion, and recorded in the index.
+    """
 
     bytes_a_weight: int
     """Memory that it needs for each weight of a block, the block included."""
 
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
-        """Fills `tiles` (uint8 [tiles, tile_bytes], a view whose rows may lie apart) with `weight` [rows, columns].
+        """Fills `tiles` (uint8 [tiles, tile_bytes], a view whose rows may lie apart) with `weight`
+        [rows, columns].
 
-        weight: bfloat16, float16 or float32, contiguous. Raises UnfitWeightsError where a weight is not finite or a
-        scale does not fit into fp16.
+        weight: bfloat16, float16 or float32, contiguous. Raises UnfitWeightsError where a weight is
+        not finite or a scale does not fit into fp16.
         """
 
 
 @runtime_checkable
 class CalibratedSolver(Solver, Protocol):
-    """A solver that also minimizes the error of a linear's outputs, given the statistics of its inputs."""
+    """A solver that also minimizes the error of a linear's outputs, given the statistics of its
+    inputs.
+    """
 
     def solve_calibrated(
         self, weight: Tensor, packing: Packing, tiles: Tensor, statistics: InputStatistics
     ) -> SquaredError:
-        """As `solve`, under `statistics` of the inputs of the whole matrix, of which `weight` is some rows.
+        """As `solve`, under `statistics` of the inputs of the whole matrix, of which `weight` is
+        some rows.
 
-        Raises SingularStatisticsError (converter/solvers/feedback_reference.py) where these cannot be used; `solve` then can.
+        Raises SingularStatisticsError (converter/solvers/feedback_reference.py) where these cannot
+        be used; `solve` then can.
         """

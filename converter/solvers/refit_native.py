@@ -1,4 +1,6 @@
-"""Scales by search and least squares, with or without error feedback: moe_refit of the native solver."""
+"""Scales by search and least squares, with or without error feedback: moe_refit of the native
+solver.
+"""
 
 from ctypes import byref
 
@@ -26,9 +28,11 @@ def refit_tiles(
     static: bool = False,
     isa: str = "auto",
 ) -> None:
-    """Quantizes the tiles of `place`; errors: fp64 [tiles, 4], written (converter/native/solver_api.h).
+    """Quantizes the tiles of `place`; errors: fp64 [tiles, 4], written
+    (converter/native/solver_api.h).
 
-    factor: float32 [blocks, columns of a block, the same]. converter/solvers/feedback_native.py says what the tensors are.
+    factor: float32 [blocks, columns of a block, the same]. converter/solvers/feedback_native.py
+    says what the tensors are.
     """
     columns = place.weight.shape[1]
     for name, numbers in (("importance", importance), ("diagonal", diagonal), ("pairing", pairing)):

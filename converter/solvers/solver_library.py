@@ -12,7 +12,9 @@ from formats.native.libraries import Signatures, load_library
 LIBRARY = "libmoe_solver.so"
 ABI_VERSION = 4
 RESULT_VERSION = 3
-"""Raised by one when any solver writes other bytes: a resume and a repair from the source then refuse."""
+"""Raised by one when any solver writes other bytes: a resume and a repair from the source then
+refuse.
+"""
 
 
 class ScaleOverflowError(UnfitWeightsError):

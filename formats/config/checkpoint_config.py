@@ -1,4 +1,6 @@
-"""config.json of an ordinary checkpoint: which models are read, and what of it may reach transformers."""
+"""config.json of an ordinary checkpoint: which models are read, and what of it may reach
+transformers.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def model_type_in(folder: Path) -> str | None:
-    """The model type that config.json in `folder` names; None where there is no such file, or no tested type."""
+    """The model type that config.json in `folder` names; None where there is no such file, or no
+    tested type.
+    """
     try:
         config = parse(
             read_small_source(folder, "config.json", str(folder)), str(folder / "config.json")

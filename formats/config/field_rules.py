@@ -1,4 +1,6 @@
-"""Rules for fields of a stranger's JSON: type, range, and the form in which transformers takes the value."""
+"""Rules for fields of a stranger's JSON: type, range, and the form in which transformers takes the
+value.
+"""
 
 import math
 from collections.abc import Callable
@@ -37,7 +39,9 @@ class Integer:
 
 @dataclass(frozen=True)
 class Number:
-    """An integer or a finite float in a range; taken as a float, because transformers' types are strict."""
+    """An integer or a finite float in a range; taken as a float, because transformers' types are
+    strict.
+    """
 
     least: float
     most: float

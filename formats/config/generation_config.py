@@ -1,7 +1,8 @@
-"""The gate for generation_config.json: the defaults of `generate` that may reach transformers, each with its bounds.
+"""The gate for generation_config.json: the defaults of `generate` that may reach transformers, each
+with its bounds.
 
-Other fields select code (custom decoding, caches, compilation, assistants), change what `generate` returns, or need
-arguments beside them; they never reach transformers (docs/security.md).
+Other fields select code (custom decoding, caches, compilation, assistants), change what `generate`
+returns, or need arguments beside them; they never reach transformers (docs/security.md).
 """
 
 from pathlib import Path
@@ -70,10 +71,11 @@ def gate_generation_config(
     vocab_size: int = MOST_TOKENS,
     converted: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the fields that transformers may get, notes on what was left out or replaced) of generation_config.json's value.
+    """(the fields that transformers may get, notes on what was left out or replaced) of
+    generation_config.json's value.
 
-    A field outside of GENERATION_FIELDS is left out; in a converted folder (`converted`) it is refused. Raises `error`
-    naming `where`, field and value.
+    A field outside of GENERATION_FIELDS is left out; in a converted folder (`converted`) it is
+    refused. Raises `error` naming `where`, field and value.
     """
 
     def refuse(field: str, message: str) -> NoReturn:
@@ -108,7 +110,8 @@ def gate_generation_config(
 def read_generation_config(
     folder: Path, vocab_size: int, *, error: type[MoeConvertError], converted: bool = False
 ) -> dict[str, Any] | None:
-    """The gated generation_config.json of `folder`, None where there is none; errors as `gate_generation_config`.
+    """The gated generation_config.json of `folder`, None where there is none; errors as
+    `gate_generation_config`.
 
     One log line says what was left out or replaced.
     """

@@ -1,8 +1,9 @@
-"""The gate for config.json: the fields that may reach transformers, each with its bounds and its default there.
+"""The gate for config.json: the fields that may reach transformers, each with its bounds and its
+default there.
 
-A config.json comes from a stranger. transformers takes fields from it that select code (attention and expert kernels,
-remote classes, quantizers) or files, and fails late, far from the cause, on numbers out of range. So it gets nothing
-but what `gate_config` returns (docs/security.md).
+A config.json comes from a stranger. transformers takes fields from it that select code (attention
+and expert kernels, remote classes, quantizers) or files, and fails late, far from the cause, on
+numbers out of range. So it gets nothing but what `gate_config` returns (docs/security.md).
 """
 
 from typing import Any, NoReturn
@@ -17,13 +18,17 @@ RUN_TIME = (
     "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "num_experts_per_tok", "output_router_logits",
     "router_aux_loss_coef", "router_jitter_noise",
 )  # fmt: skip
-"""Fields that a user may change in the config.json of a converted folder; the others belong to the weights."""
+"""Fields that a user may change in the config.json of a converted folder; the others belong to the
+weights.
+"""
 
 NOT_TAKEN = (
     "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
     "problem_type",
 )  # fmt: skip
-"""Fields that transformers declares too, of no use to a causal language model; they change what its calls return."""
+"""Fields that transformers declares too, of no use to a causal language model; they change what its
+calls return.
+"""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
@@ -33,22 +38,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_sharing_modes": (None, []),
     "compression_config": (None,),
 }
-"""Fields of no model type that change what transformers computes, and the values with which they change nothing."""
+"""Fields of no model type that change what transformers computes, and the values with which they
+change nothing.
+"""
 
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MOST_EXPERTS = 100_000
-"""Of all layers together: a file that claims more would cost memory and time before its tensors are looked at."""
+"""Of all layers together: a file that claims more would cost memory and time before its tensors are
+looked at.
+"""
 _COMPUTED = ("head_dim", "num_key_value_heads", "tie_word_embeddings")
 
 
 def gate_config(
     raw: Any, where: str, *, error: type[MoeConvertError], converted: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the fields that transformers may get, notes on what was left out or replaced) of a config.json's value.
+    """(the fields that transformers may get, notes on what was left out or replaced) of a
+    config.json's value.
 
-    The result has every field that has a default, in bounds and with one name; it passes the gate unchanged.
-    A field that is not the model type's is left out; of a converted folder (`converted`) it is refused, because the
-    converter writes none. quantization_config is the caller's to check. Raises `error` naming `where`, field, value.
+    The result has every field that has a default, in bounds and with one name; it passes the gate
+    unchanged. A field that is not the model type's is left out; of a converted folder (`converted`)
+    it is refused, because the converter writes none. quantization_config is the caller's to check.
+    Raises `error` naming `where`, field, value.
     """
 
     def refuse(field: str, message: str) -> NoReturn:
@@ -105,7 +116,9 @@ def gate_config(
 
 
 def check_token(name: str, value: Any, vocab_size: int, refuse: Refuse) -> Any:
-    """A token id, or a list of them, of a vocabulary; -1 stands for none, as in many published files."""
+    """A token id, or a list of them, of a vocabulary; -1 stands for none, as in many published
+    files.
+    """
     if value == -1:
         return None
     for token in value if isinstance(value, list) else [value]:
@@ -127,7 +140,9 @@ def _model_type(name: Any, refuse: Refuse) -> ModelType:
 
 
 def _renamed(raw: dict[str, Any], model_type: ModelType, notes: list[str]) -> dict[str, Any]:
-    """`raw` with one name a field. As in transformers the alias of the experts goes before, torch_dtype after."""
+    """`raw` with one name a field. As in transformers the alias of the experts goes before,
+    torch_dtype after.
+    """
     aliases = {model_type.experts_alias: model_type.experts, "torch_dtype": "dtype"}
     given = {name: value for name, value in raw.items() if name not in aliases}
     for alias, name in aliases.items():
@@ -142,7 +157,9 @@ def _renamed(raw: dict[str, Any], model_type: ModelType, notes: list[str]) -> di
 
 
 def _fill_defaults(fields: dict[str, Any], model_type: ModelType) -> None:
-    """Writes each default of transformers where there is no value, and the numbers that it computes from others."""
+    """Writes each default of transformers where there is no value, and the numbers that it computes
+    from others.
+    """
     known = model_type.fields
     for name, field in known.items():
         if field.default is not UNSET and name not in _TOKENS:

@@ -1,6 +1,8 @@
-"""The model types that this release converts and loads, each tested: their fields in config.json, and what these say.
+"""The model types that this release converts and loads, each tested: their fields in config.json,
+and what these say.
 
-A model of another type is refused by its name. What is inside a model transformers says (converter/checkpoint).
+A model of another type is refused by its name. What is inside a model transformers says
+(converter/checkpoint).
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ _TOKEN = optional(Integer(-1, MOST_TOKENS))
 
 @dataclass(frozen=True)
 class Field:
-    """The rule for a field, and what stands for it where config.json has none: transformers' default, or nothing."""
+    """The rule for a field, and what stands for it where config.json has none: transformers'
+    default, or nothing.
+    """
 
     rule: Rule
     default: Any = UNSET
@@ -56,7 +60,9 @@ class ModelType:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Every field that may reach transformers, beside rope_parameters (formats/config/rope_parameters.py)."""
+        """Every field that may reach transformers, beside rope_parameters
+        (formats/config/rope_parameters.py).
+        """
         common = {
             name: Field(rule, self.defaults.get(name, default))
             for name, (rule, default) in _COMMON.items()

@@ -18,10 +18,11 @@ METHOD = "moe_convert"
 
 
 def read_recorded_config(folder: Path, index: Index) -> tuple[dict[str, Any], list[str]]:
-    """(the gated config.json of `folder` with its quantization_config, notes on what was changed since).
+    """(the gated config.json of `folder` with its quantization_config, notes on what was changed
+    since).
 
-    Fields of RUN_TIME may differ from the index; DamageError names any other field with both values. FormatError for a
-    file that no reader may take.
+    Fields of RUN_TIME may differ from the index; DamageError names any other field with both
+    values. FormatError for a file that no reader may take.
     """
     where = str(folder / CONFIG_NAME)
     raw = parse(read_small(folder, CONFIG_NAME, str(folder)), where)
@@ -54,6 +55,8 @@ def read_recorded_config(folder: Path, index: Index) -> tuple[dict[str, Any], li
 
 
 def changed_fields(config: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """The names of fields that differ between two gated configs, those first that belong to the weights."""
+    """The names of fields that differ between two gated configs, those first that belong to the
+    weights.
+    """
     names = sorted(config.keys() | recorded.keys())
     return sorted((n for n in names if config.get(n) != recorded.get(n)), key=RUN_TIME.__contains__)

@@ -1,4 +1,6 @@
-"""The rotary embedding's parameters: the fields that transformers reads, in its order of precedence, as one object."""
+"""The rotary embedding's parameters: the fields that transformers reads, in its order of
+precedence, as one object.
+"""
 
 from typing import Any
 
@@ -69,10 +71,11 @@ _REQUIRED = {
 def merge_rope(
     config: dict[str, Any], positions: int, head_dim: int, default_theta: float, refuse: Refuse
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters with rope_type and rope_theta, what was given but is read by nobody) of a config.json.
+    """(parameters with rope_type and rope_theta, what was given but is read by nobody) of a
+    config.json.
 
-    positions: its max_position_embeddings; default_theta: transformers' for its model type. Calls `refuse` for unknown
-    types and for values out of range.
+    positions: its max_position_embeddings; default_theta: transformers' for its model type. Calls
+    `refuse` for unknown types and for values out of range.
     """
     scaling, own = (
         _object(name, config.get(name), refuse) for name in ("rope_scaling", "rope_parameters")
@@ -142,7 +145,9 @@ def _theta(
 
 
 def _check_whole(name: str, value: Any, kind: str, refuse: Refuse) -> None:
-    """Only whole heads are rotated: transformers ignores the factor for the default type and fails for the others."""
+    """Only whole heads are rotated: transformers ignores the factor for the default type and fails
+    for the others.
+    """
     if value not in (None, 1) or type(value) is bool:
         refuse(
             name, f"{name} is {short(value)}; only whole heads are rotated, so that only 1 is read"

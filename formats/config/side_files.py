@@ -1,6 +1,8 @@
-"""The small files beside the weights that transformers' tokenizers, processors and generation read, and licences.
+"""The small files beside the weights that transformers' tokenizers, processors and generation read,
+and licences.
 
-Only these are copied from a checkpoint, and of a converted folder transformers gets only these, if the index lists
+Only these are copied from a checkpoint, and of a converted folder transformers gets only these, if
+the index lists
 them: never code (custom_generate, tokenization_*.py), adapters or other weights.
 """
 
@@ -24,8 +26,9 @@ VOCABULARIES = (
     "tokenizer.json", "tokenizer.[0-9]*.json", "*.model", "tokenizer.model.v[0-9]*", "tekken.json", "vocab.json",
     "vocab.txt", "merges.txt", "bpe.codes",
 )  # fmt: skip
-"""Patterns of the files that hold a vocabulary: VOCAB_FILES_NAMES of transformers' tokenizers, and what is read in the
-place of a missing tokenizer.json."""
+"""Patterns of the files that hold a vocabulary: VOCAB_FILES_NAMES of transformers' tokenizers, and
+what is read in the place of a missing tokenizer.json.
+"""
 READ_BY_TRANSFORMERS = (
     *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template.jinja", f"{TEMPLATES_FOLDER}/*.jinja",
@@ -58,7 +61,9 @@ def is_read_by_transformers(name: str) -> bool:
 
 
 def resembles_side_file(name: str) -> bool:
-    """True for a copy that an editor, a browser or a person made, such as "tokenizer.json~", "vocab (1).json"."""
+    """True for a copy that an editor, a browser or a person made, such as "tokenizer.json~", "vocab
+    (1).json".
+    """
     stem = _STEM.match(name.rpartition("/")[2])
     return not is_side_file(name) and (
         name.startswith(f"{TEMPLATES_FOLDER}/") or bool(stem and stem[1].lower() in _STEMS)
@@ -66,7 +71,9 @@ def resembles_side_file(name: str) -> bool:
 
 
 def names_beside_weights(folder: Path) -> Iterator[str]:
-    """The names in `folder` that can be side files: its entries, and those of the folder of chat templates. OSError."""
+    """The names in `folder` that can be side files: its entries, and those of the folder of chat
+    templates. OSError.
+    """
     for entry in sorted(os.listdir(folder)):
         if entry == TEMPLATES_FOLDER and (folder / entry).is_dir():
             yield from (f"{entry}/{name}" for name in sorted(os.listdir(folder / entry)))
@@ -75,8 +82,9 @@ def names_beside_weights(folder: Path) -> Iterator[str]:
 
 
 def unusable(path: Path) -> tuple[str, str] | None:
-    """(what is wrong, next step) with a file that is no readable regular file of a sane size, or that git-lfs has not
-    fetched; None for a good one."""
+    """(what is wrong, next step) with a file that is no readable regular file of a sane size, or
+    that git-lfs has not fetched; None for a good one.
+    """
     if os.path.islink(path) and not os.path.exists(path):
         return (
             f"is a link to {os.path.realpath(path)}, which is not there",

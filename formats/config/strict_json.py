@@ -28,8 +28,9 @@ def parse(
 ) -> Any:
     """The value of UTF-8 JSON `data`.
 
-    Refuses, as `error` naming `where`: more than `max_bytes`, a byte order mark, invalid UTF-8, nesting over
-    `max_depth`, duplicate keys, NaN and infinities (also as 1e999), lone surrogates, and anything after the value.
+    Refuses, as `error` naming `where`: more than `max_bytes`, a byte order mark, invalid UTF-8,
+    nesting over `max_depth`, duplicate keys, NaN and infinities (also as 1e999), lone surrogates,
+    and anything after the value.
     """
 
     def refuse(what: str) -> NoReturn:
@@ -84,7 +85,9 @@ def typed(
     *,
     error: type[FormatError] | type[Exception] = FormatError,
 ) -> T:
-    """`value` as the msgspec type `kind`, without coercion; raises `error` naming `where` and the field."""
+    """`value` as the msgspec type `kind`, without coercion; raises `error` naming `where` and the
+    field.
+    """
     try:
         return msgspec.convert(value, kind, strict=True)
     except (msgspec.ValidationError, OverflowError) as e:
@@ -99,7 +102,9 @@ def dump(value: Any) -> bytes:
 
 
 def _found(value: Any, message: str) -> str:
-    """What stands where a message of msgspec points (it ends with the path, like `$.layers[0].file`)."""
+    """What stands where a message of msgspec points (it ends with the path, like
+    `$.layers[0].file`).
+    """
     try:
         for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", message.rpartition("`$")[2]):
             value = value[name] if name else value[int(number)]

@@ -1,4 +1,6 @@
-"""A tokenizer's files: what is refused before transformers sees them, and which one is at fault where it fails."""
+"""A tokenizer's files: what is refused before transformers sees them, and which one is at fault
+where it fails.
+"""
 
 import importlib.util
 import json
@@ -32,7 +34,8 @@ T = TypeVar("T")
 
 
 def open_tokenizer_by(load: Callable[[str], T], folder: Path) -> T:
-    """The tokenizer that `load`, transformers' function, makes of the files in `folder`; tried on a few words.
+    """The tokenizer that `load`, transformers' function, makes of the files in `folder`; tried on a
+    few words.
 
     TokenizerError naming the file that is at fault.
     """
@@ -53,8 +56,9 @@ def open_tokenizer_by(load: Callable[[str], T], folder: Path) -> T:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """TokenizerError if there is no vocabulary, if it is too large, or if the configuration asks for code, for a class
-    that is no tokenizer, or for a file outside."""
+    """TokenizerError if there is no vocabulary, if it is too large, or if the configuration asks
+    for code, for a class that is no tokenizer, or for a file outside.
+    """
     vocabularies = _vocabularies(folder)
     if not vocabularies:
         raise TokenizerError(
@@ -156,7 +160,9 @@ def _broken_templates(folder: Path) -> list[TokenizerError]:
 
 
 def _model(vocabularies: list[Path]) -> Path | None:
-    """The file of SentencePiece or tiktoken that transformers takes in the place of a missing tokenizer.json."""
+    """The file of SentencePiece or tiktoken that transformers takes in the place of a missing
+    tokenizer.json.
+    """
     return next((path for path in vocabularies if ".model" in path.name), None)
 
 

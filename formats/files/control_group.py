@@ -12,7 +12,8 @@ def within_group(available: int, total: int) -> tuple[int, int]:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         limit, used = _number(_ROOT / limit_name), _number(_ROOT / used_name)
-        # Without a limit, version 1 reports nearly 2^63. Page cache counts as used: too careful, never too bold.
+        # Without a limit, version 1 reports nearly 2^63. Page cache counts as used: too careful,
+        # never too bold.
         if limit is not None and used is not None and limit < total:
             available, total = min(available, max(0, limit - used)), limit
     return available, total

@@ -15,7 +15,8 @@ _log = logging.getLogger(__name__)
 
 
 def lock_file(descriptor: int, path: Path, *, wait: bool = False) -> bool:
-    """Locks the open file `path` until it is closed; False if another process has the lock (never with `wait`).
+    """Locks the open file `path` until it is closed; False if another process has the lock (never
+    with `wait`).
 
     Where the file system has no locks, warns once for each folder and returns True.
     """

@@ -1,4 +1,6 @@
-"""Errors of the operating system as ours: the file, what failed, the system's words, and the next step."""
+"""Errors of the operating system as ours: the file, what failed, the system's words, and the next
+step.
+"""
 
 import contextlib
 import errno
@@ -9,7 +11,9 @@ from pathlib import Path
 from formats.errors import DoesNotFitError, MoeConvertError, OutputError
 
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, 524})
-"""What a file system answers to a call that it lacks. 524 is the kernel's ENOTSUPP, which some let out to programs."""
+"""What a file system answers to a call that it lacks. 524 is the kernel's ENOTSUPP, which some let
+out to programs.
+"""
 
 _NO_SPACE = {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota is used up"}
 AGAIN = "run the same command again"
@@ -32,8 +36,9 @@ _HINTS = {
 def io_error(
     error: OSError, path: Path | str, done: str, kind: type[MoeConvertError] = OutputError
 ) -> MoeConvertError:
-    """`error` as ours: DoesNotFitError where the disk is full, else `kind`. The error's own file name goes before
-    `path`. done: "read", "written" or the like."""
+    """`error` as ours: DoesNotFitError where the disk is full, else `kind`. The error's own file
+    name goes before `path`. done: "read", "written" or the like.
+    """
     code = error.errno or 0
     path = error.filename if isinstance(error.filename, str) else path
     if code in _NO_SPACE:

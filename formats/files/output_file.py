@@ -1,4 +1,6 @@
-"""Files that are written: never through links, with errors that name them; folders and names made durable."""
+"""Files that are written: never through links, with errors that name them; folders and names made
+durable.
+"""
 
 import errno
 import functools
@@ -19,9 +21,10 @@ _log = logging.getLogger(__name__)
 class OutputFile:
     """The file `path`, open for reading and writing; several threads may use it.
 
-    Without `keep` it begins empty, with `keep` it has what was there. Raises OutputError for a symbolic link, a file
-    with several hard links (its bytes are somebody else's too) and anything but a regular file; of every call,
-    DoesNotFitError where the disk is full and OutputError for other errors of the system.
+    Without `keep` it begins empty, with `keep` it has what was there. Raises OutputError for a
+    symbolic link, a file with several hard links (its bytes are somebody else's too) and anything
+    but a regular file; of every call, DoesNotFitError where the disk is full and OutputError for
+    other errors of the system.
     """
 
     def __init__(self, path: Path, *, keep: bool = False) -> None:
@@ -89,8 +92,9 @@ class OutputFile:
             os.ftruncate(self._descriptor, size_bytes)
 
     def allocate(self, size_bytes: int) -> None:
-        """Extends the file with disk space for all of it, so that a full disk shows now; where the file system cannot
-        reserve space, without."""
+        """Extends the file with disk space for all of it, so that a full disk shows now; where the
+        file system cannot reserve space, without.
+        """
         with translated(self.path, "written"):
             if hasattr(os, "posix_fallocate"):
                 try:
@@ -136,7 +140,9 @@ def remove(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder whose name is ours, durably, if it is not there; OutputError if there is a link or a file."""
+    """Makes a folder whose name is ours, durably, if it is not there; OutputError if there is a
+    link or a file.
+    """
     with translated(path, "made"):
         try:
             os.mkdir(path)
@@ -163,7 +169,9 @@ def make_folders(path: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str]) -> None:
-    """OutputError if one of `names` in `folder`, or a folder on its way, is a symbolic link, which a write follows."""
+    """OutputError if one of `names` in `folder`, or a folder on its way, is a symbolic link, which
+    a write follows.
+    """
     places = {place for name in names for place in (Path(name), *Path(name).parents) if place.name}
     for place in sorted(places):
         if (folder / place).is_symlink():

@@ -1,4 +1,6 @@
-"""Outputs that would damage an input: compared by device and inode, so that links, mounts and case hide nothing."""
+"""Outputs that would damage an input: compared by device and inode, so that links, mounts and case
+hide nothing.
+"""
 
 import os
 from collections.abc import Iterable
@@ -10,8 +12,9 @@ _Identity = tuple[int, int]
 
 
 def refuse_overlap(out: Path, folder: Path, what: str) -> None:
-    """OutputError if the folder `out`, which need not exist, is `folder`, lies in it, or has it inside. what: what
-    `folder` is, for the message."""
+    """OutputError if the folder `out`, which need not exist, is `folder`, lies in it, or has it
+    inside. what: what `folder` is, for the message.
+    """
     hint = "choose another folder, beside it"
     if lies_in(out, folder):
         how = "is" if lies_in(folder, out) else "lies in"

@@ -17,8 +17,8 @@ _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@ -]*")
 def check_name(name: str, where: str) -> str:
     """`name` if it is a plain relative path inside a folder, else PathError naming `where`.
 
-    Components consist of letters, digits and `._+=@ -`, do not begin with a dot, and are joined by `/`. So there
-    is no `..`, no absolute path, no backslash, no drive, no `%2e`, no NUL.
+    Components consist of letters, digits and `._+=@ -`, do not begin with a dot, and are joined by
+    `/`. So there is no `..`, no absolute path, no backslash, no drive, no `%2e`, no NUL.
     """
     good = 0 < len(name) <= 512 and all(_COMPONENT.fullmatch(part) for part in name.split("/"))
     if not good:
@@ -32,9 +32,9 @@ def check_name(name: str, where: str) -> str:
 def locate(folder: Path, name: str, where: str) -> Path:
     """The real path of the regular file `name` in `folder`.
 
-    Raises PathError for an unsafe name, for a symbolic link that leaves the folder (links of a Hub cache from
-    `snapshots/<revision>` into its `blobs`, its own or those that repositories share, are taken), and for anything but
-    a regular file; DamageError if there is no such file.
+    Raises PathError for an unsafe name, for a symbolic link that leaves the folder (links of a Hub
+    cache from `snapshots/<revision>` into its `blobs`, its own or those that repositories share,
+    are taken), and for anything but a regular file; DamageError if there is no such file.
     """
     check_name(name, where)
     root = Path(os.path.realpath(folder))
@@ -48,8 +48,8 @@ def locate(folder: Path, name: str, where: str) -> Path:
 
 
 def locate_source(folder: Path, name: str, where: str) -> Path:
-    """The real path of the regular file `name` in the checkpoint `folder`, which the user named: his own links are
-    followed wherever they lead.
+    """The real path of the regular file `name` in the checkpoint `folder`, which the user named:
+    his own links are followed wherever they lead.
 
     In a Hub cache's snapshot, which has a stranger's files, it is `locate`. Errors as there.
     """
@@ -88,7 +88,9 @@ def similar_folders(path: Path) -> list[str]:
 
 
 def open_regular(path: Path) -> int:
-    """A read-only file descriptor of `path`, which the caller closes; PathError (without blocking) for a FIFO."""
+    """A read-only file descriptor of `path`, which the caller closes; PathError (without blocking)
+    for a FIFO.
+    """
     try:
         descriptor = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -107,7 +109,9 @@ def read_small(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20
 
 
 def read_small_source(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20) -> bytes:
-    """As `read_small`, of a file of a checkpoint: `locate_source`. SourceError if it is a pointer of git-lfs."""
+    """As `read_small`, of a file of a checkpoint: `locate_source`. SourceError if it is a pointer
+    of git-lfs.
+    """
     path = locate_source(folder, name, where)
     data = _read_at_most(path, name, where, max_bytes)
     check_no_pointer(data, folder / name)
@@ -121,8 +125,9 @@ def check_no_pointer(beginning: bytes, path: Path) -> None:
 
 
 def lfs_problem(beginning: bytes, path: Path) -> tuple[str, str] | None:
-    """(what is wrong, next step) with the file at `path`, which begins so, if it is what git has instead of a large
-    file."""
+    """(what is wrong, next step) with the file at `path`, which begins so, if it is what git has
+    instead of a large file.
+    """
     if not beginning.startswith(LFS_POINTER):
         return None
     where = shlex.quote(str(path.parent))
@@ -147,10 +152,11 @@ def _hub_cache_entry(root: Path) -> Path | None:
 
 
 def _in_blobs_of_cache(root: Path, path: Path) -> bool:
-    """Whether `root` is a snapshot of a Hub cache and `path` lies in that cache entry's blobs, or in the cache's.
+    """Whether `root` is a snapshot of a Hub cache and `path` lies in that cache entry's blobs, or
+    in the cache's.
 
-    huggingface_hub 2 keeps what several repositories have as `<cache>/blobs/<2 digits>/<64 digits>`. Either blobs
-    folder may be a link to another disk.
+    huggingface_hub 2 keeps what several repositories have as `<cache>/blobs/<2 digits>/<64
+    digits>`. Either blobs folder may be a link to another disk.
     """
     entry = _hub_cache_entry(root)
     if entry is None:

@@ -1,7 +1,8 @@
-"""A model from the Hub of which a part is there: a folder in the artifact's layout, and a record of its experts.
+"""A model from the Hub of which a part is there: a folder in the artifact's layout, and a record of
+its experts.
 
-Until all experts are there the index has another name, so that nobody takes the holes for weights. Afterwards it is an
-ordinary converted folder.
+Until all experts are there the index has another name, so that nobody takes the holes for weights.
+Afterwards it is an ordinary converted folder.
 """
 
 import contextlib
@@ -29,7 +30,9 @@ from formats.reading.whole_files import RUN_TIME_FILES
 from formats.writer import write_file
 
 RECORD_NAME = ".moe-convert.fetched"
-"""One byte for each expert, by layer: 1 once its bytes are there, durably and with the index's sha256."""
+"""One byte for each expert, by layer: 1 once its bytes are there, durably and with the index's
+sha256.
+"""
 _UNCHECKED_NAME = "moe_index.json.unchecked"
 
 Progress = Callable[[str, int, int], None]
@@ -56,8 +59,8 @@ class LazyFolder:
     ) -> "LazyFolder":  # fmt: skip
         """Fetches index, headers, trunk and tokenizer of repository `name`, unless they are there.
 
-        Raises HubError, DamageError where something has another hash, DoesNotFitError where the disk has no room for
-        the whole model, and what Artifact.open raises.
+        Raises HubError, DamageError where something has another hash, DoesNotFitError where the
+        disk has no room for the whole model, and what Artifact.open raises.
         """
         stop = threading.Event()
         root = kept_root() / name.replace("/", "--")
@@ -85,8 +88,9 @@ class LazyFolder:
         return bool(self._record[self._place(layer, expert)])
 
     def record(self, experts: Iterable[tuple[int, int]]) -> None:
-        """These experts (layer, expert), whose bytes were compared and are durable, are there. The last one makes an
-        ordinary converted folder."""
+        """These experts (layer, expert), whose bytes were compared and are durable, are there. The
+        last one makes an ordinary converted folder.
+        """
         with self._lock:
             if self._file is None:
                 self._file = OutputFile(self.path / RECORD_NAME, keep=True)

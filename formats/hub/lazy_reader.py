@@ -1,4 +1,6 @@
-"""Experts that come from the Hub when they are needed, and meanwhile one after the other; each byte once."""
+"""Experts that come from the Hub when they are needed, and meanwhile one after the other; each byte
+once.
+"""
 
 import logging
 import threading
@@ -28,10 +30,11 @@ Key = tuple[int, int]
 class HubReader(DirectReader):
     """Reads experts that are in `folder` from there, and fetches the others, which it writes there.
 
-    Fetched bytes are compared with the index's sha256 before they are used, and recorded once they are durable; a
-    guess that was given up goes on where it stopped. With `fill`, a thread fetches what is missing while no read of
-    the engine is under way, the layers that come next first. Once all is there the folder is a converted one.
-    progress gets ("experts", bytes there, bytes of all).
+    Fetched bytes are compared with the index's sha256 before they are used, and recorded once they
+    are durable; a guess that was given up goes on where it stopped. With `fill`, a thread fetches
+    what is missing while no read of the engine is under way, the layers that come next first. Once
+    all is there the folder is a converted one. progress gets ("experts", bytes there, bytes of
+    all).
     """
 
     def __init__(
@@ -84,7 +87,8 @@ class HubReader(DirectReader):
         with self._expert_locks[key]:
             found = sha256_of(stored.numpy().data)
             if found != expected:
-                # Not by the line, whose breaks are seen: by a damaged answer, or a damaged file of ours.
+                # Not by the line, whose breaks are seen: by a damaged answer, or a damaged file of
+                # ours.
                 self._have[key] = 0
                 self._read_hub(key, stored, 0, len(stored), from_cache=False)
                 found = sha256_of(stored.numpy().data)
@@ -105,8 +109,9 @@ class HubReader(DirectReader):
             self._progress("experts", *self.status())
 
     def start_anew(self) -> None:
-        """For a forked child: it fetches what it needs, into the same files; only the parent goes on with the others,
-        and records what it fetched itself."""
+        """For a forked child: it fetches what it needs, into the same files; only the parent goes
+        on with the others, and records what it fetched itself.
+        """
         self._expert_locks.clear()
         self._lock = threading.Condition()
         self._reads, self._filling, self._awaited = 0, None, False
@@ -122,15 +127,17 @@ class HubReader(DirectReader):
         with self._lock:
             self._stopped = True
             self._lock.notify_all()
-        # It closes the files itself, also where a line keeps it from ending soon; and the last reference to the model
-        # may have been dropped in it.
+        # It closes the files itself, also where a line keeps it from ending soon; and the last
+        # reference to the model may have been dropped in it.
         if self._thread is None:
             self._close_files()
         elif self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_WAIT_S)
 
     def _bring(self, key: Key, place: Tensor, begin: int, end: int) -> None:
-        """Bytes [begin, end) of an expert, from the file as far as they are there; the others get there."""
+        """Bytes [begin, end) of an expert, from the file as far as they are there; the others get
+        there.
+        """
         with self._expert_locks[key]:
             have = self._have.get(key, 0)
             if begin < have:
@@ -186,7 +193,9 @@ class HubReader(DirectReader):
                 self._lock.notify_all()
 
     def _work(self) -> None:
-        """The thread: records what was compared, fetches what is missing, and closes the files at the end."""
+        """The thread: records what was compared, fetches what is missing, and closes the files at
+        the end.
+        """
         try:
             while True:
                 with self._lock:
@@ -203,7 +212,8 @@ class HubReader(DirectReader):
                     else:
                         self._fill()
                 except Exception as e:
-                    # Whatever it is: the engine goes on with the files, which close where this thread ends.
+                    # Whatever it is: the engine goes on with the files, which close where this
+                    # thread ends.
                     self._fills = False
                     if not self._folder.stop.is_set():
                         _log.warning(
@@ -226,7 +236,9 @@ class HubReader(DirectReader):
         self._folder.record(keys)
 
     def _fill(self) -> None:
-        """Fetches one expert in one answer, which is not read on while the engine reads: the line is the engine's."""
+        """Fetches one expert in one answer, which is not read on while the engine reads: the line
+        is the engine's.
+        """
         key, repo = self._next(), self._folder.repo
         if key is None or repo is None:
             self._fills = False
@@ -254,7 +266,8 @@ class HubReader(DirectReader):
         for chunk in repo.chunks(file, entry.offset + have, entry.offset + entry.length):
             with self._lock:
                 self.fetched_bytes += len(chunk)
-                # Not read on, the answer takes nothing of the line; unless it is what the engine waits for.
+                # Not read on, the answer takes nothing of the line; unless it is what the engine
+                # waits for.
                 while self._reads and not (self._awaited or self._stopped):
                     self._lock.wait()
                 if self._stopped:

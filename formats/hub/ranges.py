@@ -1,8 +1,9 @@
 """Byte ranges of files on a Hub: exactly the bytes that were asked for, or a HubError.
 
-huggingface_hub's file system object takes what a server sends, also where that ignores the range. Here the status must
-be 206 (200 for a whole file), Content-Range and length must be those asked for, and what the first host says of the
-file (commit, ETag, size) must be what is known of it. The bytes' hash is for the caller to check.
+huggingface_hub's file system object takes what a server sends, also where that ignores the range.
+Here the status must be 206 (200 for a whole file), Content-Range and length must be those asked
+for, and what the first host says of the file (commit, ETag, size) must be what is known of it. The
+bytes' hash is for the caller to check.
 """
 
 import contextlib
@@ -27,7 +28,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository at a commit. `etag` is the sha256 of an LFS file, git's sha1 of another."""
+    """A file of a repository at a commit. `etag` is the sha256 of an LFS file, git's sha1 of
+    another.
+    """
 
     name: str
     url: str
@@ -52,7 +55,8 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Retries:
-    """How often and how long. Waits double from `first_s`; a server's Retry-After is kept to, up to `longest_s`.
+    """How often and how long. Waits double from `first_s`; a server's Retry-After is kept to, up to
+    `longest_s`.
 
     wait: gives True if nobody waits any more, as threading.Event.wait: nothing is tried again then.
     """
@@ -63,15 +67,18 @@ class Retries:
     wait: Callable[[float], object] = time.sleep
 
     def pause(self, failures: int, asked_s: float | None) -> bool:
-        """Waits after the failure of this number, counted from 1; False if nothing is to be tried again."""
+        """Waits after the failure of this number, counted from 1; False if nothing is to be tried
+        again.
+        """
         return not self.wait(
             min(self.longest_s, self.first_s * 2 ** (failures - 1)) if asked_s is None else asked_s
         )
 
 
 class _Failed(Exception):
-    """An answer that may be better next time, unless `is_final`; `asked_s` is how long the server wants to be left
-    alone."""
+    """An answer that may be better next time, unless `is_final`; `asked_s` is how long the server
+    wants to be left alone.
+    """
 
     def __init__(self, what: str, asked_s: float | None = None, *, is_final: bool = False) -> None:
         super().__init__(what)
@@ -81,9 +88,10 @@ class _Failed(Exception):
 class RangeReader:
     """Reads ranges; safe to use from several threads.
 
-    session() gives the HTTP client (huggingface_hub.get_session: an httpx client, whichever version); `headers` go only
-    to the host of a file's own URL, and so does the token in them; `transport_errors` are what the client raises when
-    the line breaks or times out, `address_errors` when an answer redirects to what it cannot read as an address.
+    session() gives the HTTP client (huggingface_hub.get_session: an httpx client, whichever
+    version); `headers` go only to the host of a file's own URL, and so does the token in them;
+    `transport_errors` are what the client raises when the line breaks or times out,
+    `address_errors` when an answer redirects to what it cannot read as an address.
     """
 
     def __init__(
@@ -102,18 +110,24 @@ class RangeReader:
         self._locations: dict[str, str] = {}
 
     def read(self, file: RemoteFile, begin: int, end: int) -> bytes:
-        """Bytes begin..end (exclusive) of `file`. Raises HubError; never returns other or fewer bytes."""
+        """Bytes begin..end (exclusive) of `file`. Raises HubError; never returns other or fewer
+        bytes.
+        """
         return b"".join(self.chunks(file, begin, end))
 
     def read_into(self, file: RemoteFile, begin: int, view: memoryview) -> None:
-        """Fills `view` with the bytes from `begin` on. Errors as `read`; `view` may be filled in part then."""
+        """Fills `view` with the bytes from `begin` on. Errors as `read`; `view` may be filled in
+        part then.
+        """
         position = 0
         for chunk in self.chunks(file, begin, begin + len(view)):
             view[position : position + len(chunk)] = chunk
             position += len(chunk)
 
     def chunks(self, file: RemoteFile, begin: int, end: int) -> Iterator[bytes]:
-        """The bytes begin..end (exclusive) in order, in pieces; after a break it goes on with what is missing."""
+        """The bytes begin..end (exclusive) in order, in pieces; after a break it goes on with what
+        is missing.
+        """
         if not 0 <= begin <= end <= file.size:
             raise HubError(f"{file}: bytes {begin} to {end} asked for, it has {file.size}")
         position = kept = begin
@@ -139,7 +153,8 @@ class RangeReader:
                 )
             if failed is None:
                 continue
-            # Outside of the except clauses, so that no request with its headers hangs on to the error.
+            # Outside of the except clauses, so that no request with its headers hangs on to the
+            # error.
             failures = 1 if position - kept >= PROGRESS_BYTES else failures + 1
             kept = position
             self._after_failure(file, failed, failures)
@@ -161,7 +176,8 @@ class RangeReader:
     @contextlib.contextmanager
     def _answer(self, file: RemoteFile, begin: int, end: int) -> Iterator[Any]:
         """The checked answer to a request for a range, after redirects."""
-        # A whole file is asked for without a range: not every cache in front of small files knows ranges.
+        # A whole file is asked for without a range: not every cache in front of small files knows
+        # ranges.
         whole = (begin, end) == (0, file.size)
         ranges = {"Accept-Encoding": "identity"} | (
             {} if whole else {"Range": f"bytes={begin}-{end - 1}"}
@@ -213,7 +229,9 @@ class RangeReader:
 
 
 def _check_identity(answer: Any, file: RemoteFile) -> None:
-    """HubError if the file's own host speaks of another commit, content or size than the one that is known."""
+    """HubError if the file's own host speaks of another commit, content or size than the one that
+    is known.
+    """
     if answer.status_code >= 400:
         return
     of_content = answer.headers.get("ETag") if answer.status_code in (200, 206) else None
@@ -243,7 +261,9 @@ def _check_range(answer: Any, file: RemoteFile, begin: int, end: int) -> None:
 
 
 def _asked_pause(headers: Mapping[str, str]) -> float | None:
-    """Seconds that Retry-After or the Hub's rate limit header ask for; None for neither (or a date)."""
+    """Seconds that Retry-After or the Hub's rate limit header ask for; None for neither (or a
+    date).
+    """
     if re.fullmatch(r"\d{1,9}", after := headers.get("Retry-After", "").strip()):
         return float(after)
     limit = re.search(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})", headers.get("RateLimit", ""))

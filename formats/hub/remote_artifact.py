@@ -1,4 +1,6 @@
-"""A converted model on the Hub, opened by its index and headers: a few hundred kilobytes by ranges, no weights."""
+"""A converted model on the Hub, opened by its index and headers: a few hundred kilobytes by ranges,
+no weights.
+"""
 
 import struct
 from pathlib import Path
@@ -17,11 +19,12 @@ _FIRST_BYTES = 4096
 
 
 def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Artifact:
-    """The artifact in `repo`, all of whose structure was checked as `Artifact.open` checks a folder's.
+    """The artifact in `repo`, all of whose structure was checked as `Artifact.open` checks a
+    folder's.
 
-    `folder` gets index, config.json and quality.json, and the weight files with their headers: of the right size, but
-    with holes where the weights would be. Raises what Artifact.open raises, and HubError; DamageError where the Hub's
-    hash or size differs.
+    `folder` gets index, config.json and quality.json, and the weight files with their headers: of
+    the right size, but with holes where the weights would be. Raises what Artifact.open raises, and
+    HubError; DamageError where the Hub's hash or size differs.
     """
     data, index = fetch_index(repo)
     make_folders(folder)

@@ -1,7 +1,8 @@
-"""A model repository on the Hub, pinned to a commit: what it holds, what of it is in the user's cache, its bytes.
+"""A model repository on the Hub, pinned to a commit: what it holds, what of it is in the user's
+cache, its bytes.
 
-The one module of this room that uses huggingface_hub: converter and loader both read repositories, by the same rules
-for tokens, retries and errors.
+The one module of this room that uses huggingface_hub: converter and loader both read repositories,
+by the same rules for tokens, retries and errors.
 """
 
 import importlib
@@ -38,7 +39,8 @@ def is_repo_name(text: str) -> bool:
 
 
 def repo_of_address(text: str) -> str | None:
-    """owner/model of the address of a repository's page or of something on it; None for anything else.
+    """owner/model of the address of a repository's page or of something on it; None for anything
+    else.
 
     A path's `https:/` counts as `https://`.
     """
@@ -58,7 +60,9 @@ def is_offline() -> bool:
 
 
 def kept_root() -> Path:
-    """Where we keep things (models of which a part is there): HF_HOME/moe-convert, beside huggingface_hub's cache."""
+    """Where we keep things (models of which a part is there): HF_HOME/moe-convert, beside
+    huggingface_hub's cache.
+    """
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME, "moe-convert")
@@ -92,10 +96,11 @@ class HubRepo:
         token: str | None = None,
         retries: Retries | None = None,
     ) -> "HubRepo":
-        """Resolves `revision` (branch, tag or commit; None: main) once. Endpoint, cache and offline mode are
-        huggingface_hub's, and so is the token where none is given.
+        """Resolves `revision` (branch, tag or commit; None: main) once. Endpoint, cache and offline
+        mode are huggingface_hub's, and so is the token where none is given.
 
-        Raises HubError: no such repository or revision, no access, no connection, offline and not in the cache.
+        Raises HubError: no such repository or revision, no access, no connection, offline and not
+        in the cache.
         """
         from huggingface_hub import HfApi, constants
         from huggingface_hub.utils import build_hf_headers, get_session
@@ -163,8 +168,9 @@ class HubRepo:
         return self._online().chunks(self.file(name), begin, end)
 
     def cached(self, name: str) -> Path | None:
-        """The file's place in the user's cache, of this commit or another with the same content, if it is there with
-        the size that it should have. Never write to it."""
+        """The file's place in the user's cache, of this commit or another with the same content, if
+        it is there with the size that it should have. Never write to it.
+        """
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.repo, name, revision=self.commit)
@@ -182,7 +188,8 @@ class HubRepo:
         local_dir: Path | None = None,
         bars: bool = False,
     ) -> Path:
-        """The cache's folder of this commit (or `local_dir`), after fetching the files that match; None for all.
+        """The cache's folder of this commit (or `local_dir`), after fetching the files that match;
+        None for all.
 
         bars: whether huggingface_hub draws its progress. Raises HubError.
         """
@@ -241,7 +248,8 @@ class HubRepo:
 
 
 def hub_call(call: Callable[[], T], repo: str, retries: Retries) -> T:
-    """What `call`, which uses huggingface_hub, gives; retried on broken lines, 429 and 5xx. Its errors as HubError.
+    """What `call`, which uses huggingface_hub, gives; retried on broken lines, 429 and 5xx. Its
+    errors as HubError.
 
     The errors carry neither a token nor the request that had one.
     """
@@ -265,7 +273,9 @@ def transport_errors() -> tuple[type[Exception], ...]:
 
 
 def client_errors(name: str) -> tuple[type[Exception], ...]:
-    """The HTTP client's exception of this name: httpx's (huggingface_hub 1) or httpx2's; none of another client."""
+    """The HTTP client's exception of this name: httpx's (huggingface_hub 1) or httpx2's; none of
+    another client.
+    """
     from huggingface_hub.utils import get_session
 
     for kind in type(get_session()).__mro__:
@@ -276,7 +286,9 @@ def client_errors(name: str) -> tuple[type[Exception], ...]:
 
 
 def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, bool] | None:
-    """(as ours, the pause that it asks for, whether to try again) of an error of huggingface_hub; None of another."""
+    """(as ours, the pause that it asks for, whether to try again) of an error of huggingface_hub;
+    None of another.
+    """
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import LocalEntryNotFoundError
 
@@ -339,13 +351,17 @@ def _judge(error: Exception, repo: str) -> tuple[MoeConvertError, float | None, 
 
 
 def _meant(repo: str) -> str:
-    """A hint with the folders that are named like `repo`, which may be a mistyped path; empty if there are none."""
+    """A hint with the folders that are named like `repo`, which may be a mistyped path; empty if
+    there are none.
+    """
     near = similar_folders(Path(repo)) if Path(repo).parent.is_dir() else []
     return f"is the folder {' or '.join(near)} meant?" if near else ""
 
 
 def _check_listed(file: RemoteFile) -> None:
-    """HubError unless name and hash, which become names of files, and the size are what a Hub may say."""
+    """HubError unless name and hash, which become names of files, and the size are what a Hub may
+    say.
+    """
     parts = file.name.split("/")
     if (
         has_controls(file.name)

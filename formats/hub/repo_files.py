@@ -1,5 +1,6 @@
-"""Whole files of a repository: small ones in memory; any into a folder, resumed, and compared with a known sha256
-before they get their name."""
+"""Whole files of a repository: small ones in memory; any into a folder, resumed, and compared with
+a known sha256 before they get their name.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -69,7 +70,9 @@ def _chunks(repo: HubRepo, name: str, begin: int, end: int) -> Iterable[bytes]:
 
 
 def read_small_file(repo: HubRepo, name: str) -> bytes:
-    """A whole small file, from the user's cache or the Hub, compared with the Hub's hash. HubError, DamageError."""
+    """A whole small file, from the user's cache or the Hub, compared with the Hub's hash. HubError,
+    DamageError.
+    """
     file = repo.file(name)
     if file.size > MAX_SMALL_BYTES:
         raise DamageError(f"{file} has {file.size} bytes, allowed are {MAX_SMALL_BYTES}")

@@ -1,4 +1,5 @@
-"""What a converted model's repository must have by its index: compared before anything else of it is fetched.
+"""What a converted model's repository must have by its index: compared before anything else of it
+is fetched.
 
 A repository may hold other files, of any number and size: they are never fetched.
 """
@@ -25,10 +26,12 @@ _NAMED = 5
 
 
 def fetch_index(repo: HubRepo) -> tuple[bytes, Index]:
-    """The index of the converted model in `repo`: its bytes, and what they say. Nothing else is fetched.
+    """The index of the converted model in `repo`: its bytes, and what they say. Nothing else is
+    fetched.
 
-    Raises NotConvertedError, HubError; FormatError where the index disagrees with itself; DamageError where the Hub
-    lists another size than the index for weights, or more for a small file than one may have.
+    Raises NotConvertedError, HubError; FormatError where the index disagrees with itself;
+    DamageError where the Hub lists another size than the index for weights, or more for a small
+    file than one may have.
     """
     check_converted_repo(repo)
     where = f"{repo.repo}@{repo.commit[:12]}"
@@ -49,10 +52,11 @@ def fetch_listed(
     local_dir: Path | None = None,
     bars: bool = False,
 ) -> tuple[Path, list[RemoteFile]]:
-    """The folder (`local_dir`, or the cache's) with these files: the index, what it lists and `wanted` takes, and those
-    of the names `beside` that are there.
+    """The folder (`local_dir`, or the cache's) with these files: the index, what it lists and
+    `wanted` takes, and those of the names `beside` that are there.
 
-    bars: whether huggingface_hub draws its progress. Raises what `fetch_index` and `check_room` raise.
+    bars: whether huggingface_hub draws its progress. Raises what `fetch_index` and `check_room`
+    raise.
     """
     names = {INDEX_NAME, *filter(wanted, _listed(fetch_index(repo)[1])), *beside}
     files = [file for name, file in repo.files.items() if name in names]
@@ -66,7 +70,9 @@ def fetch_listed(
 
 
 def check_room(repo: HubRepo, files: list[RemoteFile], local_dir: Path | None) -> None:
-    """DoesNotFitError if those of `files` that are not there yet need more disk than there is; logs what they need."""
+    """DoesNotFitError if those of `files` that are not there yet need more disk than there is; logs
+    what they need.
+    """
     place = local_dir or cache_root()
     folder = next(p for p in (place, *place.absolute().parents) if p.exists())
     missing = [

@@ -13,7 +13,8 @@ Signatures = Mapping[str, tuple[Any, list[Any]]]
 def load_library(
     room: str, name: str, version: tuple[str, int], signatures: Signatures
 ) -> tuple[ctypes.CDLL | None, str]:
-    """Library `name` of package `room` and its path, or None and one sentence on why it is not there.
+    """Library `name` of package `room` and its path, or None and one sentence on why it is not
+    there.
 
     version: the function that returns the library's ABI version, and the version that is needed.
     """

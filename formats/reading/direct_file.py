@@ -18,7 +18,8 @@ _log = logging.getLogger(__name__)
 
 
 class DirectFile:
-    """O_DIRECT where the file system takes it; elsewhere ordinary reads, after which the page cache is asked to forget.
+    """O_DIRECT where the file system takes it; elsewhere ordinary reads, after which the page cache
+    is asked to forget.
 
     Several threads may read at once. PathError if `path` cannot be opened.
     """
@@ -30,11 +31,11 @@ class DirectFile:
         self._direct = _make_direct(self._descriptor, path)
 
     def read(self, offset: int, view: memoryview, begin: int, end: int) -> int:
-        """Bytes [begin, end) of what starts at `offset`, to the same places in `view`; where the reading stopped: `end`
-        or behind it, less if the file ends before. OSError.
+        """Bytes [begin, end) of what starts at `offset`, to the same places in `view`; where the
+        reading stopped: `end` or behind it, less if the file ends before. OSError.
 
-        offset and begin are multiples of ALIGNMENT_BYTES, `view` lies on a page and reaches to the next one after `end`
-        (`formats.reading.reader.aligned_bytes`): whole pages are read.
+        offset and begin are multiples of ALIGNMENT_BYTES, `view` lies on a page and reaches to the
+        next one after `end` (`formats.reading.reader.aligned_bytes`): whole pages are read.
         """
         done = begin
         while done < end:

@@ -1,4 +1,6 @@
-"""Experts read into buffers past the page cache: the disk's full speed at a fifth of the processor time of a map."""
+"""Experts read into buffers past the page cache: the disk's full speed at a fifth of the processor
+time of a map.
+"""
 
 from torch import Tensor
 

@@ -13,8 +13,10 @@ _log = logging.getLogger(__name__)
 
 
 class ForkGate:
-    """Direct reads write to pages that a fork would share: until Linux 6.5 their bytes may then be lost in the parent
-    (open(2), NOTES, "O_DIRECT I/Os should never be run concurrently with the fork(2) system call")."""
+    """Direct reads write to pages that a fork would share: until Linux 6.5 their bytes may then be
+    lost in the parent (open(2), NOTES, "O_DIRECT I/Os should never be run concurrently with the
+    fork(2) system call").
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

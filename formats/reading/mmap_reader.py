@@ -14,14 +14,17 @@ from formats.files.paths import open_regular
 from formats.reading.reader import ExpertReader, Load
 
 _POPULATE_READ = 22
-"""Linux's MADV_POPULATE_READ (5.14), for which the mmap module has no name: reads pages in and maps them at once."""
+"""Linux's MADV_POPULATE_READ (5.14), for which the mmap module has no name: reads pages in and maps
+them at once.
+"""
 
 
 class MmapReader(ExpertReader):
     """Experts as views of maps.
 
-    A file that is cut while it is mapped kills the process with SIGBUS; `DirectReader` raises instead. An expert's
-    checksum is compared when the expert is first used, and again after its memory was given back.
+    A file that is cut while it is mapped kills the process with SIGBUS; `DirectReader` raises
+    instead. An expert's checksum is compared when the expert is first used, and again after its
+    memory was given back.
     """
 
     def __init__(self, artifact: Artifact, *, check: str = "fast") -> None:
@@ -35,7 +38,8 @@ class MmapReader(ExpertReader):
                 path = artifact.folder / file.file
                 if os.fstat(self._descriptors[-1]).st_size != file.size_bytes:
                     raise DamageError(f"{path}: its size changed since the folder was opened")
-                # A private writable map: torch has no read-only tensors, and a stray write must not reach the file.
+                # A private writable map: torch has no read-only tensors, and a stray write must not
+                # reach the file.
                 with translated(path, "mapped", DamageError):
                     mapped = mmap.mmap(
                         self._descriptors[-1], file.size_bytes, access=mmap.ACCESS_COPY

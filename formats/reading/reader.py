@@ -25,7 +25,9 @@ _PAUSES_S = (0.0, 0.1)
 
 
 def aligned_bytes(n_bytes: int) -> Tensor:
-    """Fresh zeros on a page boundary, as direct reads need them: uint8 [n_bytes rounded up to ALIGNMENT_BYTES]."""
+    """Fresh zeros on a page boundary, as direct reads need them: uint8 [n_bytes rounded up to
+    ALIGNMENT_BYTES].
+    """
     size = max(1, -(-n_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
     # Private: shared memory gets no huge pages, and a forked child would write into it.
     private = (
@@ -38,7 +40,8 @@ def aligned_bytes(n_bytes: int) -> Tensor:
 
 
 class Load:
-    """One expert on its way into memory. Call `step` until `remaining` is 0, then `result`. For one thread at a time.
+    """One expert on its way into memory. Call `step` until `remaining` is 0, then `result`. For one
+    thread at a time.
 
     `place` is where its stored bytes come to lie: uint8, at least [length].
     """
@@ -53,7 +56,9 @@ class Load:
         self.done = 0
 
     at_once = queued = False
-    """Other loads than these (loader/experts/reader_protocol.py) only queue a copy, and give bytes that are still on their way."""
+    """Other loads than these (loader/experts/reader_protocol.py) only queue a copy, and give bytes
+    that are still on their way.
+    """
 
     @property
     def remaining(self) -> int:
@@ -61,10 +66,11 @@ class Load:
         return self._length - self.done
 
     def step(self, at_most: int | None = None) -> int:
-        """Reads on, at most so many bytes (rounded up to ALIGNMENT_BYTES), by default all. Gives how many were read.
+        """Reads on, at most so many bytes (rounded up to ALIGNMENT_BYTES), by default all. Gives
+        how many were read.
 
-        A refused read is tried again; then, and where the file has become shorter, DamageError names file, layer,
-        expert and offset.
+        A refused read is tried again; then, and where the file has become shorter, DamageError
+        names file, layer, expert and offset.
         """
         begin, end = self.done, self._length
         if at_most is not None:
@@ -85,7 +91,8 @@ class Load:
     def result(self) -> Tensor:
         """The expert's bytes as its packings lay them out: uint8 [n_bytes], read-only by agreement.
 
-        Raises DamageError if a frame is broken, or if the checksum that the reader compares is not the index's.
+        Raises DamageError if a frame is broken, or if the checksum that the reader compares is not
+        the index's.
         """
         stored = self._place[: self._length]
         self._reader.check(self._layer, self._expert, stored)
@@ -98,10 +105,11 @@ class Load:
 
 
 class ExpertReader(ABC):
-    """Gives experts' packed bytes; several threads may read at once. Close it, or use it as a context.
+    """Gives experts' packed bytes; several threads may read at once. Close it, or use it as a
+    context.
 
-    check: one of `formats.checksums.CHECKS`: which checksum of an expert is compared with the index's whenever its
-    bytes were read.
+    check: one of `formats.checksums.CHECKS`: which checksum of an expert is compared with the
+    index's whenever its bytes were read.
     """
 
     def __init__(self, artifact: Artifact, *, check: str = "fast") -> None:
@@ -114,11 +122,15 @@ class ExpertReader(ABC):
 
     @abstractmethod
     def load(self, layer: int, expert: int, buffer: Tensor | None) -> Load:
-        """Begins to read an expert; nothing is read before the first step. `buffer`, uint8 from `aligned_bytes` of at
-        least the expert's n_bytes, receives it; None where the expert is `in_place`."""
+        """Begins to read an expert; nothing is read before the first step. `buffer`, uint8 from
+        `aligned_bytes` of at least the expert's n_bytes, receives it; None where the expert is
+        `in_place`.
+        """
 
     def read(self, layer: int, expert: int) -> Tensor:
-        """The whole expert at once, uint8 [n_bytes], where it lies or in memory of its own. Errors as `Load`."""
+        """The whole expert at once, uint8 [n_bytes], where it lies or in memory of its own. Errors
+        as `Load`.
+        """
         fits = (
             None
             if self.in_place(layer, expert)
@@ -130,14 +142,18 @@ class ExpertReader(ABC):
 
     @abstractmethod
     def fetch(self, layer: int, expert: int, place: Tensor, begin: int, end: int) -> None:
-        """Brings the stored bytes [begin, end) of an expert to `place`; OSError or DamageError. For `Load`."""
+        """Brings the stored bytes [begin, end) of an expert to `place`; OSError or DamageError. For
+        `Load`.
+        """
 
     def moved_bytes(self, layer: int, expert: int) -> int:
         """What bringing an expert moves: its stored bytes."""
         return self.artifact.entry(layer, expert).length
 
     def forget(self, layer: int, expert: int) -> None:  # noqa: B027
-        """Gives back the memory of an expert that was used where it lies; nothing to do for one in a buffer."""
+        """Gives back the memory of an expert that was used where it lies; nothing to do for one in
+        a buffer.
+        """
 
     def before_use(self, blobs: Iterable[Tensor]) -> None:  # noqa: B027
         """Nothing: bytes in RAM are there when they are given (loader/experts/reader_protocol.py)."""
@@ -149,7 +165,9 @@ class ExpertReader(ABC):
         """Nothing: no copy is under way."""
 
     def check(self, layer: int, expert: int, stored: Tensor) -> None:
-        """DamageError if `stored`, an expert's bytes as they were read, have another checksum than the index says."""
+        """DamageError if `stored`, an expert's bytes as they were read, have another checksum than
+        the index says.
+        """
         if self._check == "none":
             return
         entry, fast = self.artifact.entry(layer, expert), self._check == "fast"

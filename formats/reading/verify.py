@@ -31,7 +31,9 @@ Unit = tuple[str, ExpertEntry | None]
 
 @dataclass(frozen=True)
 class Sample:
-    """A share (0 to 1) of what has a sha256 of its own: experts, trunk, copied files; another one for each seed."""
+    """A share (0 to 1) of what has a sha256 of its own: experts, trunk, copied files; another one
+    for each seed.
+    """
 
     share: float
     seed: int
@@ -66,7 +68,9 @@ class NotRead:
 
 @dataclass(frozen=True)
 class Report:
-    """What a verification looked at and found. `checked_bytes` were hashed. notes: what a user may change, and did."""
+    """What a verification looked at and found. `checked_bytes` were hashed. notes: what a user may
+    change, and did.
+    """
 
     problems: list[Problem]
     files: int
@@ -84,10 +88,11 @@ def verify_folder(
     sample: Sample | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Checks structure, sizes and header hashes of `folder`; with `read_data` also sha256 and fillers, of everything or
-    of a `sample`.
+    """Checks structure, sizes and header hashes of `folder`; with `read_data` also sha256 and
+    fillers, of everything or of a `sample`.
 
-    Collects problems instead of raising them; raises only where nothing can be checked (no folder, not converted).
+    Collects problems instead of raising them; raises only where nothing can be checked (no folder,
+    not converted).
     """
     try:
         head = read_head(folder)
@@ -127,8 +132,9 @@ def verify_folder(
 def _changed_files(
     folder: Path, index: Index, notes: list[str]
 ) -> Iterator[tuple[str, MoeConvertError]]:
-    """The files beside the weights that are missing or have another size than they were written with; to `notes`, what
-    a user may change."""
+    """The files beside the weights that are missing or have another size than they were written
+    with; to `notes`, what a user may change.
+    """
     for file in index.files:
         try:
             with translated(folder / file.file, "read", DamageError):
@@ -192,7 +198,9 @@ def _read_units(
 
 @contextmanager
 def _unreadable(file: str, problems: list[Problem], hint: str) -> Iterator[None]:
-    """Turns a file that cannot be read (a failing disk, one deleted meanwhile) into a problem: the rest goes on."""
+    """Turns a file that cannot be read (a failing disk, one deleted meanwhile) into a problem: the
+    rest goes on.
+    """
     try:
         yield
     except OSError as e:
@@ -253,7 +261,9 @@ def _hint(file: str, folder: Path, index: Index, error: MoeConvertError) -> str:
 
 
 def _blamed(file: str, folder: Path, error: MoeConvertError) -> str:
-    """The file that is at fault: index or config.json where the message begins with them, else `file`."""
+    """The file that is at fault: index or config.json where the message begins with them, else
+    `file`.
+    """
     return next(
         (n for n in (INDEX_NAME, CONFIG_NAME) if error.message.startswith(str(folder / n))), file
     )

@@ -19,13 +19,16 @@ RUN_TIME_FILES = (CONFIG_NAME, GENERATION_NAME)
 
 
 def file_sha256(folder: Path, name: str) -> str:
-    """The sha256 of a file of `folder`, in hex. OSError; DamageError or PathError where there is no such file."""
+    """The sha256 of a file of `folder`, in hex. OSError; DamageError or PathError where there is no
+    such file.
+    """
     with os.fdopen(open_regular(locate(folder, name, str(folder))), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(folder: Path, index: Index, names: Iterable[str]) -> None:
-    """DamageError naming the first of the files `names`, which the index lists, whose sha256 is not the index's.
+    """DamageError naming the first of the files `names`, which the index lists, whose sha256 is not
+    the index's.
 
     Of RUN_TIME_FILES none is compared.
     """
@@ -43,8 +46,9 @@ def check_files(folder: Path, index: Index, names: Iterable[str]) -> None:
 
 
 def generation_note(folder: Path, index: Index) -> str | None:
-    """What was done to generation_config.json since the conversion, None for nothing. MoeConvertError if that cannot be
-    read."""
+    """What was done to generation_config.json since the conversion, None for nothing.
+    MoeConvertError if that cannot be read.
+    """
     listed = index.whole_files.get(GENERATION_NAME)
     if not (folder / GENERATION_NAME).exists():
         return f"{folder / GENERATION_NAME} was removed since the conversion" if listed else None

@@ -1,8 +1,9 @@
 """The index written again from the files, where something that it says of them was lost or changed.
 
-From the files come: layers (place, length, checksums, packings and codec of each expert), the trunk's entry, the fields
-of config.json, and the architecture. Only an index has: producer, source, recipe, and the hashes of copied files;
-without a readable one they cannot be made up, and the rebuild is refused naming them. Hashes are taken of what is
+From the files come: layers (place, length, checksums, packings and codec of each expert), the
+trunk's entry, the fields of config.json, and the architecture. Only an index has: producer, source,
+recipe, and the hashes of copied files; without a readable one they cannot be made up, and the
+rebuild is refused naming them. Hashes are taken of what is
 there: it cannot tell damage.
 """
 
@@ -62,7 +63,8 @@ _ONLY_IN_INDEX: dict[str, Any] = {
 
 
 def rebuild_index(folder: Path) -> Index:
-    """Writes the index of `folder` again. FormatError naming what cannot be known; the old index then stays.
+    """Writes the index of `folder` again. FormatError naming what cannot be known; the old index
+    then stays.
 
     An expert whose bytes differ from a sha256 that the old index has is damage, and refused.
     """
@@ -114,7 +116,9 @@ def _old(folder: Path, where: str) -> dict[str, Any]:
 
 
 def _config(folder: Path, old: dict[str, Any]) -> dict[str, Any]:
-    """The fields of config.json. FormatError where one that belongs to the weights is another in the old index."""
+    """The fields of config.json. FormatError where one that belongs to the weights is another in
+    the old index.
+    """
     where = str(folder / CONFIG_NAME)
     config, _ = gate_config(
         parse(read_small(folder, CONFIG_NAME, str(folder)), where),
@@ -199,7 +203,9 @@ def _tensors(header: Header, module: str, expert: int, codec: str, where: str) -
 def _lay_out(
     path: Path, header: Header, expected: list[TensorEntry], metadata: dict[str, str]
 ) -> None:
-    """Writes a layer's file again whose tensors were moved: each where it belongs, under another name first."""
+    """Writes a layer's file again whose tensors were moved: each where it belongs, under another
+    name first.
+    """
     new = build_header(expected, metadata)
     with open(path, "rb") as old, OutputFile(partial_path(path)) as out:
         out.write_at(new, 0)

@@ -8,7 +8,9 @@ from formats.index import Index
 
 
 def repair_command(folder: Path, index: Index) -> str:
-    """The command that mends weights: from where the folder was published, or from what it was made of."""
+    """The command that mends weights: from where the folder was published, or from what it was made
+    of.
+    """
     mend = f"moe-convert repair {shlex.quote(str(folder))} --from"
     # The index may be a stranger's, and people run what stands here.
     if index.source.revision and is_repo_name(index.source.name):

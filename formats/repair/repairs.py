@@ -1,4 +1,6 @@
-"""Repair: what differs from the index is replaced, from an origin whose bytes must have the index's sha256."""
+"""Repair: what differs from the index is replaced, from an origin whose bytes must have the index's
+sha256.
+"""
 
 import hashlib
 import logging
@@ -43,7 +45,9 @@ class Origin(ABC):
 
     @abstractmethod
     def file(self, name: str, sha256: str, path: Path) -> None:
-        """Writes a whole file, trunk or copied, to `path`. MoeConvertError likewise; `path` then is as it was."""
+        """Writes a whole file, trunk or copied, to `path`. MoeConvertError likewise; `path` then is
+        as it was.
+        """
 
 
 class NoOrigin(Origin):
@@ -64,8 +68,9 @@ class NoOrigin(Origin):
 
 @dataclass(frozen=True)
 class Repaired:
-    """Files that were written anew, and the experts (layer, expert) that came from the origin; kept: files in which a
-    user changed settings."""
+    """Files that were written anew, and the experts (layer, expert) that came from the origin;
+    kept: files in which a user changed settings.
+    """
 
     files: list[str]
     experts: list[tuple[int, int]]
@@ -75,12 +80,13 @@ class Repaired:
 def repair_folder(
     folder: Path, index: Index, origin: Origin, progress: Progress | None = None
 ) -> Repaired:
-    """Mends everything in `folder` that is not as `index` says; reads every byte, and writes what it must. Keeps a
-    config.json or generation_config.json in which nothing is changed but what a user may change.
+    """Mends everything in `folder` that is not as `index` says; reads every byte, and writes what
+    it must. Keeps a config.json or generation_config.json in which nothing is changed but what a
+    user may change.
 
-    A layer's file is written under another name, with its good experts, and renamed: a failure leaves the old one.
-    Raises what the origin raises, MoeConvertError for a folder of the Hub's cache, and at the end what Artifact.open
-    raises.
+    A layer's file is written under another name, with its good experts, and renamed: a failure
+    leaves the old one. Raises what the origin raises, MoeConvertError for a folder of the Hub's
+    cache, and at the end what Artifact.open raises.
     """
     linked = [
         f
@@ -150,7 +156,9 @@ def _is_edited(folder: Path, name: str, index: Index) -> bool:
 
 
 def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:
-    """The bytes before the data of a layer's file: `own` if they are as the index says, else written again."""
+    """The bytes before the data of a layer's file: `own` if they are as the index says, else
+    written again.
+    """
     layer = index.layers[number]
     layouts = [ExpertLayout.of(index.architecture, e.gate_up, e.down) for e in layer.experts]
     module, codec = index.architecture.expert_modules[number], layer.experts[0].codec
@@ -171,7 +179,9 @@ def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:
 def _mend_layer(
     folder: Path, index: Index, number: int, origin: Origin
 ) -> list[tuple[int, int]] | None:
-    """Writes a layer's file anew if anything in it is wrong; which experts came from `origin`, None if it was good."""
+    """Writes a layer's file anew if anything in it is wrong; which experts came from `origin`, None
+    if it was good.
+    """
     layer = index.layers[number]
     path = folder / check_name(layer.file, str(folder))
     size, read = _opened(path)
@@ -226,7 +236,9 @@ Read = Callable[[int, int], bytes]
 
 
 def _find(read: Read, header: Header | None, module: str, entry: ExpertEntry) -> Places:
-    """Where the expert's good bytes are: where the index says, or where the header has its tensors; else nowhere."""
+    """Where the expert's good bytes are: where the index says, or where the header has its tensors;
+    else nowhere.
+    """
     candidates: list[Places] = [[(entry.offset, entry.offset + entry.length)]]
     if header:
         prefix = expert_prefix(module, entry.expert)

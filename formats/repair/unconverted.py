@@ -1,4 +1,6 @@
-"""What a folder without an index is: a checkpoint, a conversion or download that has not ended, or something else."""
+"""What a folder without an index is: a checkpoint, a conversion or download that has not ended, or
+something else.
+"""
 
 import shlex
 from pathlib import Path
@@ -11,7 +13,8 @@ _NAME_HINT = "name a folder that moe-convert wrote"
 
 
 def check_converted(folder: Path, index_name: str = INDEX_NAME) -> None:
-    """NotConvertedError if `folder` is no complete conversion; MoeConvertError if there is no such folder.
+    """NotConvertedError if `folder` is no complete conversion; MoeConvertError if there is no such
+    folder.
 
     A folder that has lost its index passes: its reader says that the index is missing.
     """
@@ -51,7 +54,9 @@ def check_finished(folder: Path) -> None:
 
 
 def check_converted_repo(repo: HubRepo) -> None:
-    """NotConvertedError if the repository holds no converted model; offline not all files are known, and it passes."""
+    """NotConvertedError if the repository holds no converted model; offline not all files are
+    known, and it passes.
+    """
     if INDEX_NAME not in repo.files and not repo.offline:
         raise NotConvertedError(
             f"{repo.repo}@{repo.commit[:12]} on the Hub is not converted: it has no {INDEX_NAME}",

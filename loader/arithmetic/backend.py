@@ -22,11 +22,14 @@ class Backend(Protocol):
 
     @property
     def for_gradients(self) -> "Backend | None":
-        """What computes a forward pass through which gradients go (loader/arithmetic/gradients.py): it does not round activations
-        to int8. None where the backward is not implemented."""
+        """What computes a forward pass through which gradients go (loader/arithmetic/gradients.py):
+        it does not round activations to int8. None where the backward is not implemented.
+        """
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
-        """x [T, columns] · Wᵀ of the [rows, columns] matrix W in `tiles` (uint8 [tiles, tile_bytes]): [T, rows]."""
+        """x [T, columns] · Wᵀ of the [rows, columns] matrix W in `tiles` (uint8 [tiles,
+        tile_bytes]): [T, rows].
+        """
 
     def experts(
         self,
@@ -37,12 +40,13 @@ class Backend(Protocol):
         weights: Tensor,
         out: Tensor,
     ) -> None:
-        """Adds to `out` [T, hidden], for every expert in `blobs` (uint8 [n_bytes] each) in ascending order, weight ·
-        down(silu(gate(x)) · up(x)) of the tokens that chose it.
+        """Adds to `out` [T, hidden], for every expert in `blobs` (uint8 [n_bytes] each) in
+        ascending order, weight · down(silu(gate(x)) · up(x)) of the tokens that chose it.
 
-        x [T, hidden]; index int64 [T, k], on the CPU, and weights float32 [T, k] are the router's answer. With one
-        token, `blobs` are all its experts. With more, a choice that is not in `blobs` adds nothing, so that consecutive
-        calls over parts, in ascending order, give the bits of one call.
+        x [T, hidden]; index int64 [T, k], on the CPU, and weights float32 [T, k] are the router's
+        answer. With one token, `blobs` are all its experts. With more, a choice that is not in
+        `blobs` adds nothing, so that consecutive calls over parts, in ascending order, give the
+        bits of one call.
         """
 
 
@@ -59,7 +63,9 @@ class TorchBackend:
     def linear(
         self, tiles: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor
     ) -> Tensor:
-        """As `Backend.linear`; also of plain rows, [rows, columns] of the packing's dtype in the place of tiles."""
+        """As `Backend.linear`; also of plain rows, [rows, columns] of the packing's dtype in the
+        place of tiles.
+        """
         return product(tiles, packing, rows, columns, x)
 
     def experts(
@@ -84,8 +90,10 @@ class TorchBackend:
 
 
 def choose_backend(name: str) -> Backend:
-    """The backend of `name`: "torch", "native" (RecipeError if it is not available here, saying why), or "auto": native
-    where it is available, else torch (loader/arithmetic/kernels.py then warns, once, and says how to mend it)."""
+    """The backend of `name`: "torch", "native" (RecipeError if it is not available here, saying
+    why), or "auto": native where it is available, else torch (loader/arithmetic/kernels.py then
+    warns, once, and says how to mend it).
+    """
     if name not in KERNELS:
         raise RecipeError(f"kernels: {name!r} is unknown; known are {', '.join(KERNELS)}")
     if name == "torch":

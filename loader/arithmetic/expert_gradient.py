@@ -10,8 +10,10 @@ from loader.arithmetic.torch_product import chunks, input_gradient
 def expert_gradients(
     layout: ExpertLayout, blob: Tensor, x: Tensor, weights: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x [T, hidden] and weights [T] in weights · down(silu(gate(x)) · up(x)), where the result's is `grad`
-    [T, hidden]; all float32. Recomputes what lies between, and makes each weight float32 once."""
+    """Gradients of x [T, hidden] and weights [T] in weights · down(silu(gate(x)) · up(x)), where
+    the result's is `grad` [T, hidden]; all float32. Recomputes what lies between, and makes each
+    weight float32 once.
+    """
     gate, up, down = split(layout, blob)
     shape = layout.intermediate, layout.hidden
     x_grad, weights_grad = x.new_zeros(x.shape), weights.new_zeros(weights.shape)

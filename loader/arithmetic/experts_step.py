@@ -1,4 +1,6 @@
-"""One token through its experts of a layer in one native call; rules as in loader/arithmetic/kernels.py."""
+"""One token through its experts of a layer in one native call; rules as in
+loader/arithmetic/kernels.py.
+"""
 
 from ctypes import addressof, byref, c_void_p
 
@@ -13,7 +15,9 @@ _ACCUMULATE = 1
 
 
 class ExpertsStep:
-    """One token's way through its experts of a layer: sizes and packings, checked once. Holds no experts."""
+    """One token's way through its experts of a layer: sizes and packings, checked once. Holds no
+    experts.
+    """
 
     def __init__(self, layout: ExpertLayout, experts: int) -> None:
         self._expert_bytes = kernels.expert_bytes(
@@ -32,7 +36,9 @@ class ExpertsStep:
     def add(
         self, blobs: dict[int, Tensor], x: Tensor, index: Tensor, weights: Tensor, out: Tensor
     ) -> None:
-        """Adds to `out` as `Backend.experts` does; all tensors dense, of one token. ValueError if a size is another."""
+        """Adds to `out` as `Backend.experts` does; all tensors dense, of one token. ValueError if a
+        size is another.
+        """
         pointers = self._pointers()
         for expert, blob in blobs.items():
             if blob.numel() < self._expert_bytes or not blob.is_contiguous():

@@ -1,7 +1,8 @@
 """Autograd over packed weights.
 
-The forward pass keeps inputs only; the backward reads the packed bytes again and recomputes what lies between. With
-gradients enabled all of a pass is computed by `Backend.for_gradients`, also what comes before the first trainable part.
+The forward pass keeps inputs only; the backward reads the packed bytes again and recomputes what
+lies between. With gradients enabled all of a pass is computed by `Backend.for_gradients`, also what
+comes before the first trainable part.
 """
 
 import logging
@@ -44,7 +45,8 @@ def experts(
     index: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """run(backend, x, index, weights); with gradients enabled, the result has them with respect to x and weights.
+    """run(backend, x, index, weights); with gradients enabled, the result has them with respect to
+    x and weights.
 
     differentiate(x, index, weights, grad) gives these for the result's gradient `grad`.
     """

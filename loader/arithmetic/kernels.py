@@ -1,7 +1,7 @@
 """The native CPU kernels: finding the library, checking arguments, calling it without the GIL.
 
-The arithmetic stands in docs/numerics.md, the C ABI in loader/native/moe_kernels.h. All tensors are dense CPU tensors;
-a wrong dtype, shape or size raises ValueError before the library is called.
+The arithmetic stands in docs/numerics.md, the C ABI in loader/native/moe_kernels.h. All tensors are
+dense CPU tensors; a wrong dtype, shape or size raises ValueError before the library is called.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class PackedMatrix(NamedTuple):
 
 
 class ExpertCall(NamedTuple):
-    """One expert (uint8 blob), its packings' names, int32 token rows [n] and fp32 router weights [n]."""
+    """One expert (uint8 blob), its packings' names, int32 token rows [n] and fp32 router weights
+    [n].
+    """
 
     blob: torch.Tensor
     gate_up: str
@@ -73,7 +75,9 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Force an instruction set ("auto" undoes it): for tests and benchmarks. ValueError where it cannot run here."""
+    """Force an instruction set ("auto" undoes it): for tests and benchmarks. ValueError where it
+    cannot run here.
+    """
     if name not in ISAS:
         raise ValueError(f"unknown instruction set {name!r}; known: {', '.join(ISAS)}")
     _check(library().moe_set_isa(ISAS[name]))
@@ -93,7 +97,9 @@ def supported_isas() -> list[str]:
 
 
 def set_threads(threads: int) -> int:
-    """Threads of each later call, the calling one included; 0 means one per core. Returns the number in force."""
+    """Threads of each later call, the calling one included; 0 means one per core. Returns the
+    number in force.
+    """
     return int(library().moe_set_threads(threads))
 
 
@@ -143,7 +149,9 @@ def linear_many(x: torch.Tensor, matrices: Sequence[PackedMatrix]) -> list[torch
 
 
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, columns] fp32 times a bf16 weight [rows, columns], transposed: fp32 [T, rows]; for T <= 8."""
+    """x [T, columns] fp32 times a bf16 weight [rows, columns], transposed: fp32 [T, rows]; for T <=
+    8.
+    """
     tokens, columns = _matrix_shape("x", x, torch.float32)
     rows, inputs = _matrix_shape("weight", weight, torch.bfloat16)
     if inputs != columns:
@@ -160,9 +168,11 @@ def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def experts(
     x: torch.Tensor, calls: Sequence[ExpertCall], intermediate: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Router-weighted sum of experts over x [T, hidden] fp32, in the order of `calls`: fp32 [T, hidden].
+    """Router-weighted sum of experts over x [T, hidden] fp32, in the order of `calls`: fp32 [T,
+    hidden].
 
-    With `out`, adds to it and returns it; consecutive calls then give the bits of one call over the whole list.
+    With `out`, adds to it and returns it; consecutive calls then give the bits of one call over the
+    whole list.
     """
     tokens, hidden = _matrix_shape("x", x, torch.float32)
     accumulate = out is not None
@@ -238,10 +248,12 @@ class ExpertTable:
         out: torch.Tensor | None = None,
         partial: bool = False,
     ) -> torch.Tensor:
-        """x fp32 [T, hidden], index int64 [T, k], weights fp32 [T, k]: fp32 [T, hidden], experts in ascending order.
+        """x fp32 [T, hidden], index int64 [T, k], weights fp32 [T, k]: fp32 [T, hidden], experts in
+        ascending order.
 
-        With `out`, adds to it and returns it. ValueError where a token uses an expert that is not set; `partial` leaves
-        such pairs out instead (calls over ascending parts of the experts give the bits of one call over all).
+        With `out`, adds to it and returns it. ValueError where a token uses an expert that is not
+        set; `partial` leaves such pairs out instead (calls over ascending parts of the experts give
+        the bits of one call over all).
         """
         tokens, hidden = _matrix_shape("x", x, torch.float32)
         top_k = _matrix_shape("index", index, torch.int64)[1]

@@ -37,7 +37,8 @@ def calls_per_s(call: Callable[[], object], seconds: float) -> float:
 
 
 def disk_bytes_per_s(files: Sequence[Path], block_bytes: int, seconds: float = 1.0) -> float:
-    """Reads blocks of that size, one after the other, from places spread over `files`, past the page cache.
+    """Reads blocks of that size, one after the other, from places spread over `files`, past the
+    page cache.
 
     MoeConvertError if no file has so many bytes.
     """

@@ -15,7 +15,9 @@ from loader.hf.modules.copies import Shared
 
 
 class NativeBackend(Shared):
-    """Products straight from packed bytes; activations are rounded to int8 in groups (docs/numerics.md)."""
+    """Products straight from packed bytes; activations are rounded to int8 in groups
+    (docs/numerics.md).
+    """
 
     name = "native"
     torch_device = torch.device("cpu")
@@ -60,7 +62,9 @@ class NativeBackend(Shared):
                 kernels.experts(x, calls, layout.intermediate, out)
 
     def _step(self, layouts: dict[int, ExpertLayout]) -> ExpertsStep | None:
-        """The step for experts that all have one layout of tiles, else None; made once for each dict of layouts."""
+        """The step for experts that all have one layout of tiles, else None; made once for each
+        dict of layouts.
+        """
         known = self._steps.get(id(layouts))
         if known is None or known[0] is not layouts:
             kinds = set(layouts.values())

@@ -1,6 +1,7 @@
 """Finds and loads libmoe_kernels, and declares its C ABI (loader/native/moe_kernels.h) to ctypes.
 
-Nothing happens on import; the first question loads the library, and one warning is logged where there is none.
+Nothing happens on import; the first question loads the library, and one warning is logged where
+there is none.
 """
 
 from __future__ import annotations
@@ -175,7 +176,9 @@ _SIGNATURES: Signatures = {
 
 @functools.lru_cache(maxsize=1)
 def find() -> tuple[ctypes.CDLL | None, str]:
-    """The library and its path, or None and one sentence on why it is not there (logged once, as a warning)."""
+    """The library and its path, or None and one sentence on why it is not there (logged once, as a
+    warning).
+    """
     name = "libmoe_kernels.dylib" if sys.platform == "darwin" else "libmoe_kernels.so"
     found, reason = load_library("loader", name, ("moe_abi_version", ABI_VERSION), _SIGNATURES)
     if found is None:

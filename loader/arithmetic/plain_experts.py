@@ -1,4 +1,6 @@
-"""Experts with plain rows on the CPU, projection by projection (docs/numerics.md, "Experts in 16 bits")."""
+"""Experts with plain rows on the CPU, projection by projection (docs/numerics.md, "Experts in 16
+bits").
+"""
 
 from collections.abc import Callable
 
@@ -15,12 +17,16 @@ from loader.hf.modules.head import FEW_TOKENS
 TilesProduct = Callable[[Tensor, Tensor, str, int], Tensor]
 
 _FEW_BESIDE_BF16 = 2
-"""Tokens up to which the native kernel is quicker than torch's bfloat16 product where the processor has instructions
-for it (measured over 8x7B's sizes on two cores: 15 ms against 22 with one token, 34 against 19 with four)."""
+"""Tokens up to which the native kernel is quicker than torch's bfloat16 product where the processor
+has instructions for it (measured over 8x7B's sizes on two cores: 15 ms against 22 with one token,
+34 against 19 with four).
+"""
 
 
 class PlainExperts:
-    """An expert of which a section is plain rows; a section in tiles goes through the native kernel."""
+    """An expert of which a section is plain rows; a section in tiles goes through the native
+    kernel.
+    """
 
     def __init__(self, linear: TilesProduct = kernels.linear) -> None:
         """linear: the product of a section in tiles, as `kernels.linear`."""
@@ -40,7 +46,9 @@ class PlainExperts:
     def _product(
         self, stored: Tensor, packing: AnyPacking, rows: int, x: Tensor, narrow: bool
     ) -> Tensor:
-        """x · Wᵀ, float32 [T, rows]; with `narrow`, of many tokens in bfloat16 where the weights are."""
+        """x · Wᵀ, float32 [T, rows]; with `narrow`, of many tokens in bfloat16 where the weights
+        are.
+        """
         if isinstance(packing, Packing):
             return self._linear(x.contiguous(), stored, packing.name, rows)
         if stored.dtype is torch.bfloat16 and len(x) <= (

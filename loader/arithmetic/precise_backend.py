@@ -14,8 +14,10 @@ _BLOCK = 64
 
 
 class PreciseBackend:
-    """A `loader.arithmetic.backend.Backend` that takes two native products for one: of the int8 activations, and of what rounding
-    left of them. A hundredth of the error at twice the time; dequantizing would take many times it."""
+    """A `loader.arithmetic.backend.Backend` that takes two native products for one: of the int8
+    activations, and of what rounding left of them. A hundredth of the error at twice the time;
+    dequantizing would take many times it.
+    """
 
     name = "native, two products"
     torch_device = torch.device("cpu")
@@ -57,6 +59,7 @@ def _rounded(x: Tensor) -> Tensor:
     tokens, columns = x.shape
     blocks = functional.pad(x, (0, -columns % _BLOCK)).view(tokens, -1, _BLOCK)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    # Blocks below 1e-30 count as zero there: all of it is left for the second product, which drops it.
+    # Blocks below 1e-30 count as zero there: all of it is left for the second product, which drops
+    # it.
     codes = torch.where(scale > 1e-32, blocks / scale, 0.0).round_()
     return (codes * scale).view(tokens, -1)[:, :columns].contiguous()

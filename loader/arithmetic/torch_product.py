@@ -15,8 +15,9 @@ CHUNK_WEIGHTS = 1 << 22
 def chunks(
     stored: Tensor, packing: AnyPacking, rows: int, columns: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The [rows, columns] matrix that `packing` stores (uint8 [tiles, tile_bytes], or rows of the packing's dtype) in
-    groups of rows: which rows, and their weights, float32."""
+    """The [rows, columns] matrix that `packing` stores (uint8 [tiles, tile_bytes], or rows of the
+    packing's dtype) in groups of rows: which rows, and their weights, float32.
+    """
     step = max(1, CHUNK_WEIGHTS // (packing.rows_each * columns))
     for begin in range(0, stored.shape[0], step):
         first = begin * packing.rows_each
@@ -28,7 +29,9 @@ def chunks(
 
 
 def product(stored: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor) -> Tensor:
-    """x [T, columns] · Wᵀ, float32 [T, rows], of the [rows, columns] matrix W as `packing` stores it."""
+    """x [T, columns] · Wᵀ, float32 [T, rows], of the [rows, columns] matrix W as `packing` stores
+    it.
+    """
     # Autocast would round x and W to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
         parts = [

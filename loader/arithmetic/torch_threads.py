@@ -1,8 +1,8 @@
 """Torch's threads while a few tokens go through the model: one.
 
-Torch's OpenMP team spins on the cores that our pool needs; with another job on the machine each of a layer's small
-operations then waits for a time slice (10 ms each, measured on two cores). A few tokens give torch nothing that a
-second thread could speed up: the work is in our own calls.
+Torch's OpenMP team spins on the cores that our pool needs; with another job on the machine each of
+a layer's small operations then waits for a time slice (10 ms each, measured on two cores). A few
+tokens give torch nothing that a second thread could speed up: the work is in our own calls.
 """
 
 import threading
@@ -38,11 +38,13 @@ _passes = _Passes()
 
 @contextmanager
 def torch_threads_for(tokens: int) -> Iterator[None]:
-    """Inside, torch runs on one thread if there are at most FEW_TOKENS `tokens`; else nothing changes.
+    """Inside, torch runs on one thread if there are at most FEW_TOKENS `tokens`; else nothing
+    changes.
 
-    torch's number is back afterwards, whatever was raised; inside another such block nothing changes. The number
-    belongs partly to the thread (OpenMP) and partly to the process (MKL, and what new threads begin with). A thread
-    that begins to use torch while another is inside would keep the one thread; its own first block mends that.
+    torch's number is back afterwards, whatever was raised; inside another such block nothing
+    changes. The number belongs partly to the thread (OpenMP) and partly to the process (MKL, and
+    what new threads begin with). A thread that begins to use torch while another is inside would
+    keep the one thread; its own first block mends that.
     """
     if _state.depth:
         yield

@@ -1,1 +1,3 @@
-"""Experts on CUDA GPUs: kernels over the packed bytes, and the slots, copies and steps that serve them."""
+"""Experts on CUDA GPUs: kernels over the packed bytes, and the slots, copies and steps that serve
+them.
+"""

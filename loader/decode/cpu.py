@@ -1,4 +1,6 @@
-"""The decoder of the CPU: one native call a token where all experts are in RAM, else one a layer that has misses."""
+"""The decoder of the CPU: one native call a token where all experts are in RAM, else one a layer
+that has misses.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -46,11 +48,12 @@ class CpuDecoderFactory:
 
 
 class CpuDecoder(Derived):
-    """A model's weights and sizes, checked once. Keeps the weights alive. ValueError if they do not fit together.
+    """A model's weights and sizes, checked once. Keeps the weights alive. ValueError if they do not
+    fit together.
 
-    The native call goes through layers until one has chosen an expert whose address it lacks. Layers with a slot for
-    each expert keep every address that they have seen. Addresses of the others are those of a lease, and stand in a
-    table of this token alone.
+    The native call goes through layers until one has chosen an expert whose address it lacks.
+    Layers with a slot for each expert keep every address that they have seen. Addresses of the
+    others are those of a lease, and stand in a table of this token alone.
     """
 
     def __init__(self, weights: ModelWeights, experts: ExpertSource, backend: Backend) -> None:
@@ -127,7 +130,8 @@ class CpuDecoder(Derived):
         )  # fmt: skip
         counted = 0
         error = self._run(byref(self._model), byref(state))
-        # Guesses and parts are products of torch, whose threads would spin on the cores that the native pool needs.
+        # Guesses and parts are products of torch, whose threads would spin on the cores that the
+        # native pool needs.
         with torch_threads_for(1) if error == Status.MISSING else nullcontext():
             while error == Status.MISSING:
                 number = state.halves_done // 2
@@ -175,7 +179,9 @@ class CpuDecoder(Derived):
             experts.used_again(number, self._weights.layers[number].top_k)
 
     def _guess(self, experts: ExpertSource, number: int, room: Any) -> None:
-        """Begins to read what the next layer will probably choose, by the present layer's router input."""
+        """Begins to read what the next layer will probably choose, by the present layer's router
+        input.
+        """
         ahead = experts.router_ahead(number)
         if ahead is None:
             return
@@ -206,7 +212,9 @@ class CpuDecoder(Derived):
     def _add_by_backend(
         self, lease: Lease, number: int, index: Any, scores: Any, room: Any
     ) -> None:
-        """Computes the layer's second half by the backend: experts have several layouts, or one not of tiles."""
+        """Computes the layer's second half by the backend: experts have several layouts, or one not
+        of tiles.
+        """
         chosen, weights = self._routing(number, index, scores)
         total = torch.zeros((1, self._weights.hidden))
         inputs = self._normed(room).float()[None]
@@ -216,8 +224,9 @@ class CpuDecoder(Derived):
         self._set_output(total, room)
 
     def _add_in_parts(self, lease: Lease, number: int, index: Any, scores: Any, room: Any) -> None:
-        """Computes the layer's second half while its two experts arrive: the order of two terms changes no bit
-        (docs/numerics.md)."""
+        """Computes the layer's second half while its two experts arrive: the order of two terms
+        changes no bit (docs/numerics.md).
+        """
         layer, structure = self._weights.layers[number], self._structures[number]
         layout = layer.layouts[0]
         names = layout.gate_up.name, layout.down.name
@@ -236,7 +245,9 @@ class CpuDecoder(Derived):
         self._set_output(total, room)
 
     def _routing(self, number: int, index: Any, scores: Any) -> tuple[Tensor, Tensor]:
-        """The router's choice int64 [1, top_k] and its weights float32 [1, top_k], in native memory."""
+        """The router's choice int64 [1, top_k] and its weights float32 [1, top_k], in native
+        memory.
+        """
         begin, top_k = number * self._top_k, self._weights.layers[number].top_k
         chosen = torch.frombuffer(index, dtype=torch.int64, count=top_k, offset=8 * begin)
         weights = torch.frombuffer(scores, dtype=torch.float32, count=top_k, offset=4 * begin)
@@ -247,7 +258,9 @@ class CpuDecoder(Derived):
         return self._part(room, 2)
 
     def _set_output(self, total: Tensor, room: Any) -> None:
-        """Writes the layer's output, first residual + `total` [1, hidden], where the native call reads it."""
+        """Writes the layer's output, first residual + `total` [1, hidden], where the native call
+        reads it.
+        """
         residual = self._part(room, 1)
         self._part(room, 0).copy_(residual + total[0].to(residual.dtype))
 

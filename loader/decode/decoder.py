@@ -20,8 +20,10 @@ class KvLayer(Protocol):
         """Return the number of positions."""
 
     def place(self, kind: Kind) -> tuple[int, int, int]:
-        """Return the addresses of keys and values [heads, capacity, width], and the capacity: at least one position
-        more than there are. ValueError if the memory is of another kind, or of several sequences."""
+        """Return the addresses of keys and values [heads, capacity, width], and the capacity: at
+        least one position more than there are. ValueError if the memory is of another kind, or of
+        several sequences.
+        """
 
     def show(self, length: int) -> None:
         """Make the first `length` positions the layer's."""
@@ -30,7 +32,8 @@ class KvLayer(Protocol):
 class Decoder(Protocol):
     """Computes one token over the weights that it was made of.
 
-    For each layer: the first half (attention, router), a lease of the chosen experts, the second half (experts).
+    For each layer: the first half (attention, router), a lease of the chosen experts, the second
+    half (experts).
     """
 
     has_head: bool
@@ -45,12 +48,13 @@ class Decoder(Protocol):
         past: Sequence[KvLayer],
         experts: ExpertSource,
     ) -> Tensor:
-        """Return logits [1, 1, rows] of the activations' dtype; without `has_head` the normed hidden state [1, 1,
-        hidden].
+        """Return logits [1, 1, rows] of the activations' dtype; without `has_head` the normed
+        hidden state [1, 1, hidden].
 
-        token: below the number of embeddings. cos, sin: [1, positions, head_dim]; `row` is the token's position in
-        them. past: one for each layer, all of one length; one position longer afterwards. Raises the errors of
-        `formats.reading.reader.Load`, and ValueError if a size does not fit.
+        token: below the number of embeddings. cos, sin: [1, positions, head_dim]; `row` is the
+        token's position in them. past: one for each layer, all of one length; one position longer
+        afterwards. Raises the errors of `formats.reading.reader.Load`, and ValueError if a size
+        does not fit.
         """
 
 
@@ -60,4 +64,6 @@ class DecoderFactory(Protocol):
     device: torch.device
 
     def make(self, weights: ModelWeights, experts: ExpertSource) -> Decoder:
-        """Return a decoder of these weights. LeaveDecoder, with the reason, if there is none for them."""
+        """Return a decoder of these weights. LeaveDecoder, with the reason, if there is none for
+        them.
+        """

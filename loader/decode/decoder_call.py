@@ -35,8 +35,9 @@ class TokenRequest:
         layers: int,
         device: torch.device = _CPU,
     ) -> "TokenRequest":
-        """Return what these arguments of a causal model's forward ask for. LeaveDecoder if it is more, or something
-        else, or if the tensors are not on `device`."""
+        """Return what these arguments of a causal model's forward ask for. LeaveDecoder if it is
+        more, or something else, or if the tensors are not on `device`.
+        """
         if not is_single_token(args, kwargs):
             raise LeaveDecoder(Reason.PROMPT)
         ids: Any = args[0] if args else kwargs.get("input_ids")
@@ -82,7 +83,9 @@ class TokenRequest:
         return cls(ids, caches[0], mask, positions)
 
     def token_after(self, length: int) -> int:
-        """Return the token. LeaveDecoder unless it follows `length` positions that are all attended to."""
+        """Return the token. LeaveDecoder unless it follows `length` positions that are all attended
+        to.
+        """
         if self.mask is not None and self.mask.shape != (1, length + 1):
             raise LeaveDecoder(
                 Reason.POSITIONS, f"attention_mask {tuple(self.mask.shape)} for position {length}"
@@ -108,14 +111,18 @@ class TokenRequest:
         ]
 
     def _copied_numbers(self) -> list[int]:
-        """The same from a GPU, in one copy: the one time that a token makes the host wait for more than experts."""
+        """The same from a GPU, in one copy: the one time that a token makes the host wait for more
+        than experts.
+        """
         attended = self.ids.new_ones(1) if self.mask is None else self.mask.all()
         parts = [one.reshape(1).to(torch.int64) for one in (self.ids, attended, *self.positions)]
         return torch.cat(parts).tolist()  # type: ignore[no-any-return]
 
 
 def is_single_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True if these arguments have one token of one sequence and a cache. One token without a cache is a prompt."""
+    """True if these arguments have one token of one sequence and a cache. One token without a cache
+    is a prompt.
+    """
     ids = args[0] if args else kwargs.get("input_ids")
     part = kwargs.get("inputs_embeds") if ids is None else ids
     return (
@@ -135,7 +142,9 @@ def is_numbers(value: Any, device: torch.device = _CPU) -> bool:
 
 
 def _number(one: Tensor) -> int:
-    """The number in a tensor of one, on the CPU; without torch's dispatcher, which costs 10 times as much."""
+    """The number in a tensor of one, on the CPU; without torch's dispatcher, which costs 10 times
+    as much.
+    """
     return c_int64.from_address(one.data_ptr()).value
 
 
@@ -146,7 +155,8 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 
 def _check_config(config: Any, layers: int) -> None:
-    """LeaveDecoder unless all of `layers` run, with full causal attention, and nothing but router logits is recorded.
+    """LeaveDecoder unless all of `layers` run, with full causal attention, and nothing but router
+    logits is recorded.
 
     `output_router_logits` in a configuration is for training (`loader.hf.decoder_path`).
     """

@@ -1,4 +1,6 @@
-"""What the decoder knows of Mixtral: which modules it computes, and where their weights and settings are."""
+"""What the decoder knows of Mixtral: which modules it computes, and where their weights and
+settings are.
+"""
 
 from typing import Any
 
@@ -26,7 +28,9 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def check_modules(model: Any) -> None:
-    """LeaveDecoder unless `model` has the modules that the plugin puts into a Mixtral, over one cache."""
+    """LeaveDecoder unless `model` has the modules that the plugin puts into a Mixtral, over one
+    cache.
+    """
     _expect(isinstance(model, MixtralForCausalLM), Reason.FAMILY, type(model).__name__)
     inner = model.model
     embedding = inner.embed_tokens
@@ -91,8 +95,9 @@ def signature(model: Any) -> Signature:
 
 
 def read_weights(model: Any, device: torch.device) -> ModelWeights:
-    """The present weights of a model that `check_modules` admits, on `device`. LeaveDecoder naming the first module
-    that is not packed, not contiguous, elsewhere, or of another dtype."""
+    """The present weights of a model that `check_modules` admits, on `device`. LeaveDecoder naming
+    the first module that is not packed, not contiguous, elsewhere, or of another dtype.
+    """
     inner = model.model
     dtype = inner.embed_tokens.weight.dtype
     return ModelWeights(

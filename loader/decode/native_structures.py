@@ -1,6 +1,8 @@
-"""A model's weights as the structures of the native kernels (loader/native/moe_kernels.h), sizes checked once.
+"""A model's weights as the structures of the native kernels (loader/native/moe_kernels.h), sizes
+checked once.
 
-Structures hold addresses: whoever makes them keeps the weights alive. ValueError if sizes or dtypes do not fit.
+Structures hold addresses: whoever makes them keeps the weights alive. ValueError if sizes or dtypes
+do not fit.
 """
 
 import torch
@@ -31,7 +33,9 @@ def attention_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) 
 
 
 def layer_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> Layer:
-    """A decoder layer. Without one layout of tiles for all experts only its first half can run natively."""
+    """A decoder layer. Without one layout of tiles for all experts only its first half can run
+    natively.
+    """
     _check_dense("attention norm", weights.attention_norm, (hidden,), dtype)
     _check_dense("experts norm", weights.experts_norm, (hidden,), dtype)
     _check_dense("router", weights.router, (weights.experts, hidden), dtype)

@@ -88,7 +88,9 @@ class PathCounters:
             self._decoder += 1
 
     def count_left(self, left: LeaveDecoder, tokens: int) -> None:
-        """Count `tokens` that transformers' code computes, and log the reason if it is the first time."""
+        """Count `tokens` that transformers' code computes, and log the reason if it is the first
+        time.
+        """
         with self._lock:
             self._reasons[left.reason] += tokens
             is_first = left.reason not in self._logged

@@ -1,4 +1,6 @@
-"""cos and sin of the rotary embedding by position: the model's own values, computed for many positions at a time."""
+"""cos and sin of the rotary embedding by position: the model's own values, computed for many
+positions at a time.
+"""
 
 from ctypes import string_at
 from typing import Any
@@ -13,7 +15,9 @@ BLOCKS = 8
 
 
 class RotaryTable:
-    """Rows of `rotary`, a rotary embedding of transformers whose values depend on the position alone, in `dtype`."""
+    """Rows of `rotary`, a rotary embedding of transformers whose values depend on the position
+    alone, in `dtype`.
+    """
 
     def __init__(self, rotary: Any, dtype: torch.dtype) -> None:
         self._rotary, self.dtype = rotary, dtype
@@ -22,7 +26,9 @@ class RotaryTable:
 
     @staticmethod
     def fits(rotary: Any) -> bool:
-        """Whether the values depend on the position alone: other kinds follow the longest sequence seen."""
+        """Whether the values depend on the position alone: other kinds follow the longest sequence
+        seen.
+        """
         return getattr(rotary, "rope_type", None) == "default"
 
     def is_of(self, rotary: Any) -> bool:
@@ -30,7 +36,9 @@ class RotaryTable:
         return rotary is self._rotary and _state(rotary) == self._state
 
     def find(self, position: int) -> tuple[Tensor, Tensor, int]:
-        """cos and sin of POSITIONS positions, each [1, POSITIONS, head_dim], and the row of `position`."""
+        """cos and sin of POSITIONS positions, each [1, POSITIONS, head_dim], and the row of
+        `position`.
+        """
         number, row = divmod(position, POSITIONS)
         block = self._blocks.get(number)
         if block is None:
@@ -50,8 +58,10 @@ class RotaryTable:
 
 
 def _state(rotary: Any) -> tuple[Any, ...]:
-    """What the values depend on, to be compared for each token: the frequencies themselves, or on a GPU, where reading
-    them takes longer than the token, their place and the number of changes; a change by `.data` is not seen there."""
+    """What the values depend on, to be compared for each token: the frequencies themselves, or on a
+    GPU, where reading them takes longer than the token, their place and the number of changes; a
+    change by `.data` is not seen there.
+    """
     frequencies: Tensor = rotary._buffers["inv_freq"]
     if frequencies.device.type == "cpu":
         dense = frequencies.contiguous()

@@ -1,4 +1,6 @@
-"""Model types that have a decoder: where each keeps the weights and settings that the decoder reads."""
+"""Model types that have a decoder: where each keeps the weights and settings that the decoder
+reads.
+"""
 
 from typing import Any, Protocol
 
@@ -26,7 +28,9 @@ class Spec(Protocol):
         """Return the weights and settings that `read_weights` reads."""
 
     def read_weights(self, model: Any, device: torch.device) -> ModelWeights:
-        """Return the present weights. LeaveDecoder naming the first module that the decoder cannot read."""
+        """Return the present weights. LeaveDecoder naming the first module that the decoder cannot
+        read.
+        """
 
 
 SPECS: dict[str, Spec] = {"mixtral": mixtral}

@@ -1,4 +1,6 @@
-"""The weights and settings that a decoder reads, and the signature that tells when one of them has changed."""
+"""The weights and settings that a decoder reads, and the signature that tells when one of them has
+changed.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from loader.arithmetic.kernels import PackedMatrix
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """The four packed matrices of a layer's attention; each `tiles` uint8, contiguous, on the decoder's device."""
+    """The four packed matrices of a layer's attention; each `tiles` uint8, contiguous, on the
+    decoder's device.
+    """
 
     q: PackedMatrix
     k: PackedMatrix
@@ -25,7 +29,8 @@ class AttentionWeights:
 class LayerWeights:
     """One decoder layer.
 
-    attention_norm, experts_norm [hidden] and router [experts, hidden]: contiguous, of the activations' dtype.
+    attention_norm, experts_norm [hidden] and router [experts, hidden]: contiguous, of the
+    activations' dtype.
     """
 
     attention: AttentionWeights
@@ -56,8 +61,8 @@ class LayerWeights:
 class ModelWeights:
     """A whole model.
 
-    embedding [vocabulary, hidden], norm [hidden]: contiguous, of the activations' dtype. head: bfloat16 [rows, hidden],
-    packed, or None where it stays a module of torch.
+    embedding [vocabulary, hidden], norm [hidden]: contiguous, of the activations' dtype. head:
+    bfloat16 [rows, hidden], packed, or None where it stays a module of torch.
     """
 
     layers: tuple[LayerWeights, ...]
@@ -80,9 +85,10 @@ class ModelWeights:
 class Signature:
     """Where weights lie and what settings are, to be compared before each token.
 
-    Decoders read weights in place, so a change in place needs no comparison, and keep their memory alive, so that a new
-    weight has another address. Places are the dicts in which modules keep their parameters, buffers and settings:
-    torch's own attribute lookup searches three of them in Python.
+    Decoders read weights in place, so a change in place needs no comparison, and keep their memory
+    alive, so that a new weight has another address. Places are the dicts in which modules keep
+    their parameters, buffers and settings: torch's own attribute lookup searches three of them in
+    Python.
     """
 
     def __init__(self) -> None:

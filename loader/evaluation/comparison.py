@@ -1,4 +1,6 @@
-"""How far a model's predictions are from another's: KL, perplexity ratio, agreement of first choice and of routers."""
+"""How far a model's predictions are from another's: KL, perplexity ratio, agreement of first choice
+and of routers.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +17,9 @@ from loader.evaluation.perplexity import Progress
 from loader.hf.modules.expert_layers import experts_modules
 
 Prediction = tuple[Callable[[int, int], Tensor], Tensor]
-"""Of one window: a function (begin, end) → logits, float32 [end - begin, vocabulary], of these positions; and the
-experts that the routers chose, int64 [layers, window, k]."""
+"""Of one window: a function (begin, end) → logits, float32 [end - begin, vocabulary], of these
+positions; and the experts that the routers chose, int64 [layers, window, k].
+"""
 
 POSITIONS_AT_ONCE = 256
 """Whose logits are in memory: 33 MB a model for a vocabulary of 32000."""
@@ -33,8 +36,9 @@ class Text:
 
 @torch.inference_mode()
 def model_predictions(model: Any, windows: Tensor, batch: int) -> Iterator[Prediction]:
-    """The predictions of a causal language model of transformers for each of `windows` (int64 [n, window]), computed
-    `batch` at a time: its experts are read once for these."""
+    """The predictions of a causal language model of transformers for each of `windows` (int64 [n,
+    window]), computed `batch` at a time: its experts are read once for these.
+    """
     for ids in torch.split(windows, batch):
         with _Choices(model) as choices:
             hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
@@ -52,11 +56,11 @@ def compare(
     texts: list[Text],
     progress: Progress | None = None,
 ) -> tuple[list[Comparison], Comparison]:
-    """(of each text, of all together, by the name "overall"). `original` and `model` predict the texts' windows, in
-    order. All but the first token of a window are scored.
+    """(of each text, of all together, by the name "overall"). `original` and `model` predict the
+    texts' windows, in order. All but the first token of a window are scored.
 
-    The KL is summed from differences of log-probabilities in float32, never as a difference of two large sums.
-    MoeConvertError if a prediction is not finite.
+    The KL is summed from differences of log-probabilities in float32, never as a difference of two
+    large sums. MoeConvertError if a prediction is not finite.
     """
     pairs = zip(original, model, strict=True)
     found: list[tuple[Tensor, Tensor]] = []
@@ -85,8 +89,9 @@ def compare(
 
 
 def _same_experts(original: Tensor, model: Tensor) -> Tensor:
-    """The share of positions where the routers chose the same experts, float64 [layers]; of choices by rank, int64
-    [layers, window, k]. Where one uses fewer experts, the other's first ones count."""
+    """The share of positions where the routers chose the same experts, float64 [layers]; of choices
+    by rank, int64 [layers, window, k]. Where one uses fewer experts, the other's first ones count.
+    """
     ranks = min(original.shape[-1], model.shape[-1])
     ours, theirs = (choices[..., :ranks].sort(-1).values for choices in (original, model))
     return (ours == theirs).all(-1).double().mean(-1)
@@ -95,7 +100,9 @@ def _same_experts(original: Tensor, model: Tensor) -> Tensor:
 def _window(
     original: Callable[[int, int], Tensor], model: Callable[[int, int], Tensor], ids: Tensor
 ) -> Tensor:
-    """Means over a window's scored tokens: KL, both negative log-likelihoods, agreement; float64 [4]."""
+    """Means over a window's scored tokens: KL, both negative log-likelihoods, agreement; float64
+    [4].
+    """
     sums, scored = torch.zeros(4, dtype=torch.float64), len(ids) - 1
     for begin in range(0, scored, POSITIONS_AT_ONCE):
         end = min(begin + POSITIONS_AT_ONCE, scored)

@@ -1,4 +1,6 @@
-"""Benchmarks by lm-eval (the extra [eval]): multiple choice, generation and so on, on the model object as it is."""
+"""Benchmarks by lm-eval (the extra [eval]): multiple choice, generation and so on, on the model
+object as it is.
+"""
 
 import importlib
 from pathlib import Path
@@ -8,7 +10,9 @@ from formats.errors import MoeConvertError, RecipeError
 
 
 def check_tasks(tasks: list[str], folder: Path | None) -> Any:
-    """lm-eval's manager of tasks. MoeConvertError without lm-eval, RecipeError if it lacks one of `tasks`."""
+    """lm-eval's manager of tasks. MoeConvertError without lm-eval, RecipeError if it lacks one of
+    `tasks`.
+    """
     try:
         importlib.import_module("lm_eval.models.huggingface")
         from lm_eval.tasks import TaskManager
@@ -35,13 +39,15 @@ def run_tasks(
     limit: int | None = None,
     folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Task or group → metric → value, as lm-eval names them: "acc", "acc_stderr", a filter behind a comma if there is
-    one ("exact_match,strict").
+    """Task or group → metric → value, as lm-eval names them: "acc", "acc_stderr", a filter behind a
+    comma if there is one ("exact_match,strict").
 
-    chat: documents go through the tokenizer's chat template, which writes BOS itself; lm-eval then adds none.
-    limit: only so many documents a task. folder: of further task definitions (YAML; they may name Python code, which
-    lm-eval runs). Data sets that are not on this machine are fetched from the Hub. MoeConvertError if lm-eval is not
-    installed or has no data, RecipeError if it knows no such task.
+    chat: documents go through the tokenizer's chat template, which writes BOS itself; lm-eval then
+    adds none.
+    limit: only so many documents a task. folder: of further task definitions (YAML; they may name
+    Python code, which lm-eval runs). Data sets that are not on this machine are fetched from the
+    Hub. MoeConvertError if lm-eval is not installed or has no data, RecipeError if it knows no such
+    task.
     """
     manager = check_tasks(tasks, folder)
     from lm_eval import simple_evaluate

@@ -1,4 +1,6 @@
-"""Perplexity of any causal language model on text files, by the protocol of examples/tiny-mixtral/README.md."""
+"""Perplexity of any causal language model on text files, by the protocol of
+examples/tiny-mixtral/README.md.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +21,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class TextPerplexity:
-    """One text's result: `nll` is the summed negative log-likelihood (nats) of `tokens` scored tokens."""
+    """One text's result: `nll` is the summed negative log-likelihood (nats) of `tokens` scored
+    tokens.
+    """
 
     name: str
     tokens: int
@@ -64,7 +68,9 @@ class PerplexityReport:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file as it is, line ends included. MoeConvertError: empty, not UTF-8, unreadable."""
+    """The text of a UTF-8 file as it is, line ends included. MoeConvertError: empty, not UTF-8,
+    unreadable.
+    """
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
@@ -81,7 +87,9 @@ def read_text(path: Path) -> str:
 
 
 def windows_of(tokenizer: Any, text: str, window: int, max_windows: int | None = None) -> Tensor:
-    """`text` as int64 [windows, window]: BOS, then window - 1 tokens of the text; the rest at the end is dropped."""
+    """`text` as int64 [windows, window]: BOS, then window - 1 tokens of the text; the rest at the
+    end is dropped.
+    """
     bos = tokenizer.bos_token_id
     if bos is None:
         raise MoeConvertError(
@@ -122,8 +130,9 @@ def measure_perplexity(
     max_windows: int | None = None,
     progress: Progress | None = None,
 ) -> PerplexityReport:
-    """As `measure_windows`, of (name, text) pairs. MoeConvertError if a text is shorter than a window, or has a token
-    without an embedding."""
+    """As `measure_windows`, of (name, text) pairs. MoeConvertError if a text is shorter than a
+    window, or has a token without an embedding.
+    """
     named = [
         (name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in texts
     ]
@@ -140,8 +149,8 @@ def measure_windows(
     batch: int = 4,
     progress: Progress | None = None,
 ) -> PerplexityReport:
-    """Perplexity of `model` (called with input_ids int64 [B, W], answering with `logits` [B, W, vocabulary]) on
-    (name, windows) pairs, windows as from `named_windows`.
+    """Perplexity of `model` (called with input_ids int64 [B, W], answering with `logits` [B, W,
+    vocabulary]) on (name, windows) pairs, windows as from `named_windows`.
 
     The first token of a window is BOS; all its others are scored, in float32.
     """
@@ -151,7 +160,8 @@ def measure_windows(
         for begin in range(0, len(windows), batch):
             ids = windows[begin : begin + batch].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits
-            # Row by row: the float32 copy of a whole batch of logits would be the largest tensor of all.
+            # Row by row: the float32 copy of a whole batch of logits would be the largest tensor of
+            # all.
             for row, row_ids in zip(logits, ids, strict=True):
                 losses.append(
                     functional.cross_entropy(row[:-1].float(), row_ids[1:], reduction="sum").item()

@@ -1,4 +1,6 @@
-"""Memory for packed experts: a fixed number of equal buffers, taken and given back, in pieces that can be given up."""
+"""Memory for packed experts: a fixed number of equal buffers, taken and given back, in pieces that
+can be given up.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,8 +18,10 @@ def buffer_bytes(n_bytes: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Where buffers come from: `allocate` gives uint8 [n_bytes] on a page boundary; at most `piece_bytes` at a time, if
-    a buffer is not larger; None: all at once. With `lazy`, each piece when its first buffer is taken."""
+    """Where buffers come from: `allocate` gives uint8 [n_bytes] on a page boundary; at most
+    `piece_bytes` at a time, if a buffer is not larger; None: all at once. With `lazy`, each piece
+    when its first buffer is taken.
+    """
 
     allocate: Callable[[int], Tensor]
     piece_bytes: int | None = None
@@ -76,7 +80,9 @@ class BufferPool:
         return self._piece_of[buffer.data_ptr()]
 
     def drop(self, piece: Piece) -> None:
-        """Gives up a piece of which no buffer is taken; its memory is free when the caller drops it too."""
+        """Gives up a piece of which no buffer is taken; its memory is free when the caller drops it
+        too.
+        """
         if len(piece.free) != piece.count:
             raise ValueError(f"{piece.count - len(piece.free)} buffers of the piece are in use")
         for buffer in piece.free:
@@ -86,7 +92,9 @@ class BufferPool:
         self._count -= piece.count
 
     def mend(self, taken: Iterable[Tensor]) -> None:
-        """Makes it consistent, whatever was done of a change: the buffers that are not `taken` are free."""
+        """Makes it consistent, whatever was done of a change: the buffers that are not `taken` are
+        free.
+        """
         addresses = {buffer.data_ptr() for buffer in taken}
         self._piece_of.clear()
         for piece in self.pieces:

@@ -1,4 +1,6 @@
-"""Experts' packed bytes in memory: slots in each layer, filled from the files on demand, and ahead of it."""
+"""Experts' packed bytes in memory: slots in each layer, filled from the files on demand, and ahead
+of it.
+"""
 
 import os
 import weakref
@@ -41,31 +43,35 @@ class ExpertSource(Protocol):
         """True if `layer` has a slot for each of its experts: none ever leaves."""
 
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
-        """Asked for once a pass: what ranks the experts of layer + 1 from the input of the router of `layer`
-        (`Prefetcher.router`), and how many of the first ones `guess` is to be given for one token. None where reading
-        ahead would bring nothing."""
+        """Asked for once a pass: what ranks the experts of layer + 1 from the input of the router
+        of `layer` (`Prefetcher.router`), and how many of the first ones `guess` is to be given for
+        one token. None where reading ahead would bring nothing.
+        """
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """While a lease is held: begin to read those of `experts` that are not there, the first ones first."""
+        """While a lease is held: begin to read those of `experts` that are not there, the first
+        ones first.
+        """
 
     def stream(
         self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool
     ) -> Iterator[dict[int, Tensor]]:
-        """Many tokens' different `experts` of `layer`, in the order of their last use (loader/experts/streaming.py); `guesses`
-        are then read for the next one."""
+        """Many tokens' different `experts` of `layer`, in the order of their last use
+        (loader/experts/streaming.py); `guesses` are then read for the next one.
+        """
 
 
 class ExpertCache:
-    """A cache over a reader, which it closes: `slots` experts in each layer (one number, or one for each layer), and
-    at most `aside` experts more that are on their way or used once.
+    """A cache over a reader, which it closes: `slots` experts in each layer (one number, or one for
+    each layer), and at most `aside` experts more that are on their way or used once.
 
-    Experts that need no buffer (`ExpertReader.in_place`) are used where they lie; others have buffers, as many as
-    slots and `aside`, which come from `memory` (of each layer; layers with the same one share what is aside). Eviction
-    costs nothing: the masters are the files. `tier` is where a GPU's reader gets its bytes, for the counters. Thread
-    safe.
+    Experts that need no buffer (`ExpertReader.in_place`) are used where they lie; others have
+    buffers, as many as slots and `aside`, which come from `memory` (of each layer; layers with the
+    same one share what is aside). Eviction costs nothing: the masters are the files. `tier` is
+    where a GPU's reader gets its bytes, for the counters. Thread safe.
 
-    A lease's experts are used by rank, the last one latest. Hits are counted before misses come in, and no expert of a
-    lease makes room for another of it.
+    A lease's experts are used by rank, the last one latest. Hits are counted before misses come in,
+    and no expert of a lease makes room for another of it.
     """
 
     def __init__(
@@ -106,13 +112,15 @@ class ExpertCache:
         return tuple(layer.slots for layer in self._layers)
 
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
-        """One token's `experts`, at most `aside` more than the layer has slots, as a context: reads of misses start as
-        it begins. Afterwards the slots hold the last of them."""
+        """One token's `experts`, at most `aside` more than the layer has slots, as a context: reads
+        of misses start as it begins. Afterwards the slots hold the last of them.
+        """
         return Lease(self._layers[layer], experts, self._state)
 
     def used_again(self, layer: int, experts: int) -> None:
-        """So many experts of an earlier lease were used where they lie: hits. Only in a layer with a slot for each of
-        its experts, which none ever leaves."""
+        """So many experts of an earlier lease were used where they lie: hits. Only in a layer with
+        a slot for each of its experts, which none ever leaves.
+        """
         with self._changes.lock:
             self._layers[layer].hits += experts
 
@@ -132,7 +140,9 @@ class ExpertCache:
         return stream(self._layers[layer], experts, self._state, look_ahead, ascending=ascending)
 
     def give_up(self) -> None:
-        """Ends what this thread still uses: an interrupt may come at the first line of the end itself."""
+        """Ends what this thread still uses: an interrupt may come at the first line of the end
+        itself.
+        """
         with self._changes.lock, self._changes:
             self._state.give_up()
 
@@ -149,7 +159,9 @@ class ExpertCache:
         return None if router is None else (router, prefetcher.guesses)
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """Begins to read those of `experts` that are not there, the first ones first, while there is room aside."""
+        """Begins to read those of `experts` that are not there, the first ones first, while there
+        is room aside.
+        """
         if not experts:
             return
         with self._changes.lock, self._changes:
@@ -170,14 +182,17 @@ class ExpertCache:
             ]
 
     def fill(self, layer: int, expert: int) -> None:
-        """An expert that was missing was computed elsewhere: it is brought into a slot when nothing else moves, one at
-        a time; what comes meanwhile is only counted."""
+        """An expert that was missing was computed elsewhere: it is brought into a slot when nothing
+        else moves, one at a time; what comes meanwhile is only counted.
+        """
         with self._changes.lock, self._changes:
             self._layers[layer].fill(expert)
 
     def shrink(self, n_bytes: int, layer: int = 0) -> int:
-        """Gives up slots of the layers whose memory is that of `layer`, evenly, until so many bytes are free, in whole
-        allocations; how many are. What is in use stays, and what is aside; nothing is waited for."""
+        """Gives up slots of the layers whose memory is that of `layer`, evenly, until so many bytes
+        are free, in whole allocations; how many are. What is in use stays, and what is aside;
+        nothing is waited for.
+        """
         with self._changes.lock, self._changes:
             layers = [
                 slots
@@ -228,7 +243,9 @@ class ExpertCache:
 def _sides(
     reader: Reader, sizes: Sequence[int], slots: Sequence[int], aside: int, memory: Sequence[Memory]
 ) -> list[Aside]:
-    """What each layer shares with those of the same memory and expert size: the room beside the slots, the buffers."""
+    """What each layer shares with those of the same memory and expert size: the room beside the
+    slots, the buffers.
+    """
     in_place = all(reader.in_place(layer, 0) for layer in range(len(sizes)))
     kinds = [(id(place), size) for place, size in zip(memory, sizes, strict=True)]
     sides: dict[tuple[int, int], Aside] = {}

@@ -11,8 +11,9 @@ from loader.experts.uses import Use, Uses
 class CacheState:
     """What the methods of a cache change, each as one of `changes`.
 
-    Truth is in a few places that an interrupt leaves whole: `Uses` says what is pinned, `LayerSlots.held` and
-    `outside` what is in memory, the fetcher which jobs run. `_mend` computes everything else from them again.
+    Truth is in a few places that an interrupt leaves whole: `Uses` says what is pinned,
+    `LayerSlots.held` and `outside` what is in memory, the fetcher which jobs run. `_mend` computes
+    everything else from them again.
     """
 
     def __init__(self, layers: Sequence[LayerSlots], fetcher: Fetcher, reader: Reader) -> None:
@@ -45,7 +46,9 @@ class CacheState:
             self.wait_s += seconds
 
     def start_anew(self) -> None:
-        """For a forked child. What was half done by a thread that is not here is mended before the first change."""
+        """For a forked child. What was half done by a thread that is not here is mended before the
+        first change.
+        """
         self.fetcher.start_anew()
         self.uses.start_anew()
         self._reader.start_anew()
@@ -63,7 +66,8 @@ class CacheState:
                 side.filling = None
             if side.pool:
                 taken = [held.buffer for slots in users for held in slots.entries()]
-                # What is used or written to, though no layer holds it any more: it is given back when that ends.
+                # What is used or written to, though no layer holds it any more: it is given back
+                # when that ends.
                 taken += [held.buffer for held in pins] + [
                     job.buffer for job in self.fetcher.running()
                 ]

@@ -20,13 +20,14 @@ def nothing() -> None:
 class Changes:
     """Each change runs inside `with changes.lock, changes:`, in this order.
 
-    A KeyboardInterrupt comes at any place, also between two statements of a `finally`. So no code puts its own half
-    change right: an exception that leaves the block marks the state as unfinished, and `mend` is called when the next
-    block begins, in whichever thread, and when a wait lasts long. It makes the state consistent whatever was done of a
-    change, gives up what dead threads held, and may itself be interrupted. Blocks are not nested.
+    A KeyboardInterrupt comes at any place, also between two statements of a `finally`. So no code
+    puts its own half change right: an exception that leaves the block marks the state as
+    unfinished, and `mend` is called when the next block begins, in whichever thread, and when a
+    wait lasts long. It makes the state consistent whatever was done of a change, gives up what dead
+    threads held, and may itself be interrupted. Blocks are not nested.
 
-    threading.Condition does not do here: an interrupt within its Python code keeps the lock, or loses it. The lock's
-    own __enter__ and __exit__ are C, which no interrupt divides.
+    threading.Condition does not do here: an interrupt within its Python code keeps the lock, or
+    loses it. The lock's own __enter__ and __exit__ are C, which no interrupt divides.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,9 @@ class Changes:
 
     @property
     def is_here(self) -> bool:
-        """Whether this thread may be inside a block: the garbage collector runs code within another's."""
+        """Whether this thread may be inside a block: the garbage collector runs code within
+        another's.
+        """
         return self._thread == threading.get_ident()
 
     def ring(self) -> None:
@@ -74,7 +77,9 @@ class Changes:
         return bell
 
     def until(self, ready: Callable[[], T | None], timeout_s: float = inf) -> T:
-        """What `ready` gives, asked as a change, again after each `ring` until it is not None. TimeoutError."""
+        """What `ready` gives, asked as a change, again after each `ring` until it is not None.
+        TimeoutError.
+        """
         while True:
             with self.lock, self:
                 if (found := ready()) is not None:

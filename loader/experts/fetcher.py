@@ -14,7 +14,8 @@ from loader.experts.changes import Changes, nothing
 from loader.experts.reader_protocol import Load
 
 THREADS = 2
-"""Reads at a time: as many as a token misses in a layer. One alone reaches the limit of most disks."""
+"""Reads at a time: as many as a token misses in a layer. One alone reaches the limit of most disks.
+"""
 CLOSE_WAIT_S = 5.0
 """How long `close` waits for a read, which a process that ends may leave behind."""
 
@@ -23,7 +24,8 @@ CLOSE_WAIT_S = 5.0
 class Job:
     """One expert to be read; a guess until it is `urgent`. `load.done` says how far it has come.
 
-    `finished` is called once, as a change: with the bytes, or with the error, or with neither if it was cancelled.
+    `finished` is called once, as a change: with the bytes, or with the error, or with neither if it
+    was cancelled.
     """
 
     load: Load
@@ -38,15 +40,19 @@ class Job:
 
 
 def _is_at_exit() -> bool:
-    """Whether the interpreter ends: then only daemon threads wait, which should end with it, not with a traceback."""
+    """Whether the interpreter ends: then only daemon threads wait, which should end with it, not
+    with a traceback.
+    """
     return not threading.main_thread().is_alive()
 
 
 class Fetcher:
-    """Reading threads. Methods are called as a change of `changes`, which rings whenever a job ends; `close` is not.
+    """Reading threads. Methods are called as a change of `changes`, which rings whenever a job
+    ends; `close` is not.
 
-    Urgent jobs run in order, at once. Guesses run one at a time, only while no urgent job waits or runs, in pieces of
-    PIECE_BYTES between which they give way. The threads start with the first job.
+    Urgent jobs run in order, at once. Guesses run one at a time, only while no urgent job waits or
+    runs, in pieces of PIECE_BYTES between which they give way. The threads start with the first
+    job.
     """
 
     def __init__(self) -> None:
@@ -63,7 +69,9 @@ class Fetcher:
 
     @property
     def guess_is_running(self) -> bool:
-        """Whether a guess is being read: an urgent job then shares the disk with it for the rest of a piece."""
+        """Whether a guess is being read: an urgent job then shares the disk with it for the rest of
+        a piece.
+        """
         return any(not job.urgent for job in self._running)
 
     def submit(self, job: Job) -> None:
@@ -75,7 +83,9 @@ class Fetcher:
         self.changes.ring()
 
     def promote(self, job: Job) -> None:
-        """A guess was right: from now on the job is urgent, also if it was about to end as a wrong one."""
+        """A guess was right: from now on the job is urgent, also if it was about to end as a wrong
+        one.
+        """
         if job.urgent:
             return
         job.urgent, job.cancelled = True, False
@@ -93,7 +103,9 @@ class Fetcher:
             self.changes.ring()
 
     def mend(self, wanted: Iterable[Job]) -> None:
-        """Makes it consistent: the `wanted` jobs are queued or running, others end, and no thread is dead."""
+        """Makes it consistent: the `wanted` jobs are queued or running, others end, and no thread
+        is dead.
+        """
         left = dict.fromkeys(wanted)
         for job in (*self._urgent, *self._guesses):
             if job not in left and not job.running:
@@ -125,8 +137,10 @@ class Fetcher:
         self._running = []
 
     def close(self, then: Callable[[], None]) -> None:
-        """Ends the threads, each after the piece or urgent read it is at, and calls `then` after the last one. What
-        waits in the queues is not read. Returns after CLOSE_WAIT_S, even if a read takes longer."""
+        """Ends the threads, each after the piece or urgent read it is at, and calls `then` after
+        the last one. What waits in the queues is not read. Returns after CLOSE_WAIT_S, even if a
+        read takes longer.
+        """
         # Not as a change: the garbage collector may call it within one.
         with self.changes.lock:
             self._then, self._closed = then, True
@@ -143,7 +157,8 @@ class Fetcher:
     def _finish(self) -> None:
         with self.changes.lock:
             then, self._then = self._then, None
-            # It refers to the buffers, which are to be freed with the cache, not when the garbage collector runs.
+            # It refers to the buffers, which are to be freed with the cache, not when the garbage
+            # collector runs.
             self.changes.mend = nothing
         if then:
             then()

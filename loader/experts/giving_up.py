@@ -11,11 +11,12 @@ from loader.experts.slots import LayerSlots
 def give_up(
     layers: Sequence[LayerSlots], n_bytes: int, before_free: Callable[[Tensor], None]
 ) -> int:
-    """Frees at least `n_bytes` of the buffers of `layers`, if so much is not in use; how many bytes.
+    """Frees at least `n_bytes` of the buffers of `layers`, if so much is not in use; how many
+    bytes.
 
-    Whole pieces (loader/experts/buffers.py), those with the fewest experts first; the experts in them are dropped, and so many
-    slots, of the layers with the most. What is aside keeps its room. `before_free` is called with each piece's memory.
-    With the lock of `layers` held.
+    Whole pieces (loader/experts/buffers.py), those with the fewest experts first; the experts in
+    them are dropped, and so many slots, of the layers with the most. What is aside keeps its room.
+    `before_free` is called with each piece's memory. With the lock of `layers` held.
     """
     for slots in layers:
         slots.drop_guesses(fills=True)

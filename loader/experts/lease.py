@@ -13,7 +13,9 @@ from loader.experts.uses import Use
 class Lease(Use):
     """Experts that stay where they are while its context lasts.
 
-    What `parts` and `all` give may be used by what the caller's stream is given before the lease ends."""
+    What `parts` and `all` give may be used by what the caller's stream is given before the lease
+    ends.
+    """
 
     __slots__ = ("_experts", "_slots", "_state", "ready")
 
@@ -21,11 +23,14 @@ class Lease(Use):
         super().__init__()
         self._slots, self._experts, self._state = slots, experts, state
         self.ready: dict[int, Tensor] = {}
-        """Those that were there at once: uint8 [n_bytes] each, read-only. On a GPU to be had from `parts` or `all`."""
+        """Those that were there at once: uint8 [n_bytes] each, read-only. On a GPU to be had from
+        `parts` or `all`.
+        """
 
     def __enter__(self) -> "Lease":
-        """Pins the different experts, by rank; what is missing is being read when this returns. ValueError for more
-        experts than can be in memory."""
+        """Pins the different experts, by rank; what is missing is being read when this returns.
+        ValueError for more experts than can be in memory.
+        """
         try:
             self._state.changes.until(self._begin)
             return self
@@ -34,8 +39,10 @@ class Lease(Use):
             raise
 
     def parts(self) -> Iterator[dict[int, Tensor]]:
-        """What is `ready`, if anything, then the others as they arrive; of those whose copies are queued, one by one,
-        so that the first need not wait for the last. Errors as `formats.reading.reader.Load`."""
+        """What is `ready`, if anything, then the others as they arrive; of those whose copies are
+        queued, one by one, so that the first need not wait for the last. Errors as
+        `formats.reading.reader.Load`.
+        """
         if self.ready:
             self._slots.before_use(self.ready.values())
             yield self.ready
@@ -101,7 +108,8 @@ class Lease(Use):
     def _demand(self) -> None:
         slots, experts = self._slots, self._experts
         slots.hits += sum(expert in slots.held for expert in experts)
-        # What is on its way already first: the disk goes on with it, and is not called busy with a guess.
+        # What is on its way already first: the disk goes on with it, and is not called busy with a
+        # guess.
         for expert in sorted(experts, key=lambda expert: expert not in slots.outside):
             if (entry := slots.take(expert, experts)) is None:
                 raise RuntimeError(f"no room for expert {expert}")
@@ -122,7 +130,9 @@ def _make_room(slots: LayerSlots, experts: Sequence[int], make_room: Callable[[]
 
 
 def arrived(entries: Sequence[Held]) -> list[Held]:
-    """Those that can be used now, or failed: all that are there, else the first whose copy is queued."""
+    """Those that can be used now, or failed: all that are there, else the first whose copy is
+    queued.
+    """
     there = [entry for entry in entries if not entry.job]
     return [entry for entry in there if not entry.queued] or there[:1]
 

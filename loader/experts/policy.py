@@ -8,14 +8,15 @@ from typing import Protocol
 
 
 class Order(Protocol):
-    """Order of eviction of one layer. Only experts that are in the cache are given up; of others it may remember how
-    often they were used."""
+    """Order of eviction of one layer. Only experts that are in the cache are given up; of others it
+    may remember how often they were used.
+    """
 
     def touch(self, expert: int) -> None:
         """`expert` was used, or has just come in and is used.
 
-        Once a use: policies that count would take a second call for a second use. The experts of one token come by
-        rank, the first choice first.
+        Once a use: policies that count would take a second call for a second use. The experts of
+        one token come by rank, the first choice first.
         """
 
     def victim(self, pinned: Collection[int]) -> int:
@@ -49,7 +50,9 @@ class LruPolicy:
 
 
 class LfuPolicy:
-    """Least frequently used goes first, of equals the least recently used. Counts outlast evictions and never age."""
+    """Least frequently used goes first, of equals the least recently used. Counts outlast evictions
+    and never age.
+    """
 
     def __init__(self) -> None:
         self._uses: dict[int, int] = {}
@@ -75,8 +78,9 @@ class LfuPolicy:
 class LrfuPolicy:
     """LRFU (Lee et al., IEEE Transactions on Computers 50(12), 2001), between LRU and LFU.
 
-    Every use counts for its expert, and counts half as much after each `half_life` uses of the layer (by any expert; a
-    token of a top-2 model makes two). A half-life of 1 is LRU, a very long one LFU. Values outlast evictions.
+    Every use counts for its expert, and counts half as much after each `half_life` uses of the
+    layer (by any expert; a token of a top-2 model makes two). A half-life of 1 is LRU, a very long
+    one LFU. Values outlast evictions.
 
     The default half-life is what replay of traces chose (docs/traces.md).
     """
@@ -112,8 +116,10 @@ class LrfuPolicy:
 
 
 class FixedPolicy:
-    """Keeps the experts that a trace used most: `uses` has the count of each expert of the layer. The least used goes
-    first, whatever is asked for now; so with n slots, the top n - num_experts_per_tok never leave once they are in."""
+    """Keeps the experts that a trace used most: `uses` has the count of each expert of the layer.
+    The least used goes first, whatever is asked for now; so with n slots, the top n -
+    num_experts_per_tok never leave once they are in.
+    """
 
     def __init__(self, uses: Sequence[int]) -> None:
         self._uses = uses
@@ -146,5 +152,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {"lru": LruPolicy, "lfu": LfuPolicy,
 
 
 def fixed_policies(uses: Sequence[Sequence[int]]) -> list[Callable[[], Policy]]:
-    """What makes a `FixedPolicy`, for each layer: `uses[layer][expert]` from a trace (`Trace.uses`)."""
+    """What makes a `FixedPolicy`, for each layer: `uses[layer][expert]` from a trace
+    (`Trace.uses`).
+    """
     return [partial(FixedPolicy, layer) for layer in uses]

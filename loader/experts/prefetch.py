@@ -1,4 +1,6 @@
-"""Guesses which experts the next layer will ask for, and rests where guessing costs more than it brings."""
+"""Guesses which experts the next layer will ask for, and rests where guessing costs more than it
+brings.
+"""
 
 from collections.abc import Sequence
 
@@ -15,19 +17,22 @@ REST_TOKENS = 64
 
 
 class Prefetcher:
-    """The next layer's router on this layer's router input, as in arXiv 2312.17238, section 3.2, but normed with the
-    next layer's weight, which predicts a little better (examples/tiny-mixtral/README.md).
+    """The next layer's router on this layer's router input, as in arXiv 2312.17238, section 3.2,
+    but normed with the next layer's weight, which predicts a little better
+    (examples/tiny-mixtral/README.md).
 
-    A right guess gains what had been read of it when it was asked for. A wrong one costs, where a read on demand comes
-    meanwhile, the rest of the piece that is being read. Whether it pays differs by layer: the first ones are hard to
-    guess (docs/traces.md).
+    A right guess gains what had been read of it when it was asked for. A wrong one costs, where a
+    read on demand comes meanwhile, the rest of the piece that is being read. Whether it pays
+    differs by layer: the first ones are hard to guess (docs/traces.md).
 
-    Routers and norms are those at loading. After these, or the routers' top_k, were changed, guesses are poorer, and no
-    result is another one.
+    Routers and norms are those at loading. After these, or the routers' top_k, were changed,
+    guesses are poorer, and no result is another one.
     """
 
     def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], guesses: int) -> None:
-        """routers [experts, hidden] and norms [hidden] of each layer; `guesses` experts for one token."""
+        """routers [experts, hidden] and norms [hidden] of each layer; `guesses` experts for one
+        token.
+        """
         self.guesses = guesses
         self._routers = [
             _renormed(*layer) for layer in zip(routers[1:], norms[1:], norms[:-1], strict=True)
@@ -36,8 +41,9 @@ class Prefetcher:
         self._trial_begin = [LayerStats()] * len(routers)
 
     def router(self, layer: int) -> Tensor | None:
-        """What ranks the experts of layer + 1, [experts, hidden], of which the `guesses` first are worth reading; asked
-        for once a token. None at rest."""
+        """What ranks the experts of layer + 1, [experts, hidden], of which the `guesses` first are
+        worth reading; asked for once a token. None at rest.
+        """
         if self._rest[layer + 1]:
             self._rest[layer + 1] -= 1
             return None
@@ -59,13 +65,16 @@ class Prefetcher:
 
 
 def ranked(router: Tensor, x: Tensor, count: int) -> Tensor:
-    """For each token of x [T, hidden] the `count` experts that router [experts, hidden] puts first, best first: int64
-    [T, count], where x is."""
+    """For each token of x [T, hidden] the `count` experts that router [experts, hidden] puts first,
+    best first: int64 [T, count], where x is.
+    """
     return (x.to(router.dtype) @ router.T).topk(count).indices
 
 
 def in_order(ahead: Tensor) -> list[int]:
-    """What to read first, of `ranked`, on the CPU: the likeliest, or with several tokens what most of them need."""
+    """What to read first, of `ranked`, on the CPU: the likeliest, or with several tokens what most
+    of them need.
+    """
     if len(ahead) == 1:
         return ahead[0].tolist()  # type: ignore[no-any-return]
     used = torch.bincount(ahead.flatten())

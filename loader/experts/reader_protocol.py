@@ -1,4 +1,6 @@
-"""What the cache asks of a reader: `formats.reading.reader.ExpertReader` for RAM, loader/cuda/experts/gpu_reader.py for GPUs."""
+"""What the cache asks of a reader: `formats.reading.reader.ExpertReader` for RAM,
+loader/cuda/experts/gpu_reader.py for GPUs.
+"""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -25,10 +27,14 @@ class Load(Protocol):
 
     @property
     def queued(self) -> bool:
-        """Whether a copy that gives `result` its bytes may not be over; uses of it are ordered after (`before_use`)."""
+        """Whether a copy that gives `result` its bytes may not be over; uses of it are ordered
+        after (`before_use`).
+        """
 
     def step(self, at_most: int | None = None) -> int:
-        """Brings on at most so many bytes, by default all; how many. Errors as `formats.reading.reader.Load`."""
+        """Brings on at most so many bytes, by default all; how many. Errors as
+        `formats.reading.reader.Load`.
+        """
 
     def result(self) -> Tensor:
         """uint8 [n_bytes]."""

@@ -1,4 +1,6 @@
-"""One layer's experts in memory: those in slots, and those aside, on their way or used once. Its owner has a lock."""
+"""One layer's experts in memory: those in slots, and those aside, on their way or used once. Its
+owner has a lock.
+"""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +17,9 @@ from loader.experts.stats import LayerStats
 
 @dataclass(eq=False)
 class Held:
-    """An expert in memory (`blob`, uint8 [n_bytes]) or on its way there (`job`). It stays while it has `pins`."""
+    """An expert in memory (`blob`, uint8 [n_bytes]) or on its way there (`job`). It stays while it
+    has `pins`.
+    """
 
     expert: int
     buffer: Tensor | None
@@ -28,7 +32,9 @@ class Held:
     fill: bool = False
     """Was computed elsewhere, and comes into a slot for the next time."""
     queued: bool = False
-    """`blob` is there for whoever waits in the reader's way (`Reader.before_use`); not used until now."""
+    """`blob` is there for whoever waits in the reader's way (`Reader.before_use`); not used until
+    now.
+    """
 
     @property
     def is_fixed(self) -> bool:
@@ -37,7 +43,9 @@ class Held:
 
 
 class Aside:
-    """How many experts of one size may be outside of the slots, over all layers that share them, and how many are."""
+    """How many experts of one size may be outside of the slots, over all layers that share them,
+    and how many are.
+    """
 
     def __init__(self, room: int, pool: BufferPool | None) -> None:
         self.room, self.pool, self.used = room, pool, 0
@@ -57,7 +65,8 @@ class LayerSlots:
         self.outside: dict[int, Held] = {}
         self.stats = LayerStats()
         self.hits = 0
-        """Experts that were in slots when they were asked for; the other counters are in `stats`."""
+        """Experts that were in slots when they were asked for; the other counters are in `stats`.
+        """
         self._policy, self._reader, self._fetcher = policy, reader, fetcher
         self._experts = reader.artifact.architecture.num_local_experts
 
@@ -84,8 +93,9 @@ class LayerSlots:
         return len(missing) - free <= aside
 
     def take(self, expert: int, keep: Collection[int]) -> Held | None:
-        """The expert, there or on its way: in a slot if that takes none from `keep`, else aside; None if there is no
-        room at the moment. Only for one of `keep` another expert leaves."""
+        """The expert, there or on its way: in a slot if that takes none from `keep`, else aside;
+        None if there is no room at the moment. Only for one of `keep` another expert leaves.
+        """
         if held := self.held.get(expert):
             return held
         into_slot = (
@@ -113,7 +123,9 @@ class LayerSlots:
         return held
 
     def keep(self, held: Held, keep: Collection[int]) -> None:
-        """Before a use of what `take` gave ends: one of `keep` that is aside comes into a slot, if one can be freed."""
+        """Before a use of what `take` gave ends: one of `keep` that is aside comes into a slot, if
+        one can be freed.
+        """
         # One whose read failed is nowhere any more.
         if self.outside.get(held.expert) is held and held.pins == 1 and self._can_free(keep):
             self._move_in(held, keep)
@@ -144,8 +156,9 @@ class LayerSlots:
         return True
 
     def fill(self, expert: int) -> None:
-        """An expert that was missing was computed elsewhere. Brings it into a slot, unless another one is on its way
-        so, or there is no room aside; what is urgent comes first."""
+        """An expert that was missing was computed elsewhere. Brings it into a slot, unless another
+        one is on its way so, or there is no room aside; what is urgent comes first.
+        """
         self.count(misses=1, cpu_experts=1)
         busy = self.aside.filling and self.aside.filling.job
         if (
@@ -199,8 +212,10 @@ class LayerSlots:
         return [*self.held.values(), *self.outside.values()]
 
     def mend(self, pins: Mapping[Held, int]) -> None:
-        """Makes it consistent, whatever was done of a change: what is neither there nor on its way is no longer held,
-        nor what was aside and used; the others have these `pins`. The owner mends jobs and buffers afterwards."""
+        """Makes it consistent, whatever was done of a change: what is neither there nor on its way
+        is no longer held, nor what was aside and used; the others have these `pins`. The owner
+        mends jobs and buffers afterwards.
+        """
         for held in self.entries():
             held.pins = pins.get(held, 0)
         for expert, held in list(self.held.items()):
@@ -322,7 +337,8 @@ class LayerSlots:
             self._leave(held)
 
     def _leave(self, held: Held) -> None:
-        # By identity: one that an interrupt cut off is nowhere, and another may have come in its place.
+        # By identity: one that an interrupt cut off is nowhere, and another may have come in its
+        # place.
         if self.is_in_slot(held):
             del self.held[held.expert]
         elif self.outside.get(held.expert) is held:

@@ -10,7 +10,8 @@ from loader.decode.path_counters import PathStats
 class LayerStats:
     """One layer's counts. A hit or miss is one expert asked for by one forward pass of the layer.
 
-    `bytes_read` are the stored bytes of the misses: what was read from the file, or first touched in its map.
+    `bytes_read` are the stored bytes of the misses: what was read from the file, or first touched
+    in its map.
     """
 
     hits: int = 0
@@ -47,8 +48,9 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class TierStats:
-    """What a GPU's RAM tier of `buffer_bytes` counted: a hit or miss is one expert that the GPU's slots lacked;
-    `bytes_read` are the stored bytes of the misses, read from the files."""
+    """What a GPU's RAM tier of `buffer_bytes` counted: a hit or miss is one expert that the GPU's
+    slots lacked; `bytes_read` are the stored bytes of the misses, read from the files.
+    """
 
     buffer_bytes: int
     hits: int = 0
@@ -59,11 +61,13 @@ class TierStats:
 
 @dataclass(frozen=True)
 class MoeStats:
-    """A snapshot of a model's cache: `slots` experts of each layer fit it, `slot_bytes` are what all slots can hold.
+    """A snapshot of a model's cache: `slots` experts of each layer fit it, `slot_bytes` are what
+    all slots can hold.
 
-    `wait_s`: seconds in which a forward pass waited for reads. `busy_s`: seconds with a read under way. On a GPU the
-    layers' bytes are those that went over its link, and copies that are only queued take none of these seconds; `ram`
-    is the tier between the files and the GPU. paths: tokens by who computed them (loader/decode).
+    `wait_s`: seconds in which a forward pass waited for reads. `busy_s`: seconds with a read under
+    way. On a GPU the layers' bytes are those that went over its link, and copies that are only
+    queued take none of these seconds; `ram` is the tier between the files and the GPU. paths:
+    tokens by who computed them (loader/decode).
     """
 
     layers: tuple[LayerStats, ...]

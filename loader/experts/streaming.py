@@ -22,13 +22,14 @@ def stream(
 ) -> Iterator[dict[int, Tensor]]:
     """The different `experts`, in the order of their last use, in parts: number -> uint8 [n_bytes].
 
-    A part is valid until the next one is asked for, and then for what the caller's stream had been given. Parts come as
-    experts arrive, or with `ascending` in ascending order over all; where copies are queued, one by one, so that the
-    next ones go on while one is used. Each expert is read at most once. Afterwards the slots hold the last used, as if
-    the tokens had come one by one (with `ascending` as far as no expert has to leave before its turn).
+    A part is valid until the next one is asked for, and then for what the caller's stream had been
+    given. Parts come as experts arrive, or with `ascending` in ascending order over all; where
+    copies are queued, one by one, so that the next ones go on while one is used. Each expert is
+    read at most once. Afterwards the slots hold the last used, as if the tokens had come one by one
+    (with `ascending` as far as no expert has to leave before its turn).
 
-    `look_ahead` is called before the last part, when the disk has no more to do for this layer. Errors as
-    `formats.reading.reader.Load`.
+    `look_ahead` is called before the last part, when the disk has no more to do for this layer.
+    Errors as `formats.reading.reader.Load`.
     """
     use, changes = _Stream(slots, experts, state, ascending), state.changes
     try:
@@ -47,14 +48,17 @@ def stream(
             with changes.lock, changes:
                 use.end_part(part)
     finally:
-        # Where the garbage collector closes it within a change, the next change finds that nobody refers to `use`.
+        # Where the garbage collector closes it within a change, the next change finds that nobody
+        # refers to `use`.
         if not changes.is_here:
             with changes.lock, changes:
                 use.end()
 
 
 class _Stream(Use):
-    """The experts of a stream: `held` until they are used, then `kept` until the end, to be the last used."""
+    """The experts of a stream: `held` until they are used, then `kept` until the end, to be the
+    last used.
+    """
 
     __slots__ = ("_ascending", "_experts", "_keep", "_kept", "_slots", "_state", "todo")
 
@@ -123,7 +127,8 @@ class _Stream(Use):
 
     def _begin_reads(self) -> None:
         pinned = {entry.expert for entry in self.entries}
-        # Guesses first, which take room already; but in a fixed order what is later must not take the room of the next.
+        # Guesses first, which take room already; but in a fixed order what is later must not take
+        # the room of the next.
         outside = self._slots.outside
         order = (
             self.todo

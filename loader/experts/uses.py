@@ -8,7 +8,9 @@ from loader.experts.slots import Held
 
 
 class Use:
-    """Experts that a thread uses, of a lease or of a prompt's stream: each of `entries` has a pin for it."""
+    """Experts that a thread uses, of a lease or of a prompt's stream: each of `entries` has a pin
+    for it.
+    """
 
     __slots__ = ("__weakref__", "entries")
 
@@ -17,9 +19,11 @@ class Use:
 
 
 class Uses:
-    """The uses of a cache, one a thread: a thread that begins another one was interrupted in the last.
+    """The uses of a cache, one a thread: a thread that begins another one was interrupted in the
+    last.
 
-    A use is given up too when its thread is dead, or when nobody refers to it any more. Its owner has a lock.
+    A use is given up too when its thread is dead, or when nobody refers to it any more. Its owner
+    has a lock.
     """
 
     def __init__(self) -> None:
@@ -29,7 +33,9 @@ class Uses:
         """Experts of uses that were given up, until `mend` is over."""
 
     def begin(self, use: Use) -> bool:
-        """Notes the use, before its first pin. False if the thread had another one, whose pins are to be mended."""
+        """Notes the use, before its first pin. False if the thread had another one, whose pins are
+        to be mended.
+        """
         number = threading.get_ident()
         if number in self._of and self._of[number][2] is use.entries:
             return True

@@ -27,7 +27,8 @@ def shorten(cache: Any, length: int) -> None:
             layer.keys, layer.values = _first(layer.keys, length), _first(layer.values, length)
         elif (added := layer.get_seq_length() - length) > 0:
             try:
-                # Later versions of transformers take no length, all take what is to go as a negative number.
+                # Later versions of transformers take no length, all take what is to go as a
+                # negative number.
                 layer.crop(-added) if length else layer.reset()
             except (RuntimeError, ValueError) as e:
                 # A sliding window has dropped what would have to come back.
@@ -36,5 +37,7 @@ def shorten(cache: Any, length: int) -> None:
 
 
 def _first(part: Any, length: int) -> Any:
-    """The first positions of keys or values [batch, heads, positions, width], which before the first are None or []."""
+    """The first positions of keys or values [batch, heads, positions, width], which before the
+    first are None or [].
+    """
     return part if part is None or part.dim() < 4 else part[:, :, :length]

@@ -1,4 +1,6 @@
-"""One token through the decoder of a transformers model, and what leaves a token to transformers' code."""
+"""One token through the decoder of a transformers model, and what leaves a token to transformers'
+code.
+"""
 
 from collections import OrderedDict
 from typing import Any
@@ -19,7 +21,8 @@ from loader.hf.private_names import attention_implementation, cache_field
 
 
 class DecoderPath(Derived):
-    """The decoder of one model, made when the first token needs it, and made anew when a weight or setting changed.
+    """The decoder of one model, made when the first token needs it, and made anew when a weight or
+    setting changed.
 
     docs/numerics.md ("One token through the decoder") lists the conditions.
     """
@@ -39,7 +42,9 @@ class DecoderPath(Derived):
         self._cache_field = cache_field()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the model's forward gives for these arguments. LeaveDecoder where transformers' code must."""
+        """Return what the model's forward gives for these arguments. LeaveDecoder where
+        transformers' code must.
+        """
         config = self._model.config
         request = TokenRequest.of(args, kwargs, config, self._layers, self._factory.device)
         if torch.is_grad_enabled():

@@ -1,6 +1,8 @@
-"""What generate prepares between two tokens of one sequence, without copying what it has prepared before.
+"""What generate prepares between two tokens of one sequence, without copying what it has prepared
+before.
 
-transformers copies the whole attention mask and all position numbers for each token, in a dozen operations of torch.
+transformers copies the whole attention mask and all position numbers for each token, in a dozen
+operations of torch.
 """
 
 import threading
@@ -19,7 +21,8 @@ _KNOWN = {"cache", "attention_mask", "position_ids", "use_cache"}
 
 
 class GrowingRow(threading.local):
-    """A tensor int64 [1, n] that grows in place: each is a view of the same memory, one column longer than the last.
+    """A tensor int64 [1, n] that grows in place: each is a view of the same memory, one column
+    longer than the last.
 
     A row that is not the last one given, to this thread, begins new memory.
     """
@@ -45,8 +48,9 @@ class GrowingRow(threading.local):
 
 
 class GenerationInputs:
-    """The two methods by which generate prepares a token, for one sequence over a plain DynamicCache: the values are
-    those of transformers' own, which do everything else."""
+    """The two methods by which generate prepares a token, for one sequence over a plain
+    DynamicCache: the values are those of transformers' own, which do everything else.
+    """
 
     def __init__(self) -> None:
         self._mask, self._positions = GrowingRow(), GrowingRow()
@@ -54,7 +58,9 @@ class GenerationInputs:
     def prepared(
         self, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """What prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs) gives, or None."""
+        """What prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs) gives, or
+        None.
+        """
         values = {name: value for name, value in kwargs.items() if name != "next_sequence_length"}
         if (
             args

@@ -1,4 +1,6 @@
-"""A KV cache layer that appends in place: its memory doubles when it is full, instead of being copied at each token."""
+"""A KV cache layer that appends in place: its memory doubles when it is full, instead of being
+copied at each token.
+"""
 
 from typing import Any
 
@@ -12,18 +14,22 @@ LEAST_POSITIONS = 256
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """transformers' DynamicLayer over memory with room to spare: `keys` and `values` are views of its beginning.
+    """transformers' DynamicLayer over memory with room to spare: `keys` and `values` are views of
+    its beginning.
 
-    What transformers assigns to them (a reordered, cropped or selected batch) is taken as it is: if that is not the
-    beginning of the memory any more, the next token moves it into new memory. A view taken before a crop shows what
-    is appended after it. The views are made when somebody asks: while native code appends, nobody does.
+    What transformers assigns to them (a reordered, cropped or selected batch) is taken as it is: if
+    that is not the beginning of the memory any more, the next token moves it into new memory. A
+    view taken before a crop shows what is appended after it. The views are made when somebody asks:
+    while native code appends, nobody does.
     """
 
     _memory: tuple[Tensor, Tensor] | None = None
     _shown: int | None = None
     """Positions of the memory that are the keys and values; None where those were assigned."""
     _place: tuple[int, int, int] | None = None
-    """Addresses of the memory's keys and values, and its capacity, where native code may write one sequence."""
+    """Addresses of the memory's keys and values, and its capacity, where native code may write one
+    sequence.
+    """
     _kind: Kind | None = None
     """What `_place` was checked for."""
 
@@ -68,7 +74,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends [batch, heads, new, head_dim]; all keys and values [batch, heads, length, head_dim], as views."""
+        """Appends [batch, heads, new, head_dim]; all keys and values [batch, heads, length,
+        head_dim], as views.
+        """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             # Autograd forbids to write beside what it has saved.
             self._settle()
@@ -83,7 +91,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def room(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory [batch, heads, capacity, head_dim], with room for these new positions after the present ones."""
+        """The memory [batch, heads, capacity, head_dim], with room for these new positions after
+        the present ones.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
@@ -102,8 +112,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return memory
 
     def place(self, kind: Kind) -> tuple[int, int, int]:
-        """Addresses of the memory's keys and values, and its capacity, with room for one position more than the present
-        ones. ValueError if the memory is of another kind, or of several sequences."""
+        """Addresses of the memory's keys and values, and its capacity, with room for one position
+        more than the present ones. ValueError if the memory is of another kind, or of several
+        sequences.
+        """
         place = self._place
         if place is None or self._shown is None or self._shown >= place[2] or self._kind != kind:
             place = self._place = self._checked_place(kind)
@@ -175,9 +187,11 @@ def _moved(present: Tensor, new: Tensor, length: int, capacity: int) -> Tensor:
 
 
 def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
-    """The `GrowingLayer` number `layer` of a plain DynamicCache, put there in place of a plain DynamicLayer.
+    """The `GrowingLayer` number `layer` of a plain DynamicCache, put there in place of a plain
+    DynamicLayer.
 
-    None for every other kind of cache or layer (static, sliding, quantized, offloaded): they stay as they are.
+    None for every other kind of cache or layer (static, sliding, quantized, offloaded): they stay
+    as they are.
     """
     if cache is None or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return None

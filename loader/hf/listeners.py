@@ -1,4 +1,6 @@
-"""Whether anybody listens to a model's modules: hooks, replaced forwards and modules, transformers' recording."""
+"""Whether anybody listens to a model's modules: hooks, replaced forwards and modules, transformers'
+recording.
+"""
 
 from types import MethodType
 from typing import Any
@@ -24,9 +26,10 @@ class Watch:
     def check(self) -> None:
         """LeaveDecoder naming the module if a forward pass must really call it.
 
-        A module must be called if it has hooks or a forward that somebody put into the instance, is in training mode,
-        or has come in the place of another. transformers leaves its recording hooks in place once outputs such as
-        router_logits were asked for; they count only while it records.
+        A module must be called if it has hooks or a forward that somebody put into the instance, is
+        in training mode, or has come in the place of another. transformers leaves its recording
+        hooks in place once outputs such as router_logits were asked for; they count only while it
+        records.
         """
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             raise LeaveDecoder(Reason.HOOKS, "global hooks of torch")

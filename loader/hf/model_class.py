@@ -15,7 +15,9 @@ class MoeConvertMixin:
     _serving: Serving
 
     def serve(self, serving: Serving) -> None:
-        """Give the loaded model its cache, decoder and counters. Once, before the first forward pass."""
+        """Give the loaded model its cache, decoder and counters. Once, before the first forward
+        pass.
+        """
         self._serving = serving
 
     def moe_stats(self) -> MoeStats:
@@ -27,22 +29,27 @@ class MoeConvertMixin:
         self._serving.reset_stats()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters of the model that was converted: of packed weights and experts too."""
+        """Return the number of parameters of the model that was converted: of packed weights and
+        experts too.
+        """
         counted: int = super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc]
         return counted if only_trainable else counted + packed_weights(self)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes that the trunk takes and that the experts' cache may take, in RAM and on GPUs."""
+        """Return the bytes that the trunk takes and that the experts' cache may take, in RAM and on
+        GPUs.
+        """
         trunk: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
         stats = self.moe_stats()
         return trunk + stats.slot_bytes + (stats.ram.buffer_bytes if stats.ram else 0)
 
 
 def served_class(base: Any) -> Any:
-    """Return the subclass of `base`, a causal model of transformers, whose experts come from a cache.
+    """Return the subclass of `base`, a causal model of transformers, whose experts come from a
+    cache.
 
-    base: the class, or what stands for it in transformers' registry. The subclass has its name and module: transformers
-    reads both, for losses, pipelines and attention implementations.
+    base: the class, or what stands for it in transformers' registry. The subclass has its name and
+    module: transformers reads both, for losses, pipelines and attention implementations.
     """
     # Of a RegistryEntry, the class that it stands for.
     return _made_once(getattr(base, "plain_class", base))
@@ -53,7 +60,9 @@ def _made_once(base: Any) -> Any:
 
     class Served(MoeConvertMixin, base):  # type: ignore[misc]
         def __reduce_ex__(self, protocol: Any) -> Any:
-            """By `base`: no module has this class under its name. Pickling then reaches the cache, which refuses."""
+            """By `base`: no module has this class under its name. Pickling then reaches the cache,
+            which refuses.
+            """
             return _blank, (base,), self.__dict__
 
         @functools.wraps(base.forward)

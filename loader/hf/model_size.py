@@ -1,4 +1,6 @@
-"""The weights of a served model that are no parameters of torch: those of packed layers and of experts."""
+"""The weights of a served model that are no parameters of torch: those of packed layers and of
+experts.
+"""
 
 from typing import Any
 

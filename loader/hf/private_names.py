@@ -1,7 +1,8 @@
-"""Names inside transformers that only some of its releases have: the one file of the loader that uses them.
+"""Names inside transformers that only some of its releases have: the one file of the loader that
+uses them.
 
-Each is looked up once. In a release without it transformers' own code does the work, and a log line says what is
-slower.
+Each is looked up once. In a release without it transformers' own code does the work, and a log line
+says what is slower.
 """
 
 import functools
@@ -32,7 +33,9 @@ def active_collector() -> Any:
 
 @functools.cache
 def generation_methods() -> tuple[Any, Any] | None:
-    """GenerationMixin's two methods that prepare a token, where they take the arguments that we prepare; or None."""
+    """GenerationMixin's two methods that prepare a token, where they take the arguments that we
+    prepare; or None.
+    """
     prepare = getattr(GenerationMixin, "prepare_inputs_for_generation", None)
     update = getattr(GenerationMixin, "_update_model_kwargs_for_generation", None)
     # Earlier releases say past_key_values for cache, and prepare cache_position too.
@@ -47,7 +50,9 @@ def generation_methods() -> tuple[Any, Any] | None:
 
 
 def attention_implementation(config: Any) -> Any:
-    """config._attn_implementation, where possible without the Python that its property runs through (5 µs)."""
+    """config._attn_implementation, where possible without the Python that its property runs through
+    (5 µs).
+    """
     try:
         return object.__getattribute__(config, "_attn_implementation_internal")
     except AttributeError:
@@ -61,7 +66,9 @@ def experts_implementation(config: Any) -> Any:
 
 @functools.cache
 def cache_field() -> str:
-    """The name of the KV cache in a model's output and arguments: `cache` since 5.24, before `past_key_values`."""
+    """The name of the KV cache in a model's output and arguments: `cache` since 5.24, before
+    `past_key_values`.
+    """
     return (
         "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
     )

@@ -1,4 +1,6 @@
-"""What a served model has besides its modules, and the way of each forward pass: decoder or transformers' code."""
+"""What a served model has besides its modules, and the way of each forward pass: decoder or
+transformers' code.
+"""
 
 import dataclasses
 from collections.abc import Callable

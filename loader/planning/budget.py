@@ -16,8 +16,10 @@ from formats.sizes import parse_size
 
 RESERVE_BYTES = 512 << 20
 RESERVE_SHARE = 16
-"""`auto` leaves free 512 MiB or 1/16 of the machine's memory, whichever is more: for the KV cache, the activations,
-the reference arithmetic's dequantized weights (under 200 MB), and whoever else runs here."""
+"""`auto` leaves free 512 MiB or 1/16 of the machine's memory, whichever is more: for the KV cache,
+the activations, the reference arithmetic's dequantized weights (under 200 MB), and whoever else
+runs here.
+"""
 
 
 class SizedExperts(Protocol):
@@ -50,9 +52,10 @@ def expert_bytes_by_layer(artifact: SizedExperts) -> list[int]:
 def ram_budget(
     ram_cache: int | str, artifact: Artifact, *, trunk_in_ram: bool = True, reserve_bytes: int = 0
 ) -> int:
-    """The bytes that experts may take in RAM. `ram_cache` is a size for `parse_size`, or "auto": the memory that is
-    available now, less the trunk that is loaded next if it stays there, less a reserve (RESERVE_BYTES,
-    RESERVE_SHARE) and `reserve_bytes`."""
+    """The bytes that experts may take in RAM. `ram_cache` is a size for `parse_size`, or "auto":
+    the memory that is available now, less the trunk that is loaded next if it stays there, less a
+    reserve (RESERVE_BYTES, RESERVE_SHARE) and `reserve_bytes`.
+    """
     if ram_cache != "auto":
         return parse_size(ram_cache, "ram_cache")
     available, total = available_memory()
@@ -73,11 +76,13 @@ def slots_by_layer(
     all_in_place: bool,
     layers: slice = slice(None),
 ) -> tuple[int, ...]:
-    """How many experts of each layer (of each of `layers`) `budget_bytes` hold, at most all: the same number in each
-    layer, and one more in as many layers, evenly spread, as the rest of the budget allows.
+    """How many experts of each layer (of each of `layers`) `budget_bytes` hold, at most all: the
+    same number in each layer, and one more in as many layers, evenly spread, as the rest of the
+    budget allows.
 
-    `aside` more are on their way beside the slots, which the budget holds too; unless all experts fit it and are used
-    where they lie (`all_in_place`). DoesNotFitError if not even those on their way fit.
+    `aside` more are on their way beside the slots, which the budget holds too; unless all experts
+    fit it and are used where they lie (`all_in_place`). DoesNotFitError if not even those on their
+    way fit.
     """
     sizes = expert_bytes_by_layer(artifact)[layers]
     most = artifact.architecture.num_local_experts
@@ -95,8 +100,10 @@ def slots_by_layer(
 
 
 def tier_counts(budget_bytes: int, artifact: SizedExperts, aside: int) -> dict[int, int]:
-    """How many experts of each size (`expert_bytes_by_layer`) a tier of `budget_bytes` holds for all layers together:
-    all, or of each size the same share, `aside` at least. DoesNotFitError if not even those fit."""
+    """How many experts of each size (`expert_bytes_by_layer`) a tier of `budget_bytes` holds for
+    all layers together: all, or of each size the same share, `aside` at least. DoesNotFitError if
+    not even those fit.
+    """
     sizes = expert_bytes_by_layer(artifact)
     counts = {
         size: sizes.count(size) * artifact.architecture.num_local_experts
@@ -123,7 +130,9 @@ def _checked_aside(
 
 
 def slots_of_folder(artifact: Artifact, budget_bytes: int, io: str) -> tuple[int, ...]:
-    """The slots of a folder that is read by `io` ("auto", "mmap" or "direct"). Errors as `slots_by_layer`."""
+    """The slots of a folder that is read by `io` ("auto", "mmap" or "direct"). Errors as
+    `slots_by_layer`.
+    """
     all_in_place = io != "direct" and can_lie_in_place(artifact)
     return slots_by_layer(
         budget_bytes, artifact, experts_aside(artifact.architecture), all_in_place=all_in_place
@@ -158,6 +167,8 @@ def _evenly_spread(count: int) -> list[int]:
 
 
 def available_memory() -> tuple[int, int]:
-    """(available, total) bytes: the machine's, or the control group's (a container's) where that is less."""
+    """(available, total) bytes: the machine's, or the control group's (a container's) where that is
+    less.
+    """
     memory = psutil.virtual_memory()
     return within_group(memory.available, memory.total)

@@ -1,4 +1,6 @@
-"""What fits where with a GPU, and the tokens per second to expect. Computed; nothing of it was measured on a GPU."""
+"""What fits where with a GPU, and the tokens per second to expect. Computed; nothing of it was
+measured on a GPU.
+"""
 
 import math
 from dataclasses import dataclass
@@ -17,21 +19,27 @@ from loader.planning.memory_plan import PROCESS_BYTES, ModelSizes, Plan
 from loader.traces.tier_misses import TierMisses
 
 CONTEXT_BYTES = 512 << 20
-"""GPU memory for CUDA's context, kernels and what torch's allocator rounds up. Assumed: users of PyTorch report 300 to
-400 MB of context where kernels are loaded when first used (pytorch/pytorch, issues 107667 and 109888)."""
+"""GPU memory for CUDA's context, kernels and what torch's allocator rounds up. Assumed: users of
+PyTorch report 300 to 400 MB of context where kernels are loaded when first used (pytorch/pytorch,
+issues 107667 and 109888).
+"""
 
 CUDA_PROCESS_BYTES = 512 << 20
 """RAM for CUDA's libraries, beside PROCESS_BYTES. Assumed."""
 
 GPU_EFFICIENCY = 0.5
-"""The low end of the expected speed, as a share of what link, GPU memory and disk allow where nothing overlaps.
-Assumed: for kernels below a data sheet's bandwidth, for launches, and for the wait for each layer's router."""
+"""The low end of the expected speed, as a share of what link, GPU memory and disk allow where
+nothing overlaps.
+Assumed: for kernels below a data sheet's bandwidth, for launches, and for the wait for each layer's
+router.
+"""
 
 
 @dataclass(frozen=True)
 class GpuMachine:
-    """Bytes a second: of copies from page-locked RAM to the GPU, of the GPU's memory, and of where experts come from
-    that are not in RAM (None if all are there)."""
+    """Bytes a second: of copies from page-locked RAM to the GPU, of the GPU's memory, and of where
+    experts come from that are not in RAM (None if all are there).
+    """
 
     link_bytes_per_s: float
     gpu_memory_bytes_per_s: float
@@ -42,8 +50,9 @@ class GpuMachine:
 class GpuPart:
     """What takes how many bytes of the GPU's memory, as `Plan` says it of RAM.
 
-    cache_bytes: what experts get (`gpu_cache` of `from_pretrained`). miss_ratio: of the experts that a token needs,
-    those that are not on the GPU; copied_bytes_per_token: theirs, over the link.
+    cache_bytes: what experts get (`gpu_cache` of `from_pretrained`). miss_ratio: of the experts
+    that a token needs, those that are not on the GPU; copied_bytes_per_token: theirs, over the
+    link.
     """
 
     vram_bytes: int
@@ -61,9 +70,11 @@ class GpuPart:
 
 @dataclass(frozen=True)
 class GpuPlan(Plan):
-    """A plan with a GPU: the trunk, the KV cache and activations are there, RAM has experts only. miss_ratio: of the
-    experts that a token needs, those that are neither on the GPU nor in RAM. slots: RAM's, which are one pool for all
-    layers, those on their way included, as if it were divided evenly. tokens_per_s: with GPU_EFFICIENCY."""
+    """A plan with a GPU: the trunk, the KV cache and activations are there, RAM has experts only.
+    miss_ratio: of the experts that a token needs, those that are neither on the GPU nor in RAM.
+    slots: RAM's, which are one pool for all layers, those on their way included, as if it were
+    divided evenly. tokens_per_s: with GPU_EFFICIENCY.
+    """
 
     gpu: GpuPart
 
@@ -78,10 +89,11 @@ def plan_gpu(
     prompt: int,
     tier_misses: TierMisses,
 ) -> GpuPlan:
-    """The plan for `vram_bytes` of a GPU and a process of `ram_bytes`; None takes as much as all experts need.
+    """The plan for `vram_bytes` of a GPU and a process of `ram_bytes`; None takes as much as all
+    experts need.
 
-    DoesNotFitError with the least budget where the GPU or the RAM has not even room for the experts on their way.
-    ValueError if the disk is needed and its speed is not known.
+    DoesNotFitError with the least budget where the GPU or the RAM has not even room for the experts
+    on their way. ValueError if the disk is needed and its speed is not known.
     """
     experts, chosen = sizes.experts, sizes.architecture.num_experts_per_tok
     process = PROCESS_BYTES + CUDA_PROCESS_BYTES

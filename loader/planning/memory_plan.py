@@ -1,4 +1,6 @@
-"""What fits where within a budget, and the tokens per second to expect: numbers of index and headers only."""
+"""What fits where within a budget, and the tokens per second to expect: numbers of index and
+headers only.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,22 +23,27 @@ from loader.traces.slot_shares import miss_bytes
 from loader.traces.trace import Trace
 
 PROCESS_BYTES = 320 << 20
-"""Python, torch and transformers, and what one token's forward pass takes beside weights, cache and keys. Measured:
-302 MiB of anonymous memory after a prompt of 16 tokens and 16 more (torch 2.13 on CPU, transformers 5.24)."""
+"""Python, torch and transformers, and what one token's forward pass takes beside weights, cache and
+keys. Measured: 302 MiB of anonymous memory after a prompt of 16 tokens and 16 more (torch 2.13 on
+CPU, transformers 5.24).
+"""
 
 EFFICIENCY = 0.75
-"""The low end of the expected speed, as a share of what disk and memory allow where nothing overlaps. Measured over
-four 8x7B-shaped layers at 2 bits on two cores: 0.8 with all experts in memory, 0.98 to 1.1 with fewer."""
+"""The low end of the expected speed, as a share of what disk and memory allow where nothing
+overlaps. Measured over four 8x7B-shaped layers at 2 bits on two cores: 0.8 with all experts in
+memory, 0.98 to 1.1 with fewer.
+"""
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """What one token reads and keeps, in bytes.
 
-    experts: their sizes in memory. stored: of an expert of each layer in its file, on the mean. trunk: everything in
-    memory that is not an expert. trunk_read: what of it a token reads (embeddings give one row). kv_per_position: keys
-    and values of all layers. in_place: whether experts in memory can be used where the file is mapped. prefix: what
-    prefix caches of a server may take.
+    experts: their sizes in memory. stored: of an expert of each layer in its file, on the mean.
+    trunk: everything in memory that is not an expert. trunk_read: what of it a token reads
+    (embeddings give one row). kv_per_position: keys and values of all layers. in_place: whether
+    experts in memory can be used where the file is mapped. prefix: what prefix caches of a server
+    may take.
     """
 
     experts: SizedExperts
@@ -111,7 +118,9 @@ class ModelSizes:
         return self.trunk + self.kv_per_position * context + self.prefix + self.workspace(prompt)
 
     def used_per_token(self, context: int) -> int:
-        """Bytes of weights, keys and values that computing one token reads, at the end of the context."""
+        """Bytes of weights, keys and values that computing one token reads, at the end of the
+        context.
+        """
         chosen = self.architecture.num_experts_per_tok
         return (
             self.trunk_read
@@ -137,11 +146,12 @@ class Machine:
 class Plan:
     """What takes how many bytes, and what to expect.
 
-    ram_bytes: the budget. kv_bytes: of one context; prefix_bytes: of a server's prefix caches. cache_bytes: what of the
-    budget experts get (`ram_cache` of `from_pretrained`). aside_bytes: of experts on their way, slot_bytes: of those in
-    slots, together at most cache_bytes. slots: of each layer. miss_ratio: of the experts that a token needs.
-    read_bytes_per_token: from the disk. tokens_per_s: (low, high) of one sequence at the end of the context: without
-    overlap of reading and computing, at EFFICIENCY, and with perfect overlap.
+    ram_bytes: the budget. kv_bytes: of one context; prefix_bytes: of a server's prefix caches.
+    cache_bytes: what of the budget experts get (`ram_cache` of `from_pretrained`). aside_bytes: of
+    experts on their way, slot_bytes: of those in slots, together at most cache_bytes. slots: of
+    each layer. miss_ratio: of the experts that a token needs.
+    read_bytes_per_token: from the disk. tokens_per_s: (low, high) of one sequence at the end of the
+    context: without overlap of reading and computing, at EFFICIENCY, and with perfect overlap.
     """
 
     ram_bytes: int
@@ -171,10 +181,12 @@ def plan_memory(
     prompt: int,
     miss_ratios: MissRatios | None = None,
 ) -> Plan:
-    """The plan for a process of `ram_bytes`, a context of `context` positions of which `prompt` come at once.
+    """The plan for a process of `ram_bytes`, a context of `context` positions of which `prompt`
+    come at once.
 
-    miss_ratios: of a trace (`traced_miss_ratios`); None assumes that every expert is equally likely. DoesNotFitError
-    with the least budget if not even trunk, KV cache, workspace and one token's experts fit.
+    miss_ratios: of a trace (`traced_miss_ratios`); None assumes that every expert is equally
+    likely. DoesNotFitError with the least budget if not even trunk, KV cache, workspace and one
+    token's experts fit.
     """
     architecture, fixed = sizes.architecture, sizes.fixed(context, prompt)
     cache_bytes = ram_bytes - fixed
@@ -223,7 +235,9 @@ def plan_shares(
     prompt: int,
     miss_ratios: MissRatios | None = None,
 ) -> list[Plan]:
-    """Plans for the least budget that works, and for those where experts get each of `shares` of what all take."""
+    """Plans for the least budget that works, and for those where experts get each of `shares` of
+    what all take.
+    """
     caches = [sizes.aside, *(math.ceil(share * sizes.all_experts) for share in shares)]
     fixed = sizes.fixed(context, prompt)
     return [
@@ -235,8 +249,9 @@ def plan_shares(
 
 
 def uniform_miss_ratios(architecture: Architecture) -> MissRatios:
-    """Where each expert is equally likely at each token: 1 - slots / experts, for any policy that does not know the
-    future."""
+    """Where each expert is equally likely at each token: 1 - slots / experts, for any policy that
+    does not know the future.
+    """
     count = architecture.num_local_experts
     return [{slots: 1 - slots / count for slots in range(count + 1)}] * architecture.expert_layers
 

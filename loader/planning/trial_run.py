@@ -13,7 +13,9 @@ from loader.model import from_pretrained
 
 @dataclass(frozen=True)
 class TrialRun:
-    """Of `tokens` decoded tokens: tokens a second, the cache's hit ratio, and the bytes that misses read for each."""
+    """Of `tokens` decoded tokens: tokens a second, the cache's hit ratio, and the bytes that misses
+    read for each.
+    """
 
     tokens: int
     tokens_per_s: float
@@ -31,8 +33,9 @@ def try_out(
     policy: str = "lrfu",
     check: str = "fast",
 ) -> TrialRun:
-    """Greedy tokens after a prompt of random ones, which fills the slots first; on the GPU with `gpu_cache`, else on
-    the processor. Errors as `from_pretrained`."""
+    """Greedy tokens after a prompt of random ones, which fills the slots first; on the GPU with
+    `gpu_cache`, else on the processor. Errors as `from_pretrained`.
+    """
     options = {"device": "cpu"} if gpu_cache is None else {"device": "cuda", "gpu_cache": gpu_cache}
     try:
         return _decode(

@@ -1,4 +1,6 @@
-"""How many tokens a context has, and what its KV cache takes, from a folder's index and config.json."""
+"""How many tokens a context has, and what its KV cache takes, from a folder's index and
+config.json.
+"""
 
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from formats.index import read_index
 from formats.safetensors_header import DTYPE_BYTES
 
 DEFAULT_CONTEXT = 8192
-"""Tokens at most where nobody says how many: the KV cache of a model's whole context may take more than its experts."""
+"""Tokens at most where nobody says how many: the KV cache of a model's whole context may take more
+than its experts.
+"""
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 

@@ -26,8 +26,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """max_context: tokens of a prompt with its answer. max_queue: requests that wait beside the one that runs.
-    prefix_bytes: memory of kept prefix caches."""
+    """max_context: tokens of a prompt with its answer. max_queue: requests that wait beside the one
+    that runs.
+    prefix_bytes: memory of kept prefix caches.
+    """
 
     max_context: int
     max_queue: int = 16
@@ -67,8 +69,9 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> Job:
-        """Puts a request into the queue; `deliver` gets its events, from the engine's thread, the last of them End or
-        Failure. QueueFullError, ClosedError."""
+        """Puts a request into the queue; `deliver` gets its events, from the engine's thread, the
+        last of them End or Failure. QueueFullError, ClosedError.
+        """
         job = Job(request, deliver)
         with self._changed:
             if self._is_closed:
@@ -100,8 +103,9 @@ class Engine:
         return self.metrics.text(self.gauges(), self.model.moe_stats().total)
 
     def close(self, finish_s: float, cancel_s: float = 2.0) -> None:
-        """Takes no more requests, gives those that run and wait `finish_s` seconds, cancels what is left, and waits
-        `cancel_s` for that."""
+        """Takes no more requests, gives those that run and wait `finish_s` seconds, cancels what is
+        left, and waits `cancel_s` for that.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -144,7 +148,9 @@ class Engine:
             job.tell(event)
 
     def _answered(self, job: Job) -> End | Failure:
-        """Runs one job, delivers its pieces, and returns its last event. No error leaves: the thread serves on."""
+        """Runs one job, delivers its pieces, and returns its last event. No error leaves: the
+        thread serves on.
+        """
         counts = Counts(len(job.request.prompt), 0, 0)
         if job.is_cancelled:
             self.metrics.add("generations_cancelled")

@@ -9,7 +9,9 @@ from loader.hf.cache_length import shorten
 
 
 class PrefixCache:
-    """The KV cache of one conversation. A prompt that begins like the last one computes its new tokens only."""
+    """The KV cache of one conversation. A prompt that begins like the last one computes its new
+    tokens only.
+    """
 
     def __init__(self, model: Any) -> None:
         self._config = model.config.get_text_config(decoder=True)
@@ -28,7 +30,9 @@ class PrefixCache:
         self.kv = DynamicCache(config=self._config)
 
     def begin(self, prompt: Sequence[int]) -> int:
-        """Shorten the cache to its common prefix with `prompt`, all but the last token; return the prefix's length."""
+        """Shorten the cache to its common prefix with `prompt`, all but the last token; return the
+        prefix's length.
+        """
         held = min((int(layer.get_seq_length()) for layer in self.kv.layers), default=0)
         # An interrupt may have come between a cut of the cache and the note of it.
         common = min(common_prefix(self._tokens, prompt), held, len(prompt) - 1)
@@ -39,8 +43,9 @@ class PrefixCache:
         return common
 
     def record(self, tokens: Sequence[int]) -> None:
-        """Note that the cache holds the first of `tokens`: as many as went through the model, also before an
-        interrupt."""
+        """Note that the cache holds the first of `tokens`: as many as went through the model, also
+        before an interrupt.
+        """
         lengths = {int(layer.get_seq_length()) for layer in self.kv.layers}
         length = lengths.pop() if len(lengths) == 1 else 0
         if lengths or length == 0 or not self._shorten(min(length, len(tokens))):
@@ -49,7 +54,9 @@ class PrefixCache:
         self._tokens = list(tokens[:length])
 
     def _shorten(self, length: int) -> bool:
-        """False if the cache cannot be cut to `length`: a full sliding window has dropped what would come back."""
+        """False if the cache cannot be cut to `length`: a full sliding window has dropped what
+        would come back.
+        """
         longer = [layer for layer in self.kv.layers if layer.get_seq_length() > length]
         for layer in longer:
             if (

@@ -1,4 +1,6 @@
-"""Prefix caches of finished answers, for prompts that begin with the same tokens: an LRU bounded in bytes."""
+"""Prefix caches of finished answers, for prompts that begin with the same tokens: an LRU bounded in
+bytes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +25,9 @@ class _Kept:
 
 
 class PrefixStore:
-    """Prefix caches of at most `limit_bytes` together; the least recently used goes first. For one thread, but for
-    `n_bytes` and `len`."""
+    """Prefix caches of at most `limit_bytes` together; the least recently used goes first. For one
+    thread, but for `n_bytes` and `len`.
+    """
 
     def __init__(self, limit_bytes: int, model: Any) -> None:
         self.limit_bytes = limit_bytes
@@ -40,11 +43,12 @@ class PrefixStore:
         return len(self._kept)
 
     def take(self, prompt: Sequence[int]) -> tuple[PrefixCache, int]:
-        """Return a prefix cache that the caller owns, and how many of the prompt's first tokens it holds: all but one
-        at most, since the last gives the logits.
+        """Return a prefix cache that the caller owns, and how many of the prompt's first tokens it
+        holds: all but one at most, since the last gives the logits.
 
-        One that the prompt continues, or whose prompt the prompt continues, is handed over. Of another one that begins
-        alike, as with a common system prompt, the common part is copied: both conversations keep theirs.
+        One that the prompt continues, or whose prompt the prompt continues, is handed over. Of
+        another one that begins alike, as with a common system prompt, the common part is copied:
+        both conversations keep theirs.
         """
         kept, common = self._best(prompt)
         goes_on = kept is not None and common >= min(kept.prompt, len(prompt) - 1)
@@ -57,8 +61,9 @@ class PrefixStore:
         return kept.cache, kept.cache.begin(prompt)
 
     def keep(self, cache: PrefixCache, tokens: Sequence[int], prompt: int) -> None:
-        """Keeps `cache`, which holds keys and values of the first of `tokens`, of which `prompt` were the prompt, as
-        the most recently used."""
+        """Keeps `cache`, which holds keys and values of the first of `tokens`, of which `prompt`
+        were the prompt, as the most recently used.
+        """
         cache.record(tokens)
         if not cache.tokens:
             return

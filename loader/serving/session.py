@@ -14,7 +14,9 @@ from loader.serving.prefix_cache import PrefixCache
 
 
 class ContextFullError(MoeConvertError):
-    """A conversation that leaves no room for an answer. `prompt_tokens` do not fit `context_tokens`."""
+    """A conversation that leaves no room for an answer. `prompt_tokens` do not fit
+    `context_tokens`.
+    """
 
     def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
         super().__init__(
@@ -28,8 +30,8 @@ class ContextFullError(MoeConvertError):
 class Session:
     """One conversation with a model. An interrupt ends the answer and keeps the session.
 
-    context_tokens: what prompt and answer may take together; None: as many as the model was made for.
-    Raises MoeConvertError if the template refuses the system message.
+    context_tokens: what prompt and answer may take together; None: as many as the model was made
+    for. Raises MoeConvertError if the template refuses the system message.
     """
 
     def __init__(
@@ -82,9 +84,9 @@ class Session:
     def ask(self, text: str, on_text: OnText) -> Answer:
         """Answer `text`; `on_text` gets the answer as it comes.
 
-        Question and answer join the conversation, also what came of the answer before an exception, if anything.
-        ContextFullError if the prompt leaves too little room; MoeConvertError if the template refuses it or it has a
-        token that the model lacks.
+        Question and answer join the conversation, also what came of the answer before an exception,
+        if anything. ContextFullError if the prompt leaves too little room; MoeConvertError if the
+        template refuses it or it has a token that the model lacks.
         """
         prompt = self._prompt(text, 0)
         if not self._has_room(len(prompt)):
@@ -101,7 +103,9 @@ class Session:
                 self._turns.append((_message("user", text), _message("assistant", answer.text)))
 
     def turns_to_drop(self, text: str) -> int | None:
-        """Return how many of the oldest turns must go for an answer to `text`; None if it does not fit alone."""
+        """Return how many of the oldest turns must go for an answer to `text`; None if it does not
+        fit alone.
+        """
         fits = (
             count
             for count in range(len(self._turns) + 1)

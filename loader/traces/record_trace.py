@@ -31,7 +31,9 @@ from loader.traces.trace import (
 )
 
 GUESSES = 4
-"""Guesses kept a token and layer (all experts, if they are fewer): twice what a prefetcher of a top-2 model reads."""
+"""Guesses kept a token and layer (all experts, if they are fewer): twice what a prefetcher of a
+top-2 model reads.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class TracedModel:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "TracedModel":
-        """Of a converted folder, or of an ordinary checkpoint, whose experts count at 2 bytes a weight (4 where
-        config.json says float32)."""
+        """Of a converted folder, or of an ordinary checkpoint, whose experts count at 2 bytes a
+        weight (4 where config.json says float32).
+        """
         check_runnable(folder)
         if is_converted(folder):
             artifact = Artifact.open(folder)
@@ -88,8 +91,8 @@ def text_windows(
 ) -> list[Tensor]:
     """The windows of each of `texts`, as in `named_windows`.
 
-    max_tokens: at most so many of each text, in whole windows, but one window at least. MoeConvertError if a text is
-    shorter than a window, or has a token that the model has not.
+    max_tokens: at most so many of each text, in whole windows, but one window at least.
+    MoeConvertError if a text is shorter than a window, or has a token that the model has not.
     """
     most = None if max_tokens is None else max(1, max_tokens // window)
     found = [named_windows(tokenizer, str(path), read_text(path), window, most) for path in texts]
@@ -111,7 +114,8 @@ def trace_windows(
 ) -> Trace:
     """The routing of `windows_by_text`, those of `texts`.
 
-    Teacher-forced in reading order, which routes as decoding the same text would: no token counts as a prompt's.
+    Teacher-forced in reading order, which routes as decoding the same text would: no token counts
+    as a prompt's.
     """
 
     def run(number: int, path: Path) -> Iterator[TracedSequence]:
@@ -164,7 +168,8 @@ def trace_inputs(
     max_new_tokens: int = 64,
     progress: Progress | None = None,
 ) -> Trace:
-    """The routing of prompts, `inputs_by_text` of each file, with greedy continuations of up to `max_new_tokens`.
+    """The routing of prompts, `inputs_by_text` of each file, with greedy continuations of up to
+    `max_new_tokens`.
 
     The last new token does not go through the model and is not in the trace.
     """
@@ -190,7 +195,8 @@ def trace_inputs(
 def read_prompts(
     tokenizer: Any, described: TracedModel, prompts: Sequence[Path], *, raw: bool = False
 ) -> list[list[list[int]]]:
-    """The tokens of each line of each file: as a user's message where the tokenizer has a chat template, unless `raw`.
+    """The tokens of each line of each file: as a user's message where the tokenizer has a chat
+    template, unless `raw`.
 
     MoeConvertError if a file has no prompt, or a prompt has no token or one that the model has not.
     """

@@ -1,5 +1,6 @@
-"""Replays a trace: what a cache with a given policy and number of slots would have hit, and what guesses would have
-read. The policies are the engine's own objects, asked in the engine's order."""
+"""Replays a trace: what a cache with a given policy and number of slots would have hit, and what
+guesses would have read. The policies are the engine's own objects, asked in the engine's order.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from loader.traces.trace import Trace
 class Request:
     """What a layer is asked for at once: its different `experts`, in the order of their last use.
 
-    prompt_tokens: 0 for a decoded token, whose number is `token`; else `token` is the number of the first one behind
-    the prompt.
+    prompt_tokens: 0 for a decoded token, whose number is `token`; else `token` is the number of the
+    first one behind the prompt.
     """
 
     token: int
@@ -28,9 +29,10 @@ class Request:
 class LayerReplay:
     """One layer's replay.
 
-    missed bool [tokens, chosen]: which of a decoded token's experts, by rank, were not in the cache; False for tokens
-    of prompts. resident bool [tokens, experts]: what was in the cache before the token; for a token of a prompt, before
-    that prompt. prompt_misses: experts read for prompts, each at most once a prompt.
+    missed bool [tokens, chosen]: which of a decoded token's experts, by rank, were not in the
+    cache; False for tokens of prompts. resident bool [tokens, experts]: what was in the cache
+    before the token; for a token of a prompt, before that prompt. prompt_misses: experts read for
+    prompts, each at most once a prompt.
     """
 
     missed: NDArray[np.bool_]
@@ -39,8 +41,9 @@ class LayerReplay:
 
 
 class BeladyPolicy:
-    """Gives up what will be asked for last: no policy that sees the same requests misses less (Belady, IBM Systems
-    Journal 5(2), 1966). `advance` is to be called before each of `requests`."""
+    """Gives up what will be asked for last: no policy that sees the same requests misses less
+    (Belady, IBM Systems Journal 5(2), 1966). `advance` is to be called before each of `requests`.
+    """
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._asked = [request.experts for request in requests]
@@ -71,7 +74,9 @@ class BeladyPolicy:
 
 
 def requests_of(trace: Trace, layer: int) -> list[Request]:
-    """What `layer` is asked for, in order: a decoded token's experts by rank; a prompt's all at once."""
+    """What `layer` is asked for, in order: a decoded token's experts by rank; a prompt's all at
+    once.
+    """
     experts = trace.experts[:, layer].tolist()
     requests: list[Request] = []
     begin = 0
@@ -137,8 +142,9 @@ class ReplayedSlots:
         self.present: set[int] = set()
 
     def lease(self, experts: Sequence[int]) -> None:
-        """One token, by rank: no expert makes room for a later one, unless there are fewer slots than experts; then the
-        last ones stay."""
+        """One token, by rank: no expert makes room for a later one, unless there are fewer slots
+        than experts; then the last ones stay.
+        """
         self._bring_in(experts, experts)
         for number, expert in enumerate(experts):
             if expert not in self.present:
@@ -174,8 +180,10 @@ def uses_guess(trace: Trace, layer: int, guesses: NDArray[np.uint8]) -> NDArray[
 
 
 def recall(trace: Trace, guesses: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """The share of each layer's experts that were among its best 1, 2, ... guesses, over decoded tokens, whatever is in
-    a cache: float64 [layers - 1, guesses]. `guesses` is `trace.guesses` or `trace.guesses_next_norm`."""
+    """The share of each layer's experts that were among its best 1, 2, ... guesses, over decoded
+    tokens, whatever is in a cache: float64 [layers - 1, guesses]. `guesses` is `trace.guesses` or
+    `trace.guesses_next_norm`.
+    """
     decoded = decoded_tokens(trace)
     chosen = trace.experts.shape[2]
     found = [

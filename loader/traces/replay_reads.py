@@ -1,4 +1,6 @@
-"""What a replayed cache reads, with and without guesses, and how many tokens a second a disk or link allows."""
+"""What a replayed cache reads, with and without guesses, and how many tokens a second a disk or
+link allows.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from loader.traces.trace import Trace
 class Reads:
     """Bytes read for each decoded token and layer, int64 [decoded tokens, layers] each.
 
-    demand: experts that were neither in a slot nor guessed. useful: guessed, and used. wasted: guessed in vain.
+    demand: experts that were neither in a slot nor guessed. useful: guessed, and used. wasted:
+    guessed in vain.
     """
 
     demand: NDArray[np.int64]
@@ -23,7 +26,9 @@ class Reads:
 
     @property
     def covered(self) -> float:
-        """The share of the bytes that missed the cache which guesses had on the way; 0.0 where nothing missed."""
+        """The share of the bytes that missed the cache which guesses had on the way; 0.0 where
+        nothing missed.
+        """
         missed = int(self.demand.sum() + self.useful.sum())
         return int(self.useful.sum()) / missed if missed else 0.0
 
@@ -33,12 +38,13 @@ class Reads:
         return tuple(float(part.sum()) / tokens for part in (self.demand, self.useful, self.wasted))  # type: ignore[return-value]
 
     def tokens_per_s(self, bytes_per_s: float, compute_s: float = 0.0) -> float:
-        """Tokens a second over a disk or link that carries `bytes_per_s`, where a layer computes for `compute_s`; inf
-        where nothing takes time.
+        """Tokens a second over a disk or link that carries `bytes_per_s`, where a layer computes
+        for `compute_s`; inf where nothing takes time.
 
-        A layer waits for its demand reads; while it computes, the next layer's guesses are read, wasted ones to their
-        end too. So a token takes the sum over layers of demand / bytes_per_s + max(compute_s, the next layer's guesses
-        / bytes_per_s). With compute_s = 0 that is all bytes over the speed: guesses can then only cost.
+        A layer waits for its demand reads; while it computes, the next layer's guesses are read,
+        wasted ones to their end too. So a token takes the sum over layers of demand / bytes_per_s +
+        max(compute_s, the next layer's guesses / bytes_per_s). With compute_s = 0 that is all bytes
+        over the speed: guesses can then only cost.
         """
         ahead = np.zeros(self.demand.shape)
         ahead[:, :-1] = (self.useful + self.wasted)[:, 1:] / bytes_per_s
@@ -51,11 +57,12 @@ def reads_of(
 ) -> Reads:
     """The reads of `trace` over the replayed `layers`.
 
-    At each layer, of the best `guesses` (0 for no prefetch) for the next one, those are read that are not in its slots.
-    A guess enters a slot only when it is used, so hits and misses are those of the replay. `next_norm` takes
-    `trace.guesses_next_norm`.
+    At each layer, of the best `guesses` (0 for no prefetch) for the next one, those are read that
+    are not in its slots. A guess enters a slot only when it is used, so hits and misses are those
+    of the replay. `next_norm` takes `trace.guesses_next_norm`.
 
-    Of decoded tokens; prompts read layer by layer and need no guesses. ValueError if the trace has fewer guesses.
+    Of decoded tokens; prompts read layer by layer and need no guesses. ValueError if the trace has
+    fewer guesses.
     """
     if not 0 <= guesses <= trace.header.guesses:
         raise ValueError(f"{guesses} guesses: the trace has {trace.header.guesses} a layer")

@@ -19,9 +19,9 @@ OPTIMUM = "belady"
 class Settings:
     """What to combine.
 
-    policies: names of POLICIES, or "fixed". slots: experts a layer (their mean, without equal_shares). guesses: 0 for
-    no prefetch. bytes_per_s: named speeds at which misses come. compute_s: of a layer. choose_from: the trace that
-    decides "fixed" and unequal shares.
+    policies: names of POLICIES, or "fixed". slots: experts a layer (their mean, without
+    equal_shares). guesses: 0 for no prefetch. bytes_per_s: named speeds at which misses come.
+    compute_s: of a layer. choose_from: the trace that decides "fixed" and unequal shares.
     """
 
     policies: Sequence[str]
@@ -39,8 +39,9 @@ def replay_trace(
 ) -> dict[str, Any]:
     """Replays of `trace` for all `settings`, and for Belady's optimum over equal shares.
 
-    Keys: model, tokens, layers; recall (by norm: [layers - 1][guesses]); runs: one for each policy and number of slots,
-    with hit ratios, and reads for each number of guesses. ValueError for settings that the trace does not allow.
+    Keys: model, tokens, layers; recall (by norm: [layers - 1][guesses]); runs: one for each policy
+    and number of slots, with hit ratios, and reads for each number of guesses. ValueError for
+    settings that the trace does not allow.
     """
     decoded = decoded_tokens(trace)
     architecture = trace.header.architecture

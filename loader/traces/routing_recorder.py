@@ -1,4 +1,6 @@
-"""Listens to a model's experts: which ones tokens use, and what the next layer's router would have guessed."""
+"""Listens to a model's experts: which ones tokens use, and what the next layer's router would have
+guessed.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +26,13 @@ class Routing:
 
 
 class RoutingRecorder:
-    """While it is entered, records every forward pass of `model`, a causal language model of transformers.
+    """While it is entered, records every forward pass of `model`, a causal language model of
+    transformers.
 
-    A guess at layer l is the next layer's router on the input of layer l's experts; with the next norm, on the same
-    residual normed with layer l + 1's weight. In float32, best first, `guesses` of them. The hooks make packed layers
-    take transformers' code: slower, the same arithmetic for many tokens (docs/numerics.md).
+    A guess at layer l is the next layer's router on the input of layer l's experts; with the next
+    norm, on the same residual normed with layer l + 1's weight. In float32, best first, `guesses`
+    of them. The hooks make packed layers take transformers' code: slower, the same arithmetic for
+    many tokens (docs/numerics.md).
     """
 
     def __init__(self, model: Any, guesses: int) -> None:
@@ -61,7 +65,8 @@ class RoutingRecorder:
         self._handles, self._residual = [], None
 
     def take(self) -> Routing:
-        """What was recorded since the last call, in the order of the forward passes; batches row by row.
+        """What was recorded since the last call, in the order of the forward passes; batches row by
+        row.
 
         MoeConvertError if layers choose different numbers of experts.
         """

@@ -1,4 +1,6 @@
-"""How many slots each layer gets, chosen from a trace: layers differ in locality, so equal shares waste some."""
+"""How many slots each layer gets, chosen from a trace: layers differ in locality, so equal shares
+waste some.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -22,8 +24,9 @@ def slots_from_trace(
     *,
     io: str = "auto",
 ) -> list[int]:
-    """Slots of each layer for from_pretrained: as many in all as `budget_bytes` hold when they are spread evenly
-    (fewer where those of larger experts would take more), divided as `trace` would have read least.
+    """Slots of each layer for from_pretrained: as many in all as `budget_bytes` hold when they are
+    spread evenly (fewer where those of larger experts would take more), divided as `trace` would
+    have read least.
 
     RecipeError if the trace is of another model; DoesNotFitError as `slots_by_layer`.
     """
@@ -47,7 +50,9 @@ def slots_from_trace(
 
 
 def miss_bytes(trace: Trace, policies: Sequence[Callable[[], Policy]]) -> list[dict[int, int]]:
-    """For each layer: slots -> bytes missed by the decoded tokens, for every possible number of slots, 0 included."""
+    """For each layer: slots -> bytes missed by the decoded tokens, for every possible number of
+    slots, 0 included.
+    """
     possible = range(trace.header.architecture.num_local_experts + 1)
     return [
         {
@@ -61,8 +66,9 @@ def miss_bytes(trace: Trace, policies: Sequence[Callable[[], Policy]]) -> list[d
 
 
 def least_cost_slots(costs: Sequence[dict[int, int]], total: int) -> list[int]:
-    """For each layer a key of its `costs` (slots -> cost), `total` in all, with the least sum of costs: exact, whatever
-    the curves' shapes. ValueError if there is none."""
+    """For each layer a key of its `costs` (slots -> cost), `total` in all, with the least sum of
+    costs: exact, whatever the curves' shapes. ValueError if there is none.
+    """
     # best[n]: the least cost of the layers so far with n slots in all.
     best: NDArray[np.float64] = np.full(total + 1, np.inf)
     best[0] = 0

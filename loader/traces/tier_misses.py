@@ -1,4 +1,6 @@
-"""How often a GPU's slots miss, and the RAM behind them: routing replayed through both, asked in the engine's order."""
+"""How often a GPU's slots miss, and the RAM behind them: routing replayed through both, asked in
+the engine's order.
+"""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -14,16 +16,18 @@ UNIFORM_TOKENS = 4096
 """Of the made routing."""
 
 TierMisses = Callable[[int, int, int], tuple[float, float]]
-"""(layer, its slots on the GPU, its experts in RAM) -> the shares of the needed experts that are not on the GPU, and
-that are neither there nor in RAM."""
+"""(layer, its slots on the GPU, its experts in RAM) -> the shares of the needed experts that are
+not on the GPU, and that are neither there nor in RAM.
+"""
 
 
 def replay_tiers(
     requests: Iterable[Request], gpu: int, ram: int, policy: Callable[[], Policy]
 ) -> tuple[int, int]:
-    """Misses of decoded tokens in one layer with `gpu` slots, and of those the ones that miss `ram` experts too. RAM is
-    asked for what the GPU misses only, one expert after the other, and keeps it when it goes to the GPU. Both begin
-    empty."""
+    """Misses of decoded tokens in one layer with `gpu` slots, and of those the ones that miss `ram`
+    experts too. RAM is asked for what the GPU misses only, one expert after the other, and keeps it
+    when it goes to the GPU. Both begin empty.
+    """
     slots, tier = ReplayedSlots(gpu, policy()), ReplayedSlots(ram, LrfuPolicy())
     misses = tier_misses = 0
     for request in requests:
@@ -41,8 +45,9 @@ def replay_tiers(
 
 
 def uniform_tier_misses(architecture: Architecture, policy: Callable[[], Policy]) -> TierMisses:
-    """Where each expert is equally likely at each token. On the GPU 1 - slots / experts; what RAM has of the rest
-    depends on what both hold, which made routing says."""
+    """Where each expert is equally likely at each token. On the GPU 1 - slots / experts; what RAM
+    has of the rest depends on what both hold, which made routing says.
+    """
     count, chosen = architecture.num_local_experts, architecture.num_experts_per_tok
 
     @functools.cache
@@ -61,7 +66,9 @@ def uniform_tier_misses(architecture: Architecture, policy: Callable[[], Policy]
 
 
 def traced_tier_misses(trace: Trace, policy: Callable[[], Policy]) -> TierMisses:
-    """Of the decoded tokens of `trace`. With all experts in RAM none misses it, the first time included."""
+    """Of the decoded tokens of `trace`. With all experts in RAM none misses it, the first time
+    included.
+    """
     count = trace.header.architecture.num_local_experts
     decoded = sum(sequence.tokens - sequence.prompt_tokens for sequence in trace.header.sequences)
     needed = max(1, decoded * trace.experts.shape[2])

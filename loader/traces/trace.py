@@ -1,5 +1,6 @@
-"""Routing traces: which experts each token used in each layer, and which a prefetcher would have guessed
-(docs/traces.md)."""
+"""Routing traces: which experts each token used in each layer, and which a prefetcher would have
+guessed (docs/traces.md).
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,10 @@ class TracedText(_Part, frozen=True):
 
 
 class TracedSequence(_Part, frozen=True):
-    """Consecutive tokens that saw each other: a window, or a prompt with its continuation. `text` is the number of its
-    text; the first `prompt_tokens` of its `tokens` went through the model together."""
+    """Consecutive tokens that saw each other: a window, or a prompt with its continuation. `text`
+    is the number of its text; the first `prompt_tokens` of its `tokens` went through the model
+    together.
+    """
 
     text: Natural
     tokens: Positive
@@ -47,8 +50,9 @@ class TracedSequence(_Part, frozen=True):
 
 
 class TraceHeader(_Part, frozen=True):
-    """The first line of a trace. `expert_bytes`: the stored bytes of the largest expert of each layer. `guesses`: how
-    many guesses a token and layer has."""
+    """The first line of a trace. `expert_bytes`: the stored bytes of the largest expert of each
+    layer. `guesses`: how many guesses a token and layer has.
+    """
 
     format: Label
     format_version: Natural
@@ -81,9 +85,10 @@ class TraceHeader(_Part, frozen=True):
 class Trace:
     """A routing trace, checked.
 
-    experts uint8 [tokens, layers, chosen]: by rank, the first choice first. weights float16, same shape: what the
-    experts' outputs are multiplied by. guesses, guesses_next_norm uint8 [tokens, layers - 1, guesses]: the best guesses
-    at layer l for layer l + 1, best first; the latter with the norm weight of layer l + 1.
+    experts uint8 [tokens, layers, chosen]: by rank, the first choice first. weights float16, same
+    shape: what the experts' outputs are multiplied by. guesses, guesses_next_norm uint8 [tokens,
+    layers - 1, guesses]: the best guesses at layer l for layer l + 1, best first; the latter with
+    the norm weight of layer l + 1.
     """
 
     header: TraceHeader
@@ -102,8 +107,9 @@ class Trace:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Writes `trace` to `path`, whole or not at all. FormatError if the reader would refuse it, MoeConvertError if the
-    file cannot be written."""
+    """Writes `trace` to `path`, whole or not at all. FormatError if the reader would refuse it,
+    MoeConvertError if the file cannot be written.
+    """
     _check(trace, str(path))
     parts = [msgspec.json.encode(trace.header), b"\n"]
     for name, (dtype, _) in trace.header.arrays().items():
@@ -124,7 +130,8 @@ def is_trace(path: Path) -> bool:
 def read_trace(path: Path) -> Trace:
     """The trace in `path`, whole in memory.
 
-    MoeConvertError if it cannot be read; FormatError, DamageError or VersionError naming what is wrong with it.
+    MoeConvertError if it cannot be read; FormatError, DamageError or VersionError naming what is
+    wrong with it.
     """
     where = str(path)
     with translated(path, "read", MoeConvertError):

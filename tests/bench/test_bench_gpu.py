@@ -103,7 +103,9 @@ def test_time_is_busy_while_anything_runs_and_counted_once():
 
 
 def layer(begin, norm, attention, experts, copies=()):
-    """A layer's kernels: from begin on each takes so long, 1 µs between them; copies to the GPU beside them."""
+    """A layer's kernels: from begin on each takes so long, 1 µs between them; copies to the GPU
+    beside them.
+    """
     names = [("add_norm_bf16", norm), ("attend_bf16", attention), ("attend_combine", 1), ("add_norm_bf16", norm),
              ("down_token_q2_g16_s4", experts)]  # fmt: skip
     for name, us in names:

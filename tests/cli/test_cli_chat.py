@@ -323,7 +323,9 @@ class RealTerminal:
         os.write(self._master, text.encode())
 
     def wait_for(self, shown: Callable[[list[str]], bool]) -> list[str]:
-        """The lines of the screen, once `shown` is true of them; fails after a minute without output."""
+        """The lines of the screen, once `shown` is true of them; fails after a minute without
+        output.
+        """
         while not shown(lines := [line.rstrip() for line in self._screen.display]):
             ready, _, _ = select.select([self._master], [], [], 60)
             assert ready, "\n".join(lines)

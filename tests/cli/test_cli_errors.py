@@ -1,4 +1,6 @@
-"""Bad input to every command: the exit code, the file, and a next step that fits; never a traceback."""
+"""Bad input to every command: the exit code, the file, and a next step that fits; never a
+traceback.
+"""
 
 import errno
 import io

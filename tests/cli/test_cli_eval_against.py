@@ -1,4 +1,6 @@
-"""eval --against: zero against itself, the known order of recipes, what is saved, and what is refused."""
+"""eval --against: zero against itself, the known order of recipes, what is saved, and what is
+refused.
+"""
 
 import json
 import shutil

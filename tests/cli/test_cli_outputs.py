@@ -1,4 +1,6 @@
-"""Commands never write over what they read, nor through links: refused before any work, and nothing is changed."""
+"""Commands never write over what they read, nor through links: refused before any work, and nothing
+is changed.
+"""
 
 import errno
 import hashlib

@@ -33,7 +33,8 @@ def test_every_combination_is_replayed(run, traces):
     for found in report["runs"]:
         assert [setting["guesses"] for setting in found["reads"]] == [0, 1, 2]
         none = found["reads"][0]
-        # Nothing is guessed: bytes are misses, and a link ten times as fast gives ten times the tokens.
+        # Nothing is guessed: bytes are misses, and a link ten times as fast gives ten times the
+        # tokens.
         assert none["total_bytes_per_token"] == pytest.approx(
             1000 * 3 * 2 * (1 - found["hit_ratio"])
         )

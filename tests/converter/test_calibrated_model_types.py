@@ -1,4 +1,6 @@
-"""Calibrated conversions of every admitted model type: the same bytes by every way, verified and loaded."""
+"""Calibrated conversions of every admitted model type: the same bytes by every way, verified and
+loaded.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""What a calibration pass takes, measured in a process of its own, against the formula of the conversion's plan."""
+"""What a calibration pass takes, measured in a process of its own, against the formula of the
+conversion's plan.
+"""
 
 import json
 import subprocess
@@ -26,7 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(folder: Path, *options: Any) -> dict[str, Any]:
     command = [sys.executable, ROOT / "bench" / "calibration.py", folder, "--json", *options]
-    # Blocks of this shape are small enough for malloc to keep them when they are freed; those of an 8x7B are not.
+    # Blocks of this shape are small enough for malloc to keep them when they are freed; those of an
+    # 8x7B are not.
     environment = {
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",

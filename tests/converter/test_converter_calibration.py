@@ -1,4 +1,6 @@
-"""Calibrated conversions: statistics are those of the model, the same bytes by every way, bad input is named."""
+"""Calibrated conversions: statistics are those of the model, the same bytes by every way, bad input
+is named.
+"""
 
 import gc
 import hashlib

@@ -224,7 +224,9 @@ def with_complete_layer(source: Path, tmp_path_factory: pytest.TempPathFactory, 
 
 
 def flip_in_layer(out: Path, good: Path, part: str) -> Path:
-    """Flips one bit in a part of the first layer's complete file, whose places the index of `good` has."""
+    """Flips one bit in a part of the first layer's complete file, whose places the index of `good`
+    has.
+    """
     layer = read_index(good).layers[0]
     positions = {
         "header": 40,

@@ -1,4 +1,6 @@
-"""What one command does once: the checkpoint opened, the bytes planned, the text tokenized, the rules parsed."""
+"""What one command does once: the checkpoint opened, the bytes planned, the text tokenized, the
+rules parsed.
+"""
 
 import sys
 from collections import Counter

@@ -1,4 +1,6 @@
-"""The out folder: never the source, never through links, and of a stranger's files only those that are written."""
+"""The out folder: never the source, never through links, and of a stranger's files only those that
+are written.
+"""
 
 import hashlib
 import logging
@@ -86,7 +88,8 @@ def test_out_folder_that_overlaps_the_source_is_refused_whatever_the_options(
 def test_out_folder_that_is_the_source_by_another_mount_or_case_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on a bind mount or a file system that ignores case: another path with the same device and inode.
+    # As on a bind mount or a file system that ignores case: another path with the same device and
+    # inode.
     real, other = os.stat, tmp_path / "models" / "MINI"
 
     def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:

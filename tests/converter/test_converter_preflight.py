@@ -1,4 +1,6 @@
-"""What can be known is known before the first weight: a dry run and a conversion refuse the same, and write nothing."""
+"""What can be known is known before the first weight: a dry run and a conversion refuse the same,
+and write nothing.
+"""
 
 import json
 import logging

@@ -1,4 +1,6 @@
-"""The small files beside the weights: what is copied, what is left out with a warning, what is refused at once."""
+"""The small files beside the weights: what is copied, what is left out with a warning, what is
+refused at once.
+"""
 
 import logging
 import os

@@ -66,7 +66,9 @@ def test_positions_of_a_window_come_as_asked_for(source: Path) -> None:
 
 
 class CountingCheckpoint(Checkpoint):
-    """Counts the bytes of weights that are alive. The source is float32: what is computed with is what was read."""
+    """Counts the bytes of weights that are alive. The source is float32: what is computed with is
+    what was read.
+    """
 
     alive = most = 0
 
@@ -92,7 +94,8 @@ def test_a_layers_weights_and_two_slices_of_an_expert_are_the_most_in_memory(
         model.run()
         for logits, _ in model.predictions():
             logits(0, 32)
-        # hidden 64, two of four key and value heads of 16, 4 experts: q, k, v, o, two norms, the router.
+        # hidden 64, two of four key and value heads of 16, 4 experts: q, k, v, o, two norms, the
+        # router.
         layer = 4 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 2 * 64 + 4 * 64)
         whole = checkpoint.n_bytes
     assert checkpoint.most == layer + 4 * (2 * 32 * 64)

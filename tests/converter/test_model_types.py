@@ -1,4 +1,6 @@
-"""Every admitted model type from checkpoint to tokens: as plain transformers, whatever the layout of its keys."""
+"""Every admitted model type from checkpoint to tokens: as plain transformers, whatever the layout
+of its keys.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Layers of transformers that run one at a time give what the whole model gives; models that would not are refused."""
+"""Layers of transformers that run one at a time give what the whole model gives; models that would
+not are refused.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +42,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 class Heard:
-    """What the modules of a whole model of transformers are given: the arguments of each, flat over tokens."""
+    """What the modules of a whole model of transformers are given: the arguments of each, flat over
+    tokens.
+    """
 
     def __init__(self, folder: Path, paths: list[str]) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

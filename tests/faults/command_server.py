@@ -1,9 +1,9 @@
-"""Runs moe-convert in a forked child for each line of standard input, with calls of the C library that fail, kill it,
-or are logged (shim.c).
+"""Runs moe-convert in a forked child for each line of standard input, with calls of the C library
+that fail, kill it, or are logged (shim.c).
 
-A line is JSON: the fields of `Task`. Prints, as JSON, the child's exit code (minus the signal that killed it), how many
-calls were struck, and whether it took too long. Imports what commands import once, and never computes in the parent,
-so a fork is safe.
+A line is JSON: the fields of `Task`. Prints, as JSON, the child's exit code (minus the signal that
+killed it), how many calls were struck, and whether it took too long. Imports what commands import
+once, and never computes in the parent, so a fork is safe.
 """
 
 import contextlib
@@ -37,9 +37,11 @@ shim.faults_hits.restype = ctypes.c_long
 
 @dataclass(frozen=True)
 class Task:
-    """arguments: of moe-convert. rules: for faults_set. output: the file for what it prints. log, logged: the file and
-    the paths for faults_log; none if empty. kill_after_s: None for no kill. seconds: the limit. modules: the file for
-    the names of the modules that it imported; none if empty."""
+    """arguments: of moe-convert. rules: for faults_set. output: the file for what it prints. log,
+    logged: the file and the paths for faults_log; none if empty. kill_after_s: None for no kill.
+    seconds: the limit. modules: the file for the names of the modules that it imported; none if
+    empty.
+    """
 
     arguments: list[str]
     rules: str

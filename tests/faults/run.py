@@ -1,7 +1,8 @@
-"""Injects faults into conversions within a time budget: `make faults`, or `python tests/faults/run.py [CAMPAIGN...]`.
+"""Injects faults into conversions within a time budget: `make faults`, or `python
+tests/faults/run.py [CAMPAIGN...]`.
 
-Prints a table of the campaigns, and for each failure the command that tries its state again. Exit code 1 if anything
-failed. --project tries the moe-convert of another tree of files.
+Prints a table of the campaigns, and for each failure the command that tries its state again. Exit
+code 1 if anything failed. --project tries the moe-convert of another tree of files.
 """
 
 import argparse

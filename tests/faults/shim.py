@@ -1,5 +1,6 @@
-"""moe-convert on a system whose calls fail or kill it: compiles shim.c, and runs commands under it in one warm
-interpreter."""
+"""moe-convert on a system whose calls fail or kill it: compiles shim.c, and runs commands under it
+in one warm interpreter.
+"""
 
 import errno
 import json
@@ -18,8 +19,9 @@ ROOT = HERE.parent.parent
 
 @dataclass(frozen=True)
 class Fault:
-    """The `first` call (from 1) of `function` on a file whose path contains `path` fails, and `count` - 1 behind it;
-    count 0: all behind it. function: as shim.c has it."""
+    """The `first` call (from 1) of `function` on a file whose path contains `path` fails, and
+    `count` - 1 behind it; count 0: all behind it. function: as shim.c has it.
+    """
 
     function: str
     path: str
@@ -39,8 +41,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Kill:
-    """The process is killed before or after the `call`-th call (from 1) that changes a file whose path contains `path`,
-    or in the middle of it: half of the bytes of a write are written."""
+    """The process is killed before or after the `call`-th call (from 1) that changes a file whose
+    path contains `path`, or in the middle of it: half of the bytes of a write are written.
+    """
 
     when: Literal["before", "after", "torn"]
     path: str
@@ -54,7 +57,9 @@ class Kill:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command's exit code (minus the signal that killed it), what it printed, and how many of its calls failed."""
+    """A command's exit code (minus the signal that killed it), what it printed, and how many of its
+    calls failed.
+    """
 
     code: int
     output: str
@@ -63,8 +68,9 @@ class Ended:
 
 
 class FaultyCommands:
-    """Runs moe-convert under the shim. `folder` is for the library and outputs, `project` the tree whose moe-convert
-    runs. Use it as a context."""
+    """Runs moe-convert under the shim. `folder` is for the library and outputs, `project` the tree
+    whose moe-convert runs. Use it as a context.
+    """
 
     def __init__(
         self, folder: Path, project: Path = ROOT, environ: Mapping[str, str] | None = None
@@ -91,8 +97,10 @@ class FaultyCommands:
         seconds: float = 60,
         warm: bool = False,
     ) -> Ended:
-        """Runs one command to its end. log: the file for the calls that change files whose path contains `logged`.
-        kill_after_s: from the command's start. warm: what it imports, later commands find imported."""
+        """Runs one command to its end. log: the file for the calls that change files whose path
+        contains `logged`.
+        kill_after_s: from the command's start. warm: what it imports, later commands find imported.
+        """
         assert self._server.stdin and self._server.stdout
         task = {
             "arguments": [str(a) for a in arguments],

@@ -1,4 +1,6 @@
-"""Conversions whose calls fail: an error that names the file, and the same command goes on to the same bytes."""
+"""Conversions whose calls fail: an error that names the file, and the same command goes on to the
+same bytes.
+"""
 
 import errno
 import hashlib

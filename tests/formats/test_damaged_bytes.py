@@ -1,4 +1,6 @@
-"""Damaged bytes never become tokens: each way that bytes come into memory, and each file of a folder."""
+"""Damaged bytes never become tokens: each way that bytes come into memory, and each file of a
+folder.
+"""
 
 import json
 import random
@@ -54,8 +56,9 @@ def two_slots(folder: Path) -> dict[str, Any]:
 
 
 def flip(folder: Path, layer: int, *, bits: int = 1, like: Path | None = None) -> None:
-    """Flips random bits in each expert of a layer, in place: maps of the file see them. like: where the index is, if
-    the folder has none yet."""
+    """Flips random bits in each expert of a layer, in place: maps of the file see them. like: where
+    the index is, if the folder has none yet.
+    """
     places, rng = Artifact.open(like or folder).index.layers[layer], random.Random(layer)
     with open(folder / places.file, "r+b", buffering=0) as file:
         for entry in places.experts:

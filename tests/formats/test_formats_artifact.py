@@ -1,4 +1,6 @@
-"""Opening a folder: everything in it that is bad is refused by name, and nothing else than a typed error comes out."""
+"""Opening a folder: everything in it that is bad is refused by name, and nothing else than a typed
+error comes out.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""The native headers state the same constants as formats/packing.py and formats/native/abi.py, each once."""
+"""The native headers state the same constants as formats/packing.py and formats/native/abi.py, each
+once.
+"""
 
 import re
 
@@ -65,7 +67,8 @@ def test_statuses_isas_and_dtypes_are_those_of_the_header() -> None:
 
 @pytest.mark.parametrize("name", PACKINGS)
 def test_no_other_file_lists_the_packings(name: str) -> None:
-    # A packing's own file names it alone (or with those of its bits and groups); a list would name all.
+    # A packing's own file names it alone (or with those of its bits and groups); a list would name
+    # all.
     others = [label(other) for other in PACKINGS if other[:14] != name[:14]]
     files = [
         path

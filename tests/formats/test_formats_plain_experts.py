@@ -1,4 +1,6 @@
-"""Experts in plain rows: where their weights stand, what other programs see, which versions may have them."""
+"""Experts in plain rows: where their weights stand, what other programs see, which versions may
+have them.
+"""
 
 import shutil
 from pathlib import Path

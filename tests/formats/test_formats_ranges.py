@@ -1,4 +1,6 @@
-"""Byte ranges over a bad line: the right bytes in the end, or a typed error; and the token stays where it belongs."""
+"""Byte ranges over a bad line: the right bytes in the end, or a typed error; and the token stays
+where it belongs.
+"""
 
 import dataclasses
 import logging

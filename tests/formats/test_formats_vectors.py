@@ -1,4 +1,6 @@
-"""tests/vectors: what the writer gives, what the reader takes and rejects, what the format page shows."""
+"""tests/vectors: what the writer gives, what the reader takes and rejects, what the format page
+shows.
+"""
 
 import filecmp
 import hashlib
@@ -166,7 +168,9 @@ def test_every_packing_stands_in_the_format_page() -> None:
 
 
 def parse_hex(text: str) -> bytes:
-    """Bytes of a dump of `offset: 16 bytes`, where a line `*` repeats the line before up to the next offset."""
+    """Bytes of a dump of `offset: 16 bytes`, where a line `*` repeats the line before up to the
+    next offset.
+    """
     data = b""
     for line in text.splitlines():
         if line == "*":

@@ -1,4 +1,6 @@
-"""The fuzz targets' corpora, with a few seeded mutations of each input, and every input that fuzzing has found."""
+"""The fuzz targets' corpora, with a few seeded mutations of each input, and every input that
+fuzzing has found.
+"""
 
 import random
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Strangers' config.json and generation_config.json: refused with an error of ours, or they work, in every command."""
+"""Strangers' config.json and generation_config.json: refused with an error of ours, or they work,
+in every command.
+"""
 
 import importlib
 import json
@@ -187,7 +189,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_kernel_named_by_a_source_is_not_loaded_and_not_written(
     folder: Path, tmp_path: Path, kernel_calls: list[str]
 ) -> None:
-    # Other weights than the usual are refused: they are not what the folder's other files say (test_source_kinds.py).
+    # Other weights than the usual are refused: they are not what the folder's other files say
+    # (test_source_kinds.py).
     edit(folder, {name: value for name, value in CODE.items() if name != "transformers_weights"})
     out = convert(folder, tmp_path / "out")
     text = (out / "config.json").read_text()

@@ -1,4 +1,6 @@
-"""Tokenizers from strangers: they load, or one of our errors names the file; before a conversion begins."""
+"""Tokenizers from strangers: they load, or one of our errors names the file; before a conversion
+begins.
+"""
 
 import json
 import logging

@@ -1,4 +1,5 @@
-"""Fuzzes one target with atheris, which is coverage-guided: `python -m fuzz.engine TARGET FOLDER [libFuzzer options]`.
+"""Fuzzes one target with atheris, which is coverage-guided: `python -m fuzz.engine TARGET FOLDER
+[libFuzzer options]`.
 
 FOLDER gets the corpus and the scratch files. fuzz.run starts this and sets the time.
 """

@@ -1,8 +1,10 @@
-"""Fuzzes the parsers within a time budget: `make fuzz`, or `python tests/fuzz/run.py --seconds N [TARGET...]`.
+"""Fuzzes the parsers within a time budget: `make fuzz`, or `python tests/fuzz/run.py --seconds N
+[TARGET...]`.
 
-Two targets run at a time, each in its own process with a limit on memory and on the time of one input. An input that
-raises anything but our own errors, or exceeds a limit, is kept in tests/fuzz/found/TARGET. Fix the parser and commit
-the file: tests/formats/test_fuzz_corpus.py tries it from then on. `--input FILE TARGET` tries one file.
+Two targets run at a time, each in its own process with a limit on memory and on the time of one
+input. An input that raises anything but our own errors, or exceeds a limit, is kept in
+tests/fuzz/found/TARGET. Fix the parser and commit the file: tests/formats/test_fuzz_corpus.py tries
+it from then on. `--input FILE TARGET` tries one file.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""Parsers of bytes from strangers, each as a function of bytes with a corpus of good and bad inputs.
+"""Parsers of bytes from strangers, each as a function of bytes with a corpus of good and bad
+inputs.
 
-An input may be refused by a MoeConvertError with a short message; anything else that a target raises is a fault.
+An input may be refused by a MoeConvertError with a short message; anything else that a target
+raises is a fault.
 """
 
 import json
@@ -55,7 +57,9 @@ class Target:
     corpus: list[bytes]
     parse: Callable[[bytes], object]
     prefix_bytes: int = 0
-    """Bytes before the JSON of an input that choose what is replaced; 0 if the input is the JSON or no JSON."""
+    """Bytes before the JSON of an input that choose what is replaced; 0 if the input is the JSON or
+    no JSON.
+    """
 
     def run(self, data: bytes) -> bool:
         """True if `data` is accepted, False if it is refused as it should be."""
@@ -114,7 +118,8 @@ def _header(scratch: Path) -> Target:
     data_bytes = good.stat().st_size - 4096
 
     def run(data: bytes) -> None:
-        # An input that begins as JSON gets its length and the good file's data, so that mutations reach the parser.
+        # An input that begins as JSON gets its length and the good file's data, so that mutations
+        # reach the parser.
         file, more = (_with_length(data), data_bytes) if data[:1] == b"{" else (data, 0)
         header_from(lambda offset, length: file[offset : offset + length], len(file) + more, "file")
 
@@ -325,7 +330,9 @@ _KEYS = ["unknown", "rule.x", "auto_map", "dtype", "attn_implementation", "\x1b]
 
 
 def mutate_json(data: bytes, seed: int) -> bytes | None:
-    """JSON `data` with one to three values replaced, removed, added, copied or moved by one; None if it is no JSON."""
+    """JSON `data` with one to three values replaced, removed, added, copied or moved by one; None
+    if it is no JSON.
+    """
     chosen = random.Random(seed)
     try:
         value = json.loads(data)

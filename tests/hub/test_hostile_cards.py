@@ -1,4 +1,6 @@
-"""The model card of a stranger's index: rendered, it has no link, image or tag of theirs, and one block of metadata."""
+"""The model card of a stranger's index: rendered, it has no link, image or tag of theirs, and one
+block of metadata.
+"""
 
 import json
 import re
@@ -47,8 +49,9 @@ TEXTS = [
 
 
 def hostile(text: str) -> tuple[Index, Quality]:
-    """An index and a quality.json with `text` in every label that the format leaves free; line breaks too, which it
-    does not."""
+    """An index and a quality.json with `text` in every label that the format leaves free; line
+    breaks too, which it does not.
+    """
     index = Artifact.open(VECTORS / "folder").index
     index = replace(
         index,

@@ -1,4 +1,6 @@
-"""Repositories that would exhaust disk, bandwidth or memory: refused after the index, before anything large."""
+"""Repositories that would exhaust disk, bandwidth or memory: refused after the index, before
+anything large.
+"""
 
 import json
 import shutil

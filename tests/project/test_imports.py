@@ -92,8 +92,8 @@ def described_methods() -> set[str]:
 def undocumented(module: str) -> Iterator[str]:
     """Public classes, functions and methods without a docstring.
 
-    Properties need none where the name says it all, nor does a method that a base class may describe, or that another
-    class (the interface) does.
+    Properties need none where the name says it all, nor does a method that a base class may
+    describe, or that another class (the interface) does.
     """
     tree = ast.parse(MODULES[module].read_text())
     if not ast.get_docstring(tree):

@@ -1,4 +1,6 @@
-"""Labels: no text of an index, quality.json, trace or journal has control characters; users' names become labels."""
+"""Labels: no text of an index, quality.json, trace or journal has control characters; users' names
+become labels.
+"""
 
 import os
 import typing
@@ -26,7 +28,9 @@ from loader.traces.record_trace import TracedModel
 from loader.traces.trace import TraceHeader
 
 HOSTILE = b"evil\x1b]0;x\x07\n# me \xe2\x80\xae\xff|`"
-"""A folder's name: an escape sequence, a line break, a direction override, and a byte that is not UTF-8."""
+"""A folder's name: an escape sequence, a line break, a direction override, and a byte that is not
+UTF-8.
+"""
 any_text = st.text(st.characters(exclude_categories=()), max_size=600)
 
 

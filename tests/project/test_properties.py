@@ -1,4 +1,6 @@
-"""Properties that hold for any shape, dtype, packing, header, index and small model; inputs by hypothesis, seeded."""
+"""Properties that hold for any shape, dtype, packing, header, index and small model; inputs by
+hypothesis, seeded.
+"""
 
 import json
 import tempfile

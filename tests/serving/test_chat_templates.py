@@ -1,4 +1,6 @@
-"""Chat templates from a checkpoint to a chat: converted, published, fetched, lazily loaded, repaired and verified."""
+"""Chat templates from a checkpoint to a chat: converted, published, fetched, lazily loaded,
+repaired and verified.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""Programs that people use, against a server on the loopback interface. docs/clients.md has the table."""
+"""Programs that people use, against a server on the loopback interface. docs/clients.md has the
+table.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,6 @@
-"""Spoiling a converted folder: the edits of tests/vectors/bad-folders.json, and what a refusal must look like."""
+"""Spoiling a converted folder: the edits of tests/vectors/bad-folders.json, and what a refusal must
+look like.
+"""
 
 import json
 import shutil
@@ -59,7 +61,9 @@ def set_json(data: bytes, pointer: str, raw: str | None) -> bytes:
 
 
 def refused(folder: Path, error: str, *parts: str) -> MoeConvertError:
-    """Opens `folder`, which must raise exactly `error` with `parts` in its message; gives the error."""
+    """Opens `folder`, which must raise exactly `error` with `parts` in its message; gives the
+    error.
+    """
     with pytest.raises(MoeConvertError) as caught:
         Artifact.open(folder)
     assert type(caught.value).__name__ == error, caught.value

@@ -1,4 +1,6 @@
-"""A second packer, byte by byte from the text of docs/format.md ("Packings"), that shares nothing with formats."""
+"""A second packer, byte by byte from the text of docs/format.md ("Packings"), that shares nothing
+with formats.
+"""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -55,7 +57,9 @@ class Block:
         )
 
     def high(self, half: int, first: int, step: int) -> bytes:
-        """The 64 bytes of top bits of a pair of vectors; plane v of vector o begins at `first + 4·o + step·v`."""
+        """The 64 bytes of top bits of a pair of vectors; plane v of vector o begins at `first + 4·o
+        + step·v`.
+        """
 
         def bits(row: int, c: int) -> int:
             byte = 0

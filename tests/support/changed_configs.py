@@ -35,7 +35,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def with_config(folder: Path, out: Path, changes: dict[str, Any]) -> Path:
-    """A checkpoint of the same weights whose config.json is changed; fields set to None are removed.
+    """A checkpoint of the same weights whose config.json is changed; fields set to None are
+    removed.
 
     head_dim is said: transformers 5.24 does not derive it for all kinds of scaled positions.
     """

@@ -19,7 +19,9 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 @cache
 def host_library(*defines):
-    """The library, built with these macros when its sources are new. Tests that use it need a C++ compiler."""
+    """The library, built with these macros when its sources are new. Tests that use it need a C++
+    compiler.
+    """
     sources = sorted([*HERE.iterdir(), *KERNELS.iterdir(), SHARED / "packings.h"])
     digest = hashlib.sha256(
         b"".join([*(path.read_bytes() for path in sources), repr(defines).encode()])
@@ -43,9 +45,11 @@ def host_library(*defines):
 
 
 def launch_on_host(kernel, grid, threads, args, shared_bytes=0, order=0, defines=()):
-    """As `loader.cuda.device.device.Device.launch`, at once, over CPU tensors. order: of threads between barriers (0, 1, 2).
+    """As `loader.cuda.device.device.Device.launch`, at once, over CPU tensors. order: of threads
+    between barriers (0, 1, 2).
 
-    RuntimeError for an unknown kernel, and for a barrier or warp operation to which not all threads come.
+    RuntimeError for an unknown kernel, and for a barrier or warp operation to which not all threads
+    come.
     """
     from loader.cuda.device.device import kernel_argument
 

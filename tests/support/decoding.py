@@ -20,7 +20,9 @@ def prompted(model, ids):
 
 
 def token_by_token(model, cache=None, ids=IDS, begin=None, **options):
-    """Outputs of the tokens of `ids` from `begin` on, one by one: after a prompt of those before, or over `cache`."""
+    """Outputs of the tokens of `ids` from `begin` on, one by one: after a prompt of those before,
+    or over `cache`.
+    """
     begin = (ids.shape[1] // 2 if cache is None else 0) if begin is None else begin
     cache = prompted(model, ids[:, :begin]) if cache is None else cache
     return [
@@ -59,4 +61,6 @@ def rms_difference(ours, expected):
 
 
 ROUNDING = {torch.float32: 0.01, torch.bfloat16: 0.05}
-"""The difference of logits that rounding makes: last bits of activations turn roundings to int8 in the next layers."""
+"""The difference of logits that rounding makes: last bits of activations turn roundings to int8 in
+the next layers.
+"""

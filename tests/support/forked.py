@@ -11,7 +11,9 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="no 
 
 
 def in_child(call):
-    """What `call` gives in a forked child, or the error that it raises; AssertionError after a minute."""
+    """What `call` gives in a forked child, or the error that it raises; AssertionError after a
+    minute.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,6 @@
-"""Which accesses to memory are ordered: vector clocks, one for each actor (a stream; the host with all threads)."""
+"""Which accesses to memory are ordered: vector clocks, one for each actor (a stream; the host with
+all threads).
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +28,9 @@ class Access:
 
 
 class HappensBefore:
-    """Notes accesses; one that is not ordered after an earlier conflicting one raises AssertionError, which names both,
-    and stays in `races`. Not thread safe."""
+    """Notes accesses; one that is not ordered after an earlier conflicting one raises
+    AssertionError, which names both, and stays in `races`. Not thread safe.
+    """
 
     def __init__(self):
         self.races = []

@@ -1,4 +1,6 @@
-"""Values that strangers' config.json and generation_config.json may hold, for tests of every way into the product."""
+"""Values that strangers' config.json and generation_config.json may hold, for tests of every way
+into the product.
+"""
 
 from typing import Any
 

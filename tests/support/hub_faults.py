@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Fault:
-    """One thing that goes wrong, for the next `times` requests whose URL path contains `path` (-1: for all).
+    """One thing that goes wrong, for the next `times` requests whose URL path contains `path` (-1:
+    for all).
 
     `body` faults concern answers that carry a file's bytes; the others any request.
     """
@@ -22,7 +23,9 @@ class Fault:
 
 
 class Faults:
-    """The faults that are still to come; each method adds one. Paths are parts of URL paths; "" is any."""
+    """The faults that are still to come; each method adds one. Paths are parts of URL paths; "" is
+    any.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -37,7 +40,9 @@ class Faults:
         self._add(Fault("ignore_range", path, times))
 
     def short(self, path: str = "", *, missing: int = 1, times: int = 1) -> None:
-        """A complete answer whose Content-Range says what was asked for, with `missing` bytes too few."""
+        """A complete answer whose Content-Range says what was asked for, with `missing` bytes too
+        few.
+        """
         self._add(Fault("short", path, times, missing))
 
     def shift(self, path: str = "", *, by: int = 1, times: int = 1) -> None:

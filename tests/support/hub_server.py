@@ -36,7 +36,9 @@ _BURST_S = 0.05
 
 @dataclass(frozen=True)
 class Request:
-    """A request that was answered. `begin`, `end`: the bytes of a file in the answer, -1 where it had none."""
+    """A request that was answered. `begin`, `end`: the bytes of a file in the answer, -1 where it
+    had none.
+    """
 
     host: str
     method: str
@@ -60,7 +62,8 @@ class HubServer:
         """Of all connections together."""
         self._line, self._line_free_s = threading.Lock(), 0.0
         self._servers = [_Server(("127.0.0.1", 0), self, name) for name in ("hub", "cdn")]
-        # Two names: like the Hub's CDN, and unlike another port for huggingface_hub 1, the second is another host.
+        # Two names: like the Hub's CDN, and unlike another port for huggingface_hub 1, the second
+        # is another host.
         self.url, self.cdn = (
             f"http://{host}:{server.server_address[1]}"
             for host, server in zip(("127.0.0.1", "localhost"), self._servers, strict=True)
@@ -77,7 +80,9 @@ class HubServer:
             server.server_close()
 
     def add(self, name: str, files: Path | Mapping[str, bytes | Path], **flags: bool) -> str:
-        """A new repository with these files (or those of a folder); flags are `private` and `gated`. Its commit."""
+        """A new repository with these files (or those of a folder); flags are `private` and
+        `gated`. Its commit.
+        """
         self.repos[name] = Repo(name, **flags)
         if isinstance(files, Path):
             files = {str(p.relative_to(files)): p for p in sorted(files.rglob("*")) if p.is_file()}
@@ -111,10 +116,13 @@ class HubServer:
         return [(r.begin, r.end) for r in list(self.requests) if path in r.path and r.end > r.begin]
 
     def wait_for_line(self, n_bytes: int) -> None:
-        """Waits until so many bytes are through at `bytes_per_s`, behind those of other connections."""
+        """Waits until so many bytes are through at `bytes_per_s`, behind those of other
+        connections.
+        """
         if self.bytes_per_s:
             with self._line:
-                # What was not used a moment ago is made up for: a client takes its time over each piece.
+                # What was not used a moment ago is made up for: a client takes its time over each
+                # piece.
                 recently_s = time.monotonic() - _BURST_S
                 self._line_free_s = max(self._line_free_s, recently_s) + n_bytes / self.bytes_per_s
                 free_s = self._line_free_s
@@ -133,7 +141,9 @@ class HubServer:
         }
 
     def connect(self, home: Path, patch: pytest.MonkeyPatch, token: str | None = TOKEN) -> None:
-        """Makes this process use this Hub: huggingface_hub read its environment when it was imported."""
+        """Makes this process use this Hub: huggingface_hub read its environment when it was
+        imported.
+        """
         from huggingface_hub import constants, hf_api
         from huggingface_hub.utils import _http
 

@@ -14,8 +14,10 @@ from loader.traces.trace import (
 
 
 def trace_of(experts, count=8, guesses=None, prompts=(), expert_bytes=None):
-    """A trace of `experts` [tokens, layers, chosen] in one sequence without a prompt, or in `prompts`: (tokens, prompt
-    tokens) of each sequence. The guesses [tokens, layers - 1, n] are the first experts if not given."""
+    """A trace of `experts` [tokens, layers, chosen] in one sequence without a prompt, or in
+    `prompts`: (tokens, prompt tokens) of each sequence. The guesses [tokens, layers - 1, n] are the
+    first experts if not given.
+    """
     experts = np.array(experts, np.uint8)
     tokens, layers, chosen = experts.shape
     if guesses is None:

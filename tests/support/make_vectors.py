@@ -1,4 +1,5 @@
-"""Writes tests/vectors again: `python tests/support/make_vectors.py`. Seeded; tests compare what it gives with what is there.
+"""Writes tests/vectors again: `python tests/support/make_vectors.py`. Seeded; tests compare what it
+gives with what is there.
 
 Needs the repository's root on PYTHONPATH.
 """
@@ -125,7 +126,9 @@ def quantized(case: dict[str, Any]) -> QuantizedMatrix:
 
 
 def write_tiles(folder: Path) -> None:
-    """One packed tile for each packing, by the byte-by-byte packer, and the example of the format page."""
+    """One packed tile for each packing, by the byte-by-byte packer, and the example of the format
+    page.
+    """
     folder.mkdir(parents=True)
     cases = {name: random_matrix(name, 32, 256, seed) for seed, name in enumerate(GROUP_SIZES)}
     for name, case in {**cases, "example": example_matrix()}.items():
@@ -153,7 +156,9 @@ def write_folder(
     codec: str = "none",
     config: dict[str, Any] = CONFIG,
 ) -> Path:
-    """A whole converted folder of seeded codes or weights, written by formats' own writer; gives `folder`."""
+    """A whole converted folder of seeded codes or weights, written by formats' own writer; gives
+    `folder`.
+    """
     (folder / "experts").mkdir(parents=True)
     shape = shape_of(config)
     architecture = shape.architecture

@@ -1,4 +1,5 @@
-"""Run by test_loader_memory.py in a process of its own: loads a folder, generates, says what memory that took.
+"""Run by test_loader_memory.py in a process of its own: loads a folder, generates, says what memory
+that took.
 
 Arguments: folder, options of from_pretrained as JSON, tokens of the prompt, new tokens.
 """
@@ -13,7 +14,9 @@ import loader
 
 
 class Watch:
-    """A streamer that notes the largest anonymous memory of this process after the prompt and each token, in bytes."""
+    """A streamer that notes the largest anonymous memory of this process after the prompt and each
+    token, in bytes.
+    """
 
     def __init__(self) -> None:
         self.most = 0

@@ -20,7 +20,9 @@ class NativeAttention:
         self.kind = weights.k.rows // head_dim, head_dim, dtype, torch.device("cpu")
 
     def append(self, x, cos, sin, past):
-        """x [1, 1, hidden], cos and sin [1, 1, head_dim] -> like x; `past`, a GrowingLayer, is one longer then."""
+        """x [1, 1, hidden], cos and sin [1, 1, head_dim] -> like x; `past`, a GrowingLayer, is one
+        longer then.
+        """
         length = past.get_seq_length()
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         assert x.dtype is cos.dtype is sin.dtype is self._dtype

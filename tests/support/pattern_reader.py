@@ -1,4 +1,6 @@
-"""Experts without files, as large as wanted, each with bytes of its own; and a GPU's cache over them."""
+"""Experts without files, as large as wanted, each with bytes of its own; and a GPU's cache over
+them.
+"""
 
 import threading
 from types import SimpleNamespace
@@ -23,8 +25,10 @@ def pattern(layer, expert, n_bytes):
 
 
 class PatternReader(ExpertReader):
-    """sizes: of the experts of each layer. asked: (layer, expert, begin, end) of each read. hook is called before a
-    read with (layer, expert); what it raises the read raises. `device` is told what the host writes."""
+    """sizes: of the experts of each layer. asked: (layer, expert, begin, end) of each read. hook is
+    called before a read with (layer, expert); what it raises the read raises. `device` is told what
+    the host writes.
+    """
 
     def __init__(self, sizes, experts, device, top_k=2):
         entries = {size: SimpleNamespace(length=size, codec="none", offset=0) for size in sizes}
@@ -69,8 +73,10 @@ class PatternReader(ExpertReader):
 
 
 class GpuCache:
-    """The stack that a model on GPUs has, over `RecordingDevice`s. Each layer's experts have `sizes[layer]` bytes;
-    `ram` experts of each size fit the tier (None: all); layers are split evenly between `devices`."""
+    """The stack that a model on GPUs has, over `RecordingDevice`s. Each layer's experts have
+    `sizes[layer]` bytes; `ram` experts of each size fit the tier (None: all); layers are split
+    evenly between `devices`.
+    """
 
     def __init__(
         self, slots, *, layers=4, experts=8, sizes=None, ram=None, order="late", devices=1, aside=2, policy=LrfuPolicy,

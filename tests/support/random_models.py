@@ -1,4 +1,6 @@
-"""Small random checkpoints of the admitted model types, in the two layouts of keys that they are published in."""
+"""Small random checkpoints of the admitted model types, in the two layouts of keys that they are
+published in.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_model(name: str, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Any:
-    """The model `name` with seeded weights of usual sizes; `fields` of its configuration go before those here."""
+    """The model `name` with seeded weights of usual sizes; `fields` of its configuration go before
+    those here.
+    """
     config = CONFIG_MAPPING[name.split()[0]](**{**_COMMON, **MODELS[name], **fields})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(1)
@@ -48,7 +52,9 @@ def make_model(name: str, dtype: torch.dtype = torch.bfloat16, **fields: Any) ->
 
 
 def write_checkpoint(folder: Path, name: str, *, fused: bool, **fields: Any) -> Path:
-    """A checkpoint of `make_model` in `folder`: with keys for each expert, or with all experts of a layer in one."""
+    """A checkpoint of `make_model` in `folder`: with keys for each expert, or with all experts of a
+    layer in one.
+    """
     model = make_model(name, **fields)
     model.save_pretrained(folder)
     if fused:

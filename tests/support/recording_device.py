@@ -1,8 +1,9 @@
 """A GPU that there is not: memory, streams and events on the CPU, which finds what is not ordered.
 
-Device memory is CPU memory. A copy is done only when somebody waits for it (or when `order` says so), in its stream's
-order; what the compute stream is given is done at once, as the torch operations between are, except that what it copies
-to the host arrives there only when the host waits. Whether two accesses are ordered is known from vector clocks
+Device memory is CPU memory. A copy is done only when somebody waits for it (or when `order` says
+so), in its stream's order; what the compute stream is given is done at once, as the torch
+operations between are, except that what it copies to the host arrives there only when the host
+waits. Whether two accesses are ordered is known from vector clocks
 (tests/support/happens_before.py), not from the order in which they happen to be done.
 """
 
@@ -21,14 +22,17 @@ ALIGNMENT_BYTES = 256
 
 
 class RecordingDevice:
-    """A `loader.cuda.device.device.Device`. Conflicting accesses that no event, stream or synchronisation orders raise
-    AssertionError; in threads that catch it too, it stays in `races`.
+    """A `loader.cuda.device.device.Device`. Conflicting accesses that no event, stream or
+    synchronisation orders raise AssertionError; in threads that catch it too, it stays in `races`.
 
-    order: when copies are done: "late" (when somebody waits), "early" (at once), or a seed for something in between.
-    capacity_bytes: of its memory; pinnable_bytes: what `pin` takes. beside: another device of the same machine.
+    order: when copies are done: "late" (when somebody waits), "early" (at once), or a seed for
+    something in between.
+    capacity_bytes: of its memory; pinnable_bytes: what `pin` takes. beside: another device of the
+    same machine.
 
     log: ("copy" | "launch" | "pin" | "wait", name or bytes) in the order in which they were given.
-    synchronisations: (thread's name, what) of each wait of the host. copied_bytes: to the device, and to the host.
+    synchronisations: (thread's name, what) of each wait of the host. copied_bytes: to the device,
+    and to the host.
     """
 
     def __init__(
@@ -227,8 +231,8 @@ class RecordingDevice:
         return any(begin <= address < end for begin, end in self._memory.items())
 
     def _let_go(self, begin, end):
-        # Called wherever the last reference goes, also in the middle of something: looked at in the next call. Then the
-        # memory may be what the compute stream, given by the host, uses next.
+        # Called wherever the last reference goes, also in the middle of something: looked at in the
+        # next call. Then the memory may be what the compute stream, given by the host, uses next.
         order = self.machine.order
         self._freed.append((begin, end, order.joined(self._compute.name, HOST)))
 
@@ -313,7 +317,9 @@ class RecordingStream:
 
 
 class RecordingEvent:
-    """stream, after, point: where it was recorded last; `point` in vector clocks, `after` in the stream's count."""
+    """stream, after, point: where it was recorded last; `point` in vector clocks, `after` in the
+    stream's count.
+    """
 
     def __init__(self, device):
         self._device = device

@@ -1,4 +1,6 @@
-"""A reader without files for tests of the cache: gives one byte, the expert's number, when the test lets it."""
+"""A reader without files for tests of the cache: gives one byte, the expert's number, when the test
+lets it.
+"""
 
 import threading
 from types import SimpleNamespace
@@ -53,7 +55,9 @@ class SlowReader:
         pass
 
     def let(self, layer, expert, steps=100):
-        """Gives the reads of an expert so many steps more; returns when a waiting one has taken its first."""
+        """Gives the reads of an expert so many steps more; returns when a waiting one has taken its
+        first.
+        """
         with self._lock:
             self._turns[layer, expert] = self._turns.get((layer, expert), 0) + steps
             self._lock.notify_all()

@@ -1,4 +1,6 @@
-"""Shards of a Hub repository on disk while they are needed, within a limit; fetched ahead, verified, deleted."""
+"""Shards of a Hub repository on disk while they are needed, within a limit; fetched ahead,
+verified, deleted.
+"""
 
 import contextlib
 import logging
@@ -27,12 +29,14 @@ _log = logging.getLogger(__name__)
 
 
 class FetchedShards:
-    """Keeps at most `max_bytes` of shards in `folder`, which it owns; threads fetch what is needed next.
+    """Keeps at most `max_bytes` of shards in `folder`, which it owns; threads fetch what is needed
+    next.
 
-    Each shard is compared with the Hub's hash before it gets its name, which is that hash. What an earlier run fetched
-    is compared again and used, and what it fetched in part is completed. A shard goes when no expected work needs it
-    any more. One that is needed sooner takes the place of one that is needed later; so the earliest work always gets
-    on, if the limit has room for what one piece of work needs.
+    Each shard is compared with the Hub's hash before it gets its name, which is that hash. What an
+    earlier run fetched is compared again and used, and what it fetched in part is completed. A
+    shard goes when no expected work needs it any more. One that is needed sooner takes the place of
+    one that is needed later; so the earliest work always gets on, if the limit has room for what
+    one piece of work needs.
     """
 
     def __init__(self, repo: HubRepo, folder: Path, max_bytes: int, stop: threading.Event) -> None:
@@ -49,8 +53,9 @@ class FetchedShards:
         self._threads: list[threading.Thread] = []
 
     def expect(self, needs: Iterable[ShardNeed]) -> None:
-        """Begins to fetch what the work needs, in its order, instead of what was expected before. DoesNotFitError if
-        the limit is less than one piece's."""
+        """Begins to fetch what the work needs, in its order, instead of what was expected before.
+        DoesNotFitError if the limit is less than one piece's.
+        """
         with self._changed:
             self._plan(list(needs))
             for name in list(self._files):
@@ -92,7 +97,9 @@ class FetchedShards:
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[int]:
-        """The open shard, which stays on disk meanwhile. Waits for it; raises what fetching raised, or Stopped."""
+        """The open shard, which stays on disk meanwhile. Waits for it; raises what fetching raised,
+        or Stopped.
+        """
         with self._changed:
             self._wanted[name] += 1
             self._changed.notify_all()
@@ -132,7 +139,9 @@ class FetchedShards:
         return sum(self._repo.file(name).size for name in names)
 
     def _rank(self, name: str) -> float:
-        """The first work that needs it; -1 if it is read beyond what was expected (a resumed calibration does)."""
+        """The first work that needs it; -1 if it is read beyond what was expected (a resumed
+        calibration does).
+        """
         beyond = -1 if self._wanted[name] or self._held[name] else inf
         return min(self._left.get(name, ()), default=beyond)
 
@@ -149,7 +158,9 @@ class FetchedShards:
         return self._folder / self._repo.file(name).etag
 
     def _take_over(self) -> None:
-        """Keeps what an earlier run left and this one will need first; other shards in the folder are deleted."""
+        """Keeps what an earlier run left and this one will need first; other shards in the folder
+        are deleted.
+        """
         kept, room = set(), self._max_bytes
         for name in sorted(self._left, key=self._rank):
             if (room := room - self._repo.file(name).size) < 0:
@@ -163,7 +174,8 @@ class FetchedShards:
                 if _OURS.fullmatch(path.name) and not path.is_symlink():
                     remove(path)
             elif path.suffix == "" and _size_of(path) == self._repo.file(kept_name).size:
-                # The bytes may have changed since: they are compared like those of a shard fetched in part.
+                # The bytes may have changed since: they are compared like those of a shard fetched
+                # in part.
                 rename(path, path.with_suffix(".partial"))
 
     def _work(self) -> None:
@@ -196,7 +208,9 @@ class FetchedShards:
             self._fail(e)
 
     def _choose(self) -> str | None:
-        """The shard to fetch next, with room made for it; None if there is none or no room that may be made."""
+        """The shard to fetch next, with room made for it; None if there is none or no room that may
+        be made.
+        """
         absent = [
             n
             for n in {*self._left, *self._wanted}

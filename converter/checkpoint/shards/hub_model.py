@@ -29,7 +29,9 @@ class HubModel:
     stop: threading.Event
     """Once set, waits between attempts end."""
     keep: bool = True
-    """Whether shards are kept on disk while they are needed; else they are read by ranges, and cannot be hashed."""
+    """Whether shards are kept on disk while they are needed; else they are read by ranges, and
+    cannot be hashed.
+    """
     max_disk_bytes: int | None = None
 
     @classmethod
@@ -43,9 +45,11 @@ class HubModel:
         max_disk_bytes: int | None = None,
         resume: Path | None = None,
     ) -> "HubModel":
-        """Resolves the revision, or takes the commit at which an unfinished conversion in folder `resume` was begun.
+        """Resolves the revision, or takes the commit at which an unfinished conversion in folder
+        `resume` was begun.
 
-        Fetches config, tokenizer, licence and the like into the user's cache. Raises HubError, SourceError.
+        Fetches config, tokenizer, licence and the like into the user's cache. Raises HubError,
+        SourceError.
         """
         stop = threading.Event()
         pin = read_pin(resume) if resume else None
@@ -60,7 +64,9 @@ class HubModel:
 
 
 def _small_files(repo: HubRepo) -> Path:
-    """The cache's folder of the commit, with everything in it that a conversion reads besides the shards."""
+    """The cache's folder of the commit, with everything in it that a conversion reads besides the
+    shards.
+    """
     check_names(repo.files, repo.repo, f"{repo.repo}@{repo.commit[:12]}")
     # Names of side files have no character that means something in a pattern.
     patterns = ["config.json", INDEX_NAME, *filter(is_side_file, repo.files)]

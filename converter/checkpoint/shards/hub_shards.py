@@ -1,4 +1,6 @@
-"""The shards of a checkpoint in a Hub repository: in the user's cache, on disk for a while, or only as ranges."""
+"""The shards of a checkpoint in a Hub repository: in the user's cache, on disk for a while, or only
+as ranges.
+"""
 
 import hashlib
 import os
@@ -75,7 +77,9 @@ class HubShards(Shards):
         return len(view)
 
     def sha256(self, name: str, stop: threading.Event | None) -> str:
-        """What the Hub says, which what is fetched is compared with, and here what was in the cache."""
+        """What the Hub says, which what is fetched is compared with, and here what was in the
+        cache.
+        """
         file = self._repo.file(name)
         if name not in self._cached:
             return file.sha256 or self._hash_remote(name)
@@ -105,7 +109,9 @@ class HubShards(Shards):
         )
 
     def fetch_into(self, folder: Path) -> None:
-        """From here on, shards are kept in `folder` while they are needed (unless the model is not to be kept)."""
+        """From here on, shards are kept in `folder` while they are needed (unless the model is not
+        to be kept).
+        """
         if self._model.keep:
             self._fetched = FetchedShards(self._repo, folder, self.disk_bytes(), self.stop)
 

@@ -1,4 +1,6 @@
-"""Where the bytes of a source's shards come from: a folder here, a Hub repository in converter/checkpoint/shards/hub_shards.py."""
+"""Where the bytes of a source's shards come from: a folder here, a Hub repository in
+converter/checkpoint/shards/hub_shards.py.
+"""
 
 import hashlib
 import os
@@ -56,7 +58,9 @@ class Shards(ABC):
 
     @abstractmethod
     def read_into(self, name: str, offset: int, view: memoryview) -> int:
-        """Fills `view` from `offset` on; how many bytes, fewer than its length only where the shard ends."""
+        """Fills `view` from `offset` on; how many bytes, fewer than its length only where the shard
+        ends.
+        """
 
     @abstractmethod
     def sha256(self, name: str, stop: threading.Event | None) -> str:

@@ -1,4 +1,6 @@
-"""The conversation of `moe-convert chat`: messages to the session, commands to `ChatCommands`, answers to stdout."""
+"""The conversation of `moe-convert chat`: messages to the session, commands to `ChatCommands`,
+answers to stdout.
+"""
 
 import sys
 
@@ -18,7 +20,8 @@ from loader.serving.session import ContextFullError, Session
 class ChatLoop:
     """Reads messages until the input ends. Answers go to stdout, everything else to stderr.
 
-    Where somebody types, an error or Ctrl-C ends the present answer only; from a pipe they end the command.
+    Where somebody types, an error or Ctrl-C ends the present answer only; from a pipe they end the
+    command.
     """
 
     def __init__(
@@ -100,7 +103,9 @@ class ChatLoop:
             self._output.note(f"(cut after {tokens} tokens, see --max-new-tokens)")
 
     def _has_dropped(self, message: str, error: ContextFullError) -> bool:
-        """Say that the context is full, and drop the oldest turns if the user agrees; a pipe cannot be asked."""
+        """Say that the context is full, and drop the oldest turns if the user agrees; a pipe cannot
+        be asked.
+        """
         session = self._session
         count = session.turns_to_drop(message)
         if count is None:

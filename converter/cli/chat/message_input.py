@@ -31,8 +31,10 @@ class Lines(Protocol):
 
 
 def read_message(lines: Lines) -> str:
-    """Return the next message: a line; several, each but the last with a backslash at its end; or a block between
-    two triple quotes. A block also ends where the input does. EOFError behind the last message."""
+    """Return the next message: a line; several, each but the last with a backslash at its end; or a
+    block between two triple quotes. A block also ends where the input does. EOFError behind the
+    last message.
+    """
     first = lines.read(PROMPT)
     if first.lstrip().startswith(BLOCK):
         text = _read_block(lines, first.lstrip().removeprefix(BLOCK))
@@ -81,7 +83,8 @@ class PipedLines:
 class TypedLines:
     """Lines that somebody types, with readline where this Python has it.
 
-    history: a file of earlier messages, read at the beginning. completions: words that the tab key completes.
+    history: a file of earlier messages, read at the beginning. completions: words that the tab key
+    completes.
     """
 
     is_terminal = True

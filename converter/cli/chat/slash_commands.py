@@ -30,7 +30,9 @@ lines that are pasted together are one message. // begins a message with a slash
 
 
 class ChatCommands:
-    """Runs a slash command on `session`. What it says goes to stderr. model_name: for files that it writes."""
+    """Runs a slash command on `session`. What it says goes to stderr. model_name: for files that it
+    writes.
+    """
 
     def __init__(self, session: Session, model: Any, model_name: str) -> None:
         self._session = session

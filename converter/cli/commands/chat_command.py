@@ -56,10 +56,12 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Talk with the converted model in PATH_OR_REPO, a folder or owner/name of a repository on the Hub.
+    """Talk with the converted model in PATH_OR_REPO, a folder or owner/name of a repository on the
+    Hub.
 
-    The tokenizer's chat template makes prompts of the conversation; the KV cache is kept between turns. Sampling is the
-    model's own (generation_config.json) unless an option is given. A model without a template continues what you write.
+    The tokenizer's chat template makes prompts of the conversation; the KV cache is kept between
+    turns. Sampling is the model's own (generation_config.json) unless an option is given. A model
+    without a template continues what you write.
 
     \b
     /help lists the commands in the chat. Ctrl-C stops an answer, Ctrl-D leaves.

@@ -156,8 +156,9 @@ _OF_RECIPE = (
 def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -> None:  # fmt: skip
     """Quantize the checkpoint MODEL and write it in the expert-addressable format.
 
-    MODEL is a folder, or owner/name of a repository on the Hub: its shards are fetched as they are needed and deleted
-    when they are done; those in the cache of huggingface_hub are used where they are.
+    MODEL is a folder, or owner/name of a repository on the Hub: its shards are fetched as they are
+    needed and deleted when they are done; those in the cache of huggingface_hub are used where they
+    are.
 
     \b
     moe-convert convert ./Mixtral-8x7B-Instruct-v0.1

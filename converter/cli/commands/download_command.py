@@ -38,8 +38,9 @@ def command(
 ) -> None:
     """Fetch the converted model OWNER/MODEL from the Hub, and check every byte of it.
 
-    Fetched are the files that its index lists, README.md and quality.json; with --include, those that match. Files that
-    are there already are not fetched again; an interrupted download goes on when it is run again.
+    Fetched are the files that its index lists, README.md and quality.json; with --include, those
+    that match. Files that are there already are not fetched again; an interrupted download goes on
+    when it is run again.
 
     \b
     moe-convert download owner/my-mixtral-2bit
@@ -100,7 +101,9 @@ def _fetch_matching(
 
 
 def _against_index(folder: Path, mend: str | None, output: Output) -> list[str]:
-    """What is wrong with a converted folder, and the command that mends it; None in the cache, which stays as it is."""
+    """What is wrong with a converted folder, and the command that mends it; None in the cache,
+    which stays as it is.
+    """
     from formats.reading.verify import verify_folder
 
     progress = output.progress()

@@ -1,4 +1,6 @@
-"""`moe-convert eval`: perplexity of a model, alone or against the original, and benchmarks by lm-eval."""
+"""`moe-convert eval`: perplexity of a model, alone or against the original, and benchmarks by
+lm-eval.
+"""
 
 import sys
 from pathlib import Path
@@ -69,17 +71,21 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Measure the perplexity of the model in PATH: a converted folder, or an ordinary checkpoint in its stored dtype.
+    """Measure the perplexity of the model in PATH: a converted folder, or an ordinary checkpoint in
+    its stored dtype.
 
-    Each text is tokenized whole and cut into windows that do not overlap; each begins with BOS and all its other tokens
-    are scored; perplexity is exp of the mean negative log-likelihood a token. Compare numbers of one --window only.
+    Each text is tokenized whole and cut into windows that do not overlap; each begins with BOS and
+    all its other tokens are scored; perplexity is exp of the mean negative log-likelihood a token.
+    Compare numbers of one --window only.
 
-    With --against, also: the original's perplexity and the ratio, the mean KL divergence from the original's
-    predictions (nats a token), how often both have the same first choice, and for what share of the tokens a router
-    chooses the same experts, with standard errors over windows. Checkpoints are computed in float32 then.
+    With --against, also: the original's perplexity and the ratio, the mean KL divergence from the
+    original's predictions (nats a token), how often both have the same first choice, and for what
+    share of the tokens a router chooses the same experts, with standard errors over windows.
+    Checkpoints are computed in float32 then.
 
-    With --tasks, instead: benchmarks by lm-eval, which pip install 'moe-convert[eval]' brings. Documents go through the
-    tokenizer's chat template if it has one, unless --raw is given: numbers with and without do not compare.
+    With --tasks, instead: benchmarks by lm-eval, which pip install 'moe-convert[eval]' brings.
+    Documents go through the tokenizer's chat template if it has one, unless --raw is given: numbers
+    with and without do not compare.
     """
     _check_options(
         texts=texts,

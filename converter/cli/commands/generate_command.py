@@ -54,11 +54,12 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Generate text with the converted model in PATH, a folder or owner/name of a repository on the Hub.
+    """Generate text with the converted model in PATH, a folder or owner/name of a repository on the
+    Hub.
 
-    If the tokenizer has a chat template, the prompt is the user's message and the text is the answer; --raw turns that
-    off. Without a template the model continues the prompt. Greedy, unless a sampling option is given. The text streams
-    to stdout.
+    If the tokenizer has a chat template, the prompt is the user's message and the text is the
+    answer; --raw turns that off. Without a template the model continues the prompt. Greedy, unless
+    a sampling option is given. The text streams to stdout.
 
     \b
     --json prints one object: text, token_ids, finish_reason ("stop": the model ended; "length":
@@ -117,7 +118,8 @@ def _prompt(prompt: str) -> str:
     """The text of --prompt; MoeConvertError if it is not UTF-8."""
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
-        # Bytes that are not UTF-8 come from the command line, and in some locales from stdin, as lone surrogates.
+        # Bytes that are not UTF-8 come from the command line, and in some locales from stdin, as
+        # lone surrogates.
         text.encode()
     except UnicodeError:
         where = "the prompt on stdin" if prompt == "-" else "--prompt"

@@ -27,7 +27,8 @@ from converter.cli.show.console import Output, gigabytes, output_options, table
 def command(
     path: Path, show_experts: bool, revision: str | None, token: str | None, output: Output
 ) -> None:
-    """Show what the converted folder or Hub repository PATH holds, from its index and headers; no weights are read.
+    """Show what the converted folder or Hub repository PATH holds, from its index and headers; no
+    weights are read.
 
     \b
     moe-convert inspect ./my-mixtral-2bit
@@ -45,7 +46,9 @@ def command(
 def _opened(
     path: Path, revision: str | None, token: str | None
 ) -> Iterator[tuple[Any, str | None]]:
-    """The artifact, and repository@commit if it is on the Hub; a folder goes before a repository of the same name."""
+    """The artifact, and repository@commit if it is on the Hub; a folder goes before a repository of
+    the same name.
+    """
     from formats.artifact import Artifact
     from formats.hub.remote_artifact import open_remote
     from formats.hub.repo import HubRepo, is_repo_name

@@ -104,10 +104,11 @@ Exit code 4: not even the least fits; the message says how much is needed.""",
 def command(path: Path, ram: str | None, vram: str | None, output: Output, **options: Any) -> None:
     """Show what fits where, and the speed to expect, of PATH.
 
-    PATH is a converted model or a checkpoint, in a folder or as owner/name on the Hub, or a config.json. Takes the
-    numbers of index and headers, and reads some weights to measure the disk. The speed is one sequence's at
-    the end of the context: the low end without any overlap of reading and computing, the high end with a perfect one.
-    With --vram the low end assumes half of what the bytes allow: nothing was measured on a GPU (docs/plan.md).
+    PATH is a converted model or a checkpoint, in a folder or as owner/name on the Hub, or a
+    config.json. Takes the numbers of index and headers, and reads some weights to measure the disk.
+    The speed is one sequence's at the end of the context: the low end without any overlap of
+    reading and computing, the high end with a perfect one. With --vram the low end assumes half of
+    what the bytes allow: nothing was measured on a GPU (docs/plan.md).
     """
     check_options(options, vram=bool(vram))
     context, prompt = options["ctx"], min(options["prompt"], options["ctx"])

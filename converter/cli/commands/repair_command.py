@@ -47,11 +47,13 @@ def command(
     output: Output,
     **remote: str | None,
 ) -> None:
-    """Mend what is damaged in the converted folder PATH: only that, and only by bytes with the index's sha256.
+    """Mend what is damaged in the converted folder PATH: only that, and only by bytes with the
+    index's sha256.
 
-    A layer's file is written under another name and renamed. Without --from: headers, fillers, and files that another
-    program saved again in another order. With --index, for when the index itself is damaged: layers and trunk come from
-    the files; producer, source, recipe and the list of copied files only the index has, so they must still be there.
+    A layer's file is written under another name and renamed. Without --from: headers, fillers, and
+    files that another program saved again in another order. With --index, for when the index itself
+    is damaged: layers and trunk come from the files; producer, source, recipe and the list of
+    copied files only the index has, so they must still be there.
 
     \b
     moe-convert repair ./my-mixtral-2bit --from owner/my-mixtral-2bit
@@ -103,7 +105,9 @@ def command(
 def _origin(
     path: Path, name: str | None, calibration_file: Path | None, remote: dict[str, str | None]
 ) -> Iterator[Any]:
-    """What --from means; None without. A repository also gives an index that is not there or cannot be read."""
+    """What --from means; None without. A repository also gives an index that is not there or cannot
+    be read.
+    """
     from converter.checkpoint.shards.hub_model import HubModel
     from converter.source_origin import SourceOrigin
     from formats import INDEX_NAME

@@ -110,11 +110,14 @@ def command(
     plot: Path | None,
     output: Output,
 ) -> None:
-    """Replay a TRACE through caches: what would have hit, what guesses would have read, and how fast that allows.
+    """Replay a TRACE through caches: what would have hit, what guesses would have read, and how
+    fast that allows.
 
-    Every combination of --policy, --slots and --guesses; belady is the optimum, which knows the future. The cache is
-    empty at the beginning and kept over the whole trace. Tokens a second are those that the bytes allow, one token at a
-    time: each layer waits for its missing experts; while it computes, the next layer's guesses are read.
+    Every combination of --policy, --slots and --guesses; belady is the optimum, which knows the
+    future. The cache is empty at the beginning and kept over the whole trace. Tokens a second are
+    those that the bytes allow, one token at a
+    time: each layer waits for its missing experts; while it computes, the next layer's guesses are
+    read.
     """
     if choose_from is None and (shares == "chosen" or "fixed" in policies):
         raise click.UsageError(

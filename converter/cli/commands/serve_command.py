@@ -99,11 +99,12 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Serve the converted model in PATH, a folder or owner/name of a repository on the Hub, over HTTP.
+    """Serve the converted model in PATH, a folder or owner/name of a repository on the Hub, over
+    HTTP.
 
-    Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics (Prometheus). One answer is generated
-    at a time, first come, first served. A parameter that is not supported is refused by its name. docs/clients.md says
-    which clients were tried, and what they may ask for.
+    Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics (Prometheus). One
+    answer is generated at a time, first come, first served. A parameter that is not supported is
+    refused by its name. docs/clients.md says which clients were tried, and what they may ask for.
     """
     key = _key(api_key, api_key_file)
     _check_packages()

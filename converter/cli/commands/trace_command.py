@@ -74,10 +74,10 @@ def command(
 ) -> None:
     """Record the routing of the model in PATH, a converted folder or an ordinary checkpoint.
 
-    For each token and layer: the experts with their weights, and what a prefetcher would have guessed for the next
-    layer. A --text runs in windows that do not overlap, as in eval, and counts as decoded in reading order. Each of
-    --prompts is continued, as a user's message where the tokenizer has a chat template. docs/traces.md describes the
-    file; it holds no text.
+    For each token and layer: the experts with their weights, and what a prefetcher would have
+    guessed for the next layer. A --text runs in windows that do not overlap, as in eval, and counts
+    as decoded in reading order. Each of --prompts is continued, as a user's message where the
+    tokenizer has a chat template. docs/traces.md describes the file; it holds no text.
     """
     if bool(texts) == bool(prompts):
         raise click.UsageError("give either --text or --prompts")

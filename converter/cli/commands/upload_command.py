@@ -34,8 +34,8 @@ from converter.cli.show.console import Output, gigabytes, output_options
 def command(path: Path, repo: str, dry_run: bool, output: Output, **options: Any) -> None:
     """Verify the converted folder PATH and publish it as OWNER/MODEL on the Hub, with a model card.
 
-    One commit makes the whole model visible; files that the repository has already are not sent again. A README.md
-    that you wrote is kept; the one that moe-convert wrote is made anew.
+    One commit makes the whole model visible; files that the repository has already are not sent
+    again. A README.md that you wrote is kept; the one that moe-convert wrote is made anew.
 
     \b
     moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --private
@@ -50,7 +50,9 @@ def command(path: Path, repo: str, dry_run: bool, output: Output, **options: Any
 def upload(
     path: Path, repo: str, output: Output, *, dry_run: bool = False, **options: Any
 ) -> tuple[dict[str, Any], str]:
-    """Verifies and publishes; the facts, of which `ok` says whether the folder was good, and the same as text."""
+    """Verifies and publishes; the facts, of which `ok` says whether the folder was good, and the
+    same as text.
+    """
     from converter.publish.hub_commit import PublishOptions, check_publication, publish_folder
     from formats.reading.verify import verify_folder
 

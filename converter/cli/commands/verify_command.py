@@ -31,7 +31,8 @@ def command(
 ) -> None:
     """Check the converted folder PATH: structure, sizes and headers; with --read-data every byte.
 
-    Each damaged or missing expert is named with file, layer, expert and offset, and the command that mends it.
+    Each damaged or missing expert is named with file, layer, expert and offset, and the command
+    that mends it.
 
     \b
     moe-convert verify ./my-mixtral-2bit

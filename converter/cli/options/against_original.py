@@ -1,4 +1,6 @@
-"""A comparison of a model with its original: what must be alike is checked before the long work begins."""
+"""A comparison of a model with its original: what must be alike is checked before the long work
+begins.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -38,8 +40,9 @@ def compare_with_original(
 ) -> Evaluation:
     """Compares the model in `path` with the checkpoint in `against` on (name, text) pairs.
 
-    A checkpoint goes through layer by layer; `load` gives a model for a converted folder, once the original's turn is
-    over, so that its cache can have the memory. SourceError, FormatError, MoeConvertError as docs/quality.md says.
+    A checkpoint goes through layer by layer; `load` gives a model for a converted folder, once the
+    original's turn is over, so that its cache can have the memory. SourceError, FormatError,
+    MoeConvertError as docs/quality.md says.
     """
     import transformers
 

@@ -54,15 +54,18 @@ _OPTIONS = (
 
 
 def with_model_options(function: F) -> F:
-    """Add the options of memory, reading and origin; the command passes them to `load_model` as a dict."""
+    """Add the options of memory, reading and origin; the command passes them to `load_model` as a
+    dict.
+    """
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
 
 
 def early_tokenizer(path: Path, check: str) -> Any:
-    """Return the tokenizer of a converted folder, before its weights are read; None of a repository, where a branch
-    may move before the weights come."""
+    """Return the tokenizer of a converted folder, before its weights are read; None of a
+    repository, where a branch may move before the weights come.
+    """
     import loader
     from formats.repair.unconverted import check_converted
 
@@ -73,7 +76,9 @@ def early_tokenizer(path: Path, check: str) -> Any:
 
 
 def load_model(path: Path, options: dict[str, Any], progress: "ExpertsThere") -> Any:
-    """Return the model in `path`, a folder or owner/name, loaded by the options of `with_model_options`."""
+    """Return the model in `path`, a folder or owner/name, loaded by the options of
+    `with_model_options`.
+    """
     import transformers
 
     import loader

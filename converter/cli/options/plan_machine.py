@@ -28,7 +28,9 @@ def check_options(options: dict[str, Any], *, vram: bool) -> None:
 
 
 def ram_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any]) -> "Machine":
-    """Of RAM and disk. UsageError if `files`, the weights, are none and the disk's speed is not given."""
+    """Of RAM and disk. UsageError if `files`, the weights, are none and the disk's speed is not
+    given.
+    """
     from loader.arithmetic.machine import memory_bytes_per_s
     from loader.planning.memory_plan import Machine
 
@@ -41,7 +43,9 @@ def ram_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any])
 def gpu_machine(
     sizes: "ModelSizes", files: list[Path], options: dict[str, Any], *, needs_disk: bool
 ) -> "GpuMachine":
-    """Of link, GPU memory, and disk. UsageError as `ram_machine`, and for what is not given where there is no GPU."""
+    """Of link, GPU memory, and disk. UsageError as `ram_machine`, and for what is not given where
+    there is no GPU.
+    """
     from loader.planning.budget import expert_bytes_by_layer
     from loader.planning.gpu_plan import GpuMachine
 

@@ -1,4 +1,6 @@
-"""What `plan` can look at: a converted model or a checkpoint, in a folder or on the Hub, or a config.json alone."""
+"""What `plan` can look at: a converted model or a checkpoint, in a folder or on the Hub, or a
+config.json alone.
+"""
 
 import tempfile
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanSource:
-    """Sizes, the recipe's name, and the files with weights that are here. converted: the folder, if it can be run."""
+    """Sizes, the recipe's name, and the files with weights that are here. converted: the folder, if
+    it can be run.
+    """
 
     sizes: "ModelSizes"
     recipe: str
@@ -21,9 +25,12 @@ class PlanSource:
 
 
 def open_source(path: Path, recipe: str, revision: str | None, token: str | None) -> PlanSource:
-    """A folder goes before a repository of the same name, of which index and headers or config.json are fetched.
+    """A folder goes before a repository of the same name, of which index and headers or config.json
+    are fetched.
 
-    `recipe` is for what is not converted yet. Raises HubError, SourceError, and what Artifact.open raises."""
+    `recipe` is for what is not converted yet. Raises HubError, SourceError, and what Artifact.open
+    raises.
+    """
     from formats import INDEX_NAME
     from formats.artifact import Artifact
     from formats.hub.remote_artifact import open_remote

@@ -40,14 +40,18 @@ _OPTIONS = (
 
 
 def with_sampling_options(function: F) -> F:
-    """Add --temperature, --top-p, --top-k, --min-p, --repetition-penalty and --seed; the command gets each by name."""
+    """Add --temperature, --top-p, --top-k, --min-p, --repetition-penalty and --seed; the command
+    gets each by name.
+    """
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
 
 
 def settings_of(max_new_tokens: int, options: dict[str, Any]) -> Any:
-    """Return the GenerationSettings of the options, which are taken out of `options`. RecipeError out of range."""
+    """Return the GenerationSettings of the options, which are taken out of `options`. RecipeError
+    out of range.
+    """
     from loader.serving.answers.settings import GenerationSettings
 
     return GenerationSettings(

@@ -1,4 +1,6 @@
-"""What the commands share: --json, -q, -v, logging, progress. Results go to stdout, everything else to stderr."""
+"""What the commands share: --json, -q, -v, logging, progress. Results go to stdout, everything else
+to stderr.
+"""
 
 import json
 import logging
@@ -33,7 +35,8 @@ class Interrupted(Exception):
 def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], F]:
     """Adds --json, --quiet and --verbose; the command gets them as one `output: Output`.
 
-    interrupted: what Ctrl-C leaves, and how to go on. has_json: False for a command without a result.
+    interrupted: what Ctrl-C leaves, and how to go on. has_json: False for a command without a
+    result.
     """
     json_option: Callable[[F], F] = click.option(
         "--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout."
@@ -106,7 +109,9 @@ class Output:
             click.echo(printable(text), err=True)
 
     def progress(self) -> Callable[[str, int, int], None]:
-        """A callback (stage, done bytes, total bytes) that draws a bar, or lines where stderr is no terminal."""
+        """A callback (stage, done bytes, total bytes) that draws a bar, or lines where stderr is no
+        terminal.
+        """
         if self.quiet:
             return lambda stage, done, total: None
         return _Bar() if sys.stderr.isatty() else _Lines()

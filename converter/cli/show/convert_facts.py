@@ -1,4 +1,6 @@
-"""What `convert` prints of a conversion, or of one that could be: sizes, bits, files, memory and disk."""
+"""What `convert` prints of a conversion, or of one that could be: sizes, bits, files, memory and
+disk.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -14,7 +14,9 @@ def live_line(answer: Any, model: Any) -> str:
 
 
 def with_shares(cache: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    """`MoeStats.as_dict` and which shares of the time went by waiting for reads, and with a read under way."""
+    """`MoeStats.as_dict` and which shares of the time went by waiting for reads, and with a read
+    under way.
+    """
     return {
         **cache,
         **{

@@ -1,4 +1,6 @@
-"""The text of an answer on stdout as it comes, and under it, where both are one terminal, a line that changes."""
+"""The text of an answer on stdout as it comes, and under it, where both are one terminal, a line
+that changes.
+"""
 
 import shutil
 import sys
@@ -8,8 +10,9 @@ from collections.abc import Callable
 from converter.cli.show.terminal import printable
 
 _MARGIN = 2
-"""Columns at the right edge where no line is drawn: a terminal waits there to wrap, forgets it when the cursor moves,
-and the next character overwrites the last one."""
+"""Columns at the right edge where no line is drawn: a terminal waits there to wrap, forgets it when
+the cursor moves, and the next character overwrites the last one.
+"""
 _TAB = 8
 
 
@@ -96,7 +99,9 @@ class Cursor:
 
 
 def _width(character: str) -> int | None:
-    """Columns that a printable character takes; None where terminals differ: emoji, and what joins its neighbours."""
+    """Columns that a printable character takes; None where terminals differ: emoji, and what joins
+    its neighbours.
+    """
     if character.isascii():
         return 1
     if unicodedata.category(character) in ("Mn", "Me", "Mc", "Cf", "Sk", "So", "Cn", "Co"):

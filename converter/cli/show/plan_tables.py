@@ -9,7 +9,9 @@ GB = 10**9
 
 
 def text_of(result: dict[str, Any], *, detailed: bool) -> str:
-    """What `plan --json` prints as text: each part of the one budget if `detailed`, else a line for each budget."""
+    """What `plan --json` prints as text: each part of the one budget if `detailed`, else a line for
+    each budget.
+    """
     experts = f"{result['layers']} layers of {result['experts']} experts, {gigabytes(result['expert_bytes'])}"
     routing = (
         f"hit ratios of {result['trace']}" if result["trace"] else "every expert equally likely"

@@ -7,7 +7,9 @@ from converter.cli.show.console import table
 
 
 def tables_of(report: dict[str, Any], speeds: Sequence[str], *, by_layer: bool) -> str:
-    """What `replay_trace` gave as text: hit ratios, recall, and reads with tokens a second at each of `speeds`."""
+    """What `replay_trace` gave as text: hit ratios, recall, and reads with tokens a second at each
+    of `speeds`.
+    """
     parts = [
         f"{report['model']}: {report['decoded_tokens']} decoded tokens, {report['prompt_tokens']} prompt tokens,"
         f" {report['layers']} layers, {report['chosen']} of {report['experts']} experts",

@@ -1,4 +1,6 @@
-"""What may reach a terminal: text without control characters, which names and labels from files may contain."""
+"""What may reach a terminal: text without control characters, which names and labels from files may
+contain.
+"""
 
 import contextlib
 import logging
@@ -15,7 +17,9 @@ _CONTROL = re.compile(rf"(?![\t\n])[{CONTROLS}]")
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and bidi overrides written as escapes; line feeds and tabs stay."""
+    """`text` with control characters and bidi overrides written as escapes; line feeds and tabs
+    stay.
+    """
     return _CONTROL.sub(escaped, text)
 
 
@@ -31,7 +35,9 @@ class _PrintableRecord(logging.LogRecord):
 
 @contextlib.contextmanager
 def safe_terminal() -> Iterator[None]:
-    """Makes the log records and warnings of all libraries printable; streams escape what they cannot encode."""
+    """Makes the log records and warnings of all libraries printable; streams escape what they
+    cannot encode.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -1,1 +1,3 @@
-"""One token through a whole model on a GPU: launches prepared once, one wait a layer for the router's choice."""
+"""One token through a whole model on a GPU: launches prepared once, one wait a layer for the
+router's choice.
+"""

@@ -13,7 +13,9 @@ from loader.experts.cache import ExpertSource
 
 
 class CudaDecoderFactory:
-    """Makes `CudaDecoder`s. share: which experts the CPU computes, by the backend `cpu`; None: none."""
+    """Makes `CudaDecoder`s. share: which experts the CPU computes, by the backend `cpu`; None:
+    none.
+    """
 
     def __init__(
         self,
@@ -27,7 +29,9 @@ class CudaDecoderFactory:
         self._share, self._cpu = share, cpu
 
     def make(self, weights: ModelWeights, experts: ExpertSource) -> CudaDecoder:
-        """As `DecoderFactory.make`. All layers must have one size, and each layer's experts one layout of tiles."""
+        """As `DecoderFactory.make`. All layers must have one size, and each layer's experts one
+        layout of tiles.
+        """
         sizes = _sizes(weights.layers[0], weights)
         for number, layer in enumerate(weights.layers):
             if _sizes(layer, weights) != sizes:

@@ -1,4 +1,6 @@
-"""One token's way through a whole model on a GPU: the host waits for each layer's choice of experts, for no more."""
+"""One token's way through a whole model on a GPU: the host waits for each layer's choice of
+experts, for no more.
+"""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -28,11 +30,12 @@ _HEAD_THREADS, _HEAD_ROWS = 256, 8
 
 
 class CudaDecoder:
-    """A model's weights, all on the device, and its launches, prepared once. Keeps the weights alive. ValueError if
-    they do not fit together.
+    """A model's weights, all on the device, and its launches, prepared once. Keeps the weights
+    alive. ValueError if they do not fit together.
 
-    It computes what `loader.decode.cpu.CpuDecoder` computes, in the same order (docs/numerics.md). One token at a time;
-    threads may share it if they use one stream. All experts of a layer have one layout of tiles.
+    It computes what `loader.decode.cpu.CpuDecoder` computes, in the same order (docs/numerics.md).
+    One token at a time; threads may share it if they use one stream. All experts of a layer have
+    one layout of tiles.
     """
 
     def __init__(
@@ -129,7 +132,9 @@ class CudaDecoder:
                 step.prepare_attention()
 
     def _ahead(self, experts: ExpertSource, layer: int) -> tuple[Tensor, int] | None:
-        """As `ExpertSource.router_ahead`, None where the model has another dtype than when it was loaded."""
+        """As `ExpertSource.router_ahead`, None where the model has another dtype than when it was
+        loaded.
+        """
         ahead = experts.router_ahead(layer)
         return ahead if ahead and ahead[0].dtype is self._sizes.dtype else None
 
@@ -140,9 +145,11 @@ class CudaDecoder:
         chosen: Sequence[int],
         meanwhile: Callable[[], None],
     ) -> None:
-        """The leased ones of the chosen experts, by rank, into `sum`; `meanwhile` is called once the GPU has something
-        to do, or has to wait."""
-        # In ascending order; of two terms the order changes no bit (docs/numerics.md), so that one need not wait.
+        """The leased ones of the chosen experts, by rank, into `sum`; `meanwhile` is called once
+        the GPU has something to do, or has to wait.
+        """
+        # In ascending order; of two terms the order changes no bit (docs/numerics.md), so that one
+        # need not wait.
         in_parts = len(chosen) <= 2 and (bool(lease.ready) or not lease.is_complete)
         at_once = lease.is_complete or (in_parts and bool(lease.ready))
         if not at_once:
@@ -163,7 +170,9 @@ def _head(
     memory: TokenMemory,
     head: Tensor | PackedMatrix | None,
 ) -> Callable[[], Tensor]:
-    """What gives a new [1, 1, rows] of the dtype from `normed` and `acts`; without a head the normed [1, 1, hidden]."""
+    """What gives a new [1, 1, rows] of the dtype from `normed` and `acts`; without a head the
+    normed [1, 1, hidden].
+    """
     if isinstance(head, Tensor):
         return _bf16_head(device, sizes, memory, head)
     result = memory.normed

@@ -1,4 +1,6 @@
-"""One token's way through a decoder layer on a GPU: seven launches up to the router's choice, prepared once."""
+"""One token's way through a decoder layer on a GPU: seven launches up to the router's choice,
+prepared once.
+"""
 
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
@@ -31,8 +33,9 @@ class Launches:
     def add_norm(
         self, x: Tensor | c_void_p, added: Tensor | None, weight: Tensor, eps: float, total: Tensor
     ) -> Callable[[], None]:
-        """total = x + `added`; its norm into `normed` and, quantized, `acts`. x, weight, total [hidden] of the dtype,
-        added float32 [hidden]."""
+        """total = x + `added`; its norm into `normed` and, quantized, `acts`. x, weight, total
+        [hidden] of the dtype, added float32 [hidden].
+        """
         memory = self._memory
         args = x, c_void_p() if added is None else added, weight, eps, self._sizes.hidden
         return self._device.prepare(
@@ -43,7 +46,9 @@ class Launches:
         )
 
     def attend(self, keys: c_void_p, values: c_void_p, capacity: c_int64) -> Callable[[], None]:
-        """Appends `k` and `v` at `position`, and attends to all positions, which lie in `spans` of the cache."""
+        """Appends `k` and `v` at `position`, and attends to all positions, which lie in `spans` of
+        the cache.
+        """
         sizes, memory = self._sizes, self._memory
         group = sizes.heads // sizes.kv_heads
         return self._device.prepare(
@@ -72,7 +77,9 @@ class Launches:
         return self._device.prepare("attend_combine", (-(-blocks // 8), 1, 1), 128, args)
 
     def route(self, router: Tensor) -> Callable[[], None]:
-        """`normed` through router [experts, hidden] and, if there is one, `next_router`: `choice`, `weights`."""
+        """`normed` through router [experts, hidden] and, if there is one, `next_router`: `choice`,
+        `weights`.
+        """
         sizes, memory = self._sizes, self._memory
         return self._device.prepare(
             f"route_{self._suffix}",
@@ -87,7 +94,9 @@ class Launches:
 
 
 class CudaLayerStep:
-    """A layer's weights, all on the device, and its launches. Keeps them alive. ValueError if sizes do not fit."""
+    """A layer's weights, all on the device, and its launches. Keeps them alive. ValueError if sizes
+    do not fit.
+    """
 
     def __init__(
         self,
@@ -143,7 +152,9 @@ class CudaLayerStep:
         )
 
     def begin(self, place: tuple[int, int, int], ahead: tuple[Tensor, int] | None) -> None:
-        """Queues all up to the router, over the cache at `place` (`GrowingLayer.place`), and the copy of its choice."""
+        """Queues all up to the router, over the cache at `place` (`GrowingLayer.place`), and the
+        copy of its choice.
+        """
         self.keys.value, self.values.value, self.capacity.value = place
         self._memory.next_router.value, self._memory.guesses.value = (
             (None, 0) if ahead is None else (ahead[0].data_ptr(), ahead[1])

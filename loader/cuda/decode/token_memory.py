@@ -1,4 +1,6 @@
-"""What one token leaves on its way through the layers: memory of the GPU, and numbers for launches, that all share."""
+"""What one token leaves on its way through the layers: memory of the GPU, and numbers for launches,
+that all share.
+"""
 
 import weakref
 from ctypes import c_int32, c_int64, c_void_p
@@ -43,10 +45,14 @@ class Sizes:
 
 
 class TokenMemory:
-    """Buffers between the launches of one token, and the numbers among their arguments that change with the token."""
+    """Buffers between the launches of one token, and the numbers among their arguments that change
+    with the token.
+    """
 
     def __init__(self, device: Device, sizes: Sizes, *, for_cpu: bool = False) -> None:
-        """for_cpu: the host gets, with the router's choice, all that it needs to compute experts itself."""
+        """for_cpu: the host gets, with the router's choice, all that it needs to compute experts
+        itself.
+        """
         self._device, self._sizes = device, sizes
         hidden = sizes.hidden
         self.x, self.residual = (self.new(hidden, sizes.dtype) for _ in range(2))
@@ -63,7 +69,9 @@ class TokenMemory:
         )
         there, self._host = self.new(ends[-1], torch.uint8), pinned(device, ends[-1], self)
         self.normed, self.choice, self.weights = self._views(there, ends)
-        """What the router sees; its choice by rank, then what the next layer's router guesses; the choice's weights."""
+        """What the router sees; its choice by rank, then what the next layer's router guesses; the
+        choice's weights.
+        """
         self.host_normed, host_choice, self.host_weights = self._views(self._host, ends)
         """After `chosen`, with `for_cpu`."""
         self._numbers = (c_int32 * host_choice.numel()).from_address(host_choice.data_ptr())
@@ -78,7 +86,9 @@ class TokenMemory:
             c_void_p(),
             c_void_p(),
         )
-        """Addresses: of the token's row of the embedding, of its rotary embedding, of the router that guesses."""
+        """Addresses: of the token's row of the embedding, of its rotary embedding, of the router
+        that guesses.
+        """
         self.position, self.guesses = c_int64(), c_int64()
         self._arrived = device.new_event()
 
@@ -96,8 +106,9 @@ class TokenMemory:
         return normed.view(self._sizes.dtype), choice.view(torch.int32), weights.view(torch.float32)
 
     def set_spans(self, spans: int) -> bool:
-        """Sees to it that the attention kernel has memory for so many spans; whether they are others than before: then
-        launches are to be prepared anew."""
+        """Sees to it that the attention kernel has memory for so many spans; whether they are
+        others than before: then launches are to be prepared anew.
+        """
         if spans == self.spans:
             return False
         if spans * self._sizes.heads > self.top.numel():
@@ -122,7 +133,9 @@ class TokenMemory:
 
 
 def pinned(device: Device, n_bytes: int, owner: object) -> Tensor:
-    """uint8 [n_bytes] of host memory, page-locked, where the system allows it, while there is `owner`."""
+    """uint8 [n_bytes] of host memory, page-locked, where the system allows it, while there is
+    `owner`.
+    """
     pages = aligned_bytes(-(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
     if device.pin(pages):
         weakref.finalize(owner, device.unpin, pages).atexit = False

@@ -21,10 +21,11 @@ Devices = One | Sequence[One] | None
 def choose_devices(wish: Devices, packings: Iterable[str]) -> list[Device]:
     """The GPUs of `wish`, the trunk on the first one; none where the processor does all.
 
-    wish: "cpu"; "cuda" (torch's present one), "cuda:1", several as "cuda:0,cuda:1" or as a list; 1 is "cuda:1", and a
-    torch.device is as its name. "auto" or None: the present GPU, if there is one and it computes small products in
-    `packings` as the reference does, else the processor, with a warning that says why. RecipeError for anything else;
-    MoeConvertError if what was named is not there or is wrong.
+    wish: "cpu"; "cuda" (torch's present one), "cuda:1", several as "cuda:0,cuda:1" or as a list; 1
+    is "cuda:1", and a torch.device is as its name. "auto" or None: the present GPU, if there is one
+    and it computes small products in `packings` as the reference does, else the processor, with a
+    warning that says why. RecipeError for anything else; MoeConvertError if what was named is not
+    there or is wrong.
     """
     names = device_names(wish)
     if names == ["cpu"]:
@@ -44,7 +45,9 @@ def choose_devices(wish: Devices, packings: Iterable[str]) -> list[Device]:
 
 
 def device_names(wish: Devices) -> list[str | Device]:
-    """Return the devices of `wish` by their names, a `Device` as it is. RecipeError for what names none."""
+    """Return the devices of `wish` by their names, a `Device` as it is. RecipeError for what names
+    none.
+    """
     names = _names(wish)
     if names in (["auto"], ["cpu"]):
         return names

@@ -1,4 +1,6 @@
-"""What the engine asks of a GPU: memory, streams, events, copies, launches. loader/cuda/device/torch_device.py has torch's."""
+"""What the engine asks of a GPU: memory, streams, events, copies, launches.
+loader/cuda/device/torch_device.py has torch's.
+"""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -8,8 +10,9 @@ import torch
 from torch import Tensor
 
 Value = Any
-"""A kernel's argument: a tensor is its address, an int an int64_t, a float a float; ctypes values are taken as they
-are, arrays as structures of so many pointers or numbers, by value."""
+"""A kernel's argument: a tensor is its address, an int an int64_t, a float a float; ctypes values
+are taken as they are, arrays as structures of so many pointers or numbers, by value.
+"""
 
 
 class Event(Protocol):
@@ -46,7 +49,9 @@ class Device(Protocol):
     capability: tuple[int, int]
 
     def empty(self, n_bytes: int) -> Tensor:
-        """uint8 [n_bytes] of its memory, at a multiple of 256; torch.OutOfMemoryError if there is too little."""
+        """uint8 [n_bytes] of its memory, at a multiple of 256; torch.OutOfMemoryError if there is
+        too little.
+        """
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes; what torch's allocator holds without using it is free."""
@@ -64,12 +69,14 @@ class Device(Protocol):
         """An event that was not recorded yet."""
 
     def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
-        """Queues a copy between host and device on `stream`. Both uint8, of one size; the host's side pinned, or else
-        the call takes as long as the copy."""
+        """Queues a copy between host and device on `stream`. Both uint8, of one size; the host's
+        side pinned, or else the call takes as long as the copy.
+        """
 
     def pin(self, memory: Tensor) -> bool:
-        """Page-locks host memory (a whole number of pages, not pinned yet) for the process's life or until `unpin`;
-        False where the system refuses."""
+        """Page-locks host memory (a whole number of pages, not pinned yet) for the process's life
+        or until `unpin`; False where the system refuses.
+        """
 
     def unpin(self, memory: Tensor) -> None:
         """Undoes `pin`."""
@@ -78,9 +85,10 @@ class Device(Protocol):
         self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,
         reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = (),
     ) -> Callable[[], None]:  # fmt: skip
-        """What launches `kernel` on the compute stream each time it is called. ctypes values among `args`, and a list
-        of reads, may be changed between calls. reads, writes: memory that other streams write or read, for stand-ins
-        that check."""
+        """What launches `kernel` on the compute stream each time it is called. ctypes values among
+        `args`, and a list of reads, may be changed between calls. reads, writes: memory that other
+        streams write or read, for stand-ins that check.
+        """
 
     def launch(
         self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,

@@ -1,4 +1,6 @@
-"""The part of CUDA's driver API that torch does not offer: a cubin and its kernels, page-locking memory."""
+"""The part of CUDA's driver API that torch does not offer: a cubin and its kernels, page-locking
+memory.
+"""
 
 import ctypes
 import functools
@@ -32,8 +34,9 @@ class Context:
             self._threads.add(threading.get_ident())
 
     def pin(self, address: int, n_bytes: int) -> bool:
-        """Page-locks memory; False if the system refuses. The runtime API's call would leave its error for torch to
-        stumble over."""
+        """Page-locks memory; False if the system refuses. The runtime API's call would leave its
+        error for torch to stumble over.
+        """
         self.enter()
         return int(self.driver.cuMemHostRegister_v2(address, n_bytes, _PORTABLE)) == 0
 
@@ -53,7 +56,9 @@ class Context:
 
 
 class Module:
-    """A cubin in a context, which is current in the thread that makes this and in those that launch."""
+    """A cubin in a context, which is current in the thread that makes this and in those that
+    launch.
+    """
 
     def __init__(self, cubin: bytes, context: Context) -> None:
         self._context, self._driver, self._check = context, context.driver, context.check
@@ -72,8 +77,10 @@ class Module:
         values: Sequence[Any],
         shared_bytes: int,
     ) -> Callable[[int], None]:
-        """What launches `kernel` on the stream whose handle it is given. `values` are ctypes objects, whose contents
-        at each call are passed. MoeConvertError, now or then, if the driver refuses."""
+        """What launches `kernel` on the stream whose handle it is given. `values` are ctypes
+        objects, whose contents at each call are passed. MoeConvertError, now or then, if the driver
+        refuses.
+        """
         function = self._function(kernel, shared_bytes)
         pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         launch, sizes = self._driver.cuLaunchKernel, (*grid, threads, 1, 1, shared_bytes)

@@ -1,4 +1,6 @@
-"""Compiles the kernels for a GPU with NVRTC, which torch's CUDA wheels bring: no compiler, no CUDA toolkit needed."""
+"""Compiles the kernels for a GPU with NVRTC, which torch's CUDA wheels bring: no compiler, no CUDA
+toolkit needed.
+"""
 
 import ctypes
 import functools
@@ -17,13 +19,17 @@ SHARED = Path(__file__).parents[3] / "formats/native/packings.h"
 """The list of packings, which the CPU's native code includes, too."""
 _MAIN = "moe_kernels.cu"
 OPTIONS = ("--std=c++17", "--fmad=false")
-"""Without --fmad=false a product and a sum would become one fma, and the bits would not be the CPU's."""
+"""Without --fmad=false a product and a sum would become one fma, and the bits would not be the
+CPU's.
+"""
 
 
 def compile_kernels(arch: str, cache: Path | None = None) -> bytes:
-    """The kernels' cubin for `arch`, such as "sm_86". In `cache`, a folder, it is kept for the next time.
+    """The kernels' cubin for `arch`, such as "sm_86". In `cache`, a folder, it is kept for the next
+    time.
 
-    MoeConvertError if NVRTC is not there, does not know `arch`, or refuses the source (with its log).
+    MoeConvertError if NVRTC is not there, does not know `arch`, or refuses the source (with its
+    log).
     """
     nvrtc = _library()
     sources = {path.name: path.read_bytes() for path in (*sorted(KERNELS.iterdir()), SHARED)}
@@ -120,7 +126,9 @@ def _library() -> ctypes.CDLL:
 
 
 def _candidates() -> list[str]:
-    """Files and names to try: what torch's wheels brought first, of torch's CUDA version before others."""
+    """Files and names to try: what torch's wheels brought first, of torch's CUDA version before
+    others.
+    """
     found: list[str] = []
     for package in importlib.metadata.distributions():
         if (package.metadata["Name"] or "").startswith("nvidia-cuda-nvrtc"):

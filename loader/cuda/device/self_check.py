@@ -1,4 +1,6 @@
-"""Whether a GPU computes what it should: small products, compared with the reference, before a model relies on it."""
+"""Whether a GPU computes what it should: small products, compared with the reference, before a
+model relies on it.
+"""
 
 from collections.abc import Iterable
 
@@ -13,7 +15,9 @@ from loader.cuda.device.device import Device
 from loader.cuda.experts.products import Products
 
 TOLERANCE = 0.03
-"""Relative L2 error; int8 activations alone bring about 0.01 after three products (docs/numerics.md)."""
+"""Relative L2 error; int8 activations alone bring about 0.01 after three products
+(docs/numerics.md).
+"""
 _SIZES = 192, 320
 """Hidden and intermediate; neither is a whole number of superblocks."""
 _TOKENS = 1, 40
@@ -21,9 +25,11 @@ _TOKENS = 1, 40
 
 
 def check_products(device: Device, packings: Iterable[str]) -> None:
-    """MoeConvertError naming device, packing and error if an expert in one of the tile `packings` comes out wrong.
+    """MoeConvertError naming device, packing and error if an expert in one of the tile `packings`
+    comes out wrong.
 
-    Waits for the device."""
+    Waits for the device.
+    """
     for name in sorted(set(packings) & PACKINGS.keys()):
         for tokens in _TOKENS:
             error = _error(device, PACKINGS[name], tokens)

@@ -16,8 +16,10 @@ _MEMORY_BYTES = 256 << 20
 
 
 def link_bytes_per_s(device: Device, block_bytes: int, seconds: float = 0.5) -> float:
-    """Copies a block of that size, such as an expert, from page-locked memory to `device` for that long. Where the
-    system page-locks nothing, it is the speed without. torch.OutOfMemoryError if the block does not fit the GPU."""
+    """Copies a block of that size, such as an expert, from page-locked memory to `device` for that
+    long. Where the system page-locks nothing, it is the speed without. torch.OutOfMemoryError if
+    the block does not fit the GPU.
+    """
     block_bytes = -(-block_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     source, target = aligned_bytes(block_bytes).fill_(1), device.empty(block_bytes)
     # The stream that the memory belongs to: it may be freed without more.
@@ -34,7 +36,9 @@ def link_bytes_per_s(device: Device, block_bytes: int, seconds: float = 0.5) -> 
 
 
 def memory_bytes_per_s(device: Device, seconds: float = 0.5) -> float:
-    """Copies 256 MiB, or a quarter of the free memory if that is less, within `device`: bytes read and written."""
+    """Copies 256 MiB, or a quarter of the free memory if that is less, within `device`: bytes read
+    and written.
+    """
     n_bytes = min(_MEMORY_BYTES, device.memory()[0] // 4)
     source, target = device.empty(n_bytes), device.empty(n_bytes)
     return (

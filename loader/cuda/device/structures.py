@@ -1,4 +1,6 @@
-"""The structures among kernels' parameters, as the kernels declare them: addresses and numbers, passed by value."""
+"""The structures among kernels' parameters, as the kernels declare them: addresses and numbers,
+passed by value.
+"""
 
 import ctypes
 from collections.abc import Sequence
@@ -40,8 +42,9 @@ class Experts(ctypes.Structure):
 
 
 class Groups(ctypes.Structure):
-    """Rows of activations in groups, one for each expert (gemm.cuh). Group i: rows pair[i] to pair[i + 1], which take
-    the blocks token_tile[i] to token_tile[i + 1] of the grid."""
+    """Rows of activations in groups, one for each expert (gemm.cuh). Group i: rows pair[i] to
+    pair[i + 1], which take the blocks token_tile[i] to token_tile[i + 1] of the grid.
+    """
 
     _fields_ = (
         ("blob", ctypes.c_void_p * MOST_EXPERTS),

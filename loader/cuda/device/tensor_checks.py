@@ -1,4 +1,6 @@
-"""Checks of tensors before their addresses go to a kernel. Each raises ValueError naming the tensor."""
+"""Checks of tensors before their addresses go to a kernel. Each raises ValueError naming the
+tensor.
+"""
 
 import torch
 from torch import Tensor

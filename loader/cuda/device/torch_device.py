@@ -1,4 +1,6 @@
-"""A CUDA GPU by torch: its allocator, streams, events and copies; kernels by the driver, compiled when first needed."""
+"""A CUDA GPU by torch: its allocator, streams, events and copies; kernels by the driver, compiled
+when first needed.
+"""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -111,7 +113,9 @@ class CudaDevice:
 
 
 def cuda_devices(names: Sequence[str], kept: Path | None = None) -> list[CudaDevice]:
-    """The devices of `names`, "cuda" (the present one) or "cuda:N". MoeConvertError if one is not there."""
+    """The devices of `names`, "cuda" (the present one) or "cuda:N". MoeConvertError if one is not
+    there.
+    """
     if not torch.cuda.is_available():
         build = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
         raise MoeConvertError(

@@ -1,4 +1,6 @@
-"""The experts of one token that the CPU computes where they lie in RAM, and the way of their sum to the GPU."""
+"""The experts of one token that the CPU computes where they lie in RAM, and the way of their sum to
+the GPU.
+"""
 
 from collections.abc import Sequence
 
@@ -26,10 +28,12 @@ class CpuPart:
     def add(
         self, blobs: dict[int, Tensor], layouts: dict[int, ExpertLayout], chosen: Sequence[int]
     ) -> None:
-        """Adds the experts `blobs`, uint8 [n_bytes] in RAM, to the memory's `sum` after what was launched until now;
+        """Adds the experts `blobs`, uint8 [n_bytes] in RAM, to the memory's `sum` after what was
+        launched until now;
         layouts: of all experts; chosen: the token's, by rank. Waits for the CPU only.
 
-        Once a layer: the copy of the sum before is over, since the host has waited for the router that came after it.
+        Once a layer: the copy of the sum before is over, since the host has waited for the router
+        that came after it.
         """
         memory = self._memory
         ranks = [chosen.index(expert) for expert in blobs]

@@ -16,19 +16,25 @@ from loader.planning.budget import expert_bytes_by_layer
 
 @dataclass(frozen=True)
 class Speeds:
-    """link_bytes_per_s: of copies of an expert to the GPU; cpu_bytes_per_s: at which the CPU computes with experts."""
+    """link_bytes_per_s: of copies of an expert to the GPU; cpu_bytes_per_s: at which the CPU
+    computes with experts.
+    """
 
     link_bytes_per_s: float
     cpu_bytes_per_s: float
 
     @classmethod
     def measured(cls, device: Device, expert_bytes: int) -> "Speeds":
-        """Of this machine, within a second: the CPU's as fast as it reads its memory, which its kernels do."""
+        """Of this machine, within a second: the CPU's as fast as it reads its memory, which its
+        kernels do.
+        """
         return cls(link_bytes_per_s(device, expert_bytes), machine.memory_bytes_per_s())
 
     def split(self, experts: Sequence[int], n_bytes: int) -> tuple[list[int], list[int]]:
-        """Those of `experts`, by rank and of `n_bytes` each, to copy, and those to compute on the CPU: each goes where
-        it is done sooner after those before it; with equal times to the GPU, which then has it."""
+        """Those of `experts`, by rank and of `n_bytes` each, to copy, and those to compute on the
+        CPU: each goes where it is done sooner after those before it; with equal times to the GPU,
+        which then has it.
+        """
         copied: list[int] = []
         computed: list[int] = []
         for expert in experts:
@@ -40,14 +46,18 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Split:
-    """One token's experts: `on_gpu`, by rank, to be leased, and `on_cpu`, to be computed in RAM: uint8 [n_bytes]."""
+    """One token's experts: `on_gpu`, by rank, to be leased, and `on_cpu`, to be computed in RAM:
+    uint8 [n_bytes].
+    """
 
     on_gpu: list[int]
     on_cpu: dict[int, Tensor]
 
 
 class CpuShare:
-    """Splits each token's experts between the GPU of `cache` and the CPU, over the tier that both read."""
+    """Splits each token's experts between the GPU of `cache` and the CPU, over the tier that both
+    read.
+    """
 
     def __init__(self, cache: ExpertCache, tier: PinnedTier, speeds: Speeds) -> None:
         self._cache, self._tier, self._speeds = cache, tier, speeds
@@ -55,8 +65,9 @@ class CpuShare:
 
     @contextmanager
     def split(self, layer: int, experts: Sequence[int]) -> Iterator[Split]:
-        """One token's `experts` of `layer`, by rank, around the lease. Only what the slots lack and the tier has goes
-        to the CPU; afterwards that comes into the slots by and by."""
+        """One token's `experts` of `layer`, by rank, around the lease. Only what the slots lack and
+        the tier has goes to the CPU; afterwards that comes into the slots by and by.
+        """
         missing = self._cache.missing(layer, experts)
         computed = self._speeds.split(missing, self._sizes[layer])[1]
         with ExitStack() as held:

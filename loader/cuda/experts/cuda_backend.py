@@ -1,4 +1,6 @@
-"""The backend of layers on a GPU: products of packed weights by our kernels, of plain ones by torch."""
+"""The backend of layers on a GPU: products of packed weights by our kernels, of plain ones by
+torch.
+"""
 
 import torch
 from torch import Tensor
@@ -54,5 +56,6 @@ class CudaBackend(Shared):
     def _product(self, stored: Tensor, packing: AnyPacking, rows: int, x: Tensor) -> Tensor:
         if isinstance(packing, Packing):
             return self.linear(stored, packing, rows, x.shape[1], x)
-        # As transformers computes such a model: summed in float32, the result rounded to the weights' dtype.
+        # As transformers computes such a model: summed in float32, the result rounded to the
+        # weights' dtype.
         return functional.linear(x.to(stored.dtype), stored).float()

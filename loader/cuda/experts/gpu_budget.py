@@ -12,13 +12,16 @@ from loader.planning.budget import SizedExperts, expert_bytes_by_layer, slots_by
 
 RESERVE_BYTES = 600 << 20
 RESERVE_SHARE = 16
-"""`auto` leaves free 600 MiB and 1/16 of the GPU's memory: for a KV cache of a few thousand positions (128 KiB each in
-8x7B), the activations of a prompt, the kernels, and what torch's allocator loses between its blocks. torch's context is
-there already when memory is asked for. Assumed, not measured."""
+"""`auto` leaves free 600 MiB and 1/16 of the GPU's memory: for a KV cache of a few thousand
+positions (128 KiB each in 8x7B), the activations of a prompt, the kernels, and what torch's
+allocator loses between its blocks. torch's context is there already when memory is asked for.
+Assumed, not measured.
+"""
 
 PIECE_BYTES = 512 << 20
-"""Of one allocation for slots. All in one could only be given up as a whole when memory runs out; one for each expert
-would leave torch's allocator with holes that fit nothing else."""
+"""Of one allocation for slots. All in one could only be given up as a whole when memory runs out;
+one for each expert would leave torch's allocator with holes that fit nothing else.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class GpuSlots:
 def gpu_budget(gpu_cache: int | str, device: Device, least_bytes: int, trunk_bytes: int = 0) -> int:
     """The bytes that experts may take on `device`, where trunk_bytes more will be loaded.
 
-    gpu_cache: a size for `parse_size`, or "auto": what is free, less the trunk, less a reserve (RESERVE_BYTES,
-    RESERVE_SHARE). DoesNotFitError with all numbers if that is less than `least_bytes`, or more than is free.
+    gpu_cache: a size for `parse_size`, or "auto": what is free, less the trunk, less a reserve
+    (RESERVE_BYTES, RESERVE_SHARE). DoesNotFitError with all numbers if that is less than
+    `least_bytes`, or more than is free.
     """
     free, total = device.memory()
     if gpu_cache == "auto":
@@ -62,7 +66,8 @@ def gpu_slots(
     aside: int,
     trunk_bytes: Sequence[int],
 ) -> GpuSlots:
-    """Slots for `gpu_cache` on each of `devices`, of which layers get consecutive parts, as large as their budgets.
+    """Slots for `gpu_cache` on each of `devices`, of which layers get consecutive parts, as large
+    as their budgets.
 
     trunk_bytes: what will be loaded on each. Errors as `gpu_budget`.
     """
@@ -87,7 +92,9 @@ def gpu_slots(
 
 
 def split_layers(sizes: Sequence[int], budgets: Sequence[int]) -> list[int]:
-    """For each layer, with experts of `sizes` bytes, its device's number: consecutive, in proportion to `budgets`."""
+    """For each layer, with experts of `sizes` bytes, its device's number: consecutive, in
+    proportion to `budgets`.
+    """
     ends = [sum(budgets[: number + 1]) / sum(budgets) for number in range(len(budgets))]
     total, before, result = sum(sizes), 0, []
     for size in sizes:

@@ -1,4 +1,6 @@
-"""Experts in GPU memory: each one asynchronous copy from the RAM tier, ordered by events; the host waits for none."""
+"""Experts in GPU memory: each one asynchronous copy from the RAM tier, ordered by events; the host
+waits for none.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,10 +13,12 @@ from loader.forks import no_gpu_after_fork
 
 
 class GpuReader:
-    """A `loader.experts.reader_protocol.Reader` whose buffers are GPU memory: that of `devices[layer]`.
+    """A `loader.experts.reader_protocol.Reader` whose buffers are GPU memory: that of
+    `devices[layer]`.
 
-    Each device has one stream for copies. A copy begins after the uses of its buffer that were announced by
-    `after_use`; what comes after `before_use` begins after the copy. Nothing is ever written back.
+    Each device has one stream for copies. A copy begins after the uses of its buffer that were
+    announced by `after_use`; what comes after `before_use` begins after the copy. Nothing is ever
+    written back.
     """
 
     def __init__(self, tier: PinnedTier, devices: Sequence[Device]) -> None:
@@ -55,7 +59,9 @@ class GpuReader:
             self._slots[blob.data_ptr()].before_use()
 
     def after_use(self, blobs: Iterable[Tensor]) -> None:
-        """Copies into the buffers of `blobs` wait for what the compute stream has been given until now."""
+        """Copies into the buffers of `blobs` wait for what the compute stream has been given until
+        now.
+        """
         events: dict[int, Any] = {}
         for blob in blobs:
             slot = self._slots[blob.data_ptr()]
@@ -67,7 +73,9 @@ class GpuReader:
             slot.uses[stream] = event
 
     def before_free(self, memory: Tensor) -> None:
-        """What the compute stream is given from now on may use `memory`: torch gives freed memory to its stream."""
+        """What the compute stream is given from now on may use `memory`: torch gives freed memory
+        to its stream.
+        """
         begin, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
         for address in [address for address in self._slots if begin <= address < end]:
             self._slots.pop(address).before_use()
@@ -132,10 +140,12 @@ class Slot:
 
 
 class GpuLoad:
-    """A `loader.experts.reader_protocol.Load`: first the file's bytes to the tier, then the tier's to the GPU.
+    """A `loader.experts.reader_protocol.Load`: first the file's bytes to the tier, then the tier's
+    to the GPU.
 
-    A demand is one copy that is only queued. A guess comes in pieces, each waited for, so that what is more urgent
-    finds at most one piece ahead of it. `done` counts the bytes that either way has brought on.
+    A demand is one copy that is only queued. A guess comes in pieces, each waited for, so that what
+    is more urgent finds at most one piece ahead of it. `done` counts the bytes that either way has
+    brought on.
     """
 
     def __init__(self, slot: Slot, use: TierUse, blob: Tensor) -> None:
@@ -164,7 +174,9 @@ class GpuLoad:
         return self._event is not None
 
     def step(self, at_most: int | None = None) -> int:
-        """Brings on one piece, from the file to the tier or from there to the GPU; without `at_most` all the rest."""
+        """Brings on one piece, from the file to the tier or from there to the GPU; without
+        `at_most` all the rest.
+        """
         if not self._use.is_there:
             read = self._use.step(at_most)
             if at_most is not None:

@@ -33,7 +33,9 @@ class MemoryRetry:
         }
 
     def run(self, forward: Callable[[], Any]) -> Any:
-        """Return what `forward` gives. DoesNotFitError if no slot is left; MoeConvertError in a forked child."""
+        """Return what `forward` gives. DoesNotFitError if no slot is left; MoeConvertError in a
+        forked child.
+        """
         if os.getpid() != self._process:
             raise no_gpu_after_fork()
         wanted = LEAST_BYTES

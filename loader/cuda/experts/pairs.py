@@ -12,10 +12,11 @@ MOST_PAIRS = 1024
 
 
 class Pairs:
-    """The (token, rank) pairs of a call by expert, ascending, tokens ascending; int32 arrays on the device.
+    """The (token, rank) pairs of a call by expert, ascending, tokens ascending; int32 arrays on the
+    device.
 
-    token [pairs]: of each pair. place [T, k], rank [T, k]: each token's pairs in ascending order of experts, as
-    positions in that list, and as ranks.
+    token [pairs]: of each pair. place [T, k], rank [T, k]: each token's pairs in ascending order of
+    experts, as positions in that list, and as ranks.
     """
 
     def __init__(self, index: Tensor, device: torch.device) -> None:
@@ -43,7 +44,9 @@ class Pairs:
 
 
 def passes(work: Sequence[tuple[Tensor, int, int]]) -> list[tuple[int, int]]:
-    """Ranges of `work` (blob, range of pairs) that one pass takes: neighbours, few enough experts and pairs."""
+    """Ranges of `work` (blob, range of pairs) that one pass takes: neighbours, few enough experts
+    and pairs.
+    """
     ranges, begin = [], 0
     for at in range(1, len(work) + 1):
         if (

@@ -20,8 +20,9 @@ from loader.planning.budget import expert_bytes_by_layer
 _log = logging.getLogger(__name__)
 
 PIECE_BYTES = 512 << 20
-"""What is page-locked at a time. torch would round each pinned allocation up to a power of two, and a registration of
-everything would take seconds before the first token."""
+"""What is page-locked at a time. torch would round each pinned allocation up to a power of two, and
+a registration of everything would take seconds before the first token.
+"""
 
 LOOK_EVERY_S = 1.0
 """How long a wait for a buffer goes on before it looks for those that nobody uses any more."""
@@ -44,7 +45,8 @@ class CopyEvent(Protocol):
 class Entry:
     """An expert in the tier (`blob`) or on its way there (`load`). It stays while it has users.
 
-    users: also those that an interrupt kept from ending: they are no longer among these once nobody refers to them.
+    users: also those that an interrupt kept from ending: they are no longer among these once nobody
+    refers to them.
     """
 
     key: tuple[int, int]
@@ -58,8 +60,9 @@ class Entry:
 
 
 class Pool:
-    """The buffers for experts of one size, and who leaves them: one policy for all layers. The tier sees only what the
-    GPU misses, so that an expert that lives there ages here."""
+    """The buffers for experts of one size, and who leaves them: one policy for all layers. The tier
+    sees only what the GPU misses, so that an expert that lives there ages here.
+    """
 
     def __init__(self, size: int, count: int, layers: int, memory: Memory) -> None:
         self.count, self.buffers = count, BufferPool(size, count, memory)
@@ -81,11 +84,12 @@ class Pool:
 
 
 class PinnedTier:
-    """A cache over `reader`, which it closes, of `counts` experts of each size (`expert_bytes_by_layer`).
+    """A cache over `reader`, which it closes, of `counts` experts of each size
+    (`expert_bytes_by_layer`).
 
-    pin, unpin: page-lock memory, as `loader.cuda.device.device.Device`; where that is refused the tier goes on without, which
-    it says once. Thread safe, with no thread of its own. Two buffers of a size are the least: one for a demand, one for
-    a guess that gave way.
+    pin, unpin: page-lock memory, as `loader.cuda.device.device.Device`; where that is refused the
+    tier goes on without, which it says once. Thread safe, with no thread of its own. Two buffers of
+    a size are the least: one for a demand, one for a guess that gave way.
     """
 
     def __init__(
@@ -130,7 +134,9 @@ class PinnedTier:
             return TierUse(self, layer, expert, entry) if entry else None
 
     def room(self, layer: int) -> int:
-        """How many experts of a layer may be held beside at most: two stay for a demand, and a guess that gave way."""
+        """How many experts of a layer may be held beside at most: two stay for a demand, and a
+        guess that gave way.
+        """
         return self._pools[self._sizes[layer]].count - 2
 
     def stats(self) -> TierStats:
@@ -154,7 +160,9 @@ class PinnedTier:
     # For TierUse.
 
     def open(self, layer: int, expert: int, use: "TierUse") -> Entry:
-        """An expert that is there or is being read, or one that is read now, for `use`; waits for a buffer."""
+        """An expert that is there or is being read, or one that is read now, for `use`; waits for a
+        buffer.
+        """
         key = layer, expert
         pool = self._pools[self._sizes[layer]]
         with self._lock:

@@ -1,7 +1,8 @@
-"""Products of packed weights on a GPU: which kernel, which grid, for the matrices and experts of a call.
+"""Products of packed weights on a GPU: which kernel, which grid, for the matrices and experts of a
+call.
 
-The arithmetic, and so the bits, are the CPU's (docs/numerics.md). Nothing here waits for the GPU. A wrong dtype, shape
-or size raises ValueError before anything is launched.
+The arithmetic, and so the bits, are the CPU's (docs/numerics.md). Nothing here waits for the GPU. A
+wrong dtype, shape or size raises ValueError before anything is launched.
 """
 
 import ctypes
@@ -50,7 +51,9 @@ class Products:
         self._hidden = torch.empty(0, dtype=torch.uint8)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """x [T, columns], float32, bfloat16 or float16, dense: its int8 form, uint8 [T, blocks of 64, 80]."""
+        """x [T, columns], float32, bfloat16 or float16, dense: its int8 form, uint8 [T, blocks of
+        64, 80].
+        """
         if x.dtype not in _QUANTIZE:
             raise ValueError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
         tokens, columns = shape_of("x", x, x.dtype, 2)
@@ -66,8 +69,9 @@ class Products:
     def linear(
         self, acts: Tensor, tiles: Tensor, packing: Packing, rows: int, columns: int
     ) -> Tensor:
-        """The product of `acts` (of `quantize`, T tokens) with a packed matrix [rows, columns], transposed: float32
-        [T, rows]."""
+        """The product of `acts` (of `quantize`, T tokens) with a packed matrix [rows, columns],
+        transposed: float32 [T, rows].
+        """
         tokens = _tokens(acts, columns)
         size_of("tiles", tiles, packing.matrix_bytes(rows, columns))
         y = self._floats(tokens, rows)
@@ -83,8 +87,9 @@ class Products:
     def prepare_linear(
         self, acts: Tensor, matrices: Sequence[LinearMatrix], columns: int
     ) -> Callable[[], None]:
-        """What multiplies one token's `acts` [1, blocks of 64, 80] with several matrices (q, k, v) at each call: a
-        launch for each packing. Tiles and results must stay where they are."""
+        """What multiplies one token's `acts` [1, blocks of 64, 80] with several matrices (q, k, v)
+        at each call: a launch for each packing. Tiles and results must stay where they are.
+        """
         if _tokens(acts, columns) != 1:
             raise ValueError(f"acts: expected one token, got {acts.shape[0]}")
         for tiles, packing, rows, y in matrices:
@@ -108,8 +113,9 @@ class Products:
     def token_experts(
         self, layout: ExpertLayout, acts: Tensor, weights: Tensor, out: Tensor
     ) -> "TokenExperts":
-        """One token's experts of one layout: acts [1, blocks of 64, 80] of its x, weights float32 [k] by rank, out
-        float32 [hidden], all on the device; read and written at each `add`."""
+        """One token's experts of one layout: acts [1, blocks of 64, 80] of its x, weights float32
+        [k] by rank, out float32 [hidden], all on the device; read and written at each `add`.
+        """
         if _tokens(acts, layout.hidden) != 1:
             raise ValueError(f"acts: expected one token, got {acts.shape[0]}")
         shape_of("weights", weights, torch.float32, 1)
@@ -128,7 +134,9 @@ class Products:
         weights: Tensor,
         out: Tensor,
     ) -> None:
-        """`loader.arithmetic.backend.Backend.experts` on the device; index_host is the router's choice on the CPU."""
+        """`loader.arithmetic.backend.Backend.experts` on the device; index_host is the router's
+        choice on the CPU.
+        """
         tokens, hidden = shape_of("x", x, torch.float32, 2)
         if shape_of("out", out, torch.float32, 2) != (tokens, hidden):
             raise ValueError(f"out: expected {tuple(x.shape)}, got {tuple(out.shape)}")
@@ -220,7 +228,9 @@ class Products:
         return torch.empty(tokens, rows, dtype=torch.float32, device=self._device.torch_device)
 
     def _shared_h(self, intermediate: int) -> Tensor:
-        """Room for the h of one launch. All layers share it: their launches come one after the other."""
+        """Room for the h of one launch. All layers share it: their launches come one after the
+        other.
+        """
         if self._hidden.numel() < MOST_EXPERTS * 4 * blocks_of(intermediate) * ACT_BYTES:
             self._hidden = self._acts(MOST_EXPERTS, intermediate).view(-1)
         return self._hidden
@@ -244,8 +254,9 @@ class TokenExperts:
         self._prepared: dict[int, Callable[[Sequence[tuple[int, Tensor]], bool], None]] = {}
 
     def add(self, blobs: Sequence[tuple[int, Tensor]], first: bool = False) -> None:
-        """out += weights[rank] · expert(x) for each (rank, blob uint8 [n_bytes]), in this order: two launches for each
-        eight. With `first`, out begins from zero."""
+        """out += weights[rank] · expert(x) for each (rank, blob uint8 [n_bytes]), in this order:
+        two launches for each eight. With `first`, out begins from zero.
+        """
         for rank, blob in blobs:
             if not 0 <= rank < self._weights.numel():
                 raise ValueError(f"rank {rank}: there are {self._weights.numel()} weights")
@@ -259,7 +270,9 @@ class TokenExperts:
             self._prepared[len(some)](some, first and begin == 0)
 
     def _prepare(self, count: int) -> Callable[[Sequence[tuple[int, Tensor]], bool], None]:
-        """What launches the kernels for `count` experts. Between calls it holds none of their blobs."""
+        """What launches the kernels for `count` experts. Between calls it holds none of their
+        blobs.
+        """
         layout, (gate_up, down) = self._layout, self._packings
         sizes = layout.hidden, layout.intermediate
         experts, overwrite = Experts(), ctypes.c_int64()

@@ -1,4 +1,6 @@
-"""What serves a model's experts on GPUs: slots there, a tier of page-locked RAM behind them, the files behind that."""
+"""What serves a model's experts on GPUs: slots there, a tier of page-locked RAM behind them, the
+files behind that.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,13 +29,15 @@ from loader.planning.budget import (
 )
 
 TIER_ASIDE = THREADS + 1
-"""Experts that the tier holds at least: one for each thread that copies, and a guess that gave way."""
+"""Experts that the tier holds at least: one for each thread that copies, and a guess that gave way.
+"""
 
 
 @dataclass(frozen=True)
 class GpuExperts:
-    """A cache, the trunk's backend, and for each layer the device with its slots and that device's backend. share: None
-    where the CPU computes no experts."""
+    """A cache, the trunk's backend, and for each layer the device with its slots and that device's
+    backend. share: None where the CPU computes no experts.
+    """
 
     cache: ExpertCache
     trunk: CudaBackend
@@ -55,9 +59,10 @@ class GpuExperts:
         cpu_share: bool,
         reserve_bytes: int = 0,
     ) -> "GpuExperts":
-        """Over `reader`, which the cache closes; the trunk, and `reserve_bytes` more, will be on the first of
-        `devices`. slots: of each layer, instead of what `gpu_cache` holds. DoesNotFitError with the numbers if a
-        budget, or what is free, is too small."""
+        """Over `reader`, which the cache closes; the trunk, and `reserve_bytes` more, will be on
+        the first of `devices`. slots: of each layer, instead of what `gpu_cache` holds.
+        DoesNotFitError with the numbers if a budget, or what is free, is too small.
+        """
         aside = experts_aside(artifact.architecture)
         # On the first as the trunk is: KV caches.
         trunk = [artifact.index.trunk.size_bytes + reserve_bytes] + [0] * (len(devices) - 1)

@@ -16,8 +16,9 @@ NO_EFFECT = frozenset({
     "_from_auto", "_from_pipeline", "_fast_init", "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "mirror",
     "offload_buffers", "offload_folder", "offload_state_dict", "tqdm_class", "trust_remote_code", "weights_only",
 })  # fmt: skip
-"""Arguments that are taken whatever they say: nothing is offloaded, no pickle is read, and no code from the folder is
-run. An adapter beside the weights is not used, and the log says so."""
+"""Arguments that are taken whatever they say: nothing is offloaded, no pickle is read, and no code
+from the folder is run. An adapter beside the weights is not used, and the log says so.
+"""
 
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter_name": (("default",), "load adapters by peft"),
@@ -54,8 +55,8 @@ _OPTIONS = tuple(name for name in inspect.signature(from_pretrained).parameters 
 def loader_options(name: str, given: Any, there: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the options of loader.from_pretrained for transformers' keyword arguments.
 
-    given, there: the configuration that the caller gave, in which transformers puts some of the arguments, and the one
-    at `name`. RecipeError naming an argument that is not supported.
+    given, there: the configuration that the caller gave, in which transformers puts some of the
+    arguments, and the one at `name`. RecipeError naming an argument that is not supported.
     """
     left = {key: value for key, value in arguments.items() if key not in NO_EFFECT}
     for argument, (neutral, hint) in ONLY.items():

@@ -12,7 +12,9 @@ _SPLIT_HINT = "experts go to disk and RAM by themselves (ram_cache, gpu_cache); 
 
 
 def device_of_map(device_map: Any) -> str:
-    """Return "auto", "cpu", "cuda" or "cuda:N". RecipeError for a map that splits the model, and for other devices."""
+    """Return "auto", "cpu", "cuda" or "cuda:N". RecipeError for a map that splits the model, and
+    for other devices.
+    """
     if not isinstance(device_map, dict):
         return _device(device_map)
     devices = sorted({_device(device) for device in device_map.values()})

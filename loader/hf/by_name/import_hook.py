@@ -20,7 +20,9 @@ def after_import(name: str, function: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module by the other finders, and gives it a loader that calls `function` at the end."""
+    """Finds one module by the other finders, and gives it a loader that calls `function` at the
+    end.
+    """
 
     def __init__(self, name: str, function: Callable[[], None]) -> None:
         self._name = name

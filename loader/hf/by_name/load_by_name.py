@@ -1,4 +1,6 @@
-"""A converted folder or repository that a caller of transformers named, loaded as transformers' arguments say."""
+"""A converted folder or repository that a caller of transformers named, loaded as transformers'
+arguments say.
+"""
 
 import os
 from dataclasses import dataclass
@@ -18,8 +20,9 @@ SETTABLE = (
     "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits", "output_attentions",
     "output_hidden_states", "return_dict",
 )  # fmt: skip
-"""Fields of a configuration that transformers reads at each call: a caller may give them other values than the folder.
-The others are read while the model is built, from the folder's config.json."""
+"""Fields of a configuration that transformers reads at each call: a caller may give them other
+values than the folder. The others are read while the model is built, from the folder's config.json.
+"""
 
 _COMPARED_OTHERWISE = ("dtype", "quantization_config")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -27,7 +30,9 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 @dataclass(frozen=True)
 class NamedFolder:
-    """The name of a converted model, with the configuration that the caller gave and the one that is there."""
+    """The name of a converted model, with the configuration that the caller gave and the one that
+    is there.
+    """
 
     name: str
     given: Any
@@ -71,8 +76,9 @@ class NamedFolder:
         return model
 
     def _changes(self) -> dict[str, Any]:
-        """The fields that the caller gave other values than config.json has. RecipeError for one that is read while
-        the model is built."""
+        """The fields that the caller gave other values than config.json has. RecipeError for one
+        that is read while the model is built.
+        """
         given, there = self.given.to_dict(), self.there.to_dict()
         names = sorted((given.keys() | there.keys()) - set(_COMPARED_OTHERWISE))
         changes = {name: given.get(name) for name in names if given.get(name) != there.get(name)}

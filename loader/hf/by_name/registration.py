@@ -1,9 +1,10 @@
 """Puts converted models into transformers' registries, as soon as these are imported.
 
-`import loader` imports neither torch nor transformers. transformers has no registry of plugins that it would look into
-by itself; so the registration waits, by Python's import hook, for the modules that hold the registries. It must not
-import a modeling module then: those import the registries in the middle of their own import. So what is registered is a
-`RegistryEntry`, which imports the class when it is used.
+`import loader` imports neither torch nor transformers. transformers has no registry of plugins that
+it would look into by itself; so the registration waits, by Python's import hook, for the modules
+that hold the registries. It must not import a modeling module then: those import the registries in
+the middle of their own import. So what is registered is a `RegistryEntry`, which imports the class
+when it is used.
 """
 
 import logging

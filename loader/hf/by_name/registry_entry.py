@@ -1,4 +1,6 @@
-"""What stands in transformers' registries for a causal model: its `from_pretrained` takes converted folders too."""
+"""What stands in transformers' registries for a causal model: its `from_pretrained` takes converted
+folders too.
+"""
 
 from typing import Any
 
@@ -6,7 +8,9 @@ import transformers
 
 
 class RegistryEntry(type):
-    """The class of such an entry. All but `from_pretrained` is that of the plain class, imported when it is needed."""
+    """The class of such an entry. All but `from_pretrained` is that of the plain class, imported
+    when it is needed.
+    """
 
     config_class: Any
 
@@ -16,10 +20,11 @@ class RegistryEntry(type):
         return getattr(transformers, cls.__name__)
 
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """A converted folder, or a repository of one, as loader.from_pretrained loads it; others by the plain class.
+        """A converted folder, or a repository of one, as loader.from_pretrained loads it; others by
+        the plain class.
 
-        Raises NotConvertedError for an unfinished conversion, RecipeError for an argument that a converted model does
-        not support, and what loader.from_pretrained raises.
+        Raises NotConvertedError for an unfinished conversion, RecipeError for an argument that a
+        converted model does not support, and what loader.from_pretrained raises.
         """
         from loader.hf.by_name.load_by_name import NamedFolder
 
@@ -42,7 +47,9 @@ class RegistryEntry(type):
 
 
 def entry_for(config_class: Any, causal_class: str) -> RegistryEntry:
-    """Return the entry for transformers' class `causal_class`, whose configuration is a `config_class`."""
+    """Return the entry for transformers' class `causal_class`, whose configuration is a
+    `config_class`.
+    """
     # transformers takes a class of another module for a user's own code.
     module = config_class.__module__.replace(".configuration_", ".modeling_")
     return RegistryEntry(causal_class, (), {"config_class": config_class, "__module__": module})

@@ -1,4 +1,6 @@
-"""transformers' configuration objects, built from nothing but what the gates of `formats` let through."""
+"""transformers' configuration objects, built from nothing but what the gates of `formats` let
+through.
+"""
 
 import copy
 from pathlib import Path
@@ -18,10 +20,11 @@ def loading_options(
     error: type[MoeConvertError],
     converted: bool = False,
 ) -> dict[str, Any]:
-    """Arguments for the from_pretrained of `model_class`, so that it parses no configuration of `folder` itself.
+    """Arguments for the from_pretrained of `model_class`, so that it parses no configuration of
+    `folder` itself.
 
-    fields: the gated config.json. attn_implementation: the user's choice; None takes sdpa, or what the class supports.
-    Raises `error` naming the file where transformers refuses a value.
+    fields: the gated config.json. attn_implementation: the user's choice; None takes sdpa, or what
+    the class supports. Raises `error` naming the file where transformers refuses a value.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -57,7 +60,8 @@ def loading_options(
 def model_class(config: Any) -> Any:
     """transformers' class of a causal language model with this configuration object.
 
-    By its name: the registry of classes has ours for these configurations (loader/hf/by_name/registration.py).
+    By its name: the registry of classes has ours for these configurations
+    (loader/hf/by_name/registration.py).
     """
     import transformers
 

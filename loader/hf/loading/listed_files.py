@@ -1,6 +1,8 @@
-"""What transformers sees of a converted folder: files that the index lists, and of those only names that it may read.
+"""What transformers sees of a converted folder: files that the index lists, and of those only names
+that it may read.
 
-An adapter, a chat template or other weights that somebody put beside them are neither listed nor verified.
+An adapter, a chat template or other weights that somebody put beside them are neither listed nor
+verified.
 """
 
 import logging
@@ -24,8 +26,8 @@ _warned: set[tuple[str, str]] = set()
 def link_listed_files(folder: Path, index: Index, wanted: Callable[[str], bool]) -> Iterator[Path]:
     """A temporary folder of links to the files of `index` for whose names `wanted` is true.
 
-    Warns, once, of files in `folder` that transformers would have read and the index does not list. Raises what
-    `locate` raises.
+    Warns, once, of files in `folder` that transformers would have read and the index does not list.
+    Raises what `locate` raises.
     """
     listed = {file.file for file in index.files} | {index.trunk.file}
     for name in names_beside_weights(folder):

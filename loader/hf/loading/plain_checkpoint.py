@@ -1,4 +1,6 @@
-"""An ordinary checkpoint as transformers loads it, without pickles and without code from its folder: for comparison."""
+"""An ordinary checkpoint as transformers loads it, without pickles and without code from its
+folder: for comparison.
+"""
 
 import os
 from pathlib import Path
@@ -26,7 +28,9 @@ def is_converted(folder: Path) -> bool:
 
 
 def check_runnable(folder: Path) -> None:
-    """MoeConvertError unless `folder` has a converted model or the weights of a checkpoint; reads none of them."""
+    """MoeConvertError unless `folder` has a converted model or the weights of a checkpoint; reads
+    none of them.
+    """
     if is_converted(folder):
         return
     if not folder.is_dir():
@@ -49,8 +53,9 @@ def vocabulary_size(folder: Path) -> int | None:
 
 
 def checkpoint_architecture(folder: Path, config: dict[str, Any]) -> Architecture:
-    """The architecture of the checkpoint in `folder` with this gated config.json. SourceError where transformers
-    refuses it."""
+    """The architecture of the checkpoint in `folder` with this gated config.json. SourceError where
+    transformers refuses it.
+    """
     from transformers import AutoModelForCausalLM
 
     options = loading_options(folder, config, None, error=SourceError)
@@ -62,8 +67,8 @@ def checkpoint_architecture(folder: Path, config: dict[str, Any]) -> Architectur
 def load_checkpoint(folder: Path) -> "PreTrainedModel":
     """The model in `folder` in its stored dtype, on the CPU.
 
-    SourceError if its type is none that is tested; MoeConvertError if there are no safetensors files, or if
-    transformers cannot load it.
+    SourceError if its type is none that is tested; MoeConvertError if there are no safetensors
+    files, or if transformers cannot load it.
     """
     check_runnable(folder)
     options = loading_options(folder, read_config(folder), None, error=SourceError)

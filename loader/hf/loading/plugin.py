@@ -1,7 +1,9 @@
-"""The seam to transformers: a quantizer plugin that puts our modules into a model before its weights are loaded.
+"""The seam to transformers: a quantizer plugin that puts our modules into a model before its
+weights are loaded.
 
-It works from transformers 5.3 on without a copy of modeling code: transformers builds the model, reads the trunk, ties,
-moves and casts; only the expert and attention modules are ours (docs/design.md, "Loader").
+It works from transformers 5.3 on without a copy of modeling code: transformers builds the model,
+reads the trunk, ties, moves and casts; only the expert and attention modules are ours
+(docs/design.md, "Loader").
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +37,9 @@ METHOD = "moe_convert"
 
 @dataclass(frozen=True)
 class Parts:
-    """What goes into the model that is being loaded. backend: of the trunk; experts: of each layer's experts."""
+    """What goes into the model that is being loaded. backend: of the trunk; experts: of each
+    layer's experts.
+    """
 
     artifact: Artifact
     cache: ExpertCache
@@ -48,7 +52,9 @@ _PARTS: ContextVar[Parts | None] = ContextVar("moe_convert_parts", default=None)
 
 @contextmanager
 def loading(parts: Parts) -> Iterator[None]:
-    """Inside, this thread's `from_pretrained` builds its model of `parts`. Registers the plugin where it is not yet."""
+    """Inside, this thread's `from_pretrained` builds its model of `parts`. Registers the plugin
+    where it is not yet.
+    """
     register_plugin()
     token = _PARTS.set(parts)
     try:
@@ -107,8 +113,9 @@ class MoeConvertQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """True where gradients go through the packed weights: transformers' Trainer then takes the model with adapters
-        on it, and without any refuses it all the same."""
+        """True where gradients go through the packed weights: transformers' Trainer then takes the
+        model with adapters on it, and without any refuses it all the same.
+        """
         return self._is_trainable
 
 

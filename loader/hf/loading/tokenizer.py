@@ -26,8 +26,9 @@ _ORDINARY_HINT = "put the model's own tokenizer files there"
 
 
 def tokenizer_of(folder: Path, check: str = "fast") -> "PreTrainedTokenizerBase":
-    """The tokenizer in a converted folder, which may be incomplete, or in an ordinary checkpoint. TokenizerError, and
-    of a converted folder FormatError; unless `check` is "none", DamageError for a file that is not as it was written.
+    """The tokenizer in a converted folder, which may be incomplete, or in an ordinary checkpoint.
+    TokenizerError, and of a converted folder FormatError; unless `check` is "none", DamageError for
+    a file that is not as it was written.
     """
     name = next((name for name in (INDEX_NAME, PENDING_NAME) if (folder / name).exists()), None)
     if name is None:
@@ -59,8 +60,9 @@ def _open(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def check_tokens(ids: Tensor, tokenizer: Any, rows: int, where: str) -> None:
-    """MoeConvertError naming the first of `ids` (int64) that has no embedding, of which there are `rows`; `where` is
-    the text's name."""
+    """MoeConvertError naming the first of `ids` (int64) that has no embedding, of which there are
+    `rows`; `where` is the text's name.
+    """
     beyond = ids[(ids < 0) | (ids >= rows)]
     if len(beyond):
         number = int(beyond[0])

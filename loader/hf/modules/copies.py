@@ -1,10 +1,14 @@
-"""What a copy of a model takes over: weights. What was made of weights where they lie, it makes again."""
+"""What a copy of a model takes over: weights. What was made of weights where they lie, it makes
+again.
+"""
 
 from typing import Any
 
 
 class Derived:
-    """Addresses of weights, prepared calls: None in a copy (copy.deepcopy, pickle), which then makes its own."""
+    """Addresses of weights, prepared calls: None in a copy (copy.deepcopy, pickle), which then
+    makes its own.
+    """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None

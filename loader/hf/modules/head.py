@@ -1,4 +1,6 @@
-"""The output head over bfloat16 weights by the native kernel, in half the time of torch's product for one token."""
+"""The output head over bfloat16 weights by the native kernel, in half the time of torch's product
+for one token.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +9,15 @@ from torch.nn import functional
 from loader.arithmetic import kernels
 
 FEW_TOKENS = 8
-"""Up to here the native kernel reads the weights once; with more tokens torch's blocked product wins."""
+"""Up to here the native kernel reads the weights once; with more tokens torch's blocked product
+wins.
+"""
 
 
 class NativeHead(nn.Linear):
-    """A linear layer without bias. bfloat16 and up to FEW_TOKENS tokens: summed in float32, rounded once at the end."""
+    """A linear layer without bias. bfloat16 and up to FEW_TOKENS tokens: summed in float32, rounded
+    once at the end.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype."""

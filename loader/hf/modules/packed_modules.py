@@ -19,7 +19,8 @@ from loader.hf.modules.packed_weight import PackedWeight
 class PackedLinear(nn.Linear):
     """A linear layer whose weights stay packed: buffer `packed`, uint8 [tiles, tile_bytes].
 
-    An nn.Linear, so that PEFT and others take it for what it computes. Of nn.Linear's parameters it has at most `bias`.
+    An nn.Linear, so that PEFT and others take it for what it computes. Of nn.Linear's parameters it
+    has at most `bias`.
     """
 
     packed: Tensor
@@ -30,7 +31,9 @@ class PackedLinear(nn.Linear):
     def __init__(
         self, packing: Packing, rows: int, columns: int, backend: Backend, *, bias: bool = False
     ) -> None:
-        """packed and bias [rows] are on the default device, and without values until a checkpoint is loaded."""
+        """packed and bias [rows] are on the default device, and without values until a checkpoint
+        is loaded.
+        """
         # Not nn.Linear's, which makes a weight.
         nn.Module.__init__(self)
         self.packing = packing
@@ -100,10 +103,12 @@ class CachedExperts(nn.Module):
         return self._layouts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H] in hidden_states' dtype.
+        """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H] in
+        hidden_states' dtype.
 
-        Computed and summed in float32. Each token's sum is in ascending order of the experts, or, where it has two
-        terms at most and the order changes no bit, in that of their arrival: a cache of any size gives the same bits.
+        Computed and summed in float32. Each token's sum is in ascending order of the experts, or,
+        where it has two terms at most and the order changes no bit, in that of their arrival: a
+        cache of any size gives the same bits.
         """
         inputs = hidden_states, top_k_index, top_k_weights
         return gradients.experts(self._backend, self._run, self._differentiate, *inputs)
@@ -122,7 +127,8 @@ class CachedExperts(nn.Module):
         index, guesses = self._chosen(hidden_states, top_k_index)
         out = torch.zeros_like(x)
         if len(x) == 1 and index.shape[1] <= self._cache.room(self.layer):
-            # By rank: the second choice becomes the most recently used (examples/tiny-mixtral/README.md).
+            # By rank: the second choice becomes the most recently used
+            # (examples/tiny-mixtral/README.md).
             with self._cache.lease(self.layer, index[0].tolist()) as lease:
                 self._cache.guess(self.layer + 1, guesses)
                 backend.experts(lease.all(), self._layouts, x, index, weights, out)
@@ -144,9 +150,11 @@ class CachedExperts(nn.Module):
     def _differentiate(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of hidden_states and top_k_weights, float32, for the result's gradient `grad` [T, H].
+        """The gradients of hidden_states and top_k_weights, float32, for the result's gradient
+        `grad` [T, H].
 
-        Experts come from the cache again; sums are in the order of `forward`."""
+        Experts come from the cache again; sums are in the order of `forward`.
+        """
         x, weights, grad = (part.float() for part in (hidden_states, top_k_weights, grad))
         x_grad, weights_grad = torch.zeros_like(x), torch.zeros_like(weights)
         ascending = top_k_index.shape[1] > 2
@@ -163,8 +171,9 @@ class CachedExperts(nn.Module):
         return x_grad, weights_grad
 
     def _chosen(self, hidden_states: Tensor, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
-        """The router's choice, on the CPU, and the guesses for the next layer: of a GPU in one copy, for which the host
-        waits this one time in a layer."""
+        """The router's choice, on the CPU, and the guesses for the next layer: of a GPU in one
+        copy, for which the host waits this one time in a layer.
+        """
         found = self._cache.router_ahead(self.layer)
         if found is None:
             return top_k_index.cpu(), []

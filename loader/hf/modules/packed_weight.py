@@ -10,10 +10,12 @@ from formats.errors import MoeConvertError
 
 
 class PackedWeight(Tensor):
-    """A tensor with the shape and device of a packed matrix, and without values: every operation raises
-    MoeConvertError.
+    """A tensor with the shape and device of a packed matrix, and without values: every operation
+    raises MoeConvertError.
 
-    A dequantized copy would be worse: what is added to it, as by PEFT's merge, would be lost without a word."""
+    A dequantized copy would be worse: what is added to it, as by PEFT's merge, would be lost
+    without a word.
+    """
 
     @staticmethod
     def __new__(cls, rows: int, columns: int, device: torch.device) -> "PackedWeight":

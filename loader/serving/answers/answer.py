@@ -13,13 +13,15 @@ from loader.serving.answers.vocabulary import Vocabulary
 from loader.serving.events import Piece, TokenLogprob
 
 _TOKENS_BEFORE = 8
-"""Tokens of the prompt that decide whether an answer that goes on in its text begins with a space."""
+"""Tokens of the prompt that decide whether an answer that goes on in its text begins with a space.
+"""
 
 
 class Answer:
     """Generates the answer to one request.
 
-    tokens: prompt and answer so far. reason: why the answer ended, "length" until something else ends it.
+    tokens: prompt and answer so far. reason: why the answer ended, "length" until something else
+    ends it.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, request: Request) -> None:

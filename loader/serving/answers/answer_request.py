@@ -8,7 +8,9 @@ from formats.errors import MoeConvertError
 
 
 class RefusedError(MoeConvertError):
-    """A request that cannot be served as it is: `parameter` names what is wrong, `code` is the interface's word."""
+    """A request that cannot be served as it is: `parameter` names what is wrong, `code` is the
+    interface's word.
+    """
 
     status = 400
 
@@ -20,8 +22,10 @@ class RefusedError(MoeConvertError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. temperature 0: the likeliest. top_k 0, top_p 1, min_p 0, penalties 0 and a repetition
-    penalty of 1 change nothing. bias: added to the logits of tokens. seed None: another answer each time."""
+    """How a token is chosen. temperature 0: the likeliest. top_k 0, top_p 1, min_p 0, penalties 0
+    and a repetition penalty of 1 change nothing. bias: added to the logits of tokens. seed None:
+    another answer each time.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -38,10 +42,12 @@ class Sampling:
 class Request:
     """One generation.
 
-    prompt: tokens, at least one. max_new_tokens: at most as many as the context has room for. stop: texts that end the
-    answer and are not in it. logprobs: None, or how many of the likeliest tokens to report beside each chosen one.
-    grammar: a compiled grammar that the answer follows, or None. spaced: the text goes on where the prompt's text ends,
-    so that a leading space counts. markers: special tokens that are text all the same.
+    prompt: tokens, at least one. max_new_tokens: at most as many as the context has room for. stop:
+    texts that end the answer and are not in it. logprobs: None, or how many of the likeliest tokens
+    to report beside each chosen one.
+    grammar: a compiled grammar that the answer follows, or None. spaced: the text goes on where the
+    prompt's text ends, so that a leading space counts. markers: special tokens that are text all
+    the same.
     """
 
     prompt: tuple[int, ...]

@@ -11,8 +11,9 @@ from loader.serving.answers.sampler import Sampler
 from loader.serving.events import TokenLogprob
 
 PROMPT_PART = 1024
-"""Tokens of a prompt computed at once: their activations bound the memory. Each part reads all experts that it uses, so
-that fewer tokens would read them more often."""
+"""Tokens of a prompt computed at once: their activations bound the memory. Each part reads all
+experts that it uses, so that fewer tokens would read them more often.
+"""
 
 
 class CancelledError(Exception):
@@ -26,7 +27,8 @@ def generate_tokens(
     sampler: Sampler,
     is_cancelled: Callable[[], bool],
 ) -> Iterator[TokenLogprob]:
-    """Yield the tokens after `tokens`, without end: whoever iterates stops. CancelledError within one token.
+    """Yield the tokens after `tokens`, without end: whoever iterates stops. CancelledError within
+    one token.
 
     cache: keys and values of the first of `tokens`, fewer than all; it grows by what is computed.
     """
@@ -63,8 +65,9 @@ def _logits(model: Any, tokens: list[int], cache: Any, is_cancelled: Callable[[]
 
 @contextlib.contextmanager
 def _cancelled_between_layers(model: Any, is_cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Ends the pass of a long prompt, which may take minutes, before its next layer. The model gives a KV cache its
-    former length back when a pass does not come to its end."""
+    """Ends the pass of a long prompt, which may take minutes, before its next layer. The model
+    gives a KV cache its former length back when a pass does not come to its end.
+    """
 
     def check(*_: Any) -> None:
         if is_cancelled():

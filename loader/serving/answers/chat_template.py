@@ -1,4 +1,6 @@
-"""Messages or a prompt as tokens: by the tokenizer's chat template where there is one, else as plain text."""
+"""Messages or a prompt as tokens: by the tokenizer's chat template where there is one, else as
+plain text.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -53,7 +55,9 @@ class ChatTemplate:
 
 
 class PlainText:
-    """No template: the messages are one running text, each on a line of its own, and the model continues it."""
+    """No template: the messages are one running text, each on a line of its own, and the model
+    continues it.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -76,20 +80,26 @@ def template_of(tokenizer: Any, text: str | None = None) -> Template:
 
 
 def check_template(template: Template, system: str) -> None:
-    """MoeConvertError unless `template` takes a conversation with this system message (empty: none)."""
+    """MoeConvertError unless `template` takes a conversation with this system message (empty:
+    none).
+    """
     messages = [{"role": "system", "content": system}] if system else []
     template.ids([*messages, {"role": "user", "content": "Hello"}])
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
-    """Return the tokens of `prompt`: as the user's message where the tokenizer has a template, unless `raw`."""
+    """Return the tokens of `prompt`: as the user's message where the tokenizer has a template,
+    unless `raw`.
+    """
     if raw or not has_template(tokenizer):
         return text_ids(tokenizer, prompt)
     return ChatTemplate(tokenizer).ids([{"role": "user", "content": prompt}])
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of `text`, with one BOS if the tokenizer adds it. MoeConvertError if there is none at all."""
+    """Return the tokens of `text`, with one BOS if the tokenizer adds it. MoeConvertError if there
+    is none at all.
+    """
     ids = tokenizer(text, verbose=False)["input_ids"]
     if not ids:
         raise MoeConvertError(
@@ -99,7 +109,9 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:
-    """Return `ids` with one BOS token where several stand at the beginning: a text may spell the one that is added."""
+    """Return `ids` with one BOS token where several stand at the beginning: a text may spell the
+    one that is added.
+    """
     bos = tokenizer.bos_token_id
     repeated = 0
     while bos is not None and ids[repeated : repeated + 2] == [bos, bos]:

@@ -13,7 +13,8 @@ from loader.serving.answers.text_stream import TextStream
 from loader.serving.prefix_cache import PrefixCache
 
 OnText = Callable[[str], None]
-"""Called after each token with the text that it completes, which may be empty, and once at the end."""
+"""Called after each token with the text that it completes, which may be empty, and once at the end.
+"""
 FinishReason = Literal["stop", "length", "cancelled", "interrupted"]
 
 
@@ -21,9 +22,10 @@ FinishReason = Literal["stop", "length", "cancelled", "interrupted"]
 class Answer:
     """What a generation gave.
 
-    finish_reason: "stop": an end token or a stop string came; "length": max_new_tokens did; "cancelled": `stop` was
-    called; "interrupted": an exception ended it. reused_tokens: those of the prompt that the prefix cache held.
-    first_token_s is None without a token, tokens_per_s (after the first token) with fewer than two.
+    finish_reason: "stop": an end token or a stop string came; "length": max_new_tokens did;
+    "cancelled": `stop` was called; "interrupted": an exception ended it. reused_tokens: those of
+    the prompt that the prefix cache held. first_token_s is None without a token, tokens_per_s
+    (after the first token) with fewer than two.
     """
 
     text: str
@@ -82,8 +84,9 @@ class Generation:
                 self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    # A stopping criterion, not a streamer: releases of transformers call that before or after they
-                    # ask whether to stop, and a stop would come one token late.
+                    # A stopping criterion, not a streamer: releases of transformers call that
+                    # before or after they ask whether to stop, and a stop would come one token
+                    # late.
                     stopping_criteria=[lambda ids, scores, **_: self._take(ids, on_text)],
                     logits_processor=self._processors,
                     # One prompt has no padding; without an id transformers warns at every call.
@@ -117,7 +120,9 @@ class Generation:
         )
 
     def _take(self, ids: Any, on_text: OnText) -> Any:
-        """Take the last of `ids` [1, tokens]; return whether the answer is over, one flag a sequence."""
+        """Take the last of `ids` [1, tokens]; return whether the answer is over, one flag a
+        sequence.
+        """
         token = int(ids[0, -1])
         self._token_s.append(time.perf_counter())
         self._token_ids.append(token)
@@ -135,7 +140,9 @@ class Generation:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end an answer: those of the model's generation_config and the tokenizer's EOS."""
+    """Return the tokens that end an answer: those of the model's generation_config and the
+    tokenizer's EOS.
+    """
     configured = model.generation_config.eos_token_id
     ids = list(configured) if isinstance(configured, list | tuple) else [configured]
     return frozenset(

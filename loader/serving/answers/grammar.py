@@ -32,8 +32,9 @@ class Grammars:
         )
 
     def json_schema(self, schema: Any) -> Any:
-        """Return the grammar of a JSON schema, without fields that it does not name. RefusedError for one that cannot
-        be kept."""
+        """Return the grammar of a JSON schema, without fields that it does not name. RefusedError
+        for one that cannot be kept.
+        """
         where = "response_format.json_schema.schema"
         if len(json.dumps(schema)) > LARGEST_SCHEMA_BYTES:
             raise RefusedError(
@@ -85,7 +86,9 @@ class GrammarMatch:
         return bool(self._matcher.is_terminated())
 
     def mask(self, scores: Tensor) -> None:
-        """Sets the scores (float32 [vocabulary], on the CPU) of tokens that may not follow to minus infinity."""
+        """Sets the scores (float32 [vocabulary], on the CPU) of tokens that may not follow to minus
+        infinity.
+        """
         self._matcher.fill_next_token_bitmask(self._bits)
         shifts = torch.arange(32, dtype=torch.int32)
         allowed = ((self._bits[0][:, None] >> shifts) & 1).bool().flatten()[: scores.shape[0]]

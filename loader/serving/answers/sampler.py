@@ -24,8 +24,9 @@ LEAST_TEMPERATURE = 1e-4
 
 
 class Sampler:
-    """Chooses the tokens of one answer. Random numbers come from a generator of its own: what other answers drew
-    changes nothing."""
+    """Chooses the tokens of one answer. Random numbers come from a generator of its own: what other
+    answers drew changes nothing.
+    """
 
     def __init__(
         self, sampling: Sampling, logprobs: int | None = None, matcher: Any = None
@@ -42,8 +43,9 @@ class Sampler:
         self._repetition = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
 
     def choose(self, logits: Tensor, tokens: Sequence[int]) -> TokenLogprob:
-        """Return the token after `tokens` (prompt and answer so far), from `logits` of shape [vocabulary]. `logprob` is
-        0.0 unless logprobs were asked for."""
+        """Return the token after `tokens` (prompt and answer so far), from `logits` of shape
+        [vocabulary]. `logprob` is 0.0 unless logprobs were asked for.
+        """
         raw = logits.detach().to("cpu", torch.float32)
         scores = self._scores(raw.clone(), tokens)
         if self._sampling.temperature < LEAST_TEMPERATURE:

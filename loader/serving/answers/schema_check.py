@@ -1,5 +1,7 @@
-"""The JSON schemas that a grammar keeps in every detail. xgrammar passes over keywords that it does not know, and over
-many combinations of those that it knows; a request with one of them is refused instead."""
+"""The JSON schemas that a grammar keeps in every detail. xgrammar passes over keywords that it does
+not know, and over many combinations of those that it knows; a request with one of them is refused
+instead.
+"""
 
 import re
 from typing import Any
@@ -51,7 +53,9 @@ _DEEPEST = 50
 
 
 def check_schema(schema: Any, where: str, depth: int = 0) -> None:
-    """RefusedError naming the first place of `schema` that a grammar would not keep; `where` is the schema's place."""
+    """RefusedError naming the first place of `schema` that a grammar would not keep; `where` is the
+    schema's place.
+    """
     if schema is True or (schema is False and depth):
         return
     if not isinstance(schema, dict):

@@ -11,9 +11,11 @@ LEAST_TEMPERATURE = 0.01
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How one answer is chosen. None: not set. Greedy, unless a sampling field is set; temperature 0 is greedy too.
+    """How one answer is chosen. None: not set. Greedy, unless a sampling field is set; temperature
+    0 is greedy too.
 
-    stop: strings that end the answer; they are not in its text. Raises RecipeError naming a field out of its range.
+    stop: strings that end the answer; they are not in its text. Raises RecipeError naming a field
+    out of its range.
     """
 
     max_new_tokens: int = 512
@@ -56,7 +58,9 @@ class GenerationSettings:
         return self.temperature != 0 and any(value is not None for value in chosen)
 
     def filled_from(self, config: Any) -> "GenerationSettings":
-        """Return these settings with a model's own sampling (its generation_config) where a field is not set."""
+        """Return these settings with a model's own sampling (its generation_config) where a field
+        is not set.
+        """
         if not config.do_sample or self.temperature == 0:
             return self
         names = ("temperature", "top_p", "top_k", "min_p")
@@ -67,7 +71,9 @@ class GenerationSettings:
         return filled if filled.temperature is not None else replace(filled, temperature=1.0)
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of transformers' generate. Greedy ones switch off what generation_config.json asks."""
+        """Return the arguments of transformers' generate. Greedy ones switch off what
+        generation_config.json asks.
+        """
         arguments: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.samples,

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 MOST_WAITING = 16
-"""Tokens that wait for a whole character; one takes at most four bytes, so more are no text in UTF-8."""
+"""Tokens that wait for a whole character; one takes at most four bytes, so more are no text in
+UTF-8.
+"""
 _UNFINISHED = "�"
 
 
 class TextStream:
-    """Turns tokens into pieces of text. Together the pieces are what the tokenizer makes of all tokens, cut before the
-    first of the strings `stop`.
+    """Turns tokens into pieces of text. Together the pieces are what the tokenizer makes of all
+    tokens, cut before the first of the strings `stop`.
 
     before: tokens that the answer goes on after, which decide whether it begins with a space.
     """
@@ -21,8 +23,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._ids = list(before)
-        # Tokens before `_shown` are in the text; those from `_begin` on are decoded again with what follows, since a
-        # token's text depends on its neighbours.
+        # Tokens before `_shown` are in the text; those from `_begin` on are decoded again with what
+        # follows, since a token's text depends on its neighbours.
         self._begin = 0
         self._shown = len(self._ids)
         self._held = ""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MARKERS = ("[TOOL_CALLS]", "<tool_call>", "</tool_call>")
-"""What begins calls: Mistral's, then a JSON list; Qwen's and Hermes', then a JSON object and the end mark."""
+"""What begins calls: Mistral's, then a JSON list; Qwen's and Hermes', then a JSON object and the
+end mark.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class ToolCall:
 
 
 class ToolCallText:
-    """The text of an answer that may call tools: text before the first mark is given out, the rest is collected."""
+    """The text of an answer that may call tools: text before the first mark is given out, the rest
+    is collected.
+    """
 
     def __init__(self) -> None:
         self._held = ""
@@ -51,8 +55,9 @@ class ToolCallText:
         return self._give(len(self._held) - min(held, len(self._held)))
 
     def end(self, allowed: frozenset[str]) -> tuple[str, list[ToolCall]]:
-        """Return the text that is left and the calls of tools named in `allowed`; text that is no whole call stays
-        text."""
+        """Return the text that is left and the calls of tools named in `allowed`; text that is no
+        whole call stays text.
+        """
         calls = _calls(self._held) if self._is_call else None
         if calls and all(call.name in allowed for call in calls):
             return "", calls

@@ -1,4 +1,6 @@
-"""What a model and its tokenizer say about tokens: which end an answer, which have text, how many there are."""
+"""What a model and its tokenizer say about tokens: which end an answer, which have text, how many
+there are.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +39,9 @@ class Vocabulary:
 
 
 class Decoder:
-    """Tokens to text, without those in `hidden`. Has the one method of a tokenizer that a `TextStream` calls."""
+    """Tokens to text, without those in `hidden`. Has the one method of a tokenizer that a
+    `TextStream` calls.
+    """
 
     def __init__(self, tokenizer: Any, hidden: frozenset[int]) -> None:
         self._tokenizer = tokenizer

@@ -16,8 +16,9 @@ def is_loopback(host: str) -> bool:
 
 
 class Access:
-    """Decides about requests. key: what they must bring, or None. Without a key only this machine's programs may ask,
-    and no web page by a name of its own that leads here (DNS rebinding)."""
+    """Decides about requests. key: what they must bring, or None. Without a key only this machine's
+    programs may ask, and no web page by a name of its own that leads here (DNS rebinding).
+    """
 
     def __init__(self, key: str | None) -> None:
         self._key = key

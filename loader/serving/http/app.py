@@ -28,8 +28,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AppOptions:
-    """model_name: what clients call the model. key: that they must give, or None. cors: origins of web pages that may
-    ask. template: a chat template in place of the tokenizer's."""
+    """model_name: what clients call the model. key: that they must give, or None. cors: origins of
+    web pages that may ask. template: a chat template in place of the tokenizer's.
+    """
 
     model_name: str
     key: str | None = None
@@ -158,7 +159,9 @@ async def _response(
 
 
 async def _json_of(http: HttpRequest) -> bytes:
-    """The body of a request. Of this type alone: a web page of any origin may send others without asking first."""
+    """The body of a request. Of this type alone: a web page of any origin may send others without
+    asking first.
+    """
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "Content-Type: application/json was expected")
     data = bytearray()

@@ -1,6 +1,8 @@
-"""The JSON of a request, as msgspec checks it: every field is obeyed, or the request is refused by the field's name.
+"""The JSON of a request, as msgspec checks it: every field is obeyed, or the request is refused by
+the field's name.
 
-A field that is null is not given. A field that OpenAI's interface has and this server has not is absent here.
+A field that is null is not given. A field that OpenAI's interface has and this server has not is
+absent here.
 """
 
 import re
@@ -27,8 +29,9 @@ class StreamOptions(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class _Common(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What both kinds of request have. top_k, min_p and repetition_penalty are not OpenAI's; others that speak its
-    interface have them. user: a name for the log."""
+    """What both kinds of request have. top_k, min_p and repetition_penalty are not OpenAI's; others
+    that speak its interface have them. user: a name for the log.
+    """
 
     model: str
     stream: bool | None = None
@@ -100,7 +103,9 @@ Body = TypeVar("Body", ChatBody, CompletionBody)
 
 
 def parse_body(data: bytes, kind: type[Body]) -> Body:
-    """Return the body of a request. RefusedError naming the parameter that is wrong or not supported."""
+    """Return the body of a request. RefusedError naming the parameter that is wrong or not
+    supported.
+    """
     if len(data) > LARGEST_BODY_BYTES:
         raise RefusedError(f"the request is larger than {LARGEST_BODY_BYTES} bytes")
     try:

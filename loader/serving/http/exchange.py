@@ -1,4 +1,6 @@
-"""One request of HTTP and its answer: whole, or a stream of server-sent events; a client that goes away cancels it."""
+"""One request of HTTP and its answer: whole, or a stream of server-sent events; a client that goes
+away cancels it.
+"""
 
 import asyncio
 import json
@@ -18,8 +20,9 @@ CLIENT_GONE = 499
 
 
 class Exchange:
-    """A request that the engine has taken, and the form of its answer. tools: names of the tools that the answer may
-    call; None where it has no tools."""
+    """A request that the engine has taken, and the form of its answer. tools: names of the tools
+    that the answer may call; None where it has no tools.
+    """
 
     def __init__(
         self,
@@ -70,7 +73,8 @@ class Exchange:
         while isinstance(event := await self._events.get(), Piece):
             if chunk := self._chunk(self._shown(event.text), event.logprobs):
                 yield _line(chunk)
-                # Where several events wait, the event loop must have its turn to see that the client has gone.
+                # Where several events wait, the event loop must have its turn to see that the
+                # client has gone.
                 await asyncio.sleep(0)
         if isinstance(event, Failure):
             yield _line(_failure(event)[1])

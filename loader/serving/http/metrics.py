@@ -34,7 +34,9 @@ class Metrics:
             return self._values[name]
 
     def text(self, gauges: dict[str, float], experts: Any) -> str:
-        """Return the page. gauges: values of GAUGES. experts: totals of the expert cache (`LayerStats`)."""
+        """Return the page. gauges: values of GAUGES. experts: totals of the expert cache
+        (`LayerStats`).
+        """
         with self._lock:
             values, responses = dict(self._values), dict(self._responses)
         lines: list[str] = []

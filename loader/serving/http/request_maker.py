@@ -100,7 +100,9 @@ def check_tools(tools: list[dict[str, Any]]) -> None:
 
 
 def _defaults(config: Any) -> Sampling:
-    """What generation_config.json says where it samples; else OpenAI's: temperature 1 and no cut-off."""
+    """What generation_config.json says where it samples; else OpenAI's: temperature 1 and no
+    cut-off.
+    """
     if not getattr(config, "do_sample", False):
         return Sampling()
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -17,11 +17,14 @@ CANCEL_S = 2.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server over one engine. A signal closes the engine first; a second one ends at once."""
+    """uvicorn's server over one engine. A signal closes the engine first; a second one ends at
+    once.
+    """
 
     def __init__(self, app: FastAPI, engine: Engine) -> None:
         total_s = int(FINISH_S + CANCEL_S)
-        # uvicorn would give connections their own time: the engine's streams end by themselves, within total_s.
+        # uvicorn would give connections their own time: the engine's streams end by themselves,
+        # within total_s.
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=total_s
         )
@@ -35,16 +38,21 @@ class Server(uvicorn.Server):
         return not self._engine.is_working
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ends the server. Not by uvicorn's own way, which raises the signal again when all is done."""
+        """Ends the server. Not by uvicorn's own way, which raises the signal again when all is
+        done.
+        """
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
-        # In a thread: signal handlers run in the thread of the event loop, which has streams to end.
+        # In a thread: signal handlers run in the thread of the event loop, which has streams to
+        # end.
         threading.Thread(target=self._engine.close, args=(FINISH_S, CANCEL_S), daemon=True).start()
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to `host` and `port`, 0 for any free one. MoeConvertError if that fails."""
+    """Return a socket that is bound to `host` and `port`, 0 for any free one. MoeConvertError if
+    that fails.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM

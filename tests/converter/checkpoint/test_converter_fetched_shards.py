@@ -1,4 +1,6 @@
-"""Which shards are on disk when: those that are needed next, never more than allowed, each verified."""
+"""Which shards are on disk when: those that are needed next, never more than allowed, each
+verified.
+"""
 
 import contextlib
 import os

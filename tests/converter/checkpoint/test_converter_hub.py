@@ -1,4 +1,6 @@
-"""Conversions from the Hub: the bytes of a local one, within the disk that is allowed, whatever the line does."""
+"""Conversions from the Hub: the bytes of a local one, within the disk that is allowed, whatever the
+line does.
+"""
 
 import contextlib
 import errno

@@ -1,4 +1,6 @@
-"""Positions and attention masks of the original, as transformers computes them: whatever the config says of them."""
+"""Positions and attention masks of the original, as transformers computes them: whatever the config
+says of them.
+"""
 
 from pathlib import Path
 

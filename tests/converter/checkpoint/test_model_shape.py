@@ -1,4 +1,6 @@
-"""What a model is made of, asked of transformers: layers, experts, tensors, and what a checkpoint's tensors become."""
+"""What a model is made of, asked of transformers: layers, experts, tensors, and what a checkpoint's
+tensors become.
+"""
 
 import json
 from math import prod
@@ -97,7 +99,8 @@ def test_a_layer_is_counted_among_those_with_experts() -> None:
 def test_the_conversion_table_knows_every_expert_of_a_published_checkpoint(
     kind: str, projection: str
 ) -> None:
-    # Fails where a release of transformers changed what converter/checkpoint/conversion_table.py asks.
+    # Fails where a release of transformers changed what converter/checkpoint/conversion_table.py
+    # asks.
     shape = shape_of(tiny(kind))
     for layer in range(2):
         for expert in range(4):

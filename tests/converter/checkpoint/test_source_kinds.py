@@ -1,4 +1,6 @@
-"""Kinds of source folders: at 16 bits the logits are plain transformers', or a refusal says what to do."""
+"""Kinds of source folders: at 16 bits the logits are plain transformers', or a refusal says what to
+do.
+"""
 
 import json
 import logging

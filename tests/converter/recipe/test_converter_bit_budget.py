@@ -1,4 +1,6 @@
-"""A target of bits: spent where errors cost most, never exceeded, and refused where there is no choice."""
+"""A target of bits: spent where errors cost most, never exceeded, and refused where there is no
+choice.
+"""
 
 from itertools import product
 from pathlib import Path

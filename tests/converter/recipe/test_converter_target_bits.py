@@ -1,4 +1,6 @@
-"""Conversions whose bits differ by layer: the same bytes by every way, the choice recorded, sizes those of files."""
+"""Conversions whose bits differ by layer: the same bytes by every way, the choice recorded, sizes
+those of files.
+"""
 
 import json
 from collections.abc import Callable

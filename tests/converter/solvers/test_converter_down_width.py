@@ -1,4 +1,6 @@
-"""Wider blocks of down's statistics: what they are, what they buy, what they cost, and who may ask for them."""
+"""Wider blocks of down's statistics: what they are, what they buy, what they cost, and who may ask
+for them.
+"""
 
 from pathlib import Path
 from typing import Any

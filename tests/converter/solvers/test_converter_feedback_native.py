@@ -104,7 +104,9 @@ RANGES = {
 
 @dataclass
 class Group:
-    """Rows of one group, w [rows, count] with importance h [count]; a line is (a, b), w ~ a * q - b."""
+    """Rows of one group, w [rows, count] with importance h [count]; a line is (a, b), w ~ a * q -
+    b.
+    """
 
     w: Tensor
     h: Tensor

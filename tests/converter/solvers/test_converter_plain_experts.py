@@ -1,4 +1,6 @@
-"""Experts left in 16 bits: the source's weights to the bit, no solver or calibration, mixed with quantized ones."""
+"""Experts left in 16 bits: the source's weights to the bit, no solver or calibration, mixed with
+quantized ones.
+"""
 
 import json
 from pathlib import Path

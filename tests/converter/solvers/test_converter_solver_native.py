@@ -65,7 +65,8 @@ KINDS = [
 ]
 
 
-# ---- the reference: HQQ as converter/native/hqq_group.h defines it, then nearest rounding, in numpy's float32 ----
+# ---- the reference: HQQ as converter/native/hqq_group.h defines it, then nearest rounding, in
+# numpy's float32 ----
 
 
 def power_minus_0_3(a: np.ndarray) -> np.ndarray:
@@ -148,7 +149,9 @@ def reference_hqq(
 
 
 def reference_matrix(weight: Tensor, name: str) -> QuantizedMatrix:
-    """The torch path's rounding of the reference's scale and zero; a group with one code has no scale."""
+    """The torch path's rounding of the reference's scale and zero; a group with one code has no
+    scale.
+    """
     p = PACKINGS[name]
     scale, zero = (torch.from_numpy(x) for x in reference_hqq(weight, p.nbits, p.group_size))
     w = torch.nn.functional.pad(weight, (0, -weight.shape[1] % p.group_size)).view(

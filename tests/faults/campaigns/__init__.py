@@ -1,8 +1,9 @@
 """Campaigns of injected faults against conversions and what they leave.
 
-A campaign is a kind of fault. A state is one instance of it: a call and a moment, a damaged byte, what a disk holds
-after a power loss. An attempt puts a conversion into a state and compares what becomes of it with the undisturbed
-conversion of the same case: it survives, or the attempt fails. A campaign, a seed and a number name a state.
+A campaign is a kind of fault. A state is one instance of it: a call and a moment, a damaged byte,
+what a disk holds after a power loss. An attempt puts a conversion into a state and compares what
+becomes of it with the undisturbed conversion of the same case: it survives, or the attempt fails. A
+campaign, a seed and a number name a state.
 """
 
 import random
@@ -32,7 +33,9 @@ class Campaign(Protocol):
         """All states; None if they are drawn by a random generator, endlessly."""
 
     def attempt(self, state: Any, lane: Lane) -> str:
-        """Tries one state: how it survived, in a word or two. Raises Failed. state: of `states`, or the generator."""
+        """Tries one state: how it survived, in a word or two. Raises Failed. state: of `states`, or
+        the generator.
+        """
 
 
 CAMPAIGNS: dict[str, tuple[Campaign, int]] = {

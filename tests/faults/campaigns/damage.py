@@ -18,8 +18,9 @@ def damage(path: Path, state: random.Random) -> str:
 
 
 def damaged(data: bytes, kind: str, state: random.Random) -> bytes:
-    """`data`, other than it was unless it is empty. kind: bit, digit, zeros, other block, cut, longer, line (one less,
-    one twice, or two swapped)."""
+    """`data`, other than it was unless it is empty. kind: bit, digit, zeros, other block, cut,
+    longer, line (one less, one twice, or two swapped).
+    """
     if not data:
         return b"\0"
     changed = bytearray(data)

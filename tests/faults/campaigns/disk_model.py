@@ -1,4 +1,6 @@
-"""A model of what a disk holds after the power fails: which calls must have taken effect, and which may have."""
+"""A model of what a disk holds after the power fails: which calls must have taken effect, and which
+may have.
+"""
 
 import os
 import random
@@ -22,7 +24,9 @@ class File:
 
 @dataclass(frozen=True)
 class NameChange:
-    """A name in a folder comes (to a file, or None: a folder) or goes; of a rename the old one goes."""
+    """A name in a folder comes (to a file, or None: a folder) or goes; of a rename the old one
+    goes.
+    """
 
     come: str = ""
     file: File | None = None
@@ -36,8 +40,8 @@ Names = dict[str, File | None]
 class Disk:
     """Takes calls, in order, and says which states a power loss leaves.
 
-    Strict POSIX: the bytes of a file are durable once it was fsynced, names once their folder was. Any of the rest may
-    have reached the disk.
+    Strict POSIX: the bytes of a file are durable once it was fsynced, names once their folder was.
+    Any of the rest may have reached the disk.
     """
 
     def __init__(self, root: str) -> None:

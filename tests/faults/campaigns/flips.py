@@ -33,8 +33,9 @@ USERS_OWN = {"config.json", "generation_config.json"}
 
 
 class UnfinishedFlips:
-    """One damaged file of an unfinished conversion. The same command gives the same bytes, or, if `refusable`, an error
-    of ours after which --no-resume does. `chosen` says which files."""
+    """One damaged file of an unfinished conversion. The same command gives the same bytes, or, if
+    `refusable`, an error of ours after which --no-resume does. `chosen` says which files.
+    """
 
     def __init__(
         self,
@@ -71,7 +72,9 @@ class UnfinishedFlips:
         return "refused"
 
     def _begun(self, case: Case, moment: float, lane: Lane) -> Path:
-        """A conversion that was killed at a moment (0 its beginning, 1 before its index); made once."""
+        """A conversion that was killed at a moment (0 its beginning, 1 before its index); made
+        once.
+        """
         calls = lane.workshop.good(case, lane).calls
         index = next(n for n, call in enumerate(calls, 1) if call.path.endswith(f"{INDEX}.partial"))
         begun = lane.folder / f"begun-{case.name}-{moment}"
@@ -83,7 +86,9 @@ class UnfinishedFlips:
 
 
 class CompleteFlips:
-    """One damaged file of a complete folder: verify finds it, but for fields of the index that tell of the origin."""
+    """One damaged file of a complete folder: verify finds it, but for fields of the index that tell
+    of the origin.
+    """
 
     def states(self, lane: Lane) -> None:
         """Endless."""
@@ -112,7 +117,9 @@ def without_warnings(output: str) -> str:
 
 
 def is_said(name: str, output: str) -> bool:
-    """True if the damaged file is one that users may change, and a note or warning says that it was changed."""
+    """True if the damaged file is one that users may change, and a note or warning says that it was
+    changed.
+    """
     return name in USERS_OWN and any(
         name in line for line in output.splitlines() if not line.startswith("ok")
     )
@@ -156,8 +163,9 @@ class TokenFlips:
 
 
 def damage_one(case: Case, state: random.Random, lane: Lane) -> str:
-    """Makes `out` a complete conversion of which one file is damaged; its name. All files are as likely, whatever
-    their size, but those that only people read."""
+    """Makes `out` a complete conversion of which one file is damaged; its name. All files are as
+    likely, whatever their size, but those that only people read.
+    """
     lane.copy(lane.workshop.good(case, lane).folder)
     names = sorted(hashes_in(lane.out).keys() - READ_BY_PEOPLE)
     name = state.choice([*names, INDEX])
@@ -167,7 +175,9 @@ def damage_one(case: Case, state: random.Random, lane: Lane) -> str:
 
 
 def damage_layer(case: Case, state: random.Random, lane: Lane) -> str:
-    """Makes `out` a complete conversion with 64 flipped bits in each 4 KiB of a layer's experts; its file's name."""
+    """Makes `out` a complete conversion with 64 flipped bits in each 4 KiB of a layer's experts;
+    its file's name.
+    """
     lane.copy(lane.workshop.good(case, lane).folder)
     path = state.choice(sorted((lane.out / "experts").iterdir()))
     data = bytearray(path.read_bytes())

@@ -25,8 +25,10 @@ OWN = (
 
 
 class HostileFolders:
-    """Something else stands at one of our names, in a new, an unfinished or a complete folder. The command ends, with
-    an error of ours or with the same bytes, and touches nothing that a link leads to."""
+    """Something else stands at one of our names, in a new, an unfinished or a complete folder. The
+    command ends, with an error of ours or with the same bytes, and touches nothing that a link
+    leads to.
+    """
 
     def states(self, lane: Lane) -> None:
         """Endless."""

@@ -14,8 +14,9 @@ READING = ("open", "read", "stat", "lock", "seek", "direct")
 
 
 class IoErrors:
-    """One call fails, or it and all behind it: an error of ours or the same bytes, and the same command goes on to the
-    same bytes."""
+    """One call fails, or it and all behind it: an error of ours or the same bytes, and the same
+    command goes on to the same bytes.
+    """
 
     def states(self, lane: Lane) -> None:
         """Endless."""

@@ -14,8 +14,9 @@ KillState = tuple[Case, int, Moment]
 
 
 class Kills:
-    """A kill before, in, or after one call, of the `first` ones or of all; the same command then gives the same
-    bytes."""
+    """A kill before, in, or after one call, of the `first` ones or of all; the same command then
+    gives the same bytes.
+    """
 
     def __init__(self, first: int | None = None) -> None:
         self._first = first
@@ -43,8 +44,10 @@ class Kills:
 
 
 class RepeatedKills:
-    """Two to four kills, each at a random call; between them, maybe, a file of the unfinished conversion is lost, cut
-    off, or damaged. The records of what was lost must not be trusted by a later run."""
+    """Two to four kills, each at a random call; between them, maybe, a file of the unfinished
+    conversion is lost, cut off, or damaged. The records of what was lost must not be trusted by a
+    later run.
+    """
 
     def states(self, lane: Lane) -> None:
         """Endless."""

@@ -19,8 +19,9 @@ MODELS: dict[str, Callable[[Disk, random.Random], State]] = {
 
 
 class PowerLoss:
-    """A state of the disk, sometimes a kill while the conversion goes on from it; the same command then gives the same
-    bytes, and refuses no folder."""
+    """A state of the disk, sometimes a kill while the conversion goes on from it; the same command
+    then gives the same bytes, and refuses no folder.
+    """
 
     def states(self, lane: Lane) -> None:
         """Endless."""

@@ -1,4 +1,6 @@
-"""What the campaigns share: a small checkpoint, the conversions that are tried, and what each gives undisturbed."""
+"""What the campaigns share: a small checkpoint, the conversions that are tried, and what each gives
+undisturbed.
+"""
 
 import hashlib
 import random
@@ -47,8 +49,10 @@ CASES = {
 
 
 class Workshop:
-    """A folder with the source, served by a Hub too, and for each case the undisturbed conversion, made when it is
-    first asked for. `project`: the tree whose moe-convert is tried. `cases`: names. A context."""
+    """A folder with the source, served by a Hub too, and for each case the undisturbed conversion,
+    made when it is first asked for. `project`: the tree whose moe-convert is tried. `cases`: names.
+    A context.
+    """
 
     def __init__(
         self, folder: Path, project: Path = ROOT, cases: Sequence[str] = tuple(CASES)
@@ -87,8 +91,9 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Good:
-    """An undisturbed conversion: its folder, its hashes, the calls that changed files, and, once it was asked for, what
-    the model says."""
+    """An undisturbed conversion: its folder, its hashes, the calls that changed files, and, once it
+    was asked for, what the model says.
+    """
 
     folder: Path
     hashes: dict[str, str]
@@ -203,7 +208,9 @@ def hashes_in(out: Path) -> dict[str, str]:
 
 
 def is_refused(ended: Ended) -> bool:
-    """True if a command ended with an error of ours. Failed if it ended with another one, or was killed."""
+    """True if a command ended with an error of ours. Failed if it ended with another one, or was
+    killed.
+    """
     if ended.code == 0:
         return False
     ours = ended.code in (1, 2, 3, 4) and ("error: " in ended.output or ended.code == 3)

@@ -1,4 +1,6 @@
-"""Gradients through the loaded model are those of a plain Mixtral that holds the dequantized weights."""
+"""Gradients through the loaded model are those of a plain Mixtral that holds the dequantized
+weights.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,8 +29,9 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """The checkpoint of three layers by name: 2bit (attention packed), 16bit, mixed (plain rows beside tiles), head4
-    (the head packed too)."""
+    """The checkpoint of three layers by name: 2bit (attention packed), 16bit, mixed (plain rows
+    beside tiles), head4 (the head packed too).
+    """
     root = tmp_path_factory.mktemp("gradients")
     recipes = {
         "2bit": make_recipe("2bit", solver="hqq"),

@@ -1,4 +1,6 @@
-"""Native CPU kernels against an independent numpy reading of the tile layout (docs/format.md, docs/numerics.md)."""
+"""Native CPU kernels against an independent numpy reading of the tile layout (docs/format.md,
+docs/numerics.md).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def _automatic_isa_and_two_threads() -> Iterator[None]:
 
 
 def put(codes: np.ndarray, s: np.ndarray, m: np.ndarray, name: str) -> np.ndarray:
-    """One superblock: codes [32, 256], s and m [32, groups] to its bytes, following the tables of docs/format.md."""
+    """One superblock: codes [32, 256], s and m [32, groups] to its bytes, following the tables of
+    docs/format.md.
+    """
     nbits, group, scale_bits, size = PACKINGS[name]
     parts: list[np.ndarray] = []
 

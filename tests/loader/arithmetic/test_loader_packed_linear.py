@@ -1,4 +1,6 @@
-"""The packed linear layer as others see it: an nn.Linear whose weight has no values, and perhaps a bias."""
+"""The packed linear layer as others see it: an nn.Linear whose weight has no values, and perhaps a
+bias.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Experts in 16 bits, loaded: the original's logits, whatever the cache; fast paths step aside where they must."""
+"""Experts in 16 bits, loaded: the original's logits, whatever the cache; fast paths step aside
+where they must.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

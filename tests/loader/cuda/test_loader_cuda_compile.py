@@ -28,7 +28,9 @@ PRODUCTS = [
 ]
 
 FRAME_SIZE = 0x11
-"""Attribute of a cubin's section .nv.info: bytes of local memory (arrays that are not in registers, and spills)."""
+"""Attribute of a cubin's section .nv.info: bytes of local memory (arrays that are not in registers,
+and spills).
+"""
 
 
 @functools.cache
@@ -71,6 +73,7 @@ def test_every_kernel_is_in_the_code_for_each_generation(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_products_keep_their_numbers_in_registers(arch):
-    # A few spilled words are the compiler's choice; an array in local memory would be hundreds of bytes.
+    # A few spilled words are the compiler's choice; an array in local memory would be hundreds of
+    # bytes.
     sizes = frame_sizes(compiled(arch))
     assert {name: sizes[name] for name in PRODUCTS if sizes[name] > 32} == {}

@@ -1,4 +1,6 @@
-"""One token through a whole model on a GPU that runs on this processor: the bits of the CPU's native call."""
+"""One token through a whole model on a GPU that runs on this processor: the bits of the CPU's
+native call.
+"""
 
 import copy
 import json
@@ -79,7 +81,9 @@ class Gpu:
         return model
 
     def take_experts(self, model, folder, slots, ram, speeds=None):
-        """Gives `model` slots on the device, over a tier of `ram` experts; with `speeds` the CPU has a share."""
+        """Gives `model` slots on the device, over a tier of `ram` experts; with `speeds` the CPU
+        has a share.
+        """
         opened = open_model(folder, None, None, lazy=False, progress=None)
         before = model.model.layers[0].mlp.experts.cache
         sizes = expert_bytes_by_layer(opened.artifact)

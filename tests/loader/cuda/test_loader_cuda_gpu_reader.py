@@ -1,4 +1,6 @@
-"""Experts in a GPU's slots: right bytes at each use, no race, and no wait of the host, whatever the order of copies."""
+"""Experts in a GPU's slots: right bytes at each use, no race, and no wait of the host, whatever the
+order of copies.
+"""
 
 import contextlib
 import random

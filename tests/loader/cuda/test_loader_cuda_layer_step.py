@@ -1,4 +1,6 @@
-"""The kernels between the products of one token, run on this processor, give the bits of the CPU's native code."""
+"""The kernels between the products of one token, run on this processor, give the bits of the CPU's
+native code.
+"""
 
 import copy
 import ctypes
@@ -27,7 +29,9 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = [torch.float32, torch.bfloat16]
 ORDERS = [0, 1, 2]
-"""Of a kernel's threads. Each with other numbers: what lies in shared memory from the run before must not help."""
+"""Of a kernel's threads. Each with other numbers: what lies in shared memory from the run before
+must not help.
+"""
 EPS = 1e-5
 
 
@@ -36,7 +40,9 @@ def sizes(dtype, hidden=192, heads=6, kv_heads=2, head_dim=32, experts=8, top_k=
 
 
 def made(dtype, order=0, **numbers):
-    """Launches over a memory of such sizes, on a device whose kernels run their threads in this order."""
+    """Launches over a memory of such sizes, on a device whose kernels run their threads in this
+    order.
+    """
     device = RecordingDevice()
     device.thread_order = order
     memory = TokenMemory(device, sizes(dtype, **numbers))

@@ -1,4 +1,6 @@
-"""Whole models on a GPU that there is not (tests/support/recording_device.py): the CPU's tokens, within the memory."""
+"""Whole models on a GPU that there is not (tests/support/recording_device.py): the CPU's tokens,
+within the memory.
+"""
 
 import logging
 

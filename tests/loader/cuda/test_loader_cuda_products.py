@@ -1,4 +1,6 @@
-"""The CUDA products give the bits of the native CPU kernels: run on this processor by tests/cuda_host."""
+"""The CUDA products give the bits of the native CPU kernels: run on this processor by
+tests/cuda_host.
+"""
 
 import re
 
@@ -25,7 +27,9 @@ Q2, Q3, Q4 = (PACKINGS[f"tile32-{name}"] for name in ("q2-g16-s4", "q3-g32-s4", 
 
 
 class HostDevice:
-    """Launches on this processor, at once. order: of the threads; defines: macros of the kernels' build."""
+    """Launches on this processor, at once. order: of the threads; defines: macros of the kernels'
+    build.
+    """
 
     torch_device = torch.device("cpu")
 

@@ -1,4 +1,6 @@
-"""One token through the decoder of the CPU: transformers' logits up to rounding, the same bits whatever is cached."""
+"""One token through the decoder of the CPU: transformers' logits up to rounding, the same bits
+whatever is cached.
+"""
 
 import copy
 

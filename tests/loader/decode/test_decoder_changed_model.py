@@ -1,4 +1,6 @@
-"""Weights and settings that change after the first token: single tokens follow, as in transformers' code."""
+"""Weights and settings that change after the first token: single tokens follow, as in transformers'
+code.
+"""
 
 import pytest
 import torch

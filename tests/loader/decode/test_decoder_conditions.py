@@ -1,4 +1,6 @@
-"""Single tokens under other positions, windows, dtypes and caches: what transformers computes, whoever computes it."""
+"""Single tokens under other positions, windows, dtypes and caches: what transformers computes,
+whoever computes it.
+"""
 
 import json
 import shutil
@@ -25,7 +27,9 @@ POSITIONS = [
 
 
 def token_by_token(model, cache=None, begin=8, end=40):
-    """Logits of single tokens after a prompt of eight; or of those from `begin` on, over a given cache."""
+    """Logits of single tokens after a prompt of eight; or of those from `begin` on, over a given
+    cache.
+    """
     if begin == 8:
         output = model(IDS[:, :8], past_key_values=cache, use_cache=True)
         cache = output.past_key_values if cache is None else cache
@@ -36,8 +40,9 @@ def token_by_token(model, cache=None, begin=8, end=40):
 
 
 def converted_with_config(folder, out, changes):
-    """A converted folder of the same weights, as from a source whose config.json has `changes`; fields set to None are
-    removed. The index records what config.json says."""
+    """A converted folder of the same weights, as from a source whose config.json has `changes`;
+    fields set to None are removed. The index records what config.json says.
+    """
     shutil.copytree(folder, out)
     config = json.loads((out / "config.json").read_text()) | changes
     config = {name: value for name, value in config.items() if value is not None}

@@ -1,4 +1,6 @@
-"""NaN on one token's way through the decoder: it comes out as NaN, and the router still names existing experts."""
+"""NaN on one token's way through the decoder: it comes out as NaN, and the router still names
+existing experts.
+"""
 
 import math
 
@@ -59,7 +61,9 @@ SPOILERS = [
 
 @torch.no_grad()
 def spoiled_logits(folder, spoil, dtype, asked, **options):
-    """Of one token after a prompt, something in the first layer having been spoiled in between; and the model."""
+    """Of one token after a prompt, something in the first layer having been spoiled in between; and
+    the model.
+    """
     model = loader.from_pretrained(folder, kernels="native", dtype=dtype, **options)
     cache = DynamicCache()
     model(PROMPT, past_key_values=cache, use_cache=True)

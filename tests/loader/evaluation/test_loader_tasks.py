@@ -1,4 +1,6 @@
-"""Benchmarks by lm-eval, on a task of our own over a local file; only the refusals run where it is not installed."""
+"""Benchmarks by lm-eval, on a task of our own over a local file; only the refusals run where it is
+not installed.
+"""
 
 import importlib.util
 import json

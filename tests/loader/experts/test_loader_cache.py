@@ -45,7 +45,8 @@ def test_lru_gives_up_the_least_recently_used():
 def test_hits_are_counted_before_the_two_are_put_in():
     cache = ExpertCache(SlowReader(), 2, policy=LruPolicy)
     hits = []
-    # Contents by hand, most recent last: 0 1 | 1 0 | 2 1 (1 is a hit though 2 makes room) | 3 2 | 0 1 | 1 0
+    # Contents by hand, most recent last: 0 1 | 1 0 | 2 1 (1 is a hit though 2 makes room) | 3 2 | 0
+    # 1 | 1 0
     for experts in ([0, 1], [1, 0], [2, 1], [3, 2], [0, 1], [1, 0]):
         before = cache.stats().layers[0].hits
         get(cache, 0, experts)
@@ -111,7 +112,9 @@ def recency_list_hits(asked, slots):
 
 @pytest.fixture(scope="module")
 def routes(example_folder):
-    """Layer -> [tokens, 2]: the experts of the example model on windows of English text, in reading order."""
+    """Layer -> [tokens, 2]: the experts of the example model on windows of English text, in reading
+    order.
+    """
     model = AutoModelForCausalLM.from_pretrained(example_folder, dtype="auto")
     asked = [[] for _ in model.model.layers]
     for layer, experts in zip(model.model.layers, asked, strict=True):

@@ -1,4 +1,6 @@
-"""Models in forked children and in copies, and waits whose other side is dead: each works, or says what to do."""
+"""Models in forked children and in copies, and waits whose other side is dead: each works, or says
+what to do.
+"""
 
 import copy
 import io
@@ -227,7 +229,9 @@ def test_direct_reads_pass_the_gate(load, monkeypatch):
 
 
 def raised_by(call):
-    """The error of `call`, made by a thread so that a wait without end fails the test; None if there is none."""
+    """The error of `call`, made by a thread so that a wait without end fails the test; None if
+    there is none.
+    """
     errors = []
 
     def work():

@@ -1,4 +1,6 @@
-"""A KeyboardInterrupt at any line of the cache: the same model gives the same tokens afterwards, and holds no more."""
+"""A KeyboardInterrupt at any line of the cache: the same model gives the same tokens afterwards,
+and holds no more.
+"""
 
 import contextlib
 import linecache
@@ -40,7 +42,8 @@ def folder(source, tmp_path_factory):
 
 
 class Lines:
-    """Counts this thread's lines in `files` while it is a context; raises KeyboardInterrupt at number `at`.
+    """Counts this thread's lines in `files` while it is a context; raises KeyboardInterrupt at
+    number `at`.
 
     first, last: the numbers at which each place comes.
     """
@@ -77,7 +80,9 @@ class Lines:
 
 
 def _leaves_a_with_block(frame):
-    """A trace function can raise between a block and the __exit__ of its lock; Python takes no signal there."""
+    """A trace function can raise between a block and the __exit__ of its lock; Python takes no
+    signal there.
+    """
     return opcode.opname[frame.f_code.co_code[frame.f_lasti]] in (
         "LOAD_CONST",
         "PUSH_EXC_INFO",

@@ -1,4 +1,6 @@
-"""What a process takes, against what docs and `plan` say, over a checkpoint whose experts would not fit."""
+"""What a process takes, against what docs and `plan` say, over a checkpoint whose experts would not
+fit.
+"""
 
 import json
 import os

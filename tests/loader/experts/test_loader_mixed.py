@@ -1,4 +1,6 @@
-"""Folders whose bits differ by layer, projection or expert: the logits of their weights, fast where layers allow."""
+"""Folders whose bits differ by layer, projection or expert: the logits of their weights, fast where
+layers allow.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""A model with less memory than its experts take: the same bits whatever the engine does, and typed errors."""
+"""A model with less memory than its experts take: the same bits whatever the engine does, and typed
+errors.
+"""
 
 import itertools
 import os

@@ -92,7 +92,9 @@ def test_lrfu_with_an_endless_half_life_is_lfu(slots):
 
 
 class LfuPolicyWithDecayedTies:
-    """LFU that breaks ties as a decay too small to matter otherwise does: by the sum of the times of use."""
+    """LFU that breaks ties as a decay too small to matter otherwise does: by the sum of the times
+    of use.
+    """
 
     def __init__(self):
         self.uses, self.present, self.now = {}, set(), 0

@@ -1,4 +1,6 @@
-"""Converted models by their name: AutoModelForCausalLM, pipeline, AutoTokenizer, lm-eval, transformers' server."""
+"""Converted models by their name: AutoModelForCausalLM, pipeline, AutoTokenizer, lm-eval,
+transformers' server.
+"""
 
 import importlib.util
 import os

@@ -46,7 +46,9 @@ def test_a_row_of_inference_mode_may_go_on_outside():
 
 
 def prepared(owner, model, values):
-    """The kwargs after one token and the inputs of the next, by the methods of `owner`: the model's, or its class's."""
+    """The kwargs after one token and the inputs of the next, by the methods of `owner`: the
+    model's, or its class's.
+    """
     bound = () if owner is model else (model,)
     outputs = {} if values["cache"] is None else MoeCausalLMOutputWithPast(cache=values["cache"])
     kwargs = owner._update_model_kwargs_for_generation(*bound, outputs, dict(values))

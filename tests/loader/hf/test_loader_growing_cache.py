@@ -152,7 +152,9 @@ def batch(converted):
 
 
 def with_and_without(model, monkeypatch, run):
-    """What `run` gives over the growing cache and over transformers' own; one token by transformers' code in both."""
+    """What `run` gives over the growing cache and over transformers' own; one token by
+    transformers' code in both.
+    """
     with transformers_code(model):
         ours = run()
         monkeypatch.setattr(served_model, "growing_layers", lambda cache, count: None)

@@ -174,7 +174,9 @@ def test_the_plain_class_refuses_the_folder_after_ours_was_loaded(converted):
 
 
 def built_with(folder, **fields):
-    """A converted folder of random weights whose index and config.json say `fields`, which no header has."""
+    """A converted folder of random weights whose index and config.json say `fields`, which no
+    header has.
+    """
     write_folder(folder)
     edit_json(folder / "config.json", lambda config: config.update(fields))
 

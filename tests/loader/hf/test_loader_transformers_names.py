@@ -1,4 +1,6 @@
-"""Names inside transformers that the loader needs: which release lacks one, and what is slower there."""
+"""Names inside transformers that the loader needs: which release lacks one, and what is slower
+there.
+"""
 
 import logging
 

@@ -123,7 +123,8 @@ def test_perfect_overlap_is_as_fast_as_the_slowest_of_link_memory_and_disk(
     link, memory, disk, slowest
 ):
     plan = planned(ASIDE, IN_RAM, machine=GpuMachine(link, memory, disk))
-    # 800 of the trunk, 2 * 400 of experts, 100 of keys and values are used; 0.5 * 2 * 400 copied; 0.25 * 2 * 340 read.
+    # 800 of the trunk, 2 * 400 of experts, 100 of keys and values are used; 0.5 * 2 * 400 copied;
+    # 0.25 * 2 * 340 read.
     seconds = 400 / link, (1700 + 400) / memory, 170 / disk
     assert max(seconds) == slowest
     assert plan.tokens_per_s == pytest.approx((GPU_EFFICIENCY / sum(seconds), 1 / slowest))

@@ -197,7 +197,9 @@ README_RECALL_2_OF_LAYER_1 = 0.451
 
 @pytest.fixture(scope="module")
 def example_traces(example_folder):
-    """The original example model on the first 16 windows of each text; the README's numbers are of 48."""
+    """The original example model on the first 16 windows of each text; the README's numbers are of
+    48.
+    """
     model, tokenizer = load_checkpoint(example_folder), load_tokenizer(example_folder)
     texts = sorted((example_folder.parent / "text").glob("*.txt"))
     described = TracedModel.of_folder(example_folder)

@@ -12,7 +12,8 @@ def replayed(trace, slots):
 
 
 def test_a_guess_is_read_only_if_it_is_not_in_a_slot():
-    # Layer 1 holds 2 and 3 after the first token. The second token's guesses: 2 is there, 5 is right, 6 is wrong.
+    # Layer 1 holds 2 and 3 after the first token. The second token's guesses: 2 is there, 5 is
+    # right, 6 is wrong.
     trace = trace_of(
         [[[0, 1], [2, 3]], [[0, 1], [2, 5]]],
         guesses=[[[7, 6, 1]], [[2, 5, 6]]],
