@@ -153,9 +153,9 @@ def _types(schema: Any, where: str) -> list[str]:
 
 
 def _has_type(value: Any, kind: str) -> bool:
-    return isinstance(value, _PYTHON_TYPES[kind]) and (
-        kind == "boolean" or not isinstance(value, bool)
-    )  # type: ignore[arg-type]
+    if isinstance(value, bool) and kind != "boolean":
+        return False
+    return isinstance(value, _PYTHON_TYPES[kind])  # type: ignore[arg-type]
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
