@@ -1,16 +1,24 @@
-# make demo: convert the example model, verify it, generate, compare.   make test: the tests.
+# make demo: convert the example model, verify it, generate, compare.
+# make test: the tests that a change needs, in parallel.   make lint: ruff and mypy.
+# .ci/run runs everything else too; EXTRAS=ci installs the packages that it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS ?= dev
+PYTEST := $(BIN)/python -m pytest -q -n logical --dist loadfile
 NATIVE := $(wildcard CMakeLists.txt formats/native/* loader/native/* converter/native/*)
 
-.PHONY: demo test test-versions test-native fuzz faults lint clean
+.PHONY: demo test test-slow test-versions test-native fuzz faults lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
+# Fixtures of a module are made once: a file's tests stay in one worker.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -m 'not gpu and not hub and not slow'
+
+test-slow: $(VENV)/installed
+	$(PYTEST) -m 'slow and not gpu and not hub'
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -19,31 +27,35 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-# The native code's own tests under the address and undefined behaviour sanitizers.
+# Tests of the native code in C++ under the address and undefined-behaviour sanitizers.
 test-native:
 	cmake -S . -B build/sanitize -DMOE_BUILD_TESTS=ON -DMOE_SANITIZE=ON
 	cmake --build build/sanitize --target test_kernels moe_solver_test
 	build/sanitize/loader/native/test_kernels
 	build/sanitize/converter/native/moe_solver_test
 
-# The parsers under a coverage-guided fuzzer for SECONDS in all: what is found is kept in tests/fuzz/found.
+# Fuzz the parsers for SECONDS in total, guided by coverage. Crashing inputs go to tests/fuzz/found.
+# Needs EXTRAS=ci.
 SECONDS ?= 600
 fuzz: $(VENV)/installed
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
 
-# Conversions under injected faults for SECONDS in all: kills, power losses, damaged bytes, failing calls.
+# Run conversions under injected faults for SECONDS in total: kills, power losses, damaged bytes,
+# failing system calls.
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults/run.py --seconds $(SECONDS)
 
-# Tests that see the version of transformers; and with the oldest libraries, those that name the Hub or run a command too.
+# Files that import transformers. With the oldest libraries, also files that use the Hub or run a
+# command.
 VERSIONED = $(shell grep -rlE --include='test_*.py' 'from transformers|import transformers' tests)
 VERSIONED_oldest = $(shell grep -rlE --include='test_*.py' 'transformers|huggingface_hub|HubServer|from_pretrained|run_command' tests)
 
-# These with other versions than the pinned ones: the oldest of each library that pyproject.toml allows (torch stays), a
-# transformers between, the newest transformers. Other versions lie in a folder before the environment's own packages.
+# Run those files with the oldest libraries that pyproject.toml allows (torch stays as it is), with a
+# transformers between, and with the newest transformers. PYTHONPATH puts these before the
+# environment's packages.
 VERSIONS = oldest 5.12.0 newest
 test-versions: $(addprefix test-transformers-,$(VERSIONS))
 
@@ -53,7 +65,7 @@ test-transformers-%: $(VENV)/installed
 	@if [ "$$(PYTHONPATH=build/versions/$* $(TRANSFORMERS))" = "$$($(TRANSFORMERS))" ]; then \
 	  echo 'the environment has this release: make test ran its tests'; \
 	else \
-	  PYTHONPATH=build/versions/$* $(BIN)/python -m pytest -q $(or $(VERSIONED_$*),$(VERSIONED)); \
+	  PYTHONPATH=build/versions/$* $(PYTEST) -m 'not gpu and not hub' $(or $(VERSIONED_$*),$(VERSIONED)); \
 	fi
 
 TRANSFORMERS = $(BIN)/python -c 'import transformers; print(transformers.__version__)'

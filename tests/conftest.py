@@ -1,4 +1,4 @@
-"""What many tests share: the example model, and its conversions, each made once a session."""
+"""Fixtures that many tests use: the example model and its conversions, each made once a run."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hub_server import HubServer
 from project_paths import EXAMPLE, SUPPORT
 
@@ -18,35 +19,71 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """Escape lone surrogates in captured output: pytest-xdist sends reports as UTF-8."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture(scope="session")
 def example_folder() -> Path:
-    """The example checkpoint, as it is in the repository."""
+    """Folder of the example checkpoint in the repository. Tests only read it."""
     return EXAMPLE
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint of three layers in two shards. Tests only read it."""
-    from make_checkpoint import SHAPES, make_checkpoint
+def shared_folder(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Function (name, make) -> folder that make(folder) filled once for all workers of this run.
 
-    folder = tmp_path_factory.mktemp("source") / "mini"
-    make_checkpoint(folder, SHAPES["mini"], 3, shards=2)
-    return folder
+    make runs in one process; the others wait for it at a file lock. Tests only read the folder.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        # A worker's folder lies in the run's.
+        root = root.parent
+    root = root / "shared"
+    (root / "partial").mkdir(parents=True, exist_ok=True)
+
+    def shared(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                partial = root / "partial" / name
+                shutil.rmtree(partial, ignore_errors=True)
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return shared
 
 
 @pytest.fixture(scope="session")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Recipe name -> folder of the converted example. Tests only read it."""
+def source(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Small checkpoint of three layers in two shards. Tests only read it."""
+    from make_checkpoint import SHAPES, make_checkpoint
+
+    return shared_folder("mini", lambda folder: make_checkpoint(folder, SHAPES["mini"], 3, shards=2))
+
+
+@pytest.fixture(scope="session")
+def converted(
+    shared_folder: Callable[[str, Callable[[Path], object]], Path],
+) -> Callable[[str], Path]:
+    """Function recipe name -> folder of the converted example. Tests only read it."""
     from converter.convert import convert_checkpoint
     from converter.recipe.recipes import make_recipe
 
-    root = tmp_path_factory.mktemp("converted")
-
     def folder_of(recipe: str = "2bit") -> Path:
-        folder = root / recipe
-        if not folder.exists():
-            convert_checkpoint(EXAMPLE, folder, make_recipe(recipe, solver="hqq"))
-        return folder
+        return shared_folder(
+            f"example-{recipe}",
+            lambda folder: convert_checkpoint(EXAMPLE, folder, make_recipe(recipe, solver="hqq")),
+        )
 
     return folder_of
 
