@@ -68,7 +68,9 @@ def source(shared_folder: Callable[[str, Callable[[Path], object]], Path]) -> Pa
     """Small checkpoint of three layers in two shards. Tests only read it."""
     from make_checkpoint import SHAPES, make_checkpoint
 
-    return shared_folder("mini", lambda folder: make_checkpoint(folder, SHAPES["mini"], 3, shards=2))
+    return shared_folder(
+        "mini", lambda folder: make_checkpoint(folder, SHAPES["mini"], 3, shards=2)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +83,7 @@ def converted(
 
     def folder_of(recipe: str = "2bit") -> Path:
         return shared_folder(
-            f"example-{recipe}",
+            recipe,
             lambda folder: convert_checkpoint(EXAMPLE, folder, make_recipe(recipe, solver="hqq")),
         )
 

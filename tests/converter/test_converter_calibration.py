@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from inside import inside
 from interrupted_runs import Interruption, hashes, stop_after
 from make_checkpoint import SHAPES, make_checkpoint
 from project_paths import ROOT
@@ -217,7 +218,7 @@ def test_resume_begins_at_the_last_finished_layer(
             convert(source, out)
     assert (out / STATE_FOLDER / "state").exists()
     layers: list[int] = []
-    original = CalibrationPass._forward
+    original = inside(CalibrationPass, "forward")
     monkeypatch.setattr(
         CalibrationPass,
         "_forward",

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -368,7 +369,8 @@ def test_kills_at_random_moments_do_not_change_a_byte(
     try:
         while kills < wanted:
             pid = start()
-            time.sleep(moments.uniform(0, seconds / 12))
+            # Kill it at a random moment, unless it prints its status before.
+            select.select([server.stdout], [], [], moments.uniform(0, seconds / 12))
             with contextlib.suppress(ProcessLookupError):  # it was done before
                 os.kill(pid, signal.SIGKILL)
             killed = int(server.stdout.readline()) == signal.SIGKILL

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from inside import inside
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
 from streamed_answers import some_windows, streamed, transformers_answer
@@ -115,7 +116,7 @@ def test_activations_stand_in_nameless_files(source: Path) -> None:
     with Checkpoint(source) as checkpoint:
         model = StreamedModel(checkpoint, some_windows(2, 16))
         model.run()
-        for tensor in (model._stream, *model._files.tensors):
+        for tensor in (inside(model, "stream"), *inside(model, "files").tensors):
             assert mapped(tensor.data_ptr()).endswith("(deleted)")
 
 

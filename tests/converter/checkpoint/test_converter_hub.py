@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, snapshot_download
+from inside import retry_quickly
 from make_checkpoint import SHAPES, make_checkpoint
 from project_paths import ROOT
 
@@ -27,6 +28,7 @@ from converter.output.output_folder import SOURCE_FOLDER
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, HubError, OutputError, SourceError
+from formats.hub.ranges import Retries
 from formats.reading.verify import verify_folder
 
 LAYERS, SHARDS = 12, 8
@@ -64,9 +66,7 @@ def filled(hub: HubServer, source: Path) -> HubServer:
 
 def convert(out: Path, recipe: Any = RECIPE, workers: int = 2, **options: Any) -> None:
     model = HubModel.open("me/mini", resume=out, **options)
-    quick = model.repo._retries.__class__(attempts=3, wait=lambda s: None)
-    object.__setattr__(model.repo, "_retries", quick)
-    model.repo._reader._retries = quick
+    retry_quickly(model.repo, Retries(attempts=3, wait=lambda s: None))
     convert_checkpoint(model, out, recipe, ConvertOptions(max_workers=workers))
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from inside import inside
 
 from converter.recipe import recipes
 from converter.recipe.conversion_recipe import ConversionRecipe
@@ -59,7 +60,7 @@ def test_without_the_native_library_the_default_is_hqq_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(solver_library, "available", lambda: False)
-    recipes._say_once.cache_clear()
+    inside(recipes, "say_once").cache_clear()
     chosen = [make_recipe("2bit"), make_recipe("3bit")]
     assert [(recipe.solver, recipe.recorded.options) for recipe in chosen] == [("hqq", {})] * 2
     assert caplog.text.count("without calibration") == 1

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
+from inside import inside
 from interrupted_runs import Interruption, hashes, interrupted
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -146,7 +147,7 @@ def test_a_target_gives_the_same_bytes_after_an_interruption_and_measures_no_lay
     stop_in: str,
 ) -> None:
     measured: list[int] = []
-    original = BitSensitivity._layer
+    original = inside(BitSensitivity, "layer")
 
     def layer(self: BitSensitivity, number: int, *args: Any) -> Any:
         if stop_in == "measuring" and number == 2 and 2 not in measured:

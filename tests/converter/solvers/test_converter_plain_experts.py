@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from inside import inside
 from interrupted_runs import Interruption, hashes, stop_after
 from make_checkpoint import SHAPES, make_checkpoint
 from safetensors.torch import load_file, save_file
@@ -260,7 +261,7 @@ def test_statistics_are_gathered_of_quantized_layers_only(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[tuple[int, bool]] = []
-    forward = CalibrationPass._forward
+    forward = inside(CalibrationPass, "forward")
 
     def counted(self: CalibrationPass, layer: int, *, gather: bool) -> torch.Tensor:
         passes.append((layer, gather))

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from inside import inside
 from transformers import MixtralForCausalLM
 
 import loader
@@ -30,7 +31,7 @@ def three_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
-    assert not torch_threads._passes.outside
+    assert not inside(torch_threads, "passes").outside
     torch.set_num_threads(before)
 
 

@@ -1,4 +1,5 @@
 import pytest
+from inside import inside
 from pattern_reader import EXPERT_BYTES, GpuCache
 
 from loader.cuda.experts import cpu_share
@@ -47,14 +48,16 @@ def test_speeds_are_those_of_the_link_and_of_memory(monkeypatch):
 
 def shared(speeds, **options):
     gpu = GpuCache(2, **options)
-    for key in gpu.reader._patterns:
+    for key in inside(gpu.reader, "patterns"):
         with gpu.tier.use(*key) as use:
             use.step()
     return gpu, CpuShare(gpu.cache, gpu.tier, speeds)
 
 
 def filled(gpu, layer, expert):
-    gpu.cache._changes.until(lambda: expert in gpu.cache._layers[layer].held or None, timeout_s=60)
+    inside(gpu.cache, "changes").until(
+        lambda: expert in inside(gpu.cache, "layers")[layer].held or None, timeout_s=60
+    )
 
 
 def test_what_the_slots_have_stays_on_the_gpu():
@@ -69,7 +72,7 @@ def test_the_cpu_gets_the_bytes_in_ram_and_the_expert_comes_into_a_slot_afterwar
     gpu.token(0, [0, 1])
     with share.split(0, [5, 0]) as split, gpu.cache.lease(0, split.on_gpu) as lease:
         assert split.on_gpu == [0]
-        assert split.on_cpu[5].equal(gpu.reader._patterns[0, 5])
+        assert split.on_cpu[5].equal(inside(gpu.reader, "patterns")[0, 5])
         gpu.use(0, lease.all())
     filled(gpu, 0, 5)
     gpu.token(0, [5])

@@ -8,6 +8,7 @@ import threading
 from itertools import chain
 
 import pytest
+from inside import inside
 from pattern_reader import EXPERT_BYTES, GpuCache
 
 from formats.errors import DamageError
@@ -25,7 +26,7 @@ def small_pieces(monkeypatch):
 
 def in_ram(gpu, *keys):
     """Brings experts to the tier."""
-    for layer, expert in keys or gpu.reader._patterns:
+    for layer, expert in keys or inside(gpu.reader, "patterns"):
         with gpu.tier.use(layer, expert) as use:
             while not use.is_there:
                 use.step()
@@ -34,8 +35,8 @@ def in_ram(gpu, *keys):
 
 def settle(gpu, layer, *experts):
     """Waits until guesses are there."""
-    outside = gpu.cache._layers[layer].outside
-    gpu.cache._changes.until(
+    outside = inside(gpu.cache, "layers")[layer].outside
+    inside(gpu.cache, "changes").until(
         lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60
     )
 
@@ -59,7 +60,7 @@ def test_what_lies_pinned_is_queued_by_the_caller_itself():
     gpu = GpuCache(2)
     in_ram(gpu)
     gpu.token(0, [0, 1])
-    assert not gpu.cache._state.fetcher._threads
+    assert not inside(inside(gpu.cache, "state").fetcher, "threads")
 
 
 def test_what_is_there_is_computed_before_the_copy_of_the_rest_is_waited_for():
@@ -127,9 +128,9 @@ def test_a_guess_is_copied_in_pieces_and_evicts_nothing_until_it_is_used(order):
     gpu.cache.guess(1, [4, 5])
     settle(gpu, 1, 4, 5)
     assert [what for kind, what in gpu.device.log if kind == "copy"] == [EXPERT_BYTES // 4] * 8
-    assert set(gpu.cache._layers[1].held) == {0, 1}
+    assert set(inside(gpu.cache, "layers")[1].held) == {0, 1}
     gpu.token(1, [4, 0])
-    assert set(gpu.cache._layers[1].held) == {4, 0}
+    assert set(inside(gpu.cache, "layers")[1].held) == {4, 0}
     stats = gpu.cache.stats().layers[1]
     assert (stats.useful_guesses, stats.early_bytes, stats.wasted_bytes) == (
         1,
@@ -184,7 +185,9 @@ def test_a_fill_brings_an_expert_that_the_cpu_computed():
     gpu.token(1, [1, 0])
     assert gpu.cache.missing(1, [0, 5, 1, 6]) == [5, 6]
     gpu.cache.fill(1, 5)
-    gpu.cache._changes.until(lambda: 5 in gpu.cache._layers[1].held or None, timeout_s=60)
+    inside(gpu.cache, "changes").until(
+        lambda: 5 in inside(gpu.cache, "layers")[1].held or None, timeout_s=60
+    )
     assert gpu.cache.missing(1, [5, 6]) == [6]
     gpu.token(1, [5])
     stats = gpu.cache.stats().layers[1]
@@ -210,7 +213,7 @@ def test_there_is_one_fill_at_a_time_and_a_demand_does_not_wait_for_it():
     for expert in (4, 5, 6):
         gpu.cache.fill(1, expert)
     assert begun.wait(60)
-    assert list(gpu.cache._layers[1].outside) == [4]
+    assert list(inside(gpu.cache, "layers")[1].outside) == [4]
     gpu.token(1, [0, 1])
     go_on.set()
     gpu.check_counts()
@@ -270,7 +273,7 @@ def test_an_interrupt_leaves_nothing_in_use(at, monkeypatch):
 def test_an_interrupt_between_two_demands_leaves_nothing_in_use(monkeypatch):
     gpu = GpuCache(1)
     in_ram(gpu)
-    slots = gpu.cache._layers[0]
+    slots = inside(gpu.cache, "layers")[0]
     take = slots.take
 
     def interrupted(expert, keep):
@@ -301,7 +304,7 @@ def test_layers_are_split_between_gpus_with_a_copy_stream_each():
     for layer in range(4):
         gpu.token(layer, [0, 1], guess=[0, 1] if layer < 3 else ())
     assert [device.copied_bytes["to device"] for device in gpu.devices] == [4 * EXPERT_BYTES] * 2
-    assert len({id(stream) for stream in gpu.gpu_reader._streams}) == 2
+    assert len({id(stream) for stream in inside(gpu.gpu_reader, "streams")}) == 2
     assert len(gpu.reader.asked) == 32
     gpu.check_counts()
 
@@ -309,10 +312,10 @@ def test_layers_are_split_between_gpus_with_a_copy_stream_each():
 def test_closing_ends_copies_unlocks_the_memory_and_closes_the_files():
     gpu = GpuCache(2)
     gpu.token(0, [0, 1])
-    assert gpu.device.machine._pinned
+    assert inside(gpu.device.machine, "pinned")
     gpu.cache.close()
     assert gpu.reader.closed
-    assert not gpu.device.machine._pinned
+    assert not inside(gpu.device.machine, "pinned")
 
 
 def test_shrinking_frees_whole_pieces_evenly_and_keeps_what_is_in_use():

@@ -8,6 +8,7 @@ import ctypes
 import pytest
 import torch
 from cuda_host import COMPILER, KERNELS
+from inside import inside
 from native_attention import NativeAttention
 from random_weights import random_tiles
 from recording_device import RecordingDevice
@@ -53,12 +54,12 @@ def made(dtype, order=0, **numbers):
     ("file", "name", "value"),
     [
         ("attention", "kSpan", SPAN),
-        ("attention", "kHeads", gpu_layer._HEADS),
+        ("attention", "kHeads", inside(gpu_layer, "HEADS")),
         ("attention", "kMostDim", gpu_layer.MOST_HEAD_DIM),
-        ("attention", "kAttendThreads", gpu_layer._ATTEND_THREADS),
-        ("norm", "kNormThreads", gpu_layer._NORM_THREADS),
-        ("router", "kRouteThreads", gpu_layer._ROUTE_THREADS),
-        ("head", "kHeadThreads", decoder._HEAD_THREADS),
+        ("attention", "kAttendThreads", inside(gpu_layer, "ATTEND_THREADS")),
+        ("norm", "kNormThreads", inside(gpu_layer, "NORM_THREADS")),
+        ("router", "kRouteThreads", inside(gpu_layer, "ROUTE_THREADS")),
+        ("head", "kHeadThreads", inside(decoder, "HEAD_THREADS")),
     ],
 )
 def test_launches_have_the_sizes_that_the_kernels_were_written_for(file, name, value):

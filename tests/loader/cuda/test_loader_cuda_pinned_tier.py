@@ -3,6 +3,7 @@ import threading
 
 import pytest
 import torch
+from inside import inside
 from pattern_reader import EXPERT_BYTES, PatternReader
 from recording_device import RecordingDevice
 
@@ -27,7 +28,7 @@ def get(tier, layer, expert, at_most=None):
     with tier.use(layer, expert) as use:
         while not use.is_there:
             use.step(at_most)
-        assert torch.equal(use.blob, tier._reader._patterns[layer, expert])
+        assert torch.equal(use.blob, inside(inside(tier, "reader"), "patterns")[layer, expert])
 
 
 def test_an_expert_that_is_there_is_not_read_again():
@@ -69,7 +70,7 @@ def test_what_is_in_use_does_not_leave():
         held.step()
         for expert in range(1, 6):
             get(tier, 1, expert)
-        assert torch.equal(held.blob, tier._reader._patterns[0, 0])
+        assert torch.equal(held.blob, inside(inside(tier, "reader"), "patterns")[0, 0])
 
 
 def test_experts_of_different_sizes_do_not_take_each_others_room():
@@ -92,7 +93,7 @@ def test_memory_is_locked_piece_by_piece_when_it_is_first_used():
         assert len(device.log) == expert // 2 + 1
     assert device.log == [("pin", 2 * EXPERT_BYTES)] * 3
     tier.close()
-    assert not device.machine._pinned
+    assert not inside(device.machine, "pinned")
 
 
 def test_refused_locks_are_said_once_and_change_nothing_else(caplog):

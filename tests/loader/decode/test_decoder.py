@@ -17,6 +17,7 @@ from decoding import (
     token_by_token,
     transformers_code,
 )
+from inside import inside
 from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -246,5 +247,5 @@ def test_a_table_of_addresses_is_a_tokens_own(converted):
         )
         token_by_token(model)
     (decoder,) = made
-    known = {number // 8 for number, address in enumerate(decoder._blobs) if address}
+    known = {number // 8 for number, address in enumerate(inside(decoder, "blobs")) if address}
     assert known == {3}

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from inside import inside
 from slow_reader import EXPERT_BYTES, SlowReader
 from transformers import AutoModelForCausalLM
 
@@ -256,7 +257,7 @@ def test_a_forgotten_cache_ends_its_threads_and_closes_its_files():
     reader = SlowReader()
     cache = ExpertCache(reader, 2, policy=LruPolicy)
     get(cache, 0, [0, 1])
-    threads = cache._state.fetcher._threads
+    threads = inside(inside(cache, "state").fetcher, "threads")
     assert all(thread.is_alive() for thread in threads)
     del cache
     assert not any(thread.is_alive() for thread in threads)

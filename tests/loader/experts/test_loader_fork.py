@@ -14,6 +14,7 @@ import threading
 import pytest
 import torch
 from forked import in_child, needs_fork
+from inside import inside
 from pattern_reader import GpuCache
 from project_paths import ROOT, SUPPORT
 from slow_reader import SlowReader
@@ -286,7 +287,7 @@ def test_a_closed_cache_says_so_to_those_who_wait_and_those_who_come():
         reader.wait_until_asked(0, expert)
     closing = threading.Thread(target=cache.close)
     closing.start()
-    while not cache._state.fetcher._closed:
+    while not inside(inside(cache, "state").fetcher, "closed"):
         pass
     for expert in (0, 1):
         reader.let(0, expert)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inside import inside
 from pattern_reader import GpuCache
 from slow_reader import SlowReader
 from transformers import DynamicCache
@@ -99,14 +100,17 @@ def generated(model, tokens=2):
 
 def check_counts(cache):
     """Nothing is pinned, every buffer is free or holds an expert."""
-    cache._changes.until(
-        lambda: not any(h.job for slots in cache._layers for h in slots.entries()) or None, 60
+    inside(cache, "changes").until(
+        lambda: (
+            not any(h.job for slots in inside(cache, "layers") for h in slots.entries()) or None
+        ),
+        60,
     )
-    side = cache._layers[0].aside
-    entries = [held for slots in cache._layers for held in slots.entries()]
+    side = inside(cache, "layers")[0].aside
+    entries = [held for slots in inside(cache, "layers") for held in slots.entries()]
     assert not any(held.pins for held in entries)
-    assert side.used == sum(len(slots.outside) for slots in cache._layers) <= side.room
-    assert all(len(slots.held) <= slots.slots for slots in cache._layers)
+    assert side.used == sum(len(slots.outside) for slots in inside(cache, "layers")) <= side.room
+    assert all(len(slots.held) <= slots.slots for slots in inside(cache, "layers"))
     taken = {held.buffer.data_ptr() for held in entries}
     assert len(taken) == len(entries)
     free = {buffer.data_ptr() for piece in side.pool.pieces for buffer in piece.free}

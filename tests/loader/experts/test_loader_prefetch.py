@@ -1,5 +1,6 @@
 import pytest
 import torch
+from inside import inside
 from slow_reader import EXPERT_BYTES, SlowReader
 
 from formats.reading.reader import PIECE_BYTES
@@ -17,8 +18,8 @@ def get(cache, layer, experts):
 
 def settle(cache, layer, *experts):
     """Waits until the guesses have been read."""
-    outside = cache._layers[layer].outside
-    cache._changes.until(
+    outside = inside(cache, "layers")[layer].outside
+    inside(cache, "changes").until(
         lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60
     )
 
@@ -130,7 +131,7 @@ def test_a_failed_guess_is_nobodys_error():
     reader.fails = {(1, 4)}
     cache.guess(1, [4, 5])
     settle(cache, 1, 5)
-    assert 4 not in cache._layers[1].outside
+    assert 4 not in inside(cache, "layers")[1].outside
     reader.fails = set()
     assert get(cache, 1, [4, 5]) == {4: 4, 5: 5}
 

@@ -1,6 +1,7 @@
 from itertools import chain
 
 import pytest
+from inside import inside
 from slow_reader import SlowReader
 
 from formats.errors import DamageError
@@ -18,7 +19,7 @@ def streamed(cache, layer, experts, ascending=False):
 
 
 def in_slots(cache, layer):
-    return set(cache._layers[layer].held)
+    return set(inside(cache, "layers")[layer].held)
 
 
 @pytest.mark.parametrize("ascending", [False, True])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from forked import in_child, needs_fork
 from hub_server import HubServer
+from inside import inside
 
 import loader
 from converter.cli.main import main
@@ -130,8 +131,10 @@ def test_the_background_fetches_what_nobody_asked_for(filled: HubServer, local: 
     calls: list[tuple[str, int, int]] = []
     reader = HubReader(lazy, progress=lambda *call: calls.append(call))
     # The thread ends by itself only once it is told to; what it has to do it does before.
-    with reader._lock:
-        assert reader._lock.wait_for(lambda: len(reader._good) == len(reader._entries), timeout=120)
+    with inside(reader, "lock"):
+        assert inside(reader, "lock").wait_for(
+            lambda: len(inside(reader, "good")) == len(inside(reader, "entries")), timeout=120
+        )
     reader.close()
     assert lazy.complete
     assert fetched(filled) == expert_bytes(local)
@@ -149,8 +152,8 @@ def test_an_expert_that_is_being_filled_is_waited_for_and_comes_once(
     assert asked.wait(60)
     with ThreadPoolExecutor(1) as pool:
         blob = pool.submit(reader.read, 0, 0)
-        with reader._lock:
-            assert reader._lock.wait_for(lambda: reader._awaited, timeout=60)
+        with inside(reader, "lock"):
+            assert inside(reader, "lock").wait_for(lambda: inside(reader, "awaited"), timeout=60)
         go_on.set()
         assert torch.equal(blob.result(60), expected(0, 0))
     reader.close()
@@ -209,12 +212,12 @@ def test_a_reader_whose_filling_thread_fails_goes_on_without(
 
 def test_layers_that_come_next_are_fetched_first(filled: HubServer, local: Path) -> None:
     with HubReader(open_lazy(), fill=False) as reader:
-        assert reader._next() == (0, 0)
+        assert inside(reader, "next")() == (0, 0)
         reader.read(0, 3)
-        assert reader._next() == (1, 0)
+        assert inside(reader, "next")() == (1, 0)
         last = len(Artifact.open(local).index.layers) - 1
         reader.read(last, 0)
-        assert reader._next() == (0, 0)
+        assert inside(reader, "next")() == (0, 0)
 
 
 def test_until_all_is_there_the_folder_does_not_look_complete(filled: HubServer) -> None:
@@ -303,7 +306,7 @@ def test_a_changed_file_is_an_error_and_what_is_there_stays(
 ) -> None:
     with HubReader(open_lazy(), fill=False) as reader:
         reader.read(0, 0)
-        reader._folder.repo._reader._locations.clear()
+        inside(inside(inside(reader, "folder").repo, "reader"), "locations").clear()
         filled.faults.change_etag("layer-001")
         with pytest.raises(HubError, match="ETag"):
             reader.read(1, 0)
@@ -369,7 +372,7 @@ def test_a_closing_reader_does_not_wait_for_a_busy_hub(filled: HubServer) -> Non
     filled.faults.status(429, "layer-", times=-1, Retry_After="250")
     reader = HubReader(lazy)
     reader.close()
-    assert not reader._thread.is_alive()
+    assert not inside(reader, "thread").is_alive()
 
 
 def test_offline_what_is_there_can_be_used(
