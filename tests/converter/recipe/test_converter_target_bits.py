@@ -96,7 +96,7 @@ def test_mixed_bits_give_the_same_bytes_for_any_workers_and_interruption(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     by_rules(source, tmp_path / "one")
-    monkeypatch.setattr("test_converter_convert.convert", by_rules)
+    monkeypatch.setattr("interrupted_runs.convert", by_rules)
     interrupted(source, tmp_path / "out", monkeypatch, 6, max_workers=workers)
     by_rules(source, tmp_path / "out", max_workers=workers)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "one")
@@ -105,7 +105,7 @@ def test_mixed_bits_give_the_same_bytes_for_any_workers_and_interruption(
 def test_other_rules_are_another_conversion(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("test_converter_convert.convert", by_rules)
+    monkeypatch.setattr("interrupted_runs.convert", by_rules)
     interrupted(source, tmp_path / "out", monkeypatch, 6)
     with pytest.raises(OutputError, match="recipe"):
         by_rules(source, tmp_path / "out", "1=3bit")
@@ -162,7 +162,7 @@ def test_a_target_gives_the_same_bytes_after_an_interruption_and_measures_no_lay
         with pytest.raises(Interruption):
             to_target(source, out)
     else:
-        monkeypatch.setattr("test_converter_convert.convert", to_target)
+        monkeypatch.setattr("interrupted_runs.convert", to_target)
         interrupted(source, out, monkeypatch, 6)
     assert to_target(source, out).done == "converted"
     assert measured == [0, 1, 2, 2] if stop_in == "measuring" else [0, 1, 2]

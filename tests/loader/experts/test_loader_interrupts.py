@@ -23,7 +23,7 @@ from loader.experts.cache import ExpertCache
 
 IDS = torch.tensor([[1, 17, 300, 42, 99]])
 FILES = {
-    "loader/experts/" + name
+    "experts/" + name
     for name in (
         "buffers.py", "cache.py", "cache_state.py", "changes.py", "fetcher.py", "lease.py", "policy.py", "slots.py",
         "streaming.py", "uses.py",
