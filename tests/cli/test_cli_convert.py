@@ -2,56 +2,50 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from convert_fixtures import run, source  # noqa: F401
 
 from converter.cli.main import COMMANDS, cli
 
 
-def test_convert_inspect_verify(
-    run_command: Callable[..., Any], source: Path, tmp_path: Path
-) -> None:
+def test_convert_inspect_verify(run: Any, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, text, _ = run_command("convert", source, "-o", out, "--json")
+    code, text, _ = run("convert", source, "-o", out, "--json")
     facts = json.loads(text)
     assert (code, facts["done"], facts["recipe"]) == (0, "converted", "2bit")
-    code, text, _ = run_command("inspect", out, "--json", "--experts")
+    code, text, _ = run("inspect", out, "--json", "--experts")
     shown = json.loads(text)
     assert (code, shown["experts"], len(shown["layers"])) == (0, 8, 2)
-    code, text, _ = run_command("verify", out, "--read-data", "--json")
+    code, text, _ = run("verify", out, "--read-data", "--json")
     assert (code, json.loads(text)["ok"]) == (0, True)
-    code, text, _ = run_command("inspect", out, "--experts")
+    code, text, _ = run("inspect", out, "--experts")
     assert "tile32-q2-g16-s4" in text and "experts/layer-001.safetensors" in text
 
 
-def test_damage_is_exit_3_and_named(
-    run_command: Callable[..., Any], source: Path, tmp_path: Path
-) -> None:
+def test_damage_is_exit_3_and_named(run: Any, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run_command("convert", source, "-o", out, "-q", "--solver", "hqq")
+    run("convert", source, "-o", out, "-q", "--solver", "hqq")
     file = out / "experts" / "layer-001.safetensors"
     data = bytearray(file.read_bytes())
     offset = json.loads((out / "moe_index.json").read_text())["layers"][1]["experts"][2]["offset"]
     data[offset + 200] ^= 1
     file.write_bytes(data)
-    assert run_command("verify", out)[0] == 0
-    code, text, _ = run_command("verify", out, "--read-data", "--json")
+    assert run("verify", out)[0] == 0
+    code, text, _ = run("verify", out, "--read-data", "--json")
     (problem,) = json.loads(text)["problems"]
     assert code == 3
     assert (problem["layer"], problem["expert"], problem["offset"]) == (1, 2, offset)
     os.truncate(file, 100)
-    assert run_command("verify", out)[0] == 3
-    assert run_command("inspect", out)[0] == 3
+    assert run("verify", out)[0] == 3
+    assert run("inspect", out)[0] == 3
 
 
-def test_dry_run_prints_sizes_and_writes_nothing(
-    run_command: Callable[..., Any], source: Path, tmp_path: Path
-) -> None:
-    code, text, _ = run_command("convert", source, "-o", tmp_path / "out", "--dry-run", "--json")
+def test_dry_run_prints_sizes_and_writes_nothing(run: Any, source: Path, tmp_path: Path) -> None:
+    code, text, _ = run("convert", source, "-o", tmp_path / "out", "--dry-run", "--json")
     facts = json.loads(text)
     assert code == 0
     assert not (tmp_path / "out").exists()
@@ -65,7 +59,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(
         "files",
     ):
         assert facts[name] > 0
-    run_command("convert", source, "-o", tmp_path / "out", "-q", "--solver", "hqq")
+    run("convert", source, "-o", tmp_path / "out", "-q", "--solver", "hqq")
     written = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.safetensors"))
     assert abs(written - facts["converted_bytes"]) <= 4096 * facts["files"]
 
@@ -84,34 +78,30 @@ def test_dry_run_prints_sizes_and_writes_nothing(
     ],
 )
 def test_bad_options_exit_with_their_code(
-    run_command: Callable[..., Any],
+    run: Any,
     source: Path,
     tmp_path: Path,
     args: list[str],
     code: int,
     word: str,
 ) -> None:
-    got, out, err = run_command("convert", source, "-o", tmp_path / "out", *args)
+    got, out, err = run("convert", source, "-o", tmp_path / "out", *args)
     assert (got, out) == (code, "")
     assert word in err
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_source_says_how_to_fetch_it(
-    run_command: Callable[..., Any], tmp_path: Path
-) -> None:
-    code, out, err = run_command("convert", "nobody/nothing", "-o", tmp_path / "out")
+def test_missing_source_says_how_to_fetch_it(run: Any, tmp_path: Path) -> None:
+    code, out, err = run("convert", "nobody/nothing", "-o", tmp_path / "out")
     assert (code, out) == (1, "")
     assert "HF_HUB_OFFLINE" in err
     assert "hf download nobody/nothing" in err
     assert "Traceback" not in err
 
 
-def test_converted_folder_that_lost_its_index_is_damaged(
-    run_command: Callable[..., Any], converted_copy: Path
-) -> None:
+def test_converted_folder_that_lost_its_index_is_damaged(run: Any, converted_copy: Path) -> None:
     (converted_copy / "moe_index.json").unlink()
-    code, _, err = run_command("inspect", converted_copy)
+    code, _, err = run("inspect", converted_copy)
     assert code == 3
     assert "moe_index.json is missing" in err
 
@@ -145,7 +135,7 @@ def test_shell_completion_knows_the_commands(shell: str, monkeypatch: pytest.Mon
     assert "inspect" in result.output
 
 
-def test_env_names_versions(run_command: Callable[..., Any]) -> None:
-    code, text, _ = run_command("env", "--json")
+def test_env_names_versions(run: Any) -> None:
+    code, text, _ = run("env", "--json")
     assert code == 0
     assert json.loads(text)["torch"].startswith("2.")

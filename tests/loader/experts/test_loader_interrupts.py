@@ -173,7 +173,7 @@ def asked_for_on_a_gpu(gpu):
 def test_an_interrupt_at_every_line_leaves_the_cache_of_a_gpu_whole():
     gpu = GpuCache(2, experts=4, layers=3, ram=6)
     asked_for_on_a_gpu(gpu)
-    with Lines(files=FILES | {"cuda/gpu_reader.py", "loader/cuda/experts/pinned_tier.py"}) as lines:
+    with Lines(files=FILES | {"experts/gpu_reader.py", "experts/pinned_tier.py"}) as lines:
         asked_for_on_a_gpu(gpu)
     for number in sorted(lines.first.values()):
         with contextlib.suppress(KeyboardInterrupt), Lines(number, lines.files):
