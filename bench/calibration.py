@@ -99,7 +99,8 @@ def main() -> None:
     ):
         print(f"layer {layer}: {wall_s} s, {cpu_s} s of CPU time")
     print(
-        f"{found['peak_bytes'] / 2**20:.0f} MiB; estimated {found['estimated_bytes'] / 2**20:.0f} MiB"
+        f"{found['peak_bytes'] / 2**20:.0f} MiB; estimated "
+        f"{found['estimated_bytes'] / 2**20:.0f} MiB"
     )
 
 

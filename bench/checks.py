@@ -97,9 +97,14 @@ def decode(model: Any, prompt: int, tokens: int) -> dict[str, float]:
 
     with torch.inference_mode():
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens + 1, max_new_tokens=tokens + 1,
-            do_sample=False, pad_token_id=0, streamer=Clock(begin),
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=tokens + 1,
+            max_new_tokens=tokens + 1,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=Clock(begin),
+        )
     seconds, stats = time.perf_counter() - begin_s, model.moe_stats()
     total = stats.total
     return {
@@ -136,7 +141,8 @@ def counted(model: Any, prompt: int, tokens: int) -> dict[str, float]:
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [
-        f"{result['folder']}: experts {result['experts_bytes'] / 1e9:.2f} GB, {result['share']:g} of them in RAM,"
+        f"{result['folder']}: experts {result['experts_bytes'] / 1e9:.2f} GB, "
+        f"{result['share']:g} of them in RAM,"
         f" disk {result['disk_gb_s']:.2f} GB/s"
     ]
     for check, passes in result["passes"].items():
@@ -144,7 +150,8 @@ def table(result: dict[str, Any]) -> str:
         low, high = min(one["s"] for one in passes), max(one["s"] for one in passes)
         lines.append(
             f"{check:5} {1e3 * m['s']:7.1f} ms a token ({1e3 * low:.1f} to {1e3 * high:.1f}), waits"
-            f" {1e3 * m['wait_s']:.1f}, misses {m['missed_bytes'] / 1e6:.0f} MB, hits {m['hit_ratio']:.3f}"
+            f" {1e3 * m['wait_s']:.1f}, misses {m['missed_bytes'] / 1e6:.0f} MB, hits "
+            f"{m['hit_ratio']:.3f}"
         )
     ratios, hashed = sorted(result["ratios"]), result["hashed"]
     quick = [
@@ -153,18 +160,21 @@ def table(result: dict[str, Any]) -> str:
     ]
     middle = quantiles(ratios, n=4)
     lines.append(
-        f"fast / none: pairs {median(ratios):.3f} (quartiles {middle[0]:.3f}, {middle[2]:.3f}), first quartiles"
+        f"fast / none: pairs {median(ratios):.3f} (quartiles {middle[0]:.3f}, "
+        f"{middle[2]:.3f}), first quartiles"
         f" {quick[0] / quick[1]:.3f}"
     )
     rate = hashed["bytes"] / max(hashed["s"], 1e-9)
     missed = median(one["missed_bytes"] for one in result["passes"]["fast"])
     lines.append(
         f"hashing: {rate / 1e9:.1f} GB/s of processor time; the missed bytes of a token take"
-        f" {1e3 * missed / rate:.2f} ms, {100 * missed / rate / quick[1]:.1f} % of the time with check none"
+        f" {1e3 * missed / rate:.2f} ms, {100 * missed / rate / quick[1]:.1f} % of the time "
+        f"with check none"
     )
     rate = result["trunk_bytes"] / result["trunk_sha256_s"] / 1e9
     lines.append(
-        f"trunk: {result['trunk_bytes'] / 1e9:.2f} GB, sha256 {result['trunk_sha256_s']:.2f} s, {rate:.2f} GB/s"
+        f"trunk: {result['trunk_bytes'] / 1e9:.2f} GB, sha256 {result['trunk_sha256_s']:.2f} "
+        f"s, {rate:.2f} GB/s"
     )
     return "\n".join(lines)
 

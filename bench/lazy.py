@@ -51,7 +51,8 @@ def _compare(options: argparse.Namespace) -> None:
         f"{size / 1e9:.2f} GB at {options.mb_per_s:.0f} MB/s: {size / options.mb_per_s / 1e6:.1f} s"
     )
     print(
-        "| run | prompt | first token, s | fetched by then, MB | all tokens, s |\n|---|---|---|---|---|"
+        "| run | prompt | first token, s | fetched by then, MB | all tokens, s "
+        "|\n|---|---|---|---|---|"
     )
     with _hub(options) as environ:
         for prompt in options.prompts:
@@ -111,8 +112,15 @@ def _measure(lazy: bool, prompt: int, tokens: int, wait: bool = False) -> dict[s
             """Called last."""
 
     ids = torch.randint(100, 1000, (1, prompt), generator=torch.Generator().manual_seed(7))
-    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=Clock(), max_new_tokens=tokens,
-                   min_new_tokens=tokens, do_sample=False, pad_token_id=0)  # fmt: skip
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        streamer=Clock(),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
     while wait and not list(Path(os.environ["HF_HOME"]).glob("moe-convert/*/*/moe_index.json")):
         time.sleep(0.1)
     return {"first_s": times[1][0], "fetched": times[1][1], "all_s": times[-1][0]}

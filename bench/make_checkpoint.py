@@ -173,11 +173,18 @@ def _write(
 def _write_config(folder: Path, shape: Shape, layers: int, dtype: str, tied: bool) -> None:
     config = json.loads((TOKENIZER / "config.json").read_text())
     config |= {
-        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "num_local_experts": shape.experts,
-        "vocab_size": shape.vocabulary, "tie_word_embeddings": tied, "max_position_embeddings": 4096, "rope_theta": 1e6,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_local_experts": shape.experts,
+        "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 4096,
+        "rope_theta": 1e6,
         "torch_dtype": str(TORCH[dtype]).removeprefix("torch."),
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name in (
         "tokenizer.json",
@@ -202,9 +209,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     make_checkpoint(
-        options.folder, SHAPES[options.shape], options.layers, layout=options.layout, dtype=options.dtype,
-        shards=options.shards, tied=options.tied, seed=options.seed,
-    )  # fmt: skip
+        options.folder,
+        SHAPES[options.shape],
+        options.layers,
+        layout=options.layout,
+        dtype=options.dtype,
+        shards=options.shards,
+        tied=options.tied,
+        seed=options.seed,
+    )
 
 
 if __name__ == "__main__":

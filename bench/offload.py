@@ -105,9 +105,14 @@ def child(folder: Path, options: dict[str, Any], tokens: int, prompt: int) -> di
 
     with torch.inference_mode():
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens + 1, max_new_tokens=tokens + 1,
-            do_sample=False, pad_token_id=0, streamer=Clock(begin_to_measure),
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=tokens + 1,
+            max_new_tokens=tokens + 1,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=Clock(begin_to_measure),
+        )
     seconds, read = time.perf_counter() - begin["s"], disk_bytes() - begin["bytes"]
     total = model.moe_stats()
     counted = total.total
@@ -158,7 +163,8 @@ def peak_rss_bytes() -> int:
 def table(result: dict[str, Any]) -> str:
     """The runs as a table; medians over the rounds."""
     lines = [
-        f"{result['folder']}: experts {result['expert_bytes'] / 1e9:.2f} GB, disk {result['disk_gb_s']:.2f} GB/s"
+        f"{result['folder']}: experts {result['expert_bytes'] / 1e9:.2f} GB, disk "
+        f"{result['disk_gb_s']:.2f} GB/s"
         + ("" if result["limited"] else ", memory not limited (no rights to control groups)"),
         f"{'share':>6} {'':13} {'tok/s':>7} {'MB/token':>9} {'x misses':>9} {'hits':>6} {'busy':>6} {'x disk':>7}",
     ]

@@ -237,7 +237,8 @@ def main() -> None:
         batches = list(text_windows(load_tokenizer(source), texts, options).split(8))
         original = [log_probabilities(model, windows) for windows in batches]
         print(
-            f"{source.name}: {sum(map(len, batches))} windows of {options.window} of {len(texts)} texts"
+            f"{source.name}: {sum(map(len, batches))} windows of {options.window} of "
+            f"{len(texts)} texts"
         )
         print(
             "recipe  solver             bits   KL ± error          ratio ± error      agreement  s",

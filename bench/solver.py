@@ -140,7 +140,8 @@ def main() -> None:
     progress = sys.stderr if options.json else sys.stdout
     print(
         f"{solver_library.describe()}; isa {options.isa}; gaussian bf16 [{options.rows}, {options.columns}], 1 thread\n"
-        f"factorization: full width {subject.factorize_s:.2f} s and {subject.metric_s:.2f} s for the gain's metric, "
+        f"factorization: full width {subject.factorize_s:.2f} s and {subject.metric_s:.2f} s "
+        f"for the gain's metric, "
         f"blocks of 256 {subject.factorize_blocks_s:.2f} s\n"
         "                  Mweights/s                                error in the Hessian's metric\n"
         "packing            package  native  refit  blocks   full     native   refit  blocks    full",

@@ -183,10 +183,13 @@ def resident(
     tokens_per_s = statistics.median(run["tokens_per_s"] for run in runs)
     rate = tokens_per_s * token_bytes(model, expert_bytes) / 1e9
     return {
-        "tokens_per_s": tokens_per_s, "ms_per_layer": 1e3 / tokens_per_s / model.config.num_hidden_layers,
-        "gb_s": rate, "copy_gb_s": copy_gb_s, "share": rate / copy_gb_s,
+        "tokens_per_s": tokens_per_s,
+        "ms_per_layer": 1e3 / tokens_per_s / model.config.num_hidden_layers,
+        "gb_s": rate,
+        "copy_gb_s": copy_gb_s,
+        "share": rate / copy_gb_s,
         "misses_per_token": statistics.median(run["misses_per_token"] for run in runs),
-    }  # fmt: skip
+    }
 
 
 @contextmanager

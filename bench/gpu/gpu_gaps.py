@@ -80,8 +80,12 @@ def gaps(intervals: Sequence[Interval], layers: int) -> list[dict[str, Any]]:
         idle = statistics.median(length - busy for length, busy, *_ in parts)
         shares = [statistics.median(part[i] / part[0] for part in parts) for i in (1, 2, 3)]
         return {
-            "layer": name, "us": us, "idle_us": idle, "idle_share": 1 - shares[0], "kernel_share": shares[1],
+            "layer": name,
+            "us": us,
+            "idle_us": idle,
+            "idle_share": 1 - shares[0],
+            "kernel_share": shares[1],
             "copy_share": shares[2],
-        }  # fmt: skip
+        }
 
     return [*(row(str(layer), layer, 1) for layer in range(layers)), row("token", 0, layers)]

@@ -319,9 +319,14 @@ def overlap(
             1e3 * statistics.median(row[i].seconds for row in rows[1:]) for i in range(3)
         )
         return {
-            "copies": copies, "layers": layers, "copies_ms": copied, "kernels_ms": computed, "both_ms": both,
-            "ratio": statistics.median(ratios), "queued": all(time.queued for row in rows[1:] for time in row),
-        }  # fmt: skip
+            "copies": copies,
+            "layers": layers,
+            "copies_ms": copied,
+            "kernels_ms": computed,
+            "both_ms": both,
+            "ratio": statistics.median(ratios),
+            "queued": all(time.queued for row in rows[1:] for time in row),
+        }
     finally:
         compute.synchronize()
         expert.close()

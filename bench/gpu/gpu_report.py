@@ -6,9 +6,15 @@ from typing import Any, NamedTuple
 Row = dict[str, Any]
 
 SMI_FIELDS = (
-    "uuid", "driver_version", "pcie.link.gen.current", "pcie.link.gen.max", "pcie.link.width.current",
-    "pcie.link.width.max", "clocks.max.memory", "power.limit",
-)  # fmt: skip
+    "uuid",
+    "driver_version",
+    "pcie.link.gen.current",
+    "pcie.link.gen.max",
+    "pcie.link.width.current",
+    "pcie.link.width.max",
+    "clocks.max.memory",
+    "power.limit",
+)
 """What nvidia-smi is asked for."""
 
 KERNEL_BAR = 0.70

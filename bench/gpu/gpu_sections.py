@@ -105,9 +105,14 @@ class Bench:
         for count in self.options.slots:
             slots = [count] * self.options.layers
             yield from compare(
-                load, self.decoding, slots, names, LAYOUT.n_bytes, lambda: 1e9 * self._link()["gb_s"],
+                load,
+                self.decoding,
+                slots,
+                names,
+                LAYOUT.n_bytes,
+                lambda: 1e9 * self._link()["gb_s"],
                 self.options.rounds,
-            )  # fmt: skip
+            )
 
     def gaps(self) -> Iterator[Row]:
         load = self._load()

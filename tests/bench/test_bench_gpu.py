@@ -95,8 +95,13 @@ def test_the_link_allows_so_many_tokens_as_their_misses_go_over_it():
 
 
 def test_time_is_busy_while_anything_runs_and_counted_once():
-    intervals = [Interval(0, 4, "copy", "a"), Interval(2, 6, "kernel", "b"), Interval(3, 5, "kernel", "c"),
-                 Interval(8, 9, "kernel", "d"), Interval(9, 30, "copy", "e")]  # fmt: skip
+    intervals = [
+        Interval(0, 4, "copy", "a"),
+        Interval(2, 6, "kernel", "b"),
+        Interval(3, 5, "kernel", "c"),
+        Interval(8, 9, "kernel", "d"),
+        Interval(9, 30, "copy", "e"),
+    ]
     assert busy_us(intervals, 0, 10) == 6 + 1 + 1
     assert busy_us(intervals, 5, 8.5) == 1.5
     assert busy_us([], 0, 10) == 0
@@ -106,8 +111,13 @@ def layer(begin, norm, attention, experts, copies=()):
     """A layer's kernels: from begin on each takes so long, 1 µs between them; copies to the GPU
     beside them.
     """
-    names = [("add_norm_bf16", norm), ("attend_bf16", attention), ("attend_combine", 1), ("add_norm_bf16", norm),
-             ("down_token_q2_g16_s4", experts)]  # fmt: skip
+    names = [
+        ("add_norm_bf16", norm),
+        ("attend_bf16", attention),
+        ("attend_combine", 1),
+        ("add_norm_bf16", norm),
+        ("down_token_q2_g16_s4", experts),
+    ]
     for name, us in names:
         yield Interval(begin, begin + us, "kernel", name)
         begin += us + 1
@@ -166,8 +176,11 @@ def test_the_worst_row_decides_a_bar_and_what_was_not_measured_is_said():
         {"cpu_share": "off", "share_of_link": 0.86},
         {"cpu_share": "auto", "share_of_link": 0.5},
     )
-    decode = [{"pair": "prefetch", "ratio": 1.1, "b": on}, {"pair": "prefetch, CPU share on", "ratio": 0.9, "b": off},
-              {"pair": "CPU share", "ratio": 0.2, "b": off}]  # fmt: skip
+    decode = [
+        {"pair": "prefetch", "ratio": 1.1, "b": on},
+        {"pair": "prefetch, CPU share on", "ratio": 0.9, "b": off},
+        {"pair": "CPU share", "ratio": 0.2, "b": off},
+    ]
     experts, attention, bound, prefetch = bars({"kernels": kernels, "decode": decode})
     assert (experts.value, experts.met) == (0.69, False) and str(experts).startswith("NOT MET")
     assert attention.met is None and "not measured" in str(attention)

@@ -314,9 +314,14 @@ class RealTerminal:
 
         self.process = subprocess.Popen(
             [sys.executable, "-m", "converter", "chat", *map(str, arguments)],
-            stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=control, cwd=ROOT,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=control,
+            cwd=ROOT,
             env={**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(home), "LC_ALL": "C.UTF-8"},
-        )  # fmt: skip
+        )
         os.close(slave)
 
     def type(self, text: str) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from convert_fixtures import run, source  # noqa: F401
+from convert_fixtures import run, source
 
 from converter.cli.main import COMMANDS, cli
+
+__all__ = ["run", "source"]
 
 
 def test_convert_inspect_verify(run: Any, source: Path, tmp_path: Path) -> None:

@@ -130,8 +130,11 @@ def test_another_checkpoint_is_refused_and_the_folder_stays(
     data = bytearray(shard.read_bytes())
     data[100_000:] = b"\x11" * (len(data) - 100_000)
     shard.write_bytes(data)
-    every = [(layer.experts[0].layer, e.expert) for layer in Artifact.open(converted_copy).index.layers[:1]
-             for e in layer.experts]  # fmt: skip
+    every = [
+        (layer.experts[0].layer, e.expert)
+        for layer in Artifact.open(converted_copy).index.layers[:1]
+        for e in layer.experts
+    ]
     damage(converted_copy, *every)
     before = contents(converted_copy)
     code, _, err = run("repair", converted_copy, "--from", source)

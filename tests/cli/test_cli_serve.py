@@ -124,9 +124,18 @@ def test_plan_counts_prefix_caches(run_command, converted):
 def test_sigterm_ends_a_server_with_a_stream_under_way(converted):
     """In a process of its own, with a key from the environment."""
     command = [
-        sys.executable, "-m", "converter", "serve", str(converted("2bit")), "--port", "0", "--model-name", "tiny",
-        "--prefix-cache", "64MiB",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "converter",
+        "serve",
+        str(converted("2bit")),
+        "--port",
+        "0",
+        "--model-name",
+        "tiny",
+        "--prefix-cache",
+        "64MiB",
+    ]
     environment = {**os.environ, "MOE_CONVERT_API_KEY": "secret"}
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     try:

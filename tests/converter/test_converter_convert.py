@@ -356,8 +356,11 @@ def test_kills_at_random_moments_do_not_change_a_byte(
     seconds = time.monotonic() - started
     server = subprocess.Popen(
         [sys.executable, SUPPORT / "kill_server.py", source, out, "2", json.dumps(recipe)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert server.stdin and server.stdout
     moments, kills = random.Random(0), 0
 

@@ -20,10 +20,20 @@ POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1795303\n"
 )
 COPIES = [
-    "tokenizer.json~", "tokenizer.json.bak", "#tokenizer.json#", ".tokenizer.json.swp", "tokenizer.json.orig",
-    "tokenizer (1).json", "tokenizer_config (2).json", "tokenizer.model.old", "LICENSE~", "LICENSE (1)",
-    "chat_template.jinja.save", "vocab - Copy.json", "tokenizer.py",
-]  # fmt: skip
+    "tokenizer.json~",
+    "tokenizer.json.bak",
+    "#tokenizer.json#",
+    ".tokenizer.json.swp",
+    "tokenizer.json.orig",
+    "tokenizer (1).json",
+    "tokenizer_config (2).json",
+    "tokenizer.model.old",
+    "LICENSE~",
+    "LICENSE (1)",
+    "chat_template.jinja.save",
+    "vocab - Copy.json",
+    "tokenizer.py",
+]
 
 
 @pytest.fixture
@@ -39,15 +49,40 @@ def convert(folder: Path) -> Path:
 
 def test_what_transformers_saves_is_copied_and_code_is_not(tmp_path: Path) -> None:
     copied = [
-        "LICENSE", "NOTICE.txt", "USE_POLICY.md", "added_tokens.json", "additional_chat_templates/tool use.jinja",
-        "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt", "preprocessor_config.json",
-        "processor_config.json", "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.4.0.0.json",
-        "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt",
-    ]  # fmt: skip
+        "LICENSE",
+        "NOTICE.txt",
+        "USE_POLICY.md",
+        "added_tokens.json",
+        "additional_chat_templates/tool use.jinja",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tekken.json",
+        "tokenizer.4.0.0.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    ]
     other = [
-        "README.md", "config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json", "args.bin",
-        "custom_generate/generate.py", "tokenization_own.py", "additional_chat_templates/code.py", "sub/tokenizer.json",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "adapter_config.json",
+        "args.bin",
+        "custom_generate/generate.py",
+        "tokenization_own.py",
+        "additional_chat_templates/code.py",
+        "sub/tokenizer.json",
+    ]
     for name in [*copied, *other]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}" if name == "generation_config.json" else name)
@@ -77,8 +112,12 @@ def test_a_folder_full_of_copies_converts(checkpoint: Path) -> None:
         (checkpoint / name).write_text("{}")
     files = {file.file for file in read_index(convert(checkpoint)).files}
     assert files == {
-        "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 def dangling(path: Path) -> None:

@@ -115,7 +115,8 @@ def main() -> int:
             for result in bad[:SHOWN]:
                 print(f"  {result.failure}")
                 print(
-                    f"    again: python tests/faults/run.py --seed {options.seed} --number {result.number} {name}"
+                    f"    again: python tests/faults/run.py --seed {options.seed} --number "
+                    f"{result.number} {name}"
                 )
             if len(bad) > SHOWN:
                 print(f"  and {len(bad) - SHOWN} more", flush=True)

@@ -83,9 +83,13 @@ class FaultyCommands:
         )
         forced = {"PYTHONPATH": str(project), "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
         self._server = subprocess.Popen(
-            [sys.executable, HERE / "command_server.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | (environ or {}) | forced, cwd=folder,
-        )  # fmt: skip
+            [sys.executable, HERE / "command_server.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | (environ or {}) | forced,
+            cwd=folder,
+        )
 
     def run(
         self,

@@ -29,10 +29,17 @@ from formats.config.rope_parameters import TYPES
 from formats.errors import FormatError, MoeConvertError, SourceError
 
 SMALL: dict[str, Any] = {
-    "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "model_type": "mixtral",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "vocab_size": 100,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
-}  # fmt: skip
+}
 SMALL_BY_TYPE: dict[str, dict[str, Any]] = {
     "mixtral": SMALL,
     "qwen3_moe": {
@@ -272,16 +279,32 @@ def test_a_source_leaves_sizes_to_transformers_with_a_note() -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.integers(0, 64) | st.text(max_size=8) | st.sampled_from([*TYPES, "silu", "float16", "mixtral"]),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(
-        st.sampled_from(sorted({"type", "rope_type", "rope_theta", *(n for rules in TYPES.values() for n in rules)})),
-        inner,
-        max_size=5,
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.integers(0, 64)
+    | st.text(max_size=8)
+    | st.sampled_from([*TYPES, "silu", "float16", "mixtral"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                sorted(
+                    {
+                        "type",
+                        "rope_type",
+                        "rope_theta",
+                        *(n for rules in TYPES.values() for n in rules),
+                    }
+                )
+            ),
+            inner,
+            max_size=5,
+        )
     ),
     max_leaves=8,
-)  # fmt: skip
+)
 NAMES = sorted(
     {*FIELDS, *NOT_TAKEN, "rope_parameters", "rope_scaling", "rope_theta", "num_experts", *CODE}
 )

@@ -18,7 +18,12 @@ NATIVE_FOLDERS = (
     ROOT / "converter/native",
     ROOT / "loader/cuda/kernels",
 )
-SOURCES = sorted(path for folder in NATIVE_FOLDERS for path in folder.rglob("*.*"))
+SOURCES = sorted(
+    path
+    for folder in NATIVE_FOLDERS
+    for path in folder.rglob("*.*")
+    if "__pycache__" not in path.parts
+)
 
 
 def found(name: str, pattern: str) -> list[tuple[str, ...]]:

@@ -14,9 +14,17 @@ from formats.reading.verify import verify_folder
 
 def comparison(name: str, **changes: Any) -> Comparison:
     facts: dict[str, Any] = {
-        "windows": 2, "tokens": 510, "perplexity": 61.2, "original_perplexity": 60.5, "ratio": 1.0116,
-        "ratio_error": 0.002, "kl": 0.0071, "kl_error": 0.0003, "agreement": 0.93, "routers": [0.9, 0.95],
-    }  # fmt: skip
+        "windows": 2,
+        "tokens": 510,
+        "perplexity": 61.2,
+        "original_perplexity": 60.5,
+        "ratio": 1.0116,
+        "ratio_error": 0.002,
+        "kl": 0.0071,
+        "kl_error": 0.0003,
+        "agreement": 0.93,
+        "routers": [0.9, 0.95],
+    }
     return Comparison(name, **(facts | changes))
 
 

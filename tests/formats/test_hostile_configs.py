@@ -315,11 +315,21 @@ def test_experts_per_token_may_be_changed_in_config_json(
 
 
 RUN_TIME_EDITS: dict[str, Any] = {
-    "transformers_version": "5.0", "dtype": "float32", "max_position_embeddings": 64, "initializer_range": 0.5,
-    "rope_parameters": {"rope_type": "linear", "factor": 2.0}, "use_cache": False, "pad_token_id": 3,
-    "bos_token_id": 3, "eos_token_id": [2, 7], "attention_dropout": 0.5, "num_experts_per_tok": 3,
-    "output_router_logits": True, "router_aux_loss_coef": 0.5, "router_jitter_noise": 0.5,
-}  # fmt: skip
+    "transformers_version": "5.0",
+    "dtype": "float32",
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+    "use_cache": False,
+    "pad_token_id": 3,
+    "bos_token_id": 3,
+    "eos_token_id": [2, 7],
+    "attention_dropout": 0.5,
+    "num_experts_per_tok": 3,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+    "router_jitter_noise": 0.5,
+}
 OTHER_EDITS: dict[str, Any] = {
     "rms_norm_eps": 1e-3,
     "sliding_window": 32,

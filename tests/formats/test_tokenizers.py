@@ -51,9 +51,13 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of 500 tokens."""
     prefix = tmp_path_factory.mktemp("spm") / "tokenizer"
     sentencepiece.SentencePieceTrainer.train(
-        input="examples/text/english.txt", model_prefix=str(prefix), vocab_size=500, model_type="bpe",
-        byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
+        input="examples/text/english.txt",
+        model_prefix=str(prefix),
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
     return prefix.with_suffix(".model")
 
 
@@ -101,13 +105,27 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "deep": (writes("tokenizer.json", b"[" * 100_000), "tokenizer.json"),
     "a pointer": (writes("tokenizer.json", POINTER), " lfs pull"),
     "no model": (sets("tokenizer.json", "model", to=None), "tokenizer.json"),
-    "vocabulary of lists": (sets("tokenizer.json", "model", "vocab", to={"a": []}), "tokenizer.json"),
+    "vocabulary of lists": (
+        sets("tokenizer.json", "model", "vocab", to={"a": []}),
+        "tokenizer.json",
+    ),
     "negative id": (sets("tokenizer.json", "model", "vocab", "a", to=-1), "tokenizer.json"),
     "unknown model": (sets("tokenizer.json", "model", "type", to="Evil"), "tokenizer.json"),
-    "added tokens of numbers": (sets("tokenizer.json", "added_tokens", to=[1, 2]), "tokenizer.json"),
+    "added tokens of numbers": (
+        sets("tokenizer.json", "added_tokens", to=[1, 2]),
+        "tokenizer.json",
+    ),
     "hostile expression": (
-        sets("tokenizer.json", "pre_tokenizer", to={"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated",
-                                                    "invert": False}),
+        sets(
+            "tokenizer.json",
+            "pre_tokenizer",
+            to={
+                "type": "Split",
+                "pattern": {"Regex": "(("},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+        ),
         "tokenizer.json",
     ),
     "configuration cut": (writes(CONFIG, b'{"bos_token": "<s>'), CONFIG),
@@ -115,7 +133,10 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "configuration deep": (writes(CONFIG, b'{"a":' * 100_000), CONFIG),
     "own code": (sets(CONFIG, "auto_map", to={"AutoTokenizer": ["own.Own", None]}), CONFIG),
     "own code, old form": (sets(CONFIG, "auto_map", to=["own.Own", None]), CONFIG),
-    "a class that loads weights": (sets(CONFIG, "tokenizer_class", to="MixtralForCausalLM"), CONFIG),
+    "a class that loads weights": (
+        sets(CONFIG, "tokenizer_class", to="MixtralForCausalLM"),
+        CONFIG,
+    ),
     "a class that is none": (sets(CONFIG, "tokenizer_class", to=7), CONFIG),
     "a class with a path": (sets(CONFIG, "tokenizer_class", to="../own.OwnTokenizer"), CONFIG),
     "bos a number": (both(sets(CONFIG, "bos_token", to=5), writes(SPECIAL, b"{}")), CONFIG),
@@ -129,8 +150,11 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "extra tokens a number": (sets(CONFIG, "extra_special_tokens", to=3), CONFIG),
     "a file outside": (sets(CONFIG, "fast_tokenizer_files", to=["../../tokenizer.1.json"]), CONFIG),
     "special tokens a list": (writes(SPECIAL, b"[]"), SPECIAL),
-    "a template that is no text": (writes("chat_template.jinja", b"\xff\xff"), "chat_template.jinja"),
-}  # fmt: skip
+    "a template that is no text": (
+        writes("chat_template.jinja", b"\xff\xff"),
+        "chat_template.jinja",
+    ),
+}
 hostile = pytest.mark.parametrize("kind", HOSTILE)
 
 
@@ -225,7 +249,8 @@ def test_packages_that_a_sentencepiece_model_needs_are_named(
 
     def load(path: str) -> Any:
         raise ValueError(
-            "`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`."
+            "`tiktoken` is required to read a `tiktoken` file. Install it with `pip install "
+            "tiktoken`."
         )
 
     with pytest.raises(TokenizerError, match=r"tokenizer\.model") as caught:

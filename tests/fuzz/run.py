@@ -74,9 +74,12 @@ def fuzz(name: str, seconds: int) -> bool:
         kept = Path(folder) / "kept"
         kept.mkdir()
         options = (
-            f"-max_total_time={seconds}", f"-timeout={SECONDS_OF_ONE_INPUT}", f"-rss_limit_mb={MEGABYTES}",
-            f"-artifact_prefix={kept}/", "-max_len=65536",
-        )  # fmt: skip
+            f"-max_total_time={seconds}",
+            f"-timeout={SECONDS_OF_ONE_INPUT}",
+            f"-rss_limit_mb={MEGABYTES}",
+            f"-artifact_prefix={kept}/",
+            "-max_len=65536",
+        )
         run = subprocess.run(
             [sys.executable, "-m", "fuzz.engine", name, str(Path(folder) / "run"), *options],
             capture_output=True,
@@ -93,7 +96,8 @@ def fuzz(name: str, seconds: int) -> bool:
             print(f"{name}: exit {run.returncode}\n{run.stderr[-6000:]}")
         else:
             print(
-                f"{name}: {next(line for line in reversed(run.stderr.splitlines()) if line.startswith('Done'))}"
+                f"{name}: "
+                f"{next(line for line in reversed(run.stderr.splitlines()) if line.startswith('Done'))}"
             )
         return run.returncode == 0
 

@@ -350,10 +350,17 @@ def test_more_shards_than_tensors_are_refused(source: Path, tmp_path: Path) -> N
 
 
 LARGE = {
-    "model_type": "mixtral", "hidden_size": 7168, "intermediate_size": 2048, "num_hidden_layers": 60,
-    "num_local_experts": 512, "num_experts_per_tok": 8, "num_attention_heads": 128, "num_key_value_heads": 128,
-    "head_dim": 128, "vocab_size": 129280,
-}  # fmt: skip
+    "model_type": "mixtral",
+    "hidden_size": 7168,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 60,
+    "num_local_experts": 512,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "head_dim": 128,
+    "vocab_size": 129280,
+}
 
 
 def test_the_headers_of_a_checkpoint_with_512_experts_a_layer_are_within_their_limit() -> None:

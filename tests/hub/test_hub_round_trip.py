@@ -84,8 +84,20 @@ def test_round_trip(
 ) -> None:
     hub.add(SOURCE, example_folder)
     out = tmp_path / "out"
-    run("convert", SOURCE, "-o", out, "--solver", "hqq", "--max-disk", "17MB", "--upload-repo", REPO,
-        "--license", "apache-2.0")  # fmt: skip
+    run(
+        "convert",
+        SOURCE,
+        "-o",
+        out,
+        "--solver",
+        "hqq",
+        "--max-disk",
+        "17MB",
+        "--upload-repo",
+        REPO,
+        "--license",
+        "apache-2.0",
+    )
     assert sum(p.stat().st_size for p in example_folder.glob("*.safetensors")) > 17_000_000
     remote, local = run("inspect", REPO, "--experts"), run("inspect", out, "--experts")
     assert remote.pop("repository") == f"{REPO}@{hub.head(REPO).oid}"

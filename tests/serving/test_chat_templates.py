@@ -52,8 +52,10 @@ def assert_has_all(tokenizer: Any) -> None:
         for name in TEMPLATES
     }
     assert said == {
-        "default": "[user] Hello\n", "tool_use": "tools: Hello", "rag 2": "documents for 1 – messages"
-    }  # fmt: skip
+        "default": "[user] Hello\n",
+        "tool_use": "tools: Hello",
+        "rag 2": "documents for 1 – messages",
+    }
 
 
 def test_templates_survive_a_conversion(chatty: Path) -> None:

@@ -111,33 +111,89 @@ def test_developer_messages_are_system_messages_and_parts_are_joined(client):
 
 
 REFUSED_BY_BOTH = [
-    ("n", 2), ("best_of", 3), ("temperature", 2.5), ("temperature", -1), ("temperature", "hot"), ("top_p", 0),
-    ("top_p", 1.5), ("top_k", -1), ("min_p", 2), ("presence_penalty", 3), ("frequency_penalty", -2.5),
-    ("repetition_penalty", 0), ("max_tokens", 0), ("max_tokens", "a"), ("max_tokens", 1000), ("seed", "x"),
-    ("seed", 1.5), ("seed", 2**70), ("stop", ""), ("stop", ["a", ""]), ("stop", [str(i) for i in range(17)]),
-    ("stream", "yes"), ("stream_options", {"include_usage": True}), ("logit_bias", {"a": 1}),
-    ("logit_bias", {"999999": 1}), ("logit_bias", {"5": 101}), ("num_beams", 2), ("use_beam_search", True),
-    ("assistant_model", "x"), ("service_tier", "flex"), ("metadata", {"a": "b"}), ("store", True),
-    ("frobnicate", None), ("user", 5), ("model", None), ("suffix", "x"),
-]  # fmt: skip
+    ("n", 2),
+    ("best_of", 3),
+    ("temperature", 2.5),
+    ("temperature", -1),
+    ("temperature", "hot"),
+    ("top_p", 0),
+    ("top_p", 1.5),
+    ("top_k", -1),
+    ("min_p", 2),
+    ("presence_penalty", 3),
+    ("frequency_penalty", -2.5),
+    ("repetition_penalty", 0),
+    ("max_tokens", 0),
+    ("max_tokens", "a"),
+    ("max_tokens", 1000),
+    ("seed", "x"),
+    ("seed", 1.5),
+    ("seed", 2**70),
+    ("stop", ""),
+    ("stop", ["a", ""]),
+    ("stop", [str(i) for i in range(17)]),
+    ("stream", "yes"),
+    ("stream_options", {"include_usage": True}),
+    ("logit_bias", {"a": 1}),
+    ("logit_bias", {"999999": 1}),
+    ("logit_bias", {"5": 101}),
+    ("num_beams", 2),
+    ("use_beam_search", True),
+    ("assistant_model", "x"),
+    ("service_tier", "flex"),
+    ("metadata", {"a": "b"}),
+    ("store", True),
+    ("frobnicate", None),
+    ("user", 5),
+    ("model", None),
+    ("suffix", "x"),
+]
 REFUSED_CHATS = [
-    ("messages", []), ("messages", "hello"), ("messages", [{"role": "robot", "content": "a"}]),
-    ("messages", [{"role": "user"}]), ("messages", [{"role": "user", "content": "a", "audio": {"id": "x"}}]),
+    ("messages", []),
+    ("messages", "hello"),
+    ("messages", [{"role": "robot", "content": "a"}]),
+    ("messages", [{"role": "user"}]),
+    ("messages", [{"role": "user", "content": "a", "audio": {"id": "x"}}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
     ("messages", [{"role": "assistant", "tool_calls": [{"id": "x"}]}]),
     ("messages", [{"role": ["user"], "content": ""}]),
-    ("logprobs", 3), ("top_logprobs", 2), ("max_completion_tokens", 0), ("functions", []), ("function_call", "auto"),
-    ("audio", {}), ("modalities", ["audio"]), ("prediction", {}), ("reasoning_effort", "low"),
-    ("parallel_tool_calls", False), ("web_search_options", {}), ("verbosity", "low"), ("tool_choice", "auto"),
-    ("tools", [{"type": "function"}]), ("tools", [{"type": "custom", "function": {"name": "x"}}]),
-    ("response_format", {"type": "xml"}), ("response_format", {"type": "json_schema"}),
-    ("chat_template_kwargs", {"a": 1}), ("echo", False), ("prompt", "a"),
-]  # fmt: skip
+    ("logprobs", 3),
+    ("top_logprobs", 2),
+    ("max_completion_tokens", 0),
+    ("functions", []),
+    ("function_call", "auto"),
+    ("audio", {}),
+    ("modalities", ["audio"]),
+    ("prediction", {}),
+    ("reasoning_effort", "low"),
+    ("parallel_tool_calls", False),
+    ("web_search_options", {}),
+    ("verbosity", "low"),
+    ("tool_choice", "auto"),
+    ("tools", [{"type": "function"}]),
+    ("tools", [{"type": "custom", "function": {"name": "x"}}]),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "json_schema"}),
+    ("chat_template_kwargs", {"a": 1}),
+    ("echo", False),
+    ("prompt", "a"),
+]
 REFUSED_TEXTS = [
-    ("prompt", None), ("prompt", []), ("prompt", ["a", "b"]), ("prompt", [[1], [2]]), ("prompt", [5, "a"]),
-    ("prompt", [10**6]), ("prompt", [-1]), ("logprobs", 6), ("logprobs", True), ("echo", True),
-    ("max_completion_tokens", 3), ("tools", []), ("response_format", {"type": "json_object"}), ("messages", MESSAGES),
-]  # fmt: skip
+    ("prompt", None),
+    ("prompt", []),
+    ("prompt", ["a", "b"]),
+    ("prompt", [[1], [2]]),
+    ("prompt", [5, "a"]),
+    ("prompt", [10**6]),
+    ("prompt", [-1]),
+    ("logprobs", 6),
+    ("logprobs", True),
+    ("echo", True),
+    ("max_completion_tokens", 3),
+    ("tools", []),
+    ("response_format", {"type": "json_object"}),
+    ("messages", MESSAGES),
+]
 
 
 @pytest.mark.parametrize(
@@ -167,10 +223,16 @@ def test_tools_with_what_they_do_not_go_with_are_refused(client, options):
     assert (response.status_code, error(response)["param"]) == (400, next(iter(options)))
 
 
-@pytest.mark.parametrize("schema", [
-    {"type": "nonsense"}, {"not": {}}, {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}},
-    {"$ref": "#/$defs/nowhere"}, {"type": "string", "enum": ["x" * 70000]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"not": {}},
+        {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}},
+        {"$ref": "#/$defs/nowhere"},
+        {"type": "string", "enum": ["x" * 70000]},
+    ],
+)
 def test_schema_that_no_grammar_keeps_is_refused(client, schema):
     pytest.importorskip("xgrammar")
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}

@@ -19,11 +19,20 @@ TOKENIZER: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(EXAMPLE)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -1.0), ("temperature", 1e-320), ("temperature", float("nan")), ("temperature", float("inf")),
-        ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2.0), ("repetition_penalty", 0.0),
-        ("max_new_tokens", 0), ("seed", 1 << 70), ("stop", ("",)),
+        ("temperature", -1.0),
+        ("temperature", 1e-320),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("max_new_tokens", 0),
+        ("seed", 1 << 70),
+        ("stop", ("",)),
     ],
-)  # fmt: skip
+)
 def test_a_value_out_of_range_is_named(field: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=field):
         GenerationSettings(**{field: value})

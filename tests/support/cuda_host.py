@@ -32,11 +32,22 @@ def host_library(*defines):
         with tempfile.TemporaryDirectory() as folder:
             fresh = Path(folder) / "host.so"
             subprocess.run(
-                [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", f"-I{HERE}", f"-I{SHARED}",
-                 *(f"-D{name}" for name in defines),
-                 *HERE.glob("*.cpp"), "-o", fresh],
+                [
+                    COMPILER,
+                    "-std=c++20",
+                    "-O1",
+                    "-ffp-contract=off",
+                    "-fPIC",
+                    "-shared",
+                    f"-I{HERE}",
+                    f"-I{SHARED}",
+                    *(f"-D{name}" for name in defines),
+                    *HERE.glob("*.cpp"),
+                    "-o",
+                    fresh,
+                ],
                 check=True,
-            )  # fmt: skip
+            )
             shutil.copy(fresh, f"{built}.{os.getpid()}")
             os.replace(f"{built}.{os.getpid()}", built)
     library = ctypes.CDLL(str(built))

@@ -73,7 +73,8 @@ class HappensBefore:
             overlap = old.begin < new.end and new.begin < old.end
             if overlap and (old.write or new.write) and clock.get(old.actor, 0) < old.tick:
                 self.races.append(
-                    f"{new} is not ordered after {old}: {new.end - new.begin} bytes at {new.begin:#x}"
+                    f"{new} is not ordered after {old}: {new.end - new.begin} bytes at "
+                    f"{new.begin:#x}"
                 )
                 raise AssertionError(self.races[-1])
 

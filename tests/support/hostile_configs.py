@@ -10,9 +10,31 @@ from formats.config.model_types import MODEL_TYPES
 FIELDS = ("model_type", *MODEL_TYPES["mixtral"].fields)
 
 VALUES: list[Any] = [
-    -1, 0, 1, 2, 3, 4096, None, 2**31, 2**63, 10**30, 0.5, -0.5, 1e308, True, False, "", "2", "nan", [], [1], ["a"], {},
-    {"a": 1}, [[2]],
-]  # fmt: skip
+    -1,
+    0,
+    1,
+    2,
+    3,
+    4096,
+    None,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    -0.5,
+    1e308,
+    True,
+    False,
+    "",
+    "2",
+    "nan",
+    [],
+    [1],
+    ["a"],
+    {},
+    {"a": 1},
+    [[2]],
+]
 
 KERNEL = "some-org/kernel@0123abc:fn"
 CODE: dict[str, Any] = {

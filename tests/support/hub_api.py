@@ -146,10 +146,21 @@ def _info(repo: Repo, commit: Commit, blobs: bool) -> dict[str, Any]:
                 sibling["lfs"] = {"size": blob.size, "sha256": blob.sha256, "pointerSize": 130}
         siblings.append(sibling)
     return {
-        "_id": "0" * 24, "id": repo.name, "modelId": repo.name, "author": repo.name.partition("/")[0],
-        "sha": commit.oid, "private": repo.private, "gated": "auto" if repo.gated else False, "disabled": False,
-        "downloads": 0, "likes": 0, "tags": [], "lastModified": _DATE, "createdAt": _DATE, "siblings": siblings,
-    }  # fmt: skip
+        "_id": "0" * 24,
+        "id": repo.name,
+        "modelId": repo.name,
+        "author": repo.name.partition("/")[0],
+        "sha": commit.oid,
+        "private": repo.private,
+        "gated": "auto" if repo.gated else False,
+        "disabled": False,
+        "downloads": 0,
+        "likes": 0,
+        "tags": [],
+        "lastModified": _DATE,
+        "createdAt": _DATE,
+        "siblings": siblings,
+    }
 
 
 def _tree(commit: Commit, folder: str, deep: bool) -> list[dict[str, Any]]:

@@ -43,9 +43,14 @@ def main() -> None:
     watch = Watch()
     with torch.inference_mode():
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-            pad_token_id=0, streamer=watch,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=watch,
+        )
     stats = model.moe_stats()
     result = {
         "most": watch.most,

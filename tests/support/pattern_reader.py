@@ -100,9 +100,13 @@ class GpuCache:
         }
         self.gpu_reader = GpuReader(self.tier, self.of_layer)
         self.cache = ExpertCache(
-            self.gpu_reader, slots, aside=aside, policy=policy, memory=[memories[id(d)] for d in self.of_layer],
+            self.gpu_reader,
+            slots,
+            aside=aside,
+            policy=policy,
+            memory=[memories[id(d)] for d in self.of_layer],
             tier=self.tier,
-        )  # fmt: skip
+        )
         self._patterns = self.reader._patterns
         self._use = threading.Lock()
 

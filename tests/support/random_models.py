@@ -10,26 +10,53 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96},
     "qwen3_moe": {
-        "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "intermediate_size": 96,
-        "head_dim": 32, "norm_topk_prob": True,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 48,
+        "intermediate_size": 96,
+        "head_dim": 32,
+        "norm_topk_prob": True,
     },
     "qwen3_moe with dense layers": {
-        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "intermediate_size": 96,
-        "head_dim": 16, "num_hidden_layers": 5, "mlp_only_layers": [0, 2],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "num_hidden_layers": 5,
+        "mlp_only_layers": [0, 2],
     },
     "qwen3_moe with every second layer dense": {
-        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "intermediate_size": 96,
-        "head_dim": 16, "num_hidden_layers": 5, "decoder_sparse_step": 2, "tie_word_embeddings": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "num_hidden_layers": 5,
+        "decoder_sparse_step": 2,
+        "tie_word_embeddings": True,
     },
-    "olmoe": {"num_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 48, "clip_qkv": 2.0},
-}  # fmt: skip
+    "olmoe": {
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "intermediate_size": 48,
+        "clip_qkv": 2.0,
+    },
+}
 """Name, which begins with the model type -> fields of its configuration."""
 
 

@@ -42,9 +42,17 @@ def test_heads_wider_than_hidden_over_heads_and_a_tied_head(tmp_path: Path, tied
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=24, num_local_experts=4, tie_word_embeddings=tied, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=24,
+        num_local_experts=4,
+        tie_word_embeddings=tied,
+        pad_token_id=None,
+    )
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     windows = some_windows(2, 24)
     logits, _ = streamed(tmp_path, windows)

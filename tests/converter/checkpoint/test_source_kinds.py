@@ -204,8 +204,11 @@ def test_complete_conversion_is_not_taken_for_one_of_another_overlay(
     overlay(source)
     convert_checkpoint(source, tmp_path / "out", make_recipe("16bit"))
     weight_map = json.loads((source / INDEX).read_text())["weight_map"]
-    edit_json(source / INDEX, weight_map=weight_map | {W1: "model-00001-of-00001.safetensors",
-                                                       EMBEDDING: "model-overlay-00001.safetensors"})  # fmt: skip
+    edit_json(
+        source / INDEX,
+        weight_map=weight_map
+        | {W1: "model-00001-of-00001.safetensors", EMBEDDING: "model-overlay-00001.safetensors"},
+    )
     with pytest.raises(MoeConvertError, match="another choice of tensors"):
         convert_checkpoint(source, tmp_path / "out", make_recipe("16bit"))
 

@@ -120,8 +120,15 @@ class Group:
         error = (self.w - a[:, None] * q + b[:, None]).square() @ self.h
         mean = q @ self.h / self.h.sum()
         spread = (q.square() @ self.h) - mean.square() * self.h.sum()
-        return {"a": a, "b": b, "error": error, "mean": mean, "spread": spread, "qq": q.square() @ self.h,
-                "qw": (q * self.w) @ self.h}  # fmt: skip
+        return {
+            "a": a,
+            "b": b,
+            "error": error,
+            "mean": mean,
+            "spread": spread,
+            "qq": q.square() @ self.h,
+            "qw": (q * self.w) @ self.h,
+        }
 
     def fit_codes(self, coded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         w_sum = self.w @ self.h

@@ -98,9 +98,13 @@ def test_fp32_is_rounded_to_bf16_and_quality_says_how_much_that_lost(tmp_path: P
     out = convert(source, tmp_path / "out")
     pairs = stored_and_source(out, source)
     assert all(torch.equal(a, b.bfloat16()) for a, b in pairs)
-    off, whole = (sum(float(f(a, b)) for a, b in pairs) for f in (
-        lambda a, b: (a.double() - b.double()).square().sum(), lambda a, b: b.double().square().sum(),
-    ))  # fmt: skip
+    off, whole = (
+        sum(float(f(a, b)) for a, b in pairs)
+        for f in (
+            lambda a, b: (a.double() - b.double()).square().sum(),
+            lambda a, b: b.double().square().sum(),
+        )
+    )
     said = json.loads((out / "quality.json").read_text())["totals"]["experts"]
     assert said == pytest.approx((off / whole) ** 0.5, rel=1e-4)
     assert 0.0005 < said < 0.003

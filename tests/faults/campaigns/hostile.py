@@ -19,9 +19,15 @@ OBJECTS = (
     "empty file",
 )
 OWN = (
-    "", "experts", ".moe-convert.lock", JOURNAL, ".moe-convert.calibration", ".moe-convert.calibration/state",
-    ".moe-convert.calibration/state.partial", ".moe-convert.source",
-)  # fmt: skip
+    "",
+    "experts",
+    ".moe-convert.lock",
+    JOURNAL,
+    ".moe-convert.calibration",
+    ".moe-convert.calibration/state",
+    ".moe-convert.calibration/state.partial",
+    ".moe-convert.source",
+)
 
 
 class HostileFolders:

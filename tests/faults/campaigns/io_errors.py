@@ -7,9 +7,23 @@ from faults.campaigns.workshop import RESULT, Lane, is_refused
 from faults.shim import Fault
 
 ERRORS = (
-    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE,
-    errno.ENOMEM, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EFBIG, errno.ENOENT, errno.EBUSY, errno.ENODEV,
-)  # fmt: skip
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENOMEM,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EFBIG,
+    errno.ENOENT,
+    errno.EBUSY,
+    errno.ENODEV,
+)
 READING = ("open", "read", "stat", "lock", "seek", "direct")
 
 

@@ -425,10 +425,16 @@ def change_frequencies(model):
 @pytest.mark.parametrize(
     "change",
     [
-        replace_router, assign_norm_data, exchange_keys, use_three_experts, change_scaling, change_eps,
-        change_eps_of_one_norm, change_frequencies,
+        replace_router,
+        assign_norm_data,
+        exchange_keys,
+        use_three_experts,
+        change_scaling,
+        change_eps,
+        change_eps_of_one_norm,
+        change_frequencies,
     ],
-)  # fmt: skip
+)
 def test_what_changes_after_the_first_token_is_followed(folder_of, change):
     cpu, gpu = load(folder_of(), torch.float32), Gpu()
     model = gpu.load(folder_of(), torch.float32)

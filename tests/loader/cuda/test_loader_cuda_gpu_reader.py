@@ -375,12 +375,21 @@ RANDOM = [
     (seed, *case)
     for seed, case in enumerate(
         [
-            ("late", 0, None, "lru"), ("late", 1, 4, "lrfu"), ("late", 3, 5, "lfu"), ("late", 8, None, "lrfu"),
-            ("early", 1, 4, "lrfu"), ("early", 3, None, "lru"), (0, 0, 4, "lrfu"), (1, 1, 2, "lru"),
-            (2, 2, 5, "lfu"), (3, 3, None, "lrfu"), (4, 4, 6, "lrfu"), (5, 8, 4, "lru"),
+            ("late", 0, None, "lru"),
+            ("late", 1, 4, "lrfu"),
+            ("late", 3, 5, "lfu"),
+            ("late", 8, None, "lrfu"),
+            ("early", 1, 4, "lrfu"),
+            ("early", 3, None, "lru"),
+            (0, 0, 4, "lrfu"),
+            (1, 1, 2, "lru"),
+            (2, 2, 5, "lfu"),
+            (3, 3, None, "lrfu"),
+            (4, 4, 6, "lrfu"),
+            (5, 8, 4, "lru"),
         ]
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("seed", "order", "slots", "ram", "policy"), RANDOM)
@@ -393,10 +402,11 @@ def test_whatever_is_asked_for_in_whatever_order_finds_its_bytes(
     gpu = GpuCache(
         slots, order=order, ram=ram, policy=POLICIES[policy], devices=devices, sizes=sizes
     )
-    # Hot experts, as routers have.
-    draw = lambda count: choose.sample(
-        [0, 1, 2, 3, 4, 5, 6, 7], count, counts=[6, 5, 3, 2, 1, 1, 1, 1]
-    )  # noqa: E731
+
+    def draw(count):
+        """Draw experts as a router does: some are used more than others."""
+        return choose.sample([0, 1, 2, 3, 4, 5, 6, 7], count, counts=[6, 5, 3, 2, 1, 1, 1, 1])
+
     for _ in range(60):
         for layer in range(4):
             kind = choose.random()

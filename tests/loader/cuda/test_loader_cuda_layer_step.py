@@ -132,9 +132,18 @@ def cache_of(length, kind):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "length"),
-    [(4, 2, 32, 0), (4, 2, 32, 63), (4, 2, 32, 64), (6, 2, 32, 511), (4, 1, 16, 512), (6, 1, 64, 90),
-     (4, 2, 32, 1100), (2, 2, 256, 130), (9, 3, 128, 70)],
-)  # fmt: skip
+    [
+        (4, 2, 32, 0),
+        (4, 2, 32, 63),
+        (4, 2, 32, 64),
+        (6, 2, 32, 511),
+        (4, 1, 16, 512),
+        (6, 1, 64, 90),
+        (4, 2, 32, 1100),
+        (2, 2, 256, 130),
+        (9, 3, 128, 70),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_over_any_number_of_positions_is_the_cpus(
     dtype, heads, kv_heads, dim, length, order

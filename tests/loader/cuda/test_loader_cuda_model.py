@@ -30,9 +30,13 @@ NEW_TOKENS = 6
 def generated(model, batch=1, length=10):
     ids = IDS[:, :length].expand(batch, -1)
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-        do_sample=False, pad_token_id=2,
-    ).tolist()  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=2,
+    ).tolist()
 
 
 @pytest.fixture(scope="module")

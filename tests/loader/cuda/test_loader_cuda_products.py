@@ -332,17 +332,33 @@ TILES = torch.zeros(Q2.matrix_bytes(64, 64), dtype=torch.uint8)
         (lambda p: p.linear(ACTS, TILES[:-1], Q2, 64, 64), "tiles: 5375 bytes, 5376 needed"),
         (lambda p: p.linear(ACTS, TILES, Q2, 64, 257), "acts: 257 columns take"),
         (lambda p: p.linear(ACTS, torch.zeros(6000, dtype=torch.uint8)[1:], Q2, 64, 64), "address"),
-        (lambda p: p.prepare_linear(ACTS.expand(2, 4, 80).contiguous(), [], 64), "expected one token, got 2"),
-        (lambda p: p.prepare_linear(ACTS, [(TILES, Q2, 64, torch.zeros(63))], 64), "y: expected 64 rows"),
+        (
+            lambda p: p.prepare_linear(ACTS.expand(2, 4, 80).contiguous(), [], 64),
+            "expected one token, got 2",
+        ),
+        (
+            lambda p: p.prepare_linear(ACTS, [(TILES, Q2, 64, torch.zeros(63))], 64),
+            "y: expected 64 rows",
+        ),
         (lambda p: p.token_experts(LAYOUT, ACTS, torch.ones(2), torch.zeros(63)), "out: expected"),
-        (lambda p: p.token_experts(LAYOUT, ACTS, torch.ones(2), torch.zeros(64)).add([(2, BLOB)]), "rank 2"),
-        (lambda p: p.token_experts(LAYOUT, ACTS, torch.ones(2), torch.zeros(64)).add([(1, BLOB[16:])]), "blob: "),
+        (
+            lambda p: p.token_experts(LAYOUT, ACTS, torch.ones(2), torch.zeros(64)).add(
+                [(2, BLOB)]
+            ),
+            "rank 2",
+        ),
+        (
+            lambda p: p.token_experts(LAYOUT, ACTS, torch.ones(2), torch.zeros(64)).add(
+                [(1, BLOB[16:])]
+            ),
+            "blob: ",
+        ),
         (lambda p: add(p, x=torch.zeros(2, 65)), "out: expected"),
         (lambda p: add(p, index=torch.zeros(2, 1, dtype=torch.int32)), "index: expected dense"),
         (lambda p: add(p, weights=torch.zeros(2, 2)), "weights"),
         (lambda p: add(p, blob=BLOB[16:]), "blob: "),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_refused_before_a_launch(call, message):
     device = HostDevice()
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -197,16 +197,37 @@ def replace_rotary(model):
 
 
 LAYER_CHANGES = [
-    replace_router_weight, assign_router_data, change_router_in_place, change_router_of_another_layout_in_place,
-    take_away_half_of_the_experts, replace_router, replace_attention_norm, assign_experts_norm_data,
-    exchange_q_buffers, exchange_k_data, exchange_v_in_place, exchange_o_modules, double_a_projection, change_scaling,
-    change_eps_of_one_norm_of_each_layer, change_eps_of_a_layer, use_three_experts, use_one_expert_in_some_layers,
+    replace_router_weight,
+    assign_router_data,
+    change_router_in_place,
+    change_router_of_another_layout_in_place,
+    take_away_half_of_the_experts,
+    replace_router,
+    replace_attention_norm,
+    assign_experts_norm_data,
+    exchange_q_buffers,
+    exchange_k_data,
+    exchange_v_in_place,
+    exchange_o_modules,
+    double_a_projection,
+    change_scaling,
+    change_eps_of_one_norm_of_each_layer,
+    change_eps_of_a_layer,
+    use_three_experts,
+    use_one_expert_in_some_layers,
     use_all_experts_in_some_layers,
-]  # fmt: skip
+]
 MODEL_CHANGES = [
-    replace_last_norm, change_last_eps, assign_embedding_data, replace_head, give_the_head_a_bias, replace_frequencies,
-    change_frequencies_in_place, scale_rotary, replace_rotary,
-]  # fmt: skip
+    replace_last_norm,
+    change_last_eps,
+    assign_embedding_data,
+    replace_head,
+    give_the_head_a_bias,
+    replace_frequencies,
+    change_frequencies_in_place,
+    scale_rotary,
+    replace_rotary,
+]
 
 
 def check(model, change):

@@ -167,10 +167,15 @@ def with_other_weights_in_the_place_of_ids(model):
 @pytest.mark.parametrize(
     "run",
     [
-        under_autocast, after_a_prompt_under_autocast, after_tokens_were_taken_back, after_one_of_a_batch_was_chosen,
-        after_inference_mode, with_another_default_device, with_other_weights_in_the_place_of_ids,
+        under_autocast,
+        after_a_prompt_under_autocast,
+        after_tokens_were_taken_back,
+        after_one_of_a_batch_was_chosen,
+        after_inference_mode,
+        with_another_default_device,
+        with_other_weights_in_the_place_of_ids,
     ],
-)  # fmt: skip
+)
 def test_logits_are_those_of_transformers_code(model, run):
     compare(model, run)
 

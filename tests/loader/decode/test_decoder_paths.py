@@ -65,11 +65,18 @@ def left(model, run):
 @pytest.mark.parametrize(
     "name",
     [
-        "lm_head", "model", "model.norm", "model.embed_tokens", "model.rotary_emb", "model.layers.1",
-        "model.layers.0.mlp.gate", "model.layers.0.self_attn", "model.layers.0.self_attn.q_proj",
+        "lm_head",
+        "model",
+        "model.norm",
+        "model.embed_tokens",
+        "model.rotary_emb",
+        "model.layers.1",
+        "model.layers.0.mlp.gate",
+        "model.layers.0.self_attn",
+        "model.layers.0.self_attn.q_proj",
         "model.layers.0.mlp.experts",
     ],
-)  # fmt: skip
+)
 def test_hooks_run(model, name):
     def run():
         handle = model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))

@@ -25,12 +25,24 @@ IDS = torch.tensor([[1, 17, 300, 42, 99]])
 FILES = {
     "experts/" + name
     for name in (
-        "buffers.py", "cache.py", "cache_state.py", "changes.py", "fetcher.py", "lease.py", "policy.py", "slots.py",
-        "streaming.py", "uses.py",
+        "buffers.py",
+        "cache.py",
+        "cache_state.py",
+        "changes.py",
+        "fetcher.py",
+        "lease.py",
+        "policy.py",
+        "slots.py",
+        "streaming.py",
+        "uses.py",
     )
 } | {
-    "decode/cpu.py", "hf/cache_length.py", "hf/decoder_path.py", "hf/growing_cache.py", "hf/served_model.py",
-}  # fmt: skip
+    "decode/cpu.py",
+    "hf/cache_length.py",
+    "hf/decoder_path.py",
+    "hf/growing_cache.py",
+    "hf/served_model.py",
+}
 PLACES = 40
 """How many of the lines that a call runs it is interrupted at, evenly spread."""
 

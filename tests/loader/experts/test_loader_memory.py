@@ -23,11 +23,22 @@ from loader.planning.memory_plan import Machine, ModelSizes, plan_memory
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 CONFIG = {
-    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "dtype": "bfloat16",
-    "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4, "num_local_experts": 8,
-    "num_experts_per_tok": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 1024,
-    "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-}  # fmt: skip
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_act": "silu",
+    "dtype": "bfloat16",
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+}
 PROMPT, TOKENS = 24, 16
 
 

@@ -35,9 +35,15 @@ def outputs(model, batch=1):
     """Logits of a prompt and of the tokens that follow it, greedy."""
     ids = IDS.expand(batch, -1)
     result = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=2,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        pad_token_id=2,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     return torch.stack(result.logits), result.sequences
 
 

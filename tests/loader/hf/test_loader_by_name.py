@@ -184,9 +184,14 @@ def test_a_plain_checkpoint_loads_as_the_plain_class(
 
 def test_a_model_made_of_a_configuration_is_of_the_plain_class() -> None:
     config = MixtralConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
-    )  # fmt: skip
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
     assert type(AutoModelForCausalLM.from_config(config)) is MixtralForCausalLM
 
 
@@ -256,9 +261,17 @@ def test_arguments_of_lm_eval_load_the_model(folder: Path, expected: torch.Tenso
     )
     quantization = AutoQuantizationConfig.from_dict(config.quantization_config)
     model = AutoModelForCausalLM.from_pretrained(
-        str(folder), revision="main", dtype="auto", trust_remote_code=False, gguf_file=None,
-        quantization_config=quantization, subfolder="", max_memory=None, device_map={"": "cpu"}, ram_cache="3MiB",
-    )  # fmt: skip
+        str(folder),
+        revision="main",
+        dtype="auto",
+        trust_remote_code=False,
+        gguf_file=None,
+        quantization_config=quantization,
+        subfolder="",
+        max_memory=None,
+        device_map={"": "cpu"},
+        ram_cache="3MiB",
+    )
     assert torch.equal(logits(model), expected)
     model.tie_weights()
     assert torch.equal(logits(model), expected)

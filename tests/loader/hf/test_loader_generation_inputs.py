@@ -113,8 +113,13 @@ def test_the_values_are_transformers_own(model, change):
 def test_generate_gives_the_same_tokens(model, monkeypatch, options):
     def run():
         torch.manual_seed(3)
-        return model.generate(IDS, max_new_tokens=300 if options == {"do_sample": False} else 20, min_new_tokens=20,
-                              pad_token_id=2, **options)  # fmt: skip
+        return model.generate(
+            IDS,
+            max_new_tokens=300 if options == {"do_sample": False} else 20,
+            min_new_tokens=20,
+            pad_token_id=2,
+            **options,
+        )
 
     ours = run()
     for name in ("prepared", "updated"):

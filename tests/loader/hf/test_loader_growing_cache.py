@@ -189,9 +189,13 @@ def test_generate_may_go_on_from_its_cache(model, batch, monkeypatch):
         ids, past = batch["input_ids"][:1], DynamicCache()
         for _ in range(3):
             output = model.generate(
-                ids, max_new_tokens=6, do_sample=False, pad_token_id=2, return_dict_in_generate=True,
+                ids,
+                max_new_tokens=6,
+                do_sample=False,
+                pad_token_id=2,
+                return_dict_in_generate=True,
                 past_key_values=past,
-            )  # fmt: skip
+            )
             ids, past = output.sequences, output.past_key_values
         return ids
 

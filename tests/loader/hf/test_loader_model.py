@@ -255,10 +255,19 @@ def test_a_tied_head_is_tied(tmp_path):
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
-        tie_word_embeddings=True, sliding_window=None, dtype="float32",
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        sliding_window=None,
+        dtype="float32",
+    )
     MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "out", make_recipe("4bit", solver="hqq"))
     model = load(tmp_path / "out")

@@ -95,9 +95,13 @@ def test_all_linear_layers_are_found_by_their_type(folder: Folder) -> None:
 def test_an_adapter_is_used_in_generation_saved_and_loaded(folder: Folder, tmp_path: Path) -> None:
     model = adapted(loaded(folder("2bit")), init_lora_weights=False).eval()
     options: dict[str, Any] = {
-        "max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True,
-        "pad_token_id": 2, "eos_token_id": None,
-    }  # fmt: skip
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 2,
+        "eos_token_id": None,
+    }
 
     def logits(each: Any) -> torch.Tensor:
         return torch.stack(each.generate(input_ids=batch(1), **options).logits)
@@ -167,9 +171,17 @@ def test_the_python_of_the_page_runs_as_it_stands(folder: Folder) -> None:
 def trainer(model: Any, out: Path, **options: Any) -> Trainer:
     ids = batch(4)
     arguments = TrainingArguments(
-        str(out), num_train_epochs=3, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
-        save_strategy="no", logging_strategy="epoch", disable_tqdm=True, **options,
-    )  # fmt: skip
+        str(out),
+        num_train_epochs=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="epoch",
+        disable_tqdm=True,
+        **options,
+    )
     return Trainer(
         model=model,
         args=arguments,
