@@ -1,10 +1,10 @@
-"""Speed of the native CPU kernels, MoE part only (no attention, no Python per layer but one call).
+"""Speed of the native CPU kernels for experts, without attention and without Python between layers.
 
-cold     fused two-expert calls over gigabytes of distinct 8x7B experts against a streaming sum over the same buffers,
-         pass by pass in turn: medians of GB/s, and of the share of each pair
-isa      the same calls through AVX2 against AVX-512, in turn
+cold     fused calls of two experts over gigabytes of distinct 8x7B experts, in turn with a
+         streaming sum over the same buffers: medians of GB/s, and of each pair's ratio
+isa      the same calls with AVX2 and with AVX-512, in turn
 prompt   GMAC/s at 32, 128 and 512 tokens an expert
-tokens   ms of one expert against 1..128 tokens: no cliff between the two kernels; --plot draws it
+tokens   ms of one expert for 1 to 128 tokens: no cliff between the two kernels; --plot draws it
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Speed of a converted model through transformers' generate, attention and Python included, everything in RAM.
+"""Speed of a converted model through transformers' generate, with everything in RAM.
 
-decode   ms per token and layer of 64 tokens after a prompt of 32, beside a streaming sum over the experts' bytes
-parts    where that time goes: the native call and the rest; and the same with a lease of experts for each layer
-prompt   tokens a second of one forward pass over 512 tokens, logits of the last one
-busy     (--busy) decode with a spinning process on one core: median, p99 and largest ms per layer
-compare  (--compare) decode with one measure and without it, in turn
+decode   ms per token and layer of 64 tokens after a prompt of 32, beside a streaming sum over the
+         experts' bytes
+parts    the share of the native call in that time, and the same with a lease of experts per layer
+prompt   tokens per second of one forward pass over 512 tokens that computes the last logits
+busy     (--busy) decode while a process spins on one core: median, p99 and largest ms per layer
+compare  (--compare) decode with one optimization and without it, in turn
 """
 
 from __future__ import annotations

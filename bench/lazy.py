@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, environ: dict[str, str], **what: Any) -> A
 
 
 def _measure(lazy: bool, prompt: int, tokens: int, wait: bool = False) -> dict[str, Any]:
-    """Loads REPO and generates; seconds, and the experts' bytes that are there at the first token."""
+    """Load REPO and generate; return seconds and the experts' bytes at the first token."""
     import torch
     import transformers  # noqa: F401  (its import is not timed)
 

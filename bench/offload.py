@@ -166,7 +166,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['folder']}: experts {result['expert_bytes'] / 1e9:.2f} GB, disk "
         f"{result['disk_gb_s']:.2f} GB/s"
         + ("" if result["limited"] else ", memory not limited (no rights to control groups)"),
-        f"{'share':>6} {'':13} {'tok/s':>7} {'MB/token':>9} {'x misses':>9} {'hits':>6} {'busy':>6} {'x disk':>7}",
+        f"{'share':>6} {'':13} {'tok/s':>7} {'MB/token':>9} {'x misses':>9} "
+        f"{'hits':>6} {'busy':>6} {'x disk':>7}",
     ]
     for share, modes in result["runs"].items():
         for mode, found in modes.items():

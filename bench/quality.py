@@ -1,16 +1,21 @@
-"""A ladder of solvers and recipes: how far each converted model's predictions are from the original's.
+"""Compare solvers and recipes by the distance of predictions from the original model's.
 
     python bench/quality.py --text a.txt --text b.txt --calibrate broad.txt --json out.json
-    python bench/quality.py --outliers                                            (the same on the outlier variant)
-    python bench/quality.py --recipe 2.7bpw --recipe 2bit/down=3bit --solver feedback:builtin         (mixed bits)
 
-Bits a weight are those that the packings take at the sizes of 8x7B, also in targets: a small model's columns do not
-fill the blocks.
+    # the same on the outlier variant
+    python bench/quality.py --outliers
 
-Weights are compared, not kernels: the converted weights are dequantized into the original model, in float32. For each
-window the mean over tokens of KL(original || converted) is computed from differences of log-probabilities; the table
-has the mean over windows and its standard error, the perplexity ratio with that of its logarithm, and the agreement of
-the first choice. Do not report a choice on the text that it was made on: --skip and --half keep parts apart.
+    # mixed bits
+    python bench/quality.py --recipe 2.7bpw --recipe 2bit/down=3bit --solver feedback:builtin
+
+Bits per weight, also of targets, are those of the packings at the sizes of 8x7B: a small model's
+columns do not fill the blocks.
+
+It compares weights, not kernels: it dequantizes the converted weights into the original model, in
+float32. For each window it computes the mean over tokens of KL(original || converted) from
+differences of log-probabilities. The table has the mean over windows and its standard error, the
+perplexity ratio and the standard error of its logarithm, and the agreement of the first choice. Do
+not report a choice on the text that it was made on: --skip and --half keep parts apart.
 """
 
 import argparse
@@ -132,7 +137,7 @@ def recipe_of(
 
 
 def put_converted(model: Any, folder: Path) -> None:
-    """Replaces the weights of the original `model` by those of the converted `folder`, dequantized."""
+    """Replace the weights of `model` by the dequantized weights of the converted `folder`."""
     artifact = Artifact.open(folder)
     a = artifact.architecture
     parameters = dict(model.named_parameters())
@@ -269,7 +274,8 @@ def main() -> None:
                 steps.append(step)
                 print(
                     f"{recipe:7} {name:18} {step.bits:.3f}  {step.kl:.5f} ± {step.kl_error:.5f}"
-                    f"  {step.ratio:.4f} ± {step.ratio_error:.4f}  {step.agreement:.3f}  {seconds:.1f}",
+                    f"  {step.ratio:.4f} ± {step.ratio_error:.4f}  {step.agreement:.3f}"
+                    f"  {seconds:.1f}",
                     flush=True,
                 )
     if options.json:

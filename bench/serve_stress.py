@@ -79,7 +79,7 @@ def body(messages: list[dict[str, str]], **options: object) -> dict[str, object]
 
 
 class Clients:
-    """Clients in threads of their own; `counts` says what happened, `wrong` what should not have."""
+    """Clients in threads; `counts` has all outcomes, `wrong` the wrong answers."""
 
     def __init__(self, url: str, conversations: Conversations, end_s: float) -> None:
         self._url = f"{url}/v1/chat/completions"

@@ -139,12 +139,15 @@ def main() -> None:
     subject = Subject(options.rows, options.columns)
     progress = sys.stderr if options.json else sys.stdout
     print(
-        f"{solver_library.describe()}; isa {options.isa}; gaussian bf16 [{options.rows}, {options.columns}], 1 thread\n"
+        f"{solver_library.describe()}; isa {options.isa}; "
+        f"gaussian bf16 [{options.rows}, {options.columns}], 1 thread\n"
         f"factorization: full width {subject.factorize_s:.2f} s and {subject.metric_s:.2f} s "
         f"for the gain's metric, "
         f"blocks of 256 {subject.factorize_blocks_s:.2f} s\n"
-        "                  Mweights/s                                error in the Hessian's metric\n"
-        "packing            package  native  refit  blocks   full     native   refit  blocks    full",
+        "                  Mweights/s                      "
+        "          error in the Hessian's metric\n"
+        "packing            package  native  refit  blocks   full "
+        "    native   refit  blocks    full",
         file=progress,
     )
     ways, results = ("native", "refit", "blocks", "full"), []

@@ -131,7 +131,7 @@ def compare(
 
 
 def _in_turn(load: Load, decoding: Decoding, options: list[Row], rounds: int) -> list[list[Row]]:
-    """Runs of models with these options, loaded at once, in turn; the first round is not counted."""
+    """Run models with these options in turn, all loaded; the first round is not counted."""
     with ExitStack() as stack:
         models = [stack.enter_context(loaded(load, **each)) for each in options]
         return [[decoding.run(model) for model in models] for _ in range(rounds + 1)][1:]

@@ -1,4 +1,4 @@
-"""When a GPU does nothing: from the kernels and copies of a profiler's trace, in all and by layer."""
+"""Find times in which a GPU is idle, from a profiler trace, in total and per layer."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ class Interval(NamedTuple):
 
 
 def intervals_of(trace: dict[str, Any]) -> list[Interval]:
-    """What ran on the GPU, by begin, of a trace as torch.profiler's export_chrome_trace writes it."""
+    """Return kernels and copies sorted by begin, from a trace of torch.profiler."""
     found = [
         Interval(event["ts"], event["ts"] + event["dur"], _KINDS[event["cat"]], event["name"])
         for event in trace["traceEvents"]

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 class PinnedExpert:
-    """Experts in page-locked RAM, more than a processor's cache holds, and room for one on the GPU."""
+    """Experts in page-locked RAM, more than a CPU cache holds, and a GPU buffer for one."""
 
     def __init__(self, device: Device, n_bytes: int, sources: int = 8) -> None:
         self._device = device
@@ -144,7 +144,7 @@ class ExpertsRing:
 
 
 class AttentionRing:
-    """The packed matrices of attention of several layers; each call is one layer's q, k, v and o."""
+    """Packed attention matrices of several layers; each call is one layer's q, k, v and o."""
 
     def __init__(self, device: Device, shape: Shape, packing: Packing, n_bytes: int) -> None:
         self.device, self.packing, self.products = device, packing, Products(device)
@@ -259,9 +259,17 @@ def kernels(
 
 
 def _of_ring(
-    clock: Clock, what: str, packing: Packing, ring: Any, weights: int, length: int, copy: DeviceCopy,
-    few: Sequence[int], many: Sequence[int], pairs: int,
-) -> Iterator[Row]:  # fmt: skip
+    clock: Clock,
+    what: str,
+    packing: Packing,
+    ring: Any,
+    weights: int,
+    length: int,
+    copy: DeviceCopy,
+    few: Sequence[int],
+    many: Sequence[int],
+    pairs: int,
+) -> Iterator[Row]:
     for tokens in few:
         found = beside_copy(
             clock, ring.call(tokens), max(length, 16), ring.bytes_each_call, copy, pairs

@@ -39,7 +39,8 @@ class Bar(NamedTuple):
     def __str__(self) -> str:
         if self.value is None:
             return f"not measured  {self.name}, at least {self.least:.2f}"
-        return f"{'met' if self.met else 'NOT MET':13} {self.name}: {self.value:.3f}, at least {self.least:.2f}"
+        verdict = "met" if self.met else "NOT MET"
+        return f"{verdict:13} {self.name}: {self.value:.3f}, at least {self.least:.2f}"
 
 
 def bars(result: Row) -> list[Bar]:

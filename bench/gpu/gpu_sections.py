@@ -1,22 +1,30 @@
-"""What a GPU makes of it: link, kernels, whole model, in one command. Prints rows as they come; --json stores them.
+"""Measure link, kernels and whole model on a GPU in one command.
+
+Prints each row when it is measured; --json stores them.
 
 check     small experts in every packing, compared with the reference
 link      GB/s of single copies of an expert from page-locked RAM
-overlap   copies while experts are computed: the time of both over that of the longer one alone (1: they do not disturb)
-kernels   a layer's two experts and its attention in every packing, no weight twice from a cache: packed bytes read a
-          second, beside a copy within the GPU in turn (bytes read and written); prompts by weights times tokens
-decode    tokens a second with 2, 4, 6 of 8 slots a layer, with and without prefetch and CPU share, in turn (A B A B),
-          and over what the link allows: link / (misses a token · bytes of an expert)
-gaps      by layer, from the profiler: when neither a kernel nor a copy runs
+overlap   copies while experts are computed: time of both over the longer of the two alone
+          (1: neither slows the other)
+kernels   a layer's two experts and its attention in every packing, no weight twice from a cache:
+          packed bytes read per second, in turn with a copy within the GPU (bytes read and
+          written); prompts by weights times tokens
+decode    tokens per second with 2, 4, 6 of 8 slots a layer, with and without prefetch and CPU
+          share, in turn (A B A B), and relative to the link's limit:
+          link / (misses per token · bytes per expert)
+gaps      time per layer in which neither a kernel nor a copy runs, from the profiler
 resident  all experts on the GPU
 
-Needs an NVIDIA GPU of compute capability 7.0 or newer with 6 GB free, its driver, Linux, and this repository with its
-requirements, torch from a CUDA wheel of that driver's version among them; no compiler, no CUDA toolkit, no network.
-Without the native library of `pip install .` the conversion is slow, and decode leaves the CPU share out. With the
-default 4 layers of Mixtral-8x7B's shape and random weights: 14 GB on disk while the model is made, 2 GB afterwards
-(--work; kept for the next time), 12 GB of RAM, of which 4 are page-locked. Each further layer takes 3.4 GB on disk (0.5
-kept), 0.9 GB of RAM and 0.7 GB of the GPU. Time is estimated, not measured: 3 to 6 minutes to make the model, 5 to 10
-for the rest. Exit code: 0 if everything was measured, 1 without a GPU, 2 if a section failed.
+Needs Linux, an NVIDIA GPU of compute capability 7.0 or newer with 6 GB free, its driver, this
+repository's requirements, and torch from a CUDA wheel for that driver. It needs no compiler, CUDA
+toolkit or network. Without the native library of `pip install .`, the conversion is slow, and
+decode omits the CPU share.
+
+The default is 4 layers of Mixtral-8x7B's shape with random weights: 14 GB of disk while the model
+is made, 2 GB afterwards (--work keeps it for the next run), 12 GB of RAM, 4 of them page-locked.
+Each further layer takes 3.4 GB of disk (0.5 afterwards), 0.9 GB of RAM and 0.7 GB of the GPU.
+Estimated, not measured: 3 to 6 minutes to make the model, 5 to 10 for the rest. Exit code: 0 if
+everything was measured, 1 without a GPU, 2 if a section failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""upload as a user calls it: one commit, nothing twice, nothing damaged, a card that the Hub takes."""
+"""upload as a user calls it: one commit, no file twice, no damaged file, a valid model card."""
 
 import json
 import os

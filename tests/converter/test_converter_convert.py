@@ -1,4 +1,4 @@
-"""Whole conversions: the same bytes by every way, nothing lost by any interruption, nothing mixed."""
+"""Whole conversions: every way gives the same bytes, and an interruption loses or mixes nothing."""
 
 import contextlib
 import fcntl
@@ -251,9 +251,15 @@ def flip_in_layer(out: Path, good: Path, part: str) -> Path:
     ],
 )
 def test_flipped_bit_in_a_complete_layer_file_changes_no_byte_of_the_result(
-    source: Path, good: Path, with_complete_layer: Path, tmp_path: Path, codec: str, part: str, said: str,
+    source: Path,
+    good: Path,
+    with_complete_layer: Path,
+    tmp_path: Path,
+    codec: str,
+    part: str,
+    said: str,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     out = Path(shutil.copytree(with_complete_layer, tmp_path / "out"))
     damaged = flip_in_layer(out, good, part)
     convert(source, out, codec=codec)
@@ -280,9 +286,13 @@ def test_undamaged_complete_layer_file_is_kept_without_a_warning(
 
 @pytest.mark.parametrize("codec", ["none"], indirect=True)
 def test_of_a_damaged_complete_layer_only_the_damaged_expert_is_converted_again(
-    source: Path, good: Path, with_complete_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    source: Path,
+    good: Path,
+    with_complete_layer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     out = Path(shutil.copytree(with_complete_layer, tmp_path / "out"))
     flip_in_layer(out, good, "last byte of expert 2")
     again = converted_experts(monkeypatch, lambda: convert(source, out))

@@ -283,7 +283,7 @@ def test_every_random_change_of_a_header_is_refused_with_a_typed_error(
 
 
 def outcome(folder: Path) -> None:
-    """Opening and verifying `folder` may only succeed or raise a typed error; what opens, verifies."""
+    """Check that `folder` opens and verifies, or raises a typed error."""
     with suppress(MoeConvertError):
         Artifact.open(folder)
     verify_folder(folder, read_data=True)

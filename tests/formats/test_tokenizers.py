@@ -316,7 +316,9 @@ def test_commands_say_that_there_is_no_tokenizer(
     text = tmp_path / "text.txt"
     text.write_text("Some words. " * 200)
     for arguments in (
-        ("generate", "--prompt", "a"), ("eval", "--text", text), ("trace", "--text", text, "-o", tmp_path / "trace"),
+        ("generate", "--prompt", "a"),
+        ("eval", "--text", text),
+        ("trace", "--text", text, "-o", tmp_path / "trace"),
     ):  # fmt: skip
         code, _, err = run_command(arguments[0], folder, *arguments[1:], "--kernels", "torch")
         assert (code, f"error: {folder}: has no tokenizer" in err) == (1, True), err

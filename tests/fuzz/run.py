@@ -50,7 +50,7 @@ def main() -> int:
         return 0
     if importlib.util.find_spec("atheris") is None:
         print(
-            "fuzzing needs atheris, which has wheels for Linux on x86-64: pip install atheris",
+            "fuzzing needs atheris, which has wheels for Linux on x86-64: pip install -e .[fuzz]",
             file=sys.stderr,
         )
         return 2
@@ -97,7 +97,7 @@ def fuzz(name: str, seconds: int) -> bool:
         else:
             print(
                 f"{name}: "
-                f"{next(line for line in reversed(run.stderr.splitlines()) if line.startswith('Done'))}"
+                f"{next(x for x in reversed(run.stderr.splitlines()) if x.startswith('Done'))}"
             )
         return run.returncode == 0
 

@@ -1,4 +1,4 @@
-"""docs/security.md: the files that may reach transformers, the limits, and the tests that it names."""
+"""docs/security.md: the files that may reach transformers, the limits, and the tests it names."""
 
 import re
 

@@ -127,7 +127,10 @@ def test_interleaved_conversations_do_not_mix(converted, tokenizer):
     # In bfloat16 a prompt and single tokens round differently, which decides between tokens that
     # are equally likely.
     model = loader.from_pretrained(converted("2bit"), dtype=torch.float32)
-    system = "In the beginning God created the heaven and the earth, and the men of the city said unto him. "
+    system = (
+        "In the beginning God created the heaven and the earth, "
+        "and the men of the city said unto him. "
+    )
     begins = [tokens_of(tokenizer, system + text) for text in ("And the ship", "He said")]
 
     def turns(engine, number):

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for this processor (tests/cuda_host): their arithmetic without a GPU."""
+"""Compile the CUDA kernels for the CPU (cuda_host/) to test their arithmetic without a GPU."""
 
 import ctypes
 import hashlib

@@ -68,7 +68,7 @@ class HappensBefore:
         self._accesses.append(new)
 
     def check(self, new, clock):
-        """AssertionError if `new` conflicts with an access that `clock` does not know to be over."""
+        """Raise AssertionError if `new` conflicts with an access not ordered before `clock`."""
         for old in self._accesses:
             overlap = old.begin < new.end and new.begin < old.end
             if overlap and (old.write or new.write) and clock.get(old.actor, 0) < old.tick:

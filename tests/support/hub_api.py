@@ -1,4 +1,4 @@
-"""The loopback Hub's API: repositories, preupload, LFS batch, commits, and what a revision holds."""
+"""The loopback Hub's API: repositories, preupload, LFS batch, commits and contents of revisions."""
 
 import base64
 import hashlib

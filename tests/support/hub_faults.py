@@ -50,7 +50,7 @@ class Faults:
         self._add(Fault("shift", path, times, by))
 
     def damage(self, path: str = "", *, at: int = 0, times: int = 1) -> None:
-        """One byte of the body, `at` bytes from its beginning, is another; the headers are right."""
+        """Change one byte of the body, at offset `at`; the headers stay right."""
         self._add(Fault("damage", path, times, at))
 
     def change_etag(self, path: str = "", *, times: int = 1) -> None:
@@ -74,7 +74,7 @@ class Faults:
         self._add(Fault("status", path, times, status=302, headers={"Location": location}))
 
     def before(self, path: str, action: Callable[[], object], *, times: int = 1) -> None:
-        """Calls `action` before the request is answered: to commit, to count, to wait for an event."""
+        """Call `action` before the answer: to commit, to count, to wait for an event."""
         self._add(Fault("before", path, times, action=action))
 
     def take(self, kind: str, path: str) -> Fault | None:

@@ -40,7 +40,7 @@ class Blob:
 
     @property
     def etag(self) -> str:
-        """What huggingface_hub calls the file's blob: sha256 of an LFS file, git's sha1 of another."""
+        """Blob id in huggingface_hub: sha256 of an LFS file, git's sha1 of any other."""
         return self.sha256 if self.lfs else self.git_oid
 
     def read(self, begin: int, end: int) -> bytes:

@@ -1,17 +1,24 @@
-"""A Hub on the loopback interface, for huggingface_hub as the client; and a second host that serves LFS files.
+"""A Hub on the loopback interface for huggingface_hub, and a second host that serves LFS files.
 
     with HubServer() as hub:
-        commit = hub.add("me/model", {"config.json": b"{}", "model.safetensors": path_or_bytes})   # or a folder
-        hub.connect(tmp_path / "home", monkeypatch)      # this process: endpoint, cache, token "hf_me"
-        subprocess.run(..., env=os.environ | hub.environ(tmp_path / "home"))                       # another one
-        hub.faults.drop("model.safetensors", after=1000)                                          # tests/support/hub_faults.py
-        hub.served("model.safetensors"), hub.ranges("model.safetensors"), hub.requests            # what was asked for
+        # Files as bytes or paths, or a folder.
+        commit = hub.add("me/model", {"config.json": b"{}", "model.safetensors": path})
+        # Point this process to it: endpoint, cache, token "hf_me".
+        hub.connect(tmp_path / "home", monkeypatch)
+        # Or another process.
+        subprocess.run(..., env=os.environ | hub.environ(tmp_path / "home"))
+        # See tests/support/hub_faults.py.
+        hub.faults.drop("model.safetensors", after=1000)
+        # Ask for the requests so far.
+        hub.served("model.safetensors"), hub.ranges("model.safetensors"), hub.requests
 
-The fixture `hub` (tests/conftest.py) is such a server, connected. A file's URL path contains its repository and its
-name on both hosts, so that faults and counts find it by name. LFS files (.safetensors, or 1 MiB and more) are answered
-by a redirect to `hub.cdn`; `request.token` says whether a token came along. Other files are answered at once.
-`hub.commit` adds or replaces files of a branch; `hub.files` gives what a branch holds; `hub.bytes_per_s` throttles.
-Written from what huggingface_hub 1 and 2 send and read. Lacks: Xet, pagination, multipart uploads, datasets, spaces.
+The fixture `hub` (tests/conftest.py) is such a server, connected. On both hosts a file's URL path
+contains its repository and its name: faults and counts find the file by name. LFS files
+(.safetensors, or 1 MiB and more) are answered with a redirect to `hub.cdn`; `request.token` is true
+if the request had a token. Other files are answered at once. `hub.commit` adds or replaces files of
+a branch; `hub.files` returns a branch's files; `hub.bytes_per_s` limits the speed. It follows what
+huggingface_hub 1 and 2 send and read. Not implemented: Xet, pagination, multipart uploads,
+datasets, spaces.
 """
 
 import threading

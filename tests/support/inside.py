@@ -14,6 +14,6 @@ def inside(thing: Any, name: str) -> Any:
 
 
 def retry_quickly(repo: Any, retries: Any) -> None:
-    """Replace the retries of a HubRepo that the product opened itself: the real ones wait seconds."""
+    """Replace the retries of a HubRepo that the product opened: the real ones wait seconds."""
     object.__setattr__(repo, "_retries", retries)
     repo._reader._retries = retries

@@ -1,8 +1,9 @@
-"""Converts in a forked child on each line of standard input: a warm interpreter for tests that kill conversions.
+"""Convert in a forked child for each line of standard input: a warm start for tests that kill.
 
-    python kill_server.py SOURCE OUT WORKERS RECIPE      (RECIPE: what make_recipe takes beside the name, as JSON)
+    python kill_server.py SOURCE OUT WORKERS RECIPE
 
-Prints the child's pid, then its exit status. Imports torch once and never computes in the parent, so a fork is safe.
+RECIPE is JSON: the keyword arguments of make_recipe. Prints the child's pid, then its exit status.
+It imports torch once and never computes in the parent, so a fork is safe.
 """
 
 import json

@@ -55,7 +55,7 @@ def trace_of(experts, count=8, guesses=None, prompts=(), expert_bytes=None):
 
 
 def random_experts(seed, tokens, layers=1, count=8, chosen=2, skew=1.0):
-    """uint8 [tokens, layers, chosen], each token's different; `skew` above 0 prefers low numbers."""
+    """Return uint8 [tokens, layers, chosen], distinct per token; skew > 0 prefers low ids."""
     generator = np.random.default_rng(seed)
     keys = generator.gumbel(size=(tokens, layers, count)) - skew * np.log(np.arange(1, count + 1))
     return np.argsort(-keys, axis=2)[:, :, :chosen].astype(np.uint8)

@@ -70,7 +70,7 @@ CONFIG: dict[str, Any] = {
 
 
 def random_matrix(packing: str, rows: int, columns: int, seed: int) -> dict[str, Any]:
-    """A matrix as the tile vectors describe it; every value that a code, S or M can have is likely."""
+    """Return a matrix for the tile vectors in which each value of a code, S or M is likely."""
     rng = random.Random(seed)
     groups = -(-columns // GROUP_SIZES[packing])
     top = ranges(packing)

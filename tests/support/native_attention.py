@@ -1,4 +1,4 @@
-"""The native attention of one token, called as the decoder calls it, without the rest of a model."""
+"""Native attention of one token, called as the decoder calls it, without the rest of a model."""
 
 from ctypes import byref
 

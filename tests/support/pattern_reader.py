@@ -79,9 +79,21 @@ class GpuCache:
     """
 
     def __init__(
-        self, slots, *, layers=4, experts=8, sizes=None, ram=None, order="late", devices=1, aside=2, policy=LrfuPolicy,
-        piece_buffers=3, top_k=2, **of_device,
-    ):  # fmt: skip
+        self,
+        slots,
+        *,
+        layers=4,
+        experts=8,
+        sizes=None,
+        ram=None,
+        order="late",
+        devices=1,
+        aside=2,
+        policy=LrfuPolicy,
+        piece_buffers=3,
+        top_k=2,
+        **of_device,
+    ):
         sizes = sizes or [EXPERT_BYTES] * layers
         first = RecordingDevice(order=order, **of_device)
         self.devices = [first] + [

@@ -15,7 +15,7 @@ def some_windows(count: int, window: int) -> torch.Tensor:
 def transformers_answer(
     folder: Path, windows: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [windows, window, vocabulary], and each layer's choices [windows · window, k], sorted."""
+    """Return logits [windows, window, vocabulary] and sorted choices [windows · window, k]."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

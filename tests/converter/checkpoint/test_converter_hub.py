@@ -80,7 +80,7 @@ def weights_of(folder: Path) -> dict[str, bytes]:
 
 
 def watch_disk(patch: pytest.MonkeyPatch, folder: Path) -> Callable[[], int]:
-    """The largest size that the fetched shards of `folder` had whenever something was made durable."""
+    """Return a function for the largest size of the fetched shards at any fsync, in bytes."""
     seen = [0]
     real = os.fsync
 

@@ -195,7 +195,7 @@ def test_the_forward_pass_keeps_inputs_only(folder: Folder) -> None:
         assert {t.data_ptr() for t in kept} == {q_proj.packed.data_ptr()}
 
 
-def test_a_pass_with_gradients_enabled_that_nothing_requires_gives_the_logits_of_the_dequantized_weights(
+def test_a_pass_with_unused_gradients_gives_the_logits_of_the_dequantized_weights(
     folder: Folder,
 ) -> None:
     model = loaded(folder("2bit"), "two").requires_grad_(False)

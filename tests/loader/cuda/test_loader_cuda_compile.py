@@ -10,7 +10,9 @@ from project_paths import SUPPORT
 from formats.packing import PACKINGS
 from loader.cuda.device import nvrtc
 
-pytestmark = pytest.mark.skipif(not nvrtc.is_available(), reason="no NVRTC")
+pytestmark = pytest.mark.skipif(
+    not nvrtc.is_available(), reason="no NVRTC: install the extra [cuda-tests]"
+)
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90")
 TEXT = (SUPPORT / "cuda_host/names.inc").read_text()

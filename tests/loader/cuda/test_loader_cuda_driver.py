@@ -11,7 +11,9 @@ from loader.cuda.device import driver, nvrtc
 from loader.cuda.device.device import kernel_argument
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-needs_nvrtc = pytest.mark.skipif(not nvrtc.is_available(), reason="no NVRTC")
+needs_nvrtc = pytest.mark.skipif(
+    not nvrtc.is_available(), reason="no NVRTC: install the extra [cuda-tests]"
+)
 
 
 @pytest.fixture

@@ -175,8 +175,12 @@ def test_another_dtype_or_weight_after_loading_is_taken_up(converted):
         converted("2bit"), kernels="native", dtype=torch.bfloat16, ram_cache="1GiB"
     )
     token_by_token(model)
-    for change in (lambda: model.to(torch.float32), lambda: model.model.norm.weight.data.mul_(2.0), lambda: setattr(
-        model.model.embed_tokens, "weight", nn.Parameter(model.model.embed_tokens.weight.flip(0)))):  # fmt: skip
+    embedding = model.model.embed_tokens
+    for change in (
+        lambda: model.to(torch.float32),
+        lambda: model.model.norm.weight.data.mul_(2.0),
+        lambda: setattr(embedding, "weight", nn.Parameter(embedding.weight.flip(0))),
+    ):
         change()
         found = []
         assert paths(model, lambda found=found: found.append(token_by_token(model))) == (20, {})

@@ -85,7 +85,7 @@ def test_logits_at_16_bits_are_those_of_plain_transformers(
 
 
 def compare(model, run, again=None):
-    """`run` gives nearly the same both ways; `again`: the model of the second way, if not the same."""
+    """Check that `run` gives nearly the same both ways; `again` is the second way's model."""
     ours = run(model)
     with transformers_code(again or model):
         expected = run(again or model)

@@ -54,7 +54,7 @@ def test_prompts_and_batches_are_never_logged(fresh, caplog):
 
 
 def left(model, run):
-    """The reasons of `run`, in which no token takes the decoder; afterwards tokens take it again."""
+    """Return the reasons why no token of `run` takes the decoder; later tokens take it again."""
     decoded, reasons = paths(model, run)
     assert decoded == 0
     assert paths(model, lambda: token_by_token(model)) == (TOKENS, {})

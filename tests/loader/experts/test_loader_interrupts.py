@@ -141,7 +141,7 @@ def within_a_minute(call):
 
 
 def asked_for(cache):
-    """The first byte of all experts that a token, a guess, another token and two prompts ask for."""
+    """Return the first byte of each expert that two tokens, a guess and two prompts request."""
     found = []
     with cache.lease(0, [0, 1]) as lease:
         cache.guess(1, [2, 3])

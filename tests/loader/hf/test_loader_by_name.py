@@ -111,9 +111,7 @@ print(type(AutoModelForCausalLM._model_mapping[MixtralConfig]).__module__)
 """
 
 
-def test_importing_the_loader_imports_neither_torch_nor_transformers_and_registers_all_the_same() -> (
-    None
-):
+def test_importing_the_loader_registers_it_without_importing_torch_or_transformers() -> None:
     assert run_python(EARLY).split() == [
         "True",
         "False",

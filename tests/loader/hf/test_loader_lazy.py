@@ -92,9 +92,13 @@ def test_tokens_are_those_of_the_local_folder_and_no_expert_comes_twice(
 
 @pytest.mark.parametrize("recipe", ["2bit", "zstd"])
 def test_experts_have_their_bytes_with_and_without_a_codec(
-    hub: HubServer, local: Path, tmp_path: Path, recipe: str, expected: Callable[[int, int], torch.Tensor],
+    hub: HubServer,
+    local: Path,
+    tmp_path: Path,
+    recipe: str,
+    expected: Callable[[int, int], torch.Tensor],
     example_folder: Path,
-) -> None:  # fmt: skip
+) -> None:
     folder = local
     if recipe == "zstd":
         from converter.convert import ConvertOptions, convert_checkpoint

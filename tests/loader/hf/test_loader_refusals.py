@@ -28,7 +28,7 @@ def edit_json(path, change):
 
 
 def rewrite_trunk(folder, change):
-    """Saves the trunk again after `change`(tensors), with an index that agrees with the new file."""
+    """Save the trunk after `change`(tensors), with an index that matches the new file."""
     path = folder / "trunk.safetensors"
     tensors = load_file(path)
     change(tensors)

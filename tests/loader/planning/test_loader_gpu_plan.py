@@ -184,6 +184,9 @@ def test_the_documents_numbers_of_8x7b_are_what_is_computed(example_folder, tmp_
         )
         slots = " or ".join(str(count) for count in sorted(set(gpu.slots)))
         speeds = " | ".join("{:.1f} to {:.1f}".format(*plan.tokens_per_s) for plan in plans)
-        row = f"| {vram} GB | {slots} | {gpu.miss_ratio:.3f} | {gpu.copied_bytes_per_token / 1e6:.0f} | {speeds} |"
+        row = (
+            f"| {vram} GB | {slots} | {gpu.miss_ratio:.3f} "
+            f"| {gpu.copied_bytes_per_token / 1e6:.0f} | {speeds} |"
+        )
         assert row in page, row
         assert f"({plans[0].ram_bytes / 1e9:.1f} GB with the process)" in page

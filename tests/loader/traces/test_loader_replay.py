@@ -102,7 +102,7 @@ def test_misses_are_what_was_not_resident(policy):
     assert replay.resident.sum(1).max() == 4
 
 
-def test_a_prompt_asks_for_each_expert_once_in_the_order_of_last_use_and_its_tokens_are_not_decoded():
+def test_a_prompt_requests_each_expert_once_in_the_order_of_last_use():
     trace = trace_of([[[0, 1]], [[5, 1]], [[2, 0]], [[4, 3]], [[3, 4]]], prompts=[(3, 2), (2, 1)])
     assert requests_of(trace, 0) == [
         Request(2, [0, 5, 1], prompt_tokens=2),
