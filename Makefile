@@ -5,27 +5,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
+INSTALLED := $(VENV)/installed-$(EXTRAS)
 PYTEST := $(BIN)/python -m pytest -q -n logical --dist loadfile
 NATIVE := $(wildcard CMakeLists.txt formats/native/* loader/native/* converter/native/*)
 
 .PHONY: demo test test-slow test-versions test-native fuzz faults lint clean
 
-demo: $(VENV)/installed
+demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 # Fixtures of a module are made once: a file's tests stay in one worker.
-test: $(VENV)/installed
+test: $(INSTALLED)
 	$(PYTEST) -m 'not gpu and not hub and not slow'
 
-test-slow: $(VENV)/installed
+test-slow: $(INSTALLED)
 	$(PYTEST) -m 'slow and not gpu and not hub'
 
-lint: $(VENV)/installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/installed: pyproject.toml constraints.txt $(NATIVE)
+$(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
@@ -40,12 +41,12 @@ test-native:
 # Fuzz the parsers for SECONDS in total, guided by coverage. Crashing inputs go to tests/fuzz/found.
 # Needs EXTRAS=ci.
 SECONDS ?= 600
-fuzz: $(VENV)/installed
+fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
 
 # Run conversions under injected faults for SECONDS in total: kills, power losses, damaged bytes,
 # failing system calls.
-faults: $(VENV)/installed
+faults: $(INSTALLED)
 	$(BIN)/python tests/faults/run.py --seconds $(SECONDS)
 
 # Files that import transformers. With the oldest libraries, also files that use the Hub or run a
@@ -59,7 +60,7 @@ VERSIONED_oldest = $(shell grep -rlE --include='test_*.py' 'transformers|hugging
 VERSIONS = oldest 5.12.0 newest
 test-versions: $(addprefix test-transformers-,$(VERSIONS))
 
-test-transformers-%: $(VENV)/installed
+test-transformers-%: $(INSTALLED)
 	rm -rf build/versions/$*
 	$(BIN)/python -m pip install -q --upgrade --target build/versions/$* $(or $(PACKAGES_$*),transformers==$*)
 	@if [ "$$(PYTHONPATH=build/versions/$* $(TRANSFORMERS))" = "$$($(TRANSFORMERS))" ]; then \

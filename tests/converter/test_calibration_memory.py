@@ -43,6 +43,7 @@ def measured(folder: Path, *options: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_pass_takes_at_most_what_the_plan_counts(folder: Path) -> None:
     found = measured(folder, "--tokens", 8192, "--workers", 2)
     assert found["estimated_bytes"] / 3 < found["peak_bytes"] < found["estimated_bytes"]

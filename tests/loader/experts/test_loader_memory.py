@@ -113,6 +113,7 @@ def test_anonymous_memory_stays_within_the_plan(folder, plan):
     assert found["most"] < plan.ram_bytes
 
 
+@pytest.mark.slow
 def test_a_process_limited_to_its_plan_is_not_killed_and_gives_the_same_tokens(folder, plan):
     with memory_group(plan.ram_bytes) as enter:
         if enter is None:
