@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from converter import __version__
-from converter.cli.failures import failure_of, is_closed_pipe
 from converter.cli.show.console import Interrupted, Terminated
+from converter.cli.show.failures import failure_of, is_closed_pipe
 from converter.cli.show.terminal import one_line, safe_terminal
 
 INTERRUPTED_CODE = 130

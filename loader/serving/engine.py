@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from formats.errors import MoeConvertError
-from loader.serving.answers.answer import Answer
-from loader.serving.answers.answer_request import Request
-from loader.serving.answers.answer_tokens import CancelledError
+from loader.serving.answers.events import Counts, End, Event, Failure
+from loader.serving.answers.request import Request
+from loader.serving.answers.streamed_answer import StreamedAnswer
+from loader.serving.answers.token_loop import CancelledError
 from loader.serving.answers.vocabulary import Vocabulary
-from loader.serving.events import Counts, End, Event, Failure
-from loader.serving.http.metrics import Metrics
 from loader.serving.job import Job
-from loader.serving.prefix_store import PrefixStore
+from loader.serving.metrics import Metrics
+from loader.serving.prefixes.prefix_store import PrefixStore
 
 _log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Engine:
     def _generated(self, job: Job) -> End | Failure:
         begin_s = time.monotonic()
         request = job.request
-        answer = Answer(self.model, self.vocabulary, request)
+        answer = StreamedAnswer(self.model, self.vocabulary, request)
         cache, cached = self._prefixes.take(request.prompt)
         self.metrics.add("prompt_tokens", len(request.prompt))
         self.metrics.add("prompt_tokens_cached", cached)

@@ -4,8 +4,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from loader.serving.answers.answer_request import Request
-from loader.serving.events import Event
+from loader.serving.answers.events import Event
+from loader.serving.answers.request import Request
 
 
 class Job:

@@ -7,10 +7,10 @@ import torch
 
 from formats.errors import MoeConvertError
 from loader.hf.loading.tokenizer import check_tokens, embedding_rows
-from loader.serving.answers.chat_template import Message, Template
 from loader.serving.answers.generation import Answer, Generation, OnText
 from loader.serving.answers.settings import GenerationSettings
-from loader.serving.prefix_cache import PrefixCache
+from loader.serving.prefixes.prefix_cache import PrefixCache
+from loader.serving.prompts.chat_template import Message, Template
 
 
 class ContextFullError(MoeConvertError):

@@ -19,7 +19,7 @@ from formats.labels import to_label
 from loader.evaluation.perplexity import Progress, named_windows, read_text
 from loader.hf.loading.plain_checkpoint import check_runnable, checkpoint_architecture, is_converted
 from loader.hf.loading.tokenizer import check_tokens
-from loader.serving.answers.chat_template import prompt_ids
+from loader.serving.prompts.chat_template import prompt_ids
 from loader.traces.routing_recorder import Routing, RoutingRecorder
 from loader.traces.trace import (
     TRACE_FORMAT,

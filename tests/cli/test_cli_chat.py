@@ -21,8 +21,8 @@ from converter.cli.chat.chat_loop import ChatLoop
 from converter.cli.chat.message_input import TypedLines, read_message
 from converter.cli.chat.slash_commands import ChatCommands
 from converter.cli.show.console import Output, Terminated
-from loader.serving.answers.chat_template import template_of
 from loader.serving.answers.settings import GenerationSettings
+from loader.serving.prompts.chat_template import template_of
 from loader.serving.session import Session
 
 TEMPLATE = SUPPORT / "templates" / "instruct.jinja"

@@ -24,8 +24,8 @@ from support_hints import arguments_of, check_hint, hints_in
 
 import converter.cli.options.early_checks
 import formats.reading.verify
-from converter.cli.failures import failure_of
 from converter.cli.main import COMMANDS
+from converter.cli.show.failures import failure_of
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError
 from loader.traces.trace import write_trace

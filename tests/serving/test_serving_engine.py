@@ -5,9 +5,9 @@ import torch
 from served import Heard, PausedModel, ask, engine_of, greedy
 
 import loader
-from loader.serving.answers.answer_request import Request, Sampling
+from loader.serving.answers.events import Counts, End, Failure, Piece
+from loader.serving.answers.request import Request, Sampling
 from loader.serving.engine import ClosedError, Limits, QueueFullError
-from loader.serving.events import Counts, End, Failure, Piece
 
 PROMPT = "So Jonah arose, and went to Nineveh, according to"
 
@@ -54,7 +54,7 @@ def test_greedy_answer_is_that_of_generate(engine, model, tokenizer, prompt):
 
 
 def test_prompt_of_several_parts_gives_the_answer_of_one(model, tokenizer, prompt, monkeypatch):
-    monkeypatch.setattr("loader.serving.answers.answer_tokens.PROMPT_PART", 5)
+    monkeypatch.setattr("loader.serving.answers.token_loop.PROMPT_PART", 5)
     with engine_of(model, tokenizer) as engine:
         assert ask(engine, greedy(prompt, 6)).text() == expected_text(model, tokenizer, prompt, 6)
 

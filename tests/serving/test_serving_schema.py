@@ -1,6 +1,6 @@
 import pytest
 
-from loader.serving.answers.answer_request import RefusedError
+from loader.serving.answers.request import RefusedError
 from loader.serving.answers.schema_check import check_schema
 
 KEPT = [

@@ -11,7 +11,10 @@ from project_paths import SUPPORT
 import loader
 from formats.errors import MoeConvertError
 from loader.hf.private_names import cache_field
-from loader.serving.answers.chat_template import (
+from loader.serving.answers.generation import Generation
+from loader.serving.answers.settings import GenerationSettings
+from loader.serving.prefixes.prefix_cache import PrefixCache, common_prefix
+from loader.serving.prompts.chat_template import (
     ChatTemplate,
     PlainText,
     prompt_ids,
@@ -19,9 +22,6 @@ from loader.serving.answers.chat_template import (
     text_ids,
     with_one_bos,
 )
-from loader.serving.answers.generation import Generation
-from loader.serving.answers.settings import GenerationSettings
-from loader.serving.prefix_cache import PrefixCache, common_prefix
 from loader.serving.session import ContextFullError, Session
 
 TEMPLATE = (SUPPORT / "templates" / "instruct.jinja").read_text()

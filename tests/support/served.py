@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from loader.serving.answers.answer_request import Request, Sampling
+from loader.serving.answers.events import End, Event, Failure, Piece
+from loader.serving.answers.request import Request, Sampling
 from loader.serving.engine import Engine, Limits
-from loader.serving.events import End, Event, Failure, Piece
 from loader.serving.http.app import AppOptions, build_app
 from loader.serving.http.server import Server, bound_socket, url_of
 

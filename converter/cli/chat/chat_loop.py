@@ -8,8 +8,8 @@ import click
 
 from converter.cli.chat.message_input import Lines, read_message
 from converter.cli.chat.slash_commands import ChatCommands
-from converter.cli.failures import failure_of
 from converter.cli.show.console import Output, Terminated
+from converter.cli.show.failures import failure_of
 from converter.cli.show.live_text import LiveText
 from converter.cli.show.terminal import one_line
 from formats.errors import MoeConvertError

@@ -73,7 +73,7 @@ def command(
     from converter.cli.chat.chat_loop import ChatLoop
     from converter.cli.chat.slash_commands import HELP, ChatCommands
     from loader.evaluation.perplexity import read_text
-    from loader.serving.answers.chat_template import PlainText, check_template, template_of
+    from loader.serving.prompts.chat_template import PlainText, check_template, template_of
     from loader.serving.session import Session
 
     template_text = read_text(template) if template else None

@@ -132,7 +132,7 @@ def command(
 
     if tasks:
         from loader.evaluation.lm_eval_tasks import check_tasks, run_tasks
-        from loader.serving.answers.chat_template import check_template, has_template, template_of
+        from loader.serving.prompts.chat_template import check_template, has_template, template_of
 
         check_tasks(names, task_folder)
         tokenizer = loader.load_tokenizer(path, check=options["check"])
@@ -157,7 +157,7 @@ def command(
         return
     named = [(to_label(text.name), read_text(text)) for text in texts]
     if against:
-        from converter.cli.options.against_original import compare_with_original
+        from converter.cli.steps.against_original import compare_with_original
         from formats.files.overlap import refuse_inputs
         from formats.layer_file import partial_path
         from formats.quality import QUALITY_NAME, read_quality, save_evaluation

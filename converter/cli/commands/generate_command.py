@@ -70,9 +70,9 @@ def command(
     tokenizer = early_tokenizer(path, options["check"])
 
     import loader
-    from loader.serving.answers.chat_template import has_template
     from loader.serving.answers.generation import Generation
-    from loader.serving.prefix_cache import PrefixCache
+    from loader.serving.prefixes.prefix_cache import PrefixCache
+    from loader.serving.prompts.chat_template import has_template
 
     ids = _tokens(tokenizer, text, raw, path) if tokenizer else None
     there = ExpertsThere(output)
@@ -133,7 +133,7 @@ def _tokens(tokenizer: Any, text: str, raw: bool, folder: Path) -> list[int]:
 
     from loader.hf.loading.plain_checkpoint import vocabulary_size
     from loader.hf.loading.tokenizer import check_tokens
-    from loader.serving.answers.chat_template import prompt_ids
+    from loader.serving.prompts.chat_template import prompt_ids
 
     ids = prompt_ids(tokenizer, text, raw=raw)
     check_tokens(torch.tensor(ids), tokenizer, vocabulary_size(folder) or sys.maxsize, "the prompt")

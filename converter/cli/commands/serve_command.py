@@ -115,11 +115,11 @@ def command(
     import loader
     from loader.evaluation.perplexity import read_text
     from loader.repository import small_files
-    from loader.serving.answers.chat_template import has_template
     from loader.serving.context import ContextSize
     from loader.serving.engine import Engine, Limits
     from loader.serving.http.app import AppOptions, build_app
     from loader.serving.http.server import Server, bound_socket, url_of
+    from loader.serving.prompts.chat_template import has_template
 
     text = read_text(template) if template else None
     tokenizer = early_tokenizer(path, options["check"])

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 from tqdm import tqdm
 
-from converter.cli.failures import is_closed_pipe
+from converter.cli.show.failures import is_closed_pipe
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError
 from formats.files.io_errors import AGAIN

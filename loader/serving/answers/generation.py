@@ -10,7 +10,7 @@ import torch
 from loader.hf.private_names import cache_field
 from loader.serving.answers.settings import GenerationSettings
 from loader.serving.answers.text_stream import TextStream
-from loader.serving.prefix_cache import PrefixCache
+from loader.serving.prefixes.prefix_cache import PrefixCache
 
 OnText = Callable[[str], None]
 """Called after each token with the text that it completes, which may be empty, and once at the end.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loader.serving.answers.answer_request import RefusedError
+from loader.serving.answers.request import RefusedError
 from loader.serving.answers.schema_check import check_schema
 
 LARGEST_SCHEMA_BYTES = 64 << 10

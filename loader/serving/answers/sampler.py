@@ -16,10 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loader.serving.answers.answer_request import Sampling
-from loader.serving.events import TokenLogprob
+from loader.serving.answers.events import TokenLogprob
+from loader.serving.answers.request import Sampling
 
-LEAST_TEMPERATURE = 1e-4
+GREEDY_BELOW_TEMPERATURE = 1e-4
 """Below, the likeliest token is chosen: logits divided by so little leave the range of a float."""
 
 
@@ -48,7 +48,7 @@ class Sampler:
         """
         raw = logits.detach().to("cpu", torch.float32)
         scores = self._scores(raw.clone(), tokens)
-        if self._sampling.temperature < LEAST_TEMPERATURE:
+        if self._sampling.temperature < GREEDY_BELOW_TEMPERATURE:
             token = int(scores.argmax())
         else:
             warped = self._warpers(None, scores[None])[0]
@@ -91,7 +91,7 @@ class Sampler:
 def _warpers(sampling: Sampling) -> Any:
     """In the order of transformers' generate."""
     warpers = LogitsProcessorList()
-    if sampling.temperature >= LEAST_TEMPERATURE and sampling.temperature != 1:
+    if sampling.temperature >= GREEDY_BELOW_TEMPERATURE and sampling.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))

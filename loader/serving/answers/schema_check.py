@@ -6,7 +6,7 @@ instead.
 import re
 from typing import Any
 
-from loader.serving.answers.answer_request import RefusedError
+from loader.serving.answers.request import RefusedError
 
 _ANNOTATIONS = frozenset(
     {

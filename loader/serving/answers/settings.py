@@ -5,7 +5,7 @@ from typing import Any
 
 from formats.errors import RecipeError
 
-LEAST_TEMPERATURE = 0.01
+MIN_TEMPERATURE = 0.01
 """Below, logits divided by the temperature leave the range of a float."""
 
 
@@ -30,10 +30,8 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more")
         temperature = self.temperature
-        in_range = (
-            temperature is None or temperature == 0 or LEAST_TEMPERATURE <= temperature <= 100
-        )
-        _check("temperature", temperature, in_range, f"0 (greedy) or {LEAST_TEMPERATURE} to 100")
+        in_range = temperature is None or temperature == 0 or MIN_TEMPERATURE <= temperature <= 100
+        _check("temperature", temperature, in_range, f"0 (greedy) or {MIN_TEMPERATURE} to 100")
         _check(
             "top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "more than 0, at most 1"
         )

@@ -5,9 +5,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from loader.serving.answers.events import Counts, TokenLogprob
 from loader.serving.answers.tool_calls import ToolCall
 from loader.serving.answers.vocabulary import Vocabulary
-from loader.serving.events import Counts, TokenLogprob
 
 
 def usage(counts: Counts) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loader.serving.answers.answer_request import RefusedError
+from loader.serving.answers.request import RefusedError
 from loader.serving.engine import ClosedError, Engine, QueueFullError
 from loader.serving.http.access import Access
 from loader.serving.http.answer_json import ChatJson, CompletionJson, error_json

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from msgspec import DecodeError, Meta, Struct, ValidationError
 from msgspec.json import Decoder
 
-from loader.serving.answers.answer_request import RefusedError
+from loader.serving.answers.request import RefusedError
 
 LARGEST_BODY_BYTES = 16 << 20
 MOST_STOPS = 16

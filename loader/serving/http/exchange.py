@@ -9,10 +9,10 @@ from typing import Any
 
 from starlette.types import Receive
 
-from loader.serving.answers.answer_request import Request
+from loader.serving.answers.events import End, Event, Failure, Piece, TokenLogprob
+from loader.serving.answers.request import Request
 from loader.serving.answers.tool_calls import ToolCall, ToolCallText
 from loader.serving.engine import Engine
-from loader.serving.events import End, Event, Failure, Piece, TokenLogprob
 from loader.serving.http.answer_json import ChatJson, CompletionJson, error_json
 
 CLIENT_GONE = 499

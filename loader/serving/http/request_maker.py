@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from loader.serving.answers.answer_request import RefusedError, Request, Sampling
 from loader.serving.answers.grammar import Grammars
-from loader.serving.answers.prompts import Prompts
+from loader.serving.answers.request import RefusedError, Request, Sampling
 from loader.serving.answers.tool_calls import MARKERS
 from loader.serving.engine import Engine
 from loader.serving.http.bodies import Body, ChatBody, CompletionBody
+from loader.serving.prompts.request_prompts import Prompts
 
 
 class RequestMaker:

@@ -4,8 +4,8 @@ import json
 import threading
 from typing import Any
 
-from loader.serving.answers.answer_request import RefusedError
-from loader.serving.answers.chat_template import with_one_bos
+from loader.serving.answers.request import RefusedError
+from loader.serving.prompts.chat_template import with_one_bos
 
 _ROLES = {
     "system": {"role", "content", "name"},

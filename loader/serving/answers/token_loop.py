@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from loader.hf.private_names import cache_field
+from loader.serving.answers.events import TokenLogprob
 from loader.serving.answers.sampler import Sampler
-from loader.serving.events import TokenLogprob
 
 PROMPT_PART = 1024
 """Tokens of a prompt computed at once: their activations bound the memory. Each part reads all

@@ -4,20 +4,20 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from loader.serving.answers.answer_request import Request
-from loader.serving.answers.answer_tokens import generate_tokens
+from loader.serving.answers.events import Piece, TokenLogprob
 from loader.serving.answers.grammar import GrammarMatch
+from loader.serving.answers.request import Request
 from loader.serving.answers.sampler import Sampler
 from loader.serving.answers.text_stream import TextStream
+from loader.serving.answers.token_loop import generate_tokens
 from loader.serving.answers.vocabulary import Vocabulary
-from loader.serving.events import Piece, TokenLogprob
 
 _TOKENS_BEFORE = 8
 """Tokens of the prompt that decide whether an answer that goes on in its text begins with a space.
 """
 
 
-class Answer:
+class StreamedAnswer:
     """Generates the answer to one request.
 
     tokens: prompt and answer so far. reason: why the answer ended, "length" until something else

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from loader.serving.prefix_cache import PrefixCache, common_prefix
+from loader.serving.prefixes.prefix_cache import PrefixCache, common_prefix
 
 LEAST_COPIED = 16
 """Tokens: a common beginning of fewer, such as a BOS token alone, is computed anew."""
