@@ -7,14 +7,11 @@ from typing import Any
 import click
 
 from converter.cli.chat.message_input import PipedLines, TypedLines, history_path
-from converter.cli.options.model_options import (
-    ExpertsThere,
-    early_tokenizer,
-    load_model,
-    with_model_options,
-)
+from converter.cli.options import shared_options
+from converter.cli.options.model_options import with_model_options
 from converter.cli.options.sampling_options import settings_of, with_sampling_options
 from converter.cli.show.console import Output, output_options
+from converter.cli.steps.model_loading import early_tokenizer, load_model
 
 
 @click.command(
@@ -28,25 +25,13 @@ Examples:
   moe-convert chat mixtral-2bit < questions.txt > answers.txt""",
 )
 @click.argument("path", metavar="PATH_OR_REPO", type=click.Path(path_type=Path))
-@click.option("--system", default="", metavar="TEXT", help="The system message.")
-@click.option(
-    "--template", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A chat template (Jinja), instead of the tokenizer's.",
-)  # fmt: skip
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=1024,
-    show_default=True,
-    help="Of an answer.",
-)
-@click.option(
-    "--max-context", type=click.IntRange(min=16),
-    help="Tokens of the whole conversation [default: as many as the model was made for].",
-)  # fmt: skip
+@click.option("--system", default="", metavar="TEXT", help="System message [default: none].")
+@shared_options.template
+@shared_options.max_new_tokens(1024)
+@shared_options.max_context(16, "the model's maximum")
 @with_sampling_options
 @with_model_options
-@output_options(interrupted="the chat had not begun; run the same command again", has_json=False)
+@output_options(interrupted="the chat had not started; run the same command again", has_json=False)
 def command(
     path: Path,
     system: str,
@@ -56,20 +41,18 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Talk with the converted model in PATH_OR_REPO, a folder or owner/name of a repository on the
-    Hub.
+    """Chat with the converted model PATH_OR_REPO.
 
-    The tokenizer's chat template makes prompts of the conversation; the KV cache is kept between
-    turns. Sampling is the model's own (generation_config.json) unless an option is given. A model
-    without a template continues what you write.
+    PATH_OR_REPO is a folder, or owner/name of a repository on the Hub. The tokenizer's chat
+    template turns the conversation into a prompt; a model without a template continues your text.
+    The KV cache is kept between turns. The sampling options default to the model's
+    generation_config.json.
 
-    \b
-    /help lists the commands in the chat. Ctrl-C stops an answer, Ctrl-D leaves.
+    In the chat, /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
     """
     settings = settings_of(max_new_tokens, options)
     tokenizer = early_tokenizer(path, options["check"])
 
-    import loader
     from converter.cli.chat.chat_loop import ChatLoop
     from converter.cli.chat.slash_commands import HELP, ChatCommands
     from loader.evaluation.perplexity import read_text
@@ -78,22 +61,23 @@ def command(
 
     template_text = read_text(template) if template else None
     if tokenizer:
-        # What the template refuses shows before the weights are read.
+        # A template that rejects the system message must fail before the weights are read.
         check_template(template_of(tokenizer, template_text), system)
-    there = ExpertsThere(output)
-    model: Any = load_model(path, options, there)
-    tokenizer = tokenizer or loader.load_tokenizer(model.name_or_path, check=options["check"])
+    loaded = load_model(path, options, output, tokenizer)
+    model, tokenizer = loaded.model, loaded.tokenizer
     used = template_of(tokenizer, template_text)
     settings = settings.filled_from(model.generation_config)
     session = Session(model, tokenizer, used, settings, system=system, context_tokens=max_context)
     lines = TypedLines(history_path(), list(HELP)) if sys.stdin.isatty() else PipedLines()
     if lines.is_terminal:
         output.note(
-            f"{path}: {session.context_tokens} tokens of context. /help lists commands, Ctrl-D leaves."
+            f"{path}: {session.context_tokens} tokens of context."
+            " /help lists commands, Ctrl-D leaves."
         )
     if isinstance(used, PlainText):
         output.note(
-            "The tokenizer has no chat template: the model continues the text. --template FILE gives one."
+            "The tokenizer has no chat template: the model continues the text."
+            " --template FILE gives one."
         )
     output.interrupted = "the conversation was not saved; /save keeps one"
     try:
@@ -101,4 +85,4 @@ def command(
     finally:
         if isinstance(lines, TypedLines):
             lines.save()
-    there.say()
+    loaded.experts.report()

@@ -1,4 +1,4 @@
-"""`moe-convert generate`: text from a converted model, as it comes."""
+"""`moe-convert generate`: generates text and streams it to stdout."""
 
 import sys
 from pathlib import Path
@@ -7,16 +7,12 @@ from typing import Any
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.options.model_options import (
-    ExpertsThere,
-    early_tokenizer,
-    load_model,
-    with_model_options,
-)
+from converter.cli.options.model_options import with_model_options
 from converter.cli.options.sampling_options import settings_of, with_sampling_options
 from converter.cli.show.console import Output, output_options
 from converter.cli.show.generation_stats import live_line, stats_table, with_shares
 from converter.cli.show.live_text import LiveText
+from converter.cli.steps.model_loading import early_tokenizer, load_model
 from formats.errors import MoeConvertError
 
 
@@ -29,22 +25,25 @@ Examples:
   moe-convert generate mixtral-2bit --prompt "Hello" --temperature 0.8 --seed 1
   moe-convert generate mixtral-2bit --prompt "[INST] Hello [/INST]" --raw
   moe-convert generate mixtral-2bit --prompt "Hello" --device cuda --gpu-cache 8GiB --ram-cache 16GiB
-  moe-convert generate owner/mixtral-2bit --lazy --prompt "Hello"   (experts come when they are needed)""",
+  moe-convert generate owner/mixtral-2bit --lazy --prompt "Hello"""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--prompt",
     required=True,
-    help="The user's message, or the text to continue; - reads it from stdin.",
+    metavar="TEXT",
+    help="The user's message, or the text to continue. - reads it from stdin.",
 )
 @shared_options.raw
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@shared_options.max_new_tokens(128)
 @with_sampling_options
 @with_model_options
 @click.option(
-    "--stats", is_flag=True, help="Show cache hits, guesses, bytes read, waits and speed on stderr."
+    "--stats",
+    is_flag=True,
+    help="Print cache hits, prefetches, bytes read, waiting time and speed to stderr.",
 )
-@output_options(interrupted="nothing was generated yet; run the same command again")
+@output_options(interrupted="nothing was generated; run the same command again")
 def command(
     path: Path,
     prompt: str,
@@ -54,31 +53,28 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Generate text with the converted model in PATH, a folder or owner/name of a repository on the
-    Hub.
+    """Generate text with the converted model PATH and stream it to stdout.
 
-    If the tokenizer has a chat template, the prompt is the user's message and the text is the
-    answer; --raw turns that off. Without a template the model continues the prompt. Greedy, unless
-    a sampling option is given. The text streams to stdout.
+    PATH is a folder, or owner/name of a repository on the Hub. If the tokenizer has a chat
+    template, the prompt is the user's message and the text is the answer; --raw turns this off.
+    Without a template the model continues the prompt. Decoding is greedy unless a sampling option
+    is given.
 
-    \b
-    --json prints one object: text, token_ids, finish_reason ("stop": the model ended; "length":
-    --max-new-tokens did), prompt_tokens, new_tokens, seconds, first_token_s, tokens_per_s, cache.
+    --json prints one object with the fields text, token_ids, finish_reason, prompt_tokens,
+    new_tokens, seconds, first_token_s, tokens_per_s and cache. finish_reason is "stop" if the
+    model ended the text, "length" if --max-new-tokens did.
     """
     settings = settings_of(max_new_tokens, options)
     text = _prompt(prompt)
     tokenizer = early_tokenizer(path, options["check"])
 
-    import loader
     from loader.serving.answers.generation import Generation
     from loader.serving.prefixes.prefix_cache import PrefixCache
     from loader.serving.prompts.chat_template import has_template
 
     ids = _tokens(tokenizer, text, raw, path) if tokenizer else None
-    there = ExpertsThere(output)
-    model: Any = load_model(path, options, there)
-    # What was loaded, wherever that is.
-    tokenizer = tokenizer or loader.load_tokenizer(model.name_or_path, check=options["check"])
+    loaded = load_model(path, options, output, tokenizer)
+    model, tokenizer = loaded.model, loaded.tokenizer
     ids = ids or _tokens(tokenizer, text, raw, Path(model.name_or_path))
     generation = Generation(model, tokenizer, ids, settings, PrefixCache(model))
     shown = LiveText(
@@ -88,9 +84,9 @@ def command(
         answer = generation.run((lambda _: None) if output.as_json else shown)
     except KeyboardInterrupt:
         tokens = len(generation.answer.token_ids)
-        output.interrupted = f"stopped after {tokens} new tokens; a generation does not resume"
+        output.interrupted = f"stopped after {tokens} new tokens; a generation cannot be resumed"
         if tokens and not output.as_json and (raw or not has_template(tokenizer)):
-            output.interrupted += ": to go on, give the prompt and the text above as --prompt"
+            output.interrupted += "; to continue, pass the prompt and the text above as --prompt"
         raise
     finally:
         if not output.as_json:
@@ -105,30 +101,29 @@ def command(
         "first_token_s": answer.first_token_s,
         "tokens_per_s": answer.tokens_per_s,
         "cache": with_shares(model.moe_stats().as_dict(), answer.seconds),
-        **there.facts(),
+        **loaded.experts.facts(),
     }
     if output.as_json:
         output.result(result, "")
     if stats:
         click.echo(stats_table(result), err=True)
-    there.say()
+    loaded.experts.report()
 
 
 def _prompt(prompt: str) -> str:
-    """The text of --prompt; MoeConvertError if it is not UTF-8."""
+    """Return the text of --prompt. MoeConvertError if it is not UTF-8."""
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
-        # Bytes that are not UTF-8 come from the command line, and in some locales from stdin, as
-        # lone surrogates.
+        # Python turns bytes that are not UTF-8 into lone surrogates, which cannot be encoded.
         text.encode()
     except UnicodeError:
         where = "the prompt on stdin" if prompt == "-" else "--prompt"
-        raise MoeConvertError(f"{where} is not UTF-8", "give the prompt in UTF-8") from None
+        raise MoeConvertError(f"{where} is not UTF-8", "encode the prompt as UTF-8") from None
     return text
 
 
 def _tokens(tokenizer: Any, text: str, raw: bool, folder: Path) -> list[int]:
-    """Return the prompt's tokens; MoeConvertError if there is none, or one that the model lacks."""
+    """Return the prompt's tokens. MoeConvertError if it has none, or one beyond the embeddings."""
     import torch
 
     from loader.hf.loading.plain_checkpoint import vocabulary_size

@@ -1,4 +1,4 @@
-"""`moe-convert serve`: a converted model over HTTP, as OpenAI's interface describes it."""
+"""`moe-convert serve`: serves a converted model over HTTP with OpenAI's API."""
 
 import importlib.util
 import os
@@ -8,13 +8,9 @@ from typing import Any
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.options.model_options import (
-    ExpertsThere,
-    early_tokenizer,
-    load_model,
-    with_model_options,
-)
+from converter.cli.options.model_options import with_model_options
 from converter.cli.show.console import Output, gigabytes, output_options
+from converter.cli.steps.model_loading import early_tokenizer, load_model
 from formats.errors import MoeConvertError
 
 KEY_VARIABLE = "MOE_CONVERT_API_KEY"
@@ -30,60 +26,66 @@ Examples:
   MOE_CONVERT_API_KEY=... moe-convert serve mixtral-2bit --host 0.0.0.0
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "mixtral-2bit", "prompt": "Once upon a time", "max_tokens": 32}'
-A signal ends the server within 10 seconds; what runs may finish for 5 of them.""",
+
+Ctrl-C or SIGTERM stops the server within 10 seconds. A running answer has 5 seconds to finish.""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; others need a key.",
+    metavar="ADDRESS",
+    help="Address to listen on. Any address but loopback needs a key.",
 )
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
-    help="Port to listen on; 0: any free one.",
+    metavar="N",
+    help="Port to listen on; 0 is any free port.",
 )
 @click.option(
-    "--api-key", envvar=KEY_VARIABLE, metavar="KEY",
-    help=f"Key that requests must bring; other users see it in the list of processes, so better in {KEY_VARIABLE}.",
-)  # fmt: skip
+    "--api-key",
+    envvar=KEY_VARIABLE,
+    metavar="KEY",
+    help=f"Key that every request must send. Better set {KEY_VARIABLE}: other users can see the"
+    " command line.",
+)
 @click.option(
     "--api-key-file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A file with the key.",
+    type=shared_options.FILE,
+    metavar="FILE",
+    help="File that holds the key.",
 )
 @click.option(
     "--model-name",
     metavar="NAME",
-    help="What clients call the model [default: the last part of PATH].",
+    help="Model name for clients [default: the last part of PATH].",
 )
+@shared_options.max_context(2, "the model's maximum, but at most 8192")
 @click.option(
-    "--max-context", type=click.IntRange(min=2), metavar="TOKENS",
-    help="Tokens of a prompt with its answer [default: as many as the model was made for, at most 8192].",
-)  # fmt: skip
-@click.option(
-    "--max-queue", type=click.IntRange(min=0), default=16, show_default=True,
-    help="Requests that may wait beside the one that runs; more get status 429.",
-)  # fmt: skip
+    "--max-queue",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Number of requests that may wait while one runs. Further requests get status 429.",
+)
 @shared_options.prefix_cache(
     "1GiB",
-    "Memory for KV caches of finished answers, which conversations that go on reuse; 0 keeps none.",
+    "Memory for KV caches of finished answers; the next turn of a conversation reuses them. 0 keeps"
+    " none.",
 )
-@click.option(
-    "--template", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A chat template (Jinja) in place of the tokenizer's.",
-)  # fmt: skip
+@shared_options.template
 @click.option(
     "--cors",
     multiple=True,
     metavar="ORIGIN",
-    help="A web page's origin that may ask; repeat it for more.",
+    help="Origin of a web page that may send requests. Repeat the option for more origins.",
 )
 @with_model_options
-@output_options(interrupted="the model was not served yet; run the same command again")
+@output_options(interrupted="the server had not started; run the same command again")
 def command(
     path: Path,
     host: str,
@@ -99,12 +101,12 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Serve the converted model in PATH, a folder or owner/name of a repository on the Hub, over
-    HTTP.
+    """Serve the converted model PATH over HTTP with OpenAI's API.
 
-    Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics (Prometheus). One
-    answer is generated at a time, first come, first served. A parameter that is not supported is
-    refused by its name. docs/clients.md says which clients were tried, and what they may ask for.
+    PATH is a folder, or owner/name of a repository on the Hub. Routes: /v1/chat/completions,
+    /v1/completions, /v1/models, /health, /metrics (Prometheus). The server generates one answer at
+    a time, first come, first served. It rejects unsupported parameters with status 400 and their
+    name. docs/clients.md lists tested clients and supported parameters.
     """
     key = _key(api_key, api_key_file)
     _check_packages()
@@ -112,7 +114,6 @@ def command(
         raise click.UsageError(
             f"--host {host} needs a key: set {KEY_VARIABLE}, or give --api-key-file FILE"
         )
-    import loader
     from loader.evaluation.perplexity import read_text
     from loader.repository import small_files
     from loader.serving.context import ContextSize
@@ -125,42 +126,43 @@ def command(
     tokenizer = early_tokenizer(path, options["check"])
     size = ContextSize(small_files(path, options["revision"], options["token"]))
     limits = Limits(size.chosen(max_context), max_queue, prefix_cache)
-    # Before the weights: a port that is taken is said at once.
+    # A port that is taken must fail before the weights are read.
     listening = bound_socket(host, port)
     reserve_bytes = prefix_cache + limits.max_context * size.position_bytes
-    there = ExpertsThere(output)
-    model: Any = load_model(path, {**options, "reserve_bytes": reserve_bytes}, there)
-    tokenizer = tokenizer or loader.load_tokenizer(model.name_or_path, check=options["check"])
+    loaded = load_model(path, options, output, tokenizer, reserve_bytes=reserve_bytes)
+    tokenizer = loaded.tokenizer
     name = model_name or path.resolve().name
-    engine = Engine(model, tokenizer, limits)
+    engine = Engine(loaded.model, tokenizer, limits)
     server = Server(build_app(engine, tokenizer, AppOptions(name, key, cors, text)), engine)
     url = url_of(listening)
     if output.as_json:
         output.result({"url": url, "model": name, "max_context": limits.max_context}, "")
     output.note(
-        f"serving {name!r} on {url}/v1: {limits.max_context} tokens of context, {gigabytes(prefix_cache)} of prefix"
-        f" caches, {'with' if key else 'without'} a key; Ctrl-C ends it"
+        f"serving {name!r} on {url}/v1: {limits.max_context} tokens of context,"
+        f" {gigabytes(prefix_cache)} of prefix caches, {'with' if key else 'without'} a key;"
+        " Ctrl-C stops the server"
     )
     if not (text or has_template(tokenizer)):
         output.note(
-            "The tokenizer has no chat template: only /v1/completions answers. --template FILE gives one."
+            "The tokenizer has no chat template: only /v1/completions works."
+            " --template FILE gives one."
         )
     _run(server, listening, output)
-    there.say()
+    loaded.experts.report()
 
 
 def _run(server: Any, listening: Any, output: Output) -> None:
-    """Serves until a signal."""
+    """Serve until a signal."""
     is_over = server.serve_on(listening)
-    output.note("the server has ended")
+    output.note("the server has stopped")
     if not is_over:
-        # A pass through the model does not come back: the interpreter would wait for its threads.
-        output.note("a generation did not end in time and is given up")
+        # The model's forward pass hangs, and the interpreter would wait for its threads.
+        output.note("a generation did not stop in time and was abandoned")
         os._exit(0)
 
 
 def _key(given: str | None, file: Path | None) -> str | None:
-    """The key of --api-key, its variable or --api-key-file."""
+    """Return the key from --api-key, its environment variable or --api-key-file."""
     if file is None:
         key = given
     else:
@@ -172,7 +174,7 @@ def _key(given: str | None, file: Path | None) -> str | None:
         try:
             key = file.read_text(encoding="utf-8").strip()
         except UnicodeError as e:
-            raise MoeConvertError(f"{file}: a key in UTF-8 was expected: {e}") from None
+            raise MoeConvertError(f"{file}: expected a key in UTF-8: {e}") from None
     if key is None:
         return None
     if not key.strip() or not key.isascii() or any(c.isspace() for c in key):

@@ -1,4 +1,4 @@
-"""Checks that commands make before long work: what is missing or refused shows at once."""
+"""Checks before long work, so that a missing package or a wrong path fails at once."""
 
 import importlib.util
 import tempfile
@@ -8,14 +8,14 @@ from formats.errors import MoeConvertError, OutputError
 
 
 def check_out_file(path: Path) -> None:
-    """OutputError unless a file can be written as `path`; leaves nothing behind."""
+    """Raise OutputError unless a file can be written as `path`. Leaves nothing behind."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder", "name a file")
     check_out_folder(path.absolute().parent)
 
 
 def check_out_folder(folder: Path) -> None:
-    """OutputError unless files can be written in `folder`; leaves nothing behind."""
+    """Raise OutputError unless files can be written in `folder`. Leaves nothing behind."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "is not there"
         raise OutputError(f"{folder} {what}", "choose a folder that is there")
@@ -29,7 +29,7 @@ def check_out_folder(folder: Path) -> None:
 
 
 def require_extra(module: str, extra: str, option: str) -> None:
-    """MoeConvertError with the line that installs `extra`, unless `module` is installed."""
+    """Raise MoeConvertError with the command that installs `extra`, unless `module` is installed."""
     if importlib.util.find_spec(module) is None:
         raise MoeConvertError(
             f"{option} needs the package {module}", f"pip install 'moe-convert[{extra}]'"

@@ -1,4 +1,4 @@
-"""The options that say how tokens are chosen, and the settings that they make."""
+"""Options of sampling, and the settings they give."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,44 +13,43 @@ _OPTIONS = (
     click.option(
         "--temperature",
         type=click.FloatRange(min=0),
-        help="Sample at this temperature; 0 or none is greedy.",
+        help="Sampling temperature; 0 is greedy [default: greedy].",
     ),
     click.option(
         "--top-p",
         type=click.FloatRange(0, 1, min_open=True),
-        help="Sample among the likeliest tokens with this total probability.",
+        help="Sample from the most likely tokens with this total probability, 0 to 1.",
     ),
     click.option(
         "--top-k",
         type=click.IntRange(min=0),
-        help="Sample among this many of the likeliest tokens; 0: all.",
+        help="Sample from this many most likely tokens; 0 is all.",
     ),
     click.option(
         "--min-p",
         type=click.FloatRange(0, 1),
-        help="Sample among the tokens with at least this share of the likeliest token's probability.",
+        help="Sample from tokens that have at least this share of the top token's probability, 0 to 1.",
     ),
     click.option(
         "--repetition-penalty",
         type=click.FloatRange(min=0, min_open=True),
-        help="Divide the logits of tokens that came before by this; 1 is none.",
+        help="Divide the logits of earlier tokens by this; 1 is no penalty.",
     ),
-    click.option("--seed", type=int, help="Seed of the sampling."),
+    click.option("--seed", type=int, metavar="N", help="Seed of the random numbers."),
 )
 
 
 def with_sampling_options(function: F) -> F:
-    """Add --temperature, --top-p, --top-k, --min-p, --repetition-penalty and --seed; the command
-    gets each by name.
-    """
+    """Add --temperature, --top-p, --top-k, --min-p, --repetition-penalty and --seed."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
 
 
 def settings_of(max_new_tokens: int, options: dict[str, Any]) -> Any:
-    """Return the GenerationSettings of the options, which are taken out of `options`. RecipeError
-    out of range.
+    """Remove the sampling options from `options` and return them as GenerationSettings.
+
+    RecipeError if a value is out of range.
     """
     from loader.serving.answers.settings import GenerationSettings
 

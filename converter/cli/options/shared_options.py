@@ -1,6 +1,7 @@
-"""Options that several commands have, each said once."""
+"""Options that several commands have; each is defined once."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -8,68 +9,134 @@ import click
 from formats.checksums import CHECKS
 from formats.sizes import parse_size
 
+Decorator = Callable[[Any], Any]
+
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
 revision = click.option(
-    "--revision", help="Branch, tag or commit of the Hub repository [default: main]."
+    "--revision",
+    metavar="NAME",
+    help="Branch, tag or commit of the Hub repository [default: main].",
 )
 token = click.option(
     "--token",
-    help="For gated and private repositories [default: the one of hf auth login, or HF_TOKEN].",
+    help="Access token for gated and private repositories [default: the token of `hf auth login`,"
+    " or HF_TOKEN].",
 )
 ram_cache = click.option(
     "--ram-cache",
     default="auto",
     show_default=True,
     metavar="SIZE",
-    help="Memory for experts, e.g. 6GiB.",
+    help="RAM for the expert cache, such as 6GiB. auto: what the machine has free.",
 )
 device = click.option(
     "--device",
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1; auto: a GPU if there is one that works.",
+    help="Device: cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1. auto: a GPU if one works,"
+    " else the CPU.",
 )
 gpu_cache = click.option(
     "--gpu-cache",
     default="auto",
     show_default=True,
     metavar="SIZE",
-    help="GPU memory for experts, e.g. 8GiB.",
+    help="GPU memory for the expert cache, such as 8GiB. auto: what the GPU has free.",
 )
 io = click.option(
     "--io",
     type=click.Choice(["auto", "mmap", "direct"]),
     default="auto",
     show_default=True,
-    help="How to read experts.",
+    help="How experts are read: mmap uses the page cache, direct uses O_DIRECT. auto: mmap if all"
+    " experts fit in --ram-cache, else direct.",
 )
 check = click.option(
     "--check",
     type=click.Choice(CHECKS),
     default="fast",
     show_default=True,
-    help="What is compared with the index as bytes are read: fast, the trunk's and tokenizer's sha256 and a quick"
-    " checksum of each expert; sha256, also of the experts; or none.",
+    help="Integrity check while reading. fast: sha256 of trunk and tokenizer, a quick checksum of"
+    " each expert. sha256: sha256 of everything. none: no check.",
 )
 kernels = click.option(
-    "--kernels", type=click.Choice(["auto", "native", "torch"]), default="auto", show_default=True
+    "--kernels",
+    type=click.Choice(["auto", "native", "torch"]),
+    default="auto",
+    show_default=True,
+    help="CPU kernels: native is the compiled library, torch is the slow reference. auto: native"
+    " if it loads.",
 )
 window = click.option(
     "--window",
     type=click.IntRange(min=2),
     default=256,
     show_default=True,
-    help="Tokens a window, BOS included.",
+    metavar="TOKENS",
+    help="Length of a window in tokens, BOS included.",
+)
+batch = click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Windows computed at the same time.",
+)
+texts = click.option(
+    "--text",
+    "texts",
+    type=FILE,
+    multiple=True,
+    metavar="FILE",
+    help="A UTF-8 text. Repeat the option for more texts.",
 )
 raw = click.option(
     "--raw",
     is_flag=True,
-    help="Leave prompts as they are, also where the tokenizer has a chat template.",
+    help="Do not apply the tokenizer's chat template.",
+)
+template = click.option(
+    "--template",
+    type=FILE,
+    metavar="FILE",
+    help="Chat template (Jinja) to use instead of the tokenizer's.",
+)
+policy = click.option(
+    "--policy",
+    type=click.Choice(["lrfu", "lru", "lfu"]),
+    default="lrfu",
+    show_default=True,
+    help="Eviction policy of the expert cache.",
 )
 
 
-def prefix_cache(default: str, text: str) -> Callable[[Any], Any]:
-    """Return the option --prefix-cache, whose value is bytes; 0 is a size too."""
+def max_new_tokens(default: int) -> Decorator:
+    """Return the option --max-new-tokens."""
+    return click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        metavar="TOKENS",
+        help="Maximum length of an answer, in tokens.",
+    )
+
+
+def max_context(minimum: int, default: str) -> Decorator:
+    """Return the option --max-context; `default` describes its default."""
+    return click.option(
+        "--max-context",
+        type=click.IntRange(min=minimum),
+        metavar="TOKENS",
+        help=f"Maximum length of a prompt with its answer, in tokens [default: {default}].",
+    )
+
+
+def prefix_cache(default: str, text: str) -> Decorator:
+    """Return the option --prefix-cache. Its value is bytes; 0 is allowed."""
 
     def parsed(_context: click.Context, _option: click.Parameter, value: str) -> int:
         return 0 if value == "0" else parse_size(value, "--prefix-cache")
