@@ -157,7 +157,7 @@ def test_sigterm_ends_a_server_with_a_stream_under_way(converted):
         assert last == "data: [DONE]" or "the server is about to end" in last
         assert server.wait(timeout=10) == 0
         said = server.stderr.read()
-        assert "no chat template" in said and "the server has ended" in said
+        assert "no chat template" in said and "the server has stopped" in said
     finally:
         server.kill()
         server.wait()

@@ -24,8 +24,9 @@ Examples:
   moe-convert generate mixtral-2bit --prompt - --ram-cache 6GiB --stats < question.txt
   moe-convert generate mixtral-2bit --prompt "Hello" --temperature 0.8 --seed 1
   moe-convert generate mixtral-2bit --prompt "[INST] Hello [/INST]" --raw
-  moe-convert generate mixtral-2bit --prompt "Hello" --device cuda --gpu-cache 8GiB --ram-cache 16GiB
-  moe-convert generate owner/mixtral-2bit --lazy --prompt "Hello"""",
+  moe-convert generate mixtral-2bit --prompt "Hello" --gpu-cache 8GiB --ram-cache 16GiB
+  moe-convert generate owner/mixtral-2bit --lazy --prompt "Hello"
+""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(

@@ -29,7 +29,7 @@ def check_out_folder(folder: Path) -> None:
 
 
 def require_extra(module: str, extra: str, option: str) -> None:
-    """Raise MoeConvertError with the command that installs `extra`, unless `module` is installed."""
+    """Raise MoeConvertError, with the install command of `extra`, unless `module` is installed."""
     if importlib.util.find_spec(module) is None:
         raise MoeConvertError(
             f"{option} needs the package {module}", f"pip install 'moe-convert[{extra}]'"

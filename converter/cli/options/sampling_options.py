@@ -28,7 +28,7 @@ _OPTIONS = (
     click.option(
         "--min-p",
         type=click.FloatRange(0, 1),
-        help="Sample from tokens that have at least this share of the top token's probability, 0 to 1.",
+        help="Sample from tokens with at least this share of the top token's probability, 0 to 1.",
     ),
     click.option(
         "--repetition-penalty",

@@ -1,6 +1,4 @@
-"""A comparison of a model with its original: what must be alike is checked before the long work
-begins.
-"""
+"""Compares a model with its original. Checks that both fit together before the long work begins."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -23,6 +21,8 @@ from formats.repair.unconverted import check_finished
 if TYPE_CHECKING:
     from loader.evaluation.comparison import Prediction, Text
 
+_TOKENIZER_HINT = "give the checkpoint that was converted, with its own tokenizer"
+
 
 def compare_with_original(
     path: Path,
@@ -38,11 +38,11 @@ def compare_with_original(
     output: Output,
     progress: Callable[[str, int, int], None],
 ) -> Evaluation:
-    """Compares the model in `path` with the checkpoint in `against` on (name, text) pairs.
+    """Compare the model in `path` with the checkpoint in `against` on (name, text) pairs.
 
-    A checkpoint goes through layer by layer; `load` gives a model for a converted folder, once the
-    original's turn is over, so that its cache can have the memory. SourceError, FormatError,
-    MoeConvertError as docs/quality.md says.
+    A checkpoint is computed layer by layer. `load` loads a converted folder after the original is
+    done, so that its cache can use the memory. Raises SourceError, FormatError and MoeConvertError,
+    as docs/quality.md describes.
     """
     import transformers
 
@@ -85,13 +85,13 @@ def compare_with_original(
 
 
 def _check_alike(original: Architecture, against: Path, ours: Architecture, path: Path) -> None:
-    # Another number of experts a token is a setting whose effect may be what is measured.
+    # The number of experts per token may differ: its effect may be what the user measures.
     for name in Architecture.__struct_fields__:
         theirs, our = getattr(original, name), getattr(ours, name)
         if theirs != our and name != "num_experts_per_tok":
             raise MoeConvertError(
-                f"{against}: {name} is {theirs}, in {path} it is {our}",
-                "name the checkpoint that was converted",
+                f"{against}: {name} is {theirs}, but in {path} it is {our}",
+                "give the checkpoint that was converted: --against ORIGINAL",
             )
 
 
@@ -104,7 +104,7 @@ def _texts(
     rows: int,
     check: str,
 ) -> "list[Text]":
-    """The texts' windows, which the tokenizers of both folders must agree on."""
+    """Return the windows of the texts. MoeConvertError if the two tokenizers disagree on a token."""
     import loader
     from loader.evaluation.comparison import Text
     from loader.evaluation.perplexity import named_windows
@@ -119,15 +119,18 @@ def _texts(
         differ = (theirs.flatten()[:short] != ours.flatten()[:short]).nonzero()
         if len(differ):
             place = int(differ[0])
+            their_token = int(theirs.flatten()[place])
+            our_token = int(ours.flatten()[place])
             raise MoeConvertError(
-                f"{name}: token {place} is {int(theirs.flatten()[place])} by the tokenizer in {against},"
-                f" {int(ours.flatten()[place])} by that in {path}",
-                "name the checkpoint that was converted, with its own tokenizer",
+                f"{name}: the tokenizers differ: token {place} is {their_token} in {against}"
+                f" and {our_token} in {path}",
+                _TOKENIZER_HINT,
             )
         if theirs.shape != ours.shape:
             raise MoeConvertError(
-                f"{name}: {len(theirs)} windows by the tokenizer in {against}, {len(ours)} by that in {path}",
-                "name the checkpoint that was converted, with its own tokenizer",
+                f"{name}: the tokenizers differ: {len(theirs)} windows in {against},"
+                f" {len(ours)} in {path}",
+                _TOKENIZER_HINT,
             )
         texts.append(Text(name, hashlib.sha256(text.encode()).hexdigest(), ours))
     return texts

@@ -1,4 +1,4 @@
-"""How fast the machine is that a plan is for: as the options say, else measured here."""
+"""Speeds of the machine that a plan is for: from the options, else measured on this machine."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,30 +11,32 @@ if TYPE_CHECKING:
 
 GB = 10**9
 TYPICAL = (
-    "a link gives about 12 GB/s with PCIe 3 x16, about 25 with PCIe 4 x16; data sheets give a memory bandwidth of"
-    " 300 GB/s for a T4, 360 for an RTX 3060, 1008 for an RTX 4090, 3350 for an H100"
+    "typical links: 12 GB/s for PCIe 3 x16, 25 GB/s for PCIe 4 x16; GPU memory by data sheet:"
+    " T4 300 GB/s, RTX 3060 360, RTX 4090 1008, H100 3350"
 )
 
 
 def check_options(options: dict[str, Any], *, vram: bool) -> None:
-    """UsageError for a speed that the plan does not use."""
+    """Raise UsageError for a speed that the plan does not use."""
     if vram and options["memory"]:
         raise click.UsageError(
-            "--memory: not used with --vram: RAM gives what the link takes, and the GPU computes"
+            "--memory does not apply to --vram: the GPU computes, and the link is slower than RAM"
         )
     for name in ("link", "gpu_bandwidth"):
         if options[name] and not vram:
-            raise click.UsageError(f"--{name.replace('_', '-')}: only with --vram")
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --vram")
 
 
 def ram_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any]) -> "Machine":
-    """Of RAM and disk. UsageError if `files`, the weights, are none and the disk's speed is not
-    given.
+    """Return the speeds of RAM and disk.
+
+    files: weights to measure the disk with. UsageError if there are none and --disk is not given.
     """
     from loader.arithmetic.machine import memory_bytes_per_s
     from loader.planning.memory_plan import Machine
 
-    disk, memory = _disk(sizes, files, options), options["memory"]
+    disk = _disk(sizes, files, options)
+    memory = options["memory"]
     return Machine(
         memory_bytes_per_s=memory * GB if memory else memory_bytes_per_s(), disk_bytes_per_s=disk
     )
@@ -43,8 +45,9 @@ def ram_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any])
 def gpu_machine(
     sizes: "ModelSizes", files: list[Path], options: dict[str, Any], *, needs_disk: bool
 ) -> "GpuMachine":
-    """Of link, GPU memory, and disk. UsageError as `ram_machine`, and for what is not given where
-    there is no GPU.
+    """Return the speeds of the link, the GPU's memory and the disk.
+
+    UsageError as in `ram_machine`, and if an option is missing on a machine without a GPU.
     """
     from loader.planning.budget import expert_bytes_by_layer
     from loader.planning.gpu_plan import GpuMachine
@@ -59,7 +62,7 @@ def gpu_machine(
                 if not speed
             ]
             raise click.UsageError(
-                f"there is no GPU here to measure: say {' and '.join(missing)}; {TYPICAL}"
+                f"this machine has no GPU to measure: give {' and '.join(missing)}; {TYPICAL}"
             )
         from loader.cuda.device.speeds import link_bytes_per_s, memory_bytes_per_s
         from loader.cuda.device.torch_device import cuda_devices
@@ -71,7 +74,7 @@ def gpu_machine(
 
 
 def has_gpu() -> bool:
-    """Whether torch finds a CUDA GPU."""
+    """True if torch finds a CUDA GPU."""
     import torch
 
     return torch.cuda.is_available()
@@ -84,6 +87,6 @@ def _disk(sizes: "ModelSizes", files: list[Path], options: dict[str, Any]) -> fl
         return float(options["disk"]) * GB
     if not files:
         raise click.UsageError(
-            "there are no weights here to measure the disk with: say how fast it is, --disk GB/s"
+            "no weights on this machine to measure the disk with: give its speed, --disk GB/s"
         )
     return disk_bytes_per_s(files, int(max(sizes.stored)))

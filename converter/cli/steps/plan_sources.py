@@ -1,5 +1,5 @@
-"""What `plan` can look at: a converted model or a checkpoint, in a folder or on the Hub, or a
-config.json alone.
+"""Opens what `plan` plans for: a converted model or a checkpoint, in a folder or on the Hub, or a
+single config.json.
 """
 
 import tempfile
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanSource:
-    """Sizes, the recipe's name, and the files with weights that are here. converted: the folder, if
-    it can be run.
+    """Sizes of a model, its recipe's name, and its local weight files.
+
+    converted: the folder, if it holds a converted model that can run.
     """
 
     sizes: "ModelSizes"
@@ -25,11 +26,11 @@ class PlanSource:
 
 
 def open_source(path: Path, recipe: str, revision: str | None, token: str | None) -> PlanSource:
-    """A folder goes before a repository of the same name, of which index and headers or config.json
-    are fetched.
+    """Open a folder, or else the Hub repository of this name.
 
-    `recipe` is for what is not converted yet. Raises HubError, SourceError, and what Artifact.open
-    raises.
+    From a repository, only index and headers or config.json are downloaded. `recipe` applies to a
+    checkpoint that is not converted yet. Raises HubError, SourceError and the errors of
+    Artifact.open.
     """
     from formats import INDEX_NAME
     from formats.artifact import Artifact
