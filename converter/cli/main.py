@@ -1,4 +1,4 @@
-"""The command group. Commands are imported when they run, so that help comes without loading torch."""
+"""The command group. A command is imported when it runs: help must not wait for torch."""
 
 import contextlib
 import importlib
@@ -20,25 +20,25 @@ from converter.cli.show.terminal import one_line, safe_terminal
 INTERRUPTED_CODE = 130
 
 COMMANDS = {
-    "convert": "Quantize a mixture-of-experts checkpoint and write it in the expert-addressable format.",
-    "inspect": "Show what a converted folder holds, from its index and headers.",
-    "upload": "Publish a converted folder on the Hub, with a model card, in one commit.",
-    "download": "Fetch a converted model from the Hub, and check every byte.",
-    "verify": "Check a converted folder: structure, and on request every byte.",
-    "repair": "Mend what verify finds, from a repository or the source: only the damaged experts.",
-    "plan": "Show what fits where within a memory budget, and the speed to expect.",
+    "convert": "Quantize a checkpoint and write a folder whose experts load one by one.",
+    "inspect": "Show what a converted model holds.",
+    "upload": "Publish a converted folder on the Hub.",
+    "download": "Download a converted model from the Hub and check every byte.",
+    "verify": "Check a converted folder for damage.",
+    "repair": "Replace the damaged parts of a converted folder.",
+    "plan": "Show what fits in a memory budget, and the speed to expect.",
     "generate": "Generate text with a converted model.",
-    "chat": "Talk with a converted model.",
-    "serve": "Serve a converted model over HTTP, as OpenAI's interface describes it.",
-    "eval": "Measure perplexity of a converted folder or an ordinary checkpoint.",
+    "chat": "Chat with a converted model.",
+    "serve": "Serve a converted model over HTTP with OpenAI's API.",
+    "eval": "Measure perplexity, the difference to the original, or benchmarks.",
     "trace": "Record which experts a text or prompts use.",
-    "replay": "Replay a trace: cache policies, slots and prefetch, and what is possible at best.",
-    "env": "Show versions and which kernels are in use.",
+    "replay": "Simulate cache policies, sizes and prefetch on a trace.",
+    "env": "Show versions, kernels and GPUs.",
 }
 
 
 class _LazyGroup(click.Group):
-    """Loads `converter.cli.<name>_command` for the command `<name>`."""
+    """Imports `converter.cli.commands.<name>_command` for the command `<name>`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -58,34 +58,36 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 error, 2 usage, 3 damage found, 4 does not fit, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 damage found, 4 does not fit in memory,"
+    " 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="moe-convert")
 def cli() -> None:
-    """Run mixture-of-experts models on hardware that they don't fit on.
+    """Run mixture-of-experts models that do not fit in memory.
 
     \b
     moe-convert convert ./my-mixtral -o my-mixtral-2bit
     moe-convert generate my-mixtral-2bit --prompt "Once upon a time"
     moe-convert chat my-mixtral-2bit
 
-    Shell completion: eval "$(_MOE_CONVERT_COMPLETE=bash_source moe-convert)", likewise zsh_source
-    and fish_source.
+    \b
+    Shell completion (also zsh_source, fish_source):
+    eval "$(_MOE_CONVERT_COMPLETE=bash_source moe-convert)"
     """
 
 
 def main(args: list[str] | None = None) -> Any:
-    """Runs the command line and exits with its code."""
+    """Run the command line and exit with its code."""
     with safe_terminal(), _terminate_as_interrupt():
         code = _run(args)
     sys.exit(code)
 
 
 def _run(args: list[str] | None) -> Any:
-    """The exit code. Every error is one message and a next step, never a traceback."""
+    """Run a command and return its exit code. Every error becomes one message and a next step."""
     try:
         code = cli.main(args=args, prog_name="moe-convert", standalone_mode=False) or 0
-        # Here, since Python would only print a traceback and exit with 120.
+        # At exit Python would print a traceback for a failed flush and exit with 120.
         sys.stdout.flush()
         return code
     except SystemExit as e:
@@ -116,7 +118,7 @@ def _report(error: Exception) -> int:
     with contextlib.suppress(OSError):
         click.echo("\n".join(lines), err=True)
     if isinstance(error, OSError):
-        # What stdout could not take would be tried again at exit.
+        # Python would flush the rest at exit and fail again.
         try:
             sys.stdout.flush()
         except OSError:
@@ -125,15 +127,15 @@ def _report(error: Exception) -> int:
 
 
 def _drop_output() -> None:
-    """Nothing reads stdout any more: what Python still has for it must not fail at exit."""
+    """Redirect stdout to /dev/null. Nothing reads it any more, and the flush at exit must not fail."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM stops a command as Ctrl-C does, so that files are closed and the message says how to
-    go on.
+    """Let SIGTERM stop a command as Ctrl-C does: files are closed, and the message says how to
+    resume.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -547,7 +547,7 @@ def test_an_interrupted_conversion_says_that_the_same_command_goes_on(
     code, _, err = run_command("convert", inputs.checkpoint, "-o", inputs.out, "-q")
     assert (code, err) == (
         130,
-        "interrupted: run the same command again: it goes on where it stopped\n",
+        "interrupted: run the same command again: it resumes\n",
     )
 
 

@@ -1,4 +1,4 @@
-"""moe-convert download"""
+"""`moe-convert download`: downloads a converted model and checks every byte."""
 
 import shlex
 import sys
@@ -12,39 +12,42 @@ from converter.cli.options.early_checks import check_out_folder
 from converter.cli.show.console import Output, gigabytes, output_options
 
 _BESIDE = ("README.md", "quality.json")
-"""Files of a converted folder that its index does not list."""
+"""Files of a converted folder that the index does not list."""
 
 
-@click.command("download", epilog="Exit code 3 if anything is damaged.")
+@click.command(
+    "download",
+    epilog="""\b
+Examples:
+  moe-convert download owner/my-mixtral-2bit
+  moe-convert download owner/my-mixtral-2bit --local-dir my-mixtral-2bit
+
+Exit code 3 if anything is damaged.""",
+)
 @click.argument("repo", metavar="OWNER/MODEL")
 @click.option(
     "--local-dir",
     type=click.Path(path_type=Path),
-    help="Where to put the files [default: the cache of the Hub].",
+    metavar="FOLDER",
+    help="Folder for the files [default: huggingface_hub's cache].",
 )
-@click.option("--revision", help="Branch, tag or commit [default: main].")
+@shared_options.revision
 @click.option(
     "--include",
     multiple=True,
     metavar="PATTERN",
-    help="Only files that match, such as '*.json'; repeatable.",
+    help="Download only matching files, such as '*.json'. Repeat the option for more patterns.",
 )
 @shared_options.token
-@output_options(
-    interrupted="run the same command again: files that are there are not fetched again"
-)
+@output_options(interrupted="run the same command again: complete files are not downloaded again")
 def command(
     repo: str, local_dir: Path | None, include: tuple[str, ...], output: Output, **options: Any
 ) -> None:
-    """Fetch the converted model OWNER/MODEL from the Hub, and check every byte of it.
+    """Download the converted model OWNER/MODEL from the Hub and check every byte.
 
-    Fetched are the files that its index lists, README.md and quality.json; with --include, those
-    that match. Files that are there already are not fetched again; an interrupted download goes on
-    when it is run again.
-
-    \b
-    moe-convert download owner/my-mixtral-2bit
-    moe-convert download owner/my-mixtral-2bit --local-dir my-mixtral-2bit
+    The command downloads the files that the index lists, README.md and quality.json, or with
+    --include the matching files. Complete files are not downloaded again. After an interruption,
+    run the same command again: it resumes.
     """
     from formats.hub.repo import HubRepo
     from formats.hub.repo_listing import fetch_listed, note_unlisted
@@ -59,8 +62,10 @@ def command(
             source, beside=_BESIDE, local_dir=local_dir, bars=not output.quiet
         )
         note_unlisted(source, [file.name for file in files])
-        mend = f"moe-convert repair {shlex.quote(str(folder))} --from {repo}" if local_dir else None
-        problems = _against_index(folder, mend, output)
+        repair = (
+            f"moe-convert repair {shlex.quote(str(folder))} --from {repo}" if local_dir else None
+        )
+        problems = _against_index(folder, repair, output)
     n_bytes = sum(file.size for file in files)
     facts = {
         "repository": f"{source.repo}@{source.commit}",
@@ -77,7 +82,7 @@ def command(
 
 
 def _check_place(source: Any, local_dir: Path | None) -> None:
-    """Refuses a place that cannot be written, before the first byte comes."""
+    """Raise OutputError before the download if the target cannot be written."""
     from formats.hub.repo import cache_root
 
     if not source.offline:
@@ -88,7 +93,7 @@ def _check_place(source: Any, local_dir: Path | None) -> None:
 def _fetch_matching(
     source: Any, patterns: list[str], local_dir: Path | None, output: Output
 ) -> tuple[Path, list[Any]]:
-    """(folder, files) of what the user asked for by name, whatever it is."""
+    """Download the files that match. Return their folder and the files."""
     from formats.errors import HubError
     from formats.hub.repo_listing import check_room
 
@@ -100,9 +105,10 @@ def _fetch_matching(
     return source.snapshot(patterns, local_dir=local_dir, bars=not output.quiet), files
 
 
-def _against_index(folder: Path, mend: str | None, output: Output) -> list[str]:
-    """What is wrong with a converted folder, and the command that mends it; None in the cache,
-    which stays as it is.
+def _against_index(folder: Path, repair: str | None, output: Output) -> list[str]:
+    """Return the problems of a converted folder, followed by the next step.
+
+    repair: the command that repairs it, or None for a folder in the cache, which is never changed.
     """
     from formats.reading.verify import verify_folder
 
@@ -110,17 +116,19 @@ def _against_index(folder: Path, mend: str | None, output: Output) -> list[str]:
     report = verify_folder(
         folder, read_data=True, progress=lambda done, total: progress("verifying", done, total)
     )
-    again = "delete the files that the damaged ones link to, and run the same command again"
+    again = "delete the files that the damaged links point to, and run the same command again"
     return (
-        [*(problem.message for problem in report.problems), f"  next: {mend or again}"]
+        [*(problem.message for problem in report.problems), f"  next: {repair or again}"]
         if report.problems
         else []
     )
 
 
 def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
-    """Which of some files have another hash than the Hub says."""
-    progress, done, total = output.progress(), 0, sum(file.size for file in files)
+    """Return a problem for each file whose hash differs from the Hub's."""
+    progress = output.progress()
+    total = sum(file.size for file in files)
+    done = 0
     problems = []
     for file in files:
         hasher = file.hasher()
@@ -129,7 +137,8 @@ def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
                 hasher.update(chunk)
         if hasher.hexdigest() != file.etag:
             problems.append(
-                f"{folder / file.name}: its hash is not the Hub's, {file.etag}; delete it and run again"
+                f"{folder / file.name}: the hash differs from the Hub's, {file.etag};"
+                " delete the file and run the same command again"
             )
         done += file.size
         progress("verifying", done, total)

@@ -1,4 +1,4 @@
-"""moe-convert env"""
+"""`moe-convert env`: shows versions, kernels and GPUs."""
 
 import importlib.metadata
 import platform
@@ -20,15 +20,10 @@ _PACKAGES = (
 )
 
 
-@click.command("env")
+@click.command("env", epilog="Add the output to every bug report; --json gives one object.")
 @output_options(interrupted="nothing was changed")
 def command(output: Output) -> None:
-    """Show versions, which kernels and solver are in use and why, and which GPUs there are.
-
-    \b
-    moe-convert env
-    moe-convert env --json
-    """
+    """Show versions, the kernels and the solver in use with the reason, and the GPUs."""
     from converter.solvers import solver_library
     from loader.arithmetic import kernels
     from loader.cuda.device.choice import describe_gpus

@@ -1,6 +1,4 @@
-"""`moe-convert eval`: perplexity of a model, alone or against the original, and benchmarks by
-lm-eval.
-"""
+"""`moe-convert eval`: measures perplexity, the difference to the original, or benchmarks."""
 
 import sys
 from pathlib import Path
@@ -21,33 +19,41 @@ from formats.quality import Evaluation
 Examples:
   moe-convert eval mixtral-2bit --text examples/text/english.txt
   moe-convert eval ./Mixtral-8x7B-v0.1 --text a.txt --text b.txt --window 512 --json
-  moe-convert eval mixtral-2bit --text a.txt --max-windows 4      (a quick look)
+  moe-convert eval mixtral-2bit --text a.txt --max-windows 4
   moe-convert eval mixtral-2bit --text a.txt --against ./Mixtral-8x7B-v0.1 --save
   moe-convert eval mixtral-2bit --tasks arc_easy,winogrande --limit 100""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
+@shared_options.texts
 @click.option(
-    "--text", "texts", type=click.Path(path_type=Path, exists=True, dir_okay=False), multiple=True,
-    help="A UTF-8 text; give the option again for more.",
-)  # fmt: skip
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="ORIGINAL",
+    help="Compare with the checkpoint in this folder. It is computed layer by layer and need not"
+    " fit in memory.",
+)
+@click.option("--save", is_flag=True, help="With --against: save the result in PATH/quality.json.")
+@click.option("--tasks", metavar="NAME,...", help="Run these lm-eval tasks instead of texts.")
 @click.option(
-    "--against", type=click.Path(path_type=Path), metavar="ORIGINAL",
-    help="Compare with the checkpoint in this folder, layer by layer: it need not fit in memory.",
-)  # fmt: skip
-@click.option("--save", is_flag=True, help="With --against: put the result into PATH/quality.json.")
-@click.option("--tasks", metavar="NAME,...", help="Benchmarks of lm-eval, instead of texts.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many documents of each task.")
-@click.option(
-    "--task-folder", type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="More task definitions (YAML; they may run Python code from there).",
-)  # fmt: skip
-@shared_options.raw
-@shared_options.window
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time."
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Documents per task [default: all].",
 )
 @click.option(
-    "--max-windows", type=click.IntRange(min=1), help="Only the first windows of each text."
+    "--task-folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="Folder with more task definitions (YAML). They may run Python code.",
+)
+@shared_options.raw
+@shared_options.window
+@shared_options.batch
+@click.option(
+    "--max-windows",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Windows per text, from its beginning [default: all].",
 )
 @shared_options.device
 @shared_options.gpu_cache
@@ -71,21 +77,21 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Measure the perplexity of the model in PATH: a converted folder, or an ordinary checkpoint in
-    its stored dtype.
+    """Measure the perplexity of the model PATH.
 
-    Each text is tokenized whole and cut into windows that do not overlap; each begins with BOS and
-    all its other tokens are scored; perplexity is exp of the mean negative log-likelihood a token.
-    Compare numbers of one --window only.
+    PATH is a converted folder, or an ordinary checkpoint, which runs in its stored dtype. Each text
+    is tokenized and cut into windows that do not overlap. A window begins with BOS; all its other
+    tokens are scored. Perplexity is exp of the mean negative log-likelihood per token. Results with
+    different --window are not comparable.
 
-    With --against, also: the original's perplexity and the ratio, the mean KL divergence from the
-    original's predictions (nats a token), how often both have the same first choice, and for what
-    share of the tokens a router chooses the same experts, with standard errors over windows.
-    Checkpoints are computed in float32 then.
+    With --against, the command also reports the original's perplexity and the ratio, the mean KL
+    divergence from the original (nats per token), the share of tokens with the same top choice, and
+    the share of tokens for which a router chooses the same experts. Errors are standard errors over
+    windows. Checkpoints are computed in float32.
 
-    With --tasks, instead: benchmarks by lm-eval, which pip install 'moe-convert[eval]' brings.
-    Documents go through the tokenizer's chat template if it has one, unless --raw is given: numbers
-    with and without do not compare.
+    With --tasks, it runs lm-eval tasks instead (pip install 'moe-convert[eval]'). Documents go
+    through the tokenizer's chat template if it has one, unless --raw is given. Results with and
+    without a template are not comparable.
     """
     _check_options(
         texts=texts,
@@ -163,11 +169,11 @@ def command(
         from formats.quality import QUALITY_NAME, read_quality, save_evaluation
 
         if save and not is_converted(path):
-            raise click.UsageError("--save: PATH is no converted folder")
+            raise click.UsageError(f"--save: {path} is not a converted folder")
         if save:
             quality = path / QUALITY_NAME
             refuse_inputs([quality, partial_path(quality)], [*texts, against / QUALITY_NAME])
-            # What is wrong with the file, or with the options of loading, shows before the work.
+            # A damaged quality.json or a wrong option must fail before the long work.
             read_quality(path)
             check_out_file(quality)
         if is_converted(path):
@@ -198,7 +204,7 @@ def command(
 
 
 def _check_loading(path: Path, options: dict[str, Any]) -> None:
-    """Refuses what loading the converted model would refuse, once the original has had its turn."""
+    """Raise now what loading the converted model would raise after the original was computed."""
     from formats.artifact import Artifact
     from formats.sizes import parse_size
     from loader.arithmetic.backend import choose_backend
@@ -227,7 +233,7 @@ def _check_options(
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
-    """A comparison for people: a line a text, then what each layer's router agrees in."""
+    """Return a comparison as text: a row per text, then the router agreement of each layer."""
 
     def error(value: float | None) -> str:
         return "-" if value is None else f"{value:.5f}"
@@ -249,10 +255,17 @@ def evaluation_table(evaluation: Evaluation) -> str:
     for c in (*evaluation.texts, evaluation.overall):
         rows.append(
             (
-                c.name, str(c.tokens), f"{c.perplexity:.3f}", f"{c.original_perplexity:.3f}", f"{c.ratio:.4f}",
-                error(c.ratio_error), f"{c.kl:.5f}", error(c.kl_error), f"{c.agreement:.3f}",
+                c.name,
+                str(c.tokens),
+                f"{c.perplexity:.3f}",
+                f"{c.original_perplexity:.3f}",
+                f"{c.ratio:.4f}",
+                error(c.ratio_error),
+                f"{c.kl:.5f}",
+                error(c.kl_error),
+                f"{c.agreement:.3f}",
                 f"{sum(c.routers) / len(c.routers):.3f}",
             )
-        )  # fmt: skip
+        )
     by_layer = " ".join(f"{share:.3f}" for share in evaluation.overall.routers)
     return f"{table(rows)}\n\nsame experts by layer: {by_layer}"

@@ -1,4 +1,4 @@
-"""moe-convert inspect"""
+"""`moe-convert inspect`: shows what a converted model holds, from index and headers alone."""
 
 import contextlib
 import tempfile
@@ -13,13 +13,20 @@ from converter.cli.options import shared_options
 from converter.cli.show.console import Output, gigabytes, output_options, table
 
 
-@click.command("inspect")
+@click.command(
+    "inspect",
+    epilog="""\b
+Examples:
+  moe-convert inspect ./my-mixtral-2bit
+  moe-convert inspect owner/my-mixtral-2bit
+  moe-convert inspect ./my-mixtral-2bit --json --experts""",
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--experts",
     "show_experts",
     is_flag=True,
-    help="List every expert: file, offset, length, packings, sha256.",
+    help="List each expert: file, offset and length in bytes, packings, sha256.",
 )
 @shared_options.revision
 @shared_options.token
@@ -27,13 +34,10 @@ from converter.cli.show.console import Output, gigabytes, output_options, table
 def command(
     path: Path, show_experts: bool, revision: str | None, token: str | None, output: Output
 ) -> None:
-    """Show what the converted folder or Hub repository PATH holds, from its index and headers; no
-    weights are read.
+    """Show what the converted model PATH holds.
 
-    \b
-    moe-convert inspect ./my-mixtral-2bit
-    moe-convert inspect owner/my-mixtral-2bit
-    moe-convert inspect ./my-mixtral-2bit --json --experts
+    PATH is a folder, or owner/name of a repository on the Hub. The command reads index and headers,
+    but no weights.
     """
     with _opened(path, revision, token) as (artifact, repository):
         facts, text = _described(artifact, show_experts, output)
@@ -46,8 +50,9 @@ def command(
 def _opened(
     path: Path, revision: str | None, token: str | None
 ) -> Iterator[tuple[Any, str | None]]:
-    """The artifact, and repository@commit if it is on the Hub; a folder goes before a repository of
-    the same name.
+    """Yield the artifact, and repository@commit if it is on the Hub.
+
+    A folder takes precedence over a repository of the same name.
     """
     from formats.artifact import Artifact
     from formats.hub.remote_artifact import open_remote
@@ -62,7 +67,7 @@ def _opened(
 
 
 def _packings(names: Iterable[str]) -> str:
-    """The packings of experts, and where there are several, how many experts have each."""
+    """Return the packings of experts; if they differ, with the number of experts of each."""
     counts = Counter(names)
     if len(counts) == 1:
         return next(iter(counts))
@@ -72,13 +77,14 @@ def _packings(names: Iterable[str]) -> str:
 
 
 def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[str, Any], str]:
-    """The facts, and the same as text."""
+    """Return the facts for JSON, and the same as text."""
     import msgspec
 
     from formats.quality import read_quality
     from formats.trunk import attention_size
 
-    index, a = artifact.index, artifact.architecture
+    index = artifact.index
+    a = artifact.architecture
     attention, attention_weights = attention_size(
         artifact.trunk_header().entries.values(), index.trunk.packed
     )
@@ -107,7 +113,8 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
     rows = [
         (
             "format",
-            f"moe-convert {index.format_version}, by {index.producer.name} {index.producer.version}",
+            f"moe-convert {index.format_version},"
+            f" by {index.producer.name} {index.producer.version}",
         ),
         ("model type", a.model_type),
         (
@@ -122,7 +129,7 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         ("codec", entries[0].codec),
         (
             "layers × experts",
-            f"{a.expert_layers} × {a.num_local_experts}, {a.num_experts_per_tok} a token",
+            f"{a.expert_layers} × {a.num_local_experts}, {a.num_experts_per_tok} per token",
         ),
         ("hidden, intermediate", f"{a.hidden_size}, {a.intermediate_size}"),
         ("bits per expert weight", f"{8 * stored / weights:.3f}"),
@@ -135,8 +142,10 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
     quality = read_quality(artifact.folder)
     if quality and (evaluation := quality.evaluation):
         facts["evaluation"] = msgspec.to_builtins(evaluation)
-        found = evaluation.overall
-        fields = f"KL {found.kl:.5f}, perplexity ratio {found.ratio:.4f}, {found.tokens} tokens"
+        overall = evaluation.overall
+        fields = (
+            f"KL {overall.kl:.5f}, perplexity ratio {overall.ratio:.4f}, {overall.tokens} tokens"
+        )
         rows.append((f"against {evaluation.original}", fields))
     text = table(rows, left=2)
     if show_experts:

@@ -1,4 +1,4 @@
-"""`moe-convert plan`: what fits where within a memory budget, and the tokens per second to expect."""
+"""`moe-convert plan`: shows what fits in a memory budget, and the speed to expect."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loader.planning.memory_plan import ModelSizes, Plan
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of the experts in memory, where no budget is given."""
+"""Shares of the experts in RAM that are planned if no budget is given."""
 _SPEED = click.FloatRange(min=0, min_open=True)
 
 
@@ -32,91 +32,101 @@ Examples:
   moe-convert plan ./Mixtral-8x7B-v0.1 --recipe 3bit --ram 16GB
   moe-convert plan mistralai/Mixtral-8x7B-v0.1 --ram 16GB --disk 3.5
   moe-convert plan mixtral-2bit --vram 12GiB
-  moe-convert plan mistralai/Mixtral-8x7B-v0.1 --vram 8GiB --ram 16GB --link 12 --gpu-bandwidth 360 --disk 3.5
-Exit code 4: not even the least fits; the message says how much is needed.""",
+  moe-convert plan mixtral-2bit --vram 8GiB --ram 16GB --link 12 --gpu-bandwidth 360 --disk 3.5
+
+Exit code 4: the budget is below the minimum; the message gives the minimum.""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--ram",
     metavar="SIZE",
-    help="Memory for the whole process, e.g. 12GiB [default: a table over several budgets].",
+    help="RAM budget of the whole process, such as 12GiB [default: a table of several budgets].",
 )
 @click.option(
-    "--vram", metavar="SIZE",
-    help="GPU memory, e.g. 12GiB: trunk, KV cache and some experts there; without --ram, all experts in RAM.",
-)  # fmt: skip
+    "--vram",
+    metavar="SIZE",
+    help="GPU memory budget, such as 12GiB, for trunk, KV cache and cached experts. Without --ram,"
+    " all experts are in RAM.",
+)
 @click.option(
     "--ctx",
     type=click.IntRange(min=1),
     default=4096,
     show_default=True,
-    help="Positions of the KV cache.",
+    metavar="TOKENS",
+    help="Length of the KV cache, in tokens.",
 )
-@shared_options.prefix_cache("0", "Memory for the prefix caches of moe-convert serve, e.g. 1GiB.")
+@shared_options.prefix_cache(
+    "0", "Memory for the prefix caches of `moe-convert serve`, such as 1GiB."
+)
 @click.option(
     "--prompt",
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Tokens of the longest prompt.",
+    metavar="TOKENS",
+    help="Length of the longest prompt, in tokens.",
 )
 @click.option(
-    "--trace", type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A routing trace (moe-convert trace) to take hit ratios from [default: every expert is equally likely].",
-)  # fmt: skip
-@click.option(
-    "--policy", type=click.Choice(["lrfu", "lru", "lfu"]), default="lrfu", show_default=True,
-    help="Which experts leave first.",
-)  # fmt: skip
+    "--trace",
+    type=shared_options.FILE,
+    metavar="FILE",
+    help="Routing trace that gives the hit ratios (see `moe-convert trace`) [default: every expert"
+    " is equally likely].",
+)
+@shared_options.policy
 @click.option(
     "--disk",
     type=_SPEED,
     metavar="GB/s",
-    help="Speed of the disk [default: measured for a second].",
+    help="Disk read speed [default: measured for one second].",
 )
-@click.option(
-    "--memory", type=_SPEED, metavar="GB/s", help="Speed of the memory [default: measured]."
-)
+@click.option("--memory", type=_SPEED, metavar="GB/s", help="RAM bandwidth [default: measured].")
 @click.option(
     "--link",
     type=_SPEED,
     metavar="GB/s",
-    help="Speed of copies to the GPU [default: measured, on a GPU].",
+    help="Speed of copies from RAM to the GPU [default: measured; needs a GPU].",
 )
 @click.option(
     "--gpu-bandwidth",
     type=_SPEED,
     metavar="GB/s",
-    help="Speed of the GPU's memory [default: measured, on a GPU].",
+    help="GPU memory bandwidth [default: measured; needs a GPU].",
 )
 @click.option(
     "--recipe",
     "recipe_name",
     default="2bit",
     show_default=True,
-    help="For a checkpoint that is not converted yet.",
+    metavar="NAME|FILE.json",
+    help="Recipe to plan for, if PATH is not converted (see `moe-convert convert`).",
 )
 @shared_options.revision
 @shared_options.token
-@click.option("--verify", is_flag=True, help="Decode 32 tokens with each budget, and compare.")
+@click.option(
+    "--verify", is_flag=True, help="Decode 32 tokens with each budget and show the measured speed."
+)
 @shared_options.check
 @output_options(interrupted="nothing was changed")
 def command(path: Path, ram: str | None, vram: str | None, output: Output, **options: Any) -> None:
-    """Show what fits where, and the speed to expect, of PATH.
+    """Show how much of the model PATH fits in RAM and GPU memory, and the speed to expect.
 
     PATH is a converted model or a checkpoint, in a folder or as owner/name on the Hub, or a
-    config.json. Takes the numbers of index and headers, and reads some weights to measure the disk.
-    The speed is one sequence's at the end of the context: the low end without any overlap of
-    reading and computing, the high end with a perfect one. With --vram the low end assumes half of
-    what the bytes allow: nothing was measured on a GPU (docs/plan.md).
+    config.json. The command reads index and headers, and some weights to measure the disk.
+
+    The speed is for one sequence at the end of the context. Its lower end assumes that reading and
+    computing never overlap, its upper end that they overlap perfectly. With --vram the lower end is
+    half of the upper end: no GPU was measured (docs/plan.md).
     """
     check_options(options, vram=bool(vram))
-    context, prompt = options["ctx"], min(options["prompt"], options["ctx"])
+    context = options["ctx"]
+    prompt = min(options["prompt"], context)
     source = open_source(path, options["recipe_name"], options["revision"], options["token"])
     if options["verify"] and not source.converted:
         raise click.UsageError(f"--verify: {path} is not a converted folder")
     if options["verify"] and vram and not has_gpu():
-        raise click.UsageError("--verify with --vram: there is no GPU here")
+        raise click.UsageError("--verify with --vram needs a GPU, and this machine has none")
     sizes = replace(source.sizes, prefix=options["prefix_cache"])
     if vram:
         speeds, plans = _gpu_plans(sizes, source.files, vram, ram, context, prompt, options)
@@ -147,11 +157,12 @@ def _plans(
     prompt: int,
     options: dict[str, Any],
 ) -> "tuple[dict[str, Any], Sequence[Plan]]":
-    """The speeds, and the plan for `ram`, or several."""
+    """Return the speeds, and the plan for `ram`, or one for each of SHARES."""
     from loader.experts.policy import POLICIES
     from loader.planning.memory_plan import plan_memory, plan_shares, traced_miss_ratios
 
-    trace, ram_bytes = _traced(options["trace"], sizes), parse_size(ram, "--ram") if ram else None
+    trace = _traced(options["trace"], sizes)
+    ram_bytes = parse_size(ram, "--ram") if ram else None
     ratios = trace and traced_miss_ratios(trace, POLICIES[options["policy"]])
     settings: dict[str, Any] = {"context": context, "prompt": prompt, "miss_ratios": ratios}
     speeds = ram_machine(sizes, files, options)
@@ -169,12 +180,13 @@ def _gpu_plans(
     prompt: int,
     options: dict[str, Any],
 ) -> "tuple[dict[str, Any], Sequence[Plan]]":
-    """The speeds, and the plan for `vram` and `ram`."""
+    """Return the speeds, and the plan for `vram` and `ram`."""
     from loader.experts.policy import POLICIES
     from loader.planning.gpu_plan import plan_gpu
     from loader.traces.tier_misses import traced_tier_misses, uniform_tier_misses
 
-    vram_bytes, ram_bytes = parse_size(vram, "--vram"), parse_size(ram, "--ram") if ram else None
+    vram_bytes = parse_size(vram, "--vram")
+    ram_bytes = parse_size(ram, "--ram") if ram else None
     policy = POLICIES[options["policy"]]
     trace = _traced(options["trace"], sizes)
     misses = (
@@ -197,7 +209,7 @@ def _traced(path: Path | None, sizes: "ModelSizes") -> Any:
     read = read_trace(path)
     if read.header.architecture != sizes.architecture:
         raise MoeConvertError(
-            f"{path}: a trace of another model", "trace this one, or its original"
+            f"{path}: a trace of another model", "record a trace of this model or its original"
         )
     return read
 
@@ -210,7 +222,7 @@ def _verify(
     options: dict[str, Any],
     output: Output,
 ) -> None:
-    """Adds what 32 tokens measured to each plan, as `verified`."""
+    """Decode 32 tokens with each plan and store the measurement in it as `verified`."""
     import transformers
 
     from loader.planning.trial_run import try_out

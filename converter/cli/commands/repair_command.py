@@ -1,4 +1,4 @@
-"""moe-convert repair"""
+"""`moe-convert repair`: replaces the damaged parts of a converted folder."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,31 +14,42 @@ from converter.cli.show.console import Output, output_options
 
 @click.command(
     "repair",
-    epilog="Exit code 3 if something stays damaged; what was mended until then stays mended.",
+    epilog="""\b
+Examples:
+  moe-convert repair ./my-mixtral-2bit --from owner/my-mixtral-2bit
+  moe-convert repair ./my-mixtral-2bit --from ./Mixtral-8x7B-Instruct-v0.1
+  moe-convert repair ./my-mixtral-2bit --index
+
+Exit code 3 if something is still damaged; finished repairs are kept.""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
-    "--from", "origin", metavar="OWNER/MODEL|SOURCE",
-    help="Where it was published (experts come by ranges), or the checkpoint that it was made from: a folder or a"
-    " repository (experts are converted again).",
-)  # fmt: skip
+    "--from",
+    "origin",
+    metavar="OWNER/MODEL|SOURCE",
+    help="Repository where the folder was published (damaged experts are downloaded), or the source"
+    " checkpoint, a folder or repository (damaged experts are converted again).",
+)
 @click.option(
     "--index",
     "index_too",
     is_flag=True,
-    help="Write the index again from the files' headers and hashes.",
+    help="Rebuild the index from the headers and hashes of the files.",
 )
 @click.option(
     "--calibration-file",
     type=click.Path(path_type=Path),
-    help="The text, if the recipe's was one of yours.",
+    metavar="FILE",
+    help="Calibration text, if the conversion used --calibrate FILE.",
 )
 @click.option(
     "--revision",
-    help="Branch, tag or commit of OWNER/MODEL [default: main, or what was converted].",
+    metavar="NAME",
+    help="Branch, tag or commit of the repository [default: main; for a source checkpoint, the"
+    " converted commit].",
 )
 @shared_options.token
-@output_options(interrupted="run the same command again: what was mended stays mended")
+@output_options(interrupted="run the same command again: finished repairs are kept")
 def command(
     path: Path,
     origin: str | None,
@@ -47,18 +58,13 @@ def command(
     output: Output,
     **remote: str | None,
 ) -> None:
-    """Mend what is damaged in the converted folder PATH: only that, and only by bytes with the
-    index's sha256.
+    """Replace the damaged parts of the converted folder PATH, and nothing else.
 
-    A layer's file is written under another name and renamed. Without --from: headers, fillers, and
-    files that another program saved again in another order. With --index, for when the index itself
-    is damaged: layers and trunk come from the files; producer, source, recipe and the list of
-    copied files only the index has, so they must still be there.
-
-    \b
-    moe-convert repair ./my-mixtral-2bit --from owner/my-mixtral-2bit
-    moe-convert repair ./my-mixtral-2bit --from ./Mixtral-8x7B-Instruct-v0.1
-    moe-convert repair ./my-mixtral-2bit --index
+    New bytes must match the index's sha256. A repaired file is written under another name, then
+    renamed. Without --from the command repairs headers, padding, and files that another program
+    rewrote in another order. With --index it rebuilds a damaged index: layers and trunk come from
+    the files; producer, source, recipe and the list of copied files must still be readable in the
+    index.
     """
     from formats.index import read_index
     from formats.repair.index_rebuild import rebuild_index
@@ -68,7 +74,7 @@ def command(
 
     if index_too and origin:
         raise click.UsageError(
-            "--index rebuilds from the folder alone; --from OWNER/MODEL brings the index too"
+            "give --index or --from, not both: --from OWNER/MODEL also downloads the index"
         )
     check_converted(path)
     check_out_folder(path)
@@ -76,7 +82,7 @@ def command(
         rebuild_index(path)
         output.result(
             {"ok": True, "files": ["moe_index.json"], "experts": [], "kept": []},
-            "the index was written again",
+            "the index was rebuilt",
         )
         return
     progress = output.progress()
@@ -88,9 +94,9 @@ def command(
             source or _nothing(repair_command(path, index)),
             lambda n, of: progress("repairing", n, of),
         )
-    lines = [f"written again: {name}" for name in done.files]
+    lines = [f"rewritten: {name}" for name in done.files]
     lines += [f"replaced: layer {layer} expert {expert}" for layer, expert in done.experts]
-    lines += [f"kept as you changed it: {name}" for name in done.kept]
+    lines += [f"kept with your changes: {name}" for name in done.kept]
     facts = {
         "ok": True,
         "files": done.files,
@@ -98,15 +104,16 @@ def command(
         "kept": done.kept,
     }
     rest = "every other byte" if done.kept else "every byte"
-    output.result(facts, "\n".join([*lines, f"ok: {rest} is as the index says"]))
+    output.result(facts, "\n".join([*lines, f"ok: {rest} matches the index"]))
 
 
 @contextlib.contextmanager
 def _origin(
     path: Path, name: str | None, calibration_file: Path | None, remote: dict[str, str | None]
 ) -> Iterator[Any]:
-    """What --from means; None without. A repository also gives an index that is not there or cannot
-    be read.
+    """Yield the origin that --from names, or None.
+
+    A repository of a converted model also replaces a missing or damaged index.
     """
     from converter.checkpoint.shards.hub_model import HubModel
     from converter.source_origin import SourceOrigin
@@ -125,7 +132,7 @@ def _origin(
         refuse_overlap(path, Path(name), "the origin")
         if (Path(name) / INDEX_NAME).exists():
             raise MoeConvertError(
-                f"{name} is a converted folder", "copy the damaged files from there"
+                f"{name} is a converted folder", f"copy the damaged files from {name}"
             )
         with SourceOrigin(Path(name), read_index(path), calibration_file) as source:
             yield source

@@ -1,9 +1,10 @@
-"""`moe-convert replay`: cache policies, slots and guesses over a routing trace."""
+"""`moe-convert replay`: simulates cache policies, sizes and prefetch on a routing trace."""
 
 from pathlib import Path
 
 import click
 
+from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file, require_extra
 from converter.cli.show.console import Output, output_options
 from converter.cli.show.replay_plot import PLOT_SUFFIXES, plot_replay
@@ -17,7 +18,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
         return value if value is None else sorted({int(part) for part in value.split(",")})
     except ValueError:
         raise click.BadParameter(
-            f"{value!r}: expected numbers with commas between, such as 2,4,6"
+            f"{value!r}: expected numbers separated by commas, such as 2,4,6"
         ) from None
 
 
@@ -44,56 +45,78 @@ Examples:
 )
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
-    "--policy", "policies", callback=_policies, metavar="NAME,...", default="lrfu,lru,lfu", show_default=True,
-    help="Which experts leave first; fixed keeps those that --choose-from used most.",
-)  # fmt: skip
+    "--policy",
+    "policies",
+    callback=_policies,
+    metavar="NAME,...",
+    default="lrfu,lru,lfu",
+    show_default=True,
+    help="Eviction policies: lrfu, lru, lfu, fixed. fixed never evicts and holds the experts that"
+    " --choose-from used most.",
+)
 @click.option(
     "--slots",
     callback=_numbers,
     metavar="N,...",
-    help="Experts a layer in the cache, e.g. 2,4,6; else every number that holds a token's, but not all.",
+    help="Cache slots per layer, such as 2,4,6 [default: each size from the experts of one token"
+    " to all but one].",
 )
 @click.option(
-    "--shares", type=click.Choice(["equal", "chosen"]), default="equal", show_default=True,
-    help="Slots of the layers: the same for each, or as --choose-from would have read least, with the same total.",
-)  # fmt: skip
+    "--shares",
+    type=click.Choice(["equal", "chosen"]),
+    default="equal",
+    show_default=True,
+    help="Division of the slots among layers. equal: the same for each layer. chosen: the same"
+    " total, divided so that --choose-from reads least.",
+)
 @click.option(
-    "--choose-from", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="TRACE",
-    help="A trace of another text, for --policy fixed and --shares chosen.",
-)  # fmt: skip
+    "--choose-from",
+    type=shared_options.FILE,
+    metavar="TRACE",
+    help="Trace of another text, for --policy fixed and --shares chosen.",
+)
 @click.option(
     "--guesses",
     callback=_numbers,
     metavar="N,...",
     default="0,1,2",
     show_default=True,
-    help="Experts to prefetch a layer, at most.",
+    help="Prefetched experts per layer, at most.",
 )
 @click.option(
-    "--norm", type=click.Choice(["this", "next"]), default="next", show_default=True,
-    help="Whose norm weight the guesses have: the layer's that guesses, or the next one's.",
-)  # fmt: skip
+    "--norm",
+    type=click.Choice(["this", "next"]),
+    default="next",
+    show_default=True,
+    help="Norm weight used for the prediction: of the predicting layer, or of the next layer.",
+)
 @click.option(
     "--disk",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB/s",
-    help="Misses come at this speed.",
+    help="Read speed of misses from the disk.",
 )
 @click.option(
     "--link",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB/s",
-    help="The same, e.g. of PCIe.",
+    help="Copy speed of misses over a link such as PCIe.",
 )
 @click.option(
-    "--compute-ms", type=click.FloatRange(min=0), default=0.0, show_default=True,
-    help="Milliseconds that a layer computes.",
-)  # fmt: skip
+    "--compute-ms",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="MS",
+    help="Computing time of a layer, in milliseconds.",
+)
 @click.option("--by-layer", is_flag=True, help="Show the hit ratio and recall of each layer.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg|png",
-    help="Draw hit ratio against slots and recall against guesses (needs the extra plots).",
-)  # fmt: skip
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.svg|png",
+    help="Plot hit ratio over slots and recall over guesses (pip install 'moe-convert[plots]').",
+)
 @output_options(interrupted="nothing was changed")
 def command(
     trace: Path,
@@ -110,23 +133,17 @@ def command(
     plot: Path | None,
     output: Output,
 ) -> None:
-    """Replay a TRACE through caches: what would have hit, what guesses would have read, and how
-    fast that allows.
+    """Simulate expert caches on TRACE: hit ratio, bytes read, and the speed they allow.
 
-    Every combination of --policy, --slots and --guesses; belady is the optimum, which knows the
-    future. The cache is empty at the beginning and kept over the whole trace. Tokens a second are
-    those that the bytes allow, one token at a
-    time: each layer waits for its missing experts; while it computes, the next layer's guesses are
-    read.
+    The command tries every combination of --policy, --slots and --guesses. belady is the optimal
+    policy; it needs to know future requests. The cache starts empty and is kept over the whole
+    trace. The speed is an upper bound for one token at a time: each layer waits for its misses, and
+    the next layer's predictions are read while it computes.
     """
     if choose_from is None and (shares == "chosen" or "fixed" in policies):
-        raise click.UsageError(
-            "--policy fixed and --shares chosen need --choose-from, a trace of another text"
-        )
+        raise click.UsageError("--policy fixed and --shares chosen need --choose-from TRACE")
     if plot and plot.suffix not in PLOT_SUFFIXES:
-        raise click.UsageError(
-            f"--plot {plot}: the name must end with {' or '.join(PLOT_SUFFIXES)}"
-        )
+        raise click.UsageError(f"--plot {plot}: the name must end in {' or '.join(PLOT_SUFFIXES)}")
     from formats.files.overlap import refuse_inputs
     from loader.traces.replay_report import Settings, replay_trace
     from loader.traces.trace import read_trace
@@ -136,23 +153,27 @@ def command(
         check_out_file(plot)
         require_extra("matplotlib", "plots", "--plot")
     read = read_trace(trace)
-    chosen, count = read.experts.shape[2], read.header.architecture.num_local_experts
+    chosen = read.experts.shape[2]
+    count = read.header.architecture.num_local_experts
     numbers = list(range(chosen, count)) or [count] if slots is None else slots
     if wrong := [n for n in numbers if not 0 <= n <= count]:
-        raise click.UsageError(f"--slots {wrong[0]}: this model has {count} experts a layer")
+        raise click.UsageError(f"--slots {wrong[0]}: this model has {count} experts per layer")
     if wrong := [n for n in guesses if not 0 <= n <= read.header.guesses]:
         raise click.UsageError(f"--guesses {wrong[0]}: the trace has 0 to {read.header.guesses}")
     speeds = {name: value * GB for name, value in (("disk", disk), ("link", link)) if value}
     other = read_trace(choose_from) if choose_from else None
     if other and other.header.architecture != read.header.architecture:
-        raise click.UsageError(
-            f"--choose-from {choose_from}: a trace of another model than {trace}"
-        )
+        raise click.UsageError(f"--choose-from {choose_from}: not the same model as {trace}")
     settings = Settings(
-        policies=policies, slots=numbers, guesses=guesses, next_norm=norm == "next",
-        bytes_per_s=speeds, compute_s=compute_ms / 1000,
-        choose_from=other, equal_shares=shares == "equal",
-    )  # fmt: skip
+        policies=policies,
+        slots=numbers,
+        guesses=guesses,
+        next_norm=norm == "next",
+        bytes_per_s=speeds,
+        compute_s=compute_ms / 1000,
+        choose_from=other,
+        equal_shares=shares == "equal",
+    )
     report = replay_trace(read, settings, progress=output.note)
     if plot:
         plot_replay(report, plot)

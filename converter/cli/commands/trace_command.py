@@ -1,4 +1,4 @@
-"""`moe-convert trace`: which experts a text or prompts use, written to a file for `replay`."""
+"""`moe-convert trace`: records which experts a text or prompts use, for `replay` and `plan`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,6 @@ from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file
 from converter.cli.show.console import Output, gigabytes, output_options
 
-_FILES = click.Path(path_type=Path, exists=True, dir_okay=False)
-
 
 @click.command(
     "trace",
@@ -22,37 +20,32 @@ Examples:
   moe-convert replay trace.zst""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--text",
-    "texts",
-    type=_FILES,
-    multiple=True,
-    help="A UTF-8 text; give the option again for more.",
-)
+@shared_options.texts
 @click.option(
     "--prompts",
-    type=_FILES,
+    type=shared_options.FILE,
     multiple=True,
-    help="A UTF-8 file with one prompt a line, in place of --text.",
+    metavar="FILE",
+    help="A UTF-8 file with one prompt per line, instead of --text. Repeat the option for more.",
 )
 @shared_options.raw
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="The trace to write."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="Trace file to write.",
 )
 @shared_options.window
+@shared_options.batch
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at a time."
-)
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), help="Of each text, in whole windows, at least one."
-)
-@click.option(
-    "--max-new-tokens",
+    "--max-tokens",
     type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="Greedy, after each prompt.",
+    metavar="TOKENS",
+    help="Tokens per text, rounded down to whole windows but at least one window [default: all].",
 )
+@shared_options.max_new_tokens(64)
 @shared_options.ram_cache
 @shared_options.check
 @shared_options.kernels
@@ -72,12 +65,13 @@ def command(
     kernels: str,
     output: Output,
 ) -> None:
-    """Record the routing of the model in PATH, a converted folder or an ordinary checkpoint.
+    """Record the routing of the model PATH, a converted folder or an ordinary checkpoint.
 
-    For each token and layer: the experts with their weights, and what a prefetcher would have
-    guessed for the next layer. A --text runs in windows that do not overlap, as in eval, and counts
-    as decoded in reading order. Each of --prompts is continued, as a user's message where the
-    tokenizer has a chat template. docs/traces.md describes the file; it holds no text.
+    For each token and layer the trace holds the chosen experts with their weights, and the
+    prefetcher's predictions for the next layer. A --text runs in windows that do not overlap, as in
+    eval; its tokens count as decoded, in reading order. Each of --prompts is answered with greedy
+    decoding; with a chat template, the prompt is the user's message. docs/traces.md describes the
+    file. It holds no text.
     """
     if bool(texts) == bool(prompts):
         raise click.UsageError("give either --text or --prompts")
@@ -145,5 +139,6 @@ def command(
     }
     output.result(
         result,
-        f"{trace.header.tokens} tokens in {len(trace.header.sequences)} sequences: {out}, {gigabytes(size)}",
+        f"{trace.header.tokens} tokens in {len(trace.header.sequences)} sequences: {out},"
+        f" {gigabytes(size)}",
     )

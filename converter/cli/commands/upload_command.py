@@ -1,4 +1,4 @@
-"""moe-convert upload"""
+"""`moe-convert upload`: publishes a converted folder on the Hub."""
 
 import sys
 from pathlib import Path
@@ -9,37 +9,53 @@ import click
 from converter.cli.show.console import Output, gigabytes, output_options
 
 
-@click.command("upload", epilog="Exit code 3 if the folder is damaged: nothing is sent then.")
+@click.command(
+    "upload",
+    epilog="""\b
+Examples:
+  moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --private
+  moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --license apache-2.0 --dry-run
+
+Exit code 3 if the folder is damaged: then nothing is sent.""",
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="OWNER/MODEL")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--private", is_flag=True, help="Create a private repository.")
 @click.option(
-    "--create-pr", is_flag=True, help="Open a pull request instead of writing to the branch."
+    "--create-pr", is_flag=True, help="Open a pull request instead of a commit on the branch."
 )
-@click.option("--revision", help="The branch to write to, made if need be [default: main].")
 @click.option(
-    "--license", "license_id", metavar="ID",
-    help="The weights' licence as the Hub calls it, such as apache-2.0; needed where the source has no licence file.",
-)  # fmt: skip
-@click.option(
-    "--base-model", metavar="OWNER/MODEL", help="What was converted, where it was a local folder."
+    "--revision",
+    metavar="BRANCH",
+    help="Branch to write to; it is created if it does not exist [default: main].",
 )
-@click.option("--token", help="That may write [default: the one of hf auth login, or HF_TOKEN].")
+@click.option(
+    "--license",
+    "license_id",
+    metavar="ID",
+    help="Licence of the weights by its Hub id, such as apache-2.0. Required if the source has no"
+    " licence file.",
+)
+@click.option(
+    "--base-model",
+    metavar="OWNER/MODEL",
+    help="Model that was converted, if the source was a local folder.",
+)
+@click.option(
+    "--token",
+    help="Access token with write permission [default: the token of `hf auth login`, or HF_TOKEN].",
+)
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Check the folder and the card, say what would be sent, and send nothing.",
+    help="Check the folder and the model card, list what would be sent, and send nothing.",
 )
-@output_options(interrupted="run the same command again: files that were sent are not sent again")
+@output_options(interrupted="run the same command again: uploaded files are not sent again")
 def command(path: Path, repo: str, dry_run: bool, output: Output, **options: Any) -> None:
-    """Verify the converted folder PATH and publish it as OWNER/MODEL on the Hub, with a model card.
+    """Verify the converted folder PATH and publish it on the Hub as OWNER/MODEL.
 
-    One commit makes the whole model visible; files that the repository has already are not sent
-    again. A README.md that you wrote is kept; the one that moe-convert wrote is made anew.
-
-    \b
-    moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --private
-    moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --license apache-2.0 --dry-run
+    One commit publishes the whole model with a model card. Files that the repository already has
+    are not sent again. Your own README.md is kept; one that moe-convert wrote is updated.
     """
     facts, text = upload(path, repo, output, dry_run=dry_run, **options)
     output.result(facts, text)
@@ -50,8 +66,9 @@ def command(path: Path, repo: str, dry_run: bool, output: Output, **options: Any
 def upload(
     path: Path, repo: str, output: Output, *, dry_run: bool = False, **options: Any
 ) -> tuple[dict[str, Any], str]:
-    """Verifies and publishes; the facts, of which `ok` says whether the folder was good, and the
-    same as text.
+    """Verify and publish. Return the facts for JSON and the same as text.
+
+    `ok` is False if the folder is damaged; then nothing was sent.
     """
     from converter.publish.hub_commit import PublishOptions, check_publication, publish_folder
     from formats.reading.verify import verify_folder
@@ -61,7 +78,7 @@ def upload(
     target = PublishOptions(repo, license=options.pop("license_id", None), **options)
     report = verify_folder(path)
     if not report.problems:
-        # Before minutes of reading.
+        # A refused publication must fail before minutes of reading.
         check_publication(path, target)
         progress = output.progress()
         report = verify_folder(
@@ -89,7 +106,5 @@ def upload(
     sizes = f"{len(done.sent)} files, {gigabytes(sum(done.sent.values()))}"
     what = f"would send {sizes}" if dry_run else f"sent {sizes}"
     lines = [f"{name}  {gigabytes(size)}" for name, size in done.sent.items()] if dry_run else []
-    lines.append(
-        f"{what}; {len(done.unchanged)} files are there already, {len(done.deleted)} deleted"
-    )
+    lines.append(f"{what}; {len(done.unchanged)} files unchanged, {len(done.deleted)} deleted")
     return facts, "\n".join([*lines, *([done.url] if done.url else [])])

@@ -1,4 +1,4 @@
-"""moe-convert verify"""
+"""`moe-convert verify`: checks a converted folder for damage."""
 
 import dataclasses
 import re
@@ -15,29 +15,37 @@ if TYPE_CHECKING:
     from formats.reading.verify import NotRead
 
 
-@click.command("verify", epilog="Exit code 3 if anything is damaged.")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--read-data", is_flag=True, help="Read everything and compare every sha256.")
-@click.option(
-    "--read-data-subset", metavar="N%",
-    help="Read such a share of experts and files, drawn anew each time: so that runs together see everything.",
-)  # fmt: skip
-@click.option(
-    "--seed", type=click.IntRange(0), help="Draw the same subset as the run that named this seed."
+@click.command(
+    "verify",
+    epilog="""\b
+Examples:
+  moe-convert verify ./my-mixtral-2bit
+  moe-convert verify ./my-mixtral-2bit --read-data
+  moe-convert verify ./my-mixtral-2bit --read-data-subset 5%
+
+Exit code 3 if anything is damaged.""",
 )
-@output_options(interrupted="nothing was changed; the next run checks from the beginning")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--read-data", is_flag=True, help="Read all data and compare every sha256.")
+@click.option(
+    "--read-data-subset",
+    metavar="N%",
+    help="Read a random share of the experts and files, such as 5%. Each run draws another subset.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Seed of --read-data-subset, as an earlier run printed it [default: random].",
+)
+@output_options(interrupted="nothing was changed; the next run starts from the beginning")
 def command(
     path: Path, read_data: bool, read_data_subset: str | None, seed: int | None, output: Output
 ) -> None:
     """Check the converted folder PATH: structure, sizes and headers; with --read-data every byte.
 
-    Each damaged or missing expert is named with file, layer, expert and offset, and the command
-    that mends it.
-
-    \b
-    moe-convert verify ./my-mixtral-2bit
-    moe-convert verify ./my-mixtral-2bit --read-data
-    moe-convert verify ./my-mixtral-2bit --read-data-subset 5%
+    The command reports each damaged or missing expert with its file, layer, expert and offset, and
+    the command that repairs it.
     """
     from formats.reading.verify import verify_folder
 
@@ -60,14 +68,15 @@ def command(
         if read_data or sample:
             how = f"{gigabytes(report.checked_bytes)} read and compared"
         lines.append(
-            f"ok: {report.files} files, {report.experts} experts, {gigabytes(report.total_bytes)} ({how})"
+            f"ok: {report.files} files, {report.experts} experts,"
+            f" {gigabytes(report.total_bytes)} ({how})"
         )
     lines += [f"note: {note}" for note in report.notes]
     if left := _not_read(report.not_read):
         lines.append(f"not read: {left}" + ("" if read_data else "; --read-data reads them"))
     drawn = {"seed": sample.seed} if sample else {}
     if sample:
-        lines.append(f"the subset of --seed {sample.seed}")
+        lines.append(f"to read the same subset again: --seed {sample.seed}")
     output.result(
         dataclasses.asdict(report) | drawn | {"ok": not report.problems}, "\n".join(lines)
     )
@@ -76,7 +85,7 @@ def command(
 
 
 def _not_read(left: "NotRead") -> str:
-    """What a verification did not hash, in words; empty where it hashed everything."""
+    """Return the part of the folder that was not hashed, as text; empty if all was hashed."""
     parts = [f"{left.experts} experts ({gigabytes(left.expert_bytes)})"] if left.experts else []
     if left.files:
         shown = ", ".join(left.files[:3]) + (
@@ -87,15 +96,15 @@ def _not_read(left: "NotRead") -> str:
 
 
 def _sample(read_data: bool, share: str | None, seed: int | None) -> Any:
-    """The Sample that the options ask for, if they do."""
+    """Return the Sample that the options describe, or None."""
     from formats.reading.verify import Sample
 
     if share is None:
         if seed is not None:
-            raise click.UsageError("--seed: only with --read-data-subset")
+            raise click.UsageError("--seed needs --read-data-subset")
         return None
     if read_data:
-        raise click.UsageError("--read-data reads everything: give no --read-data-subset with it")
+        raise click.UsageError("give --read-data or --read-data-subset, not both")
     match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", share)
     if not match or not 0 < float(match[1]) <= 100:
         raise click.BadParameter(

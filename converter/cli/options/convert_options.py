@@ -45,7 +45,8 @@ _RECIPE = (
         "--group-size",
         type=int,
         metavar="N",
-        help="Weights that share a scale: 16, 32 or 64, if a packing has it [default: the recipe's].",
+        help="Weights that share a scale: 16, 32 or 64, if a packing has it"
+        " [default: the recipe's].",
     ),
     click.option(
         "--gate-up",

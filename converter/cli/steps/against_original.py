@@ -1,4 +1,4 @@
-"""Compares a model with its original. Checks that both fit together before the long work begins."""
+"""Compares a model with its original, after a check that both fit together."""
 
 import hashlib
 from collections.abc import Callable, Iterator
