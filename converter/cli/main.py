@@ -58,8 +58,8 @@ class _LazyGroup(click.Group):
 @click.group(
     cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 damage found, 4 does not fit in memory,"
-    " 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 damage found, 4 does not fit in"
+    " memory, 130 interrupted.",
 )
 @click.version_option(__version__, prog_name="moe-convert")
 def cli() -> None:
@@ -127,7 +127,7 @@ def _report(error: Exception) -> int:
 
 
 def _drop_output() -> None:
-    """Redirect stdout to /dev/null. Nothing reads it any more, and the flush at exit must not fail."""
+    """Redirect stdout, which has no reader any more, so that the flush at exit cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

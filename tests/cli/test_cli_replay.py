@@ -89,10 +89,10 @@ def test_the_fixed_set_and_the_shares_come_from_another_trace(run, traces):
         (["--policy", "fixed"], "need --choose-from"),
         (["--shares", "chosen"], "need --choose-from"),
         (["--policy", "mru"], "'mru' is unknown; known are lru, lfu, lrfu, fixed"),
-        (["--slots", "9"], "this model has 8 experts a layer"),
+        (["--slots", "9"], "this model has 8 experts per layer"),
         (["--slots", "two"], "expected numbers"),
         (["--guesses", "5"], "the trace has 0 to 4"),
-        (["--plot", "x.pdf"], "must end with .svg or .png"),
+        (["--plot", "x.pdf"], "must end in .svg or .png"),
     ],
 )
 def test_wrong_options_are_usage_errors(run, traces, options, message):
@@ -105,7 +105,7 @@ def test_another_models_trace_is_not_chosen_from(run, traces, tmp_path):
     write_trace(tmp_path / "x", trace_of(random_experts(0, 9, layers=2)))
     code, _, err = run(traces[0], "--policy", "fixed", "--choose-from", tmp_path / "x")
     assert code == 2
-    assert "of another model" in err
+    assert "not the same model" in err
 
 
 def test_a_file_that_is_no_trace_is_damage(run, tmp_path):

@@ -19,7 +19,7 @@ from converter.cli.steps.model_loading import early_tokenizer, load_model
     epilog="""\b
 Examples:
   moe-convert chat mixtral-2bit
-  moe-convert chat mixtral-2bit --system "Answer in one sentence." --temperature 0.7
+  moe-convert chat mixtral-2bit --system "Be brief." --temperature 0.7
   moe-convert chat owner/mixtral-2bit --lazy
   moe-convert chat base-model-2bit --template chatml.jinja
   moe-convert chat mixtral-2bit < questions.txt > answers.txt""",

@@ -20,7 +20,13 @@ _PACKAGES = (
 )
 
 
-@click.command("env", epilog="Add the output to every bug report; --json gives one object.")
+@click.command(
+    "env",
+    epilog="""\b
+Examples:
+  moe-convert env
+  moe-convert env --json""",
+)
 @output_options(interrupted="nothing was changed")
 def command(output: Output) -> None:
     """Show versions, the kernels and the solver in use with the reason, and the GPUs."""

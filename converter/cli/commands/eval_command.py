@@ -18,9 +18,9 @@ from formats.quality import Evaluation
     epilog="""\b
 Examples:
   moe-convert eval mixtral-2bit --text examples/text/english.txt
-  moe-convert eval ./Mixtral-8x7B-v0.1 --text a.txt --text b.txt --window 512 --json
+  moe-convert eval ./Mixtral-8x7B-v0.1 --text a.txt --window 512 --json
   moe-convert eval mixtral-2bit --text a.txt --max-windows 4
-  moe-convert eval mixtral-2bit --text a.txt --against ./Mixtral-8x7B-v0.1 --save
+  moe-convert eval mixtral-2bit --text a.txt --against ./original --save
   moe-convert eval mixtral-2bit --tasks arc_easy,winogrande --limit 100""",
 )
 @click.argument("path", type=click.Path(path_type=Path))

@@ -20,11 +20,11 @@ from formats.errors import MoeConvertError
     "generate",
     epilog="""\b
 Examples:
-  moe-convert generate mixtral-2bit --prompt "Once upon a time" --max-new-tokens 64
-  moe-convert generate mixtral-2bit --prompt - --ram-cache 6GiB --stats < question.txt
-  moe-convert generate mixtral-2bit --prompt "Hello" --temperature 0.8 --seed 1
+  moe-convert generate mixtral-2bit --prompt "Once upon a time"
+  moe-convert generate mixtral-2bit --prompt - --stats < question.txt
+  moe-convert generate mixtral-2bit --prompt "Hi" --temperature 0.8 --seed 1
   moe-convert generate mixtral-2bit --prompt "[INST] Hello [/INST]" --raw
-  moe-convert generate mixtral-2bit --prompt "Hello" --gpu-cache 8GiB --ram-cache 16GiB
+  moe-convert generate mixtral-2bit --prompt "Hi" --ram-cache 6GiB
   moe-convert generate owner/mixtral-2bit --lazy --prompt "Hello"
 """,
 )

@@ -28,11 +28,11 @@ _SPEED = click.FloatRange(min=0, min_open=True)
     epilog="""\b
 Examples:
   moe-convert plan mixtral-2bit
-  moe-convert plan mixtral-2bit --ram 12GiB --ctx 8192 --trace mine.zst --verify
+  moe-convert plan mixtral-2bit --ram 12GiB --trace mine.zst --verify
   moe-convert plan ./Mixtral-8x7B-v0.1 --recipe 3bit --ram 16GB
   moe-convert plan mistralai/Mixtral-8x7B-v0.1 --ram 16GB --disk 3.5
   moe-convert plan mixtral-2bit --vram 12GiB
-  moe-convert plan mixtral-2bit --vram 8GiB --ram 16GB --link 12 --gpu-bandwidth 360 --disk 3.5
+  moe-convert plan mixtral-2bit --vram 8GiB --link 12 --gpu-bandwidth 360
 
 Exit code 4: the budget is below the minimum; the message gives the minimum.""",
 )

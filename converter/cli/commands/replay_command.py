@@ -40,7 +40,7 @@ Examples:
   moe-convert replay trace.zst
   moe-convert replay trace.zst --policy lru --slots 4 --by-layer
   moe-convert replay trace.zst --disk 3.5 --compute-ms 2 --guesses 0,1,2
-  moe-convert replay new.zst --policy lru,fixed --choose-from old.zst --shares chosen
+  moe-convert replay new.zst --policy lru,fixed --choose-from old.zst
   moe-convert replay trace.zst --plot replay.svg""",
 )
 @click.argument("trace", type=click.Path(path_type=Path))

@@ -22,12 +22,14 @@ _PACKAGES = ("fastapi", "uvicorn")
     epilog="""\b
 Examples:
   moe-convert serve mixtral-2bit
-  moe-convert serve mixtral-2bit --ram-cache 8GiB --max-context 4096 --prefix-cache 2GiB
+  moe-convert serve mixtral-2bit --ram-cache 8GiB --max-context 4096
   MOE_CONVERT_API_KEY=... moe-convert serve mixtral-2bit --host 0.0.0.0
-  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-    -d '{"model": "mixtral-2bit", "prompt": "Once upon a time", "max_tokens": 32}'
+  curl http://127.0.0.1:8000/v1/completions \\
+    -H 'Content-Type: application/json' \\
+    -d '{"model": "mixtral-2bit", "prompt": "Hi", "max_tokens": 32}'
 
-Ctrl-C or SIGTERM stops the server within 10 seconds. A running answer has 5 seconds to finish.""",
+Ctrl-C or SIGTERM stops the server within 10 seconds. A running answer has
+5 seconds to finish.""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(

@@ -16,7 +16,7 @@ from converter.cli.show.console import Output, gigabytes, output_options
     epilog="""\b
 Examples:
   moe-convert trace mixtral-2bit --text a.txt --text b.txt -o trace.zst
-  moe-convert trace mixtral-2bit --prompts questions.txt --max-new-tokens 200 -o trace.zst
+  moe-convert trace mixtral-2bit --prompts questions.txt -o trace.zst
   moe-convert replay trace.zst""",
 )
 @click.argument("path", type=click.Path(path_type=Path))

@@ -14,7 +14,7 @@ from converter.cli.show.console import Output, gigabytes, output_options
     epilog="""\b
 Examples:
   moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --private
-  moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --license apache-2.0 --dry-run
+  moe-convert upload ./my-mixtral-2bit owner/my-mixtral-2bit --dry-run
 
 Exit code 3 if the folder is damaged: then nothing is sent.""",
 )

@@ -104,7 +104,7 @@ def _texts(
     rows: int,
     check: str,
 ) -> "list[Text]":
-    """Return the windows of the texts. MoeConvertError if the two tokenizers disagree on a token."""
+    """Return the windows of the texts. MoeConvertError if the two tokenizers disagree."""
     import loader
     from loader.evaluation.comparison import Text
     from loader.evaluation.perplexity import named_windows
