@@ -166,7 +166,7 @@ OTHERS = [
     ("replay $file", 3, "a file: not a trace", "moe-convert trace"),
     ("replay $trace --plot $below_missing", 1, "not there is not there", "folder"),
     ("plan $good --trace $file", 3, "a file: not a trace", "moe-convert trace"),
-    ("plan $good --trace $trace", 1, "trace.zst: a trace of another model", "trace this one"),
+    ("plan $good --trace $trace", 1, "trace.zst: a trace of another model", "record a trace"),
     ("plan $good --ram lots", 2, "lots", "6GiB"),
     ("generate $good --prompt x --trace $file", 3, "a file: not a trace", "moe-convert trace"),
     ("generate $good --prompt x --ram-cache 1B", 4, "1 bytes", "at least"),
@@ -534,7 +534,7 @@ def test_signals_end_a_command_with_what_is_left_and_how_to_go_on(
     finally:
         signal.signal(signal.SIGINT, before)
     assert (code, out) == (130, "")
-    assert err == "interrupted: nothing was changed; the next run checks from the beginning\n"
+    assert err == "interrupted: nothing was changed; the next run starts from the beginning\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

@@ -114,7 +114,7 @@ def test_nothing_is_saved_unless_asked_for(
     assert run(converted("2bit"), "--against", example_folder, *options)[0] == 0
     assert (converted("2bit") / "quality.json").read_bytes() == before
     code, _, err = run(example_folder, "--against", example_folder, *options, "--save")
-    assert code == 2 and "no converted folder" in err
+    assert code == 2 and "not a converted folder" in err
 
 
 def test_original_must_be_there_and_not_quantized(
@@ -129,8 +129,8 @@ def test_original_must_be_there_and_not_quantized(
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        (SHAPES["mini"], "hidden_size is 64, in {} it is 192"),
-        (Shape(192, 384, 6, 2, vocabulary=4000), "vocab_size is 4000, in {} it is 4096"),
+        (SHAPES["mini"], "hidden_size is 64, but in {} it is 192"),
+        (Shape(192, 384, 6, 2, vocabulary=4000), "vocab_size is 4000, but in {} it is 4096"),
     ],
 )
 def test_original_of_another_shape_is_refused_with_both_numbers(
@@ -152,7 +152,7 @@ def test_another_tokenizer_is_refused_with_the_first_token_that_differs(
     code, _, err = run(converted("2bit"), "--against", other, "--text", text, "--max-windows", 1)
     assert code == 1
     assert "english.txt: token " in err
-    assert f"in {other} and" in err and f"in {converted('2bit')}" in err
+    assert f"tokenizer in {other}" in err and f"the one in {converted('2bit')}" in err
 
 
 def test_an_original_without_tokenizer_is_named(

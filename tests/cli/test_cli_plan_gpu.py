@@ -98,11 +98,11 @@ def test_a_plan_without_gpu_memory_has_no_gpu_part(planned, converted):
 def test_without_a_gpu_speeds_must_be_said_and_typical_ones_are_named(run, converted):
     code, _, err = run(converted("2bit"), *VRAM)
     assert code == 2
-    assert "say --link GB/s and --gpu-bandwidth GB/s" in err
+    assert "give --link GB/s and --gpu-bandwidth GB/s" in err
     assert "PCIe 3 x16" in err and "RTX 3060" in err
     code, _, err = run(converted("2bit"), *VRAM, "--link", "12")
     assert code == 2
-    assert "say --gpu-bandwidth GB/s;" in err
+    assert "give --gpu-bandwidth GB/s;" in err
 
 
 def test_with_a_gpu_what_is_not_said_is_measured(run, converted, monkeypatch):
@@ -135,7 +135,7 @@ def test_with_a_gpu_what_is_not_said_is_measured(run, converted, monkeypatch):
 def test_speeds_that_the_plan_does_not_use_are_refused(run, converted, arguments):
     code, _, err = run(converted("2bit"), *arguments)
     assert code == 2
-    assert f"{arguments[0]}: " in err
+    assert f"Error: {arguments[0]} " in err
 
 
 def test_the_disk_is_needed_only_where_ram_may_not_hold_all(run, example_folder, tmp_path):
@@ -183,7 +183,7 @@ def test_a_trace_gives_the_misses_of_both(planned, converted, tmp_path):
 def test_verifying_needs_a_gpu(run, converted):
     code, _, err = run(converted("2bit"), *VRAM, *GPU, *SMALL, "--verify")
     assert code == 2
-    assert "no GPU" in err
+    assert "needs a GPU" in err
 
 
 def test_verifying_runs_with_the_planned_caches(run, planned, converted, monkeypatch):

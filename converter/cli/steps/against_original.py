@@ -122,14 +122,14 @@ def _texts(
             their_token = int(theirs.flatten()[place])
             our_token = int(ours.flatten()[place])
             raise MoeConvertError(
-                f"{name}: the tokenizers differ: token {place} is {their_token} in {against}"
-                f" and {our_token} in {path}",
+                f"{name}: token {place} is {their_token} with the tokenizer in {against} and"
+                f" {our_token} with the one in {path}",
                 _TOKENIZER_HINT,
             )
         if theirs.shape != ours.shape:
             raise MoeConvertError(
-                f"{name}: the tokenizers differ: {len(theirs)} windows in {against},"
-                f" {len(ours)} in {path}",
+                f"{name}: {len(theirs)} windows with the tokenizer in {against},"
+                f" {len(ours)} with the one in {path}",
                 _TOKENIZER_HINT,
             )
         texts.append(Text(name, hashlib.sha256(text.encode()).hexdigest(), ours))
