@@ -10,7 +10,7 @@ COLUMNS = 80
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_no_line_of_help_wraps_at_80_columns(name: str) -> None:
-    parent = click.Context(cli, info_name="moe-convert", terminal_width=COLUMNS)
+    parent = click.Context(cli, info_name="moe-convert", **cli.context_settings)
     command = cli.get_command(parent, name)
     assert command
     text = command.get_help(
@@ -21,7 +21,7 @@ def test_no_line_of_help_wraps_at_80_columns(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_option_has_a_help_text(name: str) -> None:
-    parent = click.Context(cli, info_name="moe-convert")
+    parent = click.Context(cli, info_name="moe-convert", **cli.context_settings)
     command = cli.get_command(parent, name)
     assert command
     options = [option for option in command.params if isinstance(option, click.Option)]

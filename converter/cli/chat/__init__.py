@@ -1,1 +1,9 @@
-"""The conversation of `moe-convert chat`: input, slash commands, the loop."""
+"""The conversation of `moe-convert chat`.
+
+- *Message*: one input of the user, one or several lines (`message_input.py`).
+- *Slash command*: an input that begins with / and acts on the session (`slash_commands.py`).
+- *Chat loop*: reads messages, runs slash commands, prints answers (`chat_loop.py`).
+
+Invariants: answers go to stdout, everything else to stderr. At a terminal, an error or Ctrl-C ends
+one answer, not the chat.
+"""

@@ -1,6 +1,4 @@
-"""The conversation of `moe-convert chat`: messages to the session, commands to `ChatCommands`,
-answers to stdout.
-"""
+"""The loop of `moe-convert chat`: reads messages, runs slash commands, prints answers."""
 
 import sys
 
@@ -20,7 +18,7 @@ from loader.serving.session import ContextFullError, Session
 class ChatLoop:
     """Reads messages until the input ends. Answers go to stdout, everything else to stderr.
 
-    Where somebody types, an error or Ctrl-C ends the present answer only; from a pipe they end the
+    At a terminal, an error or Ctrl-C ends only the current answer. With piped input it ends the
     command.
     """
 
@@ -32,7 +30,7 @@ class ChatLoop:
         self._commands = commands
         self._output = output
         self._is_stopped = False
-        # What ends the line on which Ctrl-C was typed.
+        # Ends the line on which Ctrl-C was typed.
         self._line_end = "\n"
 
     def run(self) -> None:
@@ -50,7 +48,7 @@ class ChatLoop:
             except KeyboardInterrupt as e:
                 if isinstance(e, Terminated) or not self._lines.is_terminal:
                     raise
-                # Nothing else here, where a second Ctrl-C would end the chat.
+                # Do nothing more here: a second Ctrl-C in this block would end the chat.
                 self._is_stopped = True
             except MoeConvertError as e:
                 if not self._lines.is_terminal:
@@ -64,7 +62,7 @@ class ChatLoop:
         self._line_end = "\n"
 
     def _is_handled(self, text: str) -> bool:
-        """Run a command, pass over an empty message; False for a message to the model."""
+        """Run a slash command or skip an empty line. False if `text` is a message to the model."""
         if not text.strip():
             return True
         if not text.startswith("/") or text.startswith("//"):
@@ -73,7 +71,7 @@ class ChatLoop:
         return True
 
     def _answer(self, text: str) -> None:
-        # Two slashes stand for a message that begins with one.
+        # // begins a message whose first character is a slash.
         message = text[1:] if text.startswith("//") else text
         try:
             self._say_answer(self._ask(message))
@@ -92,33 +90,35 @@ class ChatLoop:
                 self._line_end = ""
 
     def _say_answer(self, answer: Answer) -> None:
-        """Say why an answer ended, unless the model ended it."""
+        """Print why an answer was cut, if it was."""
         if answer.finish_reason != "length":
             return
         tokens = len(answer.token_ids)
         if answer.prompt_tokens + tokens >= self._session.context_tokens:
             context = self._session.context_tokens
-            self._output.note(f"(cut: the context of {context} tokens is full; /reset begins anew)")
+            self._output.note(f"(cut: the context of {context} tokens is full; /reset starts over)")
         else:
             self._output.note(f"(cut after {tokens} tokens, see --max-new-tokens)")
 
     def _has_dropped(self, message: str, error: ContextFullError) -> bool:
-        """Say that the context is full, and drop the oldest turns if the user agrees; a pipe cannot
-        be asked.
+        """Report that the context is full and drop the oldest turns. True if they were dropped.
+
+        At a terminal the user is asked first.
         """
         session = self._session
         count = session.turns_to_drop(message)
         if count is None:
             raise MoeConvertError(
-                f"the message alone leaves no room for an answer in the context of {error.context_tokens} tokens",
-                "send less, or lower --max-new-tokens",
+                "the message alone leaves no room for an answer in the context of"
+                f" {error.context_tokens} tokens",
+                "send a shorter message, or lower --max-new-tokens",
             ) from error
         click.echo(f"{error.message}.", err=True)
         if self._lines.is_terminal and not self._agrees(
             f"Drop the oldest {count} of {session.turns} turns? [Y/n] "
         ):
             click.echo(
-                "The message was not sent; /reset begins anew, /save keeps the conversation.",
+                "The message was not sent. /reset starts over, /save saves the conversation.",
                 err=True,
             )
             return False

@@ -1,4 +1,4 @@
-"""Messages from stdin: lines with editing and history at a terminal, plain lines from a pipe."""
+"""Reads messages from stdin: with line editing and history at a terminal, plainly from a pipe."""
 
 import contextlib
 import logging
@@ -19,21 +19,22 @@ HISTORY_MESSAGES = 1000
 
 
 class Lines(Protocol):
-    """Where lines come from. is_terminal: somebody types them, and can be asked."""
+    """A source of lines. is_terminal: a user types them and can be asked questions."""
 
     is_terminal: bool
 
     def read(self, prompt: str) -> str:
-        """Return the next line without its end. EOFError behind the last one."""
+        """Return the next line without its line feed. EOFError at the end of the input."""
 
     def remember(self, message: str) -> None:
-        """Put a message into the history."""
+        """Add a message to the history."""
 
 
 def read_message(lines: Lines) -> str:
-    """Return the next message: a line; several, each but the last with a backslash at its end; or a
-    block between two triple quotes. A block also ends where the input does. EOFError behind the
-    last message.
+    """Return the next message. EOFError at the end of the input.
+
+    A message is one line; or several lines, each but the last ending with a backslash; or a block
+    between two triple quotes. The end of the input also ends a block.
     """
     first = lines.read(PROMPT)
     if first.lstrip().startswith(BLOCK):
@@ -65,7 +66,7 @@ def _read_continued(lines: Lines, first: str) -> str:
 
 
 class PipedLines:
-    """Lines of a file or a pipe."""
+    """Lines from a file or a pipe."""
 
     is_terminal = False
 
@@ -81,10 +82,9 @@ class PipedLines:
 
 
 class TypedLines:
-    """Lines that somebody types, with readline where this Python has it.
+    """Lines typed at a terminal, with readline if this Python has it.
 
-    history: a file of earlier messages, read at the beginning. completions: words that the tab key
-    completes.
+    history: file of earlier messages, read at the start. completions: words that Tab completes.
     """
 
     is_terminal = True
@@ -94,7 +94,7 @@ class TypedLines:
         self._readline = _readline()
         if self._readline is not None:
             _set_up(self._readline, completions)
-            # No file yet, or one of another program's.
+            # The file may not exist yet, or may not be a history.
             with contextlib.suppress(OSError, UnicodeError):
                 self._readline.read_history_file(os.fspath(history))
 
@@ -102,7 +102,7 @@ class TypedLines:
         with _decoding():
             if sys.stdout.isatty():
                 return input(prompt)
-            # The answers go into a file; Python would write the prompt there too.
+            # stdout is a file, and input() would write the prompt into it.
             sys.stderr.write(prompt)
             sys.stderr.flush()
             return input()
@@ -112,7 +112,7 @@ class TypedLines:
             self._readline.add_history(message)
 
     def save(self) -> None:
-        """Write the history, readable for its owner only. Where that fails, a log line says why."""
+        """Write the history with mode 600. A failure is only logged."""
         if self._readline is None:
             return
         try:
@@ -121,23 +121,23 @@ class TypedLines:
             self._readline.set_history_length(HISTORY_MESSAGES)
             self._readline.write_history_file(os.fspath(self._history))
         except OSError as e:
-            _log.warning("the history of messages is not kept: %s: %s", self._history, e.strerror)
+            _log.warning("the message history cannot be saved: %s: %s", self._history, e.strerror)
 
 
 def history_path() -> Path:
-    """Return the file of earlier messages, in the user's folder for state."""
+    """Return the history file in the user's XDG state folder."""
     folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(folder) / "moe-convert" / "chat_history"
 
 
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
-    """MoeConvertError for bytes that are no text."""
+    """Raise MoeConvertError for bytes that are not UTF-8."""
     try:
         yield
     except UnicodeError:
         raise MoeConvertError(
-            "the message is not UTF-8", "give it in UTF-8, or set the locale"
+            "the message is not UTF-8", "encode the input as UTF-8, or set a UTF-8 locale"
         ) from None
 
 
@@ -145,7 +145,7 @@ def _readline() -> Any:
     try:
         import readline
     except ImportError as e:
-        _log.warning("lines cannot be edited: this Python has no readline: %s", e)
+        _log.warning("no line editing: this Python has no readline: %s", e)
         return None
     return readline
 
@@ -158,13 +158,13 @@ def _set_up(readline: Any, completions: Sequence[str]) -> None:
         readline.parse_and_bind("bind ^I rl_complete")
         return
     readline.parse_and_bind("tab: complete")
-    # Lines that are pasted together are one message.
+    # Lines pasted together become one message.
     readline.parse_and_bind("set enable-bracketed-paste on")
 
 
 def _completer(words: Sequence[str], line: Callable[[], str]) -> Callable[[str, int], str | None]:
     def complete(text: str, state: int) -> str | None:
-        found = [word for word in words if word.startswith(text)] if line() == text else []
-        return found[state] if state < len(found) else None
+        matches = [word for word in words if word.startswith(text)] if line() == text else []
+        return matches[state] if state < len(matches) else None
 
     return complete

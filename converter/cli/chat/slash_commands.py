@@ -1,4 +1,4 @@
-"""The commands of a chat that begin with a slash."""
+"""The slash commands of a chat."""
 
 import dataclasses
 import difflib
@@ -15,24 +15,23 @@ from formats.errors import MoeConvertError, OutputError
 from loader.serving.session import Session
 
 HELP = {
-    "/reset": "forget the conversation; the system message stays",
-    "/save": "[FILE]  write the conversation as JSON",
-    "/system": "[TEXT]  show the system message, or set it; - removes it",
-    "/stats": "tokens, speed and expert cache until now",
-    "/help": "this list",
-    "/exit": "leave, as Ctrl-D",
+    "/reset": "forget the conversation but keep the system message",
+    "/save": "[FILE]  save the conversation as JSON",
+    "/system": "[TEXT]  show or set the system message; - removes it",
+    "/stats": "show tokens, speed and expert cache so far",
+    "/help": "show this list",
+    "/exit": "leave, like Ctrl-D",
 }
-"""Command → what it does."""
+"""Command → help text."""
 
 MORE_HELP = """\
-Ctrl-C stops the answer. A line that ends with \\ goes on; \"\"\" begins and ends a message of several lines;
-lines that are pasted together are one message. // begins a message with a slash."""
+Ctrl-C stops the answer. A line that ends with \\ continues on the next line.
+\"\"\" begins and ends a message of several lines. Pasted lines are one message.
+A message that begins with // is sent with a single slash."""
 
 
 class ChatCommands:
-    """Runs a slash command on `session`. What it says goes to stderr. model_name: for files that it
-    writes.
-    """
+    """Runs slash commands on `session` and prints to stderr. model_name: recorded by /save."""
 
     def __init__(self, session: Session, model: Any, model_name: str) -> None:
         self._session = session
@@ -42,13 +41,13 @@ class ChatCommands:
         """True after /exit."""
 
     def run(self, line: str) -> None:
-        """Run the command in `line`. MoeConvertError if there is none of this name, or it fails."""
+        """Run the command in `line`. MoeConvertError if it is unknown or fails."""
         name, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         match name:
             case "/reset":
                 self._session.reset()
-                _say("The conversation begins anew.")
+                _say("The conversation was reset.")
             case "/save":
                 self._save(rest)
             case "/system":
@@ -62,7 +61,8 @@ class ChatCommands:
             case _:
                 near = difflib.get_close_matches(name, HELP, 1)
                 raise MoeConvertError(
-                    f"there is no command {name}", f"did you mean {near[0]}?" if near else "/help"
+                    f"unknown command {name}",
+                    f"did you mean {near[0]}?" if near else "/help lists the commands",
                 )
 
     def _system(self, text: str) -> None:
@@ -82,11 +82,11 @@ class ChatCommands:
         }
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         try:
-            # "x": neither an older file nor the target of a link is overwritten.
+            # "x" overwrites neither an existing file nor the target of a link.
             with open(path, "x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
-            raise OutputError(f"{path} is there already", "name another file: /save FILE") from None
+            raise OutputError(f"{path} already exists", "name another file: /save FILE") from None
         except OSError as e:
             raise OutputError(
                 f"{path}: cannot be written: {e.strerror}", "name another file: /save FILE"
@@ -94,7 +94,8 @@ class ChatCommands:
         _say(f"Saved in {path}")
 
     def _stats(self) -> str:
-        session, total = self._session, self._model.moe_stats().total
+        session = self._session
+        total = self._model.moe_stats().total
         answers = session.answers
         new_tokens = sum(len(answer.token_ids) for answer in answers)
         rows = [("answers", f"{len(answers)}, {new_tokens} tokens")]
@@ -110,7 +111,8 @@ class ChatCommands:
                 ),
                 (
                     "last answer",
-                    f"{len(last.token_ids)} tokens, the first after {last.first_token_s:.2f} s{speed}",
+                    f"{len(last.token_ids)} tokens,"
+                    f" the first after {last.first_token_s:.2f} s{speed}",
                 ),
                 *rows,
             ]

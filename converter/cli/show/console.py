@@ -1,5 +1,6 @@
-"""What the commands share: --json, -q, -v, logging, progress. Results go to stdout, everything else
-to stderr.
+"""Output of the commands: --json, -q, -v, logging, progress, tables.
+
+Results go to stdout, everything else to stderr.
 """
 
 import json
@@ -21,21 +22,21 @@ from formats.files.io_errors import AGAIN
 F = TypeVar("F", bound=Callable[..., Any])
 
 LINE_EVERY_S = 30.0
-"""Where stderr is no terminal, progress is a line this often."""
+"""Interval of progress lines if stderr is not a terminal."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, also for a command that goes on after Ctrl-C."""
+    """SIGTERM arrived. It ends even a command that continues after Ctrl-C."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM while a command ran; the text says what is done and how to go on."""
+    """Ctrl-C or SIGTERM ended a command. The text says what is left and how to resume."""
 
 
 def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], F]:
-    """Adds --json, --quiet and --verbose; the command gets them as one `output: Output`.
+    """Add --json, --quiet and --verbose. The command gets them as one argument `output: Output`.
 
-    interrupted: what Ctrl-C leaves, and how to go on. has_json: False for a command without a
+    interrupted: what Ctrl-C leaves, and how to resume. has_json: False for a command without a
     result.
     """
     json_option: Callable[[F], F] = click.option(
@@ -44,9 +45,12 @@ def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], 
 
     def decorate(function: F) -> F:
         @(json_option if has_json else _unchanged)
-        @click.option("-q", "--quiet", is_flag=True, help="No progress, warnings only.")
+        @click.option("-q", "--quiet", is_flag=True, help="Show no progress, and only warnings.")
         @click.option(
-            "-v", "--verbose", is_flag=True, help="Say more; show the traceback of an error."
+            "-v",
+            "--verbose",
+            is_flag=True,
+            help="Show more log lines, and the traceback of an error.",
         )
         def wrapper(
             *args: Any, quiet: bool, verbose: bool, as_json: bool = False, **kwargs: Any
@@ -65,12 +69,10 @@ def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], 
             except click.ClickException:
                 raise
             except BrokenPipeError as e:
-                # click ends silently for any of them.
+                # click would exit silently, also if a network connection broke.
                 if is_closed_pipe(e):
                     raise
-                raise MoeConvertError(
-                    f"a connection was closed by its other end: {e}", AGAIN
-                ) from e
+                raise MoeConvertError(f"the other end closed the connection: {e}", AGAIN) from e
             except Exception:
                 if verbose:
                     click.echo(printable(traceback.format_exc()), err=True)
@@ -92,7 +94,7 @@ def _unchanged(function: F) -> F:
 
 
 class Output:
-    """Where a command's words go. `interrupted`: what Ctrl-C would leave now, and how to go on."""
+    """The output of one command. interrupted: what Ctrl-C would leave now, and how to resume."""
 
     def __init__(self, as_json: bool, quiet: bool, interrupted: str = "") -> None:
         self.as_json = as_json
@@ -100,17 +102,18 @@ class Output:
         self.interrupted = interrupted
 
     def result(self, value: Any, text: str) -> None:
-        """Prints the result: `value` as JSON with --json, else `text`."""
+        """Print the result: `value` as JSON with --json, else `text`."""
         click.echo(json.dumps(value, indent=1, default=str) if self.as_json else printable(text))
 
     def note(self, text: str) -> None:
-        """Says something on stderr, unless quiet."""
+        """Print a line on stderr, unless --quiet is given."""
         if not self.quiet:
             click.echo(printable(text), err=True)
 
     def progress(self) -> Callable[[str, int, int], None]:
-        """A callback (stage, done bytes, total bytes) that draws a bar, or lines where stderr is no
-        terminal.
+        """Return a callback (stage, done bytes, total bytes) that shows progress.
+
+        It draws a bar on a terminal, prints lines elsewhere, and does nothing with --quiet.
         """
         if self.quiet:
             return lambda stage, done, total: None
@@ -139,13 +142,17 @@ class _Bar:
 class _Lines:
     def __init__(self) -> None:
         self._stage = ""
-        self._started_s = self._last_s = time.monotonic()
+        self._started_s = 0.0
+        self._last_s = 0.0
         self._first = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if stage != self._stage:
-            self._stage, self._started_s, self._last_s, self._first = stage, now, now, done
+            self._stage = stage
+            self._started_s = now
+            self._last_s = now
+            self._first = done
         elif now - self._last_s < LINE_EVERY_S and done < total:
             return
         self._last_s = now
@@ -160,7 +167,7 @@ class _Lines:
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows as aligned columns: the first `left` to the left, the others to the right."""
+    """Return rows as aligned columns: the first `left` columns to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def cell(text: str, i: int) -> str:
@@ -172,7 +179,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def gigabytes(n_bytes: int) -> str:
-    """A size for people: 15.3 GB, 33.1 MB, 512 B (decimal)."""
+    """Return a size in decimal units: 15.3 GB, 33.1 MB, 512 B."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.1f} {unit}"

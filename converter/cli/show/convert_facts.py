@@ -1,6 +1,4 @@
-"""What `convert` prints of a conversion, or of one that could be: sizes, bits, files, memory and
-disk.
-"""
+"""Facts and text of a conversion, planned or done: sizes, bits, files, memory and disk."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
 def facts_of(
     plan: "OutputPlan", recipe: "ConversionRecipe", source_bytes: int, out: Path
 ) -> dict[str, Any]:
-    """Plain values for JSON of the bytes of a conversion and its recipe."""
+    """Return sizes and recipe of a conversion as plain values for JSON."""
     options = recipe.options
     rules = (
         ["chosen by calibration"]
@@ -39,7 +37,7 @@ def facts_of(
 
 
 def needs_of(plan: "ConversionPlan") -> dict[str, Any]:
-    """Plain values for JSON of what a plan says of workers, memory and disk."""
+    """Return workers, memory and disk space of a plan as plain values for JSON."""
     return {
         "workers": plan.workers,
         "memory_bytes": plan.memory_bytes,
@@ -48,16 +46,17 @@ def needs_of(plan: "ConversionPlan") -> dict[str, Any]:
 
 
 def summary_of(plan: "ConversionPlan") -> str:
-    """A plan in one line."""
-    source, converted = gigabytes(plan.checkpoint.n_bytes), gigabytes(plan.output.total_bytes)
+    """Return a plan as one line of text."""
+    source = gigabytes(plan.checkpoint.n_bytes)
+    converted = gigabytes(plan.output.total_bytes)
     return (
-        f"plan: {source} to {converted} in {plan.out}; {plan.output.expert_bits:.3f} bits a weight of the experts;"
-        f" {plan.workers} workers, about {gigabytes(plan.memory_bytes)} of memory"
+        f"plan: {source} to {converted} in {plan.out}; {plan.output.expert_bits:.3f} bits per"
+        f" expert weight; {plan.workers} workers, about {gigabytes(plan.memory_bytes)} of memory"
     )
 
 
 def text_of(facts: dict[str, Any]) -> str:
-    """The facts as two columns."""
+    """Return the facts as two columns of text."""
     rows = []
     for name, value in facts.items():
         if isinstance(value, dict):

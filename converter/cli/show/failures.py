@@ -1,4 +1,4 @@
-"""Every exception as the command line says it: one message, the next step, an exit code."""
+"""Turns any exception into what a user reads: one message, the next step, an exit code."""
 
 import os
 import select
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from formats.errors import DoesNotFitError, MoeConvertError
 from formats.files.io_errors import io_error
 
-REPORT_HINT = "report it with the output of `moe-convert env` and of this command with -v"
+REPORT_HINT = "report this with the output of `moe-convert env` and of this command with -v"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a user reads of an exception. `expected`: its cause is outside of moe-convert."""
+    """An exception as a user sees it. expected: False for a bug in moe-convert."""
 
     message: str
     hint: str
@@ -22,14 +22,12 @@ class Failure:
 
 
 def failure_of(error: Exception) -> Failure:
-    """The message, the next step and the exit code of any exception that a command raised."""
+    """Return the message, the next step and the exit code for any exception."""
     if isinstance(error, MoeConvertError):
         return Failure(error.message, error.hint, error.exit_code)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         reason = f": {_first_line(error)}" if str(error) else ""
-        hint = (
-            "close other programs, or allow less: --ram-cache, --gpu-cache, --max-workers, --batch"
-        )
+        hint = "close other programs, or lower --ram-cache, --gpu-cache, --max-workers or --batch"
         return Failure(f"out of memory{reason}", hint, DoesNotFitError.exit_code)
     if isinstance(error, OSError) and error.errno is not None:
         return _of_system(error)
@@ -38,9 +36,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def is_closed_pipe(error: Exception) -> bool:
-    """True if `error` says that the reader of stdout or stderr is gone, as in `moe-convert inspect
-    … | head`.
-    """
+    """True if the reader of stdout or stderr has exited, as in `moe-convert inspect … | head`."""
     return isinstance(error, BrokenPipeError) and any(_has_no_reader(stream) for stream in (1, 2))
 
 
@@ -53,7 +49,7 @@ def _of_system(error: OSError) -> Failure:
 
 
 def _named(error: OSError) -> str:
-    """The file that `error` names, the target of two; empty if it names none."""
+    """Return the file that `error` names (of two, the target), or an empty string."""
     name = error.filename2 if error.filename2 is not None else error.filename
     return "" if name is None or isinstance(name, int) else os.fsdecode(name)
 
@@ -62,7 +58,7 @@ def _is_torch_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(error, RuntimeError):
         return False
-    # On the CPU torch says it by the text of a RuntimeError.
+    # On the CPU torch raises a plain RuntimeError; only its text tells.
     return isinstance(
         error, torch.OutOfMemoryError
     ) or "DefaultCPUAllocator: can't allocate" in str(error)

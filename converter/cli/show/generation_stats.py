@@ -1,4 +1,4 @@
-"""What `generate --stats` shows: a live line while tokens come, and a table at the end."""
+"""Statistics of `generate --stats`: a live line during generation, a table at the end."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from converter.cli.show.console import gigabytes, table
 
 
 def live_line(answer: Any, model: Any) -> str:
-    """Return the state of an answer and of the cache of its model."""
+    """Return speed and cache statistics of a running answer as one line."""
     total = model.moe_stats().total
     rate = f"{answer.tokens_per_s:.2f} tokens/s, " if answer.tokens_per_s else ""
     counted = f"{len(answer.token_ids)} tokens, {rate}"
@@ -14,8 +14,10 @@ def live_line(answer: Any, model: Any) -> str:
 
 
 def with_shares(cache: dict[str, Any], seconds: float | None) -> dict[str, Any]:
-    """`MoeStats.as_dict` and which shares of the time went by waiting for reads, and with a read
-    under way.
+    """Return the cache statistics plus `wait_share` and `busy_share`.
+
+    cache: `MoeStats.as_dict`. wait_share: share of `seconds` that waited for reads. busy_share:
+    share with a read in progress.
     """
     return {
         **cache,
@@ -27,7 +29,7 @@ def with_shares(cache: dict[str, Any], seconds: float | None) -> dict[str, Any]:
 
 
 def stats_table(result: dict[str, Any]) -> str:
-    """What `generate --json` prints, as text: the cache by layer, then the run."""
+    """Return the result of `generate --json` as text: a row per layer, then the run."""
     cache = result["cache"]
     heading = (
         "layer",
@@ -46,33 +48,48 @@ def stats_table(result: dict[str, Any]) -> str:
     for name, layer in [*enumerate(cache["layers"]), ("all", cache)]:
         rows.append(
             (
-                str(name), f"{layer['slots']:g}", str(layer["hits"]), str(layer["misses"]), f"{layer['hit_ratio']:.3f}",
-                str(layer["guesses"]), str(layer["useful_guesses"]), f"{layer['recall']:.3f}", str(layer["evictions"]),
-                gigabytes(layer["bytes_read"]), gigabytes(layer["wasted_bytes"]),
+                str(name),
+                f"{layer['slots']:g}",
+                str(layer["hits"]),
+                str(layer["misses"]),
+                f"{layer['hit_ratio']:.3f}",
+                str(layer["guesses"]),
+                str(layer["useful_guesses"]),
+                f"{layer['recall']:.3f}",
+                str(layer["evictions"]),
+                gigabytes(layer["bytes_read"]),
+                gigabytes(layer["wasted_bytes"]),
             )
-        )  # fmt: skip
+        )
     rate = f"{result['tokens_per_s']:.2f} tokens/s" if result["tokens_per_s"] else "one token"
     return (
         f"{table(rows)}\n"
-        f"{result['prompt_tokens']} prompt tokens, first token after {result['first_token_s']:.2f} s;"
+        f"{result['prompt_tokens']} prompt tokens,"
+        f" first token after {result['first_token_s']:.2f} s;"
         f" {result['new_tokens']} new tokens, {rate}\n"
-        f"{cache['wait_share']:.0%} of {result['seconds']:.2f} s waited for reads, the disk was busy"
-        f" {cache['busy_share']:.0%}; the slots hold {gigabytes(cache['slot_bytes'])}\n"
+        f"{cache['wait_share']:.0%} of {result['seconds']:.2f} s waited for reads,"
+        f" the disk was busy {cache['busy_share']:.0%};"
+        f" the slots hold {gigabytes(cache['slot_bytes'])}\n"
         f"{_paths_line(cache['tokens'])}{_tier_line(cache)}"
-        "recall: the misses that had been guessed; wasted: read for wrong guesses, beside read"
+        "recall: share of the misses that were guessed; wasted: bytes read for wrong guesses,"
+        " not counted in read"
     )
 
 
 def _paths_line(tokens: dict[str, Any]) -> str:
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(tokens["reasons"].items()))
-    return f"tokens by the decoder: {tokens['decoder']}; by transformers' code: {tokens['transformers']} ({reasons})\n"
+    return (
+        f"tokens by the decoder: {tokens['decoder']};"
+        f" by transformers' code: {tokens['transformers']} ({reasons})\n"
+    )
 
 
 def _tier_line(cache: dict[str, Any]) -> str:
     if not (ram := cache.get("ram")):
         return ""
     return (
-        f"slots are on the GPU, read is what was copied there; {cache['cpu_experts']} experts computed on the CPU; RAM"
-        f" for {gigabytes(ram['buffer_bytes'])}: {ram['hits']} hits, {ram['misses']} misses,"
-        f" {gigabytes(ram['bytes_read'])} from the disk\n"
+        "slots are on the GPU, read counts copies to the GPU;"
+        f" {cache['cpu_experts']} experts computed on the CPU;"
+        f" RAM cache of {gigabytes(ram['buffer_bytes'])}: {ram['hits']} hits,"
+        f" {ram['misses']} misses, {gigabytes(ram['bytes_read'])} from the disk\n"
     )

@@ -1,6 +1,4 @@
-"""The text of an answer on stdout as it comes, and under it, where both are one terminal, a line
-that changes.
-"""
+"""Streams an answer to stdout, with a status line below it if stdout and stderr are one terminal."""
 
 import shutil
 import sys
@@ -10,14 +8,14 @@ from collections.abc import Callable
 from converter.cli.show.terminal import printable
 
 _MARGIN = 2
-"""Columns at the right edge where no line is drawn: a terminal waits there to wrap, forgets it when
-the cursor moves, and the next character overwrites the last one.
+"""Columns at the right edge with no status line. A terminal delays the wrap there and forgets it
+when the cursor moves; the next character would overwrite the last one.
 """
 _TAB = 8
 
 
 class LiveText:
-    """Writes pieces of text to stdout. status: gives the line below; None for no line."""
+    """Writes pieces of text to stdout. status: returns the status line; None for no line."""
 
     def __init__(self, status: Callable[[], str] | None = None) -> None:
         is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
@@ -26,9 +24,9 @@ class LiveText:
         self._is_drawn = False
 
     def __call__(self, piece: str) -> None:
-        """Write `piece`; draw the line anew."""
+        """Write `piece` and redraw the status line."""
         self.clear()
-        # The text of a token comes from a stranger's file.
+        # Token texts come from an untrusted file.
         text = printable(piece)
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -40,20 +38,20 @@ class LiveText:
             self._draw(self._status()[: columns - 1])
 
     def clear(self) -> None:
-        """Remove the line."""
+        """Erase the status line."""
         if self._is_drawn:
-            # All that stands behind and below the text.
+            # Erase from the cursor to the end of the screen.
             self._write("\x1b[J")
         self._is_drawn = False
 
     def end(self) -> None:
-        """Remove the line and end the text with a line feed."""
+        """Erase the status line and end the text with a line feed."""
         self.clear()
         sys.stdout.write("\n")
         sys.stdout.flush()
 
     def _draw(self, line: str) -> None:
-        # Down and up first: at the bottom that scrolls, before the position is saved.
+        # Down and up first: on the last row this scrolls before the position is saved.
         self._write(f"\x1bD\x1b[A\x1b7\x1b[B\r{line}\x1b8")
         self._is_drawn = True
 
@@ -63,7 +61,7 @@ class LiveText:
 
 
 class Cursor:
-    """The column of a terminal's cursor behind a text, as long as all terminals agree on it."""
+    """Column of the cursor after a text. It is unknown if terminals disagree on a character's width."""
 
     def __init__(self) -> None:
         self._column = 0
@@ -71,7 +69,7 @@ class Cursor:
         self._is_known = True
 
     def write(self, text: str, columns: int) -> None:
-        """Follow `text` on a terminal of so many columns."""
+        """Advance by `text` on a terminal with `columns` columns."""
         for character in text:
             if character in "\r\n":
                 self._column = 0
@@ -81,7 +79,7 @@ class Cursor:
             else:
                 self._advance(_width(character), columns)
         if columns != self._columns and self._column:
-            # Resized: the line may have been wrapped anew.
+            # After a resize the terminal may have wrapped the line again.
             self._is_known = self._is_known and not self._columns
         self._columns = columns
 
@@ -99,8 +97,8 @@ class Cursor:
 
 
 def _width(character: str) -> int | None:
-    """Columns that a printable character takes; None where terminals differ: emoji, and what joins
-    its neighbours.
+    """Return the columns of a printable character; None for emoji and combining characters, where
+    terminals differ.
     """
     if character.isascii():
         return 1

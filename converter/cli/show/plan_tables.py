@@ -1,4 +1,4 @@
-"""Plans as text."""
+"""Memory plans as text."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,16 +9,21 @@ GB = 10**9
 
 
 def text_of(result: dict[str, Any], *, detailed: bool) -> str:
-    """What `plan --json` prints as text: each part of the one budget if `detailed`, else a line for
-    each budget.
+    """Return the result of `plan --json` as text.
+
+    detailed: all parts of a single budget; otherwise a row per budget.
     """
-    experts = f"{result['layers']} layers of {result['experts']} experts, {gigabytes(result['expert_bytes'])}"
+    experts = (
+        f"{result['layers']} layers of {result['experts']} experts,"
+        f" {gigabytes(result['expert_bytes'])}"
+    )
     routing = (
         f"hit ratios of {result['trace']}" if result["trace"] else "every expert equally likely"
     )
     heading = (
         f"{result['path']} ({result['recipe']}): {experts}\n"
-        f"{_speeds(result)}; {routing}; {result['context']} positions, prompts of {result['prompt']} tokens"
+        f"{_speeds(result)}; {routing}; {result['context']} positions,"
+        f" prompts of {result['prompt']} tokens"
     )
     plans = result["plans"]
     if "gpu" in plans[0]:
@@ -51,14 +56,14 @@ def _parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
     yield ""
     low, high = plan["tokens_per_s"]
     yield (
-        f"expected: {plan['read_bytes_per_token'] / 1e6:.1f} MB read a token"
+        f"expected: {plan['read_bytes_per_token'] / 1e6:.1f} MB read per token"
         f" (misses {plan['miss_ratio']:.3f}), {low:.2f} to {high:.2f} tokens/s"
     )
-    if found := plan.get("verified"):
+    if measured := plan.get("verified"):
         yield (
-            f"measured: {found['read_bytes_per_token'] / 1e6:.1f} MB read a token"
-            f" (misses {1 - found['hit_ratio']:.3f}), {found['tokens_per_s']:.2f} tokens/s"
-            f" over {found['tokens']} tokens"
+            f"measured: {measured['read_bytes_per_token'] / 1e6:.1f} MB read per token"
+            f" (misses {1 - measured['hit_ratio']:.3f}), {measured['tokens_per_s']:.2f} tokens/s"
+            f" over {measured['tokens']} tokens"
         )
     yield f"run it with --ram-cache {plan['cache_bytes']}"
 
@@ -82,26 +87,30 @@ def _gpu_parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
     yield ""
     low, high = plan["tokens_per_s"]
     yield (
-        f"expected: {gpu['copied_bytes_per_token'] / 1e6:.1f} MB copied a token (misses {gpu['miss_ratio']:.3f}),"
+        f"expected: {gpu['copied_bytes_per_token'] / 1e6:.1f} MB copied per token"
+        f" (misses {gpu['miss_ratio']:.3f}),"
         f" {plan['read_bytes_per_token'] / 1e6:.1f} MB read (misses {plan['miss_ratio']:.3f}),"
         f" {low:.2f} to {high:.2f} tokens/s"
     )
-    if found := plan.get("verified"):
+    if measured := plan.get("verified"):
         yield (
-            f"measured: misses {1 - found['hit_ratio']:.3f} on the GPU, {found['tokens_per_s']:.2f} tokens/s"
-            f" over {found['tokens']} tokens"
+            f"measured: misses {1 - measured['hit_ratio']:.3f} on the GPU,"
+            f" {measured['tokens_per_s']:.2f} tokens/s over {measured['tokens']} tokens"
         )
     else:
         yield "computed, with an efficiency that was measured on no GPU"
     if plan["cache_bytes"] == result["expert_bytes"]:
-        yield f"with all experts in RAM, which takes {gigabytes(plan['ram_bytes'])}; --ram SIZE plans with less"
+        yield (
+            f"with all experts in RAM, which takes {gigabytes(plan['ram_bytes'])};"
+            " --ram SIZE plans with less"
+        )
     yield f"run it with --gpu-cache {gpu['cache_bytes']} --ram-cache {plan['cache_bytes']}"
 
 
 def _cache_rows(part: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, int]]:
-    """What becomes of the bytes for experts, in RAM or on the GPU."""
+    """Return how the expert budget in RAM or on the GPU is used: (name, bytes)."""
     return [
-        ("experts on their way", part["aside_bytes"]),
+        ("experts in transit", part["aside_bytes"]),
         (f"experts: {_slots(part)} of {result['experts']} in each layer", part["slot_bytes"]),
         ("left over", part["cache_bytes"] - part["aside_bytes"] - part["slot_bytes"]),
     ]
@@ -125,9 +134,13 @@ def _comparison(plans: list[dict[str, Any]], result: dict[str, Any]) -> str:
     for plan in plans:
         low, high = plan["tokens_per_s"]
         row = [
-            gigabytes(plan["ram_bytes"]), str(plan["cache_bytes"]), _slots(plan),
-            f"{plan['miss_ratio']:.3f}", f"{plan['read_bytes_per_token'] / 1e6:.1f}", f"{low:.2f} to {high:.2f}",
-        ]  # fmt: skip
+            gigabytes(plan["ram_bytes"]),
+            str(plan["cache_bytes"]),
+            _slots(plan),
+            f"{plan['miss_ratio']:.3f}",
+            f"{plan['read_bytes_per_token'] / 1e6:.1f}",
+            f"{low:.2f} to {high:.2f}",
+        ]
         if verified:
             row += [
                 f"{1 - plan['verified']['hit_ratio']:.3f}",
@@ -138,5 +151,6 @@ def _comparison(plans: list[dict[str, Any]], result: dict[str, Any]) -> str:
 
 
 def _slots(plan: dict[str, Any]) -> str:
-    least, most = min(plan["slots"]), max(plan["slots"])
-    return str(least) if least == most else f"{least} or {most}"
+    fewest = min(plan["slots"])
+    largest = max(plan["slots"])
+    return str(fewest) if fewest == largest else f"{fewest} or {largest}"

@@ -1,4 +1,4 @@
-"""The picture of a replay: hit ratio against slots for each policy, recall against guesses."""
+"""Plot of a replay: hit ratio over slots for each policy, recall over guesses."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ PLOT_SUFFIXES = (".svg", ".png")
 
 
 def plot_replay(report: dict[str, Any], path: Path) -> None:
-    """Draws what `replay_trace` gave into `path`, an SVG or PNG by its suffix.
+    """Plot a report of `replay_trace` into `path`, as SVG or PNG by its suffix.
 
     MoeConvertError without matplotlib, or if the file cannot be written.
     """
@@ -22,7 +22,7 @@ def plot_replay(report: dict[str, Any], path: Path) -> None:
         raise MoeConvertError(
             "--plot needs matplotlib", "pip install 'moe-convert[plots]'"
         ) from None
-    # Figure instead of pyplot: no display, no state.
+    # Figure, not pyplot, needs no display and keeps no global state.
     figure = Figure(figsize=(10, 4), layout="constrained")
     hits, guesses = figure.subplots(1, 2)
     lines: dict[str, list[tuple[int, float]]] = {}

@@ -1,4 +1,4 @@
-"""A replay's report as tables."""
+"""Report of a replay as tables."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,12 +7,15 @@ from converter.cli.show.console import table
 
 
 def tables_of(report: dict[str, Any], speeds: Sequence[str], *, by_layer: bool) -> str:
-    """What `replay_trace` gave as text: hit ratios, recall, and reads with tokens a second at each
-    of `speeds`.
+    """Return a report of `replay_trace` as text: hit ratios, recall, and bytes read.
+
+    speeds: names of the given speeds, a column of tokens per second for each. by_layer: also a row
+    per layer.
     """
     parts = [
-        f"{report['model']}: {report['decoded_tokens']} decoded tokens, {report['prompt_tokens']} prompt tokens,"
-        f" {report['layers']} layers, {report['chosen']} of {report['experts']} experts",
+        f"{report['model']}: {report['decoded_tokens']} decoded tokens,"
+        f" {report['prompt_tokens']} prompt tokens, {report['layers']} layers,"
+        f" {report['chosen']} of {report['experts']} experts",
         *_hit_ratios(report, by_layer),
         *_recall(report, by_layer),
         _reads(report, speeds),
@@ -42,7 +45,7 @@ def _hit_ratios(report: dict[str, Any], by_layer: bool) -> Iterator[str]:
 def _recall(report: dict[str, Any], by_layer: bool) -> Iterator[str]:
     for norm, layers in report["recall"].items():
         if not layers:
-            continue  # a single layer has nobody to guess for it
+            continue  # With a single layer nothing can be predicted.
         rows = (
             [(f"{i} → {i + 1}", *_shares(layer)) for i, layer in enumerate(layers)]
             if by_layer
@@ -67,10 +70,13 @@ def _reads(report: dict[str, Any], speeds: Sequence[str]) -> str:
             rates = [reads["tokens_per_s"][name] for name in speeds]
             rows.append(
                 (
-                    run["policy"], str(run["slots"]), str(reads["guesses"]), *_shares([*kinds, reads["covered"]]),
+                    run["policy"],
+                    str(run["slots"]),
+                    str(reads["guesses"]),
+                    *_shares([*kinds, reads["covered"]]),
                     *("-" if rate is None else f"{rate:.2f}" for rate in rates),
                 )
-            )  # fmt: skip
+            )
     heading = ("policy", "slots", "guesses", "MB/token", "useful", "wasted", "covered")
     return _titled("reads", (*heading, *(f"tok/s {name}" for name in speeds)), rows)
 

@@ -1,5 +1,5 @@
-"""What may reach a terminal: text without control characters, which names and labels from files may
-contain.
+"""Escapes control characters before text reaches a terminal: names and labels from files may contain
+them.
 """
 
 import contextlib
@@ -17,14 +17,12 @@ _CONTROL = re.compile(rf"(?![\t\n])[{CONTROLS}]")
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and bidi overrides written as escapes; line feeds and tabs
-    stay.
-    """
+    """Return `text` with control characters and bidi overrides as escapes. Line feeds and tabs stay."""
     return _CONTROL.sub(escaped, text)
 
 
 def one_line(text: str) -> str:
-    """`text` as `printable`, its line breaks and runs of spaces as one space each."""
+    """Return `text` as one printable line: line breaks and runs of spaces become one space."""
     return printable(" ".join(text.split()))
 
 
@@ -35,13 +33,14 @@ class _PrintableRecord(logging.LogRecord):
 
 @contextlib.contextmanager
 def safe_terminal() -> Iterator[None]:
-    """Makes the log records and warnings of all libraries printable; streams escape what they
-    cannot encode.
+    """Make log records and warnings of all libraries printable, and let stdout and stderr escape
+    characters that they cannot encode.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    record_factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+    record_factory = logging.getLogRecordFactory()
+    format_warning = warnings.formatwarning
 
     def formatted(*args: Any, **kwargs: Any) -> str:
         return printable(format_warning(*args, **kwargs))
