@@ -142,8 +142,8 @@ class _Bar:
 class _Lines:
     def __init__(self) -> None:
         self._stage = ""
-        self._started_s = 0.0
-        self._last_s = 0.0
+        self._started_s = time.monotonic()
+        self._last_s = self._started_s
         self._first = 0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -167,7 +167,7 @@ class _Lines:
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return rows as aligned columns: the first `left` columns to the left, the others to the right."""
+    """Return rows as aligned columns, the first `left` columns to the left, the rest to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def cell(text: str, i: int) -> str:

@@ -1,4 +1,4 @@
-"""Streams an answer to stdout, with a status line below it if stdout and stderr are one terminal."""
+"""Streams an answer to stdout; a status line below it if stdout and stderr are one terminal."""
 
 import shutil
 import sys
@@ -61,7 +61,7 @@ class LiveText:
 
 
 class Cursor:
-    """Column of the cursor after a text. It is unknown if terminals disagree on a character's width."""
+    """Cursor column after a text; unknown after a character whose width differs by terminal."""
 
     def __init__(self) -> None:
         self._column = 0

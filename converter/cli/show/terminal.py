@@ -1,6 +1,4 @@
-"""Escapes control characters before text reaches a terminal: names and labels from files may contain
-them.
-"""
+"""Escapes control characters of untrusted text before it reaches a terminal."""
 
 import contextlib
 import logging
@@ -17,7 +15,7 @@ _CONTROL = re.compile(rf"(?![\t\n])[{CONTROLS}]")
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters and bidi overrides as escapes. Line feeds and tabs stay."""
+    """Return `text` with control characters and bidi overrides escaped. Line feeds and tabs stay."""
     return _CONTROL.sub(escaped, text)
 
 
