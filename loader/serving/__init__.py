@@ -1,24 +1,26 @@
-"""Answers from a loaded model: what a chat, a server and `generate` share, and the server itself.
+"""Answers from a loaded model, for `generate`, `chat` and the HTTP server.
 
-- *Settings*: sampling and length of one answer (`settings.py`).
-- *Template*: what turns messages into a prompt's tokens (`chat_template.py`).
-- *Prefix cache*: a KV cache and the tokens that it holds (`prefix_cache.py`).
-- *Generation*: one answer while it is generated (`generation.py`), its text piece by piece
-  (`text_stream.py`).
+- *Prompt*: the tokens that an answer follows (`prompts/`).
+- *Answer*: tokens chosen one by one, and their text piece by piece (`answers/`).
+- *Prefix cache*: a KV cache with the tokens it holds (`prefixes/`).
 - *Session*: the messages of one conversation with their prefix cache (`session.py`).
+- *Context*: the tokens of a prompt with its answer (`context.py`).
 
 The server:
 
-- *Body*: the JSON of a request, parsed and checked once (`bodies.py`).
-- *Request*: the tokens of a prompt with everything that decides its answer (`request.py`).
-- *Job*: a request in the queue or under way (`job.py`).
-- *Engine*: the queue, and the thread that generates (`engine.py`).
-- *Event*: a piece of an answer, its end, or a failure (`events.py`).
-- *Prefix store*: prefix caches of finished answers, an LRU bounded in bytes (`prefix_store.py`).
+- *Job*: a request that waits or runs (`job.py`).
+- *Engine*: the queue, and the one thread that calls the model (`engine.py`).
+- *Metrics*: counters for Prometheus (`metrics.py`).
+- *HTTP*: OpenAI's API over an engine (`http/`).
 
-Invariants: a prompt never begins with two BOS tokens. What was generated before an interrupt stays
-in its generation, and the prefix cache stays usable. One generation of a model runs at a time; the
-caller sees to that, for the server its engine. The server obeys a parameter, or refuses it by its
-name. Only `app.py`, `exchange.py` and `server.py` import the packages of HTTP, only `grammar.py`
-xgrammar.
+Rooms import each other in one direction: `http` → this room → `answers`, `prompts` → `prefixes`.
+
+Invariants: one generation of a model runs at a time; the caller ensures it, for the server its
+engine. After an interrupt the generated part stays readable and the prefix cache stays valid. The
+server obeys a parameter or rejects it by name. Only `http/app.py`, `http/exchange.py` and
+`http/server.py` import HTTP packages, only `answers/grammar.py` imports xgrammar.
+
+Two token loops exist. `Generation` calls transformers' generate, which obeys every field of
+generation_config.json. `generate_tokens` serves the engine: it can be cancelled between two layers,
+samples with its own random generator, and supports grammars and log-probabilities.
 """

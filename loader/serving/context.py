@@ -1,6 +1,4 @@
-"""How many tokens a context has, and what its KV cache takes, from a folder's index and
-config.json.
-"""
+"""Length of a model's context and size of its KV cache, from index and config.json."""
 
 from pathlib import Path
 
@@ -11,14 +9,17 @@ from formats.index import read_index
 from formats.safetensors_header import DTYPE_BYTES
 
 DEFAULT_CONTEXT = 8192
-"""Tokens at most where nobody says how many: the KV cache of a model's whole context may take more
-than its experts.
+"""Maximum context in tokens if --max-context is not given. The KV cache of a model's whole context
+can be larger than its experts.
 """
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class ContextSize:
-    """Of the model in a folder that has an index and config.json."""
+    """Context of the model in a converted folder.
+
+    max_tokens: the model's maximum. position_bytes: size of one position in the KV cache.
+    """
 
     def __init__(self, folder: Path) -> None:
         name = INDEX_NAME if (folder / INDEX_NAME).exists() else PENDING_NAME
@@ -31,13 +32,14 @@ class ContextSize:
         architecture = index.architecture
         element_bytes = DTYPE_BYTES[_FLOATS.get(str(config.get("dtype")), "F32")]
         heads = architecture.num_key_value_heads * architecture.head_dim
-        self.most = int(config.get("max_position_embeddings") or DEFAULT_CONTEXT)
+        self.max_tokens = int(config.get("max_position_embeddings") or DEFAULT_CONTEXT)
         self.position_bytes = 2 * architecture.num_hidden_layers * heads * element_bytes
 
-    def chosen(self, wish: int | None) -> int:
-        """Return the tokens of a context. RecipeError where the model has fewer than `wish`."""
-        if wish is not None and wish > self.most:
+    def chosen(self, requested: int | None) -> int:
+        """Return the context length in tokens. RecipeError if `requested` exceeds the maximum."""
+        if requested is not None and requested > self.max_tokens:
             raise RecipeError(
-                f"--max-context {wish}: the model was made for {self.most} tokens", "give fewer"
+                f"--max-context {requested}: the model's maximum is {self.max_tokens} tokens",
+                f"--max-context {self.max_tokens}",
             )
-        return min(self.most, DEFAULT_CONTEXT) if wish is None else wish
+        return min(self.max_tokens, DEFAULT_CONTEXT) if requested is None else requested

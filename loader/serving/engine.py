@@ -1,4 +1,4 @@
-"""The queue and the one thread that generates: first come, first served."""
+"""The queue of jobs and the one thread that generates: first come, first served."""
 
 import logging
 import math
@@ -26,9 +26,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """max_context: tokens of a prompt with its answer. max_queue: requests that wait beside the one
-    that runs.
-    prefix_bytes: memory of kept prefix caches.
+    """Limits of a server.
+
+    max_context: tokens of a prompt with its answer. max_queue: requests that may wait while one
+    runs. prefix_bytes: memory for kept prefix caches.
     """
 
     max_context: int
@@ -37,7 +38,7 @@ class Limits:
 
 
 class QueueFullError(MoeConvertError):
-    """The queue is full; `retry_after_s`: when a place may be free, in whole seconds."""
+    """The queue is full. retry_after_s: estimated wait for a free place, in whole seconds."""
 
     def __init__(self, length: int, retry_after_s: int) -> None:
         super().__init__(
@@ -47,11 +48,11 @@ class QueueFullError(MoeConvertError):
 
 
 class ClosedError(MoeConvertError):
-    """The server is about to end."""
+    """The server is shutting down."""
 
 
 class Engine:
-    """Generates answers with one model, in a thread of its own."""
+    """Generates answers with one model, in its own thread."""
 
     def __init__(self, model: Any, tokenizer: Any, limits: Limits) -> None:
         self.model = model
@@ -64,19 +65,21 @@ class Engine:
         self._running: Job | None = None
         self._is_closed = False
         self._usual_s = 1.0
-        # A daemon: a generation that is stuck must not keep the process alive.
+        # A daemon thread: a hanging generation must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="moe-convert-engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> Job:
-        """Puts a request into the queue; `deliver` gets its events, from the engine's thread, the
-        last of them End or Failure. QueueFullError, ClosedError.
+        """Put a request into the queue.
+
+        deliver: receives its events in the engine's thread; the last is End or Failure. Raises
+        QueueFullError and ClosedError.
         """
         job = Job(request, deliver)
         with self._changed:
             if self._is_closed:
                 raise ClosedError(
-                    "the server is about to end", "send the request to another one, or later"
+                    "the server is shutting down", "send the request to another server, or later"
                 )
             self._drop_cancelled()
             if len(self._queue) >= self.limits.max_queue + (self._running is None):
@@ -103,8 +106,8 @@ class Engine:
         return self.metrics.text(self.gauges(), self.model.moe_stats().total)
 
     def close(self, finish_s: float, cancel_s: float = 2.0) -> None:
-        """Takes no more requests, gives those that run and wait `finish_s` seconds, cancels what is
-        left, and waits `cancel_s` for that.
+        """Accept no more requests, wait `finish_s` seconds for all jobs, then cancel the rest and
+        wait `cancel_s` seconds for the thread.
         """
         with self._changed:
             self._is_closed = True
@@ -116,13 +119,13 @@ class Engine:
 
     @property
     def is_working(self) -> bool:
-        """True until the engine is closed and its last generation has ended."""
+        """True until the engine is closed and its last generation is over."""
         return self._thread.is_alive()
 
     def _drop_cancelled(self) -> None:
-        """Those that wait and whose client has gone make room."""
-        gone = [job for job in self._queue if job.is_cancelled]
-        for job in gone:
+        """Remove waiting jobs whose client has disconnected."""
+        cancelled = [job for job in self._queue if job.is_cancelled]
+        for job in cancelled:
             self._queue.remove(job)
             self.metrics.add("generations_cancelled")
             job.tell(Failure(cancelled=True))
@@ -143,13 +146,13 @@ class Engine:
             self.metrics.add("generation_seconds", spent_s)
             self._usual_s += (spent_s - self._usual_s) / 4
             with self._changed:
-                # Before its client hears of the end: the next request finds a free place.
+                # Before the client sees the end, so that its next request finds a free place.
                 self._running = None
             job.tell(event)
 
     def _answered(self, job: Job) -> End | Failure:
-        """Runs one job, delivers its pieces, and returns its last event. No error leaves: the
-        thread serves on.
+        """Run one job, deliver its pieces, and return its last event. An error becomes a Failure:
+        the thread must survive.
         """
         counts = Counts(len(job.request.prompt), 0, 0)
         if job.is_cancelled:

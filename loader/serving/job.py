@@ -1,4 +1,4 @@
-"""A request in the queue or under way."""
+"""A request that waits in the queue or runs."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from loader.serving.answers.request import Request
 
 
 class Job:
-    """One request; `deliver` gets its events, from the engine's thread."""
+    """One request. deliver: receives its events in the engine's thread."""
 
     def __init__(self, request: Request, deliver: Callable[[Event], None]) -> None:
         self.request = request
@@ -18,16 +18,16 @@ class Job:
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """Ends the job within a token. Any thread may, at any time."""
+        """End the job within one token. Any thread may call this at any time."""
         self._cancelled.set()
 
     @property
     def is_cancelled(self) -> bool:
-        """True once nobody wants the answer any more."""
+        """True after `cancel`."""
         return self._cancelled.is_set()
 
     def tell(self, event: Event) -> None:
-        """Delivers an event. Where nobody can take it the job is cancelled."""
+        """Deliver an event. Cancel the job if its receiver is gone."""
         try:
             self._deliver(event)
         except RuntimeError:

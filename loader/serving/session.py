@@ -1,4 +1,4 @@
-"""A conversation: messages, template, KV cache, settings."""
+"""A conversation: messages, template, KV cache and settings."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,24 +14,22 @@ from loader.serving.prompts.chat_template import Message, Template
 
 
 class ContextFullError(MoeConvertError):
-    """A conversation that leaves no room for an answer. `prompt_tokens` do not fit
-    `context_tokens`.
-    """
+    """The conversation leaves no room for an answer: `prompt_tokens` of `context_tokens` are used."""
 
     def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
         super().__init__(
             f"the context is full: the conversation has {prompt_tokens} of {context_tokens} tokens",
-            "drop the oldest turns, or begin anew",
+            "drop the oldest turns, or start over with /reset",
         )
         self.prompt_tokens = prompt_tokens
         self.context_tokens = context_tokens
 
 
 class Session:
-    """One conversation with a model. An interrupt ends the answer and keeps the session.
+    """One conversation with a model. An interrupt ends the answer but keeps the session.
 
-    context_tokens: what prompt and answer may take together; None: as many as the model was made
-    for. Raises MoeConvertError if the template refuses the system message.
+    context_tokens: maximum of prompt and answer together; None is the model's maximum. Raises
+    MoeConvertError if the template rejects the system message.
     """
 
     def __init__(
@@ -54,27 +52,28 @@ class Session:
         self.context_tokens: int = min(context_tokens or made_for, made_for)
         self.settings = settings
         self.answers: list[Answer] = []
-        """Every answer since the session began."""
+        """All answers of the session, in order."""
         self.set_system(system)
 
     @property
     def system(self) -> str:
-        """The system message; empty if there is none."""
+        """The system message, or an empty string."""
         return self._system
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation: the system message, then questions and answers in turn."""
+        """The system message, then questions and answers in turn."""
         return self._messages(0)
 
     @property
     def turns(self) -> int:
-        """Questions that were answered."""
+        """Number of questions with an answer."""
         return len(self._turns)
 
     def set_system(self, text: str) -> None:
-        """Set the system message; the turns stay. MoeConvertError if the template refuses it."""
-        before, self._system = self._system, text
+        """Set the system message and keep the turns. MoeConvertError if the template rejects it."""
+        before = self._system
+        self._system = text
         try:
             self._prompt("Hello", 0)
         except MoeConvertError:
@@ -82,11 +81,11 @@ class Session:
             raise
 
     def ask(self, text: str, on_text: OnText) -> Answer:
-        """Answer `text`; `on_text` gets the answer as it comes.
+        """Answer `text` and add both to the conversation. on_text: receives the answer's pieces.
 
-        Question and answer join the conversation, also what came of the answer before an exception,
-        if anything. ContextFullError if the prompt leaves too little room; MoeConvertError if the
-        template refuses it or it has a token that the model lacks.
+        If an exception interrupts the answer, its generated part is kept. ContextFullError if the
+        prompt leaves too little room. MoeConvertError if the template rejects it, or if a token is
+        beyond the model's embeddings.
         """
         prompt = self._prompt(text, 0)
         if not self._has_room(len(prompt)):
@@ -103,8 +102,9 @@ class Session:
                 self._turns.append((_message("user", text), _message("assistant", answer.text)))
 
     def turns_to_drop(self, text: str) -> int | None:
-        """Return how many of the oldest turns must go for an answer to `text`; None if it does not
-        fit alone.
+        """Return the number of oldest turns to drop so that an answer to `text` fits.
+
+        None if `text` alone does not fit.
         """
         fits = (
             count
@@ -118,12 +118,12 @@ class Session:
         del self._turns[:turns]
 
     def reset(self) -> None:
-        """Forget all turns; the system message and the settings stay."""
+        """Forget all turns. System message and settings stay."""
         self._turns.clear()
         self._cache.clear()
 
     def _has_room(self, prompt_tokens: int) -> bool:
-        """True if an answer fits behind the prompt: of full length, or a quarter of the context."""
+        """True if an answer fits: of maximum length, or of a quarter of the context."""
         return (
             prompt_tokens + min(self.settings.max_new_tokens, self.context_tokens // 4)
             <= self.context_tokens

@@ -167,7 +167,7 @@ class _Lines:
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return rows as aligned columns, the first `left` columns to the left, the rest to the right."""
+    """Return rows as aligned columns: the first `left` to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def cell(text: str, i: int) -> str:

@@ -15,7 +15,7 @@ _CONTROL = re.compile(rf"(?![\t\n])[{CONTROLS}]")
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters and bidi overrides escaped. Line feeds and tabs stay."""
+    """Return `text` with control characters and bidi overrides escaped, but not \\n and \\t."""
     return _CONTROL.sub(escaped, text)
 
 

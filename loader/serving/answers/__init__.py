@@ -1,10 +1,14 @@
-"""One answer: prompt, settings, tokens one by one, text piece by piece.
+"""One answer: settings, tokens one by one, text piece by piece.
 
-- *Settings*: sampling and length (`settings.py`). *Sampler*: chooses the next token (`sampler.py`).
-- *Template*: turns messages into a prompt's tokens (`chat_template.py`, `prompts.py`).
-- *Grammar*: a JSON schema that the answer follows (`grammar.py`, `schema_check.py`); only it
-  imports xgrammar.
+- *Request*: everything that decides one answer of the server (`request.py`).
+- *Token loop*: one forward pass per token over a KV cache (`token_loop.py`).
+- *Sampler*: chooses the next token from logits (`sampler.py`).
+- *Grammar*: a JSON schema that the answer must match (`grammar.py`, `schema_check.py`).
+- *Text stream*: tokens to text (`text_stream.py`); *tool calls* in that text (`tool_calls.py`).
+- *Streamed answer*: the answer to one request, as pieces (`streamed_answer.py`).
+- *Event*: a piece, the end, or a failure of an answer (`events.py`).
+- *Generation*: one answer by transformers' generate, for chat and `generate` (`generation.py`),
+  with its *settings* (`settings.py`).
 
-Invariants: a prompt never begins with two BOS tokens; a text piece never ends inside a character or
-a stop string.
+Invariant: a piece of text never ends inside a character or inside a stop string.
 """

@@ -1,4 +1,4 @@
-"""A KV cache that is kept between prompts, with the tokens that it holds."""
+"""A KV cache kept between prompts, with the tokens it holds."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,19 +9,19 @@ from loader.hf.cache_length import shorten
 
 
 class PrefixCache:
-    """The KV cache of one conversation. A prompt that begins like the last one computes its new
-    tokens only.
+    """KV cache of one conversation. For a prompt with the same first tokens as the last one, only
+    the new tokens are computed.
     """
 
     def __init__(self, model: Any) -> None:
         self._config = model.config.get_text_config(decoder=True)
         self._tokens: list[int] = []
         self.kv = DynamicCache(config=self._config)
-        """transformers' cache: keys and values of `tokens`."""
+        """transformers' KV cache of `tokens`."""
 
     @property
     def tokens(self) -> Sequence[int]:
-        """Tokens whose keys and values are held."""
+        """Tokens whose keys and values are in the cache."""
         return self._tokens
 
     def clear(self) -> None:
@@ -30,11 +30,12 @@ class PrefixCache:
         self.kv = DynamicCache(config=self._config)
 
     def begin(self, prompt: Sequence[int]) -> int:
-        """Shorten the cache to its common prefix with `prompt`, all but the last token; return the
-        prefix's length.
+        """Shorten the cache to its common prefix with `prompt` and return the prefix's length.
+
+        The prompt's last token is never part of the prefix: its logits are needed.
         """
         held = min((int(layer.get_seq_length()) for layer in self.kv.layers), default=0)
-        # An interrupt may have come between a cut of the cache and the note of it.
+        # An interrupt may have come after the cache was cut and before `_tokens` was.
         common = min(common_prefix(self._tokens, prompt), held, len(prompt) - 1)
         if common == 0 or not self._shorten(common):
             self.clear()
@@ -43,8 +44,9 @@ class PrefixCache:
         return common
 
     def record(self, tokens: Sequence[int]) -> None:
-        """Note that the cache holds the first of `tokens`: as many as went through the model, also
-        before an interrupt.
+        """Record that the cache holds the first of `tokens`, as many as the model has computed.
+
+        Also correct after an interrupt.
         """
         lengths = {int(layer.get_seq_length()) for layer in self.kv.layers}
         length = lengths.pop() if len(lengths) == 1 else 0
@@ -54,8 +56,8 @@ class PrefixCache:
         self._tokens = list(tokens[:length])
 
     def _shorten(self, length: int) -> bool:
-        """False if the cache cannot be cut to `length`: a full sliding window has dropped what
-        would come back.
+        """Cut the cache to `length`. False if a full sliding window has already dropped tokens that
+        are needed again.
         """
         longer = [layer for layer in self.kv.layers if layer.get_seq_length() > length]
         for layer in longer:
@@ -70,7 +72,7 @@ class PrefixCache:
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two sequences begin with in common."""
+    """Return the length of the common prefix of two token sequences."""
     count = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

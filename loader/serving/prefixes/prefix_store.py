@@ -1,6 +1,4 @@
-"""Prefix caches of finished answers, for prompts that begin with the same tokens: an LRU bounded in
-bytes.
-"""
+"""Prefix caches of finished answers for later prompts: an LRU bounded in bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +10,12 @@ from transformers.cache_utils import DynamicLayer
 from loader.serving.prefixes.prefix_cache import PrefixCache, common_prefix
 
 LEAST_COPIED = 16
-"""Tokens: a common beginning of fewer, such as a BOS token alone, is computed anew."""
+"""Tokens. A shorter common prefix, such as a BOS token alone, is computed again, not copied."""
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A prefix cache whose first `prompt` tokens were a prompt."""
+    """A prefix cache. Its first `prompt` tokens were the prompt."""
 
     cache: PrefixCache
     prompt: int
@@ -25,8 +23,9 @@ class _Kept:
 
 
 class PrefixStore:
-    """Prefix caches of at most `limit_bytes` together; the least recently used goes first. For one
-    thread, but for `n_bytes` and `len`.
+    """Prefix caches of at most `limit_bytes` in total; the least recently used is evicted first.
+
+    Used by one thread; only `n_bytes` and `len` are safe from others.
     """
 
     def __init__(self, limit_bytes: int, model: Any) -> None:
@@ -36,19 +35,18 @@ class PrefixStore:
 
     @property
     def n_bytes(self) -> int:
-        """Memory of the prefix caches."""
+        """Total size of the prefix caches in bytes."""
         return sum(kept.n_bytes for kept in self._kept)
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def take(self, prompt: Sequence[int]) -> tuple[PrefixCache, int]:
-        """Return a prefix cache that the caller owns, and how many of the prompt's first tokens it
-        holds: all but one at most, since the last gives the logits.
+        """Return a prefix cache owned by the caller, and the number of prompt tokens it holds.
 
-        One that the prompt continues, or whose prompt the prompt continues, is handed over. Of
-        another one that begins alike, as with a common system prompt, the common part is copied:
-        both conversations keep theirs.
+        That is at most all but the last token, which gives the logits. If the prompt continues a
+        kept conversation, or its prompt, that cache is handed over. If it only shares a beginning,
+        such as a system prompt, the common part is copied and both conversations keep a cache.
         """
         kept, common = self._best(prompt)
         goes_on = kept is not None and common >= min(kept.prompt, len(prompt) - 1)
@@ -61,13 +59,14 @@ class PrefixStore:
         return kept.cache, kept.cache.begin(prompt)
 
     def keep(self, cache: PrefixCache, tokens: Sequence[int], prompt: int) -> None:
-        """Keeps `cache`, which holds keys and values of the first of `tokens`, of which `prompt`
-        were the prompt, as the most recently used.
+        """Keep `cache` as the most recently used.
+
+        tokens: prompt and answer, whose first tokens the cache holds. prompt: length of the prompt.
         """
         cache.record(tokens)
         if not cache.tokens:
             return
-        # Those that this one continues are of no more use.
+        # Caches that are a prefix of this one have no more use.
         others = (
             kept
             for kept in self._kept
@@ -78,13 +77,17 @@ class PrefixStore:
             self._kept.pop(0)
 
     def _best(self, prompt: Sequence[int]) -> tuple[_Kept | None, int]:
-        """The one with the most tokens of the prompt, and how many."""
-        best, most = None, 0
+        """Return the cache with the longest common prefix with the prompt, and that length."""
+        best = None
+        longest = 0
         for kept in self._kept:
             length = common_prefix(kept.cache.tokens, prompt[:-1])
-            if length > most and (length == len(kept.cache.tokens) or _can_be_cut(kept.cache.kv)):
-                best, most = kept, length
-        return best, most
+            if length > longest and (
+                length == len(kept.cache.tokens) or _can_be_cut(kept.cache.kv)
+            ):
+                best = kept
+                longest = length
+        return best, longest
 
     def _copy(self, cache: PrefixCache, length: int) -> PrefixCache:
         copy = PrefixCache(self._model)
@@ -97,7 +100,7 @@ class PrefixStore:
 
 
 def cache_bytes(kv: Any) -> int:
-    """Return the memory of a KV cache of transformers, with the room to grow that its layers have."""
+    """Return the size of a transformers KV cache in bytes, including allocated room to grow."""
     tensors = (tensor for layer in kv.layers for tensor in _tensors(layer))
     storages = {
         storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)
@@ -115,5 +118,5 @@ def _tensors(layer: Any) -> list[Tensor]:
 
 
 def _can_be_cut(kv: Any) -> bool:
-    """True if each layer has the keys and values of all positions."""
+    """True if every layer holds the keys and values of all positions."""
     return all(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in kv.layers)

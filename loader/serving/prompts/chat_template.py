@@ -1,6 +1,4 @@
-"""Messages or a prompt as tokens: by the tokenizer's chat template where there is one, else as
-plain text.
-"""
+"""Turns messages or text into prompt tokens, with the chat template if the tokenizer has one."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -8,9 +6,9 @@ from typing import Any, Protocol
 from formats.errors import MoeConvertError
 
 Message = dict[str, Any]
-"""What templates read: {"role": "system" | "user" | "assistant", "content": text}."""
+"""Input of templates: {"role": "system" | "user" | "assistant", "content": text}."""
 
-_HINT = "give another template, or leave out what it refuses (a system message, for example)"
+_HINT = "give another template, or remove what it rejects, such as a system message"
 
 
 class Template(Protocol):
@@ -21,7 +19,7 @@ class Template(Protocol):
 
 
 class ChatTemplate:
-    """A Jinja template: `text`, or that of the tokenizer."""
+    """A Jinja template: `text`, or the tokenizer's."""
 
     def __init__(self, tokenizer: Any, text: str | None = None) -> None:
         self._tokenizer = tokenizer
@@ -30,23 +28,25 @@ class ChatTemplate:
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a prompt that an answer to `messages` follows.
 
-        MoeConvertError with the template's own words if it refuses them, or fails.
+        MoeConvertError with the template's message if it rejects them or fails.
         """
         prompt = self.render(messages)
         # The template writes BOS itself.
         ids = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
-            raise MoeConvertError("the chat template makes an empty prompt of the messages", _HINT)
+            raise MoeConvertError(
+                "the chat template turns the messages into an empty prompt", _HINT
+            )
         return with_one_bos(ids, self._tokenizer)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt's text; errors as `ids`."""
+        """Return the prompt as text. Errors as in `ids`."""
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), chat_template=self._text, add_generation_prompt=True, tokenize=False
             )
         except Exception as e:
-            # A template is a program from somebody else: it may raise anything.
+            # A template is foreign code and may raise anything.
             reason = " ".join(str(e).split())[:200]
             raise MoeConvertError(
                 f"the chat template fails: {type(e).__name__}: {reason}", _HINT
@@ -55,41 +55,41 @@ class ChatTemplate:
 
 
 class PlainText:
-    """No template: the messages are one running text, each on a line of its own, and the model
-    continues it.
-    """
+    """Template of a model without one: the messages are lines of a text that the model continues."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of the text so far, with the BOS token that the tokenizer adds."""
+        """Return the tokens of all messages as one text, with BOS if the tokenizer adds it."""
         return text_ids(self._tokenizer, "\n".join(message["content"] for message in messages))
 
 
 def has_template(tokenizer: Any) -> bool:
-    """True if the tokenizer brings a chat template."""
+    """True if the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def template_of(tokenizer: Any, text: str | None = None) -> Template:
-    """Return the template of `text` if given, else the tokenizer's, else `PlainText`."""
+    """Return the template in `text`, else the tokenizer's, else `PlainText`."""
     if text is not None or has_template(tokenizer):
         return ChatTemplate(tokenizer, text)
     return PlainText(tokenizer)
 
 
 def check_template(template: Template, system: str) -> None:
-    """MoeConvertError unless `template` takes a conversation with this system message (empty:
-    none).
+    """Raise MoeConvertError if `template` rejects a conversation with this system message.
+
+    system: empty for a conversation without one.
     """
     messages = [{"role": "system", "content": system}] if system else []
     template.ids([*messages, {"role": "user", "content": "Hello"}])
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
-    """Return the tokens of `prompt`: as the user's message where the tokenizer has a template,
-    unless `raw`.
+    """Return the tokens of `prompt`.
+
+    It is the user's message if the tokenizer has a template and `raw` is False, else plain text.
     """
     if raw or not has_template(tokenizer):
         return text_ids(tokenizer, prompt)
@@ -97,8 +97,9 @@ def prompt_ids(tokenizer: Any, prompt: str, *, raw: bool = False) -> list[int]:
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of `text`, with one BOS if the tokenizer adds it. MoeConvertError if there
-    is none at all.
+    """Return the tokens of `text`, with one BOS if the tokenizer adds it.
+
+    MoeConvertError if there are no tokens.
     """
     ids = tokenizer(text, verbose=False)["input_ids"]
     if not ids:
@@ -109,8 +110,8 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:
-    """Return `ids` with one BOS token where several stand at the beginning: a text may spell the
-    one that is added.
+    """Return `ids` with at most one BOS at the beginning. Text that spells BOS gets a second one
+    from the tokenizer.
     """
     bos = tokenizer.bos_token_id
     repeated = 0

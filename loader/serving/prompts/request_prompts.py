@@ -1,4 +1,4 @@
-"""From messages or a text to a prompt's tokens."""
+"""Prompt tokens of requests over HTTP; every field of a message is checked."""
 
 import json
 import threading
@@ -13,12 +13,12 @@ _ROLES = {
     "assistant": {"role", "content", "name", "tool_calls", "refusal"},
     "tool": {"role", "content", "tool_call_id", "name"},
 }
-"""Roles of messages and the fields that they may have."""
+"""Role of a message → its allowed fields."""
 _SAME_ROLE = {"developer": "system"}
 
 
 class Prompts:
-    """Makes prompts with one tokenizer. Thread safe. template: None for the tokenizer's own."""
+    """Makes prompts with one tokenizer. Thread safe. template: None is the tokenizer's."""
 
     def __init__(self, tokenizer: Any, vocabulary_size: int, template: str | None = None) -> None:
         self._tokenizer = tokenizer
@@ -28,17 +28,17 @@ class Prompts:
 
     @property
     def has_template(self) -> bool:
-        """True if messages can be made a prompt."""
+        """True if a template exists, so that messages are accepted."""
         return bool(self._template)
 
     def of_messages(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> tuple[int, ...]:
-        """Return the tokens of a chat before its next message. RefusedError naming what is wrong."""
+        """Return the prompt for the next message of a chat. RefusedError names a wrong field."""
         if not self.has_template:
             raise RefusedError(
-                "messages: the model has no chat template; start the server with --template FILE, or use"
-                " /v1/completions",
+                "messages: the model has no chat template; start the server with --template FILE,"
+                " or use /v1/completions",
                 "messages",
             )
         checked = [
@@ -50,7 +50,7 @@ class Prompts:
         return self._tokens(text, "messages", special=False)
 
     def of_text(self, prompt: Any) -> tuple[int, ...]:
-        """Return the tokens of a prompt: a text, tokens, or a list of one of them. RefusedError."""
+        """Return the tokens of a text, a token list, or a list of one of them. RefusedError."""
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             (prompt,) = prompt
         if isinstance(prompt, str):
@@ -70,20 +70,20 @@ class Prompts:
                     add_generation_prompt=True,
                 )
         except Exception as e:
-            # A template is a stranger's program: it refuses messages by errors of any kind.
+            # A template is foreign code and may raise anything.
             text = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise RefusedError(
-                f"messages: the model's chat template refuses them: {text}", "messages"
+                f"messages: the model's chat template rejects them: {text}", "messages"
             ) from e
         return str(rendered)
 
     def _tokens(self, text: str, where: str, *, special: bool) -> tuple[int, ...]:
-        """special: the tokenizer adds BOS and the like; a template has written them itself."""
+        """special: let the tokenizer add BOS; templates write it themselves."""
         try:
             with self._lock:
                 tokens = self._tokenizer(text, add_special_tokens=special)["input_ids"]
         except (UnicodeError, TypeError) as e:
-            raise RefusedError(f"{where}: not text in Unicode: {e}", where) from e
+            raise RefusedError(f"{where}: not valid Unicode: {e}", where) from e
         return self._checked(with_one_bos(tokens, self._tokenizer) if tokens else tokens, where)
 
     def _checked(self, tokens: list[int], where: str) -> tuple[int, ...]:
@@ -98,7 +98,7 @@ class Prompts:
 
 
 def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message for the template: content is one text, arguments of calls are objects."""
+    """Return a checked message for the template: content as one text, call arguments as objects."""
     role = _SAME_ROLE.get(str(message.get("role")), message.get("role"))
     if not isinstance(role, str) or role not in _ROLES:
         raise RefusedError(f"{where}.role: {role!r} is none of {', '.join(_ROLES)}", "messages")
@@ -149,11 +149,11 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError) as e:
         raise RefusedError(
-            f"{where}: no call of a function with JSON arguments ({e})", "messages"
+            f"{where}: expected a function call with JSON arguments ({e})", "messages"
         ) from None
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise RefusedError(f"messages: a list was expected, got {type(value).__name__}", "messages")
+        raise RefusedError(f"messages: expected a list, got {type(value).__name__}", "messages")
     return value
