@@ -13,7 +13,8 @@ The server:
 - *Metrics*: counters for Prometheus (`metrics.py`).
 - *HTTP*: OpenAI's API over an engine (`http/`).
 
-Rooms import each other in one direction: `http` → this room → `answers`, `prompts` → `prefixes`.
+Imports go in one direction: `http` → this room → `answers` → `prefixes`; `http` and this room →
+`prompts` → `answers`.
 
 Invariants: one generation of a model runs at a time; the caller ensures it, for the server its
 engine. After an interrupt the generated part stays readable and the prefix cache stays valid. The

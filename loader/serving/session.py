@@ -14,7 +14,7 @@ from loader.serving.prompts.chat_template import Message, Template
 
 
 class ContextFullError(MoeConvertError):
-    """The conversation leaves no room for an answer: `prompt_tokens` of `context_tokens` are used."""
+    """The prompt of `prompt_tokens` leaves no room for an answer in `context_tokens`."""
 
     def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
         super().__init__(

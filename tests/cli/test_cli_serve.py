@@ -83,7 +83,7 @@ def test_position_of_the_context_takes_what_plan_says(converted):
         size.position_bytes
         == ModelSizes.of_folder(Artifact.open(converted("2bit"))).kv_per_position
     )
-    assert (size.most, size.chosen(None), size.chosen(100)) == (512, 512, 100)
+    assert (size.max_tokens, size.chosen(None), size.chosen(100)) == (512, 512, 100)
 
 
 def test_automatic_budget_leaves_free_what_is_reserved(converted, monkeypatch):

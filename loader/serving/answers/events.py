@@ -1,13 +1,14 @@
-"""What a job tells whoever waits for it."""
+"""Events of an answer: pieces of text, then its end or a failure."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A chosen token with its log-probability under the model, before penalties, temperature and
-    grammar; `top`: the likeliest tokens, likeliest first. begin: where its text begins in the
-    answer, in characters.
+    """A chosen token with its log-probability, before penalties, temperature and grammar.
+
+    top: (token, log-probability) of the most likely tokens, in order. begin: offset of its text in
+    the answer, in characters.
     """
 
     token: int
@@ -18,9 +19,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of the answer, with the tokens that are complete in it where logprobs were asked
-    for.
-    """
+    """The next text of the answer. logprobs: tokens whose text is now complete, if requested."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -28,8 +27,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens. cached: of the prompt, found in a prefix cache. new: chosen by the model, an end
-    token included.
+    """Numbers of tokens. cached: prompt tokens found in a prefix cache. new: generated tokens,
+    including an end token.
     """
 
     prompt: int
@@ -39,7 +38,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class End:
-    """The answer is complete. reason: "stop" (an end token, a stop text, the end of the grammar) or
+    """The answer is complete. reason: "stop" (end token, stop text or end of the grammar) or
     "length".
     """
 
@@ -49,8 +48,8 @@ class End:
 
 @dataclass(frozen=True)
 class Failure:
-    """There is no more. cancelled: by its client or the end of the server, else `error` says what
-    went wrong.
+    """The answer failed. cancelled: True if its client or a shutdown ended it; else `error` gives
+    the cause.
     """
 
     error: str = ""

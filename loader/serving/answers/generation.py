@@ -1,4 +1,4 @@
-"""One answer of a model while it is generated, and the answer when it is done."""
+"""One answer by transformers' generate, for `generate` and `chat`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,19 +13,18 @@ from loader.serving.answers.text_stream import TextStream
 from loader.serving.prefixes.prefix_cache import PrefixCache
 
 OnText = Callable[[str], None]
-"""Called after each token with the text that it completes, which may be empty, and once at the end.
-"""
+"""Called after each token with its new text, which may be empty, and once at the end."""
 FinishReason = Literal["stop", "length", "cancelled", "interrupted"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a generation gave.
+    """The result of a generation.
 
-    finish_reason: "stop": an end token or a stop string came; "length": max_new_tokens did;
-    "cancelled": `stop` was called; "interrupted": an exception ended it. reused_tokens: those of
-    the prompt that the prefix cache held. first_token_s is None without a token, tokens_per_s
-    (after the first token) with fewer than two.
+    finish_reason: "stop" (end token or stop string), "length" (max_new_tokens reached), "cancelled"
+    (`stop` was called) or "interrupted" (an exception). reused_tokens: prompt tokens found in the
+    prefix cache. first_token_s: seconds until the first token, None without one. tokens_per_s:
+    speed after the first token, None with fewer than two.
     """
 
     text: str
@@ -39,10 +38,7 @@ class Answer:
 
 
 class Generation:
-    """One answer to the tokens `prompt`. `answer` can be read at any time, also after an interrupt.
-
-    processors: transformers' logits processors, after those of the settings.
-    """
+    """One answer to the tokens `prompt`. `answer` can be read at any time, even after an interrupt."""
 
     def __init__(
         self,
@@ -51,15 +47,12 @@ class Generation:
         prompt: Sequence[int],
         settings: GenerationSettings,
         cache: PrefixCache,
-        *,
-        processors: Sequence[Any] = (),
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._prompt = list(prompt)
         self._settings = settings
         self._cache = cache
-        self._processors = list(processors)
         self._end_tokens = end_tokens(model, tokenizer)
         self._text = TextStream(tokenizer, settings.stop)
         self._token_ids: list[int] = []
@@ -69,7 +62,7 @@ class Generation:
         self._token_s: list[float] = []
 
     def run(self, on_text: OnText) -> Answer:
-        """Generate in this thread until the answer ends; `on_text` gets the text as it comes."""
+        """Generate in this thread until the answer ends. on_text: receives the pieces of text."""
         settings = self._settings
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
@@ -84,12 +77,10 @@ class Generation:
                 self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    # A stopping criterion, not a streamer: releases of transformers call that
-                    # before or after they ask whether to stop, and a stop would come one token
-                    # late.
+                    # Not a streamer: some releases of transformers call it after the stopping
+                    # criteria, and a stop would come one token late.
                     stopping_criteria=[lambda ids, scores, **_: self._take(ids, on_text)],
-                    logits_processor=self._processors,
-                    # One prompt has no padding; without an id transformers warns at every call.
+                    # Without an id transformers warns at every call.
                     pad_token_id=_pad_token(self._model, self._tokenizer),
                     **{cache_field(): self._cache.kv},
                     **arguments,
@@ -100,12 +91,12 @@ class Generation:
         return self.answer
 
     def stop(self) -> None:
-        """End the answer after the present token, from any thread."""
+        """End the answer after the current token. Any thread may call this."""
         self._is_cancelled = True
 
     @property
     def answer(self) -> Answer:
-        """The answer until now."""
+        """The answer so far."""
         times_s = self._token_s
         count = len(times_s)
         return Answer(
@@ -120,9 +111,7 @@ class Generation:
         )
 
     def _take(self, ids: Any, on_text: OnText) -> Any:
-        """Take the last of `ids` [1, tokens]; return whether the answer is over, one flag a
-        sequence.
-        """
+        """Record the last of `ids` [1, tokens]. Return bool [1], True if the answer is over."""
         token = int(ids[0, -1])
         self._token_s.append(time.perf_counter())
         self._token_ids.append(token)
@@ -140,9 +129,7 @@ class Generation:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end an answer: those of the model's generation_config and the
-    tokenizer's EOS.
-    """
+    """Return the tokens that end an answer: of generation_config, and the tokenizer's EOS."""
     configured = model.generation_config.eos_token_id
     ids = list(configured) if isinstance(configured, list | tuple) else [configured]
     return frozenset(
@@ -151,7 +138,7 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _pad_token(model: Any, tokenizer: Any) -> int | None:
-    """Return the padding token, or what stands in for it where the model has none."""
+    """Return the padding token, or EOS if the model has none."""
     for token in (
         model.generation_config.pad_token_id,
         tokenizer.pad_token_id,

@@ -1,4 +1,4 @@
-"""Answers that follow JSON or a JSON schema, by xgrammar (extra `serve`)."""
+"""Grammars for JSON answers, compiled by xgrammar (extra `serve`)."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ class Grammars:
     """Compiles grammars for one tokenizer. Thread safe."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Sequence[int]) -> None:
-        """vocabulary: the number of logits. end_tokens: those that may end an answer."""
+        """vocabulary: number of logits. end_tokens: tokens that end an answer."""
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._end_tokens = list(end_tokens)
@@ -32,8 +32,9 @@ class Grammars:
         )
 
     def json_schema(self, schema: Any) -> Any:
-        """Return the grammar of a JSON schema, without fields that it does not name. RefusedError
-        for one that cannot be kept.
+        """Return the grammar of a JSON schema. Fields that it does not name are not allowed.
+
+        RefusedError if xgrammar cannot enforce the schema.
         """
         where = "response_format.json_schema.schema"
         if len(json.dumps(schema)) > LARGEST_SCHEMA_BYTES:
@@ -46,7 +47,7 @@ class Grammars:
     def _compiled(self, where: str, schema: Any, *, strict: bool) -> Any:
         if importlib.util.find_spec("xgrammar") is None:
             raise RefusedError(
-                "response_format: this server has no xgrammar, which pip install 'moe-convert[serve]' brings",
+                "response_format: the server needs xgrammar: pip install 'moe-convert[serve]'",
                 "response_format",
             )
         try:
@@ -72,7 +73,7 @@ class Grammars:
 
 
 class GrammarMatch:
-    """Where one answer stands in its grammar."""
+    """Position of one answer in its grammar."""
 
     def __init__(self, grammar: Any, vocabulary: int) -> None:
         import xgrammar
@@ -82,12 +83,13 @@ class GrammarMatch:
 
     @property
     def is_done(self) -> bool:
-        """True once the answer is complete and nothing may follow."""
+        """True if the answer is complete and no token may follow."""
         return bool(self._matcher.is_terminated())
 
     def mask(self, scores: Tensor) -> None:
-        """Sets the scores (float32 [vocabulary], on the CPU) of tokens that may not follow to minus
-        infinity.
+        """Set the scores of tokens that may not follow to minus infinity, in place.
+
+        scores: float32 [vocabulary], on the CPU.
         """
         self._matcher.fill_next_token_bitmask(self._bits)
         shifts = torch.arange(32, dtype=torch.int32)
@@ -95,13 +97,13 @@ class GrammarMatch:
         scores.masked_fill_(~allowed, -torch.inf)
 
     def accept(self, token: int) -> None:
-        """Goes on by one token."""
+        """Advance by `token`. RuntimeError if the grammar does not allow it."""
         if not self._matcher.accept_token(token):
             raise RuntimeError(f"token {token} does not follow the grammar")
 
 
 def _first_line(error: Exception) -> str:
-    """What xgrammar says, without its time and place in the source."""
+    """Return xgrammar's message without its timestamp and source location."""
     line = next(
         (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
     )

@@ -1,4 +1,4 @@
-"""What decides an answer: the prompt's tokens, how tokens are chosen, and where the answer ends."""
+"""A request: the prompt's tokens, the sampling, and the end of the answer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,9 +8,7 @@ from formats.errors import MoeConvertError
 
 
 class RefusedError(MoeConvertError):
-    """A request that cannot be served as it is: `parameter` names what is wrong, `code` is the
-    interface's word.
-    """
+    """The request is refused. parameter: the wrong field. code: OpenAI's error code."""
 
     status = 400
 
@@ -22,9 +20,11 @@ class RefusedError(MoeConvertError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. temperature 0: the likeliest. top_k 0, top_p 1, min_p 0, penalties 0
-    and a repetition penalty of 1 change nothing. bias: added to the logits of tokens. seed None:
-    another answer each time.
+    """How tokens are sampled.
+
+    temperature 0 is greedy. These values are neutral: top_k 0, top_p 1, min_p 0, presence and
+    frequency penalty 0, repetition_penalty 1. bias: token → number added to its logit. seed None:
+    a random seed.
     """
 
     temperature: float = 1.0
@@ -40,14 +40,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation.
+    """Everything that decides one answer.
 
-    prompt: tokens, at least one. max_new_tokens: at most as many as the context has room for. stop:
-    texts that end the answer and are not in it. logprobs: None, or how many of the likeliest tokens
-    to report beside each chosen one.
-    grammar: a compiled grammar that the answer follows, or None. spaced: the text goes on where the
-    prompt's text ends, so that a leading space counts. markers: special tokens that are text all
-    the same.
+    prompt: tokens, at least one. max_new_tokens: fits the context with the prompt. stop: texts that
+    end the answer and are cut from it. logprobs: number of top tokens reported with each token, or
+    None. grammar: compiled grammar, or None. spaced: True if the answer continues the prompt's
+    text, so that its leading space counts. markers: special tokens that appear in the text.
     """
 
     prompt: tuple[int, ...]

@@ -20,12 +20,12 @@ from loader.serving.answers.events import TokenLogprob
 from loader.serving.answers.request import Sampling
 
 GREEDY_BELOW_TEMPERATURE = 1e-4
-"""Below, the likeliest token is chosen: logits divided by so little leave the range of a float."""
+"""Below this temperature decoding is greedy: divided logits would overflow a float."""
 
 
 class Sampler:
-    """Chooses the tokens of one answer. Random numbers come from a generator of its own: what other
-    answers drew changes nothing.
+    """Chooses the tokens of one answer. It has its own random generator: other answers do not change
+    its numbers.
     """
 
     def __init__(
@@ -43,8 +43,9 @@ class Sampler:
         self._repetition = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
 
     def choose(self, logits: Tensor, tokens: Sequence[int]) -> TokenLogprob:
-        """Return the token after `tokens` (prompt and answer so far), from `logits` of shape
-        [vocabulary]. `logprob` is 0.0 unless logprobs were asked for.
+        """Return the token after `tokens` (prompt and answer so far).
+
+        logits: [vocabulary]. `logprob` of the result is 0.0 unless logprobs were requested.
         """
         raw = logits.detach().to("cpu", torch.float32)
         scores = self._scores(raw.clone(), tokens)
@@ -64,7 +65,7 @@ class Sampler:
 
     @property
     def is_done(self) -> bool:
-        """True where the grammar allows nothing more."""
+        """True if the grammar allows no further token."""
         return self._matcher is not None and bool(self._matcher.is_done)
 
     def _scores(self, scores: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -89,7 +90,7 @@ class Sampler:
 
 
 def _warpers(sampling: Sampling) -> Any:
-    """In the order of transformers' generate."""
+    """Return the warpers in the order of transformers' generate."""
     warpers = LogitsProcessorList()
     if sampling.temperature >= GREEDY_BELOW_TEMPERATURE and sampling.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))

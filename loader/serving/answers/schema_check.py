@@ -1,6 +1,7 @@
-"""The JSON schemas that a grammar keeps in every detail. xgrammar passes over keywords that it does
-not know, and over many combinations of those that it knows; a request with one of them is refused
-instead.
+"""Rejects JSON schemas that a grammar cannot enforce completely.
+
+xgrammar ignores keywords that it does not know, and many combinations of known ones. A request with
+such a schema is refused instead.
 """
 
 import re
@@ -23,7 +24,7 @@ _ANNOTATIONS = frozenset(
     }
 )
 _DEFINITIONS = ("$defs", "definitions")
-_OF_TYPE = {
+_TYPE_KEYWORDS = {
     "string": {"minLength", "maxLength", "pattern", "format"},
     "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
@@ -44,24 +45,30 @@ _FORMATS = {
     "uuid",
     "uri",
 }
-_UNKEPT_PATTERN = re.compile(r"\(\?[^:]|\\[bBkK1-9]")
+_UNENFORCED_PATTERN = re.compile(r"\(\?[^:]|\\[bBkK1-9]")
 _PYTHON_TYPES = {
-    "string": str, "integer": int, "number": (int, float), "array": list, "object": dict, "boolean": bool,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "array": list,
+    "object": dict,
+    "boolean": bool,
     "null": type(None),
-}  # fmt: skip
-_DEEPEST = 50
+}
+_MAX_DEPTH = 50
 
 
 def check_schema(schema: Any, where: str, depth: int = 0) -> None:
-    """RefusedError naming the first place of `schema` that a grammar would not keep; `where` is the
-    schema's place.
+    """Raise RefusedError, naming the place, if a grammar cannot enforce `schema`.
+
+    where: the schema's place in the request.
     """
     if schema is True or (schema is False and depth):
         return
     if not isinstance(schema, dict):
         raise _refused(where, "a schema is an object")
-    if depth > _DEEPEST:
-        raise _refused(where, f"more than {_DEEPEST} levels")
+    if depth > _MAX_DEPTH:
+        raise _refused(where, f"more than {_MAX_DEPTH} levels")
     for name in _DEFINITIONS:
         for key, part in _object(schema.get(name, {}), f"{where}.{name}").items():
             check_schema(part, f"{where}.{name}.{key}", depth + 1)
@@ -72,7 +79,7 @@ def check_schema(schema: Any, where: str, depth: int = 0) -> None:
 
 
 def _check_single(schema: Any, keywords: set[str], where: str, depth: int) -> bool:
-    """$ref, anyOf, and allOf with one part: alone."""
+    """Check $ref, anyOf and allOf, which must stand alone. True if `schema` has one of them."""
     for name in ("$ref", "anyOf", "allOf"):
         if name not in keywords:
             continue
@@ -93,7 +100,7 @@ def _check_single(schema: Any, keywords: set[str], where: str, depth: int) -> bo
 
 
 def _check_values(schema: Any, keywords: set[str], where: str, depth: int) -> bool:
-    """enum and const, beside which a type says nothing new."""
+    """Check enum and const, beside which only a type may stand. True if `schema` has one of them."""
     name = next((name for name in ("enum", "const") if name in keywords), None)
     if name is None:
         return False
@@ -112,9 +119,9 @@ def _check_values(schema: Any, keywords: set[str], where: str, depth: int) -> bo
 
 
 def _check_typed(schema: Any, keywords: set[str], where: str, depth: int) -> bool:
-    """A type, with the keywords that belong to it."""
+    """Check a type and its keywords."""
     types = _types(schema, where) if "type" in schema else []
-    known = set[str]().union({"type"}, *(_OF_TYPE[kind] for kind in types))
+    known = set[str]().union({"type"}, *(_TYPE_KEYWORDS[kind] for kind in types))
     if others := sorted(keywords - known):
         raise _refused(
             f"{where}.{others[0]}", "not supported" if types else "not supported without a type"
@@ -123,7 +130,7 @@ def _check_typed(schema: Any, keywords: set[str], where: str, depth: int) -> boo
         {"minLength", "maxLength"} & keywords
     ) > 1:
         raise _refused(where, "only one of pattern, format and lengths is supported")
-    if "pattern" in schema and _UNKEPT_PATTERN.search(str(schema["pattern"])):
+    if "pattern" in schema and _UNENFORCED_PATTERN.search(str(schema["pattern"])):
         raise _refused(
             f"{where}.pattern", "look-around, word boundaries and references are not supported"
         )
@@ -147,8 +154,10 @@ def _check_typed(schema: Any, keywords: set[str], where: str, depth: int) -> boo
 
 def _types(schema: Any, where: str) -> list[str]:
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    if not types or any(not isinstance(kind, str) or kind not in _OF_TYPE for kind in types):
-        raise _refused(f"{where}.type", f"{schema['type']!r} is none of {', '.join(_OF_TYPE)}")
+    if not types or any(not isinstance(kind, str) or kind not in _TYPE_KEYWORDS for kind in types):
+        raise _refused(
+            f"{where}.type", f"{schema['type']!r} is none of {', '.join(_TYPE_KEYWORDS)}"
+        )
     return types
 
 

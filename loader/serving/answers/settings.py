@@ -1,4 +1,4 @@
-"""Sampling and length of one answer, and what transformers' generate is told of them."""
+"""Sampling and length of one answer by transformers' generate."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,16 +6,15 @@ from typing import Any
 from formats.errors import RecipeError
 
 MIN_TEMPERATURE = 0.01
-"""Below, logits divided by the temperature leave the range of a float."""
+"""Below, logits divided by the temperature overflow a float."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How one answer is chosen. None: not set. Greedy, unless a sampling field is set; temperature
-    0 is greedy too.
+    """Sampling and length of one answer. None: not set.
 
-    stop: strings that end the answer; they are not in its text. Raises RecipeError naming a field
-    out of its range.
+    Decoding is greedy if no sampling field is set, or if temperature is 0. stop: strings that end
+    the answer and are cut from it. RecipeError names a field that is out of range.
     """
 
     max_new_tokens: int = 512
@@ -51,26 +50,24 @@ class GenerationSettings:
 
     @property
     def samples(self) -> bool:
-        """True if tokens are drawn, False if each is the likeliest one."""
+        """True for sampling, False for greedy decoding."""
         chosen = (self.temperature, self.top_p, self.top_k, self.min_p)
         return self.temperature != 0 and any(value is not None for value in chosen)
 
     def filled_from(self, config: Any) -> "GenerationSettings":
-        """Return these settings with a model's own sampling (its generation_config) where a field
-        is not set.
-        """
+        """Return these settings with unset fields filled from a model's generation_config."""
         if not config.do_sample or self.temperature == 0:
             return self
         names = ("temperature", "top_p", "top_k", "min_p")
-        own: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             name: getattr(config, name, None) for name in names if getattr(self, name) is None
         }
-        filled = replace(self, **own)
+        filled = replace(self, **defaults)
         return filled if filled.temperature is not None else replace(filled, temperature=1.0)
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of transformers' generate. Greedy ones switch off what
-        generation_config.json asks.
+        """Return arguments for transformers' generate. Greedy decoding overrides the sampling of
+        generation_config.json.
         """
         arguments: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
@@ -92,4 +89,4 @@ class GenerationSettings:
 
 def _check(name: str, value: Any, is_right: bool, expected: str) -> None:
     if not is_right:
-        raise RecipeError(f"{name}: {value!r} is out of range", f"expected is {expected}")
+        raise RecipeError(f"{name}: {value!r} is out of range", f"expected {expected}")

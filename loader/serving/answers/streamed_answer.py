@@ -1,4 +1,4 @@
-"""One answer: tokens from the model, turned into pieces of text with their log-probabilities."""
+"""The answer to one request, as pieces of text with log-probabilities."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,15 +13,14 @@ from loader.serving.answers.token_loop import generate_tokens
 from loader.serving.answers.vocabulary import Vocabulary
 
 _TOKENS_BEFORE = 8
-"""Tokens of the prompt that decide whether an answer that goes on in its text begins with a space.
-"""
+"""Prompt tokens decoded together with a completion: they decide if it begins with a space."""
 
 
 class StreamedAnswer:
     """Generates the answer to one request.
 
-    tokens: prompt and answer so far. reason: why the answer ended, "length" until something else
-    ends it.
+    tokens: prompt and answer so far. reason: "stop" or "length", as in `End`; final when `pieces` is
+    exhausted.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, request: Request) -> None:
@@ -41,11 +40,11 @@ class StreamedAnswer:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that the model has chosen."""
+        """Number of tokens generated so far."""
         return len(self.tokens) - self.prompt_tokens
 
     def pieces(self, cache: Any, is_cancelled: Callable[[], bool]) -> Iterator[Piece]:
-        """Yield the pieces of the answer, one a token, some empty. cache: as in `generate_tokens`."""
+        """Yield one piece per token; some are empty. cache: as in `generate_tokens`."""
         for chosen in generate_tokens(self._model, self.tokens, cache, self._sampler, is_cancelled):
             self.tokens.append(chosen.token)
             if chosen.token in self._end_tokens:
@@ -67,7 +66,7 @@ class StreamedAnswer:
         return Piece(text, self._complete())
 
     def _complete(self, everything: bool = False) -> tuple[TokenLogprob, ...]:
-        """The pending tokens whose text was given out."""
+        """Remove and return the pending tokens whose text has been yielded."""
         complete = []
         while self._pending and (everything or self._pending[0].begin < len(self._text.text)):
             complete.append(self._pending.popleft())

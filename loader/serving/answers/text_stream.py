@@ -1,20 +1,20 @@
-"""The text of an answer, token by token: whole characters only, and never a part of a stop string."""
+"""Turns tokens into text: whole characters only, and never a part of a stop string."""
 
 from collections.abc import Sequence
 from typing import Any
 
-MOST_WAITING = 16
-"""Tokens that wait for a whole character; one takes at most four bytes, so more are no text in
-UTF-8.
+MAX_WAITING_TOKENS = 16
+"""Tokens held back for a whole character. A UTF-8 character has at most four bytes: more tokens
+than this are invalid UTF-8.
 """
 _UNFINISHED = "�"
 
 
 class TextStream:
-    """Turns tokens into pieces of text. Together the pieces are what the tokenizer makes of all
-    tokens, cut before the first of the strings `stop`.
+    """Turns tokens into pieces of text. Joined, they are the decoded text of all tokens, cut before
+    the first of the strings `stop`.
 
-    before: tokens that the answer goes on after, which decide whether it begins with a space.
+    before: tokens before the answer; they decide if it begins with a space.
     """
 
     def __init__(
@@ -23,28 +23,28 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._ids = list(before)
-        # Tokens before `_shown` are in the text; those from `_begin` on are decoded again with what
-        # follows, since a token's text depends on its neighbours.
+        # Tokens before `_shown` are in the text. Those from `_begin` on are decoded again with later
+        # ones, since a token's text depends on its neighbours.
         self._begin = 0
         self._shown = len(self._ids)
         self._held = ""
         self.text = ""
-        """All pieces until now."""
+        """All pieces so far."""
         self.stopped = False
-        """True once a stop string has come."""
+        """True after a stop string."""
 
     @property
     def length(self) -> int:
-        """Characters so far, those that are held back included."""
+        """Number of characters so far, including held-back ones."""
         return len(self.text) + len(self._held)
 
     def push(self, token: int) -> str:
-        """Return the text that `token` completes, which may be empty."""
+        """Return the text that `token` completes; it may be empty."""
         self._ids.append(token)
         return self._released(self._decoded(last=False))
 
     def finish(self) -> str:
-        """Return what was held back. Once, after the last token."""
+        """Return the held-back text. Call it once, after the last token."""
         piece = self._released(self._decoded(last=True))
         if not self.stopped:
             piece += self._held
@@ -56,7 +56,7 @@ class TextStream:
         before = self._decode(self._ids[self._begin : self._shown])
         whole = self._decode(self._ids[self._begin :])
         waits = whole.endswith(_UNFINISHED) or len(whole) <= len(before)
-        if waits and not last and len(self._ids) - self._shown < MOST_WAITING:
+        if waits and not last and len(self._ids) - self._shown < MAX_WAITING_TOKENS:
             return ""
         self._begin = self._shown
         self._shown = len(self._ids)
@@ -66,7 +66,7 @@ class TextStream:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _released(self, piece: str) -> str:
-        """Hold back the end of the text that may begin a stop string; return what comes before it."""
+        """Hold back an end that may begin a stop string. Return the text before it."""
         if self.stopped:
             return ""
         waiting = self._held + piece
@@ -82,7 +82,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest end of `text` that `stop` begins with."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
     )

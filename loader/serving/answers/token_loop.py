@@ -1,4 +1,4 @@
-"""One answer's tokens, each as soon as it is chosen, over a KV cache that the caller owns."""
+"""The engine's token loop: one forward pass per token, over a KV cache that the caller owns."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +11,8 @@ from loader.serving.answers.events import TokenLogprob
 from loader.serving.answers.sampler import Sampler
 
 PROMPT_PART = 1024
-"""Tokens of a prompt computed at once: their activations bound the memory. Each part reads all
-experts that it uses, so that fewer tokens would read them more often.
+"""Prompt tokens computed in one pass. More would need more memory for activations; fewer would read
+the same experts more often.
 """
 
 
@@ -27,10 +27,10 @@ def generate_tokens(
     sampler: Sampler,
     is_cancelled: Callable[[], bool],
 ) -> Iterator[TokenLogprob]:
-    """Yield the tokens after `tokens`, without end: whoever iterates stops. CancelledError within
-    one token.
+    """Yield the tokens after `tokens`, without end; the caller stops the iteration.
 
-    cache: keys and values of the first of `tokens`, fewer than all; it grows by what is computed.
+    cache: transformers' KV cache of the first of `tokens`, fewer than all; it grows with each pass.
+    CancelledError within one token after `is_cancelled` returns True.
     """
     tokens = list(tokens)
     while True:
@@ -43,14 +43,14 @@ def generate_tokens(
 
 
 def _logits(model: Any, tokens: list[int], cache: Any, is_cancelled: Callable[[], bool]) -> Any:
-    """Of the token after `tokens`; computes what the cache lacks."""
+    """Compute tokens that the cache lacks. Return the last position's logits [vocabulary]."""
     begin = cache.get_seq_length()
     while True:
         if is_cancelled():
             raise CancelledError
         end = min(begin + PROMPT_PART, len(tokens))
         ids = torch.tensor([tokens[begin:end]], device=model.device)
-        # Without a mask every position attends to all before it.
+        # Without a mask every position attends to all earlier ones.
         arguments: dict[str, Any] = {cache_field(): cache}
         with (
             _cancelled_between_layers(model, is_cancelled)
@@ -65,8 +65,9 @@ def _logits(model: Any, tokens: list[int], cache: Any, is_cancelled: Callable[[]
 
 @contextlib.contextmanager
 def _cancelled_between_layers(model: Any, is_cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Ends the pass of a long prompt, which may take minutes, before its next layer. The model
-    gives a KV cache its former length back when a pass does not come to its end.
+    """Let a pass over a long prompt, which may take minutes, end before its next layer.
+
+    If a pass is aborted, the model cuts the KV cache back to its former length.
     """
 
     def check(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Calls of tools in an answer's text, in the two ways that chat models write them."""
+"""Finds tool calls in an answer's text, in the two notations of chat models."""
 
 import json
 import re
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 from typing import Any
 
 MARKERS = ("[TOOL_CALLS]", "<tool_call>", "</tool_call>")
-"""What begins calls: Mistral's, then a JSON list; Qwen's and Hermes', then a JSON object and the
-end mark.
+"""Marks of tool calls. Mistral: the first, then a JSON list. Qwen and Hermes: the second, a JSON
+object, the third.
 """
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call; `arguments` is JSON, as the interface has it."""
+    """One call. arguments: JSON text, as in OpenAI's API."""
 
     name: str
     arguments: str
 
     def as_dict(self, index: int | None = None) -> dict[str, Any]:
-        """Return it as the interface writes it; with an index as in a stream's chunk."""
+        """Return the call as in OpenAI's API. index: its number in a stream's chunk."""
         call: dict[str, Any] = {"id": f"call_{secrets.token_hex(12)}", "type": "function"}
         call["function"] = {"name": self.name, "arguments": self.arguments}
         return call if index is None else {"index": index, **call}
 
 
 class ToolCallText:
-    """The text of an answer that may call tools: text before the first mark is given out, the rest
-    is collected.
+    """Splits an answer into text and tool calls: returns text before the first mark, collects the
+    rest.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class ToolCallText:
         self._is_call = False
 
     def push(self, text: str) -> str:
-        """Return what of the text so far is sure to be no call."""
+        """Add `text`. Return the text that cannot belong to a call."""
         self._held += text
         if self._is_call:
             return ""
@@ -55,8 +55,8 @@ class ToolCallText:
         return self._give(len(self._held) - min(held, len(self._held)))
 
     def end(self, allowed: frozenset[str]) -> tuple[str, list[ToolCall]]:
-        """Return the text that is left and the calls of tools named in `allowed`; text that is no
-        whole call stays text.
+        """Return the remaining text and the calls. An incomplete call, or one of a tool outside
+        `allowed`, stays text.
         """
         calls = _calls(self._held) if self._is_call else None
         if calls and all(call.name in allowed for call in calls):
@@ -69,7 +69,7 @@ class ToolCallText:
 
 
 def _calls(text: str) -> list[ToolCall] | None:
-    """The calls that a text is made of; None if it is anything else."""
+    """Return the calls in `text`; None if it holds anything else."""
     if text.startswith(MARKERS[0]):
         return _parsed([text.removeprefix(MARKERS[0])])
     parts = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.S)

@@ -1,6 +1,4 @@
-"""What a model and its tokenizer say about tokens: which end an answer, which have text, how many
-there are.
-"""
+"""The tokens of a model: their number, their text, and those that end an answer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +8,7 @@ from loader.serving.answers.generation import end_tokens
 
 
 class Vocabulary:
-    """The tokens of one model."""
+    """The tokens of one model. size: number of logits."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -29,18 +27,18 @@ class Vocabulary:
         )
 
     def decoder(self, markers: Iterable[int] = ()) -> "Decoder":
-        """Return what makes text of tokens, of all but special ones that are not in `markers`."""
+        """Return a decoder that hides special tokens, except `markers`."""
         return Decoder(self._tokenizer, self._hidden - set(markers))
 
     def markers(self, texts: Iterable[str]) -> frozenset[int]:
-        """Return the tokens that are one of `texts`, where the tokenizer has one."""
+        """Return the tokens whose whole text is one of `texts`."""
         known = self._tokenizer.get_vocab()
         return frozenset(known[text] for text in texts if text in known)
 
 
 class Decoder:
-    """Tokens to text, without those in `hidden`. Has the one method of a tokenizer that a
-    `TextStream` calls.
+    """Decodes tokens without those in `hidden`. It has the one tokenizer method that `TextStream`
+    calls.
     """
 
     def __init__(self, tokenizer: Any, hidden: frozenset[int]) -> None:
@@ -48,7 +46,7 @@ class Decoder:
         self._hidden = hidden
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        """Return the text of `ids`; which special tokens are hidden was said before."""
+        """Return the text of `ids`. skip_special_tokens is ignored: `hidden` decides."""
         shown = [token for token in ids if token not in self._hidden]
         return str(
             self._tokenizer.decode(

@@ -1,4 +1,4 @@
-"""Answers and chunks of streams as OpenAI's interface writes them."""
+"""Answers and stream chunks as JSON values of OpenAI's API."""
 
 import secrets
 import time
@@ -11,7 +11,7 @@ from loader.serving.answers.vocabulary import Vocabulary
 
 
 def usage(counts: Counts) -> dict[str, Any]:
-    """The counts of one answer."""
+    """Return the usage object of one answer."""
     return {
         "prompt_tokens": counts.prompt,
         "completion_tokens": counts.new,
@@ -23,12 +23,12 @@ def usage(counts: Counts) -> dict[str, Any]:
 def error_json(
     message: str, kind: str, parameter: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error."""
+    """Return an error object."""
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
 class ChatJson:
-    """One message of a chat, whole or in chunks."""
+    """Formats a chat answer, whole or in chunks."""
 
     def __init__(self, model: str, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -39,22 +39,22 @@ class ChatJson:
         }
 
     def first(self) -> dict[str, Any]:
-        """The chunk before any text."""
+        """Return the chunk before any text."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        """A chunk with more text."""
+        """Return a chunk with `text`."""
         return self._chunk({"content": text}, logprobs=self._logprobs(logprobs))
 
     def last(self, reason: str, calls: Sequence[ToolCall] = ()) -> list[dict[str, Any]]:
-        """The chunks after all text."""
+        """Return the chunks after all text."""
         chunks = [
             self._chunk({"tool_calls": [call.as_dict(index)]}) for index, call in enumerate(calls)
         ]
         return [*chunks, self._chunk({}, "tool_calls" if calls else reason)]
 
     def counts(self, counts: Counts) -> dict[str, Any]:
-        """The chunk with the counts."""
+        """Return the chunk with the usage object."""
         return {
             **self._common,
             "object": "chat.completion.chunk",
@@ -70,7 +70,7 @@ class ChatJson:
         logprobs: Sequence[TokenLogprob] | None,
         calls: Sequence[ToolCall] = (),
     ) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the whole answer."""
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if calls:
             message["content"] = text or None
@@ -105,13 +105,13 @@ class ChatJson:
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._vocabulary.text(token)
-        # A part of a character has bytes that its text does not show.
+        # The bytes of a partial character cannot be read from its text.
         n_bytes = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": n_bytes}
 
 
 class CompletionJson:
-    """The text after a prompt, whole or in chunks."""
+    """Formats a completion, whole or in chunks."""
 
     def __init__(self, model: str, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -123,19 +123,19 @@ class CompletionJson:
         }
 
     def first(self) -> None:
-        """No chunk comes before the text."""
+        """Return None: no chunk precedes the text."""
         return None
 
     def piece(self, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
-        """A chunk with more text."""
+        """Return a chunk with `text`."""
         return self._answer(text, None, logprobs)
 
     def last(self, reason: str, calls: Sequence[ToolCall] = ()) -> list[dict[str, Any]]:
-        """The chunks after all text."""
+        """Return the chunks after all text."""
         return [self._answer("", reason, None)]
 
     def counts(self, counts: Counts) -> dict[str, Any]:
-        """The chunk with the counts."""
+        """Return the chunk with the usage object."""
         return {**self._common, "choices": [], "usage": usage(counts)}
 
     def whole(
@@ -146,7 +146,7 @@ class CompletionJson:
         logprobs: Sequence[TokenLogprob] | None,
         calls: Sequence[ToolCall] = (),
     ) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the whole answer."""
         return {**self._answer(text, reason, logprobs), "usage": usage(counts)}
 
     def _answer(

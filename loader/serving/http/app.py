@@ -28,8 +28,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AppOptions:
-    """model_name: what clients call the model. key: that they must give, or None. cors: origins of
-    web pages that may ask. template: a chat template in place of the tokenizer's.
+    """Options of the application.
+
+    model_name: name for clients. key: required API key, or None. cors: origins of web pages that
+    may send requests. template: text of a chat template that replaces the tokenizer's.
     """
 
     model_name: str
@@ -123,10 +125,10 @@ class _Routes:
 
 
 class _Stream(StreamingResponse):
-    """A stream whose generation ends with it, however it ends."""
+    """A streamed response. Its generation is cancelled when it ends, for whatever reason."""
 
     def __init__(self, exchange: Exchange, *, includes_usage: bool) -> None:
-        # A proxy that collects the answer would undo the stream.
+        # A proxy that buffers the response would defeat streaming.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(
             exchange.stream(includes_usage=includes_usage),
@@ -159,11 +161,11 @@ async def _response(
 
 
 async def _json_of(http: HttpRequest) -> bytes:
-    """The body of a request. Of this type alone: a web page of any origin may send others without
-    asking first.
+    """Return the body of a request. 415 unless it is JSON: browsers send other types across
+    origins without a preflight request. 413 if it is too large.
     """
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "Content-Type: application/json was expected")
+        raise HTTPException(415, "expected Content-Type: application/json")
     data = bytearray()
     async for part in http.stream():
         data += part
@@ -173,7 +175,7 @@ async def _json_of(http: HttpRequest) -> bytes:
 
 
 class _Counted:
-    """Counts the answers of an application by route and status."""
+    """Middleware that counts responses by route and status."""
 
     def __init__(self, app: ASGIApp, engine: Engine) -> None:
         self._app = app
@@ -217,7 +219,7 @@ async def _closed(_http: HttpRequest, error: ClosedError) -> JSONResponse:
 
 
 async def _gone(_http: HttpRequest, _error: ClientDisconnect) -> Response:
-    """Of a client that went away before its request was read."""
+    """Respond to a client that disconnected before its request was read."""
     return Response(status_code=CLIENT_GONE)
 
 

@@ -1,8 +1,7 @@
-"""The JSON of a request, as msgspec checks it: every field is obeyed, or the request is refused by
-the field's name.
+"""Bodies of requests, checked by msgspec. Every field is obeyed, or the request is refused by name.
 
-A field that is null is not given. A field that OpenAI's interface has and this server has not is
-absent here.
+A null field counts as not given. Fields of OpenAI's API that this server does not support are
+absent here, and therefore refused.
 """
 
 import re
@@ -14,11 +13,11 @@ from msgspec.json import Decoder
 from loader.serving.answers.request import RefusedError
 
 LARGEST_BODY_BYTES = 16 << 20
-MOST_STOPS = 16
+MAX_STOPS = 16
 
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Text = Annotated[str, Meta(min_length=1)]
-Stops = Text | Annotated[list[Text], Meta(max_length=MOST_STOPS)]
+Stops = Text | Annotated[list[Text], Meta(max_length=MAX_STOPS)]
 Whole = Annotated[int, Meta(ge=1)]
 
 
@@ -29,8 +28,10 @@ class StreamOptions(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class _Common(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What both kinds of request have. top_k, min_p and repetition_penalty are not OpenAI's; others
-    that speak its interface have them. user: a name for the log.
+    """Fields of both kinds of request.
+
+    top_k, min_p and repetition_penalty are not OpenAI's, but common in other servers. user: a name
+    for the log.
     """
 
     model: str
@@ -57,12 +58,12 @@ class _Common(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
 
     @property
     def includes_usage(self) -> bool:
-        """True if the last chunk of a stream shall have the counts."""
+        """True if the last chunk of a stream must hold the usage object."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class JsonSchema(Struct, forbid_unknown_fields=True, frozen=True):
-    """A named schema; answers follow it whether `strict` is true or not."""
+    """A named schema. Answers always follow it; `strict` is accepted and has no effect."""
 
     name: str
     schema: dict[str, Any]
@@ -71,7 +72,7 @@ class JsonSchema(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ResponseFormat(Struct, forbid_unknown_fields=True, frozen=True):
-    """What the answer must be."""
+    """Format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -96,16 +97,14 @@ class CompletionBody(_Common, frozen=True, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Literal[1] | None = None
     echo: bool = False
-    """Refused where it is true."""
+    """True is refused."""
 
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
 
 
 def parse_body(data: bytes, kind: type[Body]) -> Body:
-    """Return the body of a request. RefusedError naming the parameter that is wrong or not
-    supported.
-    """
+    """Return the body of a request. RefusedError names a wrong or unsupported parameter."""
     if len(data) > LARGEST_BODY_BYTES:
         raise RefusedError(f"the request is larger than {LARGEST_BODY_BYTES} bytes")
     try:
@@ -115,7 +114,7 @@ def parse_body(data: bytes, kind: type[Body]) -> Body:
     except (DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise RefusedError(f"the request is not JSON: {e}") from None
     if body.stream_options is not None and not body.stream:
-        raise RefusedError("stream_options is for a request with stream", "stream_options")
+        raise RefusedError("stream_options needs stream: true", "stream_options")
     if isinstance(body, ChatBody):
         _check_chat(body)
     elif body.echo:
@@ -125,22 +124,21 @@ def parse_body(data: bytes, kind: type[Body]) -> Body:
 
 def _check_chat(body: ChatBody) -> None:
     if body.top_logprobs is not None and not body.logprobs:
-        raise RefusedError("top_logprobs is for a request with logprobs: true", "top_logprobs")
+        raise RefusedError("top_logprobs needs logprobs: true", "top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise RefusedError(
-            "max_completion_tokens and max_tokens are one thing; give one of them", "max_tokens"
-        )
+        raise RefusedError("give max_completion_tokens or max_tokens, not both", "max_tokens")
     if body.tool_choice is not None and not body.tools:
-        raise RefusedError("tool_choice is for a request with tools", "tool_choice")
+        raise RefusedError("tool_choice needs tools", "tool_choice")
     form = body.response_format
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
         raise RefusedError(
-            "response_format: json_schema belongs to the type json_schema", "response_format"
+            "response_format: the type json_schema needs the field json_schema, others must not have it",
+            "response_format",
         )
 
 
 def _refusal(message: str) -> RefusedError:
-    """From the words of msgspec."""
+    """Turn a message of msgspec into a RefusedError."""
     path = re.search(r" - at `\$\.?(.*)`$", message)
     where = path.group(1) if path else ""
     what = message[: path.start()] if path else message

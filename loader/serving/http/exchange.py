@@ -1,6 +1,4 @@
-"""One request of HTTP and its answer: whole, or a stream of server-sent events; a client that goes
-away cancels it.
-"""
+"""One HTTP request and its answer, whole or as server-sent events. A disconnect cancels it."""
 
 import asyncio
 import json
@@ -16,12 +14,13 @@ from loader.serving.engine import Engine
 from loader.serving.http.answer_json import ChatJson, CompletionJson, error_json
 
 CLIENT_GONE = 499
-"""The status, in the metrics, of an answer whose client did not wait for it."""
+"""Status in the metrics for a client that disconnected before its answer."""
 
 
 class Exchange:
-    """A request that the engine has taken, and the form of its answer. tools: names of the tools
-    that the answer may call; None where it has no tools.
+    """A request in the engine, and the format of its answer.
+
+    tools: names of tools that the answer may call; None without tools.
     """
 
     def __init__(
@@ -31,7 +30,7 @@ class Exchange:
         form: ChatJson | CompletionJson,
         tools: frozenset[str] | None = None,
     ) -> None:
-        """Errors as `Engine.submit`. In a running event loop."""
+        """Submit the request. Needs a running event loop. Errors as in `Engine.submit`."""
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._form = form
@@ -42,25 +41,25 @@ class Exchange:
         self._job = engine.submit(request, lambda event: _deliver(loop, self._events, event))
 
     async def cancel_when_gone(self, receive: Receive) -> None:
-        """Cancels the job when the client has closed its connection. The body must have been read."""
+        """Cancel the job when the client disconnects. The body must have been read before."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self._is_gone = True
         self._job.cancel()
 
     def cancel(self) -> None:
-        """Ends the generation, if it has not ended, within a token."""
+        """End the generation within one token, if it still runs."""
         self._job.cancel()
 
     async def whole(self) -> tuple[int, dict[str, Any]]:
-        """Return the status and the answer in one piece."""
+        """Return the HTTP status and the whole answer."""
         text = ""
         logprobs: list[TokenLogprob] = []
         while isinstance(event := await self._events.get(), Piece):
             text += self._shown(event.text)
             logprobs += event.logprobs
         if isinstance(event, Failure):
-            # Nobody reads this answer; its status stands in the metrics.
+            # Nobody reads this answer. Its status only appears in the metrics.
             return (CLIENT_GONE, {}) if self._is_gone else _failure(event)
         rest, calls = self._rest()
         reported = logprobs if self._has_logprobs else None
@@ -73,8 +72,7 @@ class Exchange:
         while isinstance(event := await self._events.get(), Piece):
             if chunk := self._chunk(self._shown(event.text), event.logprobs):
                 yield _line(chunk)
-                # Where several events wait, the event loop must have its turn to see that the
-                # client has gone.
+                # With several events waiting, the event loop needs a turn to notice a disconnect.
                 await asyncio.sleep(0)
         if isinstance(event, Failure):
             yield _line(_failure(event)[1])
@@ -110,7 +108,7 @@ def _deliver(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Event]", ev
 def _failure(event: Failure) -> tuple[int, dict[str, Any]]:
     if event.cancelled:
         return 503, error_json(
-            "the generation was cancelled: the server is about to end", "server_error"
+            "the generation was cancelled: the server is shutting down", "server_error"
         )
     return 500, error_json(f"the generation failed: {event.error}", "server_error")
 

@@ -1,4 +1,4 @@
-"""From the body of a request to what the engine runs, with the model's defaults."""
+"""Turns the body of a request into a `Request` for the engine, with the model's defaults."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ class RequestMaker:
     """Makes requests for one engine. Thread safe."""
 
     def __init__(self, engine: Engine, tokenizer: Any, template: str | None = None) -> None:
-        """template: the text of a chat template in place of the tokenizer's."""
+        """template: text of a chat template that replaces the tokenizer's."""
         self._max_context = engine.limits.max_context
         self._vocabulary = engine.vocabulary
         self._prompts = Prompts(tokenizer, engine.vocabulary.size, template)
@@ -24,36 +24,44 @@ class RequestMaker:
         self._defaults = _defaults(engine.model.generation_config)
 
     def of_chat(self, body: ChatBody) -> Request:
-        """Return the request for the next message. RefusedError."""
+        """Return the request for the next message of a chat. RefusedError."""
         tools = None if body.tool_choice == "none" else body.tools or None
         check_tools(body.tools or [])
         prompt = self._prompts.of_messages(body.messages, tools)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         markers = self._vocabulary.markers(MARKERS) if tools else frozenset()
-        most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        max_new_tokens = (
+            body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        )
         return self._request(
-            body, prompt, most, logprobs=logprobs, grammar=self._grammar(body), markers=markers
+            body,
+            prompt,
+            max_new_tokens,
+            logprobs=logprobs,
+            grammar=self._grammar(body),
+            markers=markers,
         )
 
     def of_completion(self, body: CompletionBody) -> Request:
-        """Return the request for the text after a prompt. RefusedError."""
+        """Return the request for a completion. RefusedError."""
         prompt = self._prompts.of_text(body.prompt)
         return self._request(
             body, prompt, body.max_tokens or 16, logprobs=body.logprobs, spaced=True
         )
 
     def _request(
-        self, body: Body, prompt: tuple[int, ...], most: int | None, **options: Any
+        self, body: Body, prompt: tuple[int, ...], max_new_tokens: int | None, **options: Any
     ) -> Request:
         room = self._max_context - len(prompt)
-        if room < (most or 1):
-            asked = f" and {most} of an answer" if most else ""
+        if room < (max_new_tokens or 1):
+            asked = f" and {max_new_tokens} for the answer" if max_new_tokens else ""
             raise RefusedError(
-                f"the context is {self._max_context} tokens, the request has {len(prompt)} in its prompt{asked}",
+                f"the context is {self._max_context} tokens, but the request needs {len(prompt)} for"
+                f" the prompt{asked}",
                 "messages" if isinstance(body, ChatBody) else "prompt",
                 "context_length_exceeded",
             )
-        return Request(prompt, most or room, self._sampling(body), body.stops, **options)
+        return Request(prompt, max_new_tokens or room, self._sampling(body), body.stops, **options)
 
     def _sampling(self, body: Body) -> Sampling:
         given = {
@@ -67,7 +75,9 @@ class RequestMaker:
     def _bias(self, bias: dict[str, float]) -> dict[int, float]:
         for token in bias:
             if not token.isdecimal() or int(token) >= self._vocabulary.size:
-                raise RefusedError(f"logit_bias: {token!r} is no token of this model", "logit_bias")
+                raise RefusedError(
+                    f"logit_bias: {token!r} is not a token of this model", "logit_bias"
+                )
         return {int(token): value for token, value in bias.items()}
 
     def _grammar(self, body: ChatBody) -> Any:
@@ -86,7 +96,7 @@ class RequestMaker:
 
 
 def check_tools(tools: list[dict[str, Any]]) -> None:
-    """RefusedError unless each is a function with a name."""
+    """Raise RefusedError unless every tool is a function with a name."""
     for number, tool in enumerate(tools):
         function = tool.get("function")
         if (
@@ -95,13 +105,13 @@ def check_tools(tools: list[dict[str, Any]]) -> None:
             or not isinstance(function.get("name"), str)
         ):
             raise RefusedError(
-                f"tools[{number}]: a tool of type function with a name was expected", "tools"
+                f"tools[{number}]: expected a tool of type function with a name", "tools"
             )
 
 
 def _defaults(config: Any) -> Sampling:
-    """What generation_config.json says where it samples; else OpenAI's: temperature 1 and no
-    cut-off.
+    """Return the sampling of generation_config.json if it samples, else OpenAI's defaults:
+    temperature 1 and no cut-off.
     """
     if not getattr(config, "do_sample", False):
         return Sampling()

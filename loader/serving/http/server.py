@@ -1,4 +1,4 @@
-"""Runs the application until a signal ends it, within a bounded time."""
+"""Runs the application until a signal, then stops within a bounded time."""
 
 import socket
 import threading
@@ -11,20 +11,19 @@ from formats.errors import MoeConvertError
 from loader.serving.engine import Engine
 
 FINISH_S = 5.0
-"""After the first signal: what runs may finish for so long, then it is cancelled."""
+"""Time to finish after the first signal, in seconds; then running answers are cancelled."""
 CANCEL_S = 2.0
-"""After that: the longest wait for a token under way, and for connections to close."""
+"""Time after that for the last token and for connections to close, in seconds."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server over one engine. A signal closes the engine first; a second one ends at
+    """uvicorn's server over one engine. The first signal closes the engine; a second one stops at
     once.
     """
 
     def __init__(self, app: FastAPI, engine: Engine) -> None:
         total_s = int(FINISH_S + CANCEL_S)
-        # uvicorn would give connections their own time: the engine's streams end by themselves,
-        # within total_s.
+        # The engine ends all streams within total_s; uvicorn must not wait longer.
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=total_s
         )
@@ -32,26 +31,24 @@ class Server(uvicorn.Server):
         self._engine = engine
 
     def serve_on(self, listening: socket.socket) -> bool:
-        """Serve until a signal; return False if a generation did not end when it was cancelled."""
+        """Serve until a signal. Return False if a cancelled generation did not end."""
         self.run(sockets=[listening])
         self._engine.close(0, CANCEL_S)
         return not self._engine.is_working
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ends the server. Not by uvicorn's own way, which raises the signal again when all is
-        done.
-        """
+        """Stop the server. uvicorn's method would raise the signal again at the end."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
-        # In a thread: signal handlers run in the thread of the event loop, which has streams to
-        # end.
+        # In a thread: this handler runs in the event loop's thread, which must end the streams.
         threading.Thread(target=self._engine.close, args=(FINISH_S, CANCEL_S), daemon=True).start()
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to `host` and `port`, 0 for any free one. MoeConvertError if
-    that fails.
+    """Return a socket bound to `host` and `port`; port 0 is any free one.
+
+    MoeConvertError if that fails.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -69,6 +66,6 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def url_of(listening: socket.socket) -> str:
-    """Return the address of a bound socket as the beginning of a URL."""
+    """Return the URL of a bound socket, without a path."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

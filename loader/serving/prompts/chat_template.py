@@ -55,7 +55,7 @@ class ChatTemplate:
 
 
 class PlainText:
-    """Template of a model without one: the messages are lines of a text that the model continues."""
+    """Replaces a missing template: the messages are lines of a text that the model continues."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
