@@ -20,7 +20,7 @@ from loader.serving.answers.events import TokenLogprob
 from loader.serving.answers.request import Sampling
 
 GREEDY_BELOW_TEMPERATURE = 1e-4
-"""Below this temperature decoding is greedy: divided logits would overflow a float."""
+"""Below this temperature decoding is greedy: divided logits would overflow."""
 
 
 class Sampler:

@@ -100,7 +100,7 @@ def _check_single(schema: Any, keywords: set[str], where: str, depth: int) -> bo
 
 
 def _check_values(schema: Any, keywords: set[str], where: str, depth: int) -> bool:
-    """Check enum and const, beside which only a type may stand. True if `schema` has one of them."""
+    """Check enum and const; only a type may stand beside them. True if `schema` has one."""
     name = next((name for name in ("enum", "const") if name in keywords), None)
     if name is None:
         return False

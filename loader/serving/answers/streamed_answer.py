@@ -13,7 +13,7 @@ from loader.serving.answers.token_loop import generate_tokens
 from loader.serving.answers.vocabulary import Vocabulary
 
 _TOKENS_BEFORE = 8
-"""Prompt tokens decoded together with a completion: they decide if it begins with a space."""
+"""Prompt tokens decoded with a completion; they decide if it begins with a space."""
 
 
 class StreamedAnswer:

@@ -11,8 +11,9 @@ _UNFINISHED = "�"
 
 
 class TextStream:
-    """Turns tokens into pieces of text. Joined, they are the decoded text of all tokens, cut before
-    the first of the strings `stop`.
+    """Turns tokens into pieces of text.
+
+    Joined, the pieces are the decoded text of all tokens, cut before the first stop string.
 
     before: tokens before the answer; they decide if it begins with a space.
     """

@@ -132,7 +132,7 @@ def _check_chat(body: ChatBody) -> None:
     form = body.response_format
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
         raise RefusedError(
-            "response_format: the type json_schema needs the field json_schema, others must not have it",
+            "response_format: the field json_schema and the type json_schema need each other",
             "response_format",
         )
 
