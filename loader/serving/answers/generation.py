@@ -38,7 +38,7 @@ class Answer:
 
 
 class Generation:
-    """One answer to the tokens `prompt`. `answer` is readable at any time, even after an interrupt."""
+    """Generates one answer to the tokens `prompt`. `answer` is valid even after an interrupt."""
 
     def __init__(
         self,

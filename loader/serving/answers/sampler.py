@@ -24,7 +24,7 @@ GREEDY_BELOW_TEMPERATURE = 1e-4
 
 
 class Sampler:
-    """Chooses the tokens of one answer. It has its own random generator: other answers do not change
+    """Chooses the tokens of one answer, with its own random generator: other answers do not change
     its numbers.
     """
 

@@ -19,8 +19,8 @@ _TOKENS_BEFORE = 8
 class StreamedAnswer:
     """Generates the answer to one request.
 
-    tokens: prompt and answer so far. reason: "stop" or "length", as in `End`; final when `pieces` is
-    exhausted.
+    tokens: prompt and answer so far. reason: "stop" or "length", as in `End`; final when `pieces`
+    is exhausted.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, request: Request) -> None:

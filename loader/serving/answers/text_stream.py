@@ -24,8 +24,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = stop
         self._ids = list(before)
-        # Tokens before `_shown` are in the text. Those from `_begin` on are decoded again with later
-        # ones, since a token's text depends on its neighbours.
+        # Tokens before `_shown` are in the text. Those from `_begin` on are decoded again with
+        # later ones, since a token's text depends on its neighbours.
         self._begin = 0
         self._shown = len(self._ids)
         self._held = ""

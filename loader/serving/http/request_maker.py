@@ -56,8 +56,8 @@ class RequestMaker:
         if room < (max_new_tokens or 1):
             asked = f" and {max_new_tokens} for the answer" if max_new_tokens else ""
             raise RefusedError(
-                f"the context is {self._max_context} tokens, but the request needs {len(prompt)} for"
-                f" the prompt{asked}",
+                f"the context is {self._max_context} tokens, but the request needs {len(prompt)}"
+                f" for the prompt{asked}",
                 "messages" if isinstance(body, ChatBody) else "prompt",
                 "context_length_exceeded",
             )
