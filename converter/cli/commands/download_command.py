@@ -112,10 +112,7 @@ def _against_index(folder: Path, repair: str | None, output: Output) -> list[str
     """
     from formats.reading.verify import verify_folder
 
-    progress = output.progress()
-    report = verify_folder(
-        folder, read_data=True, progress=lambda done, total: progress("verifying", done, total)
-    )
+    report = verify_folder(folder, read_data=True, progress=output.stage("verifying"))
     again = "delete the files that the damaged links point to, and run the same command again"
     return (
         [*(problem.message for problem in report.problems), f"  next: {repair or again}"]
@@ -126,7 +123,7 @@ def _against_index(folder: Path, repair: str | None, output: Output) -> list[str
 
 def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
     """Return a problem for each file whose hash differs from the Hub's."""
-    progress = output.progress()
+    progress = output.stage("verifying")
     total = sum(file.size for file in files)
     done = 0
     problems = []
@@ -141,5 +138,5 @@ def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
                 " delete the file and run the same command again"
             )
         done += file.size
-        progress("verifying", done, total)
+        progress(done, total)
     return problems

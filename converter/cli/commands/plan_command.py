@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.show.console import Output, output_options
+from converter.cli.show.console import GB, Output, output_options
 from converter.cli.show.plan_tables import text_of
-from converter.cli.steps.plan_machine import GB, check_options, gpu_machine, has_gpu, ram_machine
+from converter.cli.steps.plan_machine import check_options, gpu_machine, has_gpu, ram_machine
 from converter.cli.steps.plan_sources import open_source
 from formats.errors import MoeConvertError
 from formats.sizes import parse_size

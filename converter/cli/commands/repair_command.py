@@ -85,14 +85,13 @@ def command(
             "the index was rebuilt",
         )
         return
-    progress = output.progress()
     with _origin(path, origin, calibration_file, remote) as source:
         index = read_index(path)
         done = repair_folder(
             path,
             index,
             source or _nothing(repair_command(path, index)),
-            lambda n, of: progress("repairing", n, of),
+            output.stage("repairing"),
         )
     lines = [f"rewritten: {name}" for name in done.files]
     lines += [f"replaced: layer {layer} expert {expert}" for layer, expert in done.experts]

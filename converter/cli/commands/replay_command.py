@@ -6,11 +6,9 @@ import click
 
 from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file, require_extra
-from converter.cli.show.console import Output, output_options
+from converter.cli.show.console import GB, Output, output_options
 from converter.cli.show.replay_plot import PLOT_SUFFIXES, plot_replay
 from converter.cli.show.replay_tables import tables_of
-
-GB = 10**9
 
 
 def _numbers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:

@@ -80,10 +80,7 @@ def upload(
     if not report.problems:
         # A refused publication must fail before minutes of reading.
         check_publication(path, target)
-        progress = output.progress()
-        report = verify_folder(
-            path, read_data=True, progress=lambda done, total: progress("verifying", done, total)
-        )
+        report = verify_folder(path, read_data=True, progress=output.stage("verifying"))
     if report.problems:
         problems = [problem.message for problem in report.problems]
         lines = [

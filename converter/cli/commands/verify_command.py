@@ -50,12 +50,11 @@ def command(
     from formats.reading.verify import verify_folder
 
     sample = _sample(read_data, read_data_subset, seed)
-    progress = output.progress()
     report = verify_folder(
         path,
         read_data=read_data or sample is not None,
         sample=sample,
-        progress=lambda done, total: progress("verifying", done, total),
+        progress=output.stage("verifying"),
     )
     lines = [p.message for p in report.problems]
     if report.problems:

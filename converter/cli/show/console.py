@@ -21,6 +21,8 @@ from formats.files.io_errors import AGAIN
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+GB = 10**9
+
 LINE_EVERY_S = 30.0
 """Interval of progress lines if stderr is not a terminal."""
 
@@ -110,6 +112,11 @@ class Output:
         if not self.quiet:
             click.echo(printable(text), err=True)
 
+    def stage(self, name: str) -> Callable[[int, int], None]:
+        """Return a callback (done bytes, total bytes) that shows the progress of one stage."""
+        progress = self.progress()
+        return lambda done, total: progress(name, done, total)
+
     def progress(self) -> Callable[[str, int, int], None]:
         """Return a callback (stage, done bytes, total bytes) that shows progress.
 
@@ -180,7 +187,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 def gigabytes(n_bytes: int) -> str:
     """Return a size in decimal units: 15.3 GB, 33.1 MB, 512 B."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, factor in (("GB", GB), ("MB", 10**6), ("kB", 10**3)):
         if n_bytes >= factor:
             return f"{n_bytes / factor:.1f} {unit}"
     return f"{n_bytes} B"

@@ -3,9 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from converter.cli.show.console import gigabytes, table
-
-GB = 10**9
+from converter.cli.show.console import GB, gigabytes, table
 
 
 def text_of(result: dict[str, Any], *, detailed: bool) -> str:

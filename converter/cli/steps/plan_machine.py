@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converter.cli.show.console import GB
+
 if TYPE_CHECKING:
     from loader.planning.gpu_plan import GpuMachine
     from loader.planning.memory_plan import Machine, ModelSizes
 
-GB = 10**9
 TYPICAL = (
     "typical links: 12 GB/s for PCIe 3 x16, 25 GB/s for PCIe 4 x16; GPU memory by data sheet:"
     " T4 300 GB/s, RTX 3060 360, RTX 4090 1008, H100 3350"
