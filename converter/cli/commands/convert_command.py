@@ -15,6 +15,7 @@ from converter.cli.steps.convert_source import (
     open_source,
     recipe_of,
 )
+from converter.cli.steps.publication import upload
 
 
 @click.command(
@@ -67,8 +68,6 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
         }
     text = text_of(facts)
     if options["upload_repo"]:
-        from converter.cli.commands.upload_command import upload
-
         facts["upload"], uploaded = upload(
             out,
             options["upload_repo"],

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import MoeConvertError
-from formats.writer import write_file
 
 PLOT_SUFFIXES = (".svg", ".png")
 
@@ -22,6 +21,8 @@ def plot_replay(report: dict[str, Any], path: Path) -> None:
         raise MoeConvertError(
             "--plot needs matplotlib", "pip install 'moe-convert[plots]'"
         ) from None
+    from formats.writer import write_file
+
     # Figure, not pyplot, needs no display and keeps no global state.
     figure = Figure(figsize=(10, 4), layout="constrained")
     hits, guesses = figure.subplots(1, 2)
