@@ -148,16 +148,16 @@ def command(
             output.note(
                 "documents go through the tokenizer's chat template; --raw leaves them as they are"
             )
-        found = run_tasks(
+        results = run_tasks(
             load(path), tokenizer, names, batch=batch, chat=chat, limit=limit, folder=task_folder
         )
         lines = [
             (task, name, f"{value:.4f}")
-            for task, metrics in found.items()
+            for task, metrics in results.items()
             for name, value in metrics.items()
         ]
         output.result(
-            {"path": str(path), "chat_template": chat, "tasks": found},
+            {"path": str(path), "chat_template": chat, "tasks": results},
             table([("task", "metric", "value"), *lines], left=2),
         )
         return
