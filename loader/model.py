@@ -71,7 +71,7 @@ def from_pretrained(
     bfloat16 float16.
     gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto"
     (loader/cuda/experts/gpu_budget.py).
-    ram_cache: what they may take in RAM, likewise (loader/planning/budget.py); with a GPU
+    ram_cache: what they may take in RAM, likewise (loader/budget/ram.py); with a GPU
     page-locked, read by "direct".
     slots: experts for each layer, on the GPU if there is one, instead of what the budget holds
     spread evenly.

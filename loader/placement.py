@@ -7,13 +7,15 @@ import torch
 
 from formats.errors import RecipeError
 from loader.arithmetic.backend import Backend, choose_backend
+from loader.budget.expert_sizes import staging_experts
+from loader.budget.ram import ram_budget
+from loader.budget.slot_counts import check_slots, slots_of_folder
 from loader.cuda.device.device import Device
 from loader.decode.decoder import DecoderFactory
 from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.experts.cache import ExpertCache
 from loader.experts.policy import POLICIES
 from loader.hf.served_model import Retry
-from loader.planning.budget import check_slots, experts_aside, ram_budget, slots_of_folder
 from loader.repository import OpenModel
 
 
@@ -63,8 +65,8 @@ def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
         io = "mmap" if min(slots) == artifact.architecture.num_local_experts else "direct"
     reader = opened.reader(io, check=options.check)
     try:
-        aside = experts_aside(artifact.architecture)
-        cache = ExpertCache(reader, slots, aside=aside, policy=POLICIES[options.policy])
+        staging = staging_experts(artifact.architecture)
+        cache = ExpertCache(reader, slots, staging=staging, policy=POLICIES[options.policy])
     except BaseException:
         reader.close()
         raise

@@ -11,7 +11,7 @@ from loader.arithmetic import kernels
 from loader.arithmetic.experts_step import ExpertsStep
 from loader.arithmetic.plain_experts import PlainExperts
 from loader.arithmetic.precise_backend import PreciseBackend
-from loader.hf.modules.copies import Shared
+from loader.lifetime.copies import Shared
 
 
 class NativeBackend(Shared):

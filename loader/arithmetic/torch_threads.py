@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from loader.forks import keep_over_forks
+from loader.lifetime.forks import keep_over_forks
 
 FEW_TOKENS = 8
 

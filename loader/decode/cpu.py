@@ -23,7 +23,7 @@ from loader.decode.weights import ModelWeights
 from loader.experts.cache import ExpertSource
 from loader.experts.lease import Lease
 from loader.experts.prefetch import in_order, ranked
-from loader.hf.modules.copies import Derived
+from loader.lifetime.copies import Derived
 
 _HEAD_WIDTH_MULTIPLE = 16
 _WEIGHTS_DEVICE = torch.device("cpu")

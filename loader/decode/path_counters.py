@@ -3,8 +3,9 @@
 import logging
 import threading
 from collections import Counter
-from dataclasses import dataclass, field
 from enum import StrEnum
+
+from loader.experts.stats import PathStats
 
 _log = logging.getLogger(__name__)
 
@@ -58,16 +59,6 @@ class LeaveDecoder(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
-
-
-@dataclass(frozen=True)
-class PathStats:
-    """Tokens by path; `reasons` says why tokens took the path `transformers`."""
-
-    decoder: int = 0
-    decoder_experts: int = 0
-    transformers: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
 
 
 class PathCounters:

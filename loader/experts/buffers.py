@@ -1,6 +1,4 @@
-"""Memory for packed experts: a fixed number of equal buffers, taken and given back, in pieces that
-can be given up.
-"""
+"""Memory for packed experts: a pool of equal buffers, allocated in pieces that can be freed."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,15 +10,17 @@ from formats.reading.reader import aligned_bytes
 
 
 def buffer_bytes(n_bytes: int) -> int:
-    """What an expert of `n_bytes` takes in a buffer: whole pages."""
+    """Return the size of a buffer for an expert of `n_bytes`: whole pages, in bytes."""
     return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Where buffers come from: `allocate` gives uint8 [n_bytes] on a page boundary; at most
-    `piece_bytes` at a time, if a buffer is not larger; None: all at once. With `lazy`, each piece
-    when its first buffer is taken.
+    """Where buffers come from.
+
+    allocate: returns uint8 [n_bytes] on a page boundary.
+    piece_bytes: largest allocation, at least one buffer; None: one allocation for all buffers.
+    lazy: True allocates a piece when its first buffer is taken.
     """
 
     allocate: Callable[[int], Tensor]
@@ -29,12 +29,12 @@ class Memory:
 
 
 RAM = Memory(aligned_bytes)
-"""The system backs it when it is first written."""
+"""Plain RAM; the system backs each page when it is first written."""
 
 
 @dataclass(eq=False)
 class Piece:
-    """One allocation: its `count` buffers, of which `free` are not taken."""
+    """One allocation of `count` buffers; `free` holds those that are not taken."""
 
     memory: Tensor
     count: int
@@ -42,46 +42,47 @@ class Piece:
 
 
 class BufferPool:
-    """`count` page-aligned buffers for experts of up to `n_bytes`. Errors as `Memory.allocate`.
+    """`count` page-aligned buffers for experts of up to `n_bytes` bytes.
 
-    Not thread safe: its owner has a lock.
+    Not thread safe: the owner has a lock. Raises the errors of `Memory.allocate`.
     """
 
     def __init__(self, n_bytes: int, count: int, memory: Memory = RAM) -> None:
         self.buffer_bytes = buffer_bytes(n_bytes)
         self.pieces: list[Piece] = []
         self._piece_of: dict[int, Piece] = {}
-        """By address of the buffer."""
-        self._memory, self._count = memory, count
+        """Piece by address of the buffer."""
+        self._memory = memory
+        self._count = count
         self._unallocated = count
         while self._unallocated and not memory.lazy:
             self._add_piece()
 
     @property
     def is_empty(self) -> bool:
-        """Whether no buffer is left."""
+        """True if no buffer is left."""
         return not self._unallocated and not any(piece.free for piece in self.pieces)
 
     def take(self) -> Tensor:
-        """A buffer, uint8; IndexError if none is left, which its owner's counting rules out."""
+        """Take a buffer, uint8 [buffer_bytes]. IndexError if none is left: the owner counts them."""
         if not any(piece.free for piece in self.pieces):
             self._add_piece()
-        # From the fullest one, so that others become empty.
-        return min(
-            (piece for piece in self.pieces if piece.free), key=lambda piece: len(piece.free)
-        ).free.pop()
+        # From the fullest piece, so that other pieces become empty and can be freed.
+        pieces = [piece for piece in self.pieces if piece.free]
+        return min(pieces, key=lambda piece: len(piece.free)).free.pop()
 
     def give_back(self, buffer: Tensor) -> None:
-        """Ends the use of a buffer."""
+        """Return a buffer to the pool."""
         self._piece_of[buffer.data_ptr()].free.append(buffer)
 
     def piece_of(self, buffer: Tensor) -> Piece:
-        """The piece that the buffer is of."""
+        """Return the piece that contains the buffer."""
         return self._piece_of[buffer.data_ptr()]
 
     def drop(self, piece: Piece) -> None:
-        """Gives up a piece of which no buffer is taken; its memory is free when the caller drops it
-        too.
+        """Remove a piece without taken buffers. ValueError if one is taken.
+
+        The memory is freed once the caller drops the piece too.
         """
         if len(piece.free) != piece.count:
             raise ValueError(f"{piece.count - len(piece.free)} buffers of the piece are in use")
@@ -91,10 +92,8 @@ class BufferPool:
         self.pieces.remove(piece)
         self._count -= piece.count
 
-    def mend(self, taken: Iterable[Tensor]) -> None:
-        """Makes it consistent, whatever was done of a change: the buffers that are not `taken` are
-        free.
-        """
+    def repair(self, taken: Iterable[Tensor]) -> None:
+        """Make the pool consistent after an interrupted change: all buffers but `taken` are free."""
         addresses = {buffer.data_ptr() for buffer in taken}
         self._piece_of.clear()
         for piece in self.pieces:
@@ -110,8 +109,10 @@ class BufferPool:
     def _add_piece(self) -> None:
         if not self._unallocated:
             raise IndexError("no buffer is left")
-        size, most = self.buffer_bytes, self._memory.piece_bytes
-        count = self._unallocated if most is None else min(self._unallocated, max(1, most // size))
+        size = self.buffer_bytes
+        count = self._unallocated
+        if self._memory.piece_bytes is not None:
+            count = min(count, max(1, self._memory.piece_bytes // size))
         piece = Piece(self._memory.allocate(size * count), count)
         piece.free = self._buffers(piece)
         self._piece_of.update((buffer.data_ptr(), piece) for buffer in piece.free)

@@ -1,6 +1,4 @@
-"""Experts' packed bytes in memory: slots in each layer, filled from the files on demand, and ahead
-of it.
-"""
+"""The expert cache: slots in each layer, filled from the files on demand and ahead of it."""
 
 import os
 import weakref
@@ -11,67 +9,69 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from formats.errors import MoeConvertError
-from loader.cuda.experts.pinned_tier import PinnedTier
+from loader.budget.expert_sizes import expert_bytes_by_layer
 from loader.experts.buffers import RAM, BufferPool, Memory
 from loader.experts.cache_state import CacheState
 from loader.experts.fetcher import Fetcher
-from loader.experts.giving_up import give_up
 from loader.experts.lease import Lease
 from loader.experts.policy import LrfuPolicy, Policy
 from loader.experts.prefetch import Prefetcher
 from loader.experts.reader_protocol import Reader
-from loader.experts.slots import Aside, LayerSlots
-from loader.experts.stats import LayerStats, MoeStats
+from loader.experts.shrinking import free_slots
+from loader.experts.slot_table import Staging
+from loader.experts.slots import LayerSlots
+from loader.experts.stats import LayerStats, MoeStats, TierCounters
 from loader.experts.streaming import stream
-from loader.forks import keep_over_forks
-from loader.planning.budget import expert_bytes_by_layer
+from loader.lifetime.forks import keep_over_forks
 
 
 class ExpertSource(Protocol):
-    """What the layers ask for experts; `ExpertCache` is the one that there is."""
+    """Where a model's layers get their experts; `ExpertCache` implements it."""
 
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
-        """One token's different `experts` of `layer`, by rank, for as long as the lease is held."""
+        """Return a lease of one token's different `experts` of `layer`, by rank."""
 
     def used_again(self, layer: int, experts: int) -> None:
-        """So many experts of an earlier lease were used, in a layer that none ever leaves."""
+        """Count hits of `experts` experts that were used without a lease.
+
+        Only for a layer with a slot for each expert (`is_resident`): its experts never leave.
+        """
 
     def room(self, layer: int) -> int:
         """Return how many experts of `layer` one lease can hold."""
 
     def is_resident(self, layer: int) -> bool:
-        """True if `layer` has a slot for each of its experts: none ever leaves."""
+        """True if `layer` has a slot for each of its experts, so that none ever leaves."""
 
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
-        """Asked for once a pass: what ranks the experts of layer + 1 from the input of the router
-        of `layer` (`Prefetcher.router`), and how many of the first ones `guess` is to be given for
-        one token. None where reading ahead would bring nothing.
+        """Return what ranks the experts of layer + 1, and how many of the first ones to prefetch.
+
+        The ranking matrix is that of `Prefetcher.router`; its input is the input of the router of
+        `layer`. None if prefetching does not pay at present. Called once for each pass of `layer`.
         """
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """While a lease is held: begin to read those of `experts` that are not there, the first
-        ones first.
+        """Prefetch those of `experts` that are missing, the first ones first.
+
+        Called while a lease of the layer before is held.
         """
 
     def stream(
         self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool
     ) -> Iterator[dict[int, Tensor]]:
-        """Many tokens' different `experts` of `layer`, in the order of their last use
-        (loader/experts/streaming.py); `guesses` are then read for the next one.
+        """Yield many tokens' different `experts` of `layer` in parts: number -> uint8 [n_bytes].
+
+        experts: in the order of their last use. guesses: experts of layer + 1 to prefetch when this
+        layer's reads are done. ascending: see loader/experts/streaming.py.
         """
 
 
 class ExpertCache:
-    """A cache over a reader, which it closes: `slots` experts in each layer (one number, or one for
-    each layer), and at most `aside` experts more that are on their way or used once.
+    """A cache of experts over a reader, which it closes. Thread safe.
 
-    Experts that need no buffer (`ExpertReader.in_place`) are used where they lie; others have
-    buffers, as many as slots and `aside`, which come from `memory` (of each layer; layers with the
-    same one share what is aside). Eviction costs nothing: the masters are the files. `tier` is
-    where a GPU's reader gets its bytes, for the counters. Thread safe.
-
-    A lease's experts are used by rank, the last one latest. Hits are counted before misses come in,
-    and no expert of a lease makes room for another of it.
+    A lease uses its experts by rank, the last one latest. Hits are counted before misses are read,
+    and no expert of a lease is evicted for another one of it. Eviction needs no write: the files
+    hold every expert.
     """
 
     def __init__(
@@ -79,181 +79,206 @@ class ExpertCache:
         reader: Reader,
         slots: int | Sequence[int],
         *,
-        aside: int = 2,
+        staging: int = 2,
         policy: Callable[[], Policy] = LrfuPolicy,
         memory: Sequence[Memory] | None = None,
-        tier: PinnedTier | None = None,
+        tier: TierCounters | None = None,
     ) -> None:
+        """Allocate the buffers; the reading threads start with the first miss.
+
+        slots: experts that each layer keeps, one number for all layers or one for each.
+        staging: room for further experts, being read or used once (`Staging`). Layers with the same
+        memory and expert size share it.
+        policy: makes the eviction policy of a layer.
+        memory: where each layer's buffers come from; None: RAM. Experts that the reader maps
+        (`Reader.in_place`) need no buffers.
+        tier: the RAM tier behind a GPU's cache, for its counters.
+        Raises ValueError for impossible numbers, and the errors of `Memory.allocate`.
+        """
         sizes = expert_bytes_by_layer(reader.artifact)
         experts = reader.artifact.architecture.num_local_experts
         counts = (slots,) * len(sizes) if isinstance(slots, int) else tuple(slots)
-        if len(counts) != len(sizes) or not all(0 <= n <= experts for n in counts) or aside < 1:
+        if len(counts) != len(sizes) or not all(0 <= n <= experts for n in counts) or staging < 1:
             raise ValueError(
-                f"{slots} slots and {aside} aside for {experts} experts in each of {len(sizes)} layers"
+                f"{slots} slots and staging for {staging}: expected 0 to {experts} slots for each"
+                f" of {len(sizes)} layers, and staging for at least 1"
             )
         self._experts = experts
         self._memories = memory or [RAM] * len(sizes)
-        sides = _sides(reader, sizes, counts, aside, self._memories)
+        areas = _staging_areas(reader, sizes, counts, staging, self._memories)
         fetcher = Fetcher()
         self._layers = [
-            LayerSlots(layer, count, policy(), side, reader, fetcher)
-            for layer, (count, side) in enumerate(zip(counts, sides, strict=True))
+            LayerSlots(layer, count, policy(), area, reader, fetcher)
+            for layer, (count, area) in enumerate(zip(counts, areas, strict=True))
         ]
-        self._state, self._changes = CacheState(self._layers, fetcher, reader), fetcher.changes
-        self._sizes, self._reader, self._tier = sizes, reader, tier
+        self._state = CacheState(self._layers, fetcher, reader)
+        self._monitor = fetcher.monitor
+        self._sizes = sizes
+        self._reader = reader
+        self._tier = tier
         self.prefetcher: Prefetcher | None = None
         self.close = weakref.finalize(self, _close, fetcher, reader)
-        """Ends the reading threads and closes the files; also when the cache is collected."""
+        """Stops the reading threads and closes the files; also runs when the cache is collected."""
         keep_over_forks(self._state)
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """How many each layer has now."""
+        """Slots of each layer at present."""
         return tuple(layer.slots for layer in self._layers)
 
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
-        """One token's `experts`, at most `aside` more than the layer has slots, as a context: reads
-        of misses start as it begins. Afterwards the slots hold the last of them.
+        """Return a lease of one token's `experts`, a context manager.
+
+        `experts` are at most `room(layer)`. Reads of misses start when the context is entered.
+        Afterwards the slots hold the last of the experts.
         """
         return Lease(self._layers[layer], experts, self._state)
 
     def used_again(self, layer: int, experts: int) -> None:
-        """So many experts of an earlier lease were used where they lie: hits. Only in a layer with
-        a slot for each of its experts, which none ever leaves.
-        """
-        with self._changes.lock:
+        """Count hits of experts used without a lease (`ExpertSource.used_again`)."""
+        with self._monitor.lock:
             self._layers[layer].hits += experts
 
     def room(self, layer: int) -> int:
-        """As `ExpertSource.room`."""
-        return self._layers[layer].most
+        """Return how many experts of `layer` one lease can hold."""
+        return self._layers[layer].max_experts
 
     def is_resident(self, layer: int) -> bool:
-        """As `ExpertSource.is_resident`."""
+        """True if `layer` has a slot for each of its experts."""
         return self._layers[layer].slots == self._experts
 
     def stream(
         self, layer: int, experts: Sequence[int], guesses: Sequence[int], *, ascending: bool
     ) -> Iterator[dict[int, Tensor]]:
-        """Many tokens' experts, as many as there are, in parts (loader/experts/streaming.py)."""
+        """Yield many tokens' experts in parts (`ExpertSource.stream`)."""
         look_ahead = partial(self.guess, layer + 1, guesses)
         return stream(self._layers[layer], experts, self._state, look_ahead, ascending=ascending)
 
-    def give_up(self) -> None:
-        """Ends what this thread still uses: an interrupt may come at the first line of the end
-        itself.
-        """
-        with self._changes.lock, self._changes:
-            self._state.give_up()
+    def release_interrupted(self) -> None:
+        """Release what this thread still pins: an interrupt can hit the end of a lease itself."""
+        with self._monitor.lock, self._monitor:
+            self._state.release_interrupted()
 
     def router_ahead(self, layer: int) -> tuple[Tensor, int] | None:
-        """As `ExpertSource.router_ahead`."""
-        if not (prefetcher := self.prefetcher):
+        """Return what ranks the next layer's experts (`ExpertSource.router_ahead`)."""
+        prefetcher = self.prefetcher
+        if not prefetcher:
             return None
         if layer == 0:
             prefetcher.weigh([slots.stats for slots in self._layers])
         after = layer + 1
-        if after == len(self._layers) or len(self._layers[after].held) == self._experts:
+        if after == len(self._layers) or len(self._layers[after].cached) == self._experts:
             return None
         router = prefetcher.router(layer)
         return None if router is None else (router, prefetcher.guesses)
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
-        """Begins to read those of `experts` that are not there, the first ones first, while there
-        is room aside.
-        """
+        """Prefetch those of `experts` that are missing, as far as the staging area has room."""
         if not experts:
             return
-        with self._changes.lock, self._changes:
-            # Guesses for other layers are leftovers of something that was interrupted.
+        with self._monitor.lock, self._monitor:
+            # Prefetches for other layers are left from an interrupted pass.
             self._drop_guesses(but=layer)
             for expert in experts:
                 if not self._layers[layer].guess(expert):
                     break
 
     def missing(self, layer: int, experts: Iterable[int]) -> list[int]:
-        """Those of `experts` that are neither there nor on their way."""
+        """Return those of `experts` that are neither in memory nor being read."""
         slots = self._layers[layer]
-        with self._changes.lock, self._changes:
+        with self._monitor.lock, self._monitor:
             return [
                 expert
                 for expert in experts
-                if expert not in slots.held and expert not in slots.outside
+                if expert not in slots.cached and expert not in slots.staged
             ]
 
     def fill(self, layer: int, expert: int) -> None:
-        """An expert that was missing was computed elsewhere: it is brought into a slot when nothing
-        else moves, one at a time; what comes meanwhile is only counted.
+        """Count a miss that was computed elsewhere, and read the expert into a slot in background.
+
+        One fill runs at a time, when no other read does. A miss meanwhile is only counted.
         """
-        with self._changes.lock, self._changes:
+        with self._monitor.lock, self._monitor:
             self._layers[layer].fill(expert)
 
     def shrink(self, n_bytes: int, layer: int = 0) -> int:
-        """Gives up slots of the layers whose memory is that of `layer`, evenly, until so many bytes
-        are free, in whole allocations; how many are. What is in use stays, and what is aside;
-        nothing is waited for.
+        """Free slots until `n_bytes` are free, and return the bytes freed.
+
+        Takes slots evenly from all layers that share the memory of `layer`, in whole allocations.
+        Experts in use and the staging area stay. Waits for nothing.
         """
-        with self._changes.lock, self._changes:
+        with self._monitor.lock, self._monitor:
             layers = [
                 slots
                 for slots, memory in zip(self._layers, self._memories, strict=True)
                 if memory is self._memories[layer]
             ]
-            freed = give_up(layers, n_bytes, self._reader.before_free)
-            self._changes.ring()
-            return freed
+            freed_bytes = free_slots(layers, n_bytes, self._reader.before_free)
+            self._monitor.notify_all()
+            return freed_bytes
 
     def stats(self) -> MoeStats:
-        """A snapshot of the counters."""
-        with self._changes.lock, self._changes:
-            layers = tuple(layer.stats + LayerStats(layer.hits) for layer in self._layers)
-            slot_bytes = sum(
-                count * size for count, size in zip(self.slots, self._sizes, strict=True)
-            )
-            ram = self._tier.stats() if self._tier else None
+        """Return a snapshot of the counters."""
+        with self._monitor.lock, self._monitor:
+            sizes = zip(self.slots, self._sizes, strict=True)
             return MoeStats(
-                layers, self.slots, slot_bytes, self._state.wait_s, self._state.fetcher.busy_s, ram
+                layers=tuple(layer.stats + LayerStats(layer.hits) for layer in self._layers),
+                slots=self.slots,
+                slot_bytes=sum(count * size for count, size in sizes),
+                wait_s=self._state.wait_s,
+                busy_s=self._state.fetcher.busy_s,
+                ram=self._tier.stats() if self._tier else None,
             )
 
     def reset_stats(self) -> None:
-        """Sets the counters to zero; the slots keep what they hold."""
-        with self._changes.lock, self._changes:
+        """Set the counters to zero; the slots keep their experts."""
+        with self._monitor.lock, self._monitor:
             for layer in self._layers:
-                layer.stats, layer.hits = LayerStats(), 0
-            self._state.wait_s = self._state.fetcher.busy_s = 0.0
+                layer.stats = LayerStats()
+                layer.hits = 0
+            self._state.wait_s = 0.0
+            self._state.fetcher.busy_s = 0.0
         if self._tier:
             self._tier.reset_stats()
 
     def _drop_guesses(self, but: int) -> None:
         for slots in self._layers:
-            if slots.outside and slots.layer != but:
+            if slots.staged and slots.layer != but:
                 slots.drop_guesses()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertCache":
-        """The cache itself: a copy of a model reads the same experts, which nobody changes."""
+        """Return the cache itself: experts never change, so a copy of a model can share them."""
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        folder = os.fspath(self._reader.artifact.folder)
         raise MoeConvertError(
-            "a model whose experts come from a cache cannot be pickled, saved or sent to another process",
-            f"load it in each process: loader.from_pretrained({os.fspath(self._reader.artifact.folder)!r})",
+            "a model whose experts come from a cache cannot be pickled, saved or sent to another"
+            " process",
+            f"load it in each process: loader.from_pretrained({folder!r})",
         )
 
 
-def _sides(
-    reader: Reader, sizes: Sequence[int], slots: Sequence[int], aside: int, memory: Sequence[Memory]
-) -> list[Aside]:
-    """What each layer shares with those of the same memory and expert size: the room beside the
-    slots, the buffers.
-    """
+def _staging_areas(
+    reader: Reader,
+    sizes: Sequence[int],
+    slots: Sequence[int],
+    staging: int,
+    memory: Sequence[Memory],
+) -> list[Staging]:
+    """Return each layer's staging area. Layers of one memory and expert size share an area."""
     in_place = all(reader.in_place(layer, 0) for layer in range(len(sizes)))
     kinds = [(id(place), size) for place, size in zip(memory, sizes, strict=True)]
-    sides: dict[tuple[int, int], Aside] = {}
+    areas: dict[tuple[int, int], Staging] = {}
     for place, size, kind in zip(memory, sizes, kinds, strict=True):
-        if kind not in sides:
+        if kind in areas:
+            continue
+        pool = None
+        if not in_place:
             count = sum(n for n, other in zip(slots, kinds, strict=True) if other == kind)
-            sides[kind] = Aside(aside, None if in_place else BufferPool(size, count + aside, place))
-    return [sides[kind] for kind in kinds]
+            pool = BufferPool(size, count + staging, place)
+        areas[kind] = Staging(staging, pool)
+    return [areas[kind] for kind in kinds]
 
 
 def _close(fetcher: Fetcher, reader: Reader) -> None:

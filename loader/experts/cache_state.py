@@ -1,76 +1,78 @@
-"""The state of an expert cache: its layers, its reads and who uses what, changed and mended as one."""
+"""The state of an expert cache: layers, reads and pins, changed and repaired together."""
 
 from collections.abc import Sequence
 
 from loader.experts.fetcher import Fetcher
+from loader.experts.pins import PinHolder, PinRegistry
 from loader.experts.reader_protocol import Reader
 from loader.experts.slots import LayerSlots
-from loader.experts.uses import Use, Uses
 
 
 class CacheState:
-    """What the methods of a cache change, each as one of `changes`.
+    """The state that a cache's methods change, each under `monitor`.
 
-    Truth is in a few places that an interrupt leaves whole: `Uses` says what is pinned,
-    `LayerSlots.held` and `outside` what is in memory, the fetcher which jobs run. `_mend` computes
-    everything else from them again.
+    A few places hold the truth, and no interrupt leaves them half changed: `PinRegistry` (pins),
+    `SlotTable.cached` and `SlotTable.staged` (experts in memory), the fetcher (running jobs).
+    `_repair` computes everything else from them.
     """
 
     def __init__(self, layers: Sequence[LayerSlots], fetcher: Fetcher, reader: Reader) -> None:
-        self.layers, self.fetcher, self._reader = layers, fetcher, reader
-        self.uses = Uses()
+        self.layers = layers
+        self.fetcher = fetcher
+        self._reader = reader
+        self.pins = PinRegistry()
         self.wait_s = 0.0
-        """Seconds in which a token or prompt waited for experts."""
-        self.changes = fetcher.changes
-        self.changes.mend = self._mend
+        """Seconds that tokens and prompts waited for experts."""
+        self.monitor = fetcher.monitor
+        self.monitor.repair = self._repair
 
-    def begin(self, use: Use) -> None:
-        """Begins a use, and ends the one that this thread was interrupted in."""
-        if not self.uses.begin(use):
-            self._mend()
+    def begin(self, holder: PinHolder) -> None:
+        """Register a pin holder, and release one in which this thread was interrupted."""
+        if not self.pins.begin(holder):
+            self._repair()
 
-    def give_up(self) -> None:
-        """Ends the use that this thread was interrupted in, if it was."""
-        if self.uses.give_up():
-            self._mend()
+    def release_interrupted(self) -> None:
+        """Release the pin holder in which this thread was interrupted, if any."""
+        if self.pins.release_interrupted():
+            self._repair()
 
     def make_room(self) -> None:
-        """Ends what nobody waits for."""
+        """Cancel prefetches and fills."""
         for slots in self.layers:
-            if slots.outside:
+            if slots.staged:
                 slots.drop_guesses(fills=True)
 
-    def waited(self, seconds: float) -> None:
-        """Counts a wait."""
-        with self.changes.lock:
+    def count_wait(self, seconds: float) -> None:
+        """Add to the time spent waiting."""
+        with self.monitor.lock:
             self.wait_s += seconds
 
     def start_anew(self) -> None:
-        """For a forked child. What was half done by a thread that is not here is mended before the
-        first change.
+        """Prepare for use in a forked child.
+
+        The next change repairs what the parent's other threads left half done.
         """
         self.fetcher.start_anew()
-        self.uses.start_anew()
+        self.pins.start_anew()
         self._reader.start_anew()
 
-    def _mend(self) -> None:
-        pins = self.uses.mend()
-        self._reader.after_use([held.blob for held in self.uses.given_up if held.blob is not None])
+    def _repair(self) -> None:
+        pins = self.pins.repair()
+        self._reader.after_use([e.blob for e in self.pins.released if e.blob is not None])
         for slots in self.layers:
-            slots.mend(pins)
-        self.fetcher.mend(held.job for slots in self.layers for held in slots.entries() if held.job)
-        for side in {id(slots.aside): slots.aside for slots in self.layers}.values():
-            users = [slots for slots in self.layers if slots.aside is side]
-            side.used = sum(len(slots.outside) for slots in users)
-            if side.filling and not any(side.filling in slots.entries() for slots in users):
-                side.filling = None
-            if side.pool:
-                taken = [held.buffer for slots in users for held in slots.entries()]
-                # What is used or written to, though no layer holds it any more: it is given back
-                # when that ends.
-                taken += [held.buffer for held in pins] + [
-                    job.buffer for job in self.fetcher.running()
-                ]
-                side.pool.mend(buffer for buffer in taken if buffer is not None)
-        self.uses.given_up.clear()
-        self.changes.ring()
+            slots.repair(pins)
+        jobs = [e.job for slots in self.layers for e in slots.entries() if e.job]
+        self.fetcher.repair(jobs)
+        for staging in {id(slots.staging): slots.staging for slots in self.layers}.values():
+            users = [slots for slots in self.layers if slots.staging is staging]
+            staging.used = sum(len(slots.staged) for slots in users)
+            if staging.filling and not any(staging.filling in slots.entries() for slots in users):
+                staging.filling = None
+            if staging.pool:
+                buffers = [entry.buffer for slots in users for entry in slots.entries()]
+                # Buffers in use that no layer holds any more. They are given back when the use ends.
+                buffers += [entry.buffer for entry in pins]
+                buffers += [job.buffer for job in self.fetcher.running()]
+                staging.pool.repair(buffer for buffer in buffers if buffer is not None)
+        self.pins.released.clear()
+        self.monitor.notify_all()

@@ -1,4 +1,4 @@
-"""The threads that read experts: what is needed now comes first, guesses give way."""
+"""The threads that read experts: demand reads go first, prefetches give way."""
 
 import threading
 import time
@@ -10,55 +10,51 @@ from torch import Tensor
 
 from formats.errors import MoeConvertError
 from formats.reading.reader import PIECE_BYTES
-from loader.experts.changes import Changes, nothing
+from loader.experts.monitor import Monitor, nothing
 from loader.experts.reader_protocol import Load
 
 THREADS = 2
-"""Reads at a time: as many as a token misses in a layer. One alone reaches the limit of most disks.
-"""
+"""Reads at a time: as many as a token misses in a layer. One read reaches the limit of most disks."""
 CLOSE_WAIT_S = 5.0
-"""How long `close` waits for a read, which a process that ends may leave behind."""
+"""Seconds that `close` waits for a read. A process may exit while a read is under way."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One expert to be read; a guess until it is `urgent`. `load.done` says how far it has come.
+    """One expert to be read: a demand read if it is `urgent`, else a prefetch.
 
-    `finished` is called once, as a change: with the bytes, or with the error, or with neither if it
-    was cancelled.
+    `finished` is called once, under the monitor: with the bytes, with the error, or with neither if
+    the job was cancelled.
     """
 
     load: Load
     urgent: bool
     finished: Callable[[Tensor | None, BaseException | None], None]
     buffer: Tensor | None = None
-    """What the load writes to."""
+    """The buffer that the load writes to."""
     running: bool = False
     cancelled: bool = False
     thread: threading.Thread | None = None
-    """What runs it."""
+    """The thread that runs it."""
 
 
 def _is_at_exit() -> bool:
-    """Whether the interpreter ends: then only daemon threads wait, which should end with it, not
-    with a traceback.
-    """
+    """True if the interpreter ends. Daemon threads then wait for its end, without a traceback."""
     return not threading.main_thread().is_alive()
 
 
 class Fetcher:
-    """Reading threads. Methods are called as a change of `changes`, which rings whenever a job
-    ends; `close` is not.
+    """Reading threads, started by the first job.
 
-    Urgent jobs run in order, at once. Guesses run one at a time, only while no urgent job waits or
-    runs, in pieces of PIECE_BYTES between which they give way. The threads start with the first
-    job.
+    Urgent jobs run at once, in order. Guesses run one at a time, only while no urgent job waits or
+    runs; after each piece of PIECE_BYTES they give way. All methods except `close` are called under
+    `monitor`, which notifies whenever a job ends.
     """
 
     def __init__(self) -> None:
-        self.changes = Changes()
+        self.monitor = Monitor()
         self.busy_s = 0.0
-        """Seconds in which at least one read was under way."""
+        """Seconds with at least one read under way."""
         self._urgent: deque[Job] = deque()
         self._guesses: deque[Job] = deque()
         self._running: list[Job] = []
@@ -69,42 +65,41 @@ class Fetcher:
 
     @property
     def guess_is_running(self) -> bool:
-        """Whether a guess is being read: an urgent job then shares the disk with it for the rest of
-        a piece.
-        """
+        """True if a guess is being read; an urgent job then shares the disk until its piece ends."""
         return any(not job.urgent for job in self._running)
 
     def submit(self, job: Job) -> None:
-        """Queue a job."""
+        """Queue a job. Raises MoeConvertError after `close`."""
         if self._closed and not _is_at_exit():
             raise MoeConvertError("the model's expert cache is closed", "load the model again")
         self._start_threads()
         (self._urgent if job.urgent else self._guesses).append(job)
-        self.changes.ring()
+        self.monitor.notify_all()
 
     def promote(self, job: Job) -> None:
-        """A guess was right: from now on the job is urgent, also if it was about to end as a wrong
-        one.
-        """
+        """Make a guess urgent, because it was right; also one that was just cancelled."""
         if job.urgent:
             return
-        job.urgent, job.cancelled = True, False
+        job.urgent = True
+        job.cancelled = False
         if not job.running:
             self._guesses.remove(job)
             self._urgent.append(job)
-        self.changes.ring()
+        self.monitor.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """A guess was wrong: it ends now, or after the piece that is being read."""
+        """Cancel a wrong guess: now, or after the piece that is being read."""
         job.cancelled = True
         if not job.running:
             self._guesses.remove(job)
             job.finished(None, None)
-            self.changes.ring()
+            self.monitor.notify_all()
 
-    def mend(self, wanted: Iterable[Job]) -> None:
-        """Makes it consistent: the `wanted` jobs are queued or running, others end, and no thread
-        is dead.
+    def repair(self, wanted: Iterable[Job]) -> None:
+        """Make the queues consistent after an interrupted change.
+
+        Afterwards the `wanted` jobs are queued or running, all others end, and no job belongs to a
+        dead thread.
         """
         left = dict.fromkeys(wanted)
         for job in (*self._urgent, *self._guesses):
@@ -119,47 +114,50 @@ class Fetcher:
                 job.cancelled = True
             if job.thread and not job.thread.is_alive():
                 self._end(job)
-                job.finished(None, RuntimeError("the thread that read it has died"))
+                job.finished(None, RuntimeError("the thread that read the expert has died"))
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         if queued:
             self._start_threads()
 
     def running(self) -> list[Job]:
-        """The jobs that a thread is at."""
+        """Return the running jobs."""
         return list(self._running)
 
     def start_anew(self) -> None:
-        """For a forked child, which has none of the threads; what they were reading is read again."""
-        self.changes.start_anew()
+        """Prepare for use in a forked child, which has none of the threads: reads start again."""
+        self.monitor.start_anew()
         self._threads = []
         for job in self._running:
-            job.running, job.thread = False, None
+            job.running = False
+            job.thread = None
         self._running = []
 
     def close(self, then: Callable[[], None]) -> None:
-        """Ends the threads, each after the piece or urgent read it is at, and calls `then` after
-        the last one. What waits in the queues is not read. Returns after CLOSE_WAIT_S, even if a
-        read takes longer.
+        """End the threads after their current piece or urgent read, then call `then`.
+
+        Queued jobs are not read. Returns after CLOSE_WAIT_S seconds even if a read takes longer.
         """
-        # Not as a change: the garbage collector may call it within one.
-        with self.changes.lock:
-            self._then, self._closed = then, True
-            self.changes.ring()
+        # Only the lock, not the monitor's block: the garbage collector may call this within a block.
+        with self.monitor.lock:
+            self._then = then
+            self._closed = True
+            self.monitor.notify_all()
             threads = [thread for thread in self._threads if thread.is_alive()]
         if not threads:
             self._finish()
-        # The last reference may have been a job's, and this its thread.
+        # A reading thread may close the cache: its job can hold the last reference.
         elif threading.current_thread() not in threads:
             begin_s = time.monotonic()
             for thread in threads:
                 thread.join(max(0.0, begin_s + CLOSE_WAIT_S - time.monotonic()))
 
     def _finish(self) -> None:
-        with self.changes.lock:
-            then, self._then = self._then, None
-            # It refers to the buffers, which are to be freed with the cache, not when the garbage
-            # collector runs.
-            self.changes.mend = nothing
+        with self.monitor.lock:
+            then = self._then
+            self._then = None
+            # `repair` refers to the buffers; without it they are freed together with the cache, not
+            # later by the garbage collector.
+            self.monitor.repair = nothing
         if then:
             then()
 
@@ -171,21 +169,21 @@ class Fetcher:
 
     def _work(self) -> None:
         while True:
-            with self.changes.lock, self.changes:
+            with self.monitor.lock, self.monitor:
                 if self._closed:
                     break
                 job = self._next()
                 if job:
                     self._begin(job)
                 else:
-                    bell = self.changes.bell()
+                    waiter = self.monitor.waiter()
             if job:
                 self._run(job)
-                # Not while waiting for the next one: it holds memory.
+                # The job holds memory: drop it before waiting for the next one.
                 del job
             else:
-                bell.get()
-        with self.changes.lock, self.changes:
+                waiter.get()
+        with self.monitor.lock, self.monitor:
             if not _is_at_exit():
                 for job in (*self._urgent, *self._guesses):
                     job.finished(None, MoeConvertError("the model's expert cache was closed"))
@@ -193,7 +191,7 @@ class Fetcher:
                 self._guesses.clear()
             self._threads.remove(threading.current_thread())
             is_last = not self._threads
-            self.changes.ring()
+            self.monitor.notify_all()
         if is_last:
             self._finish()
 
@@ -206,16 +204,16 @@ class Fetcher:
                 blob = job.load.result()
         except BaseException as e:
             error = e
-        with self.changes.lock, self.changes:
+        with self.monitor.lock, self.monitor:
             self._end(job)
             if job.cancelled:
                 job.finished(None, None)
             elif error or blob is not None:
                 job.finished(blob, error)
             else:
-                # The rest of it goes on at the head of its queue.
+                # The next piece is read first of its queue.
                 (self._urgent if job.urgent else self._guesses).appendleft(job)
-            self.changes.ring()
+            self.monitor.notify_all()
 
     def _next(self) -> Job | None:
         if self._urgent:
@@ -225,13 +223,15 @@ class Fetcher:
         return None
 
     def _begin(self, job: Job) -> None:
-        job.running, job.thread = True, threading.current_thread()
+        job.running = True
+        job.thread = threading.current_thread()
         if not self._running:
             self._busy_since_s = time.perf_counter()
         self._running.append(job)
 
     def _end(self, job: Job) -> None:
-        job.running, job.thread = False, None
+        job.running = False
+        job.thread = None
         self._running.remove(job)
         if not self._running:
             self.busy_s += time.perf_counter() - self._busy_since_s

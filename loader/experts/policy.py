@@ -1,4 +1,4 @@
-"""Which expert leaves a full layer of the cache."""
+"""Eviction policies: which expert leaves a full layer of the cache."""
 
 import math
 from collections import OrderedDict
@@ -8,30 +8,31 @@ from typing import Protocol
 
 
 class Order(Protocol):
-    """Order of eviction of one layer. Only experts that are in the cache are given up; of others it
-    may remember how often they were used.
+    """Eviction order of one layer.
+
+    Only experts with a slot can be victims. Use counts of other experts may be remembered.
     """
 
     def touch(self, expert: int) -> None:
-        """`expert` was used, or has just come in and is used.
+        """Note one use of `expert`, which has a slot or has just got one.
 
-        Once a use: policies that count would take a second call for a second use. The experts of
-        one token come by rank, the first choice first.
+        Called exactly once for each use, because policies count. The experts of one token come by
+        rank, the first choice first.
         """
 
     def victim(self, pinned: Collection[int]) -> int:
-        """The expert to give up now, none of `pinned`; it is no longer in the cache."""
+        """Remove and return the expert to evict now, which is none of `pinned`."""
 
 
 class Policy(Order, Protocol):
-    """The order of a cache whose changes may be interrupted."""
+    """An eviction order that can be repaired after an interrupted change."""
 
     def settle(self, experts: Collection[int]) -> None:
-        """These experts are in the cache, and no others, after a change that was interrupted."""
+        """Make the order consistent: exactly these experts have slots."""
 
 
 class LruPolicy:
-    """Least recently used goes first."""
+    """Evicts the least recently used expert."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[int, None] = OrderedDict()
@@ -50,13 +51,14 @@ class LruPolicy:
 
 
 class LfuPolicy:
-    """Least frequently used goes first, of equals the least recently used. Counts outlast evictions
-    and never age.
+    """Evicts the least frequently used expert; among equals the least recently used one.
+
+    Counts survive evictions and never age.
     """
 
     def __init__(self) -> None:
         self._uses: dict[int, int] = {}
-        # In the order of last use, so that min() takes the oldest of equals.
+        # In the order of last use, so that min() returns the oldest of equals.
         self._present: OrderedDict[int, None] = OrderedDict()
 
     def touch(self, expert: int) -> None:
@@ -76,27 +78,29 @@ class LfuPolicy:
 
 
 class LrfuPolicy:
-    """LRFU (Lee et al., IEEE Transactions on Computers 50(12), 2001), between LRU and LFU.
+    """LRFU, between LRU and LFU (Lee et al., IEEE Transactions on Computers 50(12), 2001).
 
-    Every use counts for its expert, and counts half as much after each `half_life` uses of the
-    layer (by any expert; a token of a top-2 model makes two). A half-life of 1 is LRU, a very long
-    one LFU. Values outlast evictions.
+    Each use adds 1 to its expert's value. Values halve after every `half_life` uses of the layer, by
+    any expert; a token of a top-2 model makes two uses. The expert with the lowest value is evicted.
+    A half-life of 1 is LRU, a very long one is LFU. Values survive evictions.
 
-    The default half-life is what replay of traces chose (docs/traces.md).
+    The default half-life was chosen by replay of traces (docs/traces.md).
     """
 
     def __init__(self, half_life: float = 64.0) -> None:
         self._decay = 0.5 ** (1 / half_life)
         self._value: dict[int, float] = {}
-        """As of the expert's last use."""
+        """Value of each expert at its last use."""
         self._last: dict[int, int] = {}
         self._now = 0
         self._present: OrderedDict[int, None] = OrderedDict()
 
     def touch(self, expert: int) -> None:
-        self._now = now = self._now + 1
+        now = self._now + 1
+        self._now = now
         past = self._value.get(expert, 0.0) * math.pow(self._decay, now - self._last.get(expert, 0))
-        self._value[expert], self._last[expert] = past + 1.0, now
+        self._value[expert] = past + 1.0
+        self._last[expert] = now
         self._present[expert] = None
         self._present.move_to_end(expert)
 
@@ -116,9 +120,10 @@ class LrfuPolicy:
 
 
 class FixedPolicy:
-    """Keeps the experts that a trace used most: `uses` has the count of each expert of the layer.
-    The least used goes first, whatever is asked for now; so with n slots, the top n -
-    num_experts_per_tok never leave once they are in.
+    """Keeps the experts that a trace used most, whatever is requested now.
+
+    uses: how often the trace used each expert of the layer. The least used expert is evicted. So
+    with n slots, the n - num_experts_per_tok most used experts never leave once they are in.
     """
 
     def __init__(self, uses: Sequence[int]) -> None:
@@ -129,7 +134,7 @@ class FixedPolicy:
         self._present.add(expert)
 
     def victim(self, pinned: Collection[int]) -> int:
-        # Of equals the highest number, so that the choice does not depend on a set's order.
+        # Among equals the highest number: the choice must not depend on the order of a set.
         expert = min(
             (e for e in self._present if e not in pinned), key=lambda e: (self._uses[e], -e)
         )
@@ -148,11 +153,12 @@ def _keep_only(order: OrderedDict[int, None], experts: Collection[int]) -> None:
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {"lru": LruPolicy, "lfu": LfuPolicy, "lrfu": LrfuPolicy}
-"""What makes the policy of a layer, by name. `fixed_policies` makes those that need a trace."""
+"""Name -> what makes the policy of a layer. `FixedPolicy` needs a trace: `fixed_policies`."""
 
 
 def fixed_policies(uses: Sequence[Sequence[int]]) -> list[Callable[[], Policy]]:
-    """What makes a `FixedPolicy`, for each layer: `uses[layer][expert]` from a trace
-    (`Trace.uses`).
+    """Return what makes the `FixedPolicy` of each layer.
+
+    uses: `uses[layer][expert]` is how often a trace used the expert (`Trace.uses`).
     """
     return [partial(FixedPolicy, layer) for layer in uses]

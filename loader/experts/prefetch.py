@@ -1,6 +1,4 @@
-"""Guesses which experts the next layer will ask for, and rests where guessing costs more than it
-brings.
-"""
+"""Guesses which experts the next layer will request, and pauses where guessing does not pay."""
 
 from collections.abc import Sequence
 
@@ -11,27 +9,30 @@ from formats.reading.reader import PIECE_BYTES
 from loader.experts.stats import LayerStats
 
 TRIAL_GUESSES = 32
-"""A layer's guesses after which gain and loss are compared."""
+"""Guesses of a layer after which gain and loss are compared."""
 REST_TOKENS = 64
-"""Tokens for which a layer is not guessed after a trial that did not pay."""
+"""Tokens for which a layer is not guessed after guesses that did not pay."""
 
 
 class Prefetcher:
-    """The next layer's router on this layer's router input, as in arXiv 2312.17238, section 3.2,
-    but normed with the next layer's weight, which predicts a little better
+    """Guesses with the next layer's router on this layer's router input (arXiv 2312.17238, 3.2).
+
+    The input is normed with the next layer's weight, which predicts a little better
     (examples/tiny-mixtral/README.md).
 
-    A right guess gains what had been read of it when it was asked for. A wrong one costs, where a
-    read on demand comes meanwhile, the rest of the piece that is being read. Whether it pays
-    differs by layer: the first ones are hard to guess (docs/traces.md).
+    A right guess gains the bytes that were read before the request. A wrong guess delays a demand
+    read that comes meanwhile, until its piece is read. Whether guessing pays depends on the layer:
+    the first layers are hard to guess (docs/traces.md).
 
-    Routers and norms are those at loading. After these, or the routers' top_k, were changed,
-    guesses are poorer, and no result is another one.
+    Routers and norms are those at loading. If they change later, guesses become worse, but results
+    stay the same.
     """
 
     def __init__(self, routers: Sequence[Tensor], norms: Sequence[Tensor], guesses: int) -> None:
-        """routers [experts, hidden] and norms [hidden] of each layer; `guesses` experts for one
-        token.
+        """Prepare the ranking matrices.
+
+        routers: [experts, hidden] of each layer. norms: weight [hidden] of the norm before each
+        router. guesses: experts to guess for one token.
         """
         self.guesses = guesses
         self._routers = [
@@ -41,8 +42,9 @@ class Prefetcher:
         self._trial_begin = [LayerStats()] * len(routers)
 
     def router(self, layer: int) -> Tensor | None:
-        """What ranks the experts of layer + 1, [experts, hidden], of which the `guesses` first are
-        worth reading; asked for once a token. None at rest.
+        """Return the matrix that ranks the experts of layer + 1, [experts, hidden].
+
+        None while the layer pauses. Called once a token.
         """
         if self._rest[layer + 1]:
             self._rest[layer + 1] -= 1
@@ -50,30 +52,32 @@ class Prefetcher:
         return self._routers[layer]
 
     def weigh(self, layers: Sequence[LayerStats]) -> None:
-        """Compares gain and loss of each layer that has had TRIAL_GUESSES since the last time."""
+        """Compare gain and loss of each layer that made TRIAL_GUESSES since the last comparison."""
         for number, now in enumerate(layers):
             before = self._trial_begin[number]
             guesses = now.guesses - before.guesses
             if 0 <= guesses < TRIAL_GUESSES:
                 continue
-            # At a random moment half of a piece is left, while two reads share the disk.
+            # A demand read meets on average half a piece, and shares the disk with it.
             loss = (now.delays - before.delays) * PIECE_BYTES // 2
-            # Less than none: the counters were reset.
+            # A negative count means that the counters were reset.
             if guesses > 0 and now.early_bytes - before.early_bytes <= loss:
                 self._rest[number] = REST_TOKENS
             self._trial_begin[number] = now
 
 
 def ranked(router: Tensor, x: Tensor, count: int) -> Tensor:
-    """For each token of x [T, hidden] the `count` experts that router [experts, hidden] puts first,
-    best first: int64 [T, count], where x is.
+    """Return each token's `count` best experts, best first: int64 [T, count] on x's device.
+
+    router: [experts, hidden]. x: [T, hidden].
     """
     return (x.to(router.dtype) @ router.T).topk(count).indices
 
 
 def in_order(ahead: Tensor) -> list[int]:
-    """What to read first, of `ranked`, on the CPU: the likeliest, or with several tokens what most
-    of them need.
+    """Return the experts to prefetch, first ones first, from the result of `ranked` on the CPU.
+
+    One token: best first. Several tokens: experts that most tokens need first.
     """
     if len(ahead) == 1:
         return ahead[0].tolist()  # type: ignore[no-any-return]
@@ -83,6 +87,6 @@ def in_order(ahead: Tensor) -> list[int]:
 
 @torch.no_grad()
 def _renormed(router: Tensor, norm: Tensor, norm_before: Tensor) -> Tensor:
-    """`router` of a layer for what the norm of the layer before made."""
+    """Return a router [experts, hidden] for input normed with `norm_before` instead of `norm`."""
     ratio = torch.where(norm_before == 0, 0.0, norm.float() / norm_before.float())
     return (router.float() * ratio).to(router.dtype)

@@ -1,5 +1,7 @@
-"""What the cache asks of a reader: `formats.reading.reader.ExpertReader` for RAM,
-loader/cuda/experts/gpu_reader.py for GPUs.
+"""The reader protocol: what brings experts into the cache's buffers.
+
+`formats.reading.reader.ExpertReader` implements it for RAM, loader/cuda/experts/gpu_reader.py for
+GPUs.
 """
 
 from collections.abc import Iterable
@@ -11,36 +13,35 @@ from formats.artifact import Artifact
 
 
 class Load(Protocol):
-    """One expert on its way, as `formats.reading.reader.Load`; for one thread at a time."""
+    """One expert on its way to a buffer. For one thread at a time."""
 
     @property
     def done(self) -> int:
-        """Bytes that it has brought on."""
+        """Bytes moved so far."""
 
     @property
     def remaining(self) -> int:
-        """0 when `result` may be called."""
+        """Bytes left; `result` may be called at 0."""
 
     @property
     def at_once(self) -> bool:
-        """Whether a whole step takes no time, because it only queues a copy."""
+        """True if a step takes no time, because it only queues a copy."""
 
     @property
     def queued(self) -> bool:
-        """Whether a copy that gives `result` its bytes may not be over; uses of it are ordered
-        after (`before_use`).
-        """
+        """True if the copy that fills `result` may still run; `Reader.before_use` orders uses."""
 
     def step(self, at_most: int | None = None) -> int:
-        """Brings on at most so many bytes, by default all; how many. Errors as
-        `formats.reading.reader.Load`.
+        """Move at most `at_most` bytes (None: all), and return how many were moved.
+
+        Raises the errors of `formats.reading.reader.Load`.
         """
 
     def result(self) -> Tensor:
-        """uint8 [n_bytes]."""
+        """Return the expert, uint8 [n_bytes]."""
 
     def close(self) -> None:
-        """It is no longer needed, whatever came of it; the result stays."""
+        """End the load, finished or not; the result stays valid."""
 
 
 class Reader(Protocol):
@@ -49,31 +50,31 @@ class Reader(Protocol):
     artifact: Artifact
 
     def in_place(self, layer: int, expert: int) -> bool:
-        """Whether the expert needs no buffer."""
+        """True if the expert is used where its file is mapped, without a buffer."""
 
     def load(self, layer: int, expert: int, buffer: Tensor | None) -> Load:
-        """Begins to bring an expert; waits for nothing."""
+        """Begin to load an expert, without waiting. buffer: uint8; None for `in_place`."""
 
     def moved_bytes(self, layer: int, expert: int) -> int:
-        """What bringing an expert moves, for the counters."""
+        """Return how many bytes a load of the expert moves, for the counters."""
 
     def forget(self, layer: int, expert: int) -> None:
-        """An expert that had no buffer is not used any more."""
+        """Release an expert that was used in place."""
 
     def before_use(self, blobs: Iterable[Tensor]) -> None:
-        """What the caller's stream is given from now on may use `blobs`."""
+        """Order all later work of the caller's stream after the copies that fill `blobs`."""
 
     def after_use(self, blobs: Iterable[Tensor]) -> None:
-        """The caller's stream has been given all that uses `blobs`."""
+        """Order later copies into `blobs` after the work that the caller's stream has now."""
 
     def before_free(self, memory: Tensor) -> None:
-        """No buffer in `memory` is used any more; it will be freed."""
+        """Forget the buffers in `memory`, which are no longer used and will be freed."""
 
     def start_anew(self) -> None:
-        """Called in a forked child, which has none of the threads that were reading."""
+        """Prepare for use in a forked child, which has none of the reading threads."""
 
     def stop(self) -> None:
-        """Nobody needs what is being read: reads end soon, at best with an error."""
+        """Make the reads under way end soon, with an error if need be."""
 
     def close(self) -> None:
-        """Ends reading, after the last read."""
+        """Close the files. Called after the last read."""

@@ -1,45 +1,40 @@
-"""What the expert cache counted: hits, misses, evictions and bytes read, by layer and in total."""
+"""Counters of the expert cache: hits, misses, evictions and bytes read, by layer and in total."""
 
 from dataclasses import asdict, astuple, dataclass, field
-from typing import Any
-
-from loader.decode.path_counters import PathStats
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer's counts. A hit or miss is one expert asked for by one forward pass of the layer.
-
-    `bytes_read` are the stored bytes of the misses: what was read from the file, or first touched
-    in its map.
-    """
+    """Counters of one layer. A hit or miss is one expert requested by one forward pass."""
 
     hits: int = 0
     misses: int = 0
     evictions: int = 0
     bytes_read: int = 0
+    """Stored bytes of the misses: read from the file, or first touched in its map."""
     guesses: int = 0
-    """Experts that were read ahead, or begun to be."""
+    """Prefetches begun."""
     useful_guesses: int = 0
-    """Those of them that were asked for; they are among the misses too."""
+    """Prefetched experts that were then requested; they count as misses too."""
     early_bytes: int = 0
-    """What of useful guesses had been read when they were asked for."""
+    """Bytes of useful guesses that had been read before the request."""
     wasted_bytes: int = 0
-    """What was read of the other guesses; not in `bytes_read`."""
+    """Bytes read of the other guesses; not in `bytes_read`."""
     delays: int = 0
-    """Reads on demand that began while a guess was being read."""
+    """Demand reads that began while a guess was being read."""
     cpu_experts: int = 0
-    """Of a GPU's misses: experts that the CPU computed where they lay in RAM."""
+    """Misses of a GPU that the CPU computed from RAM."""
 
     @property
     def hit_ratio(self) -> float:
-        """Share of hits, 0.0 where nothing was asked for."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 0.0
+        """Hits divided by requests; 0.0 without requests."""
+        requests = self.hits + self.misses
+        return self.hits / requests if requests else 0.0
 
     @property
     def recall(self) -> float:
-        """Share of the misses that had been guessed, 0.0 where there were none."""
+        """Useful guesses divided by misses; 0.0 without misses."""
         return self.useful_guesses / self.misses if self.misses else 0.0
 
     def __add__(self, other: "LayerStats") -> "LayerStats":
@@ -48,43 +43,72 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class TierStats:
-    """What a GPU's RAM tier of `buffer_bytes` counted: a hit or miss is one expert that the GPU's
-    slots lacked; `bytes_read` are the stored bytes of the misses, read from the files.
-    """
+    """Counters of the RAM tier behind a GPU. Its requests are the misses of the GPU's slots."""
 
     buffer_bytes: int
+    """Size of the tier."""
     hits: int = 0
     misses: int = 0
     evictions: int = 0
     bytes_read: int = 0
+    """Stored bytes of the misses, read from the files."""
+
+
+class TierCounters(Protocol):
+    """A RAM tier whose counters can be read and reset."""
+
+    def stats(self) -> TierStats:
+        """Return a snapshot of the counters."""
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero."""
+
+
+@dataclass(frozen=True)
+class PathStats:
+    """Tokens by the code that computed them (`loader.decode`).
+
+    decoder: by the native decoder. decoder_experts: reserved, always 0. transformers: by the code
+    of transformers. reasons: why a token took that path -> tokens.
+    """
+
+    decoder: int = 0
+    decoder_experts: int = 0
+    transformers: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MoeStats:
-    """A snapshot of a model's cache: `slots` experts of each layer fit it, `slot_bytes` are what
-    all slots can hold.
+    """A snapshot of a model's counters.
 
-    `wait_s`: seconds in which a forward pass waited for reads. `busy_s`: seconds with a read under
-    way. On a GPU the layers' bytes are those that went over its link, and copies that are only
-    queued take none of these seconds; `ram` is the tier between the files and the GPU. paths:
-    tokens by who computed them (loader/decode).
+    On a GPU the layers' bytes are those copied over its link. Copies that are only queued add
+    nothing to `wait_s` and `busy_s`.
     """
 
     layers: tuple[LayerStats, ...]
     slots: tuple[int, ...]
+    """Experts that each layer keeps in memory."""
     slot_bytes: int
+    """Bytes of all slots."""
     wait_s: float = 0.0
+    """Seconds that forward passes waited for reads."""
     busy_s: float = 0.0
+    """Seconds with at least one read under way."""
     ram: TierStats | None = None
+    """The RAM tier between the files and a GPU; None without a GPU."""
     paths: PathStats = field(default_factory=PathStats)
 
     @property
     def total(self) -> LayerStats:
-        """The sum over all layers."""
+        """Sum of the counters of all layers."""
         return sum(self.layers, LayerStats())
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values for JSON, totals first; what only a GPU has only if it is one."""
+        """Return plain values for JSON, totals first.
+
+        `ram` and `cpu_experts` are there only for a model on a GPU.
+        """
         return {
             **self._values(self.total),
             "wait_s": self.wait_s,

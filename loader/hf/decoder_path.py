@@ -16,8 +16,8 @@ from loader.decode.rotary_table import RotaryTable
 from loader.decode.specs import spec_of
 from loader.hf.growing_cache import growing_layers
 from loader.hf.listeners import Watch
-from loader.hf.modules.copies import Derived
 from loader.hf.private_names import attention_implementation, cache_field
+from loader.lifetime.copies import Derived
 
 
 class DecoderPath(Derived):

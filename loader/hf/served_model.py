@@ -98,7 +98,7 @@ class Serving:
                 return plain(*args, **kwargs)
         except BaseException:
             shorten(past, length)
-            self.cache.give_up()
+            self.cache.release_interrupted()
             raise
 
     def _decoder_path(self, model: Any) -> DecoderPath:

@@ -6,15 +6,14 @@ import math
 from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
-from loader.cuda.experts.stack import TIER_ASIDE
-from loader.planning.budget import (
+from loader.budget.expert_sizes import (
     SizedExperts,
-    aside_bytes,
     expert_bytes_by_layer,
-    experts_aside,
-    slots_by_layer,
-    tier_counts,
+    staging_bytes,
+    staging_experts,
 )
+from loader.budget.slot_counts import slots_by_layer, tier_counts
+from loader.cuda.experts.stack import TIER_STAGING
 from loader.planning.memory_plan import PROCESS_BYTES, ModelSizes, Plan
 from loader.traces.tier_misses import TierMisses
 
@@ -99,12 +98,12 @@ def plan_gpu(
     process = PROCESS_BYTES + CUDA_PROCESS_BYTES
     ram_bytes = process + sizes.all_experts if ram_bytes is None else ram_bytes
     gpu_cache, ram_cache = _gpu_cache(sizes, vram_bytes, context, prompt), ram_bytes - process
-    if ram_cache < (least := aside_bytes(experts, TIER_ASIDE)):
+    if ram_cache < (least := staging_bytes(experts, TIER_STAGING)):
         raise _does_not_fit(
             "RAM", ram_bytes, {"the process": process, "experts on their way": least}
         )
     gpu_slots = slots_by_layer(
-        gpu_cache, experts, experts_aside(sizes.architecture), all_in_place=False
+        gpu_cache, experts, staging_experts(sizes.architecture), all_in_place=False
     )
     ram_slots = _tier_slots(ram_cache, experts)
     in_memory = expert_bytes_by_layer(experts)
@@ -144,7 +143,7 @@ def plan_gpu(
             prefix_bytes=sizes.prefix,
             workspace_bytes=CONTEXT_BYTES + sizes.activations(prompt),
             cache_bytes=gpu_cache,
-            aside_bytes=sizes.aside,
+            aside_bytes=sizes.staging_bytes,
             slot_bytes=sum(n * size for n, size in zip(gpu_slots, in_memory, strict=True)),
             slots=gpu_slots,
             miss_ratio=sum(on_gpu for on_gpu, _ in missed) / len(missed),
@@ -157,13 +156,16 @@ def _gpu_cache(sizes: ModelSizes, vram_bytes: int, context: int, prompt: int) ->
     """What experts get of the GPU's memory."""
     kv, workspace = sizes.kv_per_position * context, CONTEXT_BYTES + sizes.activations(prompt)
     cache = vram_bytes - sizes.trunk - kv - sizes.prefix - workspace
-    if cache < sizes.aside:
+    if cache < sizes.staging_bytes:
         parts = {
             "the trunk": sizes.trunk,
             f"{context} positions of KV cache": kv,
             "prefix caches": sizes.prefix,
         }
-        parts |= {"CUDA's context and activations": workspace, "experts on their way": sizes.aside}
+        parts |= {
+            "CUDA's context and activations": workspace,
+            "experts on their way": sizes.staging_bytes,
+        }
         raise _does_not_fit("GPU memory", vram_bytes, parts)
     return cache
 
@@ -172,7 +174,7 @@ def _tier_slots(cache_bytes: int, experts: SizedExperts) -> tuple[int, ...]:
     """The tier's experts of each size, divided evenly among the layers with that size."""
     by_layer = expert_bytes_by_layer(experts)
     slots = [0] * len(by_layer)
-    for size, count in tier_counts(cache_bytes, experts, TIER_ASIDE).items():
+    for size, count in tier_counts(cache_bytes, experts, TIER_STAGING).items():
         layers = [layer for layer, each in enumerate(by_layer) if each == size]
         for place, layer in enumerate(layers):
             slots[layer] = count * (place + 1) // len(layers) - count * place // len(layers)

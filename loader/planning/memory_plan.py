@@ -10,15 +10,14 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from formats.index import Architecture
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
-from loader.experts.policy import Policy
-from loader.planning.budget import (
+from loader.budget.expert_sizes import (
     SizedExperts,
-    aside_bytes,
-    can_lie_in_place,
     expert_bytes_by_layer,
-    experts_aside,
-    slots_by_layer,
+    staging_bytes,
+    staging_experts,
 )
+from loader.budget.slot_counts import can_lie_in_place, slots_by_layer
+from loader.experts.policy import Policy
 from loader.traces.slot_shares import miss_bytes
 from loader.traces.trace import Trace
 
@@ -129,9 +128,9 @@ class ModelSizes:
         )
 
     @property
-    def aside(self) -> int:
+    def staging_bytes(self) -> int:
         """Bytes of experts on their way: the least that a cache takes."""
-        return aside_bytes(self.experts, experts_aside(self.architecture))
+        return staging_bytes(self.experts, staging_experts(self.architecture))
 
 
 @dataclass(frozen=True)
@@ -190,17 +189,17 @@ def plan_memory(
     """
     architecture, fixed = sizes.architecture, sizes.fixed(context, prompt)
     cache_bytes = ram_bytes - fixed
-    if cache_bytes < sizes.aside:
+    if cache_bytes < sizes.staging_bytes:
         raise DoesNotFitError(
             f"{ram_bytes} bytes: the trunk takes {sizes.trunk}, {context} positions of KV cache"
             f" {sizes.kv_per_position * context}, prefix caches {sizes.prefix},"
             f" the process {sizes.workspace(prompt)}, experts on their way"
-            f" {sizes.aside}: {fixed + sizes.aside} in all",
-            f"give at least {math.ceil((fixed + sizes.aside) / 2**20)}MiB, or a shorter context or prompt, or convert"
+            f" {sizes.staging_bytes}: {fixed + sizes.staging_bytes} in all",
+            f"give at least {math.ceil((fixed + sizes.staging_bytes) / 2**20)}MiB, or a shorter context or prompt, or convert"
             " to fewer bits",
         )
     slots = slots_by_layer(
-        cache_bytes, sizes.experts, experts_aside(architecture), all_in_place=sizes.in_place
+        cache_bytes, sizes.experts, staging_experts(architecture), all_in_place=sizes.in_place
     )
     ratios = uniform_miss_ratios(architecture) if miss_ratios is None else miss_ratios
     missed = [
@@ -217,7 +216,9 @@ def plan_memory(
         prefix_bytes=sizes.prefix,
         workspace_bytes=sizes.workspace(prompt),
         cache_bytes=cache_bytes,
-        aside_bytes=0 if sizes.in_place and cache_bytes >= sizes.all_experts else sizes.aside,
+        aside_bytes=0
+        if sizes.in_place and cache_bytes >= sizes.all_experts
+        else sizes.staging_bytes,
         slot_bytes=sum(n * size for n, size in zip(slots, in_memory, strict=True)),
         slots=slots,
         miss_ratio=sum(missed) / (architecture.num_experts_per_tok * len(slots)),
@@ -238,13 +239,13 @@ def plan_shares(
     """Plans for the least budget that works, and for those where experts get each of `shares` of
     what all take.
     """
-    caches = [sizes.aside, *(math.ceil(share * sizes.all_experts) for share in shares)]
+    caches = [sizes.staging_bytes, *(math.ceil(share * sizes.all_experts) for share in shares)]
     fixed = sizes.fixed(context, prompt)
     return [
         plan_memory(
             sizes, machine, fixed + cache, context=context, prompt=prompt, miss_ratios=miss_ratios
         )
-        for cache in sorted({max(cache, sizes.aside) for cache in caches})
+        for cache in sorted({max(cache, sizes.staging_bytes) for cache in caches})
     ]
 
 

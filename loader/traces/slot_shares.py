@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from formats.artifact import Artifact
 from formats.errors import RecipeError
+from loader.budget.expert_sizes import expert_bytes_by_layer
+from loader.budget.slot_counts import slots_of_folder
 from loader.experts.policy import Policy
-from loader.planning.budget import expert_bytes_by_layer, slots_of_folder
 from loader.traces.replay import replay_layer
 from loader.traces.trace import Trace
 

@@ -13,8 +13,8 @@ import loader
 from converter.cli.show.generation_stats import live_line, stats_table
 from converter.cli.show.live_text import LiveText
 from formats.artifact import Artifact
+from loader.budget.expert_sizes import expert_bytes_by_layer, staging_bytes
 from loader.experts.stats import LayerStats
-from loader.planning.budget import aside_bytes, expert_bytes_by_layer
 from loader.traces.trace import Trace, write_trace
 
 PROMPT = "So Jonah arose, and went to Nineveh, according to"
@@ -335,4 +335,4 @@ def test_an_ordinary_checkpoint_is_refused_with_the_next_step(run, example_folde
 
 
 def least_bytes(artifact):
-    return aside_bytes(artifact, 2)
+    return staging_bytes(artifact, 2)

@@ -6,7 +6,7 @@ import pytest
 from made_traces import random_experts, trace_of
 
 from formats.artifact import Artifact
-from loader.planning.budget import slots_of_folder
+from loader.budget.slot_counts import slots_of_folder
 from loader.traces.record_trace import TracedModel
 
 SPEEDS = ("--disk", "2", "--memory", "20")

@@ -9,9 +9,10 @@ from msgspec.structs import replace
 
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
-from loader.cuda.experts.stack import TIER_ASIDE
+from loader.budget.expert_sizes import staging_experts
+from loader.budget.slot_counts import slots_by_layer, tier_counts
+from loader.cuda.experts.stack import TIER_STAGING
 from loader.planning import trial_run
-from loader.planning.budget import experts_aside, slots_by_layer, tier_counts
 from loader.planning.trial_run import TrialRun
 from loader.traces.record_trace import TracedModel
 from loader.traces.trace import Trace, write_trace
@@ -61,11 +62,11 @@ def test_the_caches_that_are_named_give_the_slots_that_are_shown(run, planned, c
     gpu_cache, ram_cache = map(
         int, re.search(r"--gpu-cache (\d+) --ram-cache (\d+)", text).groups()
     )
-    aside = experts_aside(artifact.architecture)
-    assert slots_by_layer(gpu_cache, artifact, aside, all_in_place=False) == tuple(
+    staging = staging_experts(artifact.architecture)
+    assert slots_by_layer(gpu_cache, artifact, staging, all_in_place=False) == tuple(
         plan["gpu"]["slots"]
     )
-    assert sum(tier_counts(ram_cache, artifact, TIER_ASIDE).values()) == sum(plan["slots"])
+    assert sum(tier_counts(ram_cache, artifact, TIER_STAGING).values()) == sum(plan["slots"])
 
 
 def test_without_ram_all_experts_are_in_ram_and_what_that_takes_is_said(run, planned, converted):

@@ -10,7 +10,7 @@ import pytest
 from project_paths import ROOT
 
 from formats.artifact import Artifact
-from loader.planning.budget import RESERVE_BYTES, ram_budget
+from loader.budget.ram import RESERVE_BYTES, ram_budget
 from loader.planning.memory_plan import ModelSizes
 from loader.serving.context import ContextSize
 
@@ -87,7 +87,7 @@ def test_position_of_the_context_takes_what_plan_says(converted):
 
 
 def test_automatic_budget_leaves_free_what_is_reserved(converted, monkeypatch):
-    monkeypatch.setattr("loader.planning.budget.available_memory", lambda: (4 << 30, 4 << 30))
+    monkeypatch.setattr("loader.budget.ram.available_memory", lambda: (4 << 30, 4 << 30))
     artifact = Artifact.open(converted("2bit"))
     budget = (4 << 30) - RESERVE_BYTES - artifact.index.trunk.size_bytes
     assert ram_budget("auto", artifact) == budget

@@ -22,8 +22,8 @@ from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.reading.verify import verify_folder
 from formats.repair.repairs import NoOrigin, repair_folder
+from loader.budget.expert_sizes import expert_bytes_by_layer, staging_bytes
 from loader.cuda.experts.pinned_tier import PinnedTier
-from loader.planning.budget import aside_bytes, expert_bytes_by_layer
 from loader.repository import open_model
 
 IDS = torch.tensor([[1, 17, 300, 42, 99, 7, 1234, 56, 800, 3]])
@@ -52,7 +52,7 @@ def folder(
 def two_slots(folder: Path) -> dict[str, Any]:
     """Options by which experts come through a cache of two a layer."""
     artifact = Artifact.open(folder)
-    return {"ram_cache": 2 * sum(expert_bytes_by_layer(artifact)) + aside_bytes(artifact, 2)}
+    return {"ram_cache": 2 * sum(expert_bytes_by_layer(artifact)) + staging_bytes(artifact, 2)}
 
 
 def flip(folder: Path, layer: int, *, bits: int = 1, like: Path | None = None) -> None:

@@ -11,7 +11,7 @@ from formats.expert import dequantize_expert
 from formats.packing import dequantize, packing_named, unpack
 from formats.reading.direct_reader import DirectReader
 from loader.arithmetic import kernels
-from loader.planning.budget import aside_bytes, expert_bytes_by_layer
+from loader.budget.expert_sizes import expert_bytes_by_layer, staging_bytes
 
 BACKENDS = [
     "torch",
@@ -57,7 +57,7 @@ def load(folder, **options):
 
 def slots_budget(folder, slots):
     artifact = Artifact.open(folder)
-    return slots * sum(expert_bytes_by_layer(artifact)) + aside_bytes(artifact, 2)
+    return slots * sum(expert_bytes_by_layer(artifact)) + staging_bytes(artifact, 2)
 
 
 def apart(a, b):

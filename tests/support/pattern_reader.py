@@ -88,7 +88,7 @@ class GpuCache:
         ram=None,
         order="late",
         devices=1,
-        aside=2,
+        staging=2,
         policy=LrfuPolicy,
         piece_buffers=3,
         top_k=2,
@@ -114,7 +114,7 @@ class GpuCache:
         self.cache = ExpertCache(
             self.gpu_reader,
             slots,
-            aside=aside,
+            staging=staging,
             policy=policy,
             memory=[memories[id(d)] for d in self.of_layer],
             tier=self.tier,
@@ -152,19 +152,19 @@ class GpuCache:
     def check_counts(self):
         """What must always hold while nothing is under way."""
         cache, tier = self.cache, self.tier
-        cache._changes.until(
+        cache._monitor.wait_for(
             lambda: not any(h.job for s in cache._layers for h in s.entries()) or None, timeout_s=60
         )
-        with cache._changes.lock:
-            for side in {id(slots.aside): slots.aside for slots in cache._layers}.values():
-                users = [slots for slots in cache._layers if slots.aside is side]
-                assert side.used == sum(len(slots.outside) for slots in users)
-                in_use = side.used + sum(len(slots.held) for slots in users)
+        with cache._monitor.lock:
+            for side in {id(slots.staging): slots.staging for slots in cache._layers}.values():
+                users = [slots for slots in cache._layers if slots.staging is side]
+                assert side.used == sum(len(slots.staged) for slots in users)
+                in_use = side.used + sum(len(slots.cached) for slots in users)
                 count = sum(piece.count for piece in side.pool.pieces)
                 assert count == sum(slots.slots for slots in users) + side.room
                 assert sum(len(piece.free) for piece in side.pool.pieces) == count - in_use
-            assert all(len(s.held) <= s.slots for s in cache._layers)
-            assert not any(h.pins for s in cache._layers for h in s.held.values())
+            assert all(len(s.cached) <= s.slots for s in cache._layers)
+            assert not any(h.pins for s in cache._layers for h in s.cached.values())
         for device in self.devices:
             device.compute_stream().synchronize()
         for stream in {id(s): s for s in self.gpu_reader._streams}.values():

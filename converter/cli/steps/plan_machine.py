@@ -50,7 +50,7 @@ def gpu_machine(
 
     UsageError as in `ram_machine`, and if an option is missing on a machine without a GPU.
     """
-    from loader.planning.budget import expert_bytes_by_layer
+    from loader.budget.expert_sizes import expert_bytes_by_layer
     from loader.planning.gpu_plan import GpuMachine
 
     disk = _disk(sizes, files, options) if needs_disk else None

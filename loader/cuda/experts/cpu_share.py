@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loader.arithmetic import machine
+from loader.budget.expert_sizes import expert_bytes_by_layer
 from loader.cuda.device.device import Device
 from loader.cuda.device.speeds import link_bytes_per_s
 from loader.cuda.experts.pinned_tier import PinnedTier
 from loader.experts.cache import ExpertCache
-from loader.planning.budget import expert_bytes_by_layer
 
 
 @dataclass(frozen=True)

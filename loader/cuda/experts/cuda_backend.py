@@ -10,7 +10,7 @@ from formats.expert import ExpertLayout, gate_and_up, sections
 from formats.packing import AnyPacking, Packing
 from loader.cuda.device.device import Device
 from loader.cuda.experts.products import Products
-from loader.hf.modules.copies import Shared
+from loader.lifetime.copies import Shared
 
 
 class CudaBackend(Shared):

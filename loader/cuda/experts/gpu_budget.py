@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
 from formats.sizes import parse_size
+from loader.budget.expert_sizes import SizedExperts, expert_bytes_by_layer
+from loader.budget.slot_counts import slots_by_layer
 from loader.cuda.device.device import Device
 from loader.experts.buffers import Memory, buffer_bytes
-from loader.planning.budget import SizedExperts, expert_bytes_by_layer, slots_by_layer
 
 RESERVE_BYTES = 600 << 20
 RESERVE_SHARE = 16
@@ -63,7 +64,7 @@ def gpu_slots(
     gpu_cache: int | str,
     devices: Sequence[Device],
     artifact: SizedExperts,
-    aside: int,
+    staging: int,
     trunk_bytes: Sequence[int],
 ) -> GpuSlots:
     """Slots for `gpu_cache` on each of `devices`, of which layers get consecutive parts, as large
@@ -73,7 +74,7 @@ def gpu_slots(
     """
     sizes = expert_bytes_by_layer(artifact)
     # A device's own layers are known only when its budget is: any size may be among them.
-    least = aside * sum(buffer_bytes(size) for size in set(sizes))
+    least = staging * sum(buffer_bytes(size) for size in set(sizes))
     budgets = [
         gpu_budget(gpu_cache, *each)
         for each in zip(devices, [least] * len(devices), trunk_bytes, strict=True)
@@ -84,7 +85,7 @@ def gpu_slots(
         begin, count = len(slots), numbers.count(number)
         if count:
             layers = slice(begin, begin + count)
-            slots += slots_by_layer(budget, artifact, aside, all_in_place=False, layers=layers)
+            slots += slots_by_layer(budget, artifact, staging, all_in_place=False, layers=layers)
     memory = [Memory(device.empty, PIECE_BYTES) for device in devices]
     return GpuSlots(
         tuple(devices[n] for n in numbers), tuple(slots), tuple(memory[n] for n in numbers)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loader.cuda.device.device import Device
 from loader.cuda.experts.pinned_tier import PinnedTier, TierUse
-from loader.forks import no_gpu_after_fork
+from loader.lifetime.forks import no_gpu_after_fork
 
 
 class GpuReader:

@@ -10,7 +10,7 @@ import torch
 from formats.errors import DoesNotFitError
 from loader.cuda.device.device import Device
 from loader.experts.cache import ExpertCache
-from loader.forks import no_gpu_after_fork
+from loader.lifetime.forks import no_gpu_after_fork
 
 _log = logging.getLogger(__name__)
 

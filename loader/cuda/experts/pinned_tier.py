@@ -12,10 +12,10 @@ from torch import Tensor
 
 from formats.artifact import Artifact
 from formats.reading.reader import ExpertReader, Load, aligned_bytes
+from loader.budget.expert_sizes import expert_bytes_by_layer
 from loader.experts.buffers import BufferPool, Memory
 from loader.experts.policy import LrfuPolicy
 from loader.experts.stats import TierStats
-from loader.planning.budget import expert_bytes_by_layer
 
 _log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class PinnedTier:
         """What interrupts kept from being given back."""
         for entry in list(self._entries.values()):
             self._drop_unread(entry)
-        pool.buffers.mend(entry.buffer for entry in self._entries.values())
+        pool.buffers.repair(entry.buffer for entry in self._entries.values())
 
     def _end_copies(self) -> None:
         while self._copies and self._copies[0][0].query():

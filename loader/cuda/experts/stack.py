@@ -10,6 +10,9 @@ import torch
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from formats.reading.reader import ExpertReader
+from loader.budget.expert_sizes import expert_bytes_by_layer, staging_experts
+from loader.budget.ram import ram_budget
+from loader.budget.slot_counts import check_slots, tier_counts
 from loader.cuda.device.device import Device
 from loader.cuda.experts.cpu_share import CpuShare, Speeds
 from loader.cuda.experts.cuda_backend import CudaBackend
@@ -20,15 +23,8 @@ from loader.experts.buffers import Memory
 from loader.experts.cache import ExpertCache
 from loader.experts.fetcher import THREADS
 from loader.experts.policy import Policy
-from loader.planning.budget import (
-    check_slots,
-    expert_bytes_by_layer,
-    experts_aside,
-    ram_budget,
-    tier_counts,
-)
 
-TIER_ASIDE = THREADS + 1
+TIER_STAGING = THREADS + 1
 """Experts that the tier holds at least: one for each thread that copies, and a guess that gave way.
 """
 
@@ -63,22 +59,22 @@ class GpuExperts:
         the first of `devices`. slots: of each layer, instead of what `gpu_cache` holds.
         DoesNotFitError with the numbers if a budget, or what is free, is too small.
         """
-        aside = experts_aside(artifact.architecture)
+        staging = staging_experts(artifact.architecture)
         # On the first as the trunk is: KV caches.
         trunk = [artifact.index.trunk.size_bytes + reserve_bytes] + [0] * (len(devices) - 1)
         if slots is None:
-            places = gpu_slots(gpu_cache, devices, artifact, aside, trunk)
+            places = gpu_slots(gpu_cache, devices, artifact, staging, trunk)
         else:
             check_slots(slots, artifact)
             places = _given(slots, devices, artifact)
         budget = ram_budget(ram_cache, artifact, trunk_in_ram=False)
-        counts = tier_counts(budget, artifact, TIER_ASIDE + (aside if cpu_share else 0))
+        counts = tier_counts(budget, artifact, TIER_STAGING + (staging if cpu_share else 0))
         tier = PinnedTier(reader, counts, devices[0].pin, devices[0].unpin)
         try:
             cache = ExpertCache(
                 GpuReader(tier, places.devices),
                 places.slots,
-                aside=aside,
+                staging=staging,
                 policy=policy,
                 memory=places.memory,
                 tier=tier,

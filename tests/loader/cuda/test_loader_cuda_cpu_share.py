@@ -55,8 +55,8 @@ def shared(speeds, **options):
 
 
 def filled(gpu, layer, expert):
-    inside(gpu.cache, "changes").until(
-        lambda: expert in inside(gpu.cache, "layers")[layer].held or None, timeout_s=60
+    inside(gpu.cache, "monitor").wait_for(
+        lambda: expert in inside(gpu.cache, "layers")[layer].cached or None, timeout_s=60
     )
 
 

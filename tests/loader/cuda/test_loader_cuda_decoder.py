@@ -20,6 +20,7 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
+from loader.budget.expert_sizes import expert_bytes_by_layer
 from loader.cuda.decode.decoder_factory import CudaDecoderFactory
 from loader.cuda.decode.gpu_decoder import CudaDecoder
 from loader.cuda.experts.cpu_part import CpuPart
@@ -34,7 +35,6 @@ from loader.experts.buffers import Memory
 from loader.experts.cache import ExpertCache
 from loader.hf.decoder_path import DecoderPath
 from loader.hf.served_model import Serving
-from loader.planning.budget import expert_bytes_by_layer
 from loader.repository import open_model
 
 pytestmark = pytest.mark.skipif(

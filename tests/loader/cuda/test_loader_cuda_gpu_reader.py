@@ -35,9 +35,9 @@ def in_ram(gpu, *keys):
 
 def settle(gpu, layer, *experts):
     """Waits until guesses are there."""
-    outside = inside(gpu.cache, "layers")[layer].outside
-    inside(gpu.cache, "changes").until(
-        lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60
+    staged = inside(gpu.cache, "layers")[layer].staged
+    inside(gpu.cache, "monitor").wait_for(
+        lambda: all(e in staged and not staged[e].job for e in experts) or None, timeout_s=60
     )
 
 
@@ -78,7 +78,7 @@ def test_the_next_experts_of_a_prompt_are_copied_while_one_is_computed():
     in_ram(gpu)
     assert gpu.prompt(0, list(range(8)), ascending=True) == [[expert] for expert in range(8)]
     work = [kind for kind, what in gpu.device.log if kind in ("copy", "launch")]
-    # With two buffers aside one copy is always ahead of the launch, until the last.
+    # With two staging buffers one copy is always ahead of the launch, until the last.
     assert work == ["copy", "copy", *["launch", "copy"] * 6, "launch", "launch"]
     assert not gpu.device.syncs_of()
     gpu.check_counts()
@@ -128,9 +128,9 @@ def test_a_guess_is_copied_in_pieces_and_evicts_nothing_until_it_is_used(order):
     gpu.cache.guess(1, [4, 5])
     settle(gpu, 1, 4, 5)
     assert [what for kind, what in gpu.device.log if kind == "copy"] == [EXPERT_BYTES // 4] * 8
-    assert set(inside(gpu.cache, "layers")[1].held) == {0, 1}
+    assert set(inside(gpu.cache, "layers")[1].cached) == {0, 1}
     gpu.token(1, [4, 0])
-    assert set(inside(gpu.cache, "layers")[1].held) == {4, 0}
+    assert set(inside(gpu.cache, "layers")[1].cached) == {4, 0}
     stats = gpu.cache.stats().layers[1]
     assert (stats.useful_guesses, stats.early_bytes, stats.wasted_bytes) == (
         1,
@@ -185,8 +185,8 @@ def test_a_fill_brings_an_expert_that_the_cpu_computed():
     gpu.token(1, [1, 0])
     assert gpu.cache.missing(1, [0, 5, 1, 6]) == [5, 6]
     gpu.cache.fill(1, 5)
-    inside(gpu.cache, "changes").until(
-        lambda: 5 in inside(gpu.cache, "layers")[1].held or None, timeout_s=60
+    inside(gpu.cache, "monitor").wait_for(
+        lambda: 5 in inside(gpu.cache, "layers")[1].cached or None, timeout_s=60
     )
     assert gpu.cache.missing(1, [5, 6]) == [6]
     gpu.token(1, [5])
@@ -213,7 +213,7 @@ def test_there_is_one_fill_at_a_time_and_a_demand_does_not_wait_for_it():
     for expert in (4, 5, 6):
         gpu.cache.fill(1, expert)
     assert begun.wait(60)
-    assert list(inside(gpu.cache, "layers")[1].outside) == [4]
+    assert list(inside(gpu.cache, "layers")[1].staged) == [4]
     gpu.token(1, [0, 1])
     go_on.set()
     gpu.check_counts()

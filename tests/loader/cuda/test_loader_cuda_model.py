@@ -14,11 +14,11 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, MoeConvertError
+from loader.budget.expert_sizes import expert_bytes_by_layer
 from loader.cuda.device import choice
 from loader.cuda.experts import stack
 from loader.cuda.experts.cpu_share import Speeds
 from loader.cuda.experts.products import Products
-from loader.planning.budget import expert_bytes_by_layer
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 

@@ -8,8 +8,8 @@ from pattern_reader import EXPERT_BYTES, PatternReader
 from recording_device import RecordingDevice
 
 from formats.errors import DamageError
+from loader.budget.slot_counts import tier_counts
 from loader.cuda.experts.pinned_tier import PinnedTier
-from loader.planning.budget import tier_counts
 
 
 def tier_of(count, *, sizes=(EXPERT_BYTES,) * 2, device=None, piece_buffers=2):

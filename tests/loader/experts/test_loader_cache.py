@@ -142,7 +142,7 @@ def test_hit_ratio_on_text_is_the_readmes(routes, slots, readme):
 
 
 def test_more_than_have_room_at_once_is_an_error():
-    cache = ExpertCache(SlowReader(), 1, aside=2, policy=LruPolicy)
+    cache = ExpertCache(SlowReader(), 1, staging=2, policy=LruPolicy)
     with pytest.raises(ValueError, match="3 different ones"):
         get(cache, 0, [0, 1, 2, 3])
     with pytest.raises(ValueError):
@@ -152,7 +152,7 @@ def test_more_than_have_room_at_once_is_an_error():
 @pytest.mark.parametrize("slots", [0, 1])
 def test_fewer_slots_than_a_token_uses_are_enough(slots):
     reader = SlowReader()
-    cache = ExpertCache(reader, slots, aside=2, policy=LruPolicy)
+    cache = ExpertCache(reader, slots, staging=2, policy=LruPolicy)
     for experts in ([0, 1], [2, 3], [3, 0], [4, 5]):
         cache.guess(0, experts[:1])
         assert get(cache, 0, experts) == {e: e for e in experts}
@@ -195,7 +195,7 @@ def test_a_failed_read_with_fewer_slots_than_experts_is_raised_as_it_is():
 
 def test_buffers_are_no_more_than_slots_and_those_aside():
     reader = SlowReader()
-    cache = ExpertCache(reader, 2, aside=2, policy=LruPolicy)
+    cache = ExpertCache(reader, 2, staging=2, policy=LruPolicy)
     generator = torch.Generator().manual_seed(0)
     for step in range(300):
         layer = step % 8

@@ -25,7 +25,7 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
 from formats.reading.fork_gate import ForkGate, shared_gate
-from loader.experts import changes, fetcher
+from loader.experts import fetcher, monitor
 from loader.experts.cache import ExpertCache
 
 IDS = torch.tensor([[1, 17, 300, 42, 99]])
@@ -46,7 +46,7 @@ def load(folder):
 
 @pytest.fixture(autouse=True)
 def look_often(monkeypatch):
-    monkeypatch.setattr(changes, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(monitor, "CHECK_EVERY_S", 0.05)
 
 
 def generated(model):
@@ -299,7 +299,7 @@ def test_a_closed_cache_says_so_to_those_who_wait_and_those_who_come():
 
 
 def test_experts_of_a_thread_that_died_in_a_lease_are_free_again():
-    cache = ExpertCache(SlowReader(), 0, aside=2)
+    cache = ExpertCache(SlowReader(), 0, staging=2)
     leases = []
 
     def work():

@@ -23,26 +23,31 @@ from loader.experts.cache import ExpertCache
 
 IDS = torch.tensor([[1, 17, 300, 42, 99]])
 FILES = {
-    "experts/" + name
-    for name in (
-        "buffers.py",
-        "cache.py",
-        "cache_state.py",
-        "changes.py",
-        "fetcher.py",
-        "lease.py",
-        "policy.py",
-        "slots.py",
-        "streaming.py",
-        "uses.py",
-    )
-} | {
+    *(
+        "experts/" + name
+        for name in (
+            "buffers.py",
+            "cache.py",
+            "cache_entry.py",
+            "cache_state.py",
+            "fetcher.py",
+            "lease.py",
+            "monitor.py",
+            "pins.py",
+            "policy.py",
+            "slot_table.py",
+            "slots.py",
+            "streaming.py",
+        )
+    ),
     "decode/cpu.py",
     "hf/cache_length.py",
     "hf/decoder_path.py",
     "hf/growing_cache.py",
     "hf/served_model.py",
 }
+"""Files whose lines are interrupted, by their last folder and name."""
+assert all((Path(loader.__file__).parent / name).is_file() for name in FILES)
 PLACES = 40
 """How many of the lines that a call runs it is interrupted at, evenly spread."""
 
@@ -112,17 +117,17 @@ def generated(model, tokens=2):
 
 def check_counts(cache):
     """Nothing is pinned, every buffer is free or holds an expert."""
-    inside(cache, "changes").until(
+    inside(cache, "monitor").wait_for(
         lambda: (
             not any(h.job for slots in inside(cache, "layers") for h in slots.entries()) or None
         ),
         60,
     )
-    side = inside(cache, "layers")[0].aside
+    side = inside(cache, "layers")[0].staging
     entries = [held for slots in inside(cache, "layers") for held in slots.entries()]
     assert not any(held.pins for held in entries)
-    assert side.used == sum(len(slots.outside) for slots in inside(cache, "layers")) <= side.room
-    assert all(len(slots.held) <= slots.slots for slots in inside(cache, "layers"))
+    assert side.used == sum(len(slots.staged) for slots in inside(cache, "layers")) <= side.room
+    assert all(len(slots.cached) <= slots.slots for slots in inside(cache, "layers"))
     taken = {held.buffer.data_ptr() for held in entries}
     assert len(taken) == len(entries)
     free = {buffer.data_ptr() for piece in side.pool.pieces for buffer in piece.free}

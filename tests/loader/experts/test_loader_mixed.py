@@ -13,7 +13,7 @@ from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from loader.arithmetic import kernels
-from loader.planning.budget import expert_bytes_by_layer
+from loader.budget.expert_sizes import expert_bytes_by_layer
 
 RULES = {
     "by layer": "0=4bit,2-3/down=3bit,6/gate_up=3bit,7=tile32-q2-g16-s8",

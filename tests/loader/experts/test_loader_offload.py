@@ -20,14 +20,14 @@ from formats.errors import DamageError
 from formats.reading.direct_reader import DirectReader
 from formats.reading.mmap_reader import MmapReader
 from loader.arithmetic import kernels
-from loader.planning.budget import aside_bytes, expert_bytes_by_layer
+from loader.budget.expert_sizes import expert_bytes_by_layer, staging_bytes
 
 IDS = torch.tensor([[1, 17, 300, 42, 99, 7, 1234, 56, 800, 3]])
 
 
 def budget(folder, slots):
     artifact = Artifact.open(folder)
-    return int(slots * sum(expert_bytes_by_layer(artifact))) + aside_bytes(artifact, 2)
+    return int(slots * sum(expert_bytes_by_layer(artifact))) + staging_bytes(artifact, 2)
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ def get(cache, layer, experts):
 
 def settle(cache, layer, *experts):
     """Waits until the guesses have been read."""
-    outside = inside(cache, "layers")[layer].outside
-    inside(cache, "changes").until(
-        lambda: all(e in outside and not outside[e].job for e in experts) or None, timeout_s=60
+    staged = inside(cache, "layers")[layer].staged
+    inside(cache, "monitor").wait_for(
+        lambda: all(e in staged and not staged[e].job for e in experts) or None, timeout_s=60
     )
 
 
@@ -75,7 +75,7 @@ def test_a_guess_evicts_nothing():
 
 def test_guesses_are_read_one_by_one_and_no_more_than_there_is_room_for():
     reader = SlowReader(held=True)
-    cache = ExpertCache(reader, 2, aside=2)
+    cache = ExpertCache(reader, 2, staging=2)
     cache.guess(1, [4, 5, 6])
     reader.wait_until_asked(1, 4)
     assert (1, 5) not in reader.asked
@@ -116,7 +116,7 @@ def test_no_guess_begins_while_a_demand_is_read():
 
 def test_guesses_for_another_layer_make_room_for_newer_ones():
     reader = SlowReader()
-    cache = ExpertCache(reader, 2, aside=2)
+    cache = ExpertCache(reader, 2, staging=2)
     cache.guess(5, [0, 1])
     settle(cache, 5, 1)
     cache.guess(2, [6, 7])
@@ -131,7 +131,7 @@ def test_a_failed_guess_is_nobodys_error():
     reader.fails = {(1, 4)}
     cache.guess(1, [4, 5])
     settle(cache, 1, 5)
-    assert 4 not in inside(cache, "layers")[1].outside
+    assert 4 not in inside(cache, "layers")[1].staged
     reader.fails = set()
     assert get(cache, 1, [4, 5]) == {4: 4, 5: 5}
 

@@ -19,7 +19,7 @@ def streamed(cache, layer, experts, ascending=False):
 
 
 def in_slots(cache, layer):
-    return set(inside(cache, "layers")[layer].held)
+    return set(inside(cache, "layers")[layer].cached)
 
 
 @pytest.mark.parametrize("ascending", [False, True])
@@ -85,7 +85,7 @@ def test_in_ascending_order_nothing_overtakes():
 
 def test_the_next_one_is_read_while_one_is_computed():
     reader = SlowReader(held=True)
-    cache = ExpertCache(reader, 1, aside=2, policy=LruPolicy)
+    cache = ExpertCache(reader, 1, staging=2, policy=LruPolicy)
     parts = cache.stream(0, [0, 1, 2, 3], (), ascending=True)
     reader.let(0, 0)
     assert list(next(parts)) == [0]
@@ -120,7 +120,7 @@ def test_a_prompt_that_is_given_up_leaves_nothing_pinned():
 
 def test_leftover_guesses_do_not_keep_a_prompt_from_its_room():
     reader = SlowReader()
-    cache = ExpertCache(reader, 1, aside=2, policy=LruPolicy)
+    cache = ExpertCache(reader, 1, staging=2, policy=LruPolicy)
     cache.guess(5, [0, 1])
     for expert in (0, 1):
         reader.wait_until_asked(5, expert, times=2)

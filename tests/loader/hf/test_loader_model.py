@@ -12,7 +12,7 @@ import loader
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, MoeConvertError, RecipeError
 from loader.arithmetic import kernels
-from loader.planning.budget import expert_bytes_by_layer
+from loader.budget.expert_sizes import expert_bytes_by_layer
 
 RECIPES = ("2bit", "3bit", "4bit", "paper-2bit", "paper-3bit")
 PROMPT = "So Jonah arose, and went to Nineveh, according to"

@@ -6,14 +6,10 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, RecipeError
 from formats.files import control_group
 from formats.sizes import parse_size
-from loader.planning import budget
-from loader.planning.budget import (
-    aside_bytes,
-    check_slots,
-    expert_bytes_by_layer,
-    ram_budget,
-    slots_by_layer,
-)
+from loader.budget import ram as budget
+from loader.budget.expert_sizes import expert_bytes_by_layer, staging_bytes
+from loader.budget.ram import ram_budget
+from loader.budget.slot_counts import check_slots, slots_by_layer
 
 
 @pytest.mark.parametrize(
@@ -47,7 +43,7 @@ def slots_of(budget_bytes, artifact, all_in_place=True):
 
 def test_budget_is_shared_by_all_layers_and_what_is_on_its_way(converted):
     artifact = Artifact.open(converted("2bit"))
-    three = 3 * sum(expert_bytes_by_layer(artifact)) + aside_bytes(artifact, 2)
+    three = 3 * sum(expert_bytes_by_layer(artifact)) + staging_bytes(artifact, 2)
     assert slots_of(three, artifact) == (3,) * 8
     assert slots_of(10**12, artifact) == slots_of(10**12, artifact, all_in_place=False) == (8,) * 8
 
@@ -55,7 +51,7 @@ def test_budget_is_shared_by_all_layers_and_what_is_on_its_way(converted):
 def test_what_is_left_gives_some_layers_one_more_evenly_spread(converted):
     artifact = Artifact.open(converted("2bit"))
     sizes = expert_bytes_by_layer(artifact)
-    three = 3 * sum(sizes) + aside_bytes(artifact, 2)
+    three = 3 * sum(sizes) + staging_bytes(artifact, 2)
     assert slots_of(three + sizes[0], artifact) == (4, 3, 3, 3, 3, 3, 3, 3)
     assert slots_of(three + 2 * sizes[0], artifact) == (4, 3, 3, 3, 4, 3, 3, 3)
     assert slots_of(three + 4 * sizes[0] + 1, artifact) == (4, 3, 4, 3, 4, 3, 4, 3)

@@ -7,9 +7,10 @@ from project_paths import ROOT
 from converter.checkpoint.outline import PlannedFolder
 from converter.recipe.recipes import make_recipe
 from formats.errors import DoesNotFitError
-from loader.cuda.experts.stack import TIER_ASIDE
+from loader.budget.expert_sizes import staging_experts
+from loader.budget.slot_counts import slots_by_layer, tier_counts
+from loader.cuda.experts.stack import TIER_STAGING
 from loader.experts.policy import LrfuPolicy
-from loader.planning.budget import experts_aside, slots_by_layer, tier_counts
 from loader.planning.gpu_plan import (
     CONTEXT_BYTES,
     CUDA_PROCESS_BYTES,
@@ -42,7 +43,7 @@ MACHINE = GpuMachine(link_bytes_per_s=1_000, gpu_memory_bytes_per_s=10_000, disk
 ON_GPU = 1000 + 2 * 50 + CONTEXT_BYTES + 160
 PROCESS = PROCESS_BYTES + CUDA_PROCESS_BYTES
 ASIDE = 2 * 400
-IN_RAM = TIER_ASIDE * 400
+IN_RAM = TIER_STAGING * 400
 PAGE = ROOT / "docs" / "plan.md"
 
 
@@ -81,7 +82,9 @@ def test_without_a_budget_ram_holds_all_experts_and_no_disk_is_needed():
 def test_less_ram_holds_what_the_tier_makes_of_it():
     for cache in range(IN_RAM, 8 * 400, 130):
         plan = planned(ASIDE, cache)
-        assert dict(zip(IN_MEMORY, plan.slots, strict=True)) == tier_counts(cache, MADE, TIER_ASIDE)
+        assert dict(zip(IN_MEMORY, plan.slots, strict=True)) == tier_counts(
+            cache, MADE, TIER_STAGING
+        )
         assert plan.slot_bytes <= plan.cache_bytes == cache
 
 
@@ -150,7 +153,7 @@ def test_too_little_ram_is_refused_with_the_least_that_works():
     ) as e:
         planned(ASIDE, IN_RAM - 1)
     assert "at least 833MiB" in e.value.hint
-    assert planned(ASIDE, IN_RAM).slots == (TIER_ASIDE, TIER_ASIDE)
+    assert planned(ASIDE, IN_RAM).slots == (TIER_STAGING, TIER_STAGING)
 
 
 def test_the_documents_numbers_of_8x7b_are_what_is_computed(example_folder, tmp_path):
@@ -180,7 +183,7 @@ def test_the_documents_numbers_of_8x7b_are_what_is_computed(example_folder, tmp_
         ]
         gpu = plans[0].gpu
         assert gpu.slots == slots_by_layer(
-            gpu.cache_bytes, sizes.experts, experts_aside(sizes.architecture), all_in_place=False
+            gpu.cache_bytes, sizes.experts, staging_experts(sizes.architecture), all_in_place=False
         )
         slots = " or ".join(str(count) for count in sorted(set(gpu.slots)))
         speeds = " | ".join("{:.1f} to {:.1f}".format(*plan.tokens_per_s) for plan in plans)

@@ -9,8 +9,9 @@ from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
+from loader.budget.expert_sizes import staging_bytes
+from loader.budget.slot_counts import slots_of_folder
 from loader.experts.policy import LruPolicy
-from loader.planning.budget import aside_bytes, slots_of_folder
 from loader.planning.memory_plan import (
     EFFICIENCY,
     PROCESS_BYTES,
@@ -75,7 +76,7 @@ def test_slots_are_those_that_the_loader_makes(converted):
     artifact = Artifact.open(converted("2bit"))
     sizes = ModelSizes.of_folder(artifact)
     for share in (0.1, 0.3, 0.77, 1):
-        cache = max(sizes.aside, int(share * sizes.all_experts))
+        cache = max(sizes.staging_bytes, int(share * sizes.all_experts))
         plan = plan_memory(sizes, MACHINE, sizes.fixed(64, 8) + cache, context=64, prompt=8)
         assert plan.slots == slots_of_folder(artifact, plan.cache_bytes, "auto")
 
@@ -119,7 +120,7 @@ def test_sizes_of_a_folder_are_those_of_its_index(converted):
     assert 0 <= artifact.index.trunk.size_bytes - sizes.trunk < 16 << 10
     assert sizes.stored == (artifact.entry(0, 0).length,) * 8
     assert sizes.kv_per_position == 2 * 8 * 2 * 32 * 2
-    assert sizes.aside == aside_bytes(artifact, 2)
+    assert sizes.staging_bytes == staging_bytes(artifact, 2)
     assert sizes.in_place
 
 
@@ -149,7 +150,7 @@ def test_a_checkpoint_is_planned_as_its_conversion_will_be(converted, example_fo
         "kv_per_position",
         "in_place",
         "all_experts",
-        "aside",
+        "staging_bytes",
     ):
         assert getattr(sizes, name) == getattr(converted_sizes, name), name
 
