@@ -23,6 +23,8 @@ import torch
 
 from formats.packing import PACKINGS
 from loader.arithmetic import kernels
+from loader.arithmetic.expert_table import ExpertTable
+from loader.arithmetic.native_library import library
 
 
 class Experts:
@@ -49,7 +51,7 @@ class Experts:
         self.blobs = [whole[i * stride : i * stride + self.size] for i in range(self.count)]
         for blob in self.blobs:
             blob.copy_(one)
-        self.table = kernels.ExpertTable(self.count, hidden, intermediate, packing, packing)
+        self.table = ExpertTable(self.count, hidden, intermediate, packing, packing)
         for i, blob in enumerate(self.blobs):
             self.table.set(i, blob)
         self.macs = 3 * hidden * intermediate
@@ -106,7 +108,7 @@ def cold(experts: Experts, threads: int, pairs: int) -> dict[str, Any]:
         "gb_s": total / decode / 1e9,
         "stream_gb_s": total / stream / 1e9,
         "share": statistics.median(s / d for d, s in times),
-        "empty_region_us": kernels.empty_region_us() if threads > 1 else 0.0,
+        "empty_region_us": library().moe_empty_region_us(1000) if threads > 1 else 0.0,
     }
 
 

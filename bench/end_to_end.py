@@ -250,7 +250,7 @@ def _measures() -> dict[str, Callable[[], Any]]:
         "growing-cache": lambda: transformers_code(
             replaced(growing_cache.GrowingLayer, "update", growing_cache.DynamicLayer.update)
         ),
-        "head": lambda: transformers_code(replaced(head, "FEW_TOKENS", 0)),
+        "head": lambda: transformers_code(replaced(head, "MAX_BF16_TOKENS", 0)),
     }
 
 

@@ -1,12 +1,32 @@
-"""Runs a converted folder: a model of transformers whose experts come from the files, through a
-cache.
+"""Loads converted folders as transformers models whose experts come from files, through a cache.
 
 import loader
 model = loader.from_pretrained("mixtral-2bit", ram_cache="6GiB")
 tokenizer = loader.load_tokenizer("mixtral-2bit")
 
-After `import loader` transformers' AutoModelForCausalLM loads converted folders by name too
+After `import loader`, AutoModelForCausalLM of transformers loads converted folders too
 (docs/load.md).
+
+- *Folder*: an index, the trunk and expert files (docs/format.md); *trunk*: all weights but experts.
+- *Expert cache*: the experts in memory; *slot*: room for one expert of a layer.
+- *Backend*: computes products of packed weights. *Decoder*: computes one token natively.
+
+Rooms, lower ones first; a room imports only lower ones:
+
+- `lifetime`: forked children and copies of a model
+- `budget`: bytes that experts may use, and the slots that these hold
+- `experts`: the cache, its eviction policies, prefetch and reading threads
+- `arithmetic`: products on the CPU; `native`: their C++ code
+- `hf/modules`: modules over packed weights in place of transformers' own
+- `decode`: one token on the CPU, and the protocol of decoders; `cuda`: the same on GPUs
+- `hf`: everything else that touches transformers; its `by_name` calls `model.py`
+- this folder: `model.py` loads, `repository.py` opens a folder or repository, `placement.py` sets up
+  cache, backends and decoder for the devices, `default_options.py` and `option_values.py` hold the
+  options
+- `evaluation`, `traces`, `planning`, `serving`: uses of a loaded model
+
+Invariants: cache size, policy, prefetch and check change speed, never a result. Importing `loader`
+imports neither torch nor transformers.
 """
 
 import importlib
@@ -28,9 +48,7 @@ _MODULES = {
     "from_pretrained": "loader.model",
     "load_tokenizer": "loader.model",
 }
-"""Public name -> its module, imported when the name is first used: torch and transformers take
-seconds.
-"""
+"""Public name -> its module, imported at the first use: torch and transformers take seconds."""
 
 
 def __getattr__(name: str) -> Any:

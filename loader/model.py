@@ -1,6 +1,4 @@
-"""`from_pretrained` and `load_tokenizer`: a converted folder as a transformers model with its
-tokenizer.
-"""
+"""`from_pretrained` and `load_tokenizer`: a converted folder as a transformers model."""
 
 import logging
 import os
@@ -56,51 +54,58 @@ def from_pretrained(
     progress: Progress | None = None,
     reserve_bytes: int = 0,
 ) -> "PreTrainedModel":
-    """A causal language model of transformers whose experts come from `folder` when tokens need
-    them.
+    """Load a converted folder as a causal language model of transformers.
 
-    folder: one that moe-convert wrote, or owner/model on the Hub, at `revision` (None: main), with
-    `token` (None: huggingface_hub's). A repository is fetched whole into huggingface_hub's cache
-    and used there. With `lazy` all but the experts is fetched first; each expert comes when it is
-    needed, compared with its sha256, the others meanwhile; they stay in HF_HOME/moe-convert, and a
-    later start goes on. progress gets (stage, bytes there, bytes of all).
-    device: "cpu", "cuda", "cuda:1", several as "cuda:0,cuda:1" (layers' experts are split between
-    them, all else is on the first), or "auto": a GPU, if there is one that computes what it should
-    (loader/cuda/device/choice.py) and has room.
-    dtype: of activations, norms and embeddings; None and "auto" take config.json's, on GPUs without
-    bfloat16 float16.
-    gpu_cache: what experts may take on each GPU, bytes or a size such as "6GiB", or "auto"
-    (loader/cuda/experts/gpu_budget.py).
-    ram_cache: what they may take in RAM, likewise (loader/budget/ram.py); with a GPU
-    page-locked, read by "direct".
-    slots: experts for each layer, on the GPU if there is one, instead of what the budget holds
-    spread evenly.
-    io: "direct" (reads into memory of its own, past the page cache), "mmap" (experts where they lie
-    in a map; the page cache is the cache; a file that is cut while it is in use kills the process),
-    or "auto": mmap where all experts fit `ram_cache`, else direct.
-    policy: which expert leaves a full layer: lrfu, lru or lfu (loader/experts/policy.py;
-    docs/traces.md compares them).
-    prefetch: how many experts of the next layer to guess and read ahead, 0 for none; "auto": as
-    many as a token uses. It rests by itself where it does not pay (loader/experts/prefetch.py).
-    cpu_share: "auto": missed experts are computed on the CPU where that is sooner done than copying
-    them to the GPU; "off". check: "fast": compares the sha256 of the trunk when the model loads,
-    and the xxh3 of each expert whenever its bytes come from a disk or a network into memory, or are
-    first used in a map; "sha256": compares the experts' sha256 instead; "none". Whatever it is,
-    config.json must say what the index says, but for the fields that a user may change
-    (docs/security.md).
-    reserve_bytes: what "auto" budgets leave free besides, for KV caches of a server for example.
-    kernels: on the CPU: "native", "torch" (the slow reference), or "auto". attn_implementation: as
-    in transformers.
+    Experts are read from the files when tokens need them, through a cache.
 
-    After a fork the child may use the model, on the CPU, with a cache of its own. It cannot be
-    pickled: other processes load it. copy.deepcopy copies the trunk and shares the experts' cache.
+    folder: a folder that moe-convert wrote, or owner/model, a repository on the Hub.
+    device: "auto" (default), "cpu", "cuda", "cuda:1", or several as "cuda:0,cuda:1". Several GPUs
+        share the layers' experts; everything else is on the first one. "auto" takes a GPU that has
+        room and passes a check of small products (loader/cuda/device/choice.py), else the CPU.
+    dtype: floating-point dtype of activations, norms and embeddings. None (default) and "auto" take
+        config.json's, or float16 on GPUs without bfloat16.
+    gpu_cache: memory for experts on each GPU: bytes, a size such as "6GiB", or "auto" (default,
+        loader/cuda/experts/gpu_budget.py).
+    ram_cache: memory for experts in RAM: bytes, a size, or "auto" (default, loader/budget/ram.py).
+        With a GPU this RAM is page-locked.
+    slots: number of experts that each layer keeps, one number for each layer; on the GPU if there
+        is one. None (default): as many as the budget holds, spread evenly.
+    io: how experts are read. "direct": O_DIRECT reads into the cache's memory, past the page cache.
+        "mmap": experts are used in mapped files, and the page cache is the cache; if a file is
+        truncated while in use, the process is killed. "auto" (default): mmap if all experts fit
+        `ram_cache`, else direct. GPUs and `lazy` need direct.
+    policy: eviction policy, "lrfu" (default), "lru" or "lfu" (docs/traces.md compares them).
+    prefetch: experts of the next layer to guess and read ahead; 0 for none. "auto" (default): as
+        many as a token uses. Prefetch pauses where it does not pay (loader/experts/prefetch.py).
+    cpu_share: "auto": the CPU computes a missed expert if that is faster than its copy to the GPU.
+        "off" (default): the GPU computes all experts.
+    check: how files are verified. "fast" (default): the trunk's sha256 at loading; an expert's xxh3
+        whenever it is read from disk or network, or first used in a map. "sha256": experts by
+        their sha256 instead. "none": nothing is hashed. With each of them, config.json must agree
+        with the index, except for fields that users may change (docs/security.md).
+    kernels: products on the CPU. "native"; "torch", the slow reference; "auto" (default): native if
+        it is available.
+    attn_implementation: attention of transformers, such as "sdpa" or "eager". None (default):
+        transformers chooses. Attention code from the Hub is refused.
+    revision: branch, tag or commit of the repository. None (default): main.
+    token: Hub token. None (default): the one that huggingface_hub finds.
+    lazy: False (default) downloads the whole repository into huggingface_hub's cache first. True
+        downloads everything but the experts first; an expert is downloaded when it is needed and
+        verified by its sha256, the others in background. Files stay in HF_HOME/moe-convert, and a
+        later start continues.
+    progress: called with (stage, done bytes, total bytes) during a lazy download, from any thread.
+    reserve_bytes: bytes that "auto" budgets leave free in addition, for example for a server's KV
+        caches. Default 0.
 
-    The model is a subclass of its transformers class with two methods more: `moe_stats()` gives a
+    The model is a subclass of its transformers class with two more methods: `moe_stats()` returns a
     `MoeStats`, `reset_moe_stats()` sets the counters to zero.
 
-    Raises FormatError, DamageError or VersionError naming what is wrong with the folder, before any
-    weight is loaded; DoesNotFitError if a budget does not hold one token's experts, or the GPU not
-    what was asked for; RecipeError for an unknown option value.
+    A forked child can use the model on the CPU, with its own cache. A model cannot be pickled: each
+    process loads it. copy.deepcopy copies the trunk and shares the experts' cache.
+
+    Raises FormatError, DamageError or VersionError if the folder is wrong, before any weight is
+    loaded; DoesNotFitError if a budget does not hold one token's experts, or if the GPU has too
+    little memory; RecipeError for an unknown option value; HubError if a download fails.
     """
     check_options(cpu_share=cpu_share, io=io, policy=policy, check=check)
     dtype = _floating(dtype)
@@ -129,12 +134,16 @@ def from_pretrained(
 def load_tokenizer(
     folder: Folder, *, check: str = "fast", revision: str | None = None, token: str | None = None
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer in `folder`, or in the repository of that name on the Hub; code from there is
-    never run.
+    """Load the tokenizer of a folder or of a repository on the Hub. Code from there never runs.
 
-    Of a converted model only the files that its index lists are used, and compared with it; check:
-    "none" takes those that somebody edited too. TokenizerError (MoeConvertError) naming what is
-    wrong; HubError, FormatError, DamageError.
+    folder: a folder, or owner/model.
+    check: "fast" (default) and "sha256" use only the files that a converted model's index lists,
+        and verify them; "none" also takes files that were edited.
+    revision: branch, tag or commit of the repository. None (default): main.
+    token: Hub token. None (default): the one that huggingface_hub finds.
+
+    Raises TokenizerError (a MoeConvertError) if the files make no tokenizer; HubError, FormatError
+    or DamageError.
     """
     check_options(check=check)
     return tokenizer_of(small_files(folder, revision, token), check)
@@ -168,13 +177,13 @@ def _load(
     from loader.hf.loading.plugin import Parts, loading
     from loader.hf.model_class import served_class
 
-    # The configuration as our strict reader saw it, not as a second parser would.
+    # The fields that the strict reader checked; a second parser could see others.
     fields = {**artifact.config, "transformers_weights": TRUNK_NAME}
     options = loading_options(
         artifact.folder, fields, attn_implementation, error=FormatError, converted=True
     )
     parts = Parts(artifact, placement.cache, placement.backend, placement.experts)
-    # With an adapter_config.json beside the weights, transformers would load that too.
+    # A folder of links to the listed files only: transformers would load an adapter_config.json too.
     with (
         link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files,
         loading(parts),
@@ -198,35 +207,33 @@ def _load(
         return model.to(placement.device).eval()
     except torch.OutOfMemoryError as e:
         raise DoesNotFitError(
-            f"{artifact.folder}: the trunk of {artifact.index.trunk.size_bytes} bytes does not fit {placement.device}"
-            f" beside the experts' slots: {str(e).splitlines()[0]}",
+            f"{artifact.folder}: the trunk of {artifact.index.trunk.size_bytes} bytes does not fit"
+            f" {placement.device} beside the experts' slots: {str(e).splitlines()[0]}",
             "give a smaller gpu_cache, or free GPU memory",
         ) from None
 
 
 def _dtype(dtype: Any, artifact: Artifact, devices: Sequence[Device]) -> Any:
-    """What transformers is told. GPUs before Ampere have no instructions for bfloat16."""
+    """Return the dtype for transformers. GPUs before Ampere have no bfloat16 instructions."""
     if dtype not in (None, "auto") or all(device.capability >= (8, 0) for device in devices):
         return "auto" if dtype is None else dtype
     return torch.float16 if artifact.config.get("dtype") == "bfloat16" else "auto"
 
 
 def _floating(dtype: Any) -> Any:
-    """None and "auto" as they are; a dtype, or its name, as the dtype."""
+    """Return a dtype for a dtype or its name; None and "auto" unchanged. RecipeError for others."""
     if dtype in (None, "auto"):
         return dtype
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise RecipeError(
             f"dtype: {dtype!r} is no floating-point dtype", "use torch.bfloat16, float16 or float32"
         )
-    return found
+    return value
 
 
 def _check_attention(name: str | None) -> None:
-    """RecipeError unless transformers has this attention itself: for other names it would fetch
-    code from the Hub.
-    """
+    """Raise RecipeError unless transformers has this attention: it fetches others from the Hub."""
     from transformers import AttentionInterface
 
     known = ("eager", *AttentionInterface().valid_keys())
@@ -235,16 +242,15 @@ def _check_attention(name: str | None) -> None:
 
 
 def _prefetcher(model: Any, guesses: int | None) -> Prefetcher | None:
-    """Guesses by the model's routers, as many experts as these choose where `guesses` is None."""
+    """Return a prefetcher over the model's routers; `guesses` None: as many as a router chooses."""
     layers = routed_layers(model)
     if layers is None:
         _log.info(
-            "experts of the next layer are not guessed: the routers of %s are not known",
+            "prefetch is off: the routers of %s are not known",
             type(model).__name__,
         )
         return None
-    # By the routers: config.json may ask for another number of experts than the folder was made
-    # with.
+    # From the routers: config.json may name another number than the folder was converted with.
     count = layers[0].router.top_k if guesses is None else guesses
     return Prefetcher([x.router.weight for x in layers], [x.norm.weight for x in layers], count)
 
@@ -258,7 +264,7 @@ def _guesses(prefetch: int | str, architecture: Architecture) -> int:
         and 0 <= prefetch <= architecture.num_local_experts
     ):
         return prefetch
-    most = architecture.num_local_experts
+    experts = architecture.num_local_experts
     raise RecipeError(
-        f"prefetch: {prefetch!r} is not a number of experts; expected is auto or 0 to {most}"
+        f"prefetch: {prefetch!r} is not a number of experts; expected is auto or 0 to {experts}"
     )

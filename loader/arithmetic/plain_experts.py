@@ -12,7 +12,6 @@ from formats.expert import ExpertLayout, gate_and_up, sections
 from formats.packing import AnyPacking, Packing
 from loader.arithmetic import kernels
 from loader.arithmetic.torch_product import product
-from loader.hf.modules.head import FEW_TOKENS
 
 TilesProduct = Callable[[Tensor, Tensor, str, int], Tensor]
 
@@ -52,7 +51,7 @@ class PlainExperts:
         if isinstance(packing, Packing):
             return self._linear(x.contiguous(), stored, packing.name, rows)
         if stored.dtype is torch.bfloat16 and len(x) <= (
-            _FEW_BESIDE_BF16 if narrow else FEW_TOKENS
+            _FEW_BESIDE_BF16 if narrow else kernels.MAX_BF16_TOKENS
         ):
             return kernels.linear_bf16(x.contiguous(), stored)
         if stored.dtype is torch.bfloat16 and narrow:

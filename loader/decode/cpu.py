@@ -14,6 +14,7 @@ from formats.expert import ExpertLayout
 from formats.native.abi import Status
 from loader.arithmetic import kernels
 from loader.arithmetic.backend import Backend
+from loader.arithmetic.expert_table import ExpertTable
 from loader.arithmetic.native_library import Model, Token, library
 from loader.arithmetic.torch_threads import torch_threads_for
 from loader.decode.decoder import Kind, KvLayer
@@ -230,9 +231,7 @@ class CpuDecoder(Derived):
         layer, structure = self._weights.layers[number], self._structures[number]
         layout = layer.layouts[0]
         names = layout.gate_up.name, layout.down.name
-        table = kernels.ExpertTable(
-            layer.experts, self._weights.hidden, structure.intermediate, *names
-        )
+        table = ExpertTable(layer.experts, self._weights.hidden, structure.intermediate, *names)
         chosen, weights = self._routing(number, index, scores)
         inputs = self._normed(room).float()[None]
         total = torch.zeros_like(inputs)

@@ -7,15 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loader.arithmetic import kernels
-
-FEW_TOKENS = 8
-"""Up to here the native kernel reads the weights once; with more tokens torch's blocked product
-wins.
-"""
+from loader.arithmetic.kernels import MAX_BF16_TOKENS
 
 
 class NativeHead(nn.Linear):
-    """A linear layer without bias. bfloat16 and up to FEW_TOKENS tokens: summed in float32, rounded
+    """A linear layer without bias. bfloat16 and up to MAX_BF16_TOKENS tokens: summed in float32, rounded
     once at the end.
     """
 
@@ -26,7 +22,7 @@ class NativeHead(nn.Linear):
         if (
             weight.dtype is not torch.bfloat16
             or x.dtype is not torch.bfloat16
-            or not 0 < tokens <= FEW_TOKENS
+            or not 0 < tokens <= MAX_BF16_TOKENS
             or torch.is_grad_enabled()
             or self.bias is not None
             or not weight.is_contiguous()

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from linear_many import products_of
 
 from formats import packing as reference
 from loader.arithmetic import kernels
+from loader.arithmetic.expert_table import ExpertTable
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="native kernels are not built")
 
@@ -229,7 +231,7 @@ def test_all_instruction_sets_and_thread_counts_give_the_same_bits(name: str) ->
     w, expert = Matrix(name, 290, 520, seed=1), Expert(name, name, 192, 384, seed=5)
     x, hidden = activations(14, 520), activations(14, 192)
     index = torch.zeros((14, 1), dtype=torch.int64)
-    table = kernels.ExpertTable(1, 192, 384, name, name)
+    table = ExpertTable(1, 192, 384, name, name)
     table.set(0, expert.blob)
     results = []
     for isa in ISAS:
@@ -313,7 +315,7 @@ def test_a_call_over_a_list_equals_calls_over_its_parts() -> None:
 def test_a_routers_answer_gives_the_bits_of_the_explicit_lists() -> None:
     name, tokens = "tile32-q3-g32-s4", 20
     many = [Expert(name, name, 192, 384, seed) for seed in range(0, 24, 3)]
-    table = kernels.ExpertTable(8, 192, 384, name, name)
+    table = ExpertTable(8, 192, 384, name, name)
     for i, e in enumerate(many):
         table.set(i, e.blob)
     generator = torch.Generator().manual_seed(0)
@@ -330,7 +332,7 @@ def test_a_routers_answer_gives_the_bits_of_the_explicit_lists() -> None:
 
 def test_many_pairs_in_several_passes_give_the_bits_of_single_tokens() -> None:
     name, tokens = "tile32-q2-g16-s4", 700
-    table = kernels.ExpertTable(2, 64, 64, name, name)
+    table = ExpertTable(2, 64, 64, name, name)
     for i in range(2):
         table.set(i, Expert(name, name, 64, 64, i).blob)
     x, weights = activations(tokens, 64), torch.rand((tokens, 2))
@@ -351,7 +353,7 @@ def test_a_value_that_is_not_finite_spoils_its_token_and_no_other(
         w, expert = Matrix(name, 40, 192, seed=1), Expert(name, name, 192, 100, seed=2)
         x = activations(tokens, 192)
         x[0, 70] = bad
-        table = kernels.ExpertTable(1, 192, 100, name, name)
+        table = ExpertTable(1, 192, 100, name, name)
         table.set(0, expert.blob)
         index = torch.zeros((tokens, 1), dtype=torch.int64)
         for y in (
@@ -376,9 +378,7 @@ def test_several_matrices_over_one_activation_give_the_bits_of_single_calls() ->
     ]
     for tokens in (1, 4, 20):
         x = activations(tokens, 320)
-        together = kernels.linear_many(
-            x, [kernels.PackedMatrix(w.tensor(), w.name, w.rows) for w in many]
-        )
+        together = products_of(x, [kernels.PackedMatrix(w.tensor(), w.name, w.rows) for w in many])
         for w, y in zip(many, together, strict=True):
             assert torch.equal(y, kernels.linear(x, w.tensor(), w.name, w.rows))
 
@@ -433,7 +433,7 @@ def test_wrong_arguments_are_refused() -> None:
     w, expert = Matrix(name, 40, 64, seed=1), Expert(name, name, 64, 64, seed=2)
     x, tiles = activations(2, 64), w.tensor()
     rows, ones = torch.arange(2, dtype=torch.int32), torch.ones(2)
-    table = kernels.ExpertTable(2, 64, 64, name, name)
+    table = ExpertTable(2, 64, 64, name, name)
     table.set(0, expert.blob)
     cases = [
         lambda: kernels.linear(x, tiles[:-1], name, 40),
@@ -444,7 +444,6 @@ def test_wrong_arguments_are_refused() -> None:
         lambda: kernels.linear(x[0], tiles, name, 40),
         lambda: kernels.linear(x, tiles.view(torch.int8), name, 40),
         lambda: kernels.linear(x, tiles, "tile32-q5", 40),
-        lambda: kernels.linear_many(x, [kernels.PackedMatrix(tiles[1:], name, 40)]),
         lambda: kernels.linear_bf16(x, torch.zeros((3, 63), dtype=torch.bfloat16)),
         lambda: kernels.linear_bf16(x, torch.zeros((3, 64))),
         lambda: kernels.experts(
@@ -496,8 +495,8 @@ def test_parts_of_a_routers_answer_add_up_to_the_whole() -> None:
     blobs = [Expert(name, name, 64, 96, seed).blob for seed in (1, 7)]
     x, index = activations(5, 64), torch.tensor([[0, 1]]).repeat(5, 1)
     weights = torch.rand((5, 2))
-    whole = kernels.ExpertTable(2, 64, 96, name, name)
-    parts = [kernels.ExpertTable(2, 64, 96, name, name) for _ in range(2)]
+    whole = ExpertTable(2, 64, 96, name, name)
+    parts = [ExpertTable(2, 64, 96, name, name) for _ in range(2)]
     for i in range(2):
         whole.set(i, blobs[i])
         parts[i].set(i, blobs[i])
