@@ -26,13 +26,12 @@ from converter.forward.loaded_layer import Routed
 from converter.forward.ordered_tasks import one_by_one
 from formats.errors import DoesNotFitError, SourceError
 from formats.files.io_errors import io_error
+from formats.prediction import Prediction
 
 TOKENS_AT_ONCE = 4096
 """That go through an expert together; as many windows as are in them, but at least one, through a
 layer.
 """
-
-Prediction = tuple[Callable[[int, int], Tensor], Tensor]
 
 
 class StreamedModel:
@@ -79,7 +78,8 @@ class StreamedModel:
         window = self._windows.shape[1]
         chosen = torch.stack(self._work.chosen)
         for number, stream in enumerate(self._stream):
-            yield partial(self._logits, stream), chosen[:, number * window : (number + 1) * window]
+            routers = chosen[:, number * window : (number + 1) * window]
+            yield Prediction(partial(self._logits, stream), routers)
 
     def _logits(self, stream: Tensor, begin: int, end: int) -> Tensor:
         return self._forward.logits(stream[begin:end])

@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from formats.errors import MoeConvertError
+from formats.prediction import Prediction
 from formats.quality import Comparison
 from loader.evaluation.perplexity import Progress
 from loader.hf.modules.expert_layers import experts_modules
-
-Prediction = tuple[Callable[[int, int], Tensor], Tensor]
-"""Of one window: a function (begin, end) → logits, float32 [end - begin, vocabulary], of these
-positions; and the experts that the routers chose, int64 [layers, window, k].
-"""
 
 POSITIONS_AT_ONCE = 256
 """Whose logits are in memory: 33 MB a model for a vocabulary of 32000."""
@@ -46,7 +42,7 @@ def model_predictions(model: Any, windows: Tensor, batch: int) -> Iterator[Predi
         routers = torch.stack(choices.found)
         routers = routers.view(len(routers), *ids.shape, -1)
         for row in range(len(ids)):
-            yield partial(_logits, model.lm_head, hidden[row]), routers[:, row]
+            yield Prediction(partial(_logits, model.lm_head, hidden[row]), routers[:, row])
 
 
 @torch.inference_mode()
@@ -68,8 +64,8 @@ def compare(
         rows, routers = [], []
         for number, ids in enumerate(text.windows):
             ours, theirs = next(pairs)
-            rows.append(_window(ours[0], theirs[0], ids))
-            routers.append(_same_experts(ours[1], theirs[1]))
+            rows.append(_window(ours.logits, theirs.logits, ids))
+            routers.append(_same_experts(ours.routers, theirs.routers))
             if not bool(torch.isfinite(rows[-1]).all()):
                 raise MoeConvertError(
                     f"{text.name}, window {number}: the predictions of one of the models are infinite or NaN",

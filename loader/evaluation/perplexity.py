@@ -3,7 +3,7 @@ examples/tiny-mixtral/README.md.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from formats.errors import MoeConvertError
-from loader.hf.loading.tokenizer import check_tokens, embedding_rows
 
 Progress = Callable[[str, int, int], None]
 """Called with (name of the text, done windows, all windows of the text)."""
@@ -118,27 +117,6 @@ def named_windows(
             "give a longer text or a smaller window",
         )
     return windows
-
-
-def measure_perplexity(
-    model: Any,
-    tokenizer: Any,
-    texts: Iterable[tuple[str, str]],
-    *,
-    window: int = 256,
-    batch: int = 4,
-    max_windows: int | None = None,
-    progress: Progress | None = None,
-) -> PerplexityReport:
-    """As `measure_windows`, of (name, text) pairs. MoeConvertError if a text is shorter than a
-    window, or has a token without an embedding.
-    """
-    named = [
-        (name, named_windows(tokenizer, name, text, window, max_windows)) for name, text in texts
-    ]
-    for name, windows in named:
-        check_tokens(windows, tokenizer, embedding_rows(model), name)
-    return measure_windows(model, named, batch=batch, progress=progress)
 
 
 @torch.inference_mode()

@@ -65,23 +65,6 @@ class TracedModel:
         )
 
 
-def trace_texts(
-    model: Any,
-    tokenizer: Any,
-    described: TracedModel,
-    producer: str,
-    texts: Sequence[Path],
-    *,
-    window: int = 256,
-    batch: int = 4,
-    max_tokens: int | None = None,
-    progress: Progress | None = None,
-) -> Trace:
-    """As `trace_windows`, of UTF-8 files."""
-    named = text_windows(tokenizer, described, texts, window, max_tokens)
-    return trace_windows(model, described, producer, texts, named, batch=batch, progress=progress)
-
-
 def text_windows(
     tokenizer: Any,
     described: TracedModel,
@@ -129,31 +112,6 @@ def trace_windows(
         yield from (TracedSequence(number, window, 0) for _ in windows)
 
     return _trace(model, described, producer, texts, run)
-
-
-def trace_prompts(
-    model: Any,
-    tokenizer: Any,
-    described: TracedModel,
-    producer: str,
-    prompts: Sequence[Path],
-    *,
-    raw: bool = False,
-    max_new_tokens: int = 64,
-    progress: Progress | None = None,
-) -> Trace:
-    """As `trace_inputs`, of UTF-8 files with one prompt a line, read as in `read_prompts`."""
-    inputs = read_prompts(tokenizer, described, prompts, raw=raw)
-    return trace_inputs(
-        model,
-        tokenizer,
-        described,
-        producer,
-        prompts,
-        inputs,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-    )
 
 
 @torch.inference_mode()

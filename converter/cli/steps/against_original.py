@@ -19,7 +19,8 @@ from formats.quality import Evaluation
 from formats.repair.unconverted import check_finished
 
 if TYPE_CHECKING:
-    from loader.evaluation.comparison import Prediction, Text
+    from formats.prediction import Prediction
+    from loader.evaluation.comparison import Text
 
 _TOKENIZER_HINT = "give the checkpoint that was converted, with its own tokenizer"
 

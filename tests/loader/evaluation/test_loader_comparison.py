@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from formats.errors import MoeConvertError
+from formats.prediction import Prediction
 from loader.evaluation import comparison
-from loader.evaluation.comparison import Prediction, Text, compare
+from loader.evaluation.comparison import Text, compare
 
 ROUTERS = torch.tensor([[[0, 1], [2, 3], [4, 5], [6, 7]]] * 2)  # [2 layers, 4 positions, 2]
 
@@ -26,7 +27,7 @@ def peaked(begin: int, end: int) -> Tensor:
 def predictions(
     logits: Callable[[int, int], Tensor], windows: int, routers: Tensor = ROUTERS
 ) -> Iterator[Prediction]:
-    return iter([(logits, routers)] * windows)
+    return iter([Prediction(logits, routers)] * windows)
 
 
 def text(*windows: list[int], name: str = "t") -> Text:

@@ -3,12 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from measured_texts import measure_perplexity
 
 from formats.errors import MoeConvertError
 from loader.evaluation.perplexity import (
     PerplexityReport,
     TextPerplexity,
-    measure_perplexity,
     read_text,
     windows_of,
 )

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 from made_traces import random_experts, trace_of
+from measured_texts import trace_texts
 from slow_reader import SlowReader
 
 from loader.experts.cache import ExpertCache
 from loader.experts.policy import POLICIES, LrfuPolicy, LruPolicy
 from loader.hf.loading.plain_checkpoint import load_checkpoint
 from loader.model import from_pretrained, load_tokenizer
-from loader.traces.record_trace import TracedModel, trace_texts
+from loader.traces.record_trace import TracedModel
 from loader.traces.replay import Request, decoded_tokens, recall, replay_layer, requests_of
 from loader.traces.routing_recorder import RoutingRecorder
 

@@ -1,6 +1,7 @@
 import hashlib
 
 import pytest
+from measured_texts import trace_prompts, trace_texts
 
 import loader
 from formats.artifact import Artifact
@@ -8,7 +9,7 @@ from formats.errors import MoeConvertError
 from loader.evaluation.perplexity import read_text, windows_of
 from loader.hf.loading.plain_checkpoint import load_checkpoint
 from loader.model import load_tokenizer
-from loader.traces.record_trace import TracedModel, trace_prompts, trace_texts
+from loader.traces.record_trace import TracedModel
 from loader.traces.trace import TracedSequence, TracedText
 
 
