@@ -16,8 +16,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class DefaultOptions:
-    """Options as the arguments of loader.from_pretrained; None where none was given. RecipeError
-    for a wrong value.
+    """Arguments of loader.from_pretrained; None for an option that was not given.
+
+    Raises RecipeError for a wrong value.
     """
 
     device: Devices = None
@@ -36,7 +37,7 @@ class DefaultOptions:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Option -> value, of those that were given."""
+        """Option -> value, only for options that were given."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -48,16 +49,15 @@ _CURRENT: ContextVar[DefaultOptions] = ContextVar(
 
 
 def defaults(**options: Any) -> AbstractContextManager[None]:
-    """Inside a `with`, models are loaded with these options wherever the call that loads one does
-    not give them.
+    """Return a context in which models load with these options, for callers that cannot pass them.
 
-    options: those of `DefaultOptions`, as loader.from_pretrained takes them: device, gpu_cache,
-    ram_cache, slots, io, policy, prefetch, cpu_share, check, kernels. One `with` inside another
-    keeps the outer options that the inner one does not name. They hold in this thread, and in tasks
-    and threads of asyncio that begin there; not in other threads. RecipeError naming an option with
-    a wrong value.
+    options: device, gpu_cache, ram_cache, slots, io, policy, prefetch, cpu_share, check, kernels, as
+    loader.from_pretrained takes them. An option that the loading call gives itself wins.
+
+    A nested context keeps the outer options that it does not name. The options hold in this thread,
+    and in asyncio's tasks and threads that start in it; not in other threads.
+    Raises RecipeError for an unknown value, before the context is entered.
     """
-    # Checked before the `with`.
     return _inside(DefaultOptions(**options))
 
 
@@ -71,7 +71,7 @@ def _inside(options: DefaultOptions) -> Iterator[None]:
 
 
 def with_defaults(load: Callable[P, R]) -> Callable[P, R]:
-    """Return `load`, to which the options of `defaults` are given where the caller gives none."""
+    """Wrap `load`: options that its caller does not give come from `defaults`."""
 
     @functools.wraps(load)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

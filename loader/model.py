@@ -266,5 +266,5 @@ def _guesses(prefetch: int | str, architecture: Architecture) -> int:
         return prefetch
     experts = architecture.num_local_experts
     raise RecipeError(
-        f"prefetch: {prefetch!r} is not a number of experts; expected is auto or 0 to {experts}"
+        f"prefetch: {prefetch!r} is not a number of experts; expected auto or 0 to {experts}"
     )

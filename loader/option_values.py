@@ -1,6 +1,4 @@
-"""The values that options of loader.from_pretrained may have, so far as they can be checked without
-a folder.
-"""
+"""Checks option values of loader.from_pretrained that need no folder to be checked."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +21,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
 
 
 def check_options(**options: Any) -> None:
-    """RecipeError naming the first of `options` whose value is not a possible one."""
+    """Raise RecipeError for the first of `options` with an impossible value."""
     for option, value in options.items():
         if option in _NAMES:
             if value not in _NAMES[option]:
@@ -41,7 +39,7 @@ def check_options(**options: Any) -> None:
         elif option == "prefetch":
             if value != "auto" and not _is_count(value):
                 raise RecipeError(
-                    f"prefetch: {value!r} is not a number of experts; expected is auto or 0 and more"
+                    f"prefetch: {value!r} is not a number of experts; expected auto, or 0 or more"
                 )
         elif option == "device":
             device_names(value)

@@ -1,4 +1,4 @@
-"""Where a model's parts go: the expert cache, who computes what, and the way for single tokens."""
+"""Chooses where a model's parts go: expert cache, backends and decoder, on the CPU or on GPUs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from loader.repository import OpenModel
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """As the arguments of `loader.from_pretrained`."""
+    """Arguments of `loader.from_pretrained` that concern the cache and the products."""
 
     gpu_cache: int | str
     ram_cache: int | str
@@ -36,8 +36,11 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Placement:
-    """backend: of the trunk, which is on `device`; experts: of each layer's experts. decoders: for
-    single tokens, or why there are none. retry: of passes for which a GPU had too little memory.
+    """Where the parts of a model are, and what computes them.
+
+    backend: computes the trunk's products, on `device`. experts: backend of each layer's experts.
+    decoders: makes the decoder of single tokens, or says why there is none. retry: repeats a pass
+    for which a GPU had too little memory; None on the CPU.
     """
 
     cache: ExpertCache
@@ -49,12 +52,17 @@ class Placement:
 
 
 def place(opened: OpenModel, devices: Sequence[Device], options: CacheOptions) -> Placement:
-    """On `devices`, or on the CPU where there are none. Errors as `from_pretrained`."""
+    """Place a model on the GPUs `devices`, or on the CPU if there are none.
+
+    Raises the errors of `from_pretrained`.
+    """
     return _on_gpus(opened, devices, options) if devices else _on_cpu(opened, options)
 
 
 def _on_cpu(opened: OpenModel, options: CacheOptions) -> Placement:
-    artifact, io, slots = opened.artifact, opened.io(options.io), options.slots
+    artifact = opened.artifact
+    io = opened.io(options.io)
+    slots = options.slots
     backend = choose_backend(options.kernels)
     if slots is None:
         budget = ram_budget(options.ram_cache, artifact, reserve_bytes=options.reserve_bytes)
@@ -88,21 +96,27 @@ def _on_gpus(opened: OpenModel, devices: Sequence[Device], options: CacheOptions
         )
     reader = opened.reader("direct", check=options.check)
     try:
-        found = GpuExperts.open(
-            opened.artifact, reader, devices, gpu_cache=options.gpu_cache, ram_cache=options.ram_cache,
-            slots=options.slots, policy=POLICIES[options.policy], cpu_share=options.cpu_share == "auto",
+        experts = GpuExperts.open(
+            opened.artifact,
+            reader,
+            devices,
+            gpu_cache=options.gpu_cache,
+            ram_cache=options.ram_cache,
+            slots=options.slots,
+            policy=POLICIES[options.policy],
+            cpu_share=options.cpu_share == "auto",
             reserve_bytes=options.reserve_bytes,
-        )  # fmt: skip
+        )
     except BaseException:
         reader.close()
         raise
     decoders: DecoderFactory | LeaveDecoder = LeaveDecoder(Reason.DEVICES, f"{len(devices)} GPUs")
     if len(devices) == 1:
-        cpu = choose_backend(options.kernels) if found.share else None
-        decoders = CudaDecoderFactory(devices[0], found.trunk.products, found.share, cpu)
-    retry = MemoryRetry(found.cache, found.devices)
+        cpu = choose_backend(options.kernels) if experts.share else None
+        decoders = CudaDecoderFactory(devices[0], experts.trunk.products, experts.share, cpu)
+    retry = MemoryRetry(experts.cache, experts.devices)
     return Placement(
-        found.cache, found.trunk, found.backends, devices[0].torch_device, decoders, retry
+        experts.cache, experts.trunk, experts.backends, devices[0].torch_device, decoders, retry
     )
 
 

@@ -1,4 +1,4 @@
-"""What to load: a folder here, or a repository on the Hub, whole or as it is needed."""
+"""Opens the model to load: a local folder, or a repository on the Hub, whole or lazily."""
 
 import os
 from collections.abc import Callable
@@ -22,23 +22,26 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A converted model whose structure was checked. lazy: of one whose experts are not all there."""
+    """A converted model whose structure was checked.
+
+    lazy: its folder, while experts are still being downloaded; else None.
+    """
 
     artifact: Artifact
     lazy: LazyFolder | None = None
     progress: Progress | None = None
 
-    def io(self, wish: str) -> str:
-        """How to read: what is not there cannot be mapped."""
-        if self.lazy and wish == "mmap":
+    def io(self, option: str) -> str:
+        """Return how to read for the option `io`. RecipeError: missing experts cannot be mapped."""
+        if self.lazy and option == "mmap":
             raise RecipeError(
-                "io: 'mmap' needs all experts, and with lazy they are still coming",
+                "io: 'mmap' needs all experts, but with lazy some are still being downloaded",
                 "use io='direct'",
             )
-        return "direct" if self.lazy else wish
+        return "direct" if self.lazy else option
 
     def reader(self, io: str, *, check: str) -> ExpertReader:
-        """A reader of the experts, by the name in READERS."""
+        """Return a reader of the experts. io: a name in READERS."""
         if self.lazy:
             return HubReader(self.lazy, check=check, progress=self.progress)
         return READERS[io](self.artifact, check=check)
@@ -52,13 +55,15 @@ def open_model(
     lazy: bool,
     progress: Progress | None,
 ) -> OpenModel:
-    """Opens a folder, or a repository of that name where there is no such folder. Raises HubError,
-    RecipeError for options that only repositories have, and what Artifact.open raises.
+    """Open a folder, or the repository of that name if there is no such folder.
+
+    Raises HubError, the errors of Artifact.open, and RecipeError for options that only
+    repositories have.
     """
     if not _is_repo(folder):
         if revision or lazy:
             raise RecipeError(
-                f"revision, lazy: only for a repository on the Hub, and {folder} is a folder's name"
+                f"revision, lazy: only for a repository on the Hub, but {folder} is a folder"
             )
         return OpenModel(Artifact.open(folder))
     if not lazy:
@@ -69,8 +74,9 @@ def open_model(
 
 
 def small_files(folder: Folder, revision: str | None, token: str | None) -> Path:
-    """The folder, or one in huggingface_hub's cache with the index and the tokenizer's files that
-    it lists.
+    """Return a folder with the tokenizer's files: `folder` itself, or one in the Hub's cache.
+
+    Of a repository only the index and the small files that it lists are downloaded.
     """
     if not _is_repo(folder):
         if os.path.isdir(folder):

@@ -1,4 +1,4 @@
-"""The arithmetic behind the modules: one small interface, and its reference in torch."""
+"""The interface of products of packed weights, its reference in torch, and the choice of one."""
 
 from typing import Protocol
 
@@ -15,20 +15,25 @@ KERNELS = ("auto", "torch", "native")
 
 
 class Backend(Protocol):
-    """Products of packed weights, x and results float32, all tensors but `index` on `torch_device`."""
+    """Products of packed weights.
+
+    x and results are float32. All tensors except `index` are on `torch_device`.
+    """
 
     name: str
     torch_device: torch.device
 
     @property
     def for_gradients(self) -> "Backend | None":
-        """What computes a forward pass through which gradients go (loader/arithmetic/gradients.py):
-        it does not round activations to int8. None where the backward is not implemented.
+        """Backend for forward passes with gradients (loader/arithmetic/gradients.py).
+
+        It does not round activations to int8. None if the backward pass is not implemented.
         """
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
-        """x [T, columns] · Wᵀ of the [rows, columns] matrix W in `tiles` (uint8 [tiles,
-        tile_bytes]): [T, rows].
+        """Return x [T, columns] · Wᵀ, [T, rows].
+
+        tiles: the matrix W [rows, columns], packed, uint8 [tiles, tile_bytes].
         """
 
     def experts(
@@ -40,18 +45,19 @@ class Backend(Protocol):
         weights: Tensor,
         out: Tensor,
     ) -> None:
-        """Adds to `out` [T, hidden], for every expert in `blobs` (uint8 [n_bytes] each) in
-        ascending order, weight · down(silu(gate(x)) · up(x)) of the tokens that chose it.
+        """Add weight · down(silu(gate(x)) · up(x)) to `out`, for each expert and its tokens.
 
-        x [T, hidden]; index int64 [T, k], on the CPU, and weights float32 [T, k] are the router's
-        answer. With one token, `blobs` are all its experts. With more, a choice that is not in
-        `blobs` adds nothing, so that consecutive calls over parts, in ascending order, give the
-        bits of one call.
+        blobs: expert -> uint8 [n_bytes], computed in ascending order; all experts of the token if
+        there is one token. x, out: [T, hidden]. index: the experts that the router chose, int64
+        [T, k] on the CPU. weights: the router's weights, float32 [T, k].
+
+        With several tokens, chosen experts that are not in `blobs` add nothing. So calls over
+        consecutive parts of the experts, in ascending order, give the bits of one call.
         """
 
 
 class TorchBackend:
-    """The reference: dequantizes what is used, then float32 products."""
+    """The reference: dequantizes the weights that are used, then multiplies in float32."""
 
     name = "torch"
     torch_device = torch.device("cpu")
@@ -63,8 +69,9 @@ class TorchBackend:
     def linear(
         self, tiles: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor
     ) -> Tensor:
-        """As `Backend.linear`; also of plain rows, [rows, columns] of the packing's dtype in the
-        place of tiles.
+        """Return x · Wᵀ (`Backend.linear`).
+
+        tiles: packed, or plain rows [rows, columns] of the packing's dtype.
         """
         return product(tiles, packing, rows, columns, x)
 
@@ -90,15 +97,16 @@ class TorchBackend:
 
 
 def choose_backend(name: str) -> Backend:
-    """The backend of `name`: "torch", "native" (RecipeError if it is not available here, saying
-    why), or "auto": native where it is available, else torch (loader/arithmetic/kernels.py then
-    warns, once, and says how to mend it).
+    """Return the backend of `name`: "torch", "native" or "auto".
+
+    "auto" is native if the library is available, else torch, with one warning that says how to get
+    the library. Raises RecipeError for other names, and for "native" without the library.
     """
     if name not in KERNELS:
         raise RecipeError(f"kernels: {name!r} is unknown; known are {', '.join(KERNELS)}")
     if name == "torch":
         return TorchBackend()
-    # Here, so that the torch backend needs no native library.
+    # Imported here: the torch backend needs no native library.
     from loader.arithmetic import kernels
     from loader.arithmetic.native_backend import NativeBackend
 
@@ -106,7 +114,7 @@ def choose_backend(name: str) -> Backend:
         return NativeBackend()
     if name == "native":
         raise RecipeError(
-            f"kernels: native ones are not available here: {kernels.describe()}",
+            f"kernels: the native library is not available: {kernels.describe()}",
             "use kernels auto or torch",
         )
     return TorchBackend()

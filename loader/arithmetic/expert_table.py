@@ -20,9 +20,9 @@ _PARTIAL = 2
 
 
 class ExpertTable:
-    """One layer's experts by number, checked once, for calls with a router's own answer.
+    """One layer's experts by number, each checked once.
 
-    Holds a reference to each blob that is set. Not to be changed while a call runs.
+    Holds a reference to each blob that is set. Do not change it while a call runs.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ExpertTable:
         self._blobs: list[torch.Tensor | None] = [None] * experts
 
     def set(self, expert: int, blob: torch.Tensor | None) -> None:
-        """Put an expert's bytes (uint8, at least `expert_bytes`) or take them away."""
+        """Set the bytes of an expert, uint8 of at least `expert_bytes`, or remove them."""
         if not 0 <= expert < self._count:
             raise ValueError(f"expert {expert}: the table has {self._count}")
         if blob is not None:
@@ -59,12 +59,12 @@ class ExpertTable:
         out: torch.Tensor | None = None,
         partial: bool = False,
     ) -> torch.Tensor:
-        """x fp32 [T, hidden], index int64 [T, k], weights fp32 [T, k]: fp32 [T, hidden], experts in
-        ascending order.
+        """Return the router-weighted sum of experts, float32 [T, hidden], in ascending order.
 
-        With `out`, adds to it and returns it. ValueError where a token uses an expert that is not
-        set; `partial` leaves such pairs out instead (calls over ascending parts of the experts give
-        the bits of one call over all).
+        x: float32 [T, hidden]. index: chosen experts, int64 [T, k]. weights: float32 [T, k]. out: if
+        given, the sum is added to it. partial: True skips experts that are not set; calls over
+        ascending parts of the experts then give the bits of one call over all. False raises
+        ValueError for them.
         """
         tokens, hidden = matrix_shape("x", x, torch.float32)
         top_k = matrix_shape("index", index, torch.int64)[1]

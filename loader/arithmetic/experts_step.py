@@ -1,6 +1,4 @@
-"""One token through its experts of a layer in one native call; rules as in
-loader/arithmetic/kernels.py.
-"""
+"""One token through its experts of a layer, in one native call."""
 
 from ctypes import addressof, byref, c_void_p
 
@@ -12,11 +10,13 @@ from loader.arithmetic import kernels
 from loader.arithmetic.native_library import LayerExperts, Routing, library, packing_id
 
 _ACCUMULATE = 1
+"""Flag of moe_experts_topk: add to the output (loader/native/moe_kernels.h)."""
 
 
 class ExpertsStep:
-    """One token's way through its experts of a layer: sizes and packings, checked once. Holds no
-    experts.
+    """Computes one token's experts of a layer. Sizes and packings are checked once.
+
+    Holds no experts.
     """
 
     def __init__(self, layout: ExpertLayout, experts: int) -> None:
@@ -36,8 +36,9 @@ class ExpertsStep:
     def add(
         self, blobs: dict[int, Tensor], x: Tensor, index: Tensor, weights: Tensor, out: Tensor
     ) -> None:
-        """Adds to `out` as `Backend.experts` does; all tensors dense, of one token. ValueError if a
-        size is another.
+        """Add one token's experts to `out` (`Backend.experts`); all tensors are dense.
+
+        Raises ValueError if a size or dtype does not match the layout.
         """
         pointers = self._pointers()
         for expert, blob in blobs.items():
@@ -53,7 +54,8 @@ class ExpertsStep:
             or not out.is_contiguous()
         ):
             raise ValueError(
-                f"one token of {self._hidden} float32: got {tuple(x.shape)}, {tuple(out.shape)}, {dtypes}"
+                f"expected one token of {self._hidden} float32:"
+                f" got {tuple(x.shape)}, {tuple(out.shape)}, {dtypes}"
             )
         experts = LayerExperts(blobs=addressof(pointers), **self._sizes)
         routing = Routing(index.data_ptr(), weights.data_ptr(), tokens=1, top_k=index.numel())

@@ -1,8 +1,8 @@
 """Autograd over packed weights.
 
-The forward pass keeps inputs only; the backward reads the packed bytes again and recomputes what
-lies between. With gradients enabled all of a pass is computed by `Backend.for_gradients`, also what
-comes before the first trainable part.
+The forward pass keeps inputs only. The backward pass reads the packed bytes again and recomputes
+the intermediate values. With gradients enabled, `Backend.for_gradients` computes the whole pass,
+also the layers before the first trainable one.
 """
 
 import logging
@@ -28,7 +28,7 @@ ExpertGradients = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tenso
 def linear(
     backend: Backend, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor
 ) -> Tensor:
-    """As `Backend.linear`; with gradients enabled, the result has one with respect to x."""
+    """Return `Backend.linear`, differentiable with respect to x if gradients are enabled."""
     if torch.is_grad_enabled():
         result: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
             x, tiles, packing, rows, columns, backend
@@ -45,10 +45,10 @@ def experts(
     index: Tensor,
     weights: Tensor,
 ) -> Tensor:
-    """run(backend, x, index, weights); with gradients enabled, the result has them with respect to
-    x and weights.
+    """Return run(backend, x, index, weights), differentiable with respect to x and weights.
 
-    differentiate(x, index, weights, grad) gives these for the result's gradient `grad`.
+    differentiate: (x, index, weights, grad) -> (x's gradient, weights' gradient), where grad is the
+    result's gradient. Without gradients enabled it is never called.
     """
     if torch.is_grad_enabled():
         result: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
@@ -117,15 +117,17 @@ def _precise(backend: Backend) -> Backend:
 
 @cache
 def _log_precise() -> None:
-    """Logs once why the int8 products are not taken."""
+    """Log once that int8 products are not used."""
     _log.info(
-        "gradients are enabled: activations are not rounded to int8; torch.no_grad() is 2.5 times as fast"
+        "gradients are enabled: activations are not rounded to int8;"
+        " torch.no_grad() is 2.5 times as fast"
     )
 
 
 def _check(backend: Backend) -> None:
     if backend.for_gradients is None:
         raise MoeConvertError(
-            f"gradients through packed weights are not implemented on a GPU ({backend.torch_device})",
+            "gradients through packed weights are not implemented on a GPU"
+            f" ({backend.torch_device})",
             'load the model with device="cpu"',
         )

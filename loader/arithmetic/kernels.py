@@ -1,7 +1,7 @@
-"""The native CPU kernels: finding the library, checking arguments, calling it without the GIL.
+"""The native CPU kernels, called with checked arguments and without the GIL.
 
-The arithmetic stands in docs/numerics.md, the C ABI in loader/native/moe_kernels.h. All tensors are
-dense CPU tensors; a wrong dtype, shape or size raises ValueError before the library is called.
+docs/numerics.md describes the arithmetic, loader/native/moe_kernels.h the C ABI. All tensors are
+dense CPU tensors. A wrong dtype, shape or size raises ValueError before the library is called.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loader.arithmetic.kernel_arguments import (
 from loader.arithmetic.native_library import FIX, Expert, find, library, packing_id
 
 DTYPES = {dtype: ALL_DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16)}
-"""Dtypes of activations that native steps take, with their numbers in the C ABI."""
+"""Dtypes of activations in native decoding -> their numbers in the C ABI."""
 MAX_BF16_TOKENS = 8
 """Tokens up to which `linear_bf16` reads the weights once. Torch's product is faster for more."""
 
@@ -38,8 +38,10 @@ class PackedMatrix(NamedTuple):
 
 
 class ExpertCall(NamedTuple):
-    """One expert (uint8 blob), its packings' names, int32 token rows [n] and fp32 router weights
-    [n].
+    """One expert and its tokens.
+
+    blob: uint8 [n_bytes]. gate_up, down: names of its packings. tokens: rows of x, int32 [n].
+    weights: router weights, float32 [n].
     """
 
     blob: torch.Tensor
@@ -50,12 +52,12 @@ class ExpertCall(NamedTuple):
 
 
 def available() -> bool:
-    """Whether the native library is there and fits; logs a warning once where it is not."""
+    """True if the native library is found and has the right version; else warn once."""
     return find()[0] is not None
 
 
 def describe() -> str:
-    """Which path runs and why, in one line."""
+    """Return one line that says which backend runs and why."""
     loaded, reason = find()
     if loaded is None:
         return f"torch (slow): {reason}; {FIX}"
@@ -68,8 +70,9 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Force an instruction set ("auto" undoes it): for tests and benchmarks. ValueError where it
-    cannot run here.
+    """Force an instruction set, for tests and benchmarks; "auto" undoes it.
+
+    Raises ValueError if it cannot run here.
     """
     if name not in ISAS:
         raise ValueError(f"unknown instruction set {name!r}; known: {', '.join(ISAS)}")
@@ -90,31 +93,32 @@ def supported_isas() -> list[str]:
 
 
 def set_threads(threads: int) -> int:
-    """Threads of each later call, the calling one included; 0 means one per core. Returns the
-    number in force.
+    """Set the threads of later calls, the calling thread included; 0 means one per core.
+
+    Return the number in force.
     """
     return int(library().moe_set_threads(threads))
 
 
 def threads() -> int:
-    """Threads of a call."""
+    """Return the threads of a call, the calling thread included."""
     return int(library().moe_threads())
 
 
 def packed_bytes(packing: str, rows: int, columns: int) -> int:
-    """Bytes of one packed matrix [rows, columns]."""
+    """Return the size of a packed matrix [rows, columns], in bytes."""
     return int(library().moe_packed_bytes(packing_id(packing), rows, columns))
 
 
 def expert_bytes(gate_up: str, down: str, hidden: int, intermediate: int) -> int:
-    """Bytes of one expert: its gate/up section in one packing, its down section in another."""
+    """Return the size of one expert with these packings of its two sections, in bytes."""
     return int(
         library().moe_expert_bytes(packing_id(gate_up), packing_id(down), hidden, intermediate)
     )
 
 
 def linear(x: torch.Tensor, tiles: torch.Tensor, packing: str, rows: int) -> torch.Tensor:
-    """x [T, columns] fp32 times a packed matrix [rows, columns], transposed: fp32 [T, rows]."""
+    """Return x [T, columns] · Wᵀ of a packed W [rows, columns]; all float32."""
     tokens, columns = matrix_shape("x", x, torch.float32)
     number = packing_id(packing)
     check_bytes("tiles", tiles, library().moe_packed_bytes(number, rows, columns))
@@ -128,8 +132,9 @@ def linear(x: torch.Tensor, tiles: torch.Tensor, packing: str, rows: int) -> tor
 
 
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, columns] fp32 times a bf16 weight [rows, columns], transposed: fp32 [T, rows]; for T <=
-    8.
+    """Return x [T, columns] · weightᵀ, float32 [T, rows]; fast for T <= MAX_BF16_TOKENS.
+
+    x: float32. weight: bfloat16 [rows, columns].
     """
     tokens, columns = matrix_shape("x", x, torch.float32)
     rows, inputs = matrix_shape("weight", weight, torch.bfloat16)
@@ -147,11 +152,10 @@ def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def experts(
     x: torch.Tensor, calls: Sequence[ExpertCall], intermediate: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Router-weighted sum of experts over x [T, hidden] fp32, in the order of `calls`: fp32 [T,
-    hidden].
+    """Return the router-weighted sum of experts, float32 [T, hidden], in the order of `calls`.
 
-    With `out`, adds to it and returns it; consecutive calls then give the bits of one call over the
-    whole list.
+    x: float32 [T, hidden]. out: if given, the sum is added to it. Consecutive calls then give the
+    bits of one call over the whole list.
     """
     tokens, hidden = matrix_shape("x", x, torch.float32)
     accumulate = out is not None
@@ -188,7 +192,10 @@ def experts(
 
 
 def stream_sum(buffers: Sequence[torch.Tensor], chunk_bytes: int = 1 << 18) -> int:
-    """Sum modulo 2^64 of the 64-bit words of equally long uint8 tensors, each read once."""
+    """Return the sum modulo 2^64 of all 64-bit words in uint8 tensors of equal length.
+
+    Each byte is read once: this measures the memory's speed.
+    """
     size = buffers[0].numel() if buffers else 0
     for buffer in buffers:
         check_bytes("buffer", buffer, size)

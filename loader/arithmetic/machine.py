@@ -1,4 +1,4 @@
-"""How fast this machine reads its memory and a disk, measured within a second each."""
+"""Measures how fast this machine reads its memory and a disk, in a second each."""
 
 import random
 import time
@@ -15,11 +15,14 @@ from formats.reading.reader import aligned_bytes
 from loader.arithmetic import kernels
 
 _MEMORY_BYTES = 256 << 20
-"""More than processors' caches hold."""
+"""Larger than the caches of processors."""
 
 
 def memory_bytes_per_s(seconds: float = 0.5) -> float:
-    """Sums 256 MiB again and again for that long, by the kernels' own threads where they are there."""
+    """Return the speed of memory reads, in bytes per second, measured for `seconds`.
+
+    Sums 256 MiB repeatedly, with the native kernels' threads if the library is available.
+    """
     buffer = aligned_bytes(_MEMORY_BYTES).fill_(1)
     words = buffer.view(torch.int64)
     call = partial(kernels.stream_sum, [buffer]) if kernels.available() else words.sum
@@ -27,7 +30,7 @@ def memory_bytes_per_s(seconds: float = 0.5) -> float:
 
 
 def calls_per_s(call: Callable[[], object], seconds: float) -> float:
-    """How often `call` ends in a second, tried for that long."""
+    """Return how many times per second `call` runs, measured for `seconds`."""
     calls, begin_s, now_s = 0, time.perf_counter(), 0.0
     while now_s - begin_s < seconds:
         call()
@@ -37,10 +40,10 @@ def calls_per_s(call: Callable[[], object], seconds: float) -> float:
 
 
 def disk_bytes_per_s(files: Sequence[Path], block_bytes: int, seconds: float = 1.0) -> float:
-    """Reads blocks of that size, one after the other, from places spread over `files`, past the
-    page cache.
+    """Return the speed of O_DIRECT reads, in bytes per second, measured for `seconds`.
 
-    MoeConvertError if no file has so many bytes.
+    Blocks of `block_bytes` are read one after the other, from random places of `files`.
+    Raises MoeConvertError if no file has so many bytes.
     """
     block_bytes = -(-block_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     places = [
@@ -51,9 +54,9 @@ def disk_bytes_per_s(files: Sequence[Path], block_bytes: int, seconds: float = 1
     if not places:
         raise MoeConvertError(
             f"no file has {block_bytes} bytes to measure the disk with",
-            "say how fast it is: --disk",
+            "give the speed with --disk",
         )
-    # Neighbours may come from a cache of the disk's.
+    # The disk may have read neighbours ahead.
     random.Random(0).shuffle(places)
     view = aligned_bytes(block_bytes).numpy().data
     opened = {file: DirectFile(file) for file in files}

@@ -15,8 +15,9 @@ from loader.lifetime.copies import Shared
 
 
 class NativeBackend(Shared):
-    """Products straight from packed bytes; activations are rounded to int8 in groups
-    (docs/numerics.md).
+    """Multiplies packed bytes directly; activations are rounded to int8 in groups of columns.
+
+    docs/numerics.md gives the arithmetic.
     """
 
     name = "native"
@@ -44,7 +45,7 @@ class NativeBackend(Shared):
         if x.shape[0] == 1 and (step := self._step(layouts)):
             step.add(blobs, x, index, weights, out)
             return
-        # Runs of one kind, so that the sum stays in ascending order.
+        # Runs of one kind: the sum must stay in ascending order of experts.
         for tiled, run in groupby(sorted(blobs), key=lambda expert: layouts[expert].is_tiled):
             calls = []
             for expert in run:
@@ -62,14 +63,15 @@ class NativeBackend(Shared):
                 kernels.experts(x, calls, layout.intermediate, out)
 
     def _step(self, layouts: dict[int, ExpertLayout]) -> ExpertsStep | None:
-        """The step for experts that all have one layout of tiles, else None; made once for each
-        dict of layouts.
+        """Return the step for experts of one tiled layout, made once for each dict of layouts.
+
+        None if the experts have several layouts, or plain rows.
         """
         known = self._steps.get(id(layouts))
         if known is None or known[0] is not layouts:
             kinds = set(layouts.values())
             layout = kinds.pop() if len(kinds) == 1 else None
             step = ExpertsStep(layout, len(layouts)) if layout and layout.is_tiled else None
-            # With the dict itself: while it is here, nothing else has its id.
+            # The dict is kept too: while it lives, no other object has its id.
             known = self._steps[id(layouts)] = layouts, step
         return known[1]

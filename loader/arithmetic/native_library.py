@@ -1,7 +1,6 @@
 """Finds and loads libmoe_kernels, and declares its C ABI (loader/native/moe_kernels.h) to ctypes.
 
-Nothing happens on import; the first question loads the library, and one warning is logged where
-there is none.
+The first call loads the library, not the import. If it is missing, one warning is logged.
 """
 
 from __future__ import annotations
@@ -17,7 +16,10 @@ from formats.native.libraries import Signatures, load_library
 _log = logging.getLogger(__name__)
 
 ABI_VERSION = 5
-FIX = "install a C++20 compiler (gcc 11, clang 14 or newer) and reinstall: pip install --force-reinstall moe-convert"
+FIX = (
+    "install a C++20 compiler (gcc 11, clang 14 or newer) and reinstall:"
+    " pip install --force-reinstall moe-convert"
+)
 
 
 class Matrix(ctypes.Structure):
@@ -176,20 +178,18 @@ _SIGNATURES: Signatures = {
 
 @functools.lru_cache(maxsize=1)
 def find() -> tuple[ctypes.CDLL | None, str]:
-    """The library and its path, or None and one sentence on why it is not there (logged once, as a
-    warning).
-    """
+    """Return the library and its path, or None and the reason, which is logged once."""
     name = "libmoe_kernels.dylib" if sys.platform == "darwin" else "libmoe_kernels.so"
-    found, reason = load_library("loader", name, ("moe_abi_version", ABI_VERSION), _SIGNATURES)
-    if found is None:
+    loaded, reason = load_library("loader", name, ("moe_abi_version", ABI_VERSION), _SIGNATURES)
+    if loaded is None:
         _log.warning(
             "%s; the torch path runs instead, which is much slower. To fix it: %s", reason, FIX
         )
-    return found, reason
+    return loaded, reason
 
 
 def library() -> ctypes.CDLL:
-    """The library. RuntimeError, saying how to get it, where it is not there."""
+    """Return the library. RuntimeError, saying how to get it, if it is missing."""
     loaded, reason = find()
     if loaded is None:
         raise RuntimeError(f"{reason}; {FIX}")
@@ -198,10 +198,11 @@ def library() -> ctypes.CDLL:
 
 @functools.lru_cache(maxsize=64)
 def packing_id(name: str) -> int:
-    """The library's number of a tile packing. ValueError if it knows none of that name."""
+    """Return the library's number of a tile packing. ValueError for an unknown name."""
     number = int(library().moe_packing_id(name.encode()))
     if number < 0:
         raise ValueError(
-            f"unknown packing {name!r}; the native library knows the tile32-* packings of docs/format.md"
+            f"unknown packing {name!r}; the native library knows the tile32-* packings of"
+            " docs/format.md"
         )
     return number

@@ -1,6 +1,4 @@
-"""Experts with plain rows on the CPU, projection by projection (docs/numerics.md, "Experts in 16
-bits").
-"""
+"""Experts with plain rows on the CPU (docs/numerics.md, "Experts in 16 bits")."""
 
 from collections.abc import Callable
 
@@ -16,26 +14,24 @@ from loader.arithmetic.torch_product import product
 TilesProduct = Callable[[Tensor, Tensor, str, int], Tensor]
 
 _FEW_BESIDE_BF16 = 2
-"""Tokens up to which the native kernel is quicker than torch's bfloat16 product where the processor
-has instructions for it (measured over 8x7B's sizes on two cores: 15 ms against 22 with one token,
-34 against 19 with four).
+"""Tokens up to which the native kernel is faster than torch's bfloat16 product, on a processor with
+bfloat16 instructions. Measured with 8x7B's sizes on two cores: 15 ms against 22 with one token, 34
+against 19 with four.
 """
 
 
 class PlainExperts:
-    """An expert of which a section is plain rows; a section in tiles goes through the native
-    kernel.
-    """
+    """Computes experts with plain rows in one or both sections; the native kernel computes tiles."""
 
     def __init__(self, linear: TilesProduct = kernels.linear) -> None:
-        """linear: the product of a section in tiles, as `kernels.linear`."""
+        """linear: multiplies a section in tiles, with the arguments of `kernels.linear`."""
         self._linear = linear
         self._has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
     def run(self, layout: ExpertLayout, blob: Tensor, x: Tensor) -> Tensor:
-        """down(silu(gate(x)) · up(x)), float32 [T, hidden], of x, float32 [T, hidden]."""
+        """Return down(silu(gate(x)) · up(x)); x and the result are float32 [T, hidden]."""
         gate_up, down = sections(layout, blob)
-        # In a bfloat16 model they are; what comes between gate and down may be rounded then too.
+        # True in a bfloat16 model; the values between gate and down may then be rounded too.
         narrow = self._has_bf16 and torch.equal(x.bfloat16().float(), x)
         rows = len(gate_up) * layout.gate_up.rows_each
         gate, up = gate_and_up(layout, self._product(gate_up, layout.gate_up, rows, x, narrow))
@@ -45,8 +41,9 @@ class PlainExperts:
     def _product(
         self, stored: Tensor, packing: AnyPacking, rows: int, x: Tensor, narrow: bool
     ) -> Tensor:
-        """x · Wᵀ, float32 [T, rows]; with `narrow`, of many tokens in bfloat16 where the weights
-        are.
+        """Return x · Wᵀ, float32 [T, rows].
+
+        narrow: True allows bfloat16 products of many tokens with bfloat16 weights.
         """
         if isinstance(packing, Packing):
             return self._linear(x.contiguous(), stored, packing.name, rows)

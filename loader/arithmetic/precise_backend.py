@@ -1,4 +1,4 @@
-"""Native products of activations that keep some 14 bits, for passes through which gradients go."""
+"""Native products with about 14 bits of each activation, for passes with gradients."""
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ _BLOCK = 64
 
 
 class PreciseBackend:
-    """A `loader.arithmetic.backend.Backend` that takes two native products for one: of the int8
-    activations, and of what rounding left of them. A hundredth of the error at twice the time;
-    dequantizing would take many times it.
+    """A `Backend` with two native products for one: of the int8 activations, and of their rounding
+    error.
+
+    The error is a hundredth of that of one product, the time twice. Dequantizing the weights would
+    take many times longer.
     """
 
     name = "native, two products"
@@ -48,18 +50,17 @@ class PreciseBackend:
 
 
 def _linear(x: Tensor, tiles: Tensor, packing: str, rows: int) -> Tensor:
-    """As `kernels.linear`."""
+    """Return `kernels.linear` of x plus that of its rounding error."""
     rounded = _rounded(x)
     result = kernels.linear(rounded, tiles, packing, rows)
     return result.add_(kernels.linear(x - rounded, tiles, packing, rows))
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """x [T, columns] as the kernels round it."""
+    """Return x [T, columns] as the kernels round it."""
     tokens, columns = x.shape
     blocks = functional.pad(x, (0, -columns % _BLOCK)).view(tokens, -1, _BLOCK)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    # Blocks below 1e-30 count as zero there: all of it is left for the second product, which drops
-    # it.
+    # The kernels treat blocks below 1e-30 as zero; both products drop such a block.
     codes = torch.where(scale > 1e-32, blocks / scale, 0.0).round_()
     return (codes * scale).view(tokens, -1)[:, :columns].contiguous()

@@ -1,4 +1,4 @@
-"""The reference products in torch: float32, of weights that become float32 a few at a time."""
+"""The reference products in torch: float32, with weights dequantized a few rows at a time."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,15 @@ from torch.nn import functional
 from formats.packing import AnyPacking
 
 CHUNK_WEIGHTS = 1 << 22
-"""Weights that become float32 at a time: 16 MiB, of tiles some 80 MiB with the steps in between."""
+"""Weights dequantized at a time: 16 MiB in float32, for tiles about 80 MiB with temporaries."""
 
 
 def chunks(
     stored: Tensor, packing: AnyPacking, rows: int, columns: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The [rows, columns] matrix that `packing` stores (uint8 [tiles, tile_bytes], or rows of the
-    packing's dtype) in groups of rows: which rows, and their weights, float32.
+    """Yield a stored matrix [rows, columns] in groups of rows: (slice of rows, float32 weights).
+
+    stored: uint8 [tiles, tile_bytes], or plain rows of the packing's dtype.
     """
     step = max(1, CHUNK_WEIGHTS // (packing.rows_each * columns))
     for begin in range(0, stored.shape[0], step):
@@ -29,9 +30,7 @@ def chunks(
 
 
 def product(stored: Tensor, packing: AnyPacking, rows: int, columns: int, x: Tensor) -> Tensor:
-    """x [T, columns] · Wᵀ, float32 [T, rows], of the [rows, columns] matrix W as `packing` stores
-    it.
-    """
+    """Return x [T, columns] · Wᵀ, float32 [T, rows], of a stored matrix W [rows, columns]."""
     # Autocast would round x and W to 16 bits.
     with torch.autocast(x.device.type, enabled=False):
         parts = [
@@ -43,7 +42,7 @@ def product(stored: Tensor, packing: AnyPacking, rows: int, columns: int, x: Ten
 def input_gradient(
     stored: Tensor, packing: AnyPacking, rows: int, columns: int, grad: Tensor
 ) -> Tensor:
-    """Gradient of x in `product`: grad [T, rows] · W, float32 [T, columns]."""
+    """Return the gradient of x in `product`: grad [T, rows] · W, float32 [T, columns]."""
     result = grad.new_zeros(len(grad), columns)
     for part, weights in chunks(stored, packing, rows, columns):
         result.addmm_(grad[:, part], weights)

@@ -1,8 +1,8 @@
-"""Torch's threads while a few tokens go through the model: one.
+"""Limits torch to one thread while a few tokens go through the model.
 
-Torch's OpenMP team spins on the cores that our pool needs; with another job on the machine each of
-a layer's small operations then waits for a time slice (10 ms each, measured on two cores). A few
-tokens give torch nothing that a second thread could speed up: the work is in our own calls.
+Torch's OpenMP threads spin on cores that the native pool needs. If another process runs too, each
+small operation of a layer then waits for a time slice (10 ms, measured on two cores). With few
+tokens a second thread gains nothing: the work is in the native calls.
 """
 
 import threading
@@ -14,6 +14,7 @@ import torch
 from loader.lifetime.forks import keep_over_forks
 
 FEW_TOKENS = 8
+"""Tokens up to which torch is limited to one thread."""
 
 
 class _State(threading.local):
@@ -21,13 +22,13 @@ class _State(threading.local):
 
 
 class _Passes:
-    """outside: torch's number as each thread that is inside now found it, by the thread's number."""
+    """outside: torch's thread count before the block, by ident of each thread inside a block."""
 
     def __init__(self) -> None:
         self.start_anew()
 
     def start_anew(self) -> None:
-        """For a forked child as well."""
+        """Forget all threads, at the start and in a forked child."""
         self.lock = threading.Lock()
         self.outside: dict[int, int] = {}
 
@@ -38,13 +39,14 @@ _passes = _Passes()
 
 @contextmanager
 def torch_threads_for(tokens: int) -> Iterator[None]:
-    """Inside, torch runs on one thread if there are at most FEW_TOKENS `tokens`; else nothing
-    changes.
+    """Limit torch to one thread inside the block if there are at most FEW_TOKENS `tokens`.
 
-    torch's number is back afterwards, whatever was raised; inside another such block nothing
-    changes. The number belongs partly to the thread (OpenMP) and partly to the process (MKL, and
-    what new threads begin with). A thread that begins to use torch while another is inside would
-    keep the one thread; its own first block mends that.
+    Afterwards torch's thread count is restored, also after an error. A nested block changes
+    nothing.
+
+    The count belongs partly to the thread (OpenMP) and partly to the process (MKL, default of new
+    threads). A thread that first uses torch while another one is inside a block inherits the one
+    thread; its own first block corrects that.
     """
     if _state.depth:
         yield
@@ -53,7 +55,7 @@ def torch_threads_for(tokens: int) -> Iterator[None]:
     try:
         with _passes.lock:
             now = torch.get_num_threads()
-            # One that is noted for this thread was left there by an interrupt.
+            # A count noted for this thread was left by an interrupt.
             before = outside.pop(thread, now)
             if before == 1 and outside:
                 before = next(iter(outside.values()))
@@ -73,5 +75,5 @@ def torch_threads_for(tokens: int) -> Iterator[None]:
 
 
 def keep_threads_over_forks() -> None:
-    """Have forked children begin with no thread inside."""
+    """Make forked children begin without any thread inside a block."""
     keep_over_forks(_passes)

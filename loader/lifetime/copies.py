@@ -1,13 +1,12 @@
-"""What a copy of a model takes over: weights. What was made of weights where they lie, it makes
-again.
-"""
+"""Base classes that say what a copy of a model does with an object: make it again, or share it."""
 
 from typing import Any
 
 
 class Derived:
-    """Addresses of weights, prepared calls: None in a copy (copy.deepcopy, pickle), which then
-    makes its own.
+    """An object that depends on addresses of weights: None in a copy, which makes its own.
+
+    A copy is one of copy.deepcopy or pickle.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -18,7 +17,7 @@ class Derived:
 
 
 class Shared:
-    """Something without state of a model's own: a copy of the model has the same one."""
+    """An object without state of one model: a copy of the model shares it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self

@@ -1,6 +1,4 @@
-"""What a forked child makes of the caches that it finds: it has the memory, and none of the
-threads.
-"""
+"""Repairs caches in a forked child, which has the parent's memory but none of its threads."""
 
 import functools
 import logging
@@ -15,20 +13,20 @@ from formats.errors import MoeConvertError
 _log = logging.getLogger(__name__)
 
 
-class Kept(Protocol):
-    """Something that locks, threads or reads of this process stand in."""
+class SurvivesFork(Protocol):
+    """An object with locks, threads or reads of this process."""
 
     def start_anew(self) -> None:
-        """Called in a forked child, by its only thread, before anything else."""
+        """Prepare for use in a forked child. Called first there, by its only thread."""
 
 
-_kept: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_registered: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def keep_over_forks(kept: Kept) -> None:
-    """Has it start anew in each forked child."""
+def keep_over_forks(survivor: SurvivesFork) -> None:
+    """Call `survivor.start_anew` in each forked child."""
     _register()
-    _kept.add(kept)
+    _registered.add(survivor)
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,11 +36,11 @@ def _register() -> None:
 
 
 def _in_child() -> None:
-    found = list(_kept)
-    for kept in found:
-        kept.start_anew()
-    if found and torch.get_num_threads() > 1:
-        # GNU OpenMP waits for ever for the parent's threads once these have computed something.
+    survivors = list(_registered)
+    for survivor in survivors:
+        survivor.start_anew()
+    if survivors and torch.get_num_threads() > 1:
+        # GNU OpenMP waits forever for the parent's threads if they have computed anything.
         torch.set_num_threads(1)
         _log.info(
             "process %d was forked from one with a model: torch has one thread here", os.getpid()
@@ -50,7 +48,7 @@ def _in_child() -> None:
 
 
 def no_gpu_after_fork() -> MoeConvertError:
-    """What use of a GPU in a forked child raises."""
+    """Return the error for use of a GPU in a forked child."""
     return MoeConvertError(
         "the model is on a GPU, which a forked process cannot use",
         "load the model in each process, or start processes by multiprocessing's spawn method",

@@ -99,7 +99,7 @@ def test_a_prediction_that_is_not_a_number_names_text_and_window() -> None:
     def broken(begin: int, end: int) -> Tensor:
         return torch.full((end - begin, 4), math.nan)
 
-    ours = iter([(uniform, ROUTERS), (broken, ROUTERS)])
+    ours = iter([Prediction(uniform, ROUTERS), Prediction(broken, ROUTERS)])
     with pytest.raises(MoeConvertError, match=r"t, window 1: .* infinite or NaN"):
         compare(predictions(uniform, 2), ours, [text([0, 1, 1], [0, 2, 2])])
 
