@@ -20,9 +20,8 @@ Rooms, lower ones first; a room imports only lower ones:
 - `hf/modules`: modules over packed weights in place of transformers' own
 - `decode`: one token on the CPU, and the protocol of decoders; `cuda`: the same on GPUs
 - `hf`: everything else that touches transformers; its `by_name` calls `model.py`
-- this folder: `model.py` loads, `repository.py` opens a folder or repository, `placement.py` sets up
-  cache, backends and decoder for the devices, `default_options.py` and `option_values.py` hold the
-  options
+- this folder: `model.py` loads, `repository.py` opens a folder or repository, `placement.py` sets
+  up cache, backends and decoder, `default_options.py` and `option_values.py` hold the options
 - `evaluation`, `traces`, `planning`, `serving`: uses of a loaded model
 
 Invariants: cache size, policy, prefetch and check change speed, never a result. Importing `loader`

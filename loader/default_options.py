@@ -51,8 +51,8 @@ _CURRENT: ContextVar[DefaultOptions] = ContextVar(
 def defaults(**options: Any) -> AbstractContextManager[None]:
     """Return a context in which models load with these options, for callers that cannot pass them.
 
-    options: device, gpu_cache, ram_cache, slots, io, policy, prefetch, cpu_share, check, kernels, as
-    loader.from_pretrained takes them. An option that the loading call gives itself wins.
+    options: device, gpu_cache, ram_cache, slots, io, policy, prefetch, cpu_share, check, kernels,
+    as loader.from_pretrained takes them. An option that the loading call gives itself wins.
 
     A nested context keeps the outer options that it does not name. The options hold in this thread,
     and in asyncio's tasks and threads that start in it; not in other threads.

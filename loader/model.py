@@ -183,7 +183,7 @@ def _load(
         artifact.folder, fields, attn_implementation, error=FormatError, converted=True
     )
     parts = Parts(artifact, placement.cache, placement.backend, placement.experts)
-    # A folder of links to the listed files only: transformers would load an adapter_config.json too.
+    # Links to the listed files only: transformers would load an adapter_config.json too.
     with (
         link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files,
         loading(parts),

@@ -61,10 +61,10 @@ class ExpertTable:
     ) -> torch.Tensor:
         """Return the router-weighted sum of experts, float32 [T, hidden], in ascending order.
 
-        x: float32 [T, hidden]. index: chosen experts, int64 [T, k]. weights: float32 [T, k]. out: if
-        given, the sum is added to it. partial: True skips experts that are not set; calls over
-        ascending parts of the experts then give the bits of one call over all. False raises
-        ValueError for them.
+        x: float32 [T, hidden]. index: chosen experts, int64 [T, k]. weights: float32 [T, k].
+        out: if given, the sum is added to it.
+        partial: True skips experts that are not set; calls over ascending parts of the experts then
+        give the bits of one call over all. False raises ValueError for them.
         """
         tokens, hidden = matrix_shape("x", x, torch.float32)
         top_k = matrix_shape("index", index, torch.int64)[1]

@@ -24,8 +24,8 @@ def check_dense(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError unless `tensor` is a contiguous CPU tensor of `dtype`."""
     if tensor.dtype is not dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(
-            f"{name}: expected a contiguous {dtype} CPU tensor, got {tensor.dtype} on {tensor.device}, "
-            f"strides {tuple(tensor.stride())}"
+            f"{name}: expected a contiguous {dtype} CPU tensor, got {tensor.dtype} on"
+            f" {tensor.device}, strides {tuple(tensor.stride())}"
         )
 
 

@@ -21,7 +21,7 @@ against 19 with four.
 
 
 class PlainExperts:
-    """Computes experts with plain rows in one or both sections; the native kernel computes tiles."""
+    """Computes experts with plain rows in one or both sections; tiles use the native kernel."""
 
     def __init__(self, linear: TilesProduct = kernels.linear) -> None:
         """linear: multiplies a section in tiles, with the arguments of `kernels.linear`."""

@@ -8,7 +8,7 @@ from formats.index import Architecture
 
 
 class SizedExperts(Protocol):
-    """Experts whose sizes are known: a converted folder (`Artifact`), or a recipe for a checkpoint."""
+    """Experts of known sizes: a converted folder (`Artifact`), or a recipe for a checkpoint."""
 
     @property
     def folder(self) -> Path:

@@ -100,8 +100,8 @@ def _checked_staging_bytes(
     need = staging * sum(set(sizes))
     if budget_bytes < need:
         raise DoesNotFitError(
-            f"{artifact.folder}: the expert cache has {budget_bytes} bytes, but {staging} experts on"
-            f" their way need {need} bytes",
+            f"{artifact.folder}: the expert cache has {budget_bytes} bytes, but {staging} experts"
+            f" on their way need {need} bytes",
             f"free memory, or give a budget of at least {math.ceil(need / 2**20)}MiB,"
             " or convert to fewer bits",
         )

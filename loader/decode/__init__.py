@@ -1,14 +1,16 @@
-"""One token of one sequence through a whole model, from its number to its logits.
+"""Decoding one token of one sequence natively, from its id to its logits.
 
 - *Decoder*: computes such a token over packed weights, on the CPU (`cpu.py`) or on a GPU
-  (`loader/cuda/decode/gpu_decoder.py`). It leases each layer's experts from the cache between the
-  two halves of the layer: attention and router, experts.
-- *Path*: who computed a token: `decoder`, or `transformers` (transformers' own code over packed
-  modules). `decoder-experts`, transformers' attention with native experts, is reserved for families
-  without a decoder.
-- *Reason*: why a token took the path `transformers` (`paths.py`).
+  (`loader/cuda/decode/gpu_decoder.py`); `decoder.py` has the protocol. A layer has two halves:
+  attention and router, then experts. In between the decoder leases the experts from the cache.
+- *Spec*: where a model type keeps its weights and settings (`specs.py`, `mixtral.py`); both decoders
+  read them through it into `ModelWeights` (`weights.py`).
+- *Request*: what a call of the model asks for (`decoder_call.py`).
+- *Path*: the code that computed a token: `decoder`, or `transformers` (transformers' own code over
+  packed modules). `decoder_experts` is reserved for model types without a decoder.
+- *Reason*: why a token took the path `transformers` (`path_counters.py`).
 
-Invariants: a decoder uses no weight or setting that has changed since it was made: `Signature`
-(`weights.py`) is compared before each token. For every token that a decoder takes, transformers'
-code gives the same logits up to rounding (docs/numerics.md).
+Invariants: a decoder never uses weights or settings that changed after it was made; `Signature`
+(`weights.py`) is compared before each token. For every token of a decoder, transformers' code gives
+the same logits up to rounding (docs/numerics.md).
 """

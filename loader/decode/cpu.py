@@ -1,5 +1,6 @@
-"""The decoder of the CPU: one native call a token where all experts are in RAM, else one a layer
-that has misses.
+"""The CPU decoder: one native call for a token whose experts are all in RAM.
+
+Each layer without known addresses of its experts needs one more call.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,10 @@ _WEIGHTS_DEVICE = torch.device("cpu")
 
 
 class CpuDecoderFactory:
-    """Makes `CpuDecoder`s. backend: computes experts of several layouts, or of none of tiles."""
+    """Makes `CpuDecoder`s.
+
+    backend: computes layers whose experts have several layouts, or plain rows.
+    """
 
     device = _WEIGHTS_DEVICE
 
@@ -39,7 +43,7 @@ class CpuDecoderFactory:
         self._backend = backend
 
     def make(self, weights: ModelWeights, experts: ExpertSource) -> "CpuDecoder":
-        """As `DecoderFactory.make`."""
+        """Make a decoder (`DecoderFactory.make`)."""
         if weights.dtype not in kernels.DTYPES:
             raise LeaveDecoder(Reason.WEIGHTS, f"activations of {weights.dtype} on the CPU")
         for number, layer in enumerate(weights.layers):
@@ -49,12 +53,11 @@ class CpuDecoderFactory:
 
 
 class CpuDecoder(Derived):
-    """A model's weights and sizes, checked once. Keeps the weights alive. ValueError if they do not
-    fit together.
+    """Decodes tokens over a model's weights, which it checks once and keeps alive.
 
-    The native call goes through layers until one has chosen an expert whose address it lacks.
-    Layers with a slot for each expert keep every address that they have seen. Addresses of the
-    others are those of a lease, and stand in a table of this token alone.
+    The native call runs through the layers until one chooses an expert whose address is unknown.
+    Layers with a slot for each expert remember all addresses. Addresses in other layers come from a
+    lease and are valid for one token. Raises ValueError if the weights' sizes do not fit together.
     """
 
     def __init__(self, weights: ModelWeights, experts: ExpertSource, backend: Backend) -> None:
@@ -85,7 +88,7 @@ class CpuDecoder(Derived):
         ]
         self._held: dict[tuple[int, int], Tensor] = {}
         self._blobs = (c_void_p * (len(layers) * self._experts))()
-        """Addresses of `_held`. None is ever exchanged: another thread may be reading the bytes."""
+        """Addresses of `_held`. An address never changes: another thread may be reading the bytes."""
         self._model = Model(
             layers=addressof(self._layers),
             embedding=weights.embedding.data_ptr(),
@@ -98,11 +101,10 @@ class CpuDecoder(Derived):
             top_k=self._top_k,
         )
         self._room = c_char * (3 * hidden * weights.dtype.itemsize)
-        self._pointers, self._sizes = c_void_p * len(layers), c_int64 * len(layers)
-        self._index, self._scores = (
-            c_int64 * (len(layers) * self._top_k),
-            c_float * (len(layers) * self._top_k),
-        )
+        self._pointers = c_void_p * len(layers)
+        self._sizes = c_int64 * len(layers)
+        self._index = c_int64 * (len(layers) * self._top_k)
+        self._scores = c_float * (len(layers) * self._top_k)
         self._run = library().moe_token_step
 
     def run(
@@ -114,7 +116,7 @@ class CpuDecoder(Derived):
         past: Sequence[KvLayer],
         experts: ExpertSource,
     ) -> Tensor:
-        """As `Decoder.run`. Experts are asked for by rank, in the order of layers."""
+        """Decode one token (`Decoder.run`). Experts are requested by rank, layer by layer."""
         length = past[0].get_seq_length()
         keys, values, capacity = self._pointers(), self._pointers(), self._sizes()
         for number, (layer, kind) in enumerate(zip(past, self._kinds, strict=True)):
@@ -122,7 +124,7 @@ class CpuDecoder(Derived):
         offset = self._rotary_offset(cos, sin, row)
         index, scores, room = self._index(), self._scores(), self._room()
         blobs = type(self._blobs).from_buffer_copy(self._blobs)
-        # The device is named: native code writes there, whatever torch's default device is.
+        # On the CPU, whatever torch's default device is: native code writes there.
         out = torch.empty((1, 1, self._wide), dtype=self._weights.dtype, device="cpu")
         state = Token(
             token, cos.data_ptr() + offset, sin.data_ptr() + offset, addressof(keys), addressof(values),
@@ -131,8 +133,8 @@ class CpuDecoder(Derived):
         )  # fmt: skip
         counted = 0
         error = self._run(byref(self._model), byref(state))
-        # Guesses and parts are products of torch, whose threads would spin on the cores that the
-        # native pool needs.
+        # Guesses and partial layers use torch, whose threads would spin on cores that the native
+        # pool needs.
         with torch_threads_for(1) if error == Status.MISSING else nullcontext():
             while error == Status.MISSING:
                 number = state.halves_done // 2
@@ -175,14 +177,12 @@ class CpuDecoder(Derived):
         return chosen
 
     def _count_hits(self, experts: ExpertSource, index: Any, begin: int, end: int) -> None:
-        """Counts the experts of layers [begin, end), which went through without a lease."""
+        """Count hits of layers [begin, end), which needed no lease."""
         for number in range(begin, end):
             experts.used_again(number, self._weights.layers[number].top_k)
 
     def _guess(self, experts: ExpertSource, number: int, room: Any) -> None:
-        """Begins to read what the next layer will probably choose, by the present layer's router
-        input.
-        """
+        """Prefetch the experts that the next layer will probably choose."""
         ahead = experts.router_ahead(number)
         if ahead is None:
             return
@@ -190,20 +190,17 @@ class CpuDecoder(Derived):
         experts.guess(number + 1, in_order(ranked(router, self._normed(room)[None], guesses)))
 
     def _hold(self, lease: Lease, number: int, blobs: Any) -> None:
-        """Keeps the addresses of a lease's experts for this token and all later ones."""
-        found = lease.all()
-        self._place(found, number, blobs)
-        self._place(
-            {e: blob for e, blob in found.items() if (number, e) not in self._held},
-            number,
-            self._blobs,
-        )
-        for expert, blob in found.items():
+        """Remember the addresses of a lease's experts for this token and all later ones."""
+        leased = lease.all()
+        self._place(leased, number, blobs)
+        new = {e: blob for e, blob in leased.items() if (number, e) not in self._held}
+        self._place(new, number, self._blobs)
+        for expert, blob in leased.items():
             self._held.setdefault((number, expert), blob)
 
-    def _place(self, found: dict[int, Tensor], number: int, blobs: Any) -> None:
+    def _place(self, leased: dict[int, Tensor], number: int, blobs: Any) -> None:
         need = self._expert_bytes[number]
-        for expert, blob in found.items():
+        for expert, blob in leased.items():
             if blob.numel() < need or not blob.is_contiguous():
                 raise ValueError(
                     f"layer {number}, expert {expert}: {blob.numel()} bytes, {need} needed"
@@ -213,9 +210,7 @@ class CpuDecoder(Derived):
     def _add_by_backend(
         self, lease: Lease, number: int, index: Any, scores: Any, room: Any
     ) -> None:
-        """Computes the layer's second half by the backend: experts have several layouts, or one not
-        of tiles.
-        """
+        """Compute a layer's experts with the backend: they have several layouts, or plain rows."""
         chosen, weights = self._routing(number, index, scores)
         total = torch.zeros((1, self._weights.hidden))
         inputs = self._normed(room).float()[None]
@@ -225,8 +220,9 @@ class CpuDecoder(Derived):
         self._set_output(total, room)
 
     def _add_in_parts(self, lease: Lease, number: int, index: Any, scores: Any, room: Any) -> None:
-        """Computes the layer's second half while its two experts arrive: the order of two terms
-        changes no bit (docs/numerics.md).
+        """Compute a layer's two experts as they arrive.
+
+        The order of two terms changes no bit of their sum (docs/numerics.md).
         """
         layer, structure = self._weights.layers[number], self._structures[number]
         layout = layer.layouts[0]
@@ -244,22 +240,18 @@ class CpuDecoder(Derived):
         self._set_output(total, room)
 
     def _routing(self, number: int, index: Any, scores: Any) -> tuple[Tensor, Tensor]:
-        """The router's choice int64 [1, top_k] and its weights float32 [1, top_k], in native
-        memory.
-        """
+        """Return the router's choice int64 [1, top_k] and weights float32 [1, top_k], not copied."""
         begin, top_k = number * self._top_k, self._weights.layers[number].top_k
         chosen = torch.frombuffer(index, dtype=torch.int64, count=top_k, offset=8 * begin)
         weights = torch.frombuffer(scores, dtype=torch.float32, count=top_k, offset=4 * begin)
         return chosen[None], weights[None]
 
     def _normed(self, room: Any) -> Tensor:
-        """The input of the layer's router and experts [hidden], in native memory."""
+        """Return the input of the layer's router and experts, [hidden], not copied."""
         return self._part(room, 2)
 
     def _set_output(self, total: Tensor, room: Any) -> None:
-        """Writes the layer's output, first residual + `total` [1, hidden], where the native call
-        reads it.
-        """
+        """Write the layer's output, residual + `total` [1, hidden], for the next native call."""
         residual = self._part(room, 1)
         self._part(room, 0).copy_(residual + total[0].to(residual.dtype))
 

@@ -1,4 +1,4 @@
-"""The protocol of decoders, the same on the CPU and on GPUs."""
+"""The protocol of decoders, for the CPU and for GPUs."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -20,24 +20,25 @@ class KvLayer(Protocol):
         """Return the number of positions."""
 
     def place(self, kind: Kind) -> tuple[int, int, int]:
-        """Return the addresses of keys and values [heads, capacity, width], and the capacity: at
-        least one position more than there are. ValueError if the memory is of another kind, or of
-        several sequences.
+        """Return the addresses of keys and values [heads, capacity, width], and the capacity.
+
+        The capacity has room for at least one more position. Raises ValueError if the memory is of
+        another kind, or of several sequences.
         """
 
     def show(self, length: int) -> None:
-        """Make the first `length` positions the layer's."""
+        """Set the number of positions to `length`."""
 
 
 class Decoder(Protocol):
-    """Computes one token over the weights that it was made of.
+    """Decodes single tokens over the weights that it was made from.
 
     For each layer: the first half (attention, router), a lease of the chosen experts, the second
     half (experts).
     """
 
     has_head: bool
-    """False if `run` gives the input of the head."""
+    """True if `run` returns logits; False if it returns the input of the head."""
 
     def run(
         self,
@@ -48,13 +49,14 @@ class Decoder(Protocol):
         past: Sequence[KvLayer],
         experts: ExpertSource,
     ) -> Tensor:
-        """Return logits [1, 1, rows] of the activations' dtype; without `has_head` the normed
-        hidden state [1, 1, hidden].
+        """Return logits [1, 1, rows], or without a head the final hidden state [1, 1, hidden].
 
-        token: below the number of embeddings. cos, sin: [1, positions, head_dim]; `row` is the
-        token's position in them. past: one for each layer, all of one length; one position longer
-        afterwards. Raises the errors of `formats.reading.reader.Load`, and ValueError if a size
-        does not fit.
+        The result has the activations' dtype.
+
+        token: id, less than the number of embeddings. cos, sin: [1, positions, head_dim]; row: the
+        token's row in them. past: keys and values of each layer, all of one length, which grows by
+        one. Raises ValueError if a size does not fit, and the errors of
+        `formats.reading.reader.Load`.
         """
 
 
@@ -64,6 +66,4 @@ class DecoderFactory(Protocol):
     device: torch.device
 
     def make(self, weights: ModelWeights, experts: ExpertSource) -> Decoder:
-        """Return a decoder of these weights. LeaveDecoder, with the reason, if there is none for
-        them.
-        """
+        """Return a decoder for these weights. LeaveDecoder with the reason if there is none."""

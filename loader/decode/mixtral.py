@@ -1,6 +1,4 @@
-"""What the decoder knows of Mixtral: which modules it computes, and where their weights and
-settings are.
-"""
+"""The spec of Mixtral: the modules that a decoder replaces, their weights and settings."""
 
 from typing import Any
 
@@ -28,9 +26,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def check_modules(model: Any) -> None:
-    """LeaveDecoder unless `model` has the modules that the plugin puts into a Mixtral, over one
-    cache.
-    """
+    """Raise LeaveDecoder unless `model` is a Mixtral with unchanged modules over one cache."""
     _expect(isinstance(model, MixtralForCausalLM), Reason.FAMILY, type(model).__name__)
     inner = model.model
     embedding = inner.embed_tokens
@@ -58,45 +54,47 @@ def check_modules(model: Any) -> None:
 
 
 def has_own_forward() -> bool:
-    """True if nobody has replaced the forward of transformers' class."""
+    """True if the forward of transformers' class was not replaced."""
     return MixtralModel.forward is _FORWARD
 
 
 def experts_of(model: Any) -> ExpertSource:
-    """The cache from which the first layer's experts come."""
+    """Return the cache of the first layer's experts."""
     source: ExpertSource = model.model.layers[0].mlp.experts.cache
     return source
 
 
 def signature(model: Any) -> Signature:
-    """The weights and settings that `read_weights` reads, to be compared before each token."""
-    found = Signature()
+    """Return the signature of the weights and settings that `read_weights` reads."""
+    values = Signature()
     inner = model.model
-    _add_weight(found, inner.embed_tokens)
-    _add_norm(found, inner.norm)
+    _add_weight(values, inner.embed_tokens)
+    _add_norm(values, inner.norm)
     if type(model.lm_head) is PackedLinear:
-        found.add_tensor(model.lm_head._buffers, "packed")
+        values.add_tensor(model.lm_head._buffers, "packed")
     else:
-        found.add_tensor(model.lm_head._parameters, "weight")
-    found.add_absent(model.lm_head._parameters, "bias")
+        values.add_tensor(model.lm_head._parameters, "weight")
+    values.add_absent(model.lm_head._parameters, "bias")
     for layer in inner.layers:
         attention = layer.self_attn
         for name in _PROJECTIONS:
             projection = getattr(attention, name)
-            found.add_tensor(*_matrix_place(projection))
-            found.add_absent(projection._parameters, "bias")
-        found.add_setting(attention.__dict__, "scaling")
-        found.add_setting(attention.__dict__, "head_dim")
-        _add_norm(found, layer.input_layernorm)
-        _add_norm(found, layer.post_attention_layernorm)
-        _add_weight(found, layer.mlp.gate)
-        found.add_setting(layer.mlp.gate.__dict__, "top_k")
-    return found
+            values.add_tensor(*_matrix_place(projection))
+            values.add_absent(projection._parameters, "bias")
+        values.add_setting(attention.__dict__, "scaling")
+        values.add_setting(attention.__dict__, "head_dim")
+        _add_norm(values, layer.input_layernorm)
+        _add_norm(values, layer.post_attention_layernorm)
+        _add_weight(values, layer.mlp.gate)
+        values.add_setting(layer.mlp.gate.__dict__, "top_k")
+    return values
 
 
 def read_weights(model: Any, device: torch.device) -> ModelWeights:
-    """The present weights of a model that `check_modules` admits, on `device`. LeaveDecoder naming
-    the first module that is not packed, not contiguous, elsewhere, or of another dtype.
+    """Return the present weights of a model that passed `check_modules`.
+
+    Raises LeaveDecoder naming the first module that is not packed, not contiguous, not on `device`,
+    or of another dtype.
     """
     inner = model.model
     dtype = inner.embed_tokens.weight.dtype
@@ -153,7 +151,7 @@ def _packed(attention: Any, projection: str, name: str, device: torch.device) ->
 
 def _dense(module: Any, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     weight = module.weight
-    # Of other layouts the decoder would read a copy, which changes in place do not reach.
+    # The decoder would need a copy of other layouts, and a copy misses changes in place.
     if weight.dtype is not dtype or weight.device != device or not weight.is_contiguous():
         raise LeaveDecoder(Reason.WEIGHTS, f"{name} is not contiguous {dtype} on {device}")
     detached: Tensor = weight.detach()
@@ -161,7 +159,7 @@ def _dense(module: Any, name: str, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _head(module: Any, dtype: torch.dtype, device: torch.device) -> Tensor | PackedMatrix | None:
-    """What the decoder computes of the head; None where torch does."""
+    """Return the head's weight for the decoder; None if torch computes the head."""
     if module._parameters.get("bias") is not None:
         return None
     if type(module) is PackedLinear:
@@ -184,13 +182,13 @@ def _matrix_place(projection: Any) -> tuple[Any, str]:
     return projection._parameters, "weight"
 
 
-def _add_weight(found: Signature, module: Any) -> None:
-    found.add_tensor(module._parameters, "weight")
+def _add_weight(values: Signature, module: Any) -> None:
+    values.add_tensor(module._parameters, "weight")
 
 
-def _add_norm(found: Signature, module: Any) -> None:
-    _add_weight(found, module)
-    found.add_setting(module.__dict__, "variance_epsilon")
+def _add_norm(values: Signature, module: Any) -> None:
+    _add_weight(values, module)
+    values.add_setting(module.__dict__, "variance_epsilon")
 
 
 def _expect(holds: bool, reason: Reason, name: str) -> None:

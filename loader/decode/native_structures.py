@@ -1,8 +1,7 @@
-"""A model's weights as the structures of the native kernels (loader/native/moe_kernels.h), sizes
-checked once.
+"""A model's weights as structures of the native kernels (loader/native/moe_kernels.h).
 
-Structures hold addresses: whoever makes them keeps the weights alive. ValueError if sizes or dtypes
-do not fit.
+Structures hold addresses: the caller keeps the weights alive. Sizes and dtypes are checked here;
+ValueError if they do not fit.
 """
 
 import torch
@@ -14,10 +13,11 @@ from loader.arithmetic.native_library import Attention, Layer, Matrix, packing_i
 from loader.decode.weights import LayerWeights, ModelWeights
 
 _HEAD_BF16 = -1
+"""Packing number of a head in bfloat16 rows (moe_model)."""
 
 
 def attention_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> Attention:
-    """The attention of a layer over activations of `dtype`."""
+    """Return a layer's attention over activations of `dtype`."""
     structure = Attention(
         hidden=hidden, head_dim=weights.head_dim, scale=weights.scale, dtype=kernels.DTYPES[dtype]
     )
@@ -33,8 +33,9 @@ def attention_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) 
 
 
 def layer_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> Layer:
-    """A decoder layer. Without one layout of tiles for all experts only its first half can run
-    natively.
+    """Return a decoder layer.
+
+    Only its first half can run natively if its experts have several layouts, or plain rows.
     """
     _check_dense("attention norm", weights.attention_norm, (hidden,), dtype)
     _check_dense("experts norm", weights.experts_norm, (hidden,), dtype)
@@ -62,7 +63,7 @@ def layer_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> L
 
 
 def head_structure(weights: ModelWeights) -> Matrix:
-    """The output head; empty where it stays a module."""
+    """Return the output head; empty if it stays a module."""
     head = weights.head
     if head is None:
         return Matrix()
@@ -73,7 +74,7 @@ def head_structure(weights: ModelWeights) -> Matrix:
 
 
 def check_model(weights: ModelWeights) -> None:
-    """ValueError unless embedding and last norm fit together."""
+    """Raise ValueError unless embedding and final norm fit together."""
     _check_dense("embedding", weights.embedding, tuple(weights.embedding.shape), weights.dtype)
     _check_dense("norm", weights.norm, (weights.hidden,), weights.dtype)
 
@@ -82,7 +83,8 @@ def _matrix(name: str, matrix: PackedMatrix, columns: int) -> Matrix:
     need = kernels.packed_bytes(matrix.packing, matrix.rows, columns)
     if matrix.tiles.numel() < need:
         raise ValueError(
-            f"{name}: {matrix.tiles.numel()} bytes are too few for {matrix.rows} x {columns}; {need} needed"
+            f"{name}: {matrix.tiles.numel()} bytes are too few for {matrix.rows} x {columns};"
+            f" {need} needed"
         )
     return Matrix(
         tiles=matrix.tiles.data_ptr(), rows=matrix.rows, packing=packing_id(matrix.packing)

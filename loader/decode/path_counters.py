@@ -1,4 +1,4 @@
-"""Counters of tokens by path, and the reasons for which a token takes transformers' path."""
+"""Counters of tokens by path, and the reasons why a token takes transformers' path."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ _log = logging.getLogger(__name__)
 
 
 class Reason(StrEnum):
-    """Why transformers' code computed tokens. The values are the keys of `PathStats.reasons`."""
+    """Reasons why transformers' code computed a token: the keys of `PathStats.reasons`."""
 
     PROMPT = "prompt"
     GRADIENTS = "gradients"
@@ -45,7 +45,8 @@ _NEXT_STEP = {
     Reason.KV_CACHE: "use transformers' DynamicCache",
     Reason.POSITIONS: "pass the next token of one sequence without padding",
     Reason.ATTENTION: 'load the model with attn_implementation="sdpa"',
-    Reason.WEIGHTS: "convert attention to 4 bits (--attn-bits 4), and keep the dtype of all weights equal",
+    Reason.WEIGHTS: "convert attention to 4 bits (--attn-bits 4),"
+    " and keep the dtype of all weights equal",
     Reason.EXPERTS: "give a larger ram_cache or gpu_cache, or use fewer experts per token",
     Reason.KERNELS: 'load the model with kernels="auto" where a C++20 compiler built them',
     Reason.DEVICES: "load the model on one GPU",
@@ -53,7 +54,10 @@ _NEXT_STEP = {
 
 
 class LeaveDecoder(Exception):
-    """Raised where the decoder leaves a token to transformers: the reason, and what was found."""
+    """Leaves a token to transformers' code.
+
+    reason: why. detail: the module, argument or value that caused it.
+    """
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -64,7 +68,7 @@ class LeaveDecoder(Exception):
 class PathCounters:
     """Counts a model's tokens by path. Thread safe.
 
-    Each reason but `prompt` is logged once a model, as a warning, with the next step.
+    Each reason except `prompt` is logged once for each model, as a warning with the next step.
     """
 
     def __init__(self) -> None:
@@ -79,9 +83,7 @@ class PathCounters:
             self._decoder += 1
 
     def count_left(self, left: LeaveDecoder, tokens: int) -> None:
-        """Count `tokens` that transformers' code computes, and log the reason if it is the first
-        time.
-        """
+        """Count `tokens` that transformers' code computes; log a reason when it comes first."""
         with self._lock:
             self._reasons[left.reason] += tokens
             is_first = left.reason not in self._logged

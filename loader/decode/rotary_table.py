@@ -1,6 +1,4 @@
-"""cos and sin of the rotary embedding by position: the model's own values, computed for many
-positions at a time.
-"""
+"""A table of cos and sin of a model's rotary embedding, computed for many positions at a time."""
 
 from ctypes import string_at
 from typing import Any
@@ -9,41 +7,40 @@ import torch
 from torch import Tensor
 
 POSITIONS = 256
-"""Positions that are computed together; a power of two."""
+"""Positions in a block, computed together."""
 BLOCKS = 8
-"""Blocks kept: 1 MiB in bfloat16 at a head width of 128."""
+"""Blocks kept in memory: 1 MiB in bfloat16 with head_dim 128."""
 
 
 class RotaryTable:
-    """Rows of `rotary`, a rotary embedding of transformers whose values depend on the position
-    alone, in `dtype`.
+    """Rows of cos and sin of `rotary` in `dtype`.
+
+    rotary: a rotary embedding of transformers whose values depend only on the position (`fits`).
     """
 
     def __init__(self, rotary: Any, dtype: torch.dtype) -> None:
-        self._rotary, self.dtype = rotary, dtype
-        self._frequencies, self._state = rotary.inv_freq, _state(rotary)
+        self._rotary = rotary
+        self.dtype = dtype
+        self._frequencies = rotary.inv_freq
+        self._state = _state(rotary)
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def fits(rotary: Any) -> bool:
-        """Whether the values depend on the position alone: other kinds follow the longest sequence
-        seen.
-        """
+        """True if values depend only on the position; some kinds depend on the longest sequence."""
         return getattr(rotary, "rope_type", None) == "default"
 
     def is_of(self, rotary: Any) -> bool:
-        """Whether `rotary` still gives these values."""
+        """True if `rotary` still gives these values."""
         return rotary is self._rotary and _state(rotary) == self._state
 
     def find(self, position: int) -> tuple[Tensor, Tensor, int]:
-        """cos and sin of POSITIONS positions, each [1, POSITIONS, head_dim], and the row of
-        `position`.
-        """
+        """Return cos and sin of a block, [1, POSITIONS, head_dim] each, and the row of `position`."""
         number, row = divmod(position, POSITIONS)
         block = self._blocks.get(number)
         if block is None:
             if len(self._blocks) >= BLOCKS:
-                # A new dict, not an emptied one: another thread may be looking.
+                # A new dict, because another thread may be reading the old one.
                 self._blocks = {}
             block = self._blocks[number] = self._computed(number)
         return (*block, row)
@@ -58,9 +55,10 @@ class RotaryTable:
 
 
 def _state(rotary: Any) -> tuple[Any, ...]:
-    """What the values depend on, to be compared for each token: the frequencies themselves, or on a
-    GPU, where reading them takes longer than the token, their place and the number of changes; a
-    change by `.data` is not seen there.
+    """Return a value that changes with the table's values; it is compared for each token.
+
+    It contains the frequencies. On a GPU reading them would take longer than the token, so there it
+    contains their address and version; changes through `.data` are not noticed.
     """
     frequencies: Tensor = rotary._buffers["inv_freq"]
     if frequencies.device.type == "cpu":

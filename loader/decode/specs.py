@@ -1,6 +1,4 @@
-"""Model types that have a decoder: where each keeps the weights and settings that the decoder
-reads.
-"""
+"""The model types that have a decoder, each with its spec."""
 
 from typing import Any, Protocol
 
@@ -13,28 +11,26 @@ from loader.experts.cache import ExpertSource
 
 
 class Spec(Protocol):
-    """One model type's modules, as transformers names them; `loader/decode/mixtral.py` is one."""
+    """Where a model type keeps weights and settings (`loader/decode/mixtral.py` is one)."""
 
     def check_modules(self, model: Any) -> None:
-        """LeaveDecoder unless `model` has the modules that the plugin puts in, over one cache."""
+        """Raise LeaveDecoder unless `model` has unchanged modules over one cache."""
 
     def has_own_forward(self) -> bool:
-        """True if nobody has replaced the forward of transformers' class."""
+        """True if the forward of transformers' class was not replaced."""
 
     def experts_of(self, model: Any) -> ExpertSource:
-        """Return the cache from which the experts come."""
+        """Return the cache of the model's experts."""
 
     def signature(self, model: Any) -> Signature:
-        """Return the weights and settings that `read_weights` reads."""
+        """Return the signature of the weights and settings that `read_weights` reads."""
 
     def read_weights(self, model: Any, device: torch.device) -> ModelWeights:
-        """Return the present weights. LeaveDecoder naming the first module that the decoder cannot
-        read.
-        """
+        """Return the present weights. LeaveDecoder naming the first unreadable module."""
 
 
 SPECS: dict[str, Spec] = {"mixtral": mixtral}
-"""Spec by the configuration's `model_type`."""
+"""`model_type` of the configuration -> spec."""
 
 
 def spec_of(model: Any) -> Spec:

@@ -1,6 +1,4 @@
-"""The weights and settings that a decoder reads, and the signature that tells when one of them has
-changed.
-"""
+"""The weights and settings that a decoder reads, and a signature that shows their changes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +13,9 @@ from loader.arithmetic.kernels import PackedMatrix
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """The four packed matrices of a layer's attention; each `tiles` uint8, contiguous, on the
-    decoder's device.
+    """The four packed matrices of a layer's attention.
+
+    Their `tiles` are uint8, contiguous and on the decoder's device.
     """
 
     q: PackedMatrix
@@ -29,8 +28,8 @@ class AttentionWeights:
 class LayerWeights:
     """One decoder layer.
 
-    attention_norm, experts_norm [hidden] and router [experts, hidden]: contiguous, of the
-    activations' dtype.
+    attention_norm, experts_norm: [hidden]; router: [experts, hidden]; both contiguous and of the
+    activations' dtype. layouts: layout of each expert.
     """
 
     attention: AttentionWeights
@@ -46,12 +45,12 @@ class LayerWeights:
 
     @property
     def experts(self) -> int:
-        """Number of experts that the router chooses from."""
+        """Number of experts in the layer."""
         return self.router.shape[0]
 
     @property
     def layout(self) -> ExpertLayout | None:
-        """The layout of all experts; None if they have several, or one that is not of tiles."""
+        """Layout of all experts; None if they have several, or plain rows."""
         kinds = set(self.layouts.values())
         layout = kinds.pop() if len(kinds) == 1 else None
         return layout if layout is not None and layout.is_tiled else None
@@ -61,8 +60,8 @@ class LayerWeights:
 class ModelWeights:
     """A whole model.
 
-    embedding [vocabulary, hidden], norm [hidden]: contiguous, of the activations' dtype. head:
-    bfloat16 [rows, hidden], packed, or None where it stays a module of torch.
+    embedding: [vocabulary, hidden]; norm, the final norm: [hidden]; both contiguous and of the
+    activations' dtype. head: bfloat16 [rows, hidden], or packed, or None if it stays a torch module.
     """
 
     layers: tuple[LayerWeights, ...]
@@ -83,12 +82,11 @@ class ModelWeights:
 
 
 class Signature:
-    """Where weights lie and what settings are, to be compared before each token.
+    """Addresses of weights and values of settings, compared before each token.
 
-    Decoders read weights in place, so a change in place needs no comparison, and keep their memory
-    alive, so that a new weight has another address. Places are the dicts in which modules keep
-    their parameters, buffers and settings: torch's own attribute lookup searches three of them in
-    Python.
+    Decoders read weights in place, so changes in place need no comparison. They keep the memory
+    alive, so a replaced weight has another address. A place is the dict in which a module keeps its
+    parameters, buffers or settings: torch's attribute lookup searches three of them in Python.
     """
 
     def __init__(self) -> None:
@@ -97,19 +95,19 @@ class Signature:
         self._settings: list[tuple[Mapping[str, Any], str]] = []
 
     def add_tensor(self, place: Mapping[str, Any], name: str) -> None:
-        """Compare the address, shape and strides of a tensor."""
+        """Include a tensor's address, shape and strides."""
         self._tensors.append((place, name))
 
     def add_absent(self, place: Mapping[str, Any], name: str) -> None:
-        """Compare that there is no such tensor."""
+        """Include that a tensor is None or missing."""
         self._absent.append((place, name))
 
     def add_setting(self, place: Mapping[str, Any], name: str) -> None:
-        """Compare a number."""
+        """Include a number."""
         self._settings.append((place, name))
 
     def now(self) -> list[Any]:
-        """Return the present values. KeyError or AttributeError if a tensor is no longer there."""
+        """Return the present values. KeyError or AttributeError if a tensor was removed."""
         values: list[Any] = [place[name] for place, name in self._settings]
         for place, name in self._tensors:
             tensor = place[name]

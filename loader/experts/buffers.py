@@ -64,7 +64,7 @@ class BufferPool:
         return not self._unallocated and not any(piece.free for piece in self.pieces)
 
     def take(self) -> Tensor:
-        """Take a buffer, uint8 [buffer_bytes]. IndexError if none is left: the owner counts them."""
+        """Take a buffer, uint8 [buffer_bytes]. IndexError if none is left; the owner counts."""
         if not any(piece.free for piece in self.pieces):
             self._add_piece()
         # From the fullest piece, so that other pieces become empty and can be freed.
@@ -93,7 +93,7 @@ class BufferPool:
         self._count -= piece.count
 
     def repair(self, taken: Iterable[Tensor]) -> None:
-        """Make the pool consistent after an interrupted change: all buffers but `taken` are free."""
+        """Make the pool consistent after an interrupt: all buffers but `taken` are free."""
         addresses = {buffer.data_ptr() for buffer in taken}
         self._piece_of.clear()
         for piece in self.pieces:

@@ -23,7 +23,7 @@ class CacheEntry:
     is_guess: bool = False
     """True for a prefetch that nobody has asked for yet."""
     is_fill: bool = False
-    """True for an expert that the CPU computed for a GPU; it is read into a slot for the next use."""
+    """True for an expert that the CPU computed for a GPU; it comes into a slot for the next use."""
     is_queued: bool = False
     """True if the copy that fills `blob` is queued, and `Reader.before_use` must order uses after
     it. False after the first use.

@@ -70,7 +70,7 @@ class CacheState:
                 staging.filling = None
             if staging.pool:
                 buffers = [entry.buffer for slots in users for entry in slots.entries()]
-                # Buffers in use that no layer holds any more. They are given back when the use ends.
+                # Buffers in use that no layer holds any more: given back when the use ends.
                 buffers += [entry.buffer for entry in pins]
                 buffers += [job.buffer for job in self.fetcher.running()]
                 staging.pool.repair(buffer for buffer in buffers if buffer is not None)

@@ -14,7 +14,7 @@ from loader.experts.monitor import Monitor, nothing
 from loader.experts.reader_protocol import Load
 
 THREADS = 2
-"""Reads at a time: as many as a token misses in a layer. One read reaches the limit of most disks."""
+"""Reads at a time: the most that a token misses in a layer. One reaches most disks' limit."""
 CLOSE_WAIT_S = 5.0
 """Seconds that `close` waits for a read. A process may exit while a read is under way."""
 
@@ -65,7 +65,7 @@ class Fetcher:
 
     @property
     def guess_is_running(self) -> bool:
-        """True if a guess is being read; an urgent job then shares the disk until its piece ends."""
+        """True if a guess is being read; an urgent job then shares the disk for its piece."""
         return any(not job.urgent for job in self._running)
 
     def submit(self, job: Job) -> None:
@@ -137,7 +137,7 @@ class Fetcher:
 
         Queued jobs are not read. Returns after CLOSE_WAIT_S seconds even if a read takes longer.
         """
-        # Only the lock, not the monitor's block: the garbage collector may call this within a block.
+        # Only the lock, not a block: the garbage collector may call this within a block.
         with self.monitor.lock:
             self._then = then
             self._closed = True

@@ -62,7 +62,7 @@ class Monitor:
 
     @property
     def is_here(self) -> bool:
-        """True if this thread may be inside a block: the garbage collector runs code in its middle."""
+        """True if this thread may be in a block: the garbage collector can run code within it."""
         return self._thread == threading.get_ident()
 
     def notify_all(self) -> None:

@@ -1,4 +1,4 @@
-"""Who pins experts of a cache. The pin counts follow from this, whatever an interrupt left undone."""
+"""The holders of pins on a cache's experts, from which repair computes the pin counts."""
 
 import threading
 import weakref
@@ -62,7 +62,7 @@ class PinRegistry:
             del self._by_thread[ident]
 
     def release_interrupted(self) -> bool:
-        """Release this thread's holder. True if it had one; the caller must then repair the pins."""
+        """Release this thread's holder. True if it had one: the caller must repair the pins."""
         ident = threading.get_ident()
         if ident not in self._by_thread:
             return False

@@ -80,9 +80,9 @@ class LfuPolicy:
 class LrfuPolicy:
     """LRFU, between LRU and LFU (Lee et al., IEEE Transactions on Computers 50(12), 2001).
 
-    Each use adds 1 to its expert's value. Values halve after every `half_life` uses of the layer, by
-    any expert; a token of a top-2 model makes two uses. The expert with the lowest value is evicted.
-    A half-life of 1 is LRU, a very long one is LFU. Values survive evictions.
+    Each use adds 1 to its expert's value. Values halve after every `half_life` uses of the layer,
+    by any expert; a token of a top-2 model makes two uses. The expert with the lowest value is
+    evicted. A half-life of 1 is LRU, a very long one is LFU. Values survive evictions.
 
     The default half-life was chosen by replay of traces (docs/traces.md).
     """

@@ -1,4 +1,4 @@
-"""Which of a layer's experts have a slot, which are staged, and which leave. The owner has a lock."""
+"""The table of a layer's slots: who has one, who is staged, who leaves. The owner has a lock."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -86,7 +86,7 @@ class SlotTable:
         return [*self.cached.values(), *self.staged.values()]
 
     def remove_slot(self) -> bool:
-        """Remove one slot and evict the policy's choice if all are taken. False if all are in use."""
+        """Remove one slot, and evict an expert if all slots are taken. False if all are in use."""
         if not self.slots or not self._can_free(()):
             return False
         self._free_slot(())

@@ -28,8 +28,8 @@ def stream(
     ascending: True yields the experts in ascending order; False yields them as they arrive.
 
     Each expert is read at most once. Experts whose copies are only queued come one by one, so that
-    the next copies continue while one is used. A part is valid until the next one is asked for; work
-    that the caller's stream has by then may still use it.
+    the next copies continue while one is used. A part is valid until the next one is asked for;
+    work that the caller's stream has by then may still use it.
 
     Afterwards the slots hold the last used experts, as if the tokens had come one by one. With
     `ascending` this holds only if no expert has to leave before its turn.
@@ -90,7 +90,7 @@ class _Stream(PinHolder):
         self._slots.hits += len(hits)
 
     def next_part(self) -> list[CacheEntry] | None:
-        """Start the reads for which there is room. Return the experts that can be used now, or None."""
+        """Start the reads that have room. Return the experts that can be used now, or None."""
         self._begin_reads()
         part = self._part()
         if not part and not any(entry.job for entry in self.entries):

@@ -46,7 +46,7 @@ class DecoderPath(Derived):
         transformers' code must.
         """
         config = self._model.config
-        request = TokenRequest.of(args, kwargs, config, self._layers, self._factory.device)
+        request = TokenRequest.from_call(args, kwargs, config, self._layers, self._factory.device)
         if torch.is_grad_enabled():
             raise LeaveDecoder(Reason.GRADIENTS)
         self._check_surroundings(config)
