@@ -88,7 +88,7 @@ class CpuDecoder(Derived):
         ]
         self._held: dict[tuple[int, int], Tensor] = {}
         self._blobs = (c_void_p * (len(layers) * self._experts))()
-        """Addresses of `_held`. An address never changes: another thread may be reading the bytes."""
+        """Addresses of `_held`. They never change: another thread may be reading the bytes."""
         self._model = Model(
             layers=addressof(self._layers),
             embedding=weights.embedding.data_ptr(),
@@ -127,10 +127,19 @@ class CpuDecoder(Derived):
         # On the CPU, whatever torch's default device is: native code writes there.
         out = torch.empty((1, 1, self._wide), dtype=self._weights.dtype, device="cpu")
         state = Token(
-            token, cos.data_ptr() + offset, sin.data_ptr() + offset, addressof(keys), addressof(values),
-            addressof(capacity), length, addressof(blobs), addressof(room), addressof(index), addressof(scores),
-            out.data_ptr(),
-        )  # fmt: skip
+            id=token,
+            cos=cos.data_ptr() + offset,
+            sin=sin.data_ptr() + offset,
+            keys=addressof(keys),
+            values=addressof(values),
+            capacity=addressof(capacity),
+            length=length,
+            blobs=addressof(blobs),
+            room=addressof(room),
+            index=addressof(index),
+            weights=addressof(scores),
+            out=out.data_ptr(),
+        )
         counted = 0
         error = self._run(byref(self._model), byref(state))
         # Guesses and partial layers use torch, whose threads would spin on cores that the native
@@ -240,14 +249,14 @@ class CpuDecoder(Derived):
         self._set_output(total, room)
 
     def _routing(self, number: int, index: Any, scores: Any) -> tuple[Tensor, Tensor]:
-        """Return the router's choice int64 [1, top_k] and weights float32 [1, top_k], not copied."""
+        """Return the router's choice int64 [1, top_k] and weights float32 [1, top_k], as views."""
         begin, top_k = number * self._top_k, self._weights.layers[number].top_k
         chosen = torch.frombuffer(index, dtype=torch.int64, count=top_k, offset=8 * begin)
         weights = torch.frombuffer(scores, dtype=torch.float32, count=top_k, offset=4 * begin)
         return chosen[None], weights[None]
 
     def _normed(self, room: Any) -> Tensor:
-        """Return the input of the layer's router and experts, [hidden], not copied."""
+        """Return the input of the layer's router and experts, [hidden], as a view."""
         return self._part(room, 2)
 
     def _set_output(self, total: Tensor, room: Any) -> None:

@@ -35,7 +35,7 @@ class RotaryTable:
         return rotary is self._rotary and _state(rotary) == self._state
 
     def find(self, position: int) -> tuple[Tensor, Tensor, int]:
-        """Return cos and sin of a block, [1, POSITIONS, head_dim] each, and the row of `position`."""
+        """Return cos and sin of a block, [1, POSITIONS, head_dim], and the row of `position`."""
         number, row = divmod(position, POSITIONS)
         block = self._blocks.get(number)
         if block is None:

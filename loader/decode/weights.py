@@ -61,7 +61,8 @@ class ModelWeights:
     """A whole model.
 
     embedding: [vocabulary, hidden]; norm, the final norm: [hidden]; both contiguous and of the
-    activations' dtype. head: bfloat16 [rows, hidden], or packed, or None if it stays a torch module.
+    activations' dtype.
+    head: bfloat16 [rows, hidden], or packed, or None if it stays a torch module.
     """
 
     layers: tuple[LayerWeights, ...]

@@ -1,5 +1,6 @@
-"""What fits where with a GPU, and the tokens per second to expect. Computed; nothing of it was
-measured on a GPU.
+"""Plans with a GPU: what fits where, and the expected tokens per second.
+
+The formulas were not checked against measurements on a GPU.
 """
 
 import math
@@ -18,26 +19,27 @@ from loader.planning.memory_plan import PROCESS_BYTES, ModelSizes, Plan
 from loader.traces.tier_misses import TierMisses
 
 CONTEXT_BYTES = 512 << 20
-"""GPU memory for CUDA's context, kernels and what torch's allocator rounds up. Assumed: users of
-PyTorch report 300 to 400 MB of context where kernels are loaded when first used (pytorch/pytorch,
-issues 107667 and 109888).
+"""GPU memory for CUDA's context, kernels and rounding of torch's allocator. Assumed: PyTorch users
+report contexts of 300 to 400 MB with lazily loaded kernels (pytorch/pytorch, issues 107667 and
+109888).
 """
 
 CUDA_PROCESS_BYTES = 512 << 20
-"""RAM for CUDA's libraries, beside PROCESS_BYTES. Assumed."""
+"""RAM for CUDA's libraries, in addition to PROCESS_BYTES. Assumed."""
 
 GPU_EFFICIENCY = 0.5
-"""The low end of the expected speed, as a share of what link, GPU memory and disk allow where
-nothing overlaps.
-Assumed: for kernels below a data sheet's bandwidth, for launches, and for the wait for each layer's
-router.
+"""Low end of the expected speed, as a share of the speed that link, GPU memory and disk allow
+without overlap. Assumed, to cover kernels below peak bandwidth, launches, and the wait for each
+layer's router.
 """
 
 
 @dataclass(frozen=True)
 class GpuMachine:
-    """Bytes a second: of copies from page-locked RAM to the GPU, of the GPU's memory, and of where
-    experts come from that are not in RAM (None if all are there).
+    """Speeds in bytes per second.
+
+    link: copies from page-locked RAM to the GPU. gpu_memory: reads of the GPU's memory. disk: reads
+    of experts that are not in RAM; None if all are in RAM.
     """
 
     link_bytes_per_s: float
@@ -47,11 +49,10 @@ class GpuMachine:
 
 @dataclass(frozen=True)
 class GpuPart:
-    """What takes how many bytes of the GPU's memory, as `Plan` says it of RAM.
+    """Use of the GPU's memory in bytes; `Plan` has the same fields for RAM.
 
-    cache_bytes: what experts get (`gpu_cache` of `from_pretrained`). miss_ratio: of the experts
-    that a token needs, those that are not on the GPU; copied_bytes_per_token: theirs, over the
-    link.
+    cache_bytes: for experts (`gpu_cache` of `from_pretrained`). miss_ratio: share of the requested
+    experts that are not on the GPU. copied_bytes_per_token: bytes of these over the link.
     """
 
     vram_bytes: int
@@ -69,10 +70,11 @@ class GpuPart:
 
 @dataclass(frozen=True)
 class GpuPlan(Plan):
-    """A plan with a GPU: the trunk, the KV cache and activations are there, RAM has experts only.
-    miss_ratio: of the experts that a token needs, those that are neither on the GPU nor in RAM.
-    slots: RAM's, which are one pool for all layers, those on their way included, as if it were
-    divided evenly. tokens_per_s: with GPU_EFFICIENCY.
+    """A plan with a GPU, which holds the trunk, KV cache and activations; RAM holds only experts.
+
+    miss_ratio: share of the requested experts that are neither on the GPU nor in RAM.
+    slots: experts in RAM, staging included, as if the pool of all layers were divided evenly.
+    tokens_per_s: low end with GPU_EFFICIENCY.
     """
 
     gpu: GpuPart
@@ -88,17 +90,21 @@ def plan_gpu(
     prompt: int,
     tier_misses: TierMisses,
 ) -> GpuPlan:
-    """The plan for `vram_bytes` of a GPU and a process of `ram_bytes`; None takes as much as all
-    experts need.
+    """Return the plan for a GPU with `vram_bytes` and a process with `ram_bytes`.
 
-    DoesNotFitError with the least budget where the GPU or the RAM has not even room for the experts
-    on their way. ValueError if the disk is needed and its speed is not known.
+    ram_bytes: None takes as much as all experts need. context: positions of the KV cache, of which
+    `prompt` come at once. tier_misses: miss ratios of GPU and RAM (loader/traces/tier_misses.py).
+
+    Raises DoesNotFitError with the smallest budget if GPU or RAM have no room for experts on their
+    way; ValueError if the disk is needed and its speed is unknown.
     """
     experts, chosen = sizes.experts, sizes.architecture.num_experts_per_tok
     process = PROCESS_BYTES + CUDA_PROCESS_BYTES
     ram_bytes = process + sizes.all_experts if ram_bytes is None else ram_bytes
-    gpu_cache, ram_cache = _gpu_cache(sizes, vram_bytes, context, prompt), ram_bytes - process
-    if ram_cache < (least := staging_bytes(experts, TIER_STAGING)):
+    gpu_cache = _gpu_cache(sizes, vram_bytes, context, prompt)
+    ram_cache = ram_bytes - process
+    least = staging_bytes(experts, TIER_STAGING)
+    if ram_cache < least:
         raise _does_not_fit(
             "RAM", ram_bytes, {"the process": process, "experts on their way": least}
         )
@@ -108,8 +114,8 @@ def plan_gpu(
     ram_slots = _tier_slots(ram_cache, experts)
     in_memory = expert_bytes_by_layer(experts)
     missed = [
-        tier_misses(layer, *there)
-        for layer, there in enumerate(zip(gpu_slots, ram_slots, strict=True))
+        tier_misses(layer, *slots)
+        for layer, slots in enumerate(zip(gpu_slots, ram_slots, strict=True))
     ]
     copied = chosen * sum(
         on_gpu * size for (on_gpu, _), size in zip(missed, in_memory, strict=True)
@@ -119,7 +125,7 @@ def plan_gpu(
         raise ValueError(f"{read} bytes a token come from a disk of unknown speed")
     seconds = (
         copied / machine.link_bytes_per_s,
-        # What is copied is written there, and then read as the rest.
+        # A copied expert is written to GPU memory and then read like the others.
         (sizes.used_per_token(context) + copied) / machine.gpu_memory_bytes_per_s,
         read / (machine.disk_bytes_per_s or math.inf),
     )
@@ -153,7 +159,7 @@ def plan_gpu(
 
 
 def _gpu_cache(sizes: ModelSizes, vram_bytes: int, context: int, prompt: int) -> int:
-    """What experts get of the GPU's memory."""
+    """Return the GPU memory that is left for experts, in bytes."""
     kv, workspace = sizes.kv_per_position * context, CONTEXT_BYTES + sizes.activations(prompt)
     cache = vram_bytes - sizes.trunk - kv - sizes.prefix - workspace
     if cache < sizes.staging_bytes:
@@ -171,7 +177,7 @@ def _gpu_cache(sizes: ModelSizes, vram_bytes: int, context: int, prompt: int) ->
 
 
 def _tier_slots(cache_bytes: int, experts: SizedExperts) -> tuple[int, ...]:
-    """The tier's experts of each size, divided evenly among the layers with that size."""
+    """Return the tier's experts of each layer: those of each size divided evenly."""
     by_layer = expert_bytes_by_layer(experts)
     slots = [0] * len(by_layer)
     for size, count in tier_counts(cache_bytes, experts, TIER_STAGING).items():
@@ -185,6 +191,7 @@ def _does_not_fit(what: str, given: int, parts: dict[str, int]) -> DoesNotFitErr
     least = sum(parts.values())
     named = ", ".join(f"{name} {n_bytes}" for name, n_bytes in parts.items())
     return DoesNotFitError(
-        f"{what} of {given} bytes: what must be there takes {least} in all: {named}",
-        f"give at least {math.ceil(least / 2**20)}MiB, or a shorter context or prompt, or convert to fewer bits",
+        f"{what} of {given} bytes is too small; it must hold {least} bytes: {named}",
+        f"give at least {math.ceil(least / 2**20)}MiB, or a shorter context or prompt,"
+        " or convert to fewer bits",
     )

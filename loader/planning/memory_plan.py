@@ -1,6 +1,4 @@
-"""What fits where within a budget, and the tokens per second to expect: numbers of index and
-headers only.
-"""
+"""Plans on the CPU: what fits within a RAM budget, and the expected tokens per second."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,27 +20,26 @@ from loader.traces.slot_shares import miss_bytes
 from loader.traces.trace import Trace
 
 PROCESS_BYTES = 320 << 20
-"""Python, torch and transformers, and what one token's forward pass takes beside weights, cache and
-keys. Measured: 302 MiB of anonymous memory after a prompt of 16 tokens and 16 more (torch 2.13 on
-CPU, transformers 5.24).
+"""RAM for Python, torch, transformers and one token's activations. Measured: 302 MiB of anonymous
+memory after a prompt of 16 tokens and 16 more (torch 2.13 on CPU, transformers 5.24).
 """
 
 EFFICIENCY = 0.75
-"""The low end of the expected speed, as a share of what disk and memory allow where nothing
-overlaps. Measured over four 8x7B-shaped layers at 2 bits on two cores: 0.8 with all experts in
+"""Low end of the expected speed, as a share of the speed that disk and memory allow without
+overlap. Measured with four 8x7B-shaped layers at 2 bits on two cores: 0.8 with all experts in
 memory, 0.98 to 1.1 with fewer.
 """
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What one token reads and keeps, in bytes.
+    """Sizes of a model, in bytes.
 
-    experts: their sizes in memory. stored: of an expert of each layer in its file, on the mean.
-    trunk: everything in memory that is not an expert. trunk_read: what of it a token reads
-    (embeddings give one row). kv_per_position: keys and values of all layers. in_place: whether
-    experts in memory can be used where the file is mapped. prefix: what prefix caches of a server
-    may take.
+    experts: gives their sizes in memory. stored: mean size of a stored expert, of each layer.
+    trunk: all weights that are not experts. trunk_read: part of the trunk that one token reads,
+    without the embeddings, of which it reads one row. kv_per_position: keys and values of all
+    layers. in_place: True if experts can be used where files are mapped. prefix: budget of a
+    server's prefix caches.
     """
 
     experts: SizedExperts
@@ -55,7 +52,7 @@ class ModelSizes:
 
     @classmethod
     def of_folder(cls, artifact: Artifact) -> "ModelSizes":
-        """Of a converted folder."""
+        """Return the sizes of a converted folder."""
         layers = artifact.index.layers
         stored = tuple(
             sum(entry.length for entry in layer.experts) / len(layer.experts) for layer in layers
@@ -72,7 +69,10 @@ class ModelSizes:
         stored: tuple[float, ...] | None = None,
         in_place: bool = True,
     ) -> "ModelSizes":
-        """Of a trunk's tensors; `stored` is as in memory if not given."""
+        """Return the sizes of experts and a trunk's tensors.
+
+        stored: None if stored experts have the size of those in memory.
+        """
         a = experts.architecture
         tensors = {entry.name: entry for entry in trunk}
         whole = sum(entry.n_bytes for entry in tensors.values())
@@ -92,7 +92,7 @@ class ModelSizes:
 
     @property
     def architecture(self) -> Architecture:
-        """The model's numbers."""
+        """The model's dimensions."""
         return self.experts.architecture
 
     @property
@@ -101,7 +101,7 @@ class ModelSizes:
         return self.architecture.num_local_experts * sum(expert_bytes_by_layer(self.experts))
 
     def activations(self, prompt: int) -> int:
-        """Those of an expert and of attention in float32, for a prompt of so many tokens."""
+        """Return the bytes of activations for a prompt of `prompt` tokens, float32."""
         return (
             4
             * prompt
@@ -109,17 +109,15 @@ class ModelSizes:
         )
 
     def workspace(self, prompt: int) -> int:
-        """What the process takes beside weights, cache and keys for a prompt of so many tokens."""
+        """Return the bytes of the process without weights, expert cache and KV cache."""
         return PROCESS_BYTES + self.activations(prompt)
 
     def fixed(self, context: int, prompt: int) -> int:
-        """What the process takes beside experts."""
+        """Return the bytes of the process without experts."""
         return self.trunk + self.kv_per_position * context + self.prefix + self.workspace(prompt)
 
     def used_per_token(self, context: int) -> int:
-        """Bytes of weights, keys and values that computing one token reads, at the end of the
-        context.
-        """
+        """Return the bytes of weights, keys and values that a token reads at the context's end."""
         chosen = self.architecture.num_experts_per_tok
         return (
             self.trunk_read
@@ -129,13 +127,13 @@ class ModelSizes:
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of experts on their way: the least that a cache takes."""
+        """Bytes of the staging area: the smallest possible expert cache."""
         return staging_bytes(self.experts, staging_experts(self.architecture))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes a second of this machine's memory, and of where missed experts come from."""
+    """Speeds in bytes per second: reads of memory, and reads of missed experts from disk."""
 
     memory_bytes_per_s: float
     disk_bytes_per_s: float
@@ -143,14 +141,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What takes how many bytes, and what to expect.
+    """Use of a RAM budget in bytes, and the expected speed.
 
-    ram_bytes: the budget. kv_bytes: of one context; prefix_bytes: of a server's prefix caches.
-    cache_bytes: what of the budget experts get (`ram_cache` of `from_pretrained`). aside_bytes: of
-    experts on their way, slot_bytes: of those in slots, together at most cache_bytes. slots: of
-    each layer. miss_ratio: of the experts that a token needs.
-    read_bytes_per_token: from the disk. tokens_per_s: (low, high) of one sequence at the end of the
-    context: without overlap of reading and computing, at EFFICIENCY, and with perfect overlap.
+    ram_bytes: the budget. kv_bytes: KV cache of one context. prefix_bytes: prefix caches of a
+    server. cache_bytes: for experts (`ram_cache` of `from_pretrained`); it holds aside_bytes, the
+    staging area, and slot_bytes. slots: of each layer. miss_ratio: share of the requested experts
+    that are not in memory. read_bytes_per_token: from disk.
+    tokens_per_s: (low, high) for one sequence at the end of the context; low without overlap of
+    reads and computing, times EFFICIENCY; high with perfect overlap.
     """
 
     ram_bytes: int
@@ -168,7 +166,7 @@ class Plan:
 
 
 MissRatios = Sequence[Mapping[int, float]]
-"""For each layer: slots -> the share of the needed experts that are not there."""
+"""For each layer: slots -> share of the requested experts that miss."""
 
 
 def plan_memory(
@@ -180,12 +178,13 @@ def plan_memory(
     prompt: int,
     miss_ratios: MissRatios | None = None,
 ) -> Plan:
-    """The plan for a process of `ram_bytes`, a context of `context` positions of which `prompt`
-    come at once.
+    """Return the plan for a process of `ram_bytes`.
 
-    miss_ratios: of a trace (`traced_miss_ratios`); None assumes that every expert is equally
-    likely. DoesNotFitError with the least budget if not even trunk, KV cache, workspace and one
-    token's experts fit.
+    context: positions of the KV cache, of which `prompt` come at once. miss_ratios: from a trace
+    (`traced_miss_ratios`); None assumes that all experts are equally likely.
+
+    Raises DoesNotFitError with the smallest budget if trunk, KV cache, workspace and one token's
+    experts do not fit.
     """
     architecture, fixed = sizes.architecture, sizes.fixed(context, prompt)
     cache_bytes = ram_bytes - fixed
@@ -195,8 +194,8 @@ def plan_memory(
             f" {sizes.kv_per_position * context}, prefix caches {sizes.prefix},"
             f" the process {sizes.workspace(prompt)}, experts on their way"
             f" {sizes.staging_bytes}: {fixed + sizes.staging_bytes} in all",
-            f"give at least {math.ceil((fixed + sizes.staging_bytes) / 2**20)}MiB, or a shorter context or prompt, or convert"
-            " to fewer bits",
+            f"give at least {math.ceil((fixed + sizes.staging_bytes) / 2**20)}MiB,"
+            " or a shorter context or prompt, or convert to fewer bits",
         )
     slots = slots_by_layer(
         cache_bytes, sizes.experts, staging_experts(architecture), all_in_place=sizes.in_place
@@ -236,9 +235,7 @@ def plan_shares(
     prompt: int,
     miss_ratios: MissRatios | None = None,
 ) -> list[Plan]:
-    """Plans for the least budget that works, and for those where experts get each of `shares` of
-    what all take.
-    """
+    """Return plans for the smallest budget, and for caches with each of `shares` of the experts."""
     caches = [sizes.staging_bytes, *(math.ceil(share * sizes.all_experts) for share in shares)]
     fixed = sizes.fixed(context, prompt)
     return [
@@ -250,15 +247,16 @@ def plan_shares(
 
 
 def uniform_miss_ratios(architecture: Architecture) -> MissRatios:
-    """Where each expert is equally likely at each token: 1 - slots / experts, for any policy that
-    does not know the future.
+    """Return the miss ratios if all experts are equally likely: 1 - slots / experts.
+
+    They hold for every policy that does not know future requests.
     """
     count = architecture.num_local_experts
     return [{slots: 1 - slots / count for slots in range(count + 1)}] * architecture.expert_layers
 
 
 def traced_miss_ratios(trace: Trace, policy: Callable[[], Policy]) -> MissRatios:
-    """Of the decoded tokens of `trace`."""
+    """Return the miss ratios of a trace's decoded tokens."""
     decoded = sum(s.tokens - s.prompt_tokens for s in trace.header.sequences)
     layers = miss_bytes(trace, [policy] * trace.experts.shape[1])
     return [

@@ -1,4 +1,4 @@
-"""A few tokens with a converted folder, to compare with what a plan expects."""
+"""Decodes a few tokens with a converted folder, to compare with a plan."""
 
 import gc
 import time
@@ -13,9 +13,7 @@ from loader.model import from_pretrained
 
 @dataclass(frozen=True)
 class TrialRun:
-    """Of `tokens` decoded tokens: tokens a second, the cache's hit ratio, and the bytes that misses
-    read for each.
-    """
+    """Speed, hit ratio and bytes read on misses of `tokens` decoded tokens."""
 
     tokens: int
     tokens_per_s: float
@@ -33,8 +31,10 @@ def try_out(
     policy: str = "lrfu",
     check: str = "fast",
 ) -> TrialRun:
-    """Greedy tokens after a prompt of random ones, which fills the slots first; on the GPU with
-    `gpu_cache`, else on the processor. Errors as `from_pretrained`.
+    """Decode `tokens` greedily after a prompt of random tokens, which fills the slots.
+
+    ram_cache, gpu_cache: budgets in bytes; with gpu_cache None the model runs on the CPU.
+    Raises the errors of `from_pretrained`.
     """
     options = {"device": "cpu"} if gpu_cache is None else {"device": "cuda", "gpu_cache": gpu_cache}
     try:
@@ -45,7 +45,7 @@ def try_out(
             {**options, "ram_cache": ram_cache, "policy": policy, "check": check},
         )
     finally:
-        # A model's modules hold each other: its cache would stay beside the next one's.
+        # Modules refer to each other: without a collection, two caches would be in memory.
         gc.collect()
 
 
@@ -58,15 +58,24 @@ def _decode(folder: Path, prompt: int, tokens: int, options: dict[str, Any]) -> 
     clock = _Clock(model)
     with torch.inference_mode():
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens + 1, max_new_tokens=tokens + 1,
-            do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=0, streamer=clock,
-        )  # fmt: skip
-    seconds, total = time.perf_counter() - clock.begin_s, model.moe_stats().total
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=tokens + 1,
+            max_new_tokens=tokens + 1,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=0,
+            streamer=clock,
+        )
+    seconds = time.perf_counter() - clock.begin_s
+    total = model.moe_stats().total
     return TrialRun(tokens, tokens / seconds, total.hit_ratio, total.bytes_read / tokens)
 
 
 class _Clock:
-    """A streamer that begins to count when the first new token is there."""
+    """A streamer that starts the clock at the first new token."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

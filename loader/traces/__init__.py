@@ -1,8 +1,13 @@
-"""Routing traces: recording, replay against cache policies, shares of slots.
+"""Routing traces: recording, replay with eviction policies, and slots chosen from them.
 
 - *Trace*: the experts that each token used in each layer, and those that a prefetcher would have
   guessed (`trace.py`).
-- *Recording*: a model run with listeners on its routers (`record_trace.py`, `routing_recorder.py`).
-- *Replay*: a trace run through a cache policy without a model (`replay.py`, `replay_report.py`).
-- *Slot shares*: slots for each layer, chosen from a trace (`slot_shares.py`).
+- *Recording*: running a model with hooks on its experts (`record_trace.py`, `routing_recorder.py`).
+- *Replay*: running a trace through slots and a policy, without a model (`replay.py`); the bytes that
+  this reads (`replay_reads.py`); the results as JSON (`replay_report.py`).
+- *Belady*: the optimal policy; it needs to know future requests.
+- *Slot shares*: slots of each layer that minimize a trace's misses (`slot_shares.py`).
+- *Tier misses*: misses of a GPU's slots and of the RAM behind them (`tier_misses.py`).
+
+Invariant: replay uses the cache's own policy objects and calls them in the cache's order.
 """

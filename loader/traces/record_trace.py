@@ -1,4 +1,4 @@
-"""Runs text or prompts through a model and gives the routing as a `Trace`."""
+"""Runs texts or prompts through a model and records the routing as a `Trace`."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +31,14 @@ from loader.traces.trace import (
 )
 
 GUESSES = 4
-"""Guesses kept a token and layer (all experts, if they are fewer): twice what a prefetcher of a
-top-2 model reads.
+"""Guesses recorded for each token and layer, or all experts if they are fewer: twice as many as a
+prefetcher of a top-2 model reads.
 """
 
 
 @dataclass(frozen=True)
 class TracedModel:
-    """What a trace says of its model; see `TraceHeader`."""
+    """The model's fields in a trace; see `TraceHeader`."""
 
     name: str
     architecture: Architecture
@@ -46,8 +46,9 @@ class TracedModel:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "TracedModel":
-        """Of a converted folder, or of an ordinary checkpoint, whose experts count at 2 bytes a
-        weight (4 where config.json says float32).
+        """Describe a converted folder, or an ordinary checkpoint.
+
+        A checkpoint's experts count 2 bytes for each weight, or 4 if config.json says float32.
         """
         check_runnable(folder)
         if is_converted(folder):
@@ -72,16 +73,20 @@ def text_windows(
     window: int,
     max_tokens: int | None,
 ) -> list[Tensor]:
-    """The windows of each of `texts`, as in `named_windows`.
+    """Return the windows of each text file (`named_windows`).
 
-    max_tokens: at most so many of each text, in whole windows, but one window at least.
-    MoeConvertError if a text is shorter than a window, or has a token that the model has not.
+    max_tokens: at most so many tokens of each text, in whole windows, at least one window; None:
+    all. Raises MoeConvertError if a text is shorter than a window, or if the model has no embedding
+    for a token.
     """
-    most = None if max_tokens is None else max(1, max_tokens // window)
-    found = [named_windows(tokenizer, str(path), read_text(path), window, most) for path in texts]
-    for path, windows in zip(texts, found, strict=True):
+    max_windows = None if max_tokens is None else max(1, max_tokens // window)
+    windows_by_text = []
+    for path in texts:
+        windows = named_windows(tokenizer, str(path), read_text(path), window, max_windows)
+        windows_by_text.append(windows)
+    for path, windows in zip(texts, windows_by_text, strict=True):
         check_tokens(windows, tokenizer, described.architecture.vocab_size, str(path))
-    return found
+    return windows_by_text
 
 
 @torch.inference_mode()
@@ -95,17 +100,17 @@ def trace_windows(
     batch: int = 4,
     progress: Progress | None = None,
 ) -> Trace:
-    """The routing of `windows_by_text`, those of `texts`.
+    """Record the routing of `windows_by_text`, the windows of `texts`.
 
-    Teacher-forced in reading order, which routes as decoding the same text would: no token counts
-    as a prompt's.
+    The text is teacher-forced in reading order, so each token routes as in decoding. All tokens
+    count as decoded, none as a prompt's.
     """
 
     def run(number: int, path: Path) -> Iterator[TracedSequence]:
         windows = windows_by_text[number]
         window = windows.shape[1]
         for begin in range(0, len(windows), batch):
-            # The head's logits are not needed.
+            # Without the head: no logits are needed.
             model.model(input_ids=windows[begin : begin + batch].to(model.device), use_cache=False)
             if progress:
                 progress(path.name, min(begin + batch, len(windows)), len(windows))
@@ -126,10 +131,10 @@ def trace_inputs(
     max_new_tokens: int = 64,
     progress: Progress | None = None,
 ) -> Trace:
-    """The routing of prompts, `inputs_by_text` of each file, with greedy continuations of up to
-    `max_new_tokens`.
+    """Record the routing of prompts and their greedy continuations.
 
-    The last new token does not go through the model and is not in the trace.
+    inputs_by_text: the prompts' tokens of each file in `prompts` (`read_prompts`). max_new_tokens:
+    limit of a continuation. Its last token does not run through the model and is not in the trace.
     """
 
     def run(number: int, path: Path) -> Iterator[TracedSequence]:
@@ -140,9 +145,12 @@ def trace_inputs(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
-                do_sample=False, temperature=None, top_p=None, top_k=None,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
                 pad_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
+            )
             if progress:
                 progress(path.name, done, len(lines))
             yield TracedSequence(number, ids.shape[1] - 1, len(prompt))
@@ -153,20 +161,21 @@ def trace_inputs(
 def read_prompts(
     tokenizer: Any, described: TracedModel, prompts: Sequence[Path], *, raw: bool = False
 ) -> list[list[list[int]]]:
-    """The tokens of each line of each file: as a user's message where the tokenizer has a chat
-    template, unless `raw`.
+    """Return the tokens of each prompt of each file; a prompt is one line.
 
-    MoeConvertError if a file has no prompt, or a prompt has no token or one that the model has not.
+    raw: False puts a prompt into the tokenizer's chat template, if there is one, as a user's
+    message. Raises MoeConvertError if a file has no prompt, if a prompt has no token, or if the
+    model has no embedding for a token.
     """
-    found = []
+    inputs_by_text = []
     for path in prompts:
         lines = [line for line in read_text(path).splitlines() if line.strip()]
         if not lines:
-            raise MoeConvertError(f"{path}: no prompts", "write one prompt a line")
-        found.append([_prompt_of(tokenizer, line, path, raw) for line in lines])
-        for ids in found[-1]:
+            raise MoeConvertError(f"{path}: the file has no prompts", "write one prompt per line")
+        inputs_by_text.append([_prompt_of(tokenizer, line, path, raw) for line in lines])
+        for ids in inputs_by_text[-1]:
             check_tokens(torch.tensor(ids), tokenizer, described.architecture.vocab_size, str(path))
-    return found
+    return inputs_by_text
 
 
 def _prompt_of(tokenizer: Any, line: str, path: Path, raw: bool) -> list[int]:
@@ -192,7 +201,7 @@ def _trace(
             parts.append(recorder.take())
     names = ("experts", "weights", "guesses", "guesses_next_norm")
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    # The routers of the loaded model may have been set to another number than its folder says.
+    # The loaded model's routers may choose another number of experts than its folder says.
     chosen = arrays["experts"].shape[2]
     header = TraceHeader(
         format=TRACE_FORMAT,

@@ -1,5 +1,6 @@
-"""Replays a trace: what a cache with a given policy and number of slots would have hit, and what
-guesses would have read. The policies are the engine's own objects, asked in the engine's order.
+"""Replays a trace: the hits of a cache with a given policy and number of slots.
+
+The policies are the expert cache's own objects, called in the expert cache's order.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -14,10 +15,11 @@ from loader.traces.trace import Trace
 
 @dataclass(frozen=True)
 class Request:
-    """What a layer is asked for at once: its different `experts`, in the order of their last use.
+    """A layer's requests for one decoded token, or for one prompt.
 
-    prompt_tokens: 0 for a decoded token, whose number is `token`; else `token` is the number of the
-    first one behind the prompt.
+    experts: the different experts, in the order of their last use. prompt_tokens: tokens of the
+    prompt; 0 for a decoded token. token: number of the decoded token, or of the first token after
+    the prompt.
     """
 
     token: int
@@ -29,10 +31,10 @@ class Request:
 class LayerReplay:
     """One layer's replay.
 
-    missed bool [tokens, chosen]: which of a decoded token's experts, by rank, were not in the
-    cache; False for tokens of prompts. resident bool [tokens, experts]: what was in the cache
-    before the token; for a token of a prompt, before that prompt. prompt_misses: experts read for
-    prompts, each at most once a prompt.
+    missed: bool [tokens, chosen], True for each expert of a decoded token, by rank, that had no
+    slot; False for tokens of prompts. resident: bool [tokens, experts], True for each expert with a
+    slot before the token, or before the prompt of the token. prompt_misses: experts read for
+    prompts, each at most once for a prompt.
     """
 
     missed: NDArray[np.bool_]
@@ -41,22 +43,23 @@ class LayerReplay:
 
 
 class BeladyPolicy:
-    """Gives up what will be asked for last: no policy that sees the same requests misses less
-    (Belady, IBM Systems Journal 5(2), 1966). `advance` is to be called before each of `requests`.
+    """The optimal policy; it needs to know future requests (Belady, IBM Systems Journal 5(2), 1966).
+
+    It evicts the expert that is requested again last. `advance` is called before each request.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._asked = [request.experts for request in requests]
         self._at = 0
         self._upcoming: dict[int, list[int]] = {}
-        """Expert -> the numbers of the requests that will ask for it, the next one at the end."""
+        """Expert -> numbers of its future requests, the next one at the end."""
         for number in range(len(requests) - 1, -1, -1):
             for expert in requests[number].experts:
                 self._upcoming.setdefault(expert, [len(requests)]).append(number)
         self._present: set[int] = set()
 
     def advance(self) -> None:
-        """The next request comes."""
+        """Go on to the next request."""
         for expert in self._asked[self._at]:
             self._upcoming[expert].pop()
         self._at += 1
@@ -65,7 +68,7 @@ class BeladyPolicy:
         self._present.add(expert)
 
     def victim(self, pinned: Collection[int]) -> int:
-        # Of equals the highest number, so that the choice does not depend on a set's order.
+        # Among equals the highest number: the choice must not depend on the order of a set.
         expert = max(
             (e for e in self._present if e not in pinned), key=lambda e: (self._upcoming[e][-1], e)
         )
@@ -74,9 +77,7 @@ class BeladyPolicy:
 
 
 def requests_of(trace: Trace, layer: int) -> list[Request]:
-    """What `layer` is asked for, in order: a decoded token's experts by rank; a prompt's all at
-    once.
-    """
+    """Return a layer's requests in order: one for each decoded token, one for each prompt."""
     experts = trace.experts[:, layer].tolist()
     requests: list[Request] = []
     begin = 0
@@ -95,9 +96,10 @@ def requests_of(trace: Trace, layer: int) -> list[Request]:
 def replay_layer(
     trace: Trace, layer: int, slots: int, policy: Callable[[], Order] | None
 ) -> LayerReplay:
-    """Replays one layer over an empty cache; None as `policy` is Belady's.
+    """Replay one layer, starting with empty slots.
 
-    ValueError for more slots than there are experts, or fewer than none.
+    policy: makes the eviction policy; None is Belady's. Raises ValueError unless `slots` is 0 to
+    the number of experts.
     """
     tokens, _, chosen = trace.experts.shape
     count = trace.header.architecture.num_local_experts
@@ -135,15 +137,16 @@ def replay_layer(
 
 
 class ReplayedSlots:
-    """Which experts are in a layer's slots, as `loader.experts.slots.LayerSlots` decides it."""
+    """The experts in a layer's slots, by the rules of `loader.experts.slots.LayerSlots`."""
 
     def __init__(self, slots: int, policy: Order) -> None:
         self.slots, self._policy = slots, policy
         self.present: set[int] = set()
 
     def lease(self, experts: Sequence[int]) -> None:
-        """One token, by rank: no expert makes room for a later one, unless there are fewer slots
-        than experts; then the last ones stay.
+        """Request one token's experts, by rank.
+
+        None of them is evicted for another one. With fewer slots than experts, the last ones stay.
         """
         self._bring_in(experts, experts)
         for number, expert in enumerate(experts):
@@ -153,7 +156,7 @@ class ReplayedSlots:
                 self._policy.touch(expert)
 
     def stream(self, experts: Sequence[int]) -> None:
-        """Many tokens: the last used stay; of the others, those that were there count as used."""
+        """Request many tokens' experts. The last used stay; hits among the others count as used."""
         keep = experts[max(0, len(experts) - self.slots) :]
         for expert in sorted(self.present.intersection(experts).difference(keep)):
             self._policy.touch(expert)
@@ -162,7 +165,7 @@ class ReplayedSlots:
             self._policy.touch(expert)
 
     def _bring_in(self, experts: Iterable[int], pinned: Sequence[int]) -> None:
-        """Those of `experts` for which one that is not `pinned` can leave."""
+        """Give slots to `experts`, as far as experts that are not `pinned` can leave."""
         for expert in experts:
             if expert in self.present:
                 continue
@@ -174,30 +177,30 @@ class ReplayedSlots:
 
 
 def uses_guess(trace: Trace, layer: int, guesses: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which of the `guesses` [tokens, n] for `layer` its router chose: bool [tokens, n]."""
+    """Return bool [tokens, n]: True for each of the `guesses` that the layer's router chose."""
     used: NDArray[np.bool_] = (guesses[:, :, None] == trace.experts[:, layer, None, :]).any(2)
     return used
 
 
 def recall(trace: Trace, guesses: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """The share of each layer's experts that were among its best 1, 2, ... guesses, over decoded
-    tokens, whatever is in a cache: float64 [layers - 1, guesses]. `guesses` is `trace.guesses` or
-    `trace.guesses_next_norm`.
+    """Return the share of each layer's experts among its best 1, 2, ... guesses.
+
+    guesses: `trace.guesses` or `trace.guesses_next_norm`. The result is float64 [layers - 1,
+    guesses], over decoded tokens, regardless of a cache.
     """
     decoded = decoded_tokens(trace)
     chosen = trace.experts.shape[2]
-    found = [
-        uses_guess(trace, layer + 1, guesses[:, layer])[decoded]
-        for layer in range(guesses.shape[1])
-    ]
-    shares = [
-        np.cumsum(f.mean(0)) / chosen if len(f) else np.zeros(guesses.shape[2]) for f in found
-    ]
+    shares = []
+    for layer in range(guesses.shape[1]):
+        right = uses_guess(trace, layer + 1, guesses[:, layer])[decoded]
+        shares.append(
+            np.cumsum(right.mean(0)) / chosen if len(right) else np.zeros(guesses.shape[2])
+        )
     return np.array(shares).reshape(guesses.shape[1], guesses.shape[2])
 
 
 def decoded_tokens(trace: Trace) -> NDArray[np.bool_]:
-    """bool [tokens]: which tokens are no prompt's."""
+    """Return bool [tokens]: True for tokens that are not part of a prompt."""
     sizes = [(s.prompt_tokens, s.tokens - s.prompt_tokens) for s in trace.header.sequences]
     decoded: NDArray[np.bool_] = np.repeat(
         np.tile([False, True], len(sizes)), np.array(sizes).ravel()

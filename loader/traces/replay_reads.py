@@ -1,6 +1,4 @@
-"""What a replayed cache reads, with and without guesses, and how many tokens a second a disk or
-link allows.
-"""
+"""The bytes that a replayed cache reads, and the tokens per second that a disk or link allows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +12,10 @@ from loader.traces.trace import Trace
 
 @dataclass(frozen=True)
 class Reads:
-    """Bytes read for each decoded token and layer, int64 [decoded tokens, layers] each.
+    """Bytes read for each decoded token and layer; each field is int64 [decoded tokens, layers].
 
-    demand: experts that were neither in a slot nor guessed. useful: guessed, and used. wasted:
-    guessed in vain.
+    demand: experts without a slot that were not guessed. useful: guessed experts that were used.
+    wasted: guessed experts that were not used.
     """
 
     demand: NDArray[np.int64]
@@ -26,25 +24,23 @@ class Reads:
 
     @property
     def covered(self) -> float:
-        """The share of the bytes that missed the cache which guesses had on the way; 0.0 where
-        nothing missed.
-        """
+        """Share of the missed bytes that guesses read ahead; 0.0 without misses."""
         missed = int(self.demand.sum() + self.useful.sum())
         return int(self.useful.sum()) / missed if missed else 0.0
 
     def bytes_per_token(self) -> tuple[float, float, float]:
-        """(demand, useful, wasted) bytes a token, over all layers."""
+        """Return (demand, useful, wasted) bytes per token, summed over all layers."""
         tokens = max(1, len(self.demand))
         return tuple(float(part.sum()) / tokens for part in (self.demand, self.useful, self.wasted))  # type: ignore[return-value]
 
     def tokens_per_s(self, bytes_per_s: float, compute_s: float = 0.0) -> float:
-        """Tokens a second over a disk or link that carries `bytes_per_s`, where a layer computes
-        for `compute_s`; inf where nothing takes time.
+        """Return the tokens per second over a disk or link of `bytes_per_s`; inf if nothing takes time.
 
-        A layer waits for its demand reads; while it computes, the next layer's guesses are read,
-        wasted ones to their end too. So a token takes the sum over layers of demand / bytes_per_s +
-        max(compute_s, the next layer's guesses / bytes_per_s). With compute_s = 0 that is all bytes
-        over the speed: guesses can then only cost.
+        compute_s: seconds that a layer computes.
+
+        A layer waits for its demand reads. While it computes, all guesses for the next layer are
+        read, also the wrong ones. So a token takes the sum over layers of demand / bytes_per_s +
+        max(compute_s, next layer's guesses / bytes_per_s). With compute_s = 0 guesses can only cost.
         """
         ahead = np.zeros(self.demand.shape)
         ahead[:, :-1] = (self.useful + self.wasted)[:, 1:] / bytes_per_s
@@ -55,17 +51,16 @@ class Reads:
 def reads_of(
     trace: Trace, layers: Sequence[LayerReplay], guesses: int, *, next_norm: bool = True
 ) -> Reads:
-    """The reads of `trace` over the replayed `layers`.
+    """Return the reads of a trace's decoded tokens; prompts need no guesses.
 
-    At each layer, of the best `guesses` (0 for no prefetch) for the next one, those are read that
-    are not in its slots. A guess enters a slot only when it is used, so hits and misses are those
-    of the replay. `next_norm` takes `trace.guesses_next_norm`.
+    layers: the replay of each layer. guesses: how many of the best guesses are prefetched if they
+    have no slot; 0 for no prefetch. A guess gets a slot only when it is used, so hits and misses
+    are those of the replay. next_norm: True uses `trace.guesses_next_norm`.
 
-    Of decoded tokens; prompts read layer by layer and need no guesses. ValueError if the trace has
-    fewer guesses.
+    Raises ValueError if the trace has fewer guesses.
     """
     if not 0 <= guesses <= trace.header.guesses:
-        raise ValueError(f"{guesses} guesses: the trace has {trace.header.guesses} a layer")
+        raise ValueError(f"{guesses} guesses: the trace has {trace.header.guesses} for each layer")
     named = trace.guesses_next_norm if next_norm else trace.guesses
     decoded = decoded_tokens(trace)
     shape = int(decoded.sum()), len(layers)

@@ -1,4 +1,4 @@
-"""Every combination of policies, slots and guesses over one trace, as plain values."""
+"""Replays one trace with all combinations of policies, slots and guesses; a report for JSON."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +17,12 @@ OPTIMUM = "belady"
 
 @dataclass(frozen=True)
 class Settings:
-    """What to combine.
+    """The combinations to replay.
 
-    policies: names of POLICIES, or "fixed". slots: experts a layer (their mean, without
-    equal_shares). guesses: 0 for no prefetch. bytes_per_s: named speeds at which misses come.
-    compute_s: of a layer. choose_from: the trace that decides "fixed" and unequal shares.
+    policies: names in POLICIES, or "fixed". slots: slots of each layer, or their mean without
+    equal_shares. guesses: prefetched experts; 0 for no prefetch. next_norm: see `reads_of`.
+    bytes_per_s: name -> speed of a disk or link. compute_s: seconds that a layer computes.
+    choose_from: trace that chooses the experts of "fixed" and the unequal slots.
     """
 
     policies: Sequence[str]
@@ -37,11 +38,11 @@ class Settings:
 def replay_trace(
     trace: Trace, settings: Settings, *, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Replays of `trace` for all `settings`, and for Belady's optimum over equal shares.
+    """Return the replays of `trace` with all `settings`, and with Belady's policy, for JSON.
 
-    Keys: model, tokens, layers; recall (by norm: [layers - 1][guesses]); runs: one for each policy
-    and number of slots, with hit ratios, and reads for each number of guesses. ValueError for
-    settings that the trace does not allow.
+    Keys: `model`, tokens, `layers` and so on; `recall`, by norm: [layers - 1][guesses]; `runs`, one
+    for each policy and number of slots, with hit ratios, and reads for each number of guesses.
+    Belady's policy gets equal slots. Raises ValueError for settings that the trace does not allow.
     """
     decoded = decoded_tokens(trace)
     architecture = trace.header.architecture
@@ -102,7 +103,7 @@ def _factories(name: str, settings: Settings, layers: int) -> Any:
     if name != "fixed":
         return [POLICIES[name]] * layers
     if settings.choose_from is None:
-        raise ValueError("the policy 'fixed' needs a trace to choose from")
+        raise ValueError("the policy 'fixed' needs a trace that chooses its experts")
     return fixed_policies(settings.choose_from.uses().tolist())
 
 

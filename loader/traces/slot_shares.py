@@ -1,6 +1,4 @@
-"""How many slots each layer gets, chosen from a trace: layers differ in locality, so equal shares
-waste some.
-"""
+"""Chooses each layer's slots from a trace. Layers differ in locality, so equal slots waste some."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,35 +23,35 @@ def slots_from_trace(
     *,
     io: str = "auto",
 ) -> list[int]:
-    """Slots of each layer for from_pretrained: as many in all as `budget_bytes` hold when they are
-    spread evenly (fewer where those of larger experts would take more), divided as `trace` would
-    have read least.
+    """Return the slots of each layer that minimize the bytes that `trace` reads.
 
-    RecipeError if the trace is of another model; DoesNotFitError as `slots_by_layer`.
+    The total is that of evenly spread slots in `budget_bytes`, or less if layers with larger experts
+    get more slots. policy: makes a layer's eviction policy. io: as for `slots_of_folder`.
+
+    Raises RecipeError if the trace is of another model, and the errors of `slots_by_layer`.
     """
-    # The routers may be set to another number of experts since.
+    # The traced routers may have chosen another number of experts.
     traced = msgspec.structs.replace(
         trace.header.architecture, num_experts_per_tok=artifact.architecture.num_experts_per_tok
     )
     if traced != artifact.architecture:
         raise RecipeError(
-            f"a trace of another model than {artifact.folder}", "trace this one, or its original"
+            f"the trace is of another model than {artifact.folder}",
+            "trace this model, or its original",
         )
     sizes = expert_bytes_by_layer(artifact)
 
-    def taken(slots: Sequence[int]) -> int:
+    def size_of(slots: Sequence[int]) -> int:
         return sum(count * size for count, size in zip(slots, sizes, strict=True))
 
     even = slots_of_folder(artifact, budget_bytes, io)
     costs = miss_bytes(trace, [policy] * len(even))
     possible = (least_cost_slots(costs, total) for total in range(sum(even), -1, -1))
-    return next(slots for slots in possible if taken(slots) <= taken(even))
+    return next(slots for slots in possible if size_of(slots) <= size_of(even))
 
 
 def miss_bytes(trace: Trace, policies: Sequence[Callable[[], Policy]]) -> list[dict[int, int]]:
-    """For each layer: slots -> bytes missed by the decoded tokens, for every possible number of
-    slots, 0 included.
-    """
+    """Return for each layer: slots -> bytes that decoded tokens miss, for 0 slots to all experts."""
     possible = range(trace.header.architecture.num_local_experts + 1)
     return [
         {
@@ -67,10 +65,12 @@ def miss_bytes(trace: Trace, policies: Sequence[Callable[[], Policy]]) -> list[d
 
 
 def least_cost_slots(costs: Sequence[dict[int, int]], total: int) -> list[int]:
-    """For each layer a key of its `costs` (slots -> cost), `total` in all, with the least sum of
-    costs: exact, whatever the curves' shapes. ValueError if there is none.
+    """Return the slots of each layer, `total` in sum, with the smallest sum of costs.
+
+    costs: slots -> cost, for each layer. The result is exact (dynamic programming). Raises
+    ValueError if no choice has the sum `total`.
     """
-    # best[n]: the least cost of the layers so far with n slots in all.
+    # best[n]: smallest cost of the layers so far with n slots in sum.
     best: NDArray[np.float64] = np.full(total + 1, np.inf)
     best[0] = 0
     taken: list[NDArray[np.int64]] = []

@@ -1,6 +1,4 @@
-"""How often a GPU's slots miss, and the RAM behind them: routing replayed through both, asked in
-the engine's order.
-"""
+"""Miss ratios of a GPU's slots and of the RAM behind them, by replay of routing through both."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -13,20 +11,21 @@ from loader.traces.replay import ReplayedSlots, Request, requests_of
 from loader.traces.trace import Trace
 
 UNIFORM_TOKENS = 4096
-"""Of the made routing."""
+"""Tokens of the random routing."""
 
 TierMisses = Callable[[int, int, int], tuple[float, float]]
-"""(layer, its slots on the GPU, its experts in RAM) -> the shares of the needed experts that are
-not on the GPU, and that are neither there nor in RAM.
+"""(layer, its slots on the GPU, its experts in RAM) -> (share of the requested experts that are not
+on the GPU, share that are neither on the GPU nor in RAM).
 """
 
 
 def replay_tiers(
     requests: Iterable[Request], gpu: int, ram: int, policy: Callable[[], Policy]
 ) -> tuple[int, int]:
-    """Misses of decoded tokens in one layer with `gpu` slots, and of those the ones that miss `ram`
-    experts too. RAM is asked for what the GPU misses only, one expert after the other, and keeps it
-    when it goes to the GPU. Both begin empty.
+    """Return (misses of the GPU, misses of GPU and RAM) of one layer's decoded tokens.
+
+    gpu: slots on the GPU. ram: experts in RAM. RAM is asked only for experts that miss on the GPU,
+    one after the other, and keeps an expert that is copied to the GPU. Both start empty.
     """
     slots, tier = ReplayedSlots(gpu, policy()), ReplayedSlots(ram, LrfuPolicy())
     misses = tier_misses = 0
@@ -45,8 +44,10 @@ def replay_tiers(
 
 
 def uniform_tier_misses(architecture: Architecture, policy: Callable[[], Policy]) -> TierMisses:
-    """Where each expert is equally likely at each token. On the GPU 1 - slots / experts; what RAM
-    has of the rest depends on what both hold, which made routing says.
+    """Return the miss ratios if all experts are equally likely.
+
+    The GPU's is 1 - slots / experts. That of RAM depends on what both hold; it comes from a replay
+    of random routing.
     """
     count, chosen = architecture.num_local_experts, architecture.num_experts_per_tok
 
@@ -66,8 +67,9 @@ def uniform_tier_misses(architecture: Architecture, policy: Callable[[], Policy]
 
 
 def traced_tier_misses(trace: Trace, policy: Callable[[], Policy]) -> TierMisses:
-    """Of the decoded tokens of `trace`. With all experts in RAM none misses it, the first time
-    included.
+    """Return the miss ratios of a trace's decoded tokens.
+
+    With all experts in RAM no request misses it, not even the first.
     """
     count = trace.header.architecture.num_local_experts
     decoded = sum(sequence.tokens - sequence.prompt_tokens for sequence in trace.header.sequences)

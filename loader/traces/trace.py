@@ -1,6 +1,4 @@
-"""Routing traces: which experts each token used in each layer, and which a prefetcher would have
-guessed (docs/traces.md).
-"""
+"""The file format of routing traces (docs/traces.md): reading, writing and checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ TRACE_FORMAT = "moe-convert trace"
 TRACE_VERSION = 2
 MAX_HEADER_BYTES = 16 << 20
 MAX_BYTES = 4 << 30
-"""Of an unpacked trace: 5 million tokens of a model with 56 layers."""
+"""Largest unpacked trace: 5 million tokens of a model with 56 layers."""
 _FRAME = b"\x28\xb5\x2f\xfd"
 _HINT = "trace the text again"
 
@@ -39,9 +37,10 @@ class TracedText(_Part, frozen=True):
 
 
 class TracedSequence(_Part, frozen=True):
-    """Consecutive tokens that saw each other: a window, or a prompt with its continuation. `text`
-    is the number of its text; the first `prompt_tokens` of its `tokens` went through the model
-    together.
+    """Consecutive tokens of one context: a window, or a prompt with its continuation.
+
+    text: number of its text. tokens: all tokens, of which the first `prompt_tokens` ran through the
+    model together.
     """
 
     text: Natural
@@ -50,8 +49,10 @@ class TracedSequence(_Part, frozen=True):
 
 
 class TraceHeader(_Part, frozen=True):
-    """The first line of a trace. `expert_bytes`: the stored bytes of the largest expert of each
-    layer. `guesses`: how many guesses a token and layer has.
+    """The first line of a trace.
+
+    expert_bytes: stored bytes of each layer's largest expert. guesses: guesses of each token and
+    layer.
     """
 
     format: Label
@@ -66,11 +67,11 @@ class TraceHeader(_Part, frozen=True):
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of all sequences."""
+        """Number of tokens in all sequences."""
         return sum(sequence.tokens for sequence in self.sequences)
 
     def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (little-endian dtype, shape) of the arrays, in the order of the file."""
+        """Return name -> (little-endian dtype, shape) of the arrays, in the order of the file."""
         layers, chosen = self.architecture.expert_layers, self.architecture.num_experts_per_tok
         guessed = "u1", (self.tokens, layers - 1, self.guesses)
         return {
@@ -85,10 +86,10 @@ class TraceHeader(_Part, frozen=True):
 class Trace:
     """A routing trace, checked.
 
-    experts uint8 [tokens, layers, chosen]: by rank, the first choice first. weights float16, same
-    shape: what the experts' outputs are multiplied by. guesses, guesses_next_norm uint8 [tokens,
-    layers - 1, guesses]: the best guesses at layer l for layer l + 1, best first; the latter with
-    the norm weight of layer l + 1.
+    experts: uint8 [tokens, layers, chosen], by rank, the first choice first.
+    weights: the router's weights of these experts, float16 [tokens, layers, chosen].
+    guesses: guesses at layer l for layer l + 1, best first, uint8 [tokens, layers - 1, guesses].
+    guesses_next_norm: the same, computed with the norm weight of layer l + 1.
     """
 
     header: TraceHeader
@@ -98,7 +99,7 @@ class Trace:
     guesses_next_norm: NDArray[np.uint8]
 
     def uses(self) -> NDArray[np.int64]:
-        """int64 [layers, experts]: how many tokens used each expert."""
+        """Return how many tokens used each expert, int64 [layers, experts]."""
         count = self.header.architecture.num_local_experts
         layers = range(self.experts.shape[1])
         return np.stack(
@@ -107,8 +108,9 @@ class Trace:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Writes `trace` to `path`, whole or not at all. FormatError if the reader would refuse it,
-    MoeConvertError if the file cannot be written.
+    """Write `trace` to `path` atomically.
+
+    Raises FormatError if the reader would reject it, MoeConvertError if the file cannot be written.
     """
     _check(trace, str(path))
     parts = [msgspec.json.encode(trace.header), b"\n"]
@@ -119,7 +121,7 @@ def write_trace(path: Path, trace: Trace) -> None:
 
 
 def is_trace(path: Path) -> bool:
-    """True if the file `path` begins as a trace does."""
+    """True if the file begins with the zstd magic number of traces."""
     try:
         with open(path, "rb") as f:
             return f.read(len(_FRAME)) == _FRAME
@@ -128,10 +130,10 @@ def is_trace(path: Path) -> bool:
 
 
 def read_trace(path: Path) -> Trace:
-    """The trace in `path`, whole in memory.
+    """Return the trace in `path`, checked.
 
-    MoeConvertError if it cannot be read; FormatError, DamageError or VersionError naming what is
-    wrong with it.
+    Raises MoeConvertError if the file cannot be read; FormatError, DamageError or VersionError if
+    its content is wrong.
     """
     where = str(path)
     with translated(path, "read", MoeConvertError):
@@ -153,7 +155,8 @@ def read_trace(path: Path) -> Trace:
         needed = _array_bytes(header)
         if declared != len(line) + 1 + needed:
             raise DamageError(
-                f"{where}: {declared} bytes unpacked; the header announces {len(line)} + 1 + {needed}",
+                f"{where}: {declared} bytes unpacked;"
+                f" the header announces {len(line)} + 1 + {needed}",
                 _HINT,
             )
         body = decompressor.decompress(data, max_output_size=declared, allow_extra_data=False)
@@ -203,7 +206,8 @@ def _check_header(header: TraceHeader, where: str) -> None:
         )
     if len(header.expert_bytes) != architecture.expert_layers:
         raise FormatError(
-            f"{where}: expert_bytes has {len(header.expert_bytes)} numbers for {architecture.expert_layers} layers"
+            f"{where}: expert_bytes has {len(header.expert_bytes)} numbers"
+            f" for {architecture.expert_layers} layers"
         )
     if header.guesses > architecture.num_local_experts:
         raise FormatError(
@@ -212,11 +216,13 @@ def _check_header(header: TraceHeader, where: str) -> None:
     for number, sequence in enumerate(header.sequences):
         if sequence.text >= len(header.texts):
             raise FormatError(
-                f"{where}: sequence {number} is of text {sequence.text}, there are {len(header.texts)}"
+                f"{where}: sequence {number} is of text {sequence.text};"
+                f" the trace has {len(header.texts)} texts"
             )
         if sequence.prompt_tokens > sequence.tokens:
             raise FormatError(
-                f"{where}: sequence {number} has {sequence.prompt_tokens} prompt tokens of {sequence.tokens}"
+                f"{where}: sequence {number} has {sequence.prompt_tokens} prompt tokens,"
+                f" but only {sequence.tokens} tokens"
             )
     if _array_bytes(header) > MAX_BYTES:
         raise FormatError(
