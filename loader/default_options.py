@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any, ParamSpec, TypeVar
 
-from loader.cuda.device.choice import Devices
+from loader.cuda.device_choice import Devices
 from loader.option_values import check_options
 
 P = ParamSpec("P")

@@ -13,8 +13,8 @@ from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.files.log_once import warn_once
 from formats.index import Architecture
 from formats.reading.whole_files import check_files, generation_note
-from loader.cuda.device.choice import Devices, choose_devices
 from loader.cuda.device.device import Device
+from loader.cuda.device_choice import Devices, choose_devices
 from loader.default_options import with_defaults
 from loader.experts.prefetch import Prefetcher
 from loader.hf.loading.configuration import loading_options, model_class
@@ -61,7 +61,7 @@ def from_pretrained(
     folder: a folder that moe-convert wrote, or owner/model, a repository on the Hub.
     device: "auto" (default), "cpu", "cuda", "cuda:1", or several as "cuda:0,cuda:1". Several GPUs
         share the layers' experts; everything else is on the first one. "auto" takes a GPU that has
-        room and passes a check of small products (loader/cuda/device/choice.py), else the CPU.
+        room and passes a check of small products (loader/cuda/device_choice.py), else the CPU.
     dtype: floating-point dtype of activations, norms and embeddings. None (default) and "auto" take
         config.json's, or float16 on GPUs without bfloat16.
     gpu_cache: memory for experts on each GPU: bytes, a size such as "6GiB", or "auto" (default,

@@ -8,7 +8,7 @@ from formats.errors import RecipeError
 from formats.reading.readers import READERS
 from formats.sizes import parse_size
 from loader.arithmetic.backend import KERNELS
-from loader.cuda.device.choice import device_names
+from loader.cuda.device_choice import device_names
 from loader.experts.policy import POLICIES
 
 _NAMES: dict[str, tuple[str, ...]] = {

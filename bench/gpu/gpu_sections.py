@@ -57,9 +57,9 @@ from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
 from loader.arithmetic import kernels as native
-from loader.cuda.device.choice import choose_devices
-from loader.cuda.device.self_check import check_products
 from loader.cuda.device.torch_device import CudaDevice
+from loader.cuda.device_choice import choose_devices
+from loader.cuda.products.self_check import check_products
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = SHAPES["8x7b"]

@@ -32,7 +32,7 @@ def command(output: Output) -> None:
     """Show versions, the kernels and the solver in use with the reason, and the GPUs."""
     from converter.solvers import solver_library
     from loader.arithmetic import kernels
-    from loader.cuda.device.choice import describe_gpus
+    from loader.cuda.device_choice import describe_gpus
 
     facts = {
         "moe-convert": __version__,

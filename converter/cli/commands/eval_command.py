@@ -208,7 +208,7 @@ def _check_loading(path: Path, options: dict[str, Any]) -> None:
     from formats.artifact import Artifact
     from formats.sizes import parse_size
     from loader.arithmetic.backend import choose_backend
-    from loader.cuda.device.choice import choose_devices
+    from loader.cuda.device_choice import choose_devices
 
     choose_devices(options["device"], Artifact.open(path).packings)
     choose_backend(options["kernels"])

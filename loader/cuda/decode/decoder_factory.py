@@ -6,7 +6,7 @@ from loader.cuda.decode.gpu_layer import fits
 from loader.cuda.decode.token_memory import Sizes
 from loader.cuda.device.device import Device
 from loader.cuda.experts.cpu_share import CpuShare
-from loader.cuda.experts.products import Products
+from loader.cuda.products.packed_products import Products
 from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.decode.weights import LayerWeights, ModelWeights
 from loader.experts.cache import ExpertSource

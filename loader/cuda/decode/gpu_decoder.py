@@ -14,12 +14,12 @@ from torch import Tensor
 from formats.packing import tile_packing_named
 from loader.arithmetic.backend import Backend
 from loader.arithmetic.kernels import PackedMatrix
+from loader.cuda.decode.cpu_part import CpuPart
 from loader.cuda.decode.gpu_layer import CudaLayerStep, Launches
 from loader.cuda.decode.token_memory import SPAN, Sizes, TokenMemory
 from loader.cuda.device.device import Device
-from loader.cuda.experts.cpu_part import CpuPart
 from loader.cuda.experts.cpu_share import CpuShare, Split
-from loader.cuda.experts.products import Products, TokenExperts
+from loader.cuda.products.packed_products import Products, TokenExperts
 from loader.decode.decoder import Kind, KvLayer
 from loader.decode.weights import ModelWeights
 from loader.experts.cache import ExpertSource

@@ -12,7 +12,7 @@ from formats.packing import Packing, tile_packing_named
 from loader.arithmetic.kernels import PackedMatrix
 from loader.cuda.decode.token_memory import Sizes, TokenMemory
 from loader.cuda.device.device import Device
-from loader.cuda.experts.products import Products, TokenExperts
+from loader.cuda.products.packed_products import Products, TokenExperts
 from loader.decode.weights import LayerWeights
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

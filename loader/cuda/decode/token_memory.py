@@ -14,7 +14,7 @@ from torch import Tensor
 from formats import ALIGNMENT_BYTES
 from formats.reading.reader import aligned_bytes
 from loader.cuda.device.device import Device
-from loader.cuda.experts.products import acts_shape
+from loader.cuda.products.packed_products import acts_shape
 
 SPAN = 512
 """Positions of the cache that one block of the attention kernel takes (kSpan)."""

@@ -15,10 +15,10 @@ from loader.budget.ram import ram_budget
 from loader.budget.slot_counts import check_slots, tier_counts
 from loader.cuda.device.device import Device
 from loader.cuda.experts.cpu_share import CpuShare, Speeds
-from loader.cuda.experts.cuda_backend import CudaBackend
 from loader.cuda.experts.gpu_budget import PIECE_BYTES, GpuSlots, gpu_slots, split_layers
 from loader.cuda.experts.gpu_reader import GpuReader
 from loader.cuda.experts.pinned_tier import PinnedTier
+from loader.cuda.products.cuda_backend import CudaBackend
 from loader.experts.buffers import Memory
 from loader.experts.cache import ExpertCache
 from loader.experts.fetcher import THREADS

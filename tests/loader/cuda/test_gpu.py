@@ -9,8 +9,8 @@ from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
-from loader.cuda.device.self_check import random_expert
-from loader.cuda.experts.products import Products
+from loader.cuda.products.packed_products import Products
+from loader.cuda.products.self_check import random_expert
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

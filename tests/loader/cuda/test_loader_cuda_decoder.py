@@ -21,13 +21,13 @@ from converter.recipe.recipes import make_recipe
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
 from loader.budget.expert_sizes import expert_bytes_by_layer
+from loader.cuda.decode.cpu_part import CpuPart
 from loader.cuda.decode.decoder_factory import CudaDecoderFactory
 from loader.cuda.decode.gpu_decoder import CudaDecoder
-from loader.cuda.experts.cpu_part import CpuPart
 from loader.cuda.experts.cpu_share import CpuShare, Speeds
 from loader.cuda.experts.gpu_reader import GpuReader
 from loader.cuda.experts.pinned_tier import PinnedTier
-from loader.cuda.experts.products import Products
+from loader.cuda.products.packed_products import Products
 from loader.decode.decoder_call import TokenRequest
 from loader.decode.path_counters import LeaveDecoder
 from loader.decode.weights import LayerWeights

@@ -20,7 +20,7 @@ from loader.cuda.decode import gpu_decoder as decoder
 from loader.cuda.decode import gpu_layer
 from loader.cuda.decode.gpu_layer import SUFFIXES, Launches
 from loader.cuda.decode.token_memory import SPAN, Sizes, TokenMemory
-from loader.cuda.experts.products import Products
+from loader.cuda.products.packed_products import Products
 from loader.decode.weights import AttentionWeights
 from loader.hf.growing_cache import GrowingLayer
 

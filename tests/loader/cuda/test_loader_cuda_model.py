@@ -15,10 +15,10 @@ from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, MoeConvertError
 from loader.budget.expert_sizes import expert_bytes_by_layer
-from loader.cuda.device import choice
+from loader.cuda import device_choice
 from loader.cuda.experts import stack
 from loader.cuda.experts.cpu_share import Speeds
-from loader.cuda.experts.products import Products
+from loader.cuda.products.packed_products import Products
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -216,7 +216,7 @@ def test_auto_leaves_a_gpu_alone_that_is_too_small(folder, on_cpu, monkeypatch, 
 
 def test_a_gpu_is_named_once():
     with pytest.raises(MoeConvertError, match="does not name each GPU once"):
-        choice.choose_devices([RecordingDevice(), RecordingDevice()], [])
+        device_choice.choose_devices([RecordingDevice(), RecordingDevice()], [])
 
 
 def test_experts_in_16_bits_go_through_the_same_slots(example_folder, tmp_path):

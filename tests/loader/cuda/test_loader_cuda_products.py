@@ -13,8 +13,8 @@ from formats.expert import ExpertLayout
 from formats.packing import BLOCK_COLUMNS, HEAD_BYTES, PACKINGS, TILE_ROWS, QuantizedMatrix, pack
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
-from loader.cuda.experts import pairs
-from loader.cuda.experts.products import Products
+from loader.cuda.products import pairs
+from loader.cuda.products.packed_products import Products
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),

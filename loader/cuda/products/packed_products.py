@@ -15,9 +15,9 @@ from torch import Tensor
 from formats.expert import ExpertLayout
 from formats.packing import Packing, blocks_of, tiles_of
 from loader.cuda.device.device import Device
-from loader.cuda.device.structures import MOST_EXPERTS, MOST_MATRICES, Experts, Groups, Matrices
-from loader.cuda.device.tensor_checks import dense, shape_of, size_of
-from loader.cuda.experts.pairs import Pairs, passes
+from loader.cuda.products.pairs import Pairs, passes
+from loader.cuda.products.structures import MOST_EXPERTS, MOST_MATRICES, Experts, Groups, Matrices
+from loader.cuda.products.tensor_checks import dense, shape_of, size_of
 
 ACT_BYTES = 80
 """Of 64 quantized columns of one token."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loader.cuda.device.structures import MOST_EXPERTS
+from loader.cuda.products.structures import MOST_EXPERTS
 
 MOST_PAIRS = 1024
 """Of one pass over experts: their h and outputs take 35 MB at 8x7B's sizes."""

@@ -10,7 +10,7 @@ from formats.errors import MoeConvertError, RecipeError
 from formats.hub.repo import kept_root
 from loader.cuda.device import nvrtc
 from loader.cuda.device.device import Device
-from loader.cuda.device.self_check import check_products
+from loader.cuda.products.self_check import check_products
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from formats.expert import ExpertLayout
 from formats.packing import HEAD_BYTES, PACKINGS, Packing
 from loader.arithmetic.backend import TorchBackend
 from loader.cuda.device.device import Device
-from loader.cuda.experts.products import Products
+from loader.cuda.products.packed_products import Products
 
 TOLERANCE = 0.03
 """Relative L2 error; int8 activations alone bring about 0.01 after three products

@@ -9,7 +9,7 @@ from torch.nn import functional
 from formats.expert import ExpertLayout, gate_and_up, sections
 from formats.packing import AnyPacking, Packing
 from loader.cuda.device.device import Device
-from loader.cuda.experts.products import Products
+from loader.cuda.products.packed_products import Products
 from loader.lifetime.copies import Shared
 
 
