@@ -1,13 +1,21 @@
-"""Everything of the loader that meets transformers' generation and forward: its class, caches,
-inputs, private names.
+"""The loader's interface to transformers.
 
-- *Served class*: a subclass of a family's causal model that serves its experts from a cache
-  (`model_class.py`).
-- *Serving*: what such a model has besides modules: cache, decoder, counters (`serving.py`).
-- *Registry entry*: what stands in transformers' registry of Auto classes for a model type
-  (`registry_entry.py`).
+- *Served class*: a subclass of a transformers causal model that reads its experts from a cache
+  (`model_class.py`). `model_size.py` counts its packed weights.
+- *Serving*: the expert cache, decoder and counters of one served model (`served_model.py`). It
+  sends each forward pass to the decoder or to transformers' code.
+- *Decoder path*: computes one token with the decoder, if the model and the call allow it
+  (`decoder_path.py`). `listeners.py` finds hooks and replaced modules, which the decoder would skip.
 - *Growing cache*: a DynamicCache whose layers append in place (`growing_cache.py`).
+  `cache_length.py` restores its length after a failed pass.
+- *Generation inputs*: attention mask and positions for `generate`, extended in place
+  (`generation_inputs.py`).
 
-Invariants: no object of transformers is patched, and no class of an object is exchanged. A name
-that transformers does not document stands in `private_names.py` only.
+Rooms: `modules/` has the modules over packed weights; `loading/` builds a model from a converted
+folder; `by_name/` makes transformers' Auto classes accept converted folders.
+
+Invariants:
+- Objects of transformers are neither patched nor given another class. Exceptions: modules are
+  replaced while a model is loaded, and a plain DynamicLayer of a KV cache becomes a GrowingLayer.
+- Names that transformers does not document are used in `private_names.py` only.
 """

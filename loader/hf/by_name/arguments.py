@@ -1,4 +1,4 @@
-"""What the keyword arguments of transformers' from_pretrained mean for a converted model."""
+"""Translates the keyword arguments of transformers' from_pretrained for a converted model."""
 
 import inspect
 import os
@@ -13,19 +13,20 @@ from loader.hf.private_names import attention_implementation, experts_implementa
 from loader.model import from_pretrained
 
 NO_EFFECT = frozenset({
-    "_from_auto", "_from_pipeline", "_fast_init", "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "mirror",
-    "offload_buffers", "offload_folder", "offload_state_dict", "tqdm_class", "trust_remote_code", "weights_only",
+    "_from_auto", "_from_pipeline", "_fast_init", "adapter_kwargs", "code_revision",
+    "low_cpu_mem_usage", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
+    "tqdm_class", "trust_remote_code", "weights_only",
 })  # fmt: skip
-"""Arguments that are taken whatever they say: nothing is offloaded, no pickle is read, and no code
-from the folder is run. An adapter beside the weights is not used, and the log says so.
+"""Arguments that are ignored, with any value. The loader never offloads layers, reads no pickles and
+runs no code from the folder. It does not use an adapter beside the weights, and logs that.
 """
 
-ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+NEUTRAL_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter_name": (("default",), "load adapters by peft"),
     "allow_all_kernels": ((False, None), ""),
     "cache_dir": ((None,), "set HF_HUB_CACHE, or name the folder in the cache"),
     "device_mesh": ((None,), ""),
-    "disable_mmap": ((None, False), "give io='direct': experts are then read past the page cache"),
+    "disable_mmap": ((None, False), "give io='direct' to read experts with O_DIRECT"),
     "distributed_config": ((None,), ""),
     "experts_implementation": ((None,), "give kernels= for the loader's own"),
     "force_download": ((False, None), "remove the repository from the Hub's cache"),
@@ -36,30 +37,36 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "ignore_mismatched_sizes": ((False, None), ""),
     "kernel_config": ((None,), ""),
     "key_mapping": ((None,), ""),
-    "max_memory": ((None,), "give gpu_cache= and ram_cache=: what experts may take on each GPU, and in RAM"),
+    "max_memory": (
+        (None,),
+        "give gpu_cache= and ram_cache=: the memory for experts on each GPU and in RAM",
+    ),
     "output_loading_info": ((False, None), ""),
     "proxies": ((None,), "set HTTPS_PROXY"),
     "state_dict": ((None,), ""),
     "subfolder": (("", None), "name the folder itself"),
-    "tp_plan": ((None,), "give device='cuda:0,cuda:1': several GPUs then hold experts of different layers"),
-    "tp_size": ((None, 1), "give device='cuda:0,cuda:1': several GPUs then hold experts of different layers"),
+    "tp_plan": ((None,), "give device='cuda:0,cuda:1' to split the layers' experts over GPUs"),
+    "tp_size": ((None, 1), "give device='cuda:0,cuda:1' to split the layers' experts over GPUs"),
     "use_kernels": ((False, None), "give kernels= for the loader's own"),
-    "use_safetensors": ((None, True), "converted folders have nothing else"),
+    "use_safetensors": ((None, True), "leave it out: converted folders hold safetensors only"),
     "variant": ((None,), ""),
 }  # fmt: skip
-"""Argument -> (the values with which it changes nothing, the next step for others)."""
+"""Argument -> (neutral values, hint for other values). A neutral value is accepted and does nothing;
+any other value is an error.
+"""
 
 _OPTIONS = tuple(name for name in inspect.signature(from_pretrained).parameters if name != "folder")
 
 
-def loader_options(name: str, given: Any, there: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def loader_options(name: str, given: Any, stored: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the options of loader.from_pretrained for transformers' keyword arguments.
 
-    given, there: the configuration that the caller gave, in which transformers puts some of the
-    arguments, and the one at `name`. RecipeError naming an argument that is not supported.
+    given: the caller's configuration; transformers puts some of the arguments into it.
+    stored: the configuration of the folder or repository `name`.
+    Raises RecipeError naming an argument that is not supported.
     """
     left = {key: value for key, value in arguments.items() if key not in NO_EFFECT}
-    for argument, (neutral, hint) in ONLY.items():
+    for argument, (neutral, hint) in NEUTRAL_ONLY.items():
         value = left.pop(argument, None)
         if value is not None and value not in neutral:
             raise RecipeError(
@@ -68,14 +75,14 @@ def loader_options(name: str, given: Any, there: Any, arguments: dict[str, Any])
     _check_quantization(left.pop("quantization_config", None))
     options = {
         **_device(left),
-        **_dtype(left, given, there),
-        **_attention(left, given, there),
+        **_dtype(left, given, stored),
+        **_attention(left, given, stored),
         **_repository(name, left, given),
     }
     if unknown := sorted(left.keys() - set(_OPTIONS)):
         raise RecipeError(
             f"{unknown[0]}: unknown argument for a converted model",
-            f"known are {', '.join(_OPTIONS)} and device_map",
+            f"known arguments: {', '.join(_OPTIONS)}, device_map",
         )
     return {**left, **options}
 
@@ -89,8 +96,8 @@ def _check_quantization(value: Any) -> None:
     if value is not None and method != METHOD:
         name = short(getattr(method, "value", method))
         raise RecipeError(
-            f"quantization_config: {name} is given for a model that is converted already",
-            "leave it out, or convert again with other --bits",
+            f"quantization_config: {name} is given, but the model is already converted",
+            "leave it out, or convert the checkpoint again with other --bits",
         )
 
 
@@ -99,35 +106,38 @@ def _device(left: dict[str, Any]) -> dict[str, Any]:
     if device_map is None:
         return {}
     if left.get("device") is not None:
-        raise RecipeError("device, device_map: both are given", "give one of them")
+        raise RecipeError("device, device_map: both are given", "give only one of them")
     return {"device": device_of_map(device_map)}
 
 
-def _dtype(left: dict[str, Any], given: Any, there: Any) -> dict[str, Any]:
-    old, new = left.pop("torch_dtype", None), left.pop("dtype", None)
-    dtype = old if new is None else new
-    if dtype is None and given.dtype != there.dtype:
+def _dtype(left: dict[str, Any], given: Any, stored: Any) -> dict[str, Any]:
+    old_name = left.pop("torch_dtype", None)
+    dtype = left.pop("dtype", None)
+    if dtype is None:
+        dtype = old_name
+    if dtype is None and given.dtype != stored.dtype:
         dtype = given.dtype
     return {} if dtype is None else {"dtype": dtype}
 
 
-def _attention(left: dict[str, Any], given: Any, there: Any) -> dict[str, Any]:
+def _attention(left: dict[str, Any], given: Any, stored: Any) -> dict[str, Any]:
     experts = experts_implementation(given)
-    if experts != experts_implementation(there):
+    if experts != experts_implementation(stored):
         raise RecipeError(
             f"experts_implementation: {short(experts)} is not supported for a converted model",
-            ONLY["experts_implementation"][1],
+            NEUTRAL_ONLY["experts_implementation"][1],
         )
     name = left.pop("attn_implementation", None)
-    # What config.json says is for the gates to judge.
-    if name is None and attention_implementation(given) != attention_implementation(there):
+    # A value from config.json is not the caller's choice: formats/config checks that one.
+    if name is None and attention_implementation(given) != attention_implementation(stored):
         name = attention_implementation(given)
     return {} if name is None else {"attn_implementation": name}
 
 
 def _repository(name: str, left: dict[str, Any], given: Any) -> dict[str, Any]:
     commit = left.pop("_commit_hash", None) or getattr(given, "_commit_hash", None)
-    revision, token = left.pop("revision", None), left.pop("token", None)
+    revision = left.pop("revision", None)
+    token = left.pop("token", None)
     cached_only = left.pop("local_files_only", None)
     if os.path.exists(name):
         return {}
@@ -135,5 +145,5 @@ def _repository(name: str, left: dict[str, Any], given: Any) -> dict[str, Any]:
         raise RecipeError(
             "local_files_only: True is not supported for a converted model", "set HF_HUB_OFFLINE=1"
         )
-    # True: the token that huggingface_hub has.
+    # token=True means huggingface_hub's stored token, which None uses too.
     return {"revision": revision or commit, "token": None if token is True else token}

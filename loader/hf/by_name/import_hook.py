@@ -1,4 +1,4 @@
-"""Runs a function right after a module was imported, without importing it."""
+"""Calls a function right after a module is imported, without importing that module itself."""
 
 import importlib
 import sys
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def after_import(name: str, function: Callable[[], None]) -> None:
-    """Call `function` once: now if the module `name` was imported, else when its import ends."""
+    """Call `function` once: now if module `name` is already imported, else when its import ends."""
     if name in sys.modules:
-        # Waits for another thread that is importing it.
+        # The module may be half imported by another thread: import_module waits for that.
         importlib.import_module(name)
         function()
     else:
@@ -20,9 +20,7 @@ def after_import(name: str, function: Callable[[], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module by the other finders, and gives it a loader that calls `function` at the
-    end.
-    """
+    """A finder for one module. It asks the other finders and wraps their loader."""
 
     def __init__(self, name: str, function: Callable[[], None]) -> None:
         self._name = name
@@ -41,14 +39,14 @@ class _Finder(MetaPathFinder):
         return spec
 
     def _executed(self) -> None:
-        # Not when it is found: find_spec is also called without an import after it.
+        # Removed here and not in find_spec, which is also called without a following import.
         if self in sys.meta_path:
             sys.meta_path.remove(self)
             self._function()
 
 
 class _Loader(Loader):
-    """Another loader's work, and a call after it."""
+    """A wrapper of another loader that calls `executed` after the module's code has run."""
 
     def __init__(self, loader: Any, executed: Callable[[], None]) -> None:
         self._loader = loader
@@ -59,7 +57,7 @@ class _Loader(Loader):
         return created
 
     def exec_module(self, module: ModuleType) -> None:
-        # inspect and others ask a module's loader for its source.
+        # inspect and other tools ask the module's loader for its source.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

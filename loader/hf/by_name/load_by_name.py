@@ -1,6 +1,4 @@
-"""A converted folder or repository that a caller of transformers named, loaded as transformers'
-arguments say.
-"""
+"""Loads a converted folder or repository that was named in a call of transformers."""
 
 import os
 from dataclasses import dataclass
@@ -17,32 +15,34 @@ from loader.hf.by_name.arguments import loader_options
 from loader.model import from_pretrained
 
 SETTABLE = (
-    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits", "output_attentions",
-    "output_hidden_states", "return_dict",
+    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits",
+    "output_attentions", "output_hidden_states", "return_dict",
 )  # fmt: skip
-"""Fields of a configuration that transformers reads at each call: a caller may give them other
-values than the folder. The others are read while the model is built, from the folder's config.json.
+"""Config fields that transformers reads at each call. The caller may change them. All other fields
+are read while the model is built, from the folder's config.json.
 """
 
-_COMPARED_OTHERWISE = ("dtype", "quantization_config")
+_COMPARED_BY_ARGUMENTS = ("dtype", "quantization_config")
+"""Fields that `loader_options` compares."""
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @dataclass(frozen=True)
 class NamedFolder:
-    """The name of a converted model, with the configuration that the caller gave and the one that
-    is there.
-    """
+    """The name of a converted model, the caller's configuration and the stored configuration."""
 
     name: str
     given: Any
-    there: Any
+    stored: Any
 
     @classmethod
     def of(
         cls, name: Any, config: Any, config_class: Any, kwargs: dict[str, Any]
     ) -> "NamedFolder | None":
-        """None if `name` has no converted model. NotConvertedError if there is an unfinished one."""
+        """Return None if `name` is not a converted model.
+
+        Raises NotConvertedError for a folder whose conversion did not finish.
+        """
         if not isinstance(name, str | os.PathLike):
             return None
         folder = Path(name)
@@ -56,17 +56,23 @@ class NamedFolder:
         return cls(os.fspath(name), config, config_class.from_pretrained(name, **known))
 
     def load(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the model. RecipeError naming an argument or field that is not supported."""
+        """Return the loaded model.
+
+        Raises RecipeError naming an argument or config field that is not supported.
+        """
         if args:
-            raise RecipeError(f"{self.name}: a converted model takes keyword arguments only")
+            raise RecipeError(
+                f"{self.name}: a converted model takes no positional arguments",
+                "give all arguments after the name as keywords",
+            )
         changes = self._changes()
         generation = kwargs.pop("generation_config", None)
-        options = loader_options(self.name, self.given, self.there, kwargs)
+        options = loader_options(self.name, self.given, self.stored, kwargs)
         model: Any = from_pretrained(self.name, **options)
         for field, value in changes.items():
             setattr(model.config, field, value)
         if kwargs.get("device_map") is not None:
-            # As transformers does: pipelines and trainers then leave the model where it is.
+            # transformers sets this too. Pipelines and trainers then do not move the model.
             model.hf_device_map = {"": model.device}
         if generation is not None:
             model.generation_config = type(model.generation_config).from_dict(generation.to_dict())
@@ -76,23 +82,27 @@ class NamedFolder:
         return model
 
     def _changes(self) -> dict[str, Any]:
-        """The fields that the caller gave other values than config.json has. RecipeError for one
-        that is read while the model is built.
+        """Return the fields whose value differs between the caller's configuration and config.json.
+
+        Raises RecipeError for a field outside SETTABLE.
         """
-        given, there = self.given.to_dict(), self.there.to_dict()
-        names = sorted((given.keys() | there.keys()) - set(_COMPARED_OTHERWISE))
-        changes = {name: given.get(name) for name in names if given.get(name) != there.get(name)}
+        given = self.given.to_dict()
+        stored = self.stored.to_dict()
+        names = sorted((given.keys() | stored.keys()) - set(_COMPARED_BY_ARGUMENTS))
+        changes = {name: given.get(name) for name in names if given.get(name) != stored.get(name)}
         for name, value in changes.items():
             if name not in SETTABLE and not name.startswith("_"):
                 raise RecipeError(
-                    f"{name}: {short(value)} is given, config.json of {self.name} has {short(there.get(name))}",
-                    "a converted model is built as its config.json says: edit it (docs/security.md lists the fields)",
+                    f"{name}: {short(value)} is given, config.json of {self.name} has"
+                    f" {short(stored.get(name))}",
+                    "a converted model is built from its config.json: edit that file"
+                    " (docs/security.md lists the fields)",
                 )
         return changes
 
 
 def _method(config: Any) -> Any:
-    """The quant_method of a configuration; None if it has none."""
+    """Return the quant_method of a configuration, or None."""
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict):
         return quantization.get("quant_method")

@@ -1,10 +1,9 @@
-"""Puts converted models into transformers' registries, as soon as these are imported.
+"""Adds converted models to transformers' registries once transformers is imported.
 
-`import loader` imports neither torch nor transformers. transformers has no registry of plugins that
-it would look into by itself; so the registration waits, by Python's import hook, for the modules
-that hold the registries. It must not import a modeling module then: those import the registries in
-the middle of their own import. So what is registered is a `RegistryEntry`, which imports the class
-when it is used.
+`import loader` imports neither torch nor transformers, and transformers does not search for
+plugins. So an import hook waits for the modules that hold the registries. At that moment no modeling
+module may be imported: modeling modules import the registries in the middle of their own import.
+Therefore a `RegistryEntry` is registered, which imports the real class at its first use.
 """
 
 import logging
@@ -16,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def register_with_transformers() -> None:
-    """Let AutoModelForCausalLM, and what loads by it, take converted folders."""
+    """Make AutoModelForCausalLM, and all code that loads through it, accept converted folders."""
     after_import("transformers.models.auto.modeling_auto", _register_models)
     after_import("transformers.quantizers.auto", _register_plugin)
 
@@ -30,13 +29,13 @@ def _register_models() -> None:
     for model_type in MODEL_TYPES:
         causal_class = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
         if causal_class is None:
-            _log.info("this release of transformers has no model type %s", model_type)
+            _log.info("model type %s is unknown to this release of transformers", model_type)
             continue
         config_class = CONFIG_MAPPING[model_type]
         entry = entry_for(config_class, causal_class)
         modeling_auto.AutoModelForCausalLM.register(config_class, entry, exist_ok=True)
-        # transformers' server asks only this list whether it loads a model by an Auto class or by
-        # getattr(transformers, class name), which no registry reaches.
+        # `transformers serve` looks the model type up in this list. Without an entry it loads by
+        # getattr(transformers, class name), which bypasses the registries.
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(model_type, causal_class)
         modeling_auto.AutoModelForMultimodalLM.register(config_class, entry, exist_ok=True)
 

@@ -1,6 +1,4 @@
-"""What stands in transformers' registries for a causal model: its `from_pretrained` takes converted
-folders too.
-"""
+"""Classes for transformers' registries whose from_pretrained also accepts converted folders."""
 
 from typing import Any
 
@@ -8,23 +6,23 @@ import transformers
 
 
 class RegistryEntry(type):
-    """The class of such an entry. All but `from_pretrained` is that of the plain class, imported
-    when it is needed.
+    """Metaclass of the entries. It forwards everything except `from_pretrained` to the plain class,
+    which it imports at the first use.
     """
 
     config_class: Any
 
     @property
     def plain_class(cls) -> Any:
-        """transformers' class of that name."""
+        """The transformers class with the same name."""
         return getattr(transformers, cls.__name__)
 
     def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        """A converted folder, or a repository of one, as loader.from_pretrained loads it; others by
-        the plain class.
+        """Load a converted folder or repository by loader.from_pretrained, anything else by the
+        plain class.
 
         Raises NotConvertedError for an unfinished conversion, RecipeError for an argument that a
-        converted model does not support, and what loader.from_pretrained raises.
+        converted model does not support, and the errors of loader.from_pretrained.
         """
         from loader.hf.by_name.load_by_name import NamedFolder
 
@@ -47,9 +45,9 @@ class RegistryEntry(type):
 
 
 def entry_for(config_class: Any, causal_class: str) -> RegistryEntry:
-    """Return the entry for transformers' class `causal_class`, whose configuration is a
+    """Return the entry for the transformers class named `causal_class`, which is configured by
     `config_class`.
     """
-    # transformers takes a class of another module for a user's own code.
+    # transformers treats a class from any other module as the user's own code.
     module = config_class.__module__.replace(".configuration_", ".modeling_")
     return RegistryEntry(causal_class, (), {"config_class": config_class, "__module__": module})
