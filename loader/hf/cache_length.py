@@ -1,4 +1,4 @@
-"""The KV cache of a forward pass that was not finished: its former length, the same in each layer."""
+"""Restores the KV cache's length after a forward pass that failed."""
 
 import logging
 from typing import Any
@@ -9,35 +9,39 @@ _log = logging.getLogger(__name__)
 
 
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The plain KV cache among the arguments of a model's forward, or None."""
+    """Return the DynamicCache among the arguments of a model's forward, or None."""
     past = args[3] if len(args) > 3 else kwargs.get("cache", kwargs.get("past_key_values"))
     return past if isinstance(past, DynamicCache) else None
 
 
 def length_of(cache: Any) -> int:
-    """Positions that every layer holds before a pass."""
+    """Return the number of positions in the cache; 0 without a cache."""
     return cache.get_seq_length() if cache is not None else 0
 
 
 def shorten(cache: Any, length: int) -> None:
-    """Gives each layer of the cache its former length back."""
+    """Cut each layer of the cache to `length` positions."""
     for layer in cache.layers if cache is not None else ():
         if isinstance(layer, DynamicLayer) and not layer.is_sliding:
-            # Not by crop: the keys may have come, and the values not.
-            layer.keys, layer.values = _first(layer.keys, length), _first(layer.values, length)
+            # crop expects keys and values of one length; a failed pass may have added only keys.
+            layer.keys = _first(layer.keys, length)
+            layer.values = _first(layer.values, length)
         elif (added := layer.get_seq_length() - length) > 0:
             try:
-                # Later versions of transformers take no length, all take what is to go as a
-                # negative number.
+                # Every version of transformers takes the number of positions to drop as a negative
+                # number; only earlier ones take a length.
                 layer.crop(-added) if length else layer.reset()
             except (RuntimeError, ValueError) as e:
-                # A sliding window has dropped what would have to come back.
-                _log.warning("the KV cache cannot be used again, begin with the whole text: %s", e)
+                # A sliding window has already dropped positions that belong to the former length.
+                _log.warning(
+                    "the KV cache is no longer usable; start again from the whole text: %s", e
+                )
                 return
 
 
 def _first(part: Any, length: int) -> Any:
-    """The first positions of keys or values [batch, heads, positions, width], which before the
-    first are None or [].
+    """Return the first `length` positions of keys or values [batch, heads, positions, head_dim].
+
+    Before the first update `part` is None or has shape [0].
     """
     return part if part is None or part.dim() < 4 else part[:, :, :length]

@@ -1,6 +1,4 @@
-"""One token through the decoder of a transformers model, and what leaves a token to transformers'
-code.
-"""
+"""Computes one token of a transformers model with the decoder, if the model and call allow it."""
 
 from collections import OrderedDict
 from typing import Any
@@ -21,17 +19,19 @@ from loader.lifetime.copies import Derived
 
 
 class DecoderPath(Derived):
-    """The decoder of one model, made when the first token needs it, and made anew when a weight or
-    setting changed.
+    """The decoder of one model. It is made for the first token, and again after a weight or setting
+    has changed.
 
-    docs/numerics.md ("One token through the decoder") lists the conditions.
+    docs/numerics.md ("One token through the decoder") lists the conditions for using it.
     """
 
     def __init__(self, model: Any, factory: DecoderFactory) -> None:
-        """LeaveDecoder if the model has modules that no decoder computes."""
+        """Raises LeaveDecoder if the model has modules that no decoder supports."""
         spec = self._spec = spec_of(model)
         spec.check_modules(model)
-        self._model, self._inner, self._factory = model, model.model, factory
+        self._model = model
+        self._inner = model.model
+        self._factory = factory
         self._layers = len(model.model.layers)
         self._watch = Watch(model)
         self._experts = spec.experts_of(model)
@@ -42,8 +42,9 @@ class DecoderPath(Derived):
         self._cache_field = cache_field()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the model's forward gives for these arguments. LeaveDecoder where
-        transformers' code must.
+        """Return the output of the model's forward for these arguments.
+
+        Raises LeaveDecoder if only transformers' code can compute it.
         """
         config = self._model.config
         request = TokenRequest.from_call(args, kwargs, config, self._layers, self._factory.device)
@@ -52,13 +53,15 @@ class DecoderPath(Derived):
         self._check_surroundings(config)
         past = growing_layers(request.cache, self._layers)
         if past is None:
-            raise LeaveDecoder(Reason.KV_CACHE, "its layers are not plain, or of several lengths")
+            raise LeaveDecoder(
+                Reason.KV_CACHE, "a layer is not a DynamicLayer, or the lengths differ"
+            )
         decoder = self._decoder()
         length = past[0].get_seq_length()
         token = request.token_after(length)
         embedding = self._inner.embed_tokens.weight
         if not 0 <= token < len(embedding):
-            # torch raises its IndexError.
+            # transformers' code then raises torch's IndexError.
             raise LeaveDecoder(Reason.PROMPT)
         result = decoder.run(
             token, *self._rotary_of(embedding.dtype).find(length), past, self._experts
@@ -79,11 +82,11 @@ class DecoderPath(Derived):
         self._watch.check()
 
     def _decoder(self) -> Decoder:
-        """The decoder of the present weights."""
+        """Return the decoder for the current weights."""
         try:
             now = self._signature.now()
         except (AttributeError, KeyError) as e:
-            raise LeaveDecoder(Reason.REPLACED, f"a weight is no longer there: {e}") from None
+            raise LeaveDecoder(Reason.REPLACED, f"a weight was removed: {e}") from None
         made = self._made
         if made is None or made[0] != now:
             made = self._made = now, self._new_decoder()
@@ -96,7 +99,8 @@ class DecoderPath(Derived):
             if layer.top_k > room:
                 raise LeaveDecoder(
                     Reason.EXPERTS,
-                    f"layer {number} uses {layer.top_k}, the cache has room for {room}",
+                    f"layer {number} uses {layer.top_k} experts a token, the cache has room for"
+                    f" {room}",
                 )
         return self._factory.make(weights, self._experts)
 
@@ -109,7 +113,10 @@ class DecoderPath(Derived):
         return table
 
     def _output(self, logits: Any, cache: Any) -> Any:
-        """MoeCausalLMOutputWithPast(logits=logits, cache=cache), without the 40 µs of its checks."""
+        """Return MoeCausalLMOutputWithPast(logits=logits, cache=cache).
+
+        Skips the checks of its constructor, which take 40 µs.
+        """
         output = MoeCausalLMOutputWithPast.__new__(MoeCausalLMOutputWithPast)
         output.__dict__.update(self._blank_output.__dict__)
         for name, value in (("logits", logits), (self._cache_field, cache)):
@@ -120,6 +127,7 @@ class DecoderPath(Derived):
 
 def _say_router_logits_are_off() -> None:
     warn_once(
-        "config.json sets output_router_logits, which training uses: single tokens do not return router logits; "
-        "pass output_router_logits=True to the call to get them, by transformers' slower code"
+        "config.json sets output_router_logits, a training option: calls with a single token return"
+        " no router logits; pass output_router_logits=True to the call to get them from"
+        " transformers' slower code"
     )

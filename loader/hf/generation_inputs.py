@@ -1,8 +1,7 @@
-"""What generate prepares between two tokens of one sequence, without copying what it has prepared
-before.
+"""Prepares generate's inputs for the next token of one sequence without copying earlier ones.
 
 transformers copies the whole attention mask and all position numbers for each token, in a dozen
-operations of torch.
+torch operations.
 """
 
 import threading
@@ -16,50 +15,54 @@ from transformers.cache_utils import DynamicCache
 
 from loader.decode.decoder_call import is_numbers
 
-LEAST_COLUMNS = 256
+MIN_COLUMNS = 256
 _KNOWN = {"cache", "attention_mask", "position_ids", "use_cache"}
 
 
 class GrowingRow(threading.local):
-    """A tensor int64 [1, n] that grows in place: each is a view of the same memory, one column
-    longer than the last.
+    """An int64 tensor [1, n] that grows in place: each result is a view of the same memory, one
+    column longer than the one before.
 
-    A row that is not the last one given, to this thread, begins new memory.
+    A row that is not this thread's latest result starts new memory.
     """
 
     _memory: Tensor | None = None
-    _shown = 0
+    _used = 0
+    """Columns of the memory that the latest result shows."""
 
     def appended(self, row: Tensor, value: int) -> Tensor:
-        """`row`, int64 [1, n] on the CPU, and `value` behind it."""
+        """Return `row`, int64 [1, n] on the CPU, extended by `value`."""
         memory, columns = self._memory, row.shape[1]
         if (
             memory is None
             or row.data_ptr() != memory.data_ptr()
-            or columns != self._shown
+            or columns != self._used
             or columns == memory.shape[1]
             or memory.is_inference() != torch.is_inference_mode_enabled()
         ):
-            memory = self._memory = row.new_empty((1, max(LEAST_COLUMNS, 2 * columns)))
+            memory = self._memory = row.new_empty((1, max(MIN_COLUMNS, 2 * columns)))
             memory[:, :columns] = row
         c_int64.from_address(memory.data_ptr() + 8 * columns).value = value
-        self._shown = columns + 1
-        return memory.narrow(1, 0, self._shown)
+        self._used = columns + 1
+        return memory.narrow(1, 0, self._used)
 
 
 class GenerationInputs:
-    """The two methods by which generate prepares a token, for one sequence over a plain
-    DynamicCache: the values are those of transformers' own, which do everything else.
+    """A faster version of the two methods with which generate prepares a token.
+
+    It handles one sequence over a plain DynamicCache and returns transformers' values. For all other
+    calls it returns None, and transformers' own methods run.
     """
 
     def __init__(self) -> None:
-        self._mask, self._positions = GrowingRow(), GrowingRow()
+        self._mask = GrowingRow()
+        self._positions = GrowingRow()
 
     def prepared(
         self, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """What prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs) gives, or
-        None.
+        """Return the result of prepare_inputs_for_generation(input_ids, next_sequence_length=1,
+        **kwargs), or None.
         """
         values = {name: value for name, value in kwargs.items() if name != "next_sequence_length"}
         if (
@@ -81,7 +84,9 @@ class GenerationInputs:
     def updated(
         self, outputs: Any, values: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """What _update_model_kwargs_for_generation makes of `values` after one token, or None."""
+        """Return the result of _update_model_kwargs_for_generation for `values` after one token, or
+        None.
+        """
         if args or kwargs.get("is_encoder_decoder") or kwargs.get("num_new_tokens", 1) != 1:
             return None
         cache = OrderedDict.get(outputs, "cache")

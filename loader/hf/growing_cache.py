@@ -1,5 +1,5 @@
-"""A KV cache layer that appends in place: its memory doubles when it is full, instead of being
-copied at each token.
+"""A KV cache layer that appends in place. Its memory doubles when it is full; transformers' layer
+copies all keys and values for each token.
 """
 
 from typing import Any
@@ -10,39 +10,39 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from loader.decode.decoder import Kind
 
-LEAST_POSITIONS = 256
+MIN_POSITIONS = 256
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """transformers' DynamicLayer over memory with room to spare: `keys` and `values` are views of
-    its beginning.
+    """A DynamicLayer over memory with spare capacity: `keys` and `values` are views of its first
+    positions.
 
-    What transformers assigns to them (a reordered, cropped or selected batch) is taken as it is: if
-    that is not the beginning of the memory any more, the next token moves it into new memory. A
-    view taken before a crop shows what is appended after it. The views are made when somebody asks:
-    while native code appends, nobody does.
+    transformers may assign other tensors to `keys` and `values` (a reordered, cropped or selected
+    batch). If they are no longer the first positions of the memory, the next update moves them into
+    new memory. A view taken before a crop shows the positions appended after it. The views are made
+    on demand: native code appends without them.
     """
 
     _memory: tuple[Tensor, Tensor] | None = None
     _shown: int | None = None
-    """Positions of the memory that are the keys and values; None where those were assigned."""
+    """Positions of the memory that `keys` and `values` show; None after an assignment to them."""
     _place: tuple[int, int, int] | None = None
-    """Addresses of the memory's keys and values, and its capacity, where native code may write one
-    sequence.
+    """Addresses of the memory's keys and values, and its capacity in positions. Set only for one
+    sequence that native code may write.
     """
     _kind: Kind | None = None
-    """What `_place` was checked for."""
+    """The kind for which `_place` was checked."""
 
     @classmethod
     def of(cls, plain: DynamicLayer) -> "GrowingLayer":
-        """Return a layer with the state of `plain`: its keys and values are the same tensors."""
+        """Return a layer with the state of `plain`, over the same key and value tensors."""
         layer = cls()
         layer.__dict__.update(plain.__dict__)
         return layer
 
     @property
     def keys(self) -> Any:
-        """[batch, heads, length, head_dim], None before the first update."""
+        """Keys [batch, heads, length, head_dim]; None before the first update."""
         if self._shown is not None and self._memory is not None:
             return self._memory[0].narrow(2, 0, self._shown)
         return self.__dict__.get("keys")
@@ -54,7 +54,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def values(self) -> Any:
-        """As keys."""
+        """Values [batch, heads, length, head_dim]; None before the first update."""
         if self._shown is not None and self._memory is not None:
             return self._memory[1].narrow(2, 0, self._shown)
         return self.__dict__.get("values")
@@ -65,7 +65,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.__dict__["values"] = value
 
     def get_seq_length(self, *args: Any) -> int:
-        """Positions held."""
+        """Return the number of positions in the layer."""
         if self._shown is not None:
             return self._shown
         length: int = super().get_seq_length(*args)
@@ -74,47 +74,51 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Appends [batch, heads, new, head_dim]; all keys and values [batch, heads, length,
-        head_dim], as views.
+        """Append keys and values [batch, heads, new, head_dim].
+
+        Return views of all keys and values, [batch, heads, length, head_dim].
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # Autograd forbids to write beside what it has saved.
+            # Autograd rejects writes in place to memory of which it has saved a view.
             self._settle()
             self._memory = None
             both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return both
-        length, new = self.get_seq_length(), key_states.shape[-2]
-        keys, values = self.room(key_states, value_states)
-        keys[:, :, length : length + new] = key_states
-        values[:, :, length : length + new] = value_states
-        self.show(length + new)
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        keys, values = self.reserve(key_states, value_states)
+        keys[:, :, begin:end] = key_states
+        values[:, :, begin:end] = value_states
+        self.show(end)
         return self.keys, self.values
 
-    def room(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory [batch, heads, capacity, head_dim], with room for these new positions after
-        the present ones.
+    def reserve(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the memory of keys and values, each [batch, heads, capacity, head_dim].
+
+        Its capacity suffices for the current positions and these new ones.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         memory = self._memory
         if memory is None or not self._fits(memory, key_states, length):
-            capacity = max(LEAST_POSITIONS, 2 * (length + key_states.shape[-2]))
+            capacity = max(MIN_POSITIONS, 2 * (length + key_states.shape[-2]))
             keys, values = self.keys, self.values
             memory = (
                 _moved(keys, key_states, length, capacity),
                 _moved(values, value_states, length, capacity),
             )
-            # In this order: an interrupt between any two leaves the present positions as they are.
+            # In this order an interrupt between two assignments loses no position.
             self._place = None
             self._memory = memory
             self._shown = length
         return memory
 
     def place(self, kind: Kind) -> tuple[int, int, int]:
-        """Addresses of the memory's keys and values, and its capacity, with room for one position
-        more than the present ones. ValueError if the memory is of another kind, or of several
-        sequences.
+        """Return the addresses of the keys' and values' memory, and its capacity in positions.
+
+        The memory has room for at least one more position. Raises ValueError if the layer holds
+        several sequences or another kind of memory.
         """
         place = self._place
         if place is None or self._shown is None or self._shown >= place[2] or self._kind != kind:
@@ -125,7 +129,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def _checked_place(self, kind: Kind) -> tuple[int, int, int]:
         heads, width, dtype, device = kind
         new = torch.empty((1, heads, 1, width), dtype=dtype, device=device)
-        keys, values = self.room(new, new)
+        keys, values = self.reserve(new, new)
         shape = (1, heads, keys.shape[2], width)
         for memory in (keys, values):
             if (
@@ -134,37 +138,40 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
                 or not memory.is_contiguous()
             ):
                 raise ValueError(
-                    f"cache of {dtype} {shape} on {device}: got {tuple(memory.shape)} {memory.dtype} on {memory.device}"
+                    f"KV cache: expected {dtype} {shape} on {device}, got {memory.dtype}"
+                    f" {tuple(memory.shape)} on {memory.device}"
                 )
         return keys.data_ptr(), values.data_ptr(), keys.shape[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes over: not the addresses, its memory lies elsewhere."""
+        """Return the state without the addresses: a copy's memory lies elsewhere."""
         return {**self.__dict__, "_place": None}
 
     def show(self, length: int) -> None:
-        """Makes the first `length` positions of the memory the layer's keys and values."""
+        """Set `keys` and `values` to the first `length` positions of the memory."""
         self._shown = length
 
     def reset(self) -> None:
-        """Empties the layer; later versions of transformers drop the tensors, 5.0 only zeroes them."""
+        """Empty the layer. Later versions of transformers drop the tensors; 5.0 only zeroes them."""
         self._settle()
         self._memory = None
         super().reset()
 
     def _settle(self) -> None:
-        """From views on demand to tensors of its own."""
+        """Replace the views on demand by stored tensors."""
         if self._shown is not None:
-            self.__dict__["keys"], self.__dict__["values"] = self.keys, self.values
-            self._shown = self._place = None
+            self.__dict__["keys"] = self.keys
+            self.__dict__["values"] = self.values
+            self._shown = None
+            self._place = None
 
     def _fits(self, memory: tuple[Tensor, Tensor], new: Tensor, length: int) -> bool:
-        # torch forbids to write memory of inference mode outside of it.
+        # torch rejects writes to a tensor of inference mode outside of that mode.
         if memory[0].is_inference() and not torch.is_inference_mode_enabled():
             return False
         if length + new.shape[-2] > memory[0].shape[2] or memory[0].shape[0] != new.shape[0]:
             return False
-        # As where they are concatenated: what was of a narrower dtype becomes a wider one.
+        # transformers concatenates, which promotes to the wider of the two dtypes.
         if torch.promote_types(memory[0].dtype, new.dtype) != memory[0].dtype:
             return False
         return (
@@ -178,6 +185,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _moved(present: Tensor, new: Tensor, length: int, capacity: int) -> Tensor:
+    """Return new memory [batch, heads, capacity, head_dim] that begins with `present`."""
     batch, heads, _, width = new.shape
     dtype = torch.promote_types(present.dtype, new.dtype) if length else new.dtype
     memory = new.new_empty((batch, heads, capacity, width), dtype=dtype)
@@ -187,11 +195,10 @@ def _moved(present: Tensor, new: Tensor, length: int, capacity: int) -> Tensor:
 
 
 def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
-    """The `GrowingLayer` number `layer` of a plain DynamicCache, put there in place of a plain
-    DynamicLayer.
+    """Return layer `layer` of a plain DynamicCache as a GrowingLayer.
 
-    None for every other kind of cache or layer (static, sliding, quantized, offloaded): they stay
-    as they are.
+    Replaces a plain DynamicLayer in the cache. Returns None, and changes nothing, for any other kind
+    of cache or layer: static, sliding, quantized or offloaded.
     """
     if cache is None or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return None
@@ -208,11 +215,11 @@ def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
 
 
 def growing_layers(cache: Cache | None, count: int) -> list[GrowingLayer] | None:
-    """`growing_layer` of the layers from 0 on, if there are `count` of one length."""
-    found: list[GrowingLayer] = []
+    """Return `growing_layer` for layers 0 to count - 1; None if one is None or the lengths differ."""
+    layers: list[GrowingLayer] = []
     for number in range(count):
         layer = growing_layer(cache, number)
-        if layer is None or (found and layer.get_seq_length() != found[0].get_seq_length()):
+        if layer is None or (layers and layer.get_seq_length() != layers[0].get_seq_length()):
             return None
-        found.append(layer)
-    return found
+        layers.append(layer)
+    return layers

@@ -1,5 +1,5 @@
-"""Whether anybody listens to a model's modules: hooks, replaced forwards and modules, transformers'
-recording.
+"""Finds listeners on a model's modules: hooks, replaced forwards, replaced modules, transformers'
+output recording. The decoder calls no module, so it would skip them.
 """
 
 from types import MethodType
@@ -13,7 +13,7 @@ from loader.hf.private_names import RECORDER_MODULE, active_collector
 
 
 class Watch:
-    """All modules inside one, as they are now."""
+    """A snapshot of all modules inside a root module."""
 
     def __init__(self, root: nn.Module) -> None:
         self._inside = [
@@ -24,26 +24,25 @@ class Watch:
         ]
 
     def check(self) -> None:
-        """LeaveDecoder naming the module if a forward pass must really call it.
+        """Raise LeaveDecoder naming the first module that a forward pass must call.
 
-        A module must be called if it has hooks or a forward that somebody put into the instance, is
-        in training mode, or has come in the place of another. transformers leaves its recording
-        hooks in place once outputs such as router_logits were asked for; they count only while it
+        A module must be called if it has hooks, if its instance has a `forward` attribute, if it is
+        in training mode, or if it has replaced another module. transformers installs recording hooks
+        when a call asks for outputs such as router_logits, and keeps them; they count only while it
         records.
         """
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             raise LeaveDecoder(Reason.HOOKS, "global hooks of torch")
         for siblings, name, module, path in self._inside:
-            own = module.__dict__
+            attributes = module.__dict__
             if siblings.get(name) is not module:
                 raise LeaveDecoder(Reason.REPLACED, _join(path, name))
-            if own["training"]:
+            if attributes["training"]:
                 raise LeaveDecoder(Reason.TRAINING, _join(path, name))
-            if own["_forward_pre_hooks"] or (
-                own["_forward_hooks"] and _matter(own["_forward_hooks"])
-            ):
+            hooks = attributes["_forward_hooks"]
+            if attributes["_forward_pre_hooks"] or (hooks and _are_active(hooks)):
                 raise LeaveDecoder(Reason.HOOKS, _join(path, name))
-            if "forward" in own and not _is_its_own(own["forward"], module):
+            if "forward" in attributes and not _is_class_forward(attributes["forward"], module):
                 raise LeaveDecoder(Reason.HOOKS, f"forward of {_join(path, name)}")
 
 
@@ -51,14 +50,16 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _matter(hooks: dict[int, Any]) -> bool:
+def _are_active(hooks: dict[int, Any]) -> bool:
+    """True unless all hooks are recording hooks and transformers is not recording."""
     if any(getattr(hook, "__module__", None) != RECORDER_MODULE for hook in hooks.values()):
         return True
     collector = active_collector()
     return collector is None or bool(collector.get())
 
 
-def _is_its_own(forward: Any, module: nn.Module) -> bool:
+def _is_class_forward(forward: Any, module: nn.Module) -> bool:
+    """True if `forward` is the method of the module's class, bound to the module."""
     return (
         isinstance(forward, MethodType)
         and forward.__self__ is module

@@ -1,4 +1,4 @@
-"""The class of a served model: a subclass of the family's causal model, made once for each family."""
+"""Makes the class of a served model: a subclass of the family's causal model, one per family."""
 
 import functools
 from typing import Any
@@ -10,18 +10,16 @@ from loader.hf.served_model import Serving
 
 
 class MoeConvertMixin:
-    """The methods that a served model has besides those of its transformers class."""
+    """Methods that a served model adds to its transformers class."""
 
     _serving: Serving
 
     def serve(self, serving: Serving) -> None:
-        """Give the loaded model its cache, decoder and counters. Once, before the first forward
-        pass.
-        """
+        """Set the model's cache, decoder and counters. Call once, before the first forward pass."""
         self._serving = serving
 
     def moe_stats(self) -> MoeStats:
-        """Return a snapshot of what the expert cache and the paths of tokens counted."""
+        """Return a snapshot of the expert cache's counters and of the tokens on each path."""
         return self._serving.stats()
 
     def reset_moe_stats(self) -> None:
@@ -29,15 +27,15 @@ class MoeConvertMixin:
         self._serving.reset_stats()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters of the model that was converted: of packed weights and
-        experts too.
+        """Return the number of parameters of the original model: packed weights and all experts
+        are counted too.
         """
         counted: int = super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc]
         return counted if only_trainable else counted + packed_weights(self)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes that the trunk takes and that the experts' cache may take, in RAM and on
-        GPUs.
+        """Return the trunk's bytes plus the capacity of the expert cache in RAM and on GPUs, in
+        bytes.
         """
         trunk: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
         stats = self.moe_stats()
@@ -45,13 +43,13 @@ class MoeConvertMixin:
 
 
 def served_class(base: Any) -> Any:
-    """Return the subclass of `base`, a causal model of transformers, whose experts come from a
+    """Return the subclass of `base`, a causal model of transformers, that reads its experts from a
     cache.
 
-    base: the class, or what stands for it in transformers' registry. The subclass has its name and
-    module: transformers reads both, for losses, pipelines and attention implementations.
+    base: the class or its RegistryEntry. The subclass has the same name and module, because
+    transformers looks up losses, pipelines and attention implementations by both.
     """
-    # Of a RegistryEntry, the class that it stands for.
+    # A RegistryEntry has the real class in `plain_class`.
     return _made_once(getattr(base, "plain_class", base))
 
 
@@ -60,8 +58,8 @@ def _made_once(base: Any) -> Any:
 
     class Served(MoeConvertMixin, base):  # type: ignore[misc]
         def __reduce_ex__(self, protocol: Any) -> Any:
-            """By `base`: no module has this class under its name. Pickling then reaches the cache,
-            which refuses.
+            """Copy by way of `base`: no module has this class under its name. Pickling then reaches
+            the expert cache, which raises an error.
             """
             return _blank, (base,), self.__dict__
 
@@ -93,16 +91,14 @@ def _made_once(base: Any) -> Any:
                     )
                 return updated
 
-    Served.__name__, Served.__qualname__, Served.__module__ = (
-        base.__name__,
-        base.__qualname__,
-        base.__module__,
-    )
+    Served.__name__ = base.__name__
+    Served.__qualname__ = base.__qualname__
+    Served.__module__ = base.__module__
     Served.__doc__ = base.__doc__
     return Served
 
 
 def _blank(base: Any) -> Any:
-    """Return an object of `served_class(base)` without state, for copies."""
+    """Return an object of `served_class(base)` without state. Copies and unpickling fill it."""
     served = served_class(base)
     return served.__new__(served)

@@ -1,6 +1,4 @@
-"""The weights of a served model that are no parameters of torch: those of packed layers and of
-experts.
-"""
+"""Counts the weights of a served model that torch does not know as parameters."""
 
 from typing import Any
 
@@ -8,7 +6,7 @@ from loader.hf.modules.packed_modules import CachedExperts, PackedLinear
 
 
 def packed_weights(model: Any) -> int:
-    """Return the number of weights in the packed layers and in all experts, in a cache or not."""
+    """Return the number of weights in the packed layers and in all experts, cached or not."""
     total = 0
     for module in model.modules():
         if isinstance(module, PackedLinear):

@@ -1,8 +1,8 @@
-"""Names inside transformers that only some of its releases have: the one file of the loader that
-uses them.
+"""Undocumented names of transformers that only some releases have. No other file of the loader uses
+them.
 
-Each is looked up once. In a release without it transformers' own code does the work, and a log line
-says what is slower.
+Each name is looked up once. In a release without it transformers' own code does the work, and a log
+line names the slower operation.
 """
 
 import functools
@@ -22,37 +22,35 @@ RECORDER_MODULE = "transformers.utils.output_capturing"
 
 @functools.cache
 def active_collector() -> Any:
-    """The context variable that is set while transformers records outputs, or None."""
+    """Return the context variable that is set while transformers records outputs, or None."""
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:
-        _say("once outputs were recorded, single tokens take transformers' code")
+        _log_slow_path("after a call that records outputs, single tokens take transformers' code")
         return None
     return _active_collector
 
 
 @functools.cache
 def generation_methods() -> tuple[Any, Any] | None:
-    """GenerationMixin's two methods that prepare a token, where they take the arguments that we
-    prepare; or None.
+    """Return GenerationMixin's two methods that prepare a token; None if their arguments differ from
+    those that `GenerationInputs` handles.
     """
     prepare = getattr(GenerationMixin, "prepare_inputs_for_generation", None)
     update = getattr(GenerationMixin, "_update_model_kwargs_for_generation", None)
-    # Earlier releases say past_key_values for cache, and prepare cache_position too.
+    # Earlier releases call the cache past_key_values, and prepare cache_position too.
     for method, needed in (
         (prepare, {"next_sequence_length", "cache"}),
         (update, {"num_new_tokens"}),
     ):
         if method is None or not needed <= inspect.signature(method).parameters.keys():
-            _say("generate copies mask and positions for each token")
+            _log_slow_path("generate copies mask and positions for each token")
             return None
     return prepare, update
 
 
 def attention_implementation(config: Any) -> Any:
-    """config._attn_implementation, where possible without the Python that its property runs through
-    (5 µs).
-    """
+    """Return config._attn_implementation. Bypasses its property, which takes 5 µs, if possible."""
     try:
         return object.__getattribute__(config, "_attn_implementation_internal")
     except AttributeError:
@@ -60,19 +58,20 @@ def attention_implementation(config: Any) -> Any:
 
 
 def experts_implementation(config: Any) -> Any:
-    """The choice of transformers' own experts in a configuration, None where none was made."""
+    """Return a configuration's choice among transformers' expert implementations, or None."""
     return getattr(config, "_experts_implementation_internal", None)
 
 
 @functools.cache
 def cache_field() -> str:
-    """The name of the KV cache in a model's output and arguments: `cache` since 5.24, before
-    `past_key_values`.
+    """Return the name of the KV cache in a model's output and arguments: `cache` since transformers
+    5.24, `past_key_values` before.
     """
     return (
         "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
     )
 
 
-def _say(what_is_slower: str) -> None:
-    _log.info("transformers %s: %s", transformers.__version__, what_is_slower)
+def _log_slow_path(consequence: str) -> None:
+    """Log the consequence of a missing name. Each caller is cached, so it logs once a process."""
+    _log.info("transformers %s: %s", transformers.__version__, consequence)

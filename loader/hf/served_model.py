@@ -1,4 +1,4 @@
-"""What a served model has besides its modules, and the way of each forward pass: decoder or
+"""The state of a served model beside its modules, and the choice for each forward pass: decoder or
 transformers' code.
 """
 
@@ -24,16 +24,17 @@ Forward = Callable[..., Any]
 
 
 class Retry(Protocol):
-    """Repeats a forward pass that failed for lack of memory (loader/cuda/experts/out_of_memory.py)."""
+    """Repeats a forward pass that ran out of memory (loader/cuda/experts/out_of_memory.py)."""
 
     def run(self, forward: Callable[[], Any]) -> Any:
-        """Return what `forward` gives, perhaps the second time."""
+        """Return the result of `forward`, which may be called several times."""
 
 
 class Serving:
-    """The cache, decoder and counters of one model.
+    """The expert cache, decoder and counters of one model.
 
-    factory: makes the decoder, or says why there is none. retry: for GPUs, else None.
+    factory: makes the decoder; a LeaveDecoder is the reason why the model has none.
+    retry: repeats passes that ran out of GPU memory; None for a model on the CPU.
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class Serving:
     ) -> None:
         self.cache = cache
         self.inputs = GenerationInputs()
-        self._factory, self._retry = factory, retry
+        self._factory = factory
+        self._retry = retry
         self._counters = PathCounters()
         self._path: DecoderPath | LeaveDecoder | None = (
             factory if isinstance(factory, LeaveDecoder) else None
@@ -49,11 +51,11 @@ class Serving:
         keep_threads_over_forks()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Serving":
-        """One for a copy of the model: the same cache, a decoder and counters of its own."""
+        """Return the state for a copy of the model: the same cache, a new decoder, new counters."""
         return Serving(self.cache, self._factory, self._retry)
 
     def stats(self) -> MoeStats:
-        """Return a snapshot of the counters of cache and paths."""
+        """Return a snapshot of the counters of the cache and of both paths."""
         return dataclasses.replace(self.cache.stats(), paths=self._counters.stats())
 
     def reset_stats(self) -> None:
@@ -64,9 +66,10 @@ class Serving:
     def forward(
         self, model: Any, plain: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Return what `plain`, the forward of transformers' class, gives for these arguments.
+        """Return the output for these arguments, as `plain`, the forward of transformers' class,
+        would.
 
-        A pass that does not come to its end leaves the KV cache as long as it was.
+        A pass that raises an error leaves the KV cache at its former length.
         """
         if torch.compiler.is_compiling():
             return plain(*args, **kwargs)
@@ -85,14 +88,14 @@ class Serving:
                 self._counters.count_decoded()
                 return result
             except LeaveDecoder as e:
-                # Without the frames, which hold the tensors of this pass.
+                # The traceback's frames would keep the tensors of this pass alive.
                 left = e.with_traceback(None)
             tokens = _tokens(args, kwargs)
             if not is_single_token(args, kwargs):
                 left = LeaveDecoder(Reason.PROMPT)
             self._counters.count_left(left, tokens)
             if past is not None:
-                # Also what a prompt appends grows in place.
+                # The prompt's keys and values are appended in place too.
                 growing_layers(past, model.config.num_hidden_layers)
             with torch_threads_for(tokens):
                 return plain(*args, **kwargs)
@@ -115,14 +118,14 @@ class Serving:
         try:
             return DecoderPath(model, self._factory)
         except LeaveDecoder:
-            # Not for ever: a module that was replaced may come back.
+            # Not stored: a replaced module may be put back later.
             raise
         except Exception as e:
             return LeaveDecoder(Reason.FAILED, f"{type(e).__name__}: {e}")
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens of a call of the model; if none are to be seen, many."""
+    """Return the number of tokens of a call; FEW_TOKENS + 1 if the arguments don't show it."""
     ids = args[0] if args else kwargs.get("input_ids")
     if isinstance(ids, Tensor):
         return ids.numel()

@@ -17,8 +17,8 @@ NO_EFFECT = frozenset({
     "low_cpu_mem_usage", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
     "tqdm_class", "trust_remote_code", "weights_only",
 })  # fmt: skip
-"""Arguments that are ignored, with any value. The loader never offloads layers, reads no pickles and
-runs no code from the folder. It does not use an adapter beside the weights, and logs that.
+"""Arguments that are ignored, with any value. The loader never offloads layers, reads no pickles
+and runs no code from the folder. It does not use an adapter beside the weights, and logs that.
 """
 
 NEUTRAL_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -51,8 +51,8 @@ NEUTRAL_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_safetensors": ((None, True), "leave it out: converted folders hold safetensors only"),
     "variant": ((None,), ""),
 }  # fmt: skip
-"""Argument -> (neutral values, hint for other values). A neutral value is accepted and does nothing;
-any other value is an error.
+"""Argument -> (neutral values, hint for other values). A neutral value is accepted and does
+nothing. Any other value is an error.
 """
 
 _OPTIONS = tuple(name for name in inspect.signature(from_pretrained).parameters if name != "folder")

@@ -95,7 +95,7 @@ class NamedFolder:
                 raise RecipeError(
                     f"{name}: {short(value)} is given, config.json of {self.name} has"
                     f" {short(stored.get(name))}",
-                    "a converted model is built from its config.json: edit that file"
+                    "a converted model is built from its config.json: edit it"
                     " (docs/security.md lists the fields)",
                 )
         return changes

@@ -1,9 +1,9 @@
 """Adds converted models to transformers' registries once transformers is imported.
 
 `import loader` imports neither torch nor transformers, and transformers does not search for
-plugins. So an import hook waits for the modules that hold the registries. At that moment no modeling
-module may be imported: modeling modules import the registries in the middle of their own import.
-Therefore a `RegistryEntry` is registered, which imports the real class at its first use.
+plugins. So an import hook waits for the modules that hold the registries. At that moment no
+modeling module may be imported: modeling modules import the registries in the middle of their own
+import. Therefore a `RegistryEntry` is registered, which imports the real class at its first use.
 """
 
 import logging

@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 import loader
-from loader.hf.generation_inputs import LEAST_COLUMNS, GenerationInputs, GrowingRow
+from loader.hf.generation_inputs import MIN_COLUMNS, GenerationInputs, GrowingRow
 from loader.hf.private_names import generation_methods
 
 IDS = torch.arange(7, 27)[None]
@@ -23,15 +23,15 @@ def model(converted):
 def test_a_row_grows_in_place_and_is_a_new_one_where_it_was_cut():
     rows, row = GrowingRow(), torch.arange(5)[None]
     grown = [row]
-    for value in range(5, 5 + 2 * LEAST_COLUMNS):
+    for value in range(5, 5 + 2 * MIN_COLUMNS):
         grown.append(rows.appended(grown[-1], value))
     assert all(torch.equal(part[0], torch.arange(5 + number)) for number, part in enumerate(grown))
     assert grown[1].data_ptr() == grown[100].data_ptr()
     cut = rows.appended(grown[-1][:, :9], 77)
     assert cut.tolist() == [[*range(9), 77]]
-    assert torch.equal(grown[-1][0], torch.arange(5 + 2 * LEAST_COLUMNS))
+    assert torch.equal(grown[-1][0], torch.arange(5 + 2 * MIN_COLUMNS))
     other = rows.appended(grown[-1], 1)
-    assert other.tolist()[0][-2:] == [4 + 2 * LEAST_COLUMNS, 1]
+    assert other.tolist()[0][-2:] == [4 + 2 * MIN_COLUMNS, 1]
     assert cut.tolist() == [[*range(9), 77]]
 
 
