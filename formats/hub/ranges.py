@@ -88,8 +88,7 @@ class _Failed(Exception):
 class RangeReader:
     """Reads ranges; safe to use from several threads.
 
-    session() gives the HTTP client (huggingface_hub.get_session: an httpx client, whichever
-    version); `headers` go only to the host of a file's own URL, and so does the token in them;
+    session() returns the HTTP client (`range_client`: an httpx client, whichever version); `headers` go only to the host of a file's own URL, and so does the token in them;
     `transport_errors` are what the client raises when the line breaks or times out,
     `address_errors` when an answer redirects to what it cannot read as an address.
     """

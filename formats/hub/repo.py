@@ -1,8 +1,7 @@
 """A model repository on the Hub, pinned to a commit: what it holds, what of it is in the user's
 cache, its bytes.
 
-The one module of this room that uses huggingface_hub: converter and loader both read repositories,
-by the same rules for tokens, retries and errors.
+Converter and loader both read repositories, by the same rules for tokens, retries and errors.
 """
 
 import importlib
@@ -17,6 +16,7 @@ from formats.files.io_errors import io_error
 from formats.files.output_file import refuse_links
 from formats.files.overlap import lies_in
 from formats.files.paths import similar_folders
+from formats.hub.range_client import range_client
 from formats.hub.ranges import AGAIN_HINT, RangeReader, RemoteFile, Retries
 from formats.labels import has_controls
 
@@ -103,7 +103,7 @@ class HubRepo:
         in the cache.
         """
         from huggingface_hub import HfApi, constants
-        from huggingface_hub.utils import build_hf_headers, get_session
+        from huggingface_hub.utils import build_hf_headers
 
         if not is_repo_name(repo):
             raise HubError(f"{repo!r} is not the name of a repository", "name it as owner/model")
@@ -111,7 +111,7 @@ class HubRepo:
         headers = build_hf_headers(token=token, library_name="moe-convert")
         timeout_s = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         reader = RangeReader(
-            get_session,
+            range_client,
             headers,
             transport_errors(),
             client_errors("InvalidURL"),

@@ -552,7 +552,8 @@ def test_an_interrupted_conversion_says_that_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [([], "; to continue, pass the prompt"), (["--json"], "cannot be resumed\n")]
+    ("options", "words"),
+    [([], "; to continue, pass the prompt"), (["--json"], "cannot be resumed\n")],
 )
 def test_an_interrupted_generation_says_how_much_there_is(
     run_command: Run,
