@@ -1,4 +1,4 @@
-"""A conversation: messages, template, KV cache and settings."""
+"""A conversation with a loaded model: template, KV cache and settings."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,30 +7,21 @@ import torch
 
 from formats.errors import MoeConvertError
 from loader.hf.loading.tokenizer import check_tokens, embedding_rows
-from loader.serving.answers.generation import Answer, Generation, OnText
+from loader.serving.answers.generation import Answer, Generation
 from loader.serving.answers.settings import GenerationSettings
+from loader.serving.conversation import ContextFullError, Conversation, OnText
 from loader.serving.prefixes.prefix_cache import PrefixCache
-from loader.serving.prompts.chat_template import Message, Template
+from loader.serving.prompts.chat_template import Template
 
 
-class ContextFullError(MoeConvertError):
-    """The prompt of `prompt_tokens` leaves no room for an answer in `context_tokens`."""
-
-    def __init__(self, prompt_tokens: int, context_tokens: int) -> None:
-        super().__init__(
-            f"the context is full: the conversation has {prompt_tokens} of {context_tokens} tokens",
-            "drop the oldest turns, or start over with /reset",
-        )
-        self.prompt_tokens = prompt_tokens
-        self.context_tokens = context_tokens
-
-
-class Session:
+class Session(Conversation):
     """One conversation with a model. An interrupt ends the answer but keeps the session.
 
     context_tokens: maximum of prompt and answer together; None is the model's maximum. Raises
     MoeConvertError if the template rejects the system message.
     """
+
+    context_tokens: int
 
     def __init__(
         self,
@@ -42,33 +33,13 @@ class Session:
         system: str = "",
         context_tokens: int | None = None,
     ) -> None:
+        made_for = model.config.get_text_config(decoder=True).max_position_embeddings
+        super().__init__(settings, "", min(context_tokens or made_for, made_for))
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
         self._cache = PrefixCache(model)
-        self._turns: list[tuple[Message, Message]] = []
-        self._system = ""
-        made_for = model.config.get_text_config(decoder=True).max_position_embeddings
-        self.context_tokens: int = min(context_tokens or made_for, made_for)
-        self.settings = settings
-        self.answers: list[Answer] = []
-        """All answers of the session, in order."""
         self.set_system(system)
-
-    @property
-    def system(self) -> str:
-        """The system message, or an empty string."""
-        return self._system
-
-    @property
-    def messages(self) -> list[Message]:
-        """The system message, then questions and answers in turn."""
-        return self._messages(0)
-
-    @property
-    def turns(self) -> int:
-        """Number of questions with an answer."""
-        return len(self._turns)
 
     def set_system(self, text: str) -> None:
         """Set the system message and keep the turns. MoeConvertError if the template rejects it."""
@@ -81,15 +52,17 @@ class Session:
             raise
 
     def ask(self, text: str, on_text: OnText) -> Answer:
-        """Answer `text` and add both to the conversation. on_text: receives the answer's pieces.
+        """Implement `Conversation.ask`.
 
-        If an exception interrupts the answer, its generated part is kept. ContextFullError if the
-        prompt leaves too little room. MoeConvertError if the template rejects it, or if a token is
-        beyond the model's embeddings.
+        MoeConvertError if the template rejects the conversation, or if a token is beyond the
+        model's embeddings.
         """
         prompt = self._prompt(text, 0)
         if not self._has_room(len(prompt)):
-            raise ContextFullError(len(prompt), self.context_tokens)
+            raise ContextFullError(
+                f"the context is full: the conversation has {len(prompt)} of"
+                f" {self.context_tokens} tokens"
+            )
         room = self.context_tokens - len(prompt)
         settings = replace(self.settings, max_new_tokens=min(self.settings.max_new_tokens, room))
         generation = Generation(self._model, self._tokenizer, prompt, settings, self._cache)
@@ -98,14 +71,10 @@ class Session:
         finally:
             answer = generation.answer
             if answer.token_ids:
-                self.answers.append(answer)
-                self._turns.append((_message("user", text), _message("assistant", answer.text)))
+                self._add(text, answer)
 
     def turns_to_drop(self, text: str) -> int | None:
-        """Return the number of oldest turns to drop so that an answer to `text` fits.
-
-        None if `text` alone does not fit.
-        """
+        """Implement `Conversation.turns_to_drop`."""
         fits = (
             count
             for count in range(len(self._turns) + 1)
@@ -113,13 +82,9 @@ class Session:
         )
         return next(fits, None)
 
-    def drop(self, turns: int) -> None:
-        """Forget the oldest `turns`."""
-        del self._turns[:turns]
-
     def reset(self) -> None:
         """Forget all turns. System message and settings stay."""
-        self._turns.clear()
+        super().reset()
         self._cache.clear()
 
     def _has_room(self, prompt_tokens: int) -> bool:
@@ -129,15 +94,7 @@ class Session:
             <= self.context_tokens
         )
 
-    def _messages(self, dropped: int) -> list[Message]:
-        system = [_message("system", self._system)] if self._system else []
-        return system + [message for turn in self._turns[dropped:] for message in turn]
-
     def _prompt(self, text: str, dropped: int) -> list[int]:
-        ids = self._template.ids([*self._messages(dropped), _message("user", text)])
+        ids = self._template.ids(self._with_question(text, dropped))
         check_tokens(torch.tensor(ids), self._tokenizer, embedding_rows(self._model), "the message")
         return ids
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}

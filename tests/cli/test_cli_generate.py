@@ -296,9 +296,9 @@ def test_stats_of_a_gpu_say_what_its_ram_did(run):
         },
     }
     assert (
-        "3 experts computed on the CPU; RAM cache of 1.0 GB: 5 hits, 2 misses, 400.0 MB from the disk"
-        in stats_table(result)
-    )
+        "3 experts computed on the CPU; RAM cache of 1.0 GB: 5 hits, 2 misses,"
+        " 400.0 MB from the disk"
+    ) in stats_table(result)
 
 
 def test_a_seed_gives_the_same_sample_again(run):

@@ -1,6 +1,6 @@
 """The documents say what is true: the page of commands, the README's Python, links.
 
-python tests/project/test_docs.py     writes docs/commands.md again
+PYTHONPATH=tests/support python tests/project/test_docs.py     writes docs/commands.md again
 """
 
 import re

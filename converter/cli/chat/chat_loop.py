@@ -11,8 +11,7 @@ from converter.cli.show.failures import failure_of
 from converter.cli.show.live_text import LiveText
 from converter.cli.show.terminal import one_line
 from formats.errors import MoeConvertError
-from loader.serving.answers.generation import Answer
-from loader.serving.session import ContextFullError, Session
+from loader.serving.conversation import ChatAnswer, ContextFullError, Conversation
 
 
 class ChatLoop:
@@ -23,7 +22,7 @@ class ChatLoop:
     """
 
     def __init__(
-        self, session: Session, lines: Lines, commands: ChatCommands, output: Output
+        self, session: Conversation, lines: Lines, commands: ChatCommands, output: Output
     ) -> None:
         self._session = session
         self._lines = lines
@@ -73,13 +72,15 @@ class ChatLoop:
     def _answer(self, text: str) -> None:
         # // begins a message whose first character is a slash.
         message = text[1:] if text.startswith("//") else text
-        try:
-            self._say_answer(self._ask(message))
-        except ContextFullError as e:
-            if self._has_dropped(message, e):
+        is_asked = True
+        while is_asked:
+            try:
                 self._say_answer(self._ask(message))
+                return
+            except ContextFullError as e:
+                is_asked = self._has_dropped(message, e)
 
-    def _ask(self, message: str) -> Answer:
+    def _ask(self, message: str) -> ChatAnswer:
         shown = LiveText()
         before = len(self._session.answers)
         try:
@@ -89,13 +90,13 @@ class ChatLoop:
                 shown.end()
                 self._line_end = ""
 
-    def _say_answer(self, answer: Answer) -> None:
+    def _say_answer(self, answer: ChatAnswer) -> None:
         """Print why an answer was cut, if it was."""
         if answer.finish_reason != "length":
             return
-        tokens = len(answer.token_ids)
-        if answer.prompt_tokens + tokens >= self._session.context_tokens:
-            context = self._session.context_tokens
+        tokens = answer.new_tokens
+        context = self._session.context_tokens
+        if context is not None and answer.prompt_tokens + tokens >= context:
             self._output.note(f"(cut: the context of {context} tokens is full; /reset starts over)")
         else:
             self._output.note(f"(cut after {tokens} tokens, see --max-new-tokens)")
@@ -109,8 +110,7 @@ class ChatLoop:
         count = session.turns_to_drop(message)
         if count is None:
             raise MoeConvertError(
-                "the message alone leaves no room for an answer in the context of"
-                f" {error.context_tokens} tokens",
+                f"the message alone leaves no room for an answer: {error.message}",
                 "send a shorter message, or lower --max-new-tokens",
             ) from error
         click.echo(f"{error.message}.", err=True)

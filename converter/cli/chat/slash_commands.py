@@ -12,7 +12,7 @@ import click
 from converter.cli.show.console import gigabytes, table
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError, OutputError
-from loader.serving.session import Session
+from loader.serving.conversation import Conversation
 
 HELP = {
     "/reset": "forget the conversation but keep the system message",
@@ -31,9 +31,12 @@ A message that begins with // is sent with a single slash."""
 
 
 class ChatCommands:
-    """Runs slash commands on `session` and prints to stderr. model_name: recorded by /save."""
+    """Runs slash commands on `session` and prints to stderr.
 
-    def __init__(self, session: Session, model: Any, model_name: str) -> None:
+    model_name: recorded by /save. model: the loaded model, None if a server has it.
+    """
+
+    def __init__(self, session: Conversation, model: Any | None, model_name: str) -> None:
         self._session = session
         self._model = model
         self._model_name = model_name
@@ -95,30 +98,30 @@ class ChatCommands:
 
     def _stats(self) -> str:
         session = self._session
-        total = self._model.moe_stats().total
         answers = session.answers
-        new_tokens = sum(len(answer.token_ids) for answer in answers)
+        new_tokens = sum(answer.new_tokens for answer in answers)
         rows = [("answers", f"{len(answers)}, {new_tokens} tokens")]
         if answers:
             last = answers[-1]
             speed = f", then {last.tokens_per_s:.2f} tokens/s" if last.tokens_per_s else ""
-            used = last.prompt_tokens + len(last.token_ids)
+            used = last.prompt_tokens + last.new_tokens
+            limit = f" of {session.context_tokens}" if session.context_tokens else ""
             rows = [
-                ("context", f"{used} of {session.context_tokens} tokens, {session.turns} turns"),
+                ("context", f"{used}{limit} tokens, {session.turns} turns"),
                 (
                     "last prompt",
                     f"{last.prompt_tokens} tokens, {last.reused_tokens} of them in the KV cache",
                 ),
                 (
                     "last answer",
-                    f"{len(last.token_ids)} tokens,"
-                    f" the first after {last.first_token_s:.2f} s{speed}",
+                    f"{last.new_tokens} tokens, the first after {last.first_token_s:.2f} s{speed}",
                 ),
                 *rows,
             ]
-        rows.append(
-            ("expert cache", f"hit ratio {total.hit_ratio:.3f}, read {gigabytes(total.bytes_read)}")
-        )
+        if self._model is not None:
+            total = self._model.moe_stats().total
+            read = gigabytes(total.bytes_read)
+            rows.append(("expert cache", f"hit ratio {total.hit_ratio:.3f}, read {read}"))
         return table(rows, left=2)
 
 

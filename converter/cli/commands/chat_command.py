@@ -1,4 +1,4 @@
-"""`moe-convert chat`: a conversation with a converted model."""
+"""`moe-convert chat`: a conversation with a converted model, or with a server's model."""
 
 import sys
 from pathlib import Path
@@ -8,10 +8,15 @@ import click
 
 from converter.cli.chat.message_input import PipedLines, TypedLines, history_path
 from converter.cli.options import shared_options
+from converter.cli.options.api_key import read_api_key, with_api_key
+from converter.cli.options.early_checks import given_options
 from converter.cli.options.model_options import with_model_options
-from converter.cli.options.sampling_options import settings_of, with_sampling_options
+from converter.cli.options.sampling_options import NAMES, settings_of, with_sampling_options
 from converter.cli.show.console import Output, output_options
-from converter.cli.steps.model_loading import early_tokenizer, load_model
+from converter.cli.steps.model_loading import LoadedModel, early_tokenizer, load_model
+
+_WITH_URL = {"url", "model", "api_key", "api_key_file", "system", "max_new_tokens", *NAMES}
+_WITH_URL |= {"quiet", "verbose"}
 
 
 @click.command(
@@ -22,9 +27,20 @@ Examples:
   moe-convert chat mixtral-2bit --system "Be brief." --temperature 0.7
   moe-convert chat owner/mixtral-2bit --lazy
   moe-convert chat base-model-2bit --template chatml.jinja
-  moe-convert chat mixtral-2bit < questions.txt > answers.txt""",
+  moe-convert chat mixtral-2bit < questions.txt > answers.txt
+  moe-convert chat --url http://127.0.0.1:8000""",
 )
-@click.argument("path", metavar="PATH_OR_REPO", type=click.Path(path_type=Path))
+@click.argument("path", metavar="[PATH_OR_REPO]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--url",
+    metavar="URL",
+    help="Chat with a running server with OpenAI's API, such as `moe-convert serve`, instead of"
+    " loading a model. Sampling options that are not given are the server's.",
+)
+@click.option(
+    "--model", metavar="NAME", help="With --url: model of the server [default: the only one]."
+)
+@with_api_key("With --url: the server's key.")
 @click.option("--system", default="", metavar="TEXT", help="System message [default: none].")
 @shared_options.template
 @shared_options.max_new_tokens(1024)
@@ -33,7 +49,11 @@ Examples:
 @with_model_options
 @output_options(interrupted="the chat had not started; run the same command again", has_json=False)
 def command(
-    path: Path,
+    path: Path | None,
+    url: str | None,
+    model: str | None,
+    api_key: str | None,
+    api_key_file: Path | None,
     system: str,
     template: Path | None,
     max_new_tokens: int,
@@ -41,7 +61,7 @@ def command(
     output: Output,
     **options: Any,
 ) -> None:
-    """Chat with the converted model PATH_OR_REPO.
+    """Chat with the converted model PATH_OR_REPO, or with a server's model.
 
     PATH_OR_REPO is a folder, or owner/name of a repository on the Hub. The tokenizer's chat
     template turns the conversation into a prompt; a model without a template continues your text.
@@ -51,10 +71,37 @@ def command(
     In the chat, /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
     """
     settings = settings_of(max_new_tokens, options)
+    if (path is None) == (url is None):
+        raise click.UsageError("give PATH_OR_REPO or --url URL, one of them")
+    if url is None:
+        assert path is not None
+        if model is not None:
+            raise click.UsageError("--model needs --url: PATH_OR_REPO names the model")
+        _chat_here(path, settings, system, template, max_context, output, options)
+    else:
+        for name in given_options():
+            if name not in _WITH_URL:
+                raise click.UsageError(
+                    f"--{name.replace('_', '-')} has no effect with --url: the server decides it"
+                )
+        key = read_api_key(api_key, api_key_file)
+        # Without the option, the server's limit holds.
+        limit = max_new_tokens if "max_new_tokens" in given_options() else None
+        _chat_there(url, key, model, settings, limit, system, output)
+
+
+def _chat_here(
+    path: Path,
+    settings: Any,
+    system: str,
+    template: Path | None,
+    max_context: int | None,
+    output: Output,
+    options: dict[str, Any],
+) -> None:
+    """Load the model and chat."""
     tokenizer = early_tokenizer(path, options["check"])
 
-    from converter.cli.chat.chat_loop import ChatLoop
-    from converter.cli.chat.slash_commands import HELP, ChatCommands
     from loader.evaluation.perplexity import read_text
     from loader.serving.prompts.chat_template import PlainText, check_template, template_of
     from loader.serving.session import Session
@@ -68,21 +115,51 @@ def command(
     used = template_of(tokenizer, template_text)
     settings = settings.filled_from(model.generation_config)
     session = Session(model, tokenizer, used, settings, system=system, context_tokens=max_context)
-    lines = TypedLines(history_path(), list(HELP)) if sys.stdin.isatty() else PipedLines()
-    if lines.is_terminal:
-        output.note(
-            f"{path}: {session.context_tokens} tokens of context."
-            " /help lists commands, Ctrl-D leaves."
-        )
+    notes = []
     if isinstance(used, PlainText):
-        output.note(
+        notes = [
             "The tokenizer has no chat template: the model continues the text."
             " --template FILE gives one."
-        )
+        ]
+    _run(session, str(path), loaded, notes, output)
+    loaded.experts.report()
+
+
+def _chat_there(
+    url: str,
+    key: str | None,
+    model: str | None,
+    settings: Any,
+    max_new_tokens: int | None,
+    system: str,
+    output: Output,
+) -> None:
+    """Chat with a server."""
+    from converter.cli.chat.remote_chat import RemoteChat
+
+    remote = RemoteChat.connect(url, key, model)
+    session = remote.session(settings, max_new_tokens, system)
+    _run(session, f"{remote.model} on {remote.server.url}", None, [], output)
+
+
+def _run(
+    session: Any, name: str, loaded: LoadedModel | None, notes: list[str], output: Output
+) -> None:
+    """Read messages until the user leaves. notes: lines to print first."""
+    from converter.cli.chat.chat_loop import ChatLoop
+    from converter.cli.chat.slash_commands import HELP, ChatCommands
+
+    lines = TypedLines(history_path(), list(HELP)) if sys.stdin.isatty() else PipedLines()
+    if lines.is_terminal:
+        context = session.context_tokens
+        size = f"{context} tokens of context. " if context else ""
+        output.note(f"{name}: {size}/help lists commands, Ctrl-D leaves.")
+    for note in notes:
+        output.note(note)
     output.interrupted = "the conversation was not saved; /save keeps one"
+    commands = ChatCommands(session, loaded.model if loaded else None, name)
     try:
-        ChatLoop(session, lines, ChatCommands(session, model, str(path)), output).run()
+        ChatLoop(session, lines, commands, output).run()
     finally:
         if isinstance(lines, TypedLines):
             lines.save()
-    loaded.experts.report()

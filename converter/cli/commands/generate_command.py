@@ -84,7 +84,7 @@ def command(
     try:
         answer = generation.run((lambda _: None) if output.as_json else shown)
     except KeyboardInterrupt:
-        tokens = len(generation.answer.token_ids)
+        tokens = generation.answer.new_tokens
         output.interrupted = f"stopped after {tokens} new tokens; a generation cannot be resumed"
         if tokens and not output.as_json and (raw or not has_template(tokenizer)):
             output.interrupted += "; to continue, pass the prompt and the text above as --prompt"
@@ -97,7 +97,7 @@ def command(
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
-        "new_tokens": len(answer.token_ids),
+        "new_tokens": answer.new_tokens,
         "seconds": answer.seconds,
         "first_token_s": answer.first_token_s,
         "tokens_per_s": answer.tokens_per_s,

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from converter.cli.options import shared_options
+from converter.cli.options.api_key import KEY_VARIABLE, read_api_key, with_api_key
 from converter.cli.options.model_options import with_model_options
 from converter.cli.show.console import Output, gigabytes, output_options
 from converter.cli.steps.model_loading import early_tokenizer, load_model
 from formats.errors import MoeConvertError
 
-KEY_VARIABLE = "MOE_CONVERT_API_KEY"
 _PACKAGES = ("fastapi", "uvicorn")
 
 
@@ -47,19 +47,7 @@ Ctrl-C or SIGTERM stops the server within 10 seconds. A running answer has
     metavar="N",
     help="Port to listen on; 0 is any free port.",
 )
-@click.option(
-    "--api-key",
-    envvar=KEY_VARIABLE,
-    metavar="KEY",
-    help=f"Key that every request must send. Better set {KEY_VARIABLE}: other users can see the"
-    " command line.",
-)
-@click.option(
-    "--api-key-file",
-    type=shared_options.FILE,
-    metavar="FILE",
-    help="File that holds the key.",
-)
+@with_api_key("Key that every request must send.")
 @click.option(
     "--model-name",
     metavar="NAME",
@@ -110,7 +98,7 @@ def command(
     a time, first come, first served. It rejects unsupported parameters with status 400 and their
     name. docs/clients.md lists tested clients and supported parameters.
     """
-    key = _key(api_key, api_key_file)
+    key = read_api_key(api_key, api_key_file)
     _check_packages()
     if key is None and not _is_loopback(host):
         raise click.UsageError(
@@ -161,30 +149,6 @@ def _run(server: Any, listening: Any, output: Output) -> None:
         # The model's forward pass hangs, and the interpreter would wait for its threads.
         output.note("a generation did not stop in time and was abandoned")
         os._exit(0)
-
-
-def _key(given: str | None, file: Path | None) -> str | None:
-    """Return the key from --api-key, its environment variable or --api-key-file."""
-    if file is None:
-        key = given
-    else:
-        if (
-            given is not None
-            and click.get_current_context().get_parameter_source("api_key") is not _ENVIRONMENT
-        ):
-            raise click.UsageError("give --api-key or --api-key-file, not both")
-        try:
-            key = file.read_text(encoding="utf-8").strip()
-        except UnicodeError as e:
-            raise MoeConvertError(f"{file}: expected a key in UTF-8: {e}") from None
-    if key is None:
-        return None
-    if not key.strip() or not key.isascii() or any(c.isspace() for c in key):
-        raise click.UsageError("the API key must be ASCII without spaces, and not empty")
-    return key
-
-
-_ENVIRONMENT = click.core.ParameterSource.ENVIRONMENT
 
 
 def _is_loopback(host: str) -> bool:

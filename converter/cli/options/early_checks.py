@@ -4,6 +4,8 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
+import click
+
 from formats.errors import MoeConvertError, OutputError
 
 
@@ -34,3 +36,10 @@ def require_extra(module: str, extra: str, option: str) -> None:
         raise MoeConvertError(
             f"{option} needs the package {module}", f"pip install 'moe-convert[{extra}]'"
         )
+
+
+def given_options() -> list[str]:
+    """Return the parameter names of the present command that its command line gives."""
+    context = click.get_current_context()
+    typed = click.core.ParameterSource.COMMANDLINE
+    return [name for name in context.params if context.get_parameter_source(name) is typed]

@@ -9,7 +9,7 @@ def live_line(answer: Any, model: Any) -> str:
     """Return speed and cache statistics of a running answer as one line."""
     total = model.moe_stats().total
     rate = f"{answer.tokens_per_s:.2f} tokens/s, " if answer.tokens_per_s else ""
-    counted = f"{len(answer.token_ids)} tokens, {rate}"
+    counted = f"{answer.new_tokens} tokens, {rate}"
     return f"{counted}hit ratio {total.hit_ratio:.3f}, read {gigabytes(total.bytes_read)}"
 
 

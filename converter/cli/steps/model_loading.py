@@ -67,8 +67,8 @@ def load_model(
 def _slots(trace: Path, path: Path, options: dict[str, Any], reserve_bytes: int) -> list[int]:
     """Return the slots of each layer with which `trace` reads the fewest bytes."""
     from formats.artifact import Artifact
-    from loader.experts.policy import POLICIES
     from loader.budget.ram import ram_budget
+    from loader.experts.policy import POLICIES
     from loader.traces.slot_shares import slots_from_trace
     from loader.traces.trace import read_trace
 

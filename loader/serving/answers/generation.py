@@ -36,6 +36,11 @@ class Answer:
     first_token_s: float | None
     tokens_per_s: float | None
 
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens in the answer."""
+        return len(self.token_ids)
+
 
 class Generation:
     """Generates one answer to the tokens `prompt`. `answer` is valid even after an interrupt."""
