@@ -85,10 +85,13 @@ def check_slots(slots: Sequence[int], artifact: Artifact) -> None:
     experts = architecture.num_local_experts
     if not isinstance(slots, Sequence) or not all(isinstance(count, int) for count in slots):
         raise RecipeError(
-            f"slots: {slots!r} is no list of numbers", "give one number for each layer"
+            f"slots: {slots!r} is not a list of integers", "give one number for each layer"
         )
     if len(slots) != architecture.expert_layers:
-        raise RecipeError(f"slots: {len(slots)} numbers for {architecture.expert_layers} layers")
+        raise RecipeError(
+            f"slots: {len(slots)} numbers for {architecture.expert_layers} layers",
+            "give one number for each layer",
+        )
     for layer, count in enumerate(slots):
         if not 0 <= count <= experts:
             raise RecipeError(f"slots: {count} for layer {layer}; expected 0 to {experts}")
@@ -100,8 +103,8 @@ def _checked_staging_bytes(
     need = staging * sum(set(sizes))
     if budget_bytes < need:
         raise DoesNotFitError(
-            f"{artifact.folder}: the expert cache has {budget_bytes} bytes, but {staging} experts"
-            f" on their way need {need} bytes",
+            f"{artifact.folder}: the expert cache has {budget_bytes} bytes,"
+            f" but a staging area of {staging} experts needs {need} bytes",
             f"free memory, or give a budget of at least {math.ceil(need / 2**20)}MiB,"
             " or convert to fewer bits",
         )

@@ -1,6 +1,4 @@
-"""How far a model's predictions are from another's: KL, perplexity ratio, agreement of first choice
-and of routers.
-"""
+"""Compares two models: KL, perplexity ratio, agreement of first choices and of routers."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -18,12 +16,12 @@ from loader.evaluation.perplexity import Progress
 from loader.hf.modules.expert_layers import experts_modules
 
 POSITIONS_AT_ONCE = 256
-"""Whose logits are in memory: 33 MB a model for a vocabulary of 32000."""
+"""Positions whose logits are in memory: 33 MB for each model with a vocabulary of 32000."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text's name, the sha256 of its bytes, and its windows, int64 [n, window]."""
+    """A text to score: its name, the sha256 of its bytes, and its windows, int64 [n, window]."""
 
     name: str
     sha256: str
@@ -32,14 +30,16 @@ class Text:
 
 @torch.inference_mode()
 def model_predictions(model: Any, windows: Tensor, batch: int) -> Iterator[Prediction]:
-    """The predictions of a causal language model of transformers for each of `windows` (int64 [n,
-    window]), computed `batch` at a time: its experts are read once for these.
+    """Yield the prediction for each of `windows`, int64 [n, window].
+
+    model: a causal language model of transformers. batch: windows that one forward pass computes;
+    their tokens share the experts that are read.
     """
     for ids in torch.split(windows, batch):
-        with _Choices(model) as choices:
+        with _RouterChoices(model) as choices:
             hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
         # [layers, windows, window, k]: the routers see the windows of a batch one after the other.
-        routers = torch.stack(choices.found)
+        routers = torch.stack(choices.by_layer)
         routers = routers.view(len(routers), *ids.shape, -1)
         for row in range(len(ids)):
             yield Prediction(partial(_logits, model.lm_head, hidden[row]), routers[:, row])
@@ -52,14 +52,15 @@ def compare(
     texts: list[Text],
     progress: Progress | None = None,
 ) -> tuple[list[Comparison], Comparison]:
-    """(of each text, of all together, by the name "overall"). `original` and `model` predict the
-    texts' windows, in order. All but the first token of a window are scored.
+    """Return (the comparison of each text, the comparison of all texts, named "overall").
 
-    The KL is summed from differences of log-probabilities in float32, never as a difference of two
-    large sums. MoeConvertError if a prediction is not finite.
+    original, model: predictions of the texts' windows, in order. All tokens of a window but the
+    first are scored. The KL is summed from differences of log-probabilities in float32, because a
+    difference of two large sums would lose digits.
+    Raises MoeConvertError if a prediction is infinite or NaN.
     """
     pairs = zip(original, model, strict=True)
-    found: list[tuple[Tensor, Tensor]] = []
+    measured: list[tuple[Tensor, Tensor]] = []
     for text in texts:
         rows, routers = [], []
         for number, ids in enumerate(text.windows):
@@ -68,25 +69,25 @@ def compare(
             routers.append(_same_experts(ours.routers, theirs.routers))
             if not bool(torch.isfinite(rows[-1]).all()):
                 raise MoeConvertError(
-                    f"{text.name}, window {number}: the predictions of one of the models are infinite or NaN",
-                    "moe-convert verify FOLDER --read-data  # of each of the two",
+                    f"{text.name}, window {number}: one model's predictions are infinite or NaN",
+                    "moe-convert verify FOLDER --read-data  # for each converted folder",
                 )
             if progress:
                 progress(text.name, number + 1, len(text.windows))
-        found.append((torch.stack(rows), torch.stack(routers)))
+        measured.append((torch.stack(rows), torch.stack(routers)))
     single = [
-        _summary(t.name, t.sha256, *f, t.windows.shape[1] - 1)
-        for t, f in zip(texts, found, strict=True)
+        _summary(text.name, text.sha256, *parts, text.windows.shape[1] - 1)
+        for text, parts in zip(texts, measured, strict=True)
     ]
-    rows_of_all, routers_of_all = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return single, _summary(
-        "overall", None, rows_of_all, routers_of_all, texts[0].windows.shape[1] - 1
-    )
+    all_rows, all_routers = (torch.cat(parts) for parts in zip(*measured, strict=True))
+    return single, _summary("overall", None, all_rows, all_routers, texts[0].windows.shape[1] - 1)
 
 
 def _same_experts(original: Tensor, model: Tensor) -> Tensor:
-    """The share of positions where the routers chose the same experts, float64 [layers]; of choices
-    by rank, int64 [layers, window, k]. Where one uses fewer experts, the other's first ones count.
+    """Return the share of positions where both routers chose the same experts, float64 [layers].
+
+    original, model: choices by rank, int64 [layers, window, k]. If one model uses fewer experts,
+    only as many of the other's best choices count.
     """
     ranks = min(original.shape[-1], model.shape[-1])
     ours, theirs = (choices[..., :ranks].sort(-1).values for choices in (original, model))
@@ -96,19 +97,21 @@ def _same_experts(original: Tensor, model: Tensor) -> Tensor:
 def _window(
     original: Callable[[int, int], Tensor], model: Callable[[int, int], Tensor], ids: Tensor
 ) -> Tensor:
-    """Means over a window's scored tokens: KL, both negative log-likelihoods, agreement; float64
-    [4].
+    """Return means over a window's scored tokens, float64 [4].
+
+    They are the KL, the original's and the model's negative log-likelihood, and the agreement.
     """
-    sums, scored = torch.zeros(4, dtype=torch.float64), len(ids) - 1
+    sums = torch.zeros(4, dtype=torch.float64)
+    scored = len(ids) - 1
     for begin in range(0, scored, POSITIONS_AT_ONCE):
         end = min(begin + POSITIONS_AT_ONCE, scored)
         p, q = (torch.log_softmax(logits(begin, end), -1) for logits in (original, model))
-        wanted = ids[begin + 1 : end + 1, None]
+        following = ids[begin + 1 : end + 1, None]
         sums += torch.stack(
             [
                 (p.exp() * (p - q)).sum(-1).double().sum(),
-                -p.gather(-1, wanted).double().sum(),
-                -q.gather(-1, wanted).double().sum(),
+                -p.gather(-1, following).double().sum(),
+                -q.gather(-1, following).double().sum(),
                 (p.argmax(-1) == q.argmax(-1)).double().sum(),
             ]
         )
@@ -139,9 +142,12 @@ def _summary(
 
 
 def _exp(name: str, x: float) -> float:
+    # exp overflows a float above 709.
     if x > 700:
         raise MoeConvertError(
-            f"{name}: a mean log-likelihood is {x:.0f} nats off: one of the models is broken"
+            f"{name}: a mean negative log-likelihood or its difference is {x:.0f} nats;"
+            " one of the models is broken",
+            "moe-convert verify FOLDER --read-data  # for each converted folder",
         )
     return math.exp(x)
 
@@ -151,15 +157,18 @@ def _logits(head: Any, hidden: Tensor, begin: int, end: int) -> Tensor:
     return logits.float().cpu()
 
 
-class _Choices:
-    """Collects the experts that tokens use in each layer, int64 [tokens, k], in `found`."""
+class _RouterChoices:
+    """Collects the experts that tokens use while the context is open.
+
+    by_layer: chosen experts, int64 [tokens, k], for each layer in order.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.found: list[Tensor] = []
+        self.by_layer: list[Tensor] = []
         self._handles: list[Any] = []
 
-    def __enter__(self) -> "_Choices":
+    def __enter__(self) -> "_RouterChoices":
         for experts in experts_modules(self._model).values():
             self._handles.append(experts.register_forward_pre_hook(self._hook))
         return self
@@ -170,4 +179,4 @@ class _Choices:
 
     def _hook(self, _module: Any, inputs: Any) -> None:
         _, chosen, _ = inputs
-        self.found.append(chosen.cpu())
+        self.by_layer.append(chosen.cpu())

@@ -1,6 +1,4 @@
-"""Benchmarks by lm-eval (the extra [eval]): multiple choice, generation and so on, on the model
-object as it is.
-"""
+"""Runs lm-eval's benchmarks (extra [eval]) on a loaded model."""
 
 import importlib
 from pathlib import Path
@@ -10,21 +8,23 @@ from formats.errors import MoeConvertError, RecipeError
 
 
 def check_tasks(tasks: list[str], folder: Path | None) -> Any:
-    """lm-eval's manager of tasks. MoeConvertError without lm-eval, RecipeError if it lacks one of
-    `tasks`.
+    """Return lm-eval's `TaskManager`, which knows all of `tasks`.
+
+    folder: folder with more task definitions. Raises MoeConvertError if lm-eval is not installed,
+    RecipeError if it does not know a task.
     """
     try:
         importlib.import_module("lm_eval.models.huggingface")
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise MoeConvertError(
-            f"tasks need lm-eval: {e}", "pip install 'moe-convert[eval]'"
+            f"--tasks needs lm-eval: {e}", "pip install 'moe-convert[eval]'"
         ) from None
     manager = TaskManager(include_path=folder and str(folder))
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise RecipeError(
             f"lm-eval has no task {', '.join(unknown)}",
-            "lm-eval ls tasks  # lists them; --task-folder adds your own",
+            "lm-eval ls tasks  # list the tasks; --task-folder adds your own",
         )
     return manager
 
@@ -39,15 +39,19 @@ def run_tasks(
     limit: int | None = None,
     folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Task or group → metric → value, as lm-eval names them: "acc", "acc_stderr", a filter behind a
-    comma if there is one ("exact_match,strict").
+    """Run `tasks` and return task or group -> metric -> value.
 
-    chat: documents go through the tokenizer's chat template, which writes BOS itself; lm-eval then
-    adds none.
-    limit: only so many documents a task. folder: of further task definitions (YAML; they may name
-    Python code, which lm-eval runs). Data sets that are not on this machine are fetched from the
-    Hub. MoeConvertError if lm-eval is not installed or has no data, RecipeError if it knows no such
-    task.
+    Metrics have lm-eval's names, such as "acc" and "acc_stderr"; a filter stands behind a comma
+    ("exact_match,strict").
+
+    batch: documents in one forward pass.
+    chat: True puts documents into the tokenizer's chat template. The template writes BOS, so
+    lm-eval adds none.
+    limit: documents per task; None runs all.
+    folder: folder with more task definitions (YAML). They may name Python code, which lm-eval runs.
+
+    lm-eval downloads missing data sets from the Hub. Raises MoeConvertError if lm-eval is not
+    installed or finds no data, RecipeError if it does not know a task.
     """
     manager = check_tasks(tasks, folder)
     from lm_eval import simple_evaluate
@@ -55,7 +59,7 @@ def run_tasks(
 
     options = {"add_bos_token": False} if chat else {}
     try:
-        found = simple_evaluate(
+        evaluation = simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, **options),
             apply_chat_template=chat,
             tasks=list(tasks),
@@ -67,9 +71,9 @@ def run_tasks(
     except OSError as e:
         raise MoeConvertError(
             f"{', '.join(tasks)}: lm-eval: {e}",
-            "data sets are fetched from the Hub, the first time they are used",
+            "connect to the Hub: lm-eval downloads a data set when it is used for the first time",
         ) from e
-    results: dict[str, dict[str, Any]] = found["results"]
+    results: dict[str, dict[str, Any]] = evaluation["results"]
     return {
         task: {
             name.removesuffix(",none"): value

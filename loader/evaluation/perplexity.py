@@ -1,6 +1,4 @@
-"""Perplexity of any causal language model on text files, by the protocol of
-examples/tiny-mixtral/README.md.
-"""
+"""Measures perplexity on text files, by the protocol of examples/tiny-mixtral/README.md."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,13 +13,14 @@ from torch.nn import functional
 from formats.errors import MoeConvertError
 
 Progress = Callable[[str, int, int], None]
-"""Called with (name of the text, done windows, all windows of the text)."""
+"""Callback with (name of the text, finished windows, all windows of the text)."""
 
 
 @dataclass(frozen=True)
 class TextPerplexity:
-    """One text's result: `nll` is the summed negative log-likelihood (nats) of `tokens` scored
-    tokens.
+    """Result of one text.
+
+    tokens: scored tokens. nll: sum of their negative log-likelihoods, in nats.
     """
 
     name: str
@@ -30,26 +29,27 @@ class TextPerplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood; inf where it leaves the range of a float."""
+        """exp(nll / tokens), or inf if that exceeds the range of a float."""
         mean = self.nll / self.tokens
         return math.exp(mean) if mean < 700 else math.inf
 
 
 @dataclass(frozen=True)
 class PerplexityReport:
-    """Results by text, and `overall`: the mean over all scored tokens."""
+    """Results of all texts. window: tokens in a window, BOS included."""
 
     window: int
     texts: tuple[TextPerplexity, ...]
 
     @property
     def overall(self) -> TextPerplexity:
+        """The result of all texts together: each scored token has the same weight."""
         return TextPerplexity(
             "overall", sum(t.tokens for t in self.texts), math.fsum(t.nll for t in self.texts)
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the report as plain values for JSON."""
 
         def plain(text: TextPerplexity) -> dict[str, Any]:
             return {
@@ -67,8 +67,9 @@ class PerplexityReport:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file as it is, line ends included. MoeConvertError: empty, not UTF-8,
-    unreadable.
+    """Return the text of a UTF-8 file with its line ends unchanged.
+
+    Raises MoeConvertError if the file is empty, not UTF-8, or cannot be read.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -78,26 +79,31 @@ def read_text(path: Path) -> str:
         ) from None
     except OSError as e:
         raise MoeConvertError(
-            f"{path}: cannot be read: {e.strerror}", "check the name and its permissions"
+            f"{path}: cannot be read: {e.strerror}", "check the file's name and permissions"
         ) from None
     if not text:
-        raise MoeConvertError(f"{path}: the file is empty", "give a text")
+        raise MoeConvertError(f"{path}: the file is empty", "name a file with text")
     return text
 
 
 def windows_of(tokenizer: Any, text: str, window: int, max_windows: int | None = None) -> Tensor:
-    """`text` as int64 [windows, window]: BOS, then window - 1 tokens of the text; the rest at the
-    end is dropped.
+    """Cut `text` into windows, int64 [windows, window].
+
+    A window is BOS and the next window - 1 tokens of the text. Tokens at the end that do not fill a
+    window are dropped. max_windows: windows from the beginning of the text; None takes all.
+    Raises MoeConvertError if the tokenizer has no BOS token, or if `window` is less than 2.
     """
     bos = tokenizer.bos_token_id
     if bos is None:
         raise MoeConvertError(
-            "the tokenizer has no BOS token, with which every window begins",
-            "see tokenizer_config.json",
+            "the tokenizer has no BOS token, but every window begins with one",
+            "set bos_token in tokenizer_config.json",
         )
     if window < 2:
-        raise MoeConvertError(f"window: {window} holds no token besides BOS", "give at least 2")
-    # verbose=False: no warning that the whole text is longer than the model takes; it is cut below.
+        raise MoeConvertError(
+            f"window: {window} leaves no token to score after BOS", "give at least 2"
+        )
+    # verbose=False: transformers warns that the text exceeds the model's length; it is cut below.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // (window - 1)
     if max_windows is not None:
@@ -109,7 +115,10 @@ def windows_of(tokenizer: Any, text: str, window: int, max_windows: int | None =
 def named_windows(
     tokenizer: Any, name: str, text: str, window: int, max_windows: int | None = None
 ) -> Tensor:
-    """As `windows_of`; MoeConvertError naming the text if it is shorter than a window."""
+    """Cut the text `name` into windows, as `windows_of` does.
+
+    Raises MoeConvertError with the text's name if it does not fill one window.
+    """
     windows = windows_of(tokenizer, text, window, max_windows)
     if not len(windows):
         raise MoeConvertError(
@@ -127,10 +136,11 @@ def measure_windows(
     batch: int = 4,
     progress: Progress | None = None,
 ) -> PerplexityReport:
-    """Perplexity of `model` (called with input_ids int64 [B, W], answering with `logits` [B, W,
-    vocabulary]) on (name, windows) pairs, windows as from `named_windows`.
+    """Measure the perplexity of `model` on `texts`.
 
-    The first token of a window is BOS; all its others are scored, in float32.
+    model: takes input_ids, int64 [B, W], and returns an object with `logits` [B, W, vocabulary].
+    texts: (name, windows of `named_windows`) for each text. batch: windows in one forward pass.
+    All tokens of a window but the first, BOS, are scored, in float32.
     """
     results = []
     for name, windows in texts:
@@ -138,8 +148,7 @@ def measure_windows(
         for begin in range(0, len(windows), batch):
             ids = windows[begin : begin + batch].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits
-            # Row by row: the float32 copy of a whole batch of logits would be the largest tensor of
-            # all.
+            # One row at a time: float32 logits of a whole batch would be the largest tensor.
             for row, row_ids in zip(logits, ids, strict=True):
                 losses.append(
                     functional.cross_entropy(row[:-1].float(), row_ids[1:], reduction="sum").item()

@@ -43,9 +43,10 @@ class LayerReplay:
 
 
 class BeladyPolicy:
-    """The optimal policy; it needs to know future requests (Belady, IBM Systems Journal 5(2), 1966).
+    """The optimal policy; it needs to know future requests.
 
-    It evicts the expert that is requested again last. `advance` is called before each request.
+    It evicts the expert whose next request is the latest (Belady, IBM Systems Journal 5(2), 1966).
+    Call `advance` before each request.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:

@@ -34,13 +34,13 @@ class Reads:
         return tuple(float(part.sum()) / tokens for part in (self.demand, self.useful, self.wasted))  # type: ignore[return-value]
 
     def tokens_per_s(self, bytes_per_s: float, compute_s: float = 0.0) -> float:
-        """Return the tokens per second over a disk or link of `bytes_per_s`; inf if nothing takes time.
+        """Return the tokens per second that a disk or link of `bytes_per_s` allows.
 
-        compute_s: seconds that a layer computes.
+        compute_s: seconds that a layer computes. The result is inf if nothing takes time.
 
         A layer waits for its demand reads. While it computes, all guesses for the next layer are
         read, also the wrong ones. So a token takes the sum over layers of demand / bytes_per_s +
-        max(compute_s, next layer's guesses / bytes_per_s). With compute_s = 0 guesses can only cost.
+        max(compute_s, next layer's guesses / bytes_per_s). With compute_s = 0 a guess never helps.
         """
         ahead = np.zeros(self.demand.shape)
         ahead[:, :-1] = (self.useful + self.wasted)[:, 1:] / bytes_per_s

@@ -25,9 +25,8 @@ def slots_from_trace(
 ) -> list[int]:
     """Return the slots of each layer that minimize the bytes that `trace` reads.
 
-    The total is that of evenly spread slots in `budget_bytes`, or less if layers with larger experts
-    get more slots. policy: makes a layer's eviction policy. io: as for `slots_of_folder`.
-
+    The total is that of evenly spread slots in `budget_bytes`, or less if layers with larger
+    experts get more slots. policy: makes a layer's eviction policy. io: see `slots_of_folder`.
     Raises RecipeError if the trace is of another model, and the errors of `slots_by_layer`.
     """
     # The traced routers may have chosen another number of experts.
@@ -51,7 +50,10 @@ def slots_from_trace(
 
 
 def miss_bytes(trace: Trace, policies: Sequence[Callable[[], Policy]]) -> list[dict[int, int]]:
-    """Return for each layer: slots -> bytes that decoded tokens miss, for 0 slots to all experts."""
+    """Return the bytes that decoded tokens miss in each layer, for 0 slots to all experts.
+
+    The result has a dict for each layer: slots -> bytes.
+    """
     possible = range(trace.header.architecture.num_local_experts + 1)
     return [
         {
