@@ -22,7 +22,7 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_BYTES = 4 << 30
 """Largest unpacked trace: 5 million tokens of a model with 56 layers."""
 _FRAME = b"\x28\xb5\x2f\xfd"
-_HINT = "trace the text again"
+_HINT = "moe-convert trace MODEL --text FILE -o TRACE  # record the trace again"
 
 
 class _Part(Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,31 +202,36 @@ def _check_header(header: TraceHeader, where: str) -> None:
         raise FormatError(f"{where}: no sequences", _HINT)
     if architecture.num_local_experts > 256:
         raise FormatError(
-            f"{where}: {architecture.num_local_experts} experts a layer; a trace numbers up to 256"
+            f"{where}: {architecture.num_local_experts} experts per layer, expected up to 256",
+            _HINT,
         )
     if len(header.expert_bytes) != architecture.expert_layers:
         raise FormatError(
             f"{where}: expert_bytes has {len(header.expert_bytes)} numbers"
-            f" for {architecture.expert_layers} layers"
+            f" for {architecture.expert_layers} layers",
+            _HINT,
         )
     if header.guesses > architecture.num_local_experts:
         raise FormatError(
-            f"{where}: {header.guesses} guesses of {architecture.num_local_experts} experts"
+            f"{where}: {header.guesses} guesses of {architecture.num_local_experts} experts", _HINT
         )
     for number, sequence in enumerate(header.sequences):
         if sequence.text >= len(header.texts):
             raise FormatError(
-                f"{where}: sequence {number} is of text {sequence.text};"
-                f" the trace has {len(header.texts)} texts"
+                f"{where}: sequence {number} is of text {sequence.text},"
+                f" but the trace has {len(header.texts)} texts, counted from 0",
+                _HINT,
             )
         if sequence.prompt_tokens > sequence.tokens:
             raise FormatError(
                 f"{where}: sequence {number} has {sequence.prompt_tokens} prompt tokens,"
-                f" but only {sequence.tokens} tokens"
+                f" but only {sequence.tokens} tokens",
+                _HINT,
             )
     if _array_bytes(header) > MAX_BYTES:
         raise FormatError(
-            f"{where}: {header.tokens} tokens take over {MAX_BYTES} bytes", "trace a shorter text"
+            f"{where}: {header.tokens} tokens take more than {MAX_BYTES} bytes",
+            "record a shorter trace: moe-convert trace --max-tokens",
         )
 
 
@@ -236,7 +241,7 @@ def _check(trace: Trace, where: str) -> None:
         array = getattr(trace, name)
         if array.shape != shape or array.dtype != np.dtype(dtype):
             raise FormatError(
-                f"{where}: {name} is {array.dtype} {array.shape}, expected {dtype} {shape}"
+                f"{where}: {name} is {array.dtype} {array.shape}, expected {dtype} {shape}", _HINT
             )
     count = trace.header.architecture.num_local_experts
     for name in ("experts", "guesses", "guesses_next_norm"):

@@ -12,7 +12,7 @@ from formats.hub.repo_files import MAX_SMALL_BYTES
 from formats.safetensors_header import max_header_bytes
 
 PAGE = (ROOT / "docs/security.md").read_text()
-PROOFS = re.findall(r"`(tests/\w+\.py)::(\w+)`", PAGE)
+PROOFS = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)
 
 
 def rows(title: str) -> list[tuple[str, str]]:

@@ -17,10 +17,12 @@ def measure_perplexity(
     return measure_windows(model, named, batch=batch, progress=progress)
 
 
-def trace_texts(model, tokenizer, described, producer, texts, *, window=256, max_tokens=None):
+def trace_texts(
+    model, tokenizer, described, producer, texts, *, window=256, max_tokens=None, **options
+):
     """`trace_windows` of UTF-8 files."""
     windows = text_windows(tokenizer, described, texts, window, max_tokens)
-    return trace_windows(model, described, producer, texts, windows)
+    return trace_windows(model, described, producer, texts, windows, **options)
 
 
 def trace_prompts(model, tokenizer, described, producer, prompts, *, raw=False, **options):

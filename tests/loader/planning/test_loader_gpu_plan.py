@@ -140,7 +140,8 @@ def test_a_disk_that_is_needed_must_have_a_speed():
 
 def test_too_little_gpu_memory_is_refused_with_the_least_that_works():
     with pytest.raises(
-        DoesNotFitError, match=f"GPU memory of {ON_GPU + ASIDE - 1} bytes.*{ON_GPU + ASIDE} in all"
+        DoesNotFitError,
+        match=f"GPU memory of {ON_GPU + ASIDE - 1} bytes.*must hold {ON_GPU + ASIDE} bytes",
     ) as e:
         planned(ASIDE - 1)
     assert "at least 513MiB" in e.value.hint
@@ -149,7 +150,8 @@ def test_too_little_gpu_memory_is_refused_with_the_least_that_works():
 
 def test_too_little_ram_is_refused_with_the_least_that_works():
     with pytest.raises(
-        DoesNotFitError, match=f"RAM of {PROCESS + IN_RAM - 1} bytes.*{PROCESS + IN_RAM} in all"
+        DoesNotFitError,
+        match=f"RAM of {PROCESS + IN_RAM - 1} bytes.*must hold {PROCESS + IN_RAM} bytes",
     ) as e:
         planned(ASIDE, IN_RAM - 1)
     assert "at least 833MiB" in e.value.hint

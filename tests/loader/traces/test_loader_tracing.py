@@ -70,7 +70,7 @@ def test_too_short_a_text_and_no_prompt_are_errors(model, tokenizer, example_fol
     described = TracedModel.of_folder(example_folder)
     with pytest.raises(MoeConvertError, match=r"short\.txt: shorter than a window of 256"):
         trace_texts(model, tokenizer, described, "tests", [file])
-    with pytest.raises(MoeConvertError, match=r"short\.txt: no prompts"):
+    with pytest.raises(MoeConvertError, match=r"short\.txt: the file has no prompts"):
         trace_prompts(model, tokenizer, described, "tests", [file])
 
 
@@ -88,5 +88,5 @@ def test_a_trace_has_the_number_of_experts_that_the_routers_are_set_to(
     assert trace.experts.shape == (16, 8, 3)
     assert trace.header.architecture.num_experts_per_tok == 3
     layer.mlp.gate.top_k = 1
-    with pytest.raises(MoeConvertError, match="routers choose 1 to 3 experts a token"):
+    with pytest.raises(MoeConvertError, match="routers choose 1 to 3 experts for a token"):
         trace_texts(model, tokenizer, described, "tests", [path], window=16, max_tokens=16)
