@@ -74,7 +74,7 @@ def test_uses_counts_the_tokens_of_each_expert():
         (lambda h: h["architecture"].update(num_local_experts=300), "up to 256"),
         (lambda h: h.update(expert_bytes=[1]), "expert_bytes has 1"),
         (lambda h: h.update(guesses=9), "9 guesses of 8"),
-        (lambda h: h["sequences"][1].update(text=1), "sequence 1 is of text 1, but the trace has 1 texts"),
+        (lambda h: h["sequences"][1].update(text=1), "is of text 1, but the trace has 1 texts"),
         (lambda h: h["sequences"][0].update(prompt_tokens=13), "13 prompt tokens, but only 12"),
         (lambda h: h["sequences"][0].update(tokens=-1), "tokens"),
         (lambda h: h["sequences"].clear(), "no sequences"),
