@@ -163,10 +163,10 @@ def read_trace(path: Path) -> Trace:
     except zstandard.ZstdError as e:
         raise DamageError(f"{where}: broken zstd frame: {e}", _HINT) from None
     arrays: dict[str, Any] = {}
-    at = len(line) + 1
+    offset = len(line) + 1
     for name, (dtype, shape) in header.arrays().items():
-        arrays[name] = np.frombuffer(body, dtype, int(np.prod(shape)), at).reshape(shape)
-        at += arrays[name].nbytes
+        arrays[name] = np.frombuffer(body, dtype, int(np.prod(shape)), offset).reshape(shape)
+        offset += arrays[name].nbytes
     trace = Trace(header, **arrays)
     _check(trace, where)
     return trace
