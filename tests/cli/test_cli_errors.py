@@ -157,7 +157,7 @@ OTHERS = [
     ("trace $good --text $empty -o $out", 1, "empty.txt: the file is empty", "text"),
     ("trace $good --text $text --text $short -o $out", 1, "short.txt: shorter", "smaller window"),
     ("trace $good --prompts $latin -o $out", 1, "latin.txt: not UTF-8", "UTF-8"),
-    ("trace $good --prompts $blank -o $out", 1, "blank.txt: the file has no prompts", "one prompt a line"),
+    ("trace $good --prompts $blank -o $out", 1, "the file has no prompts", "one prompt per line"),
     ("trace $good --text $text -o $empty_folder", 1, "empty folder is a folder", "file"),
     ("trace $good --text $text -o $below_missing", 1, "not there is not there", "folder"),
     ("trace $good --text $text -o $below_file", 1, "a file is not a folder", "folder"),
