@@ -3,8 +3,8 @@
 - *Decoder*: computes such a token over packed weights, on the CPU (`cpu.py`) or on a GPU
   (`loader/cuda/decode/gpu_decoder.py`); `decoder.py` has the protocol. A layer has two halves:
   attention and router, then experts. In between the decoder leases the experts from the cache.
-- *Spec*: where a model type keeps its weights and settings (`specs.py`, `mixtral.py`). Both
-  decoders read them through it into `ModelWeights` (`weights.py`).
+- *Spec*: where a model type keeps its weights and settings (`specs.py`, and a file for each type).
+  Both decoders read them through it into `ModelWeights` (`weights.py`).
 - *Request*: what a call of the model asks for (`decoder_call.py`).
 - *Path*: the code that computed a token: `decoder`, or `transformers` (transformers' own code over
   packed modules). `decoder_experts` is reserved for model types without a decoder.
