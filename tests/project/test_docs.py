@@ -35,7 +35,9 @@ def commands_page() -> str:
 
 
 def test_page_of_commands_is_what_help_says() -> None:
-    assert PAGE.read_text() == commands_page(), "run python tests/project/test_docs.py"
+    assert PAGE.read_text() == commands_page(), (
+        "run PYTHONPATH=tests/support python tests/project/test_docs.py"
+    )
 
 
 @pytest.mark.parametrize(
