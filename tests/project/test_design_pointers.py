@@ -1,11 +1,15 @@
 """Pointers into the code: a file that a table of docs/design.md or docs/architecture.md names
 exists and defines the symbols named after it.
+
+PYTHONPATH=tests/support python tests/project/test_design_pointers.py     follows files that moved
 """
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from markdown_it import MarkdownIt
 from project_paths import ROOT
 
 PAGES = ("docs/design.md", "docs/architecture.md")
+REPAIR = "PYTHONPATH=tests/support python tests/project/test_design_pointers.py"
 LAST_HEADER = "file and symbol"
 """Last column of the tables that hold pointers."""
 DEFINITION = r"(?:#define|struct|class|enum class|enum|[\w:<>*&]+)\s+{}\b"
@@ -21,28 +26,26 @@ DEFINITION = r"(?:#define|struct|class|enum class|enum|[\w:<>*&]+)\s+{}\b"
 
 @dataclass(frozen=True)
 class Pointer:
-    """A row's claim: `file` defines `symbol`."""
+    """The claim of a row that `file` defines `symbol`."""
 
-    place: str
+    page: str
+    line: int
     file: str
     symbol: str
 
     def error(self) -> str | None:
-        """Return what is wrong with the pointer, and what to edit; None if it holds."""
+        """Return the problem and the next step; None if the claim is true."""
         path = ROOT / self.file
-        if not path.is_file():
-            others = sorted(str(p.relative_to(ROOT)) for p in files_that_define(self.symbol))
-            where = f"{self.symbol} is defined in {', '.join(others)}" if others else "it is gone"
-            return f"{self.place}: {self.file} does not exist; {where}. Edit that row."
-        if not defines(path, self.symbol):
-            others = sorted(str(p.relative_to(ROOT)) for p in files_that_define(self.symbol))
-            where = f"it is defined in {', '.join(others)}" if others else "no file defines it"
-            return (
-                f"{self.place}: {self.file} does not define {self.symbol}; {where}. Edit that row."
-            )
-        return None
+        if path.is_file() and defines(path, self.symbol):
+            return None
+        problem = f"does not define {self.symbol}" if path.is_file() else "does not exist"
+        others = files_that_define(self.symbol)
+        where = f"{self.symbol} is in {', '.join(others)}" if others else f"no {self.symbol} exists"
+        step = f"run {REPAIR}" if len(others) == 1 else "edit that row"
+        return f"{self.page}, line {self.line}: {self.file} {problem}; {where}; {step}"
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """Names that a Python file defines at its top level, and methods as `Class.method`."""
     names: set[str] = set()
@@ -70,10 +73,11 @@ def defines(path: Path, symbol: str) -> bool:
     return bool(re.search(DEFINITION.format(re.escape(symbol)), path.read_text()))
 
 
-def files_that_define(symbol: str) -> list[Path]:
+def files_that_define(symbol: str) -> list[str]:
+    """Python files of the packages that define `symbol`, relative to the root."""
     packages = ("converter", "formats", "loader")
-    paths = [path for package in packages for path in (ROOT / package).rglob("*.py")]
-    return [path for path in paths if defines(path, symbol)]
+    paths = [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
+    return [str(path.relative_to(ROOT)) for path in paths if defines(path, symbol)]
 
 
 def rows(page: str) -> Iterator[tuple[int, list[str]]]:
@@ -97,7 +101,20 @@ def pointers(page: str) -> Iterator[Pointer]:
             if "/" in span:
                 file = span
             else:
-                yield Pointer(f"{page}, line {line}", file, span)
+                yield Pointer(page, line, file, span)
+
+
+def follow_moves(page: str) -> list[str]:
+    """Edit the page: a file that has gone becomes the only file that defines its symbol.
+
+    Returns the errors that remain.
+    """
+    path = ROOT / page
+    for pointer in list(pointers(page)):
+        others = files_that_define(pointer.symbol)
+        if not (ROOT / pointer.file).is_file() and len(others) == 1:
+            path.write_text(path.read_text().replace(pointer.file, others[0]))
+    return [error for pointer in pointers(page) if (error := pointer.error())]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -116,8 +133,13 @@ def test_each_row_begins_with_a_file_and_each_file_has_a_symbol(page: str) -> No
 
 
 def test_a_wrong_pointer_says_where_its_symbol_is_defined() -> None:
-    renamed = Pointer("page, line 1", "formats/gone.py", "Artifact").error()
-    assert renamed and "formats/gone.py does not exist" in renamed
-    assert "formats/artifact.py" in renamed
-    moved = Pointer("page, line 1", "formats/index.py", "Artifact").error()
-    assert moved and "does not define Artifact; it is defined in formats/artifact.py" in moved
+    gone = Pointer("page", 1, "formats/gone.py", "Artifact").error()
+    assert gone and "formats/gone.py does not exist; Artifact is in formats/artifact.py" in gone
+    moved = Pointer("page", 1, "formats/index.py", "Artifact").error()
+    assert moved and "does not define Artifact; Artifact is in formats/artifact.py" in moved
+
+
+if __name__ == "__main__":
+    remaining = [error for page in PAGES for error in follow_moves(page)]
+    print("\n".join(remaining), file=sys.stderr)
+    sys.exit(bool(remaining))
