@@ -36,12 +36,13 @@ class Pointer:
     def error(self) -> str | None:
         """Return the problem and the next step; None if the claim is true."""
         path = ROOT / self.file
-        if path.is_file() and defines(path, self.symbol):
+        is_gone = not path.is_file()
+        if not is_gone and defines(path, self.symbol):
             return None
-        problem = f"does not define {self.symbol}" if path.is_file() else "does not exist"
+        problem = "does not exist" if is_gone else f"does not define {self.symbol}"
         others = files_that_define(self.symbol)
         where = f"{self.symbol} is in {', '.join(others)}" if others else f"no {self.symbol} exists"
-        step = f"run {REPAIR}" if len(others) == 1 else "edit that row"
+        step = f"run {REPAIR}" if is_gone and len(others) == 1 else "edit that row"
         return f"{self.page}, line {self.line}: {self.file} {problem}; {where}; {step}"
 
 

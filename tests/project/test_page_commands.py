@@ -40,7 +40,8 @@ COMMANDS = [
 def parse(line: str) -> None:
     """Parse a command line as click does. Raises click.UsageError."""
     _, name, *arguments = shlex.split(line, comments=True)
-    context = click.Context(cli)
+    # click keeps a command's help option: without these settings it would lack -h in later tests.
+    context = click.Context(cli, **cli.context_settings)
     command = cli.get_command(context, name)
     if command is None:
         raise click.UsageError(f"{name} is no command")
