@@ -1,5 +1,5 @@
-"""What `make demo` runs: the example model converted to 2 bits, verified, made to write, and
-compared with itself. The last line that it prints starts a chat with it.
+"""The demo of `make demo`: converts the example model to 2 bits, verifies it, generates text, and
+compares both models. Its last line is the command that starts a chat.
 """
 
 import json
@@ -17,7 +17,7 @@ PROMPT = "ou.”\nSo Jonah arose, and went to Nineveh, according to Yahweh’s w
 
 
 def moe_convert(*args: str) -> str:
-    """Runs and shows a command; returns its standard output."""
+    """Print a command, run it, and return its standard output."""
     shown = [arg.replace(f"{HERE.parent}/", "") for arg in args]
     print(
         "$ moe-convert "
@@ -33,7 +33,7 @@ def moe_convert(*args: str) -> str:
 def main() -> None:
     print(moe_convert("convert", str(SOURCE), "-o", str(OUT), "--recipe", "2bit", "--force"))
     print(moe_convert("verify", str(OUT), "--read-data"))
-    # Room for half of the experts, 4 in each of 8 layers, and for 2 on their way.
+    # Room for half of the experts, 4 in each of 8 layers, and for 2 reads under way.
     expert_bytes = json.loads((OUT / "moe_index.json").read_text())["layers"][0]["experts"][0][
         "length"
     ]
@@ -49,11 +49,11 @@ def main() -> None:
     index = json.loads(moe_convert("inspect", str(OUT), "--json"))
     print()
     print(table(generated, before, after, index))
-    print(f"\nTo talk with it:\n{chat_line()}")
+    print(f"\nTo chat with it:\n{chat_line()}")
 
 
 def chat_line() -> str:
-    """The command that starts a chat with the converted model, from the folder of the Makefile."""
+    """Return the command that starts a chat, relative to the folder of the Makefile."""
     root = HERE.parent
     program = Path(sys.executable).with_name("moe-convert")
     shown = program.relative_to(root) if program.is_relative_to(root) else program
@@ -61,7 +61,7 @@ def chat_line() -> str:
 
 
 def table(generated: dict, before: dict, after: dict, index: dict) -> str:
-    """The comparison, as Markdown."""
+    """Return the comparison as a Markdown table, with a note below."""
     stats = generated["cache"]
     source_bytes = sum(file.stat().st_size for file in SOURCE.glob("*.safetensors"))
     ppl = before["overall"]["perplexity"], after["overall"]["perplexity"]
@@ -79,7 +79,10 @@ def table(generated: dict, before: dict, after: dict, index: dict) -> str:
             f"{stats['hits']} of {uses} ({stats['hits'] / uses:.0%})",
         ),
     ]
-    note = "tiny-mixtral's 192 and 384 columns are padded to 256 and 512; a real Mixtral's sizes need no padding."
+    note = (
+        "tiny-mixtral's 192 and 384 columns are padded to 256 and 512;"
+        " a real Mixtral's sizes need no padding."
+    )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{note}"
 
 
