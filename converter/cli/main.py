@@ -1,6 +1,7 @@
 """The command group. A command is imported when it runs: help must not wait for torch."""
 
 import contextlib
+import difflib
 import importlib
 import os
 import signal
@@ -49,6 +50,14 @@ class _LazyGroup(click.Group):
         module = importlib.import_module(f"converter.cli.commands.{cmd_name}_command")
         command: click.Command = module.command
         return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as e:
+            if near := difflib.get_close_matches(args[0], COMMANDS, 1):
+                e.message += f" Did you mean {near[0]!r}?"
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

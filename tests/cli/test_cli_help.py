@@ -1,5 +1,7 @@
 """The help of every command fits a terminal of 80 columns."""
 
+from collections.abc import Callable
+
 import click
 import pytest
 
@@ -26,3 +28,16 @@ def test_every_option_has_a_help_text(name: str) -> None:
     assert command
     options = [option for option in command.params if isinstance(option, click.Option)]
     assert [option.name for option in options if not option.help] == []
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("plna", "plan"), ("converter", "convert")])
+def test_a_mistyped_command_names_the_nearest(
+    run_command: Callable[..., tuple[int, str, str]], typed: str, meant: str
+) -> None:
+    code, _, err = run_command(typed)
+    assert code == 2
+    assert f"No such command '{typed}'. Did you mean '{meant}'?" in err
+
+
+def test_another_word_names_no_command(run_command: Callable[..., tuple[int, str, str]]) -> None:
+    assert "Did you mean" not in run_command("xxxxxx")[2]

@@ -25,7 +25,7 @@ def test_a_converted_folder_is_traced(run, converted, english, tmp_path):
         converted("2bit"), "--text", english, "--max-tokens", 512, "-o", out, "--json"
     )
     assert code == 0
-    assert "english.txt: 2 windows" in err
+    assert "english.txt: 2 of 2 windows" in err
     result = json.loads(said)
     assert (result["tokens"], result["prompt_tokens"], result["bytes"]) == (
         512,

@@ -132,9 +132,7 @@ def command(
         versions["kernels"] = experts.backend_name
         return model
 
-    def note(name: str, done: int, total: int) -> None:
-        if done == total:
-            output.note(f"{name}: {total} windows")
+    progress = output.progress("windows")
 
     if tasks:
         from loader.evaluation.lm_eval_tasks import check_tasks, run_tasks
@@ -180,7 +178,7 @@ def command(
             _check_loading(path, options)
         evaluation = compare_with_original(
             path, against, named, load, window=window, batch=batch, max_windows=max_windows,
-            versions=versions, check=options["check"], output=output, progress=note,
+            versions=versions, check=options["check"], output=output, progress=progress,
         )  # fmt: skip
         if save:
             save_evaluation(path, evaluation)
@@ -195,7 +193,7 @@ def command(
     ]
     for name, ids in windows:
         check_tokens(ids, tokenizer, vocabulary_size(path) or sys.maxsize, name)
-    report = measure_windows(load(path), windows, batch=batch, progress=note)
+    report = measure_windows(load(path), windows, batch=batch, progress=progress)
     rows: list[tuple[str, ...]] = [("text", "tokens", "perplexity")]
     rows += [
         (t.name, str(t.tokens), f"{t.perplexity:.3f}") for t in (*report.texts, report.overall)

@@ -108,14 +108,11 @@ def command(
         else load_checkpoint(path)
     )
     producer = f"moe-convert {__version__}"
-
-    def note(name: str, done: int, total: int) -> None:
-        if done == total:
-            output.note(f"{name}: {total} {'windows' if texts else 'prompts'}")
+    progress = output.progress("windows" if texts else "prompts")
 
     if texts:
         trace = trace_windows(
-            model, described, producer, texts, windows, batch=batch, progress=note
+            model, described, producer, texts, windows, batch=batch, progress=progress
         )
     else:
         trace = trace_inputs(
@@ -126,7 +123,7 @@ def command(
             prompts,
             inputs,
             max_new_tokens=max_new_tokens,
-            progress=note,
+            progress=progress,
         )
     write_trace(out, trace)
     size = out.stat().st_size

@@ -5,16 +5,20 @@ Results go to stdout, everything else to stderr.
 
 import json
 import logging
-import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
-from tqdm import tqdm
 
 from converter.cli.show.failures import is_closed_pipe
+from converter.cli.show.progress import (
+    NoProgress,
+    ShowProgress,
+    in_stage,
+    show_progress,
+    write_line,
+)
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError
 from formats.files.io_errors import AGAIN
@@ -22,9 +26,6 @@ from formats.files.io_errors import AGAIN
 F = TypeVar("F", bound=Callable[..., Any])
 
 GB = 10**9
-
-LINE_EVERY_S = 30.0
-"""Interval of progress lines if stderr is not a terminal."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -59,7 +60,7 @@ def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], 
         ) -> Any:
             level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
             logging.basicConfig(
-                level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+                level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_LogLines()]
             )
             for room in ("converter", "formats", "loader"):
                 logging.getLogger(room).setLevel(level)
@@ -76,9 +77,12 @@ def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], 
                     raise
                 raise MoeConvertError(f"the other end closed the connection: {e}", AGAIN) from e
             except Exception:
+                output.close()
                 if verbose:
                     click.echo(printable(traceback.format_exc()), err=True)
                 raise
+            finally:
+                output.close()
 
         options = [
             *getattr(wrapper, "__click_params__", []),
@@ -102,75 +106,47 @@ class Output:
         self.as_json = as_json
         self.quiet = quiet
         self.interrupted = interrupted
+        self._shown: list[ShowProgress] = []
 
     def result(self, value: Any, text: str) -> None:
         """Print the result: `value` as JSON with --json, else `text`."""
+        self.close()
         click.echo(json.dumps(value, indent=1, default=str) if self.as_json else printable(text))
 
     def note(self, text: str) -> None:
         """Print a line on stderr, unless --quiet is given."""
         if not self.quiet:
-            click.echo(printable(text), err=True)
+            write_line(printable(text))
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """Return a callback (done bytes, total bytes) that shows the progress of one stage."""
-        progress = self.progress()
-        return lambda done, total: progress(name, done, total)
+        return in_stage(self.progress(), name)
 
-    def progress(self) -> Callable[[str, int, int], None]:
-        """Return a callback (stage, done bytes, total bytes) that shows progress.
+    def progress(self, unit: str | None = None) -> ShowProgress:
+        """Return a callback (stage, done, total) that shows progress on stderr.
 
-        It draws a bar on a terminal, prints lines elsewhere, and does nothing with --quiet.
+        unit: what is counted, such as "windows"; None is bytes. The callback draws a bar on a
+        terminal, prints lines elsewhere, and does nothing with --quiet.
         """
-        if self.quiet:
-            return lambda stage, done, total: None
-        return _Bar() if sys.stderr.isatty() else _Lines()
+        progress = NoProgress() if self.quiet else show_progress(unit)
+        self._shown.append(progress)
+        return progress
+
+    def close(self) -> None:
+        """End all bars, so that nothing else is drawn over them."""
+        for progress in self._shown:
+            progress.close()
 
 
-class _Bar:
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._stage = ""
+class _LogLines(logging.Handler):
+    """Writes log lines above a bar: rich replaces sys.stderr while one is drawn."""
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._bar is None or stage != self._stage:
-            if self._bar is not None:
-                self._bar.close()
-            self._stage = stage
-            self._bar = tqdm(
-                total=total, initial=done, unit="B", unit_scale=True, desc=stage, file=sys.stderr
-            )
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self._bar.close()
-            self._bar = None
-
-
-class _Lines:
-    def __init__(self) -> None:
-        self._stage = ""
-        self._started_s = time.monotonic()
-        self._last_s = self._started_s
-        self._first = 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage != self._stage:
-            self._stage = stage
-            self._started_s = now
-            self._last_s = now
-            self._first = done
-        elif now - self._last_s < LINE_EVERY_S and done < total:
-            return
-        self._last_s = now
-        rate = (done - self._first) / max(now - self._started_s, 1e-9)
-        left = f", {(total - done) / rate:.0f} s left" if rate > 0 and done < total else ""
-        share = 100 * done / total if total else 100
-        speed = f", {rate / 1e6:.0f} MB/s" if rate > 0 else ""
-        click.echo(
-            f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} MB ({share:.0f} %){speed}{left}",
-            err=True,
-        )
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        try:
+            write_line(self.format(record))
+        except Exception:
+            self.handleError(record)
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

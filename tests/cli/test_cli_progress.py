@@ -1,0 +1,92 @@
+"""Bars, notes and log lines on one terminal, and progress where there is none."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from project_paths import ROOT
+from terminal_screen import screen_of
+
+SCRIPT = """
+import logging, sys
+import click
+from converter.cli.show.console import output_options
+
+@click.command()
+@output_options(interrupted="nothing")
+def command(output):
+    log = logging.getLogger("converter.x")
+    progress = output.progress()
+    for done in range(0, 101, 20):
+        progress("converting", done * 10**6, 10**8)
+        if done == 20:
+            output.note("a note between two bars")
+        if done == 40:
+            log.warning("a warning of several words that is longer than half of a line of 80")
+        if done == 60:
+            print("text for stderr", file=sys.stderr)
+    counted = output.progress("windows")
+    counted("genesis.txt", 3, 3)
+    progress("never finished", 1, 10)
+    output.result({}, "the result")
+
+command(standalone_mode=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("script") / "progress.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")
+@pytest.mark.parametrize("columns", [80, 120])
+def test_bars_and_lines_never_tear_each_other(script: str, columns: int) -> None:
+    screen = screen_of([sys.executable, script], columns)
+    lines = [
+        re.sub(r"[\d.]+ [kMG]?B/s", "SPEED", re.sub(r"\d+:\d\d:\d\d", "TIME", x)) for x in screen
+    ]
+    assert lines == [
+        "a note between two bars",
+        "WARNING: a warning of several words that is longer than half of a line of 80",
+        "text for stderr",
+        "converting ━━━━━━━━━━━━━━━━━━━━ 100.0/100.0 MB SPEED TIME",
+        "genesis.txt ━━━━━━━━━━━━━━━━━━━━ 3/3 windows TIME",
+        lines[5],
+        "the result",
+    ]
+    assert re.match("never finished [━╺]+ 1/10 bytes ", lines[5])
+    assert max(map(len, screen)) <= columns
+
+
+def test_without_a_terminal_there_are_lines(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "the result\n"
+    lines = [re.sub(r", [\d.]+ MB/s.*", ", SPEED", line) for line in done.stderr.splitlines()]
+    assert lines == [
+        "converting: 0.0 of 100.0 MB (0 %)",
+        "a note between two bars",
+        "WARNING: a warning of several words that is longer than half of a line of 80",
+        "text for stderr",
+        "converting: 100.0 of 100.0 MB (100 %), SPEED",
+        "genesis.txt: 3 of 3 windows (100 %)",
+        "never finished: 0.0 of 0.0 MB (10 %)",
+    ]
+
+
+def test_quiet_shows_no_progress(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, script, "--quiet"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stderr.splitlines()[1:] == ["text for stderr"]
+
+
+def test_a_command_that_draws_nothing_does_not_import_rich() -> None:
+    code = "import sys; from converter.cli.main import main; import converter.cli.show.console"
+    code += "; assert 'rich' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
