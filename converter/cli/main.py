@@ -56,7 +56,7 @@ class _LazyGroup(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as e:
             if near := difflib.get_close_matches(args[0], COMMANDS, 1):
-                e.message += f" Did you mean {near[0]!r}?"
+                raise click.UsageError(f"{e.message} Did you mean {near[0]!r}?", ctx) from None
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 from made_traces import random_experts, trace_of
 
+from converter.cli.options import early_checks
 from loader.traces.trace import write_trace
 
 
@@ -128,8 +129,10 @@ def test_a_picture_is_drawn(run, traces, tmp_path, suffix):
     )
 
 
-def test_without_matplotlib_the_extra_is_named(run, traces, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+def test_without_matplotlib_the_work_does_not_begin(run, traces, tmp_path, monkeypatch):
+    monkeypatch.setattr(early_checks, "find_spec", lambda name: None)
+    monkeypatch.setattr("loader.traces.replay_report.replay_trace", lambda *_, **__: 1 / 0)
     code, _, err = run(traces[0], "--slots", "4", "--plot", tmp_path / "x.png")
     assert code == 1
     assert "moe-convert[plots]" in err
+    assert not (tmp_path / "x.png").exists()

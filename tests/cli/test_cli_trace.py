@@ -132,3 +132,26 @@ def test_a_model_of_one_layer_is_evaluated(run_command, one_layer, english):
         "eval", one_layer, "--text", english, "--window", 64, "--max-windows", 2
     )
     assert code == 0, err
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_plot_shows_each_layer_and_expert(run, converted, english, tmp_path, suffix):
+    image = pytest.importorskip("matplotlib.image")
+    options = [converted("2bit"), "--text", english, "--max-tokens", 256]
+    paths = [tmp_path / f"{name}.{suffix}" for name in "ab"]
+    for path in paths:
+        code, _, err = run(*options, "-o", tmp_path / f"{path.stem}.zst", "--plot", path)
+        assert code == 0, err
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    if suffix == "png":
+        height, width, _ = image.imread(paths[0]).shape
+        assert width > height > 300
+
+
+@pytest.mark.parametrize("name", ["x.pdf", "t.zst"])
+def test_a_plot_that_cannot_be_written_fails_before_the_model_loads(
+    run, converted, english, tmp_path, name, monkeypatch
+):
+    monkeypatch.setattr("loader.from_pretrained", lambda *_, **__: 1 / 0)
+    options = ["--text", english, "-o", tmp_path / "t.zst", "--plot", tmp_path / name]
+    assert run(converted("2bit"), *options)[0] == 2

@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.options.early_checks import check_out_file, require_extra
+from converter.cli.options.plot_option import check_plot, plot_option
 from converter.cli.show.console import GB, Output, output_options
-from converter.cli.show.replay_plot import PLOT_SUFFIXES, plot_replay
+from converter.cli.show.replay_plot import plot_replay
 from converter.cli.show.replay_tables import tables_of
 
 
@@ -109,12 +109,7 @@ Examples:
     help="Computing time of a layer, in milliseconds.",
 )
 @click.option("--by-layer", is_flag=True, help="Show the hit ratio and recall of each layer.")
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.svg|png",
-    help="Plot hit ratio over slots and recall over guesses (pip install 'moe-convert[plots]').",
-)
+@plot_option("hit ratio over slots and recall over guesses")
 @output_options(interrupted="nothing was changed")
 def command(
     trace: Path,
@@ -140,16 +135,10 @@ def command(
     """
     if choose_from is None and (shares == "chosen" or "fixed" in policies):
         raise click.UsageError("--policy fixed and --shares chosen need --choose-from TRACE")
-    if plot and plot.suffix not in PLOT_SUFFIXES:
-        raise click.UsageError(f"--plot {plot}: the name must end in {' or '.join(PLOT_SUFFIXES)}")
-    from formats.files.overlap import refuse_inputs
+    check_plot(plot, [trace, *([choose_from] if choose_from else [])])
     from loader.traces.replay_report import Settings, replay_trace
     from loader.traces.trace import read_trace
 
-    if plot:
-        refuse_inputs([plot], [trace, *([choose_from] if choose_from else [])])
-        check_out_file(plot)
-        require_extra("matplotlib", "plots", "--plot")
     read = read_trace(trace)
     chosen = read.experts.shape[2]
     count = read.header.architecture.num_local_experts

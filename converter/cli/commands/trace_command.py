@@ -8,7 +8,9 @@ import click
 from converter import __version__
 from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file
+from converter.cli.options.plot_option import check_plot, plot_option
 from converter.cli.show.console import Output, gigabytes, output_options
+from converter.cli.show.trace_plot import plot_trace
 
 
 @click.command(
@@ -17,6 +19,7 @@ from converter.cli.show.console import Output, gigabytes, output_options
 Examples:
   moe-convert trace mixtral-2bit --text a.txt --text b.txt -o trace.zst
   moe-convert trace mixtral-2bit --prompts questions.txt -o trace.zst
+  moe-convert trace mixtral-2bit --text a.txt -o trace.zst --plot experts.svg
   moe-convert replay trace.zst""",
 )
 @click.argument("path", type=click.Path(path_type=Path))
@@ -37,6 +40,7 @@ Examples:
     metavar="FILE",
     help="Trace file to write.",
 )
+@plot_option("how often each layer uses each expert")
 @shared_options.window
 @shared_options.batch
 @click.option(
@@ -56,6 +60,7 @@ def command(
     prompts: tuple[Path, ...],
     raw: bool,
     out: Path,
+    plot: Path | None,
     window: int,
     batch: int,
     max_tokens: int | None,
@@ -94,6 +99,7 @@ def command(
 
     of_model = (file for file in path.rglob("*") if not is_trace(file))
     refuse_inputs([out, partial_path(out)], [*texts, *prompts, *of_model])
+    check_plot(plot, [out, partial_path(out), *texts, *prompts])
     transformers.utils.logging.disable_progress_bar()
     check_out_file(out)
     described = TracedModel.of_folder(path)
@@ -126,6 +132,8 @@ def command(
             progress=progress,
         )
     write_trace(out, trace)
+    if plot:
+        plot_trace(trace, plot)
     size = out.stat().st_size
     result = {
         "out": str(out),

@@ -1,7 +1,7 @@
 """Checks before long work, so that a missing package or a wrong path fails at once."""
 
-import importlib.util
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -32,7 +32,7 @@ def check_out_folder(folder: Path) -> None:
 
 def require_extra(module: str, extra: str, option: str) -> None:
     """Raise MoeConvertError, with the install command of `extra`, unless `module` is installed."""
-    if importlib.util.find_spec(module) is None:
+    if find_spec(module) is None:
         raise MoeConvertError(
             f"{option} needs the package {module}", f"pip install 'moe-convert[{extra}]'"
         )

@@ -1,27 +1,15 @@
 """Plot of a replay: hit ratio over slots for each policy, recall over guesses."""
 
-import io
 from pathlib import Path
 from typing import Any
 
-from formats.errors import MoeConvertError
-
-PLOT_SUFFIXES = (".svg", ".png")
+from converter.cli.show.plot_file import save_plot
 
 
 def plot_replay(report: dict[str, Any], path: Path) -> None:
-    """Plot a report of `replay_trace` into `path`, as SVG or PNG by its suffix.
-
-    MoeConvertError without matplotlib, or if the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise MoeConvertError(
-            "--plot needs matplotlib", "pip install 'moe-convert[plots]'"
-        ) from None
-    from formats.writer import write_file
+    """Plot a report of `replay_trace` into `path`, as SVG or PNG by its suffix."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     # Figure, not pyplot, needs no display and keeps no global state.
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -69,7 +57,4 @@ def plot_replay(report: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
-    drawing = io.BytesIO()
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(drawing, format=path.suffix[1:], dpi=150, metadata=metadata)
-    write_file(path, drawing.getvalue())
+    save_plot(figure, path)
