@@ -27,7 +27,11 @@ def plot_trace(trace: "Trace", path: Path) -> None:
     axes.set(
         xlabel="expert",
         ylabel="layer",
-        title=f"{header.model}: {header.tokens} tokens; evenly used experts have {even:.3g}",
+    )
+    # Two lines: a small model's figure is narrow.
+    axes.set_title(
+        f"{header.model}: {header.tokens} tokens\n(evenly used experts: {even:.3g})",
+        fontsize="medium",
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
