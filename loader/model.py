@@ -19,7 +19,7 @@ from loader.default_options import with_defaults
 from loader.experts.prefetch import Prefetcher
 from loader.hf.loading.configuration import loading_options, model_class
 from loader.hf.loading.listed_files import link_listed_files
-from loader.hf.loading.tokenizer import tokenizer_of
+from loader.hf.loading.tokenizer import open_tokenizer
 from loader.hf.modules.expert_layers import routed_layers
 from loader.hf.served_model import Serving
 from loader.option_values import check_options
@@ -146,7 +146,7 @@ def load_tokenizer(
     or DamageError.
     """
     check_options(check=check)
-    return tokenizer_of(small_files(folder, revision, token), check)
+    return open_tokenizer(small_files(folder, revision, token), check)
 
 
 def _placed(

@@ -161,6 +161,6 @@ def _check_config(config: Any, layers: int) -> None:
         raise LeaveDecoder(Reason.WINDOW)
     if fields.get("num_hidden_layers") != layers or fields.get("is_causal", True) is False:
         raise LeaveDecoder(Reason.REPLACED, "num_hidden_layers or is_causal of the configuration")
-    for name in ("output_hidden_states", "output_attentions", "_output_attentions"):
+    for name in ("output_hidden_states", "output_attentions"):
         if fields.get(name):
             raise LeaveDecoder(Reason.OUTPUTS, f"{name} in the configuration")

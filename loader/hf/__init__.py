@@ -5,7 +5,7 @@
 - *Serving*: the expert cache, decoder and counters of one served model (`served_model.py`). It
   sends each forward pass to the decoder or to transformers' code.
 - *Decoder path*: computes one token with the decoder, if the model and the call allow it
-  (`decoder_path.py`). `listeners.py` finds hooks and replaced modules, which the decoder would skip.
+  (`decoder_path.py`). `listeners.py` finds hooks and replaced modules: the decoder would skip them.
 - *Growing cache*: a DynamicCache whose layers append in place (`growing_cache.py`).
   `cache_length.py` restores its length after a failed pass.
 - *Generation inputs*: attention mask and positions for `generate`, extended in place
@@ -17,5 +17,5 @@ folder; `by_name/` makes transformers' Auto classes accept converted folders.
 Invariants:
 - Objects of transformers are neither patched nor given another class. Exceptions: modules are
   replaced while a model is loaded, and a plain DynamicLayer of a KV cache becomes a GrowingLayer.
-- Names that transformers does not document are used in `private_names.py` only.
+- transformers' private names (with a leading underscore) are used in `private_names.py` only.
 """

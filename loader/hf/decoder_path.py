@@ -14,7 +14,7 @@ from loader.decode.rotary_table import RotaryTable
 from loader.decode.specs import spec_of
 from loader.hf.growing_cache import growing_layers
 from loader.hf.listeners import Watch
-from loader.hf.private_names import attention_implementation, cache_field
+from loader.hf.private_names import attention_implementation, cache_field, returns_attentions
 from loader.lifetime.copies import Derived
 
 
@@ -73,6 +73,8 @@ class DecoderPath(Derived):
         )
 
     def _check_surroundings(self, config: Any) -> None:
+        if returns_attentions(config):
+            raise LeaveDecoder(Reason.OUTPUTS, "output_attentions in the configuration")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise LeaveDecoder(Reason.AUTOCAST)
         if (attention := attention_implementation(config)) != "sdpa":

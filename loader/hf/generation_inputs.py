@@ -50,8 +50,8 @@ class GrowingRow(threading.local):
 class GenerationInputs:
     """A faster version of the two methods with which generate prepares a token.
 
-    It handles one sequence over a plain DynamicCache and returns transformers' values. For all other
-    calls it returns None, and transformers' own methods run.
+    It handles one sequence over a plain DynamicCache and returns transformers' values. For all
+    other calls it returns None, and transformers' own methods run.
     """
 
     def __init__(self) -> None:

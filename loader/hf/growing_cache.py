@@ -152,7 +152,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._shown = length
 
     def reset(self) -> None:
-        """Empty the layer. Later versions of transformers drop the tensors; 5.0 only zeroes them."""
+        """Empty the layer. transformers 5.0 only zeroes the tensors, later versions drop them."""
         self._settle()
         self._memory = None
         super().reset()
@@ -197,8 +197,8 @@ def _moved(present: Tensor, new: Tensor, length: int, capacity: int) -> Tensor:
 def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
     """Return layer `layer` of a plain DynamicCache as a GrowingLayer.
 
-    Replaces a plain DynamicLayer in the cache. Returns None, and changes nothing, for any other kind
-    of cache or layer: static, sliding, quantized or offloaded.
+    Replaces a plain DynamicLayer in the cache. For any other kind of cache or layer (static,
+    sliding, quantized, offloaded) it returns None and changes nothing.
     """
     if cache is None or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return None
@@ -215,7 +215,10 @@ def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
 
 
 def growing_layers(cache: Cache | None, count: int) -> list[GrowingLayer] | None:
-    """Return `growing_layer` for layers 0 to count - 1; None if one is None or the lengths differ."""
+    """Return `growing_layer` for layers 0 to count - 1.
+
+    Returns None if one of them is None or if their lengths differ.
+    """
     layers: list[GrowingLayer] = []
     for number in range(count):
         layer = growing_layer(cache, number)

@@ -27,9 +27,9 @@ class Watch:
         """Raise LeaveDecoder naming the first module that a forward pass must call.
 
         A module must be called if it has hooks, if its instance has a `forward` attribute, if it is
-        in training mode, or if it has replaced another module. transformers installs recording hooks
-        when a call asks for outputs such as router_logits, and keeps them; they count only while it
-        records.
+        in training mode, or if it has replaced another module. transformers installs recording
+        hooks when a call asks for outputs such as router_logits. It keeps them; they count only
+        while it records.
         """
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             raise LeaveDecoder(Reason.HOOKS, "global hooks of torch")

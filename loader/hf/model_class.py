@@ -5,7 +5,7 @@ from typing import Any
 
 from loader.experts.stats import MoeStats
 from loader.hf.model_size import packed_weights
-from loader.hf.private_names import generation_methods
+from loader.hf.private_names import UPDATE_METHOD, generation_methods
 from loader.hf.served_model import Serving
 
 
@@ -50,16 +50,16 @@ def served_class(base: Any) -> Any:
     transformers looks up losses, pipelines and attention implementations by both.
     """
     # A RegistryEntry has the real class in `plain_class`.
-    return _made_once(getattr(base, "plain_class", base))
+    return _subclass(getattr(base, "plain_class", base))
 
 
 @functools.cache
-def _made_once(base: Any) -> Any:
-
+def _subclass(base: Any) -> Any:
     class Served(MoeConvertMixin, base):  # type: ignore[misc]
         def __reduce_ex__(self, protocol: Any) -> Any:
-            """Copy by way of `base`: no module has this class under its name. Pickling then reaches
-            the expert cache, which raises an error.
+            """Copy through `_blank`, because no module has this class under its name.
+
+            Pickling then reaches the expert cache, which raises an error.
             """
             return _blank, (base,), self.__dict__
 
@@ -67,35 +67,39 @@ def _made_once(base: Any) -> Any:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self._serving.forward(self, super().forward, args, kwargs)
 
-        if generation_methods() is not None:
-
-            @functools.wraps(base.prepare_inputs_for_generation)
-            def prepare_inputs_for_generation(
-                self, input_ids: Any, *args: Any, **kwargs: Any
-            ) -> Any:
-                inputs = self._serving.inputs.prepared(input_ids, args, kwargs)
-                return (
-                    super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-                    if inputs is None
-                    else inputs
-                )
-
-            @functools.wraps(base._update_model_kwargs_for_generation)
-            def _update_model_kwargs_for_generation(
-                self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any
-            ) -> Any:
-                updated = self._serving.inputs.updated(outputs, model_kwargs, args, kwargs)
-                if updated is None:
-                    return super()._update_model_kwargs_for_generation(
-                        outputs, model_kwargs, *args, **kwargs
-                    )
-                return updated
-
+    if generation_methods() is not None:
+        prepare = _prepare_method(base.prepare_inputs_for_generation)
+        Served.prepare_inputs_for_generation = prepare  # type: ignore[attr-defined]
+        setattr(Served, UPDATE_METHOD, _update_method(getattr(base, UPDATE_METHOD)))
     Served.__name__ = base.__name__
     Served.__qualname__ = base.__qualname__
     Served.__module__ = base.__module__
     Served.__doc__ = base.__doc__
     return Served
+
+
+def _prepare_method(plain: Any) -> Any:
+    """Return the method that prepares a token without copies, or else calls `plain`."""
+
+    @functools.wraps(plain)
+    def prepare(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = self._serving.inputs.prepared(input_ids, args, kwargs)
+        return plain(self, input_ids, *args, **kwargs) if inputs is None else inputs
+
+    return prepare
+
+
+def _update_method(plain: Any) -> Any:
+    """Return the method that extends mask and positions in place, or else calls `plain`."""
+
+    @functools.wraps(plain)
+    def update(self: Any, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        updated = self._serving.inputs.updated(outputs, model_kwargs, args, kwargs)
+        if updated is None:
+            return plain(self, outputs, model_kwargs, *args, **kwargs)
+        return updated
+
+    return update
 
 
 def _blank(base: Any) -> Any:

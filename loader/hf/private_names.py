@@ -1,23 +1,48 @@
-"""Undocumented names of transformers that only some releases have. No other file of the loader uses
-them.
+"""All uses of transformers' private names (with a leading underscore) in the loader.
 
-Each name is looked up once. In a release without it transformers' own code does the work, and a log
-line names the slower operation.
+Some releases lack some of them. Each of these is looked up once: without it transformers' own code
+does the work, and a log line names the slower operation.
+
+Modeling modules are imported inside functions: the plugin imports this file while transformers is
+still being imported (loader/hf/by_name/registration.py).
 """
 
 import functools
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from typing import Any
 
-import transformers
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
 
 _log = logging.getLogger(__name__)
 
 RECORDER_MODULE = "transformers.utils.output_capturing"
 """The module of transformers' recording hooks."""
+
+UPDATE_METHOD = "_update_model_kwargs_for_generation"
+"""Name of the method by which generate extends mask and positions after a token."""
+
+COMMIT_HASH = "_commit_hash"
+"""Name of the argument, and of the configuration's attribute, with the commit of a Hub repository.
+Releases before 5.24 set it.
+"""
+
+INTERNAL_ARGUMENTS = frozenset({"_from_auto", "_from_pipeline", "_fast_init"})
+"""Arguments that transformers' Auto classes and pipelines pass to from_pretrained."""
+
+
+class ReplacingQuantizer(HfQuantizer, ABC):  # type: ignore[misc]
+    """A quantizer that replaces modules of a model before its weights are loaded."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.replace_modules(model)
+        return model
+
+    @abstractmethod
+    def replace_modules(self, model: nn.Module) -> None:
+        """Replace modules of `model`, which is on the meta device."""
 
 
 @functools.cache
@@ -33,11 +58,14 @@ def active_collector() -> Any:
 
 @functools.cache
 def generation_methods() -> tuple[Any, Any] | None:
-    """Return GenerationMixin's two methods that prepare a token; None if their arguments differ from
-    those that `GenerationInputs` handles.
+    """Return GenerationMixin's two methods that prepare a token.
+
+    None if their parameters differ from those that `GenerationInputs` handles.
     """
+    from transformers.generation import GenerationMixin
+
     prepare = getattr(GenerationMixin, "prepare_inputs_for_generation", None)
-    update = getattr(GenerationMixin, "_update_model_kwargs_for_generation", None)
+    update = getattr(GenerationMixin, UPDATE_METHOD, None)
     # Earlier releases call the cache past_key_values, and prepare cache_position too.
     for method, needed in (
         (prepare, {"next_sequence_length", "cache"}),
@@ -57,21 +85,65 @@ def attention_implementation(config: Any) -> Any:
         return config._attn_implementation
 
 
+def returns_attentions(config: Any) -> bool:
+    """True if the configuration asks for attention weights in every output."""
+    # Newer releases have a property over this attribute; it takes 5 µs.
+    return bool(object.__getattribute__(config, "__dict__").get("_output_attentions"))
+
+
 def experts_implementation(config: Any) -> Any:
     """Return a configuration's choice among transformers' expert implementations, or None."""
     return getattr(config, "_experts_implementation_internal", None)
 
 
+def commit_hash(config: Any) -> str | None:
+    """Return the commit from which a configuration was loaded, or None."""
+    return getattr(config, COMMIT_HASH, None)
+
+
+def supports_sdpa(model_class: Any) -> bool:
+    """True if a model class can use torch's scaled_dot_product_attention."""
+    return bool(model_class._supports_sdpa)
+
+
+def skip_initialization(module: nn.Module) -> None:
+    """Stop transformers from giving random values to the module's `weight`."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def ignore_unexpected(model: nn.Module, pattern: str) -> None:
+    """Accept tensors in the file whose name matches the regular expression `pattern`.
+
+    Without it transformers logs a warning for tensors that the model lacks.
+    """
+    present = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    patterns: Any = _Patterns([*present, pattern])
+    model._keys_to_ignore_on_load_unexpected = patterns
+
+
+class _Patterns(list[str]):
+    """A list that is also joined with a set: transformers 5.0 adds a list, later releases a set."""
+
+    def __or__(self, other: Any) -> set[str]:
+        return {*self, *other}
+
+    __ror__ = __or__
+
+
 @functools.cache
 def cache_field() -> str:
-    """Return the name of the KV cache in a model's output and arguments: `cache` since transformers
-    5.24, `past_key_values` before.
+    """Return the name of the KV cache in a model's output and arguments.
+
+    It is `cache` since transformers 5.24, `past_key_values` before.
     """
-    return (
-        "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-    )
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    fields = MoeCausalLMOutputWithPast.__dataclass_fields__
+    return "cache" if "cache" in fields else "past_key_values"
 
 
 def _log_slow_path(consequence: str) -> None:
     """Log the consequence of a missing name. Each caller is cached, so it logs once a process."""
+    import transformers
+
     _log.info("transformers %s: %s", transformers.__version__, consequence)

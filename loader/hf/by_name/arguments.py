@@ -9,14 +9,19 @@ from formats.config.recorded_config import METHOD
 from formats.errors import RecipeError
 from formats.hub.repo import is_offline
 from loader.hf.by_name.device_map import device_of_map
-from loader.hf.private_names import attention_implementation, experts_implementation
+from loader.hf.private_names import (
+    COMMIT_HASH,
+    INTERNAL_ARGUMENTS,
+    attention_implementation,
+    commit_hash,
+    experts_implementation,
+)
 from loader.model import from_pretrained
 
-NO_EFFECT = frozenset({
-    "_from_auto", "_from_pipeline", "_fast_init", "adapter_kwargs", "code_revision",
-    "low_cpu_mem_usage", "mirror", "offload_buffers", "offload_folder", "offload_state_dict",
-    "tqdm_class", "trust_remote_code", "weights_only",
-})  # fmt: skip
+NO_EFFECT = INTERNAL_ARGUMENTS | {
+    "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "mirror", "offload_buffers",
+    "offload_folder", "offload_state_dict", "tqdm_class", "trust_remote_code", "weights_only",
+}  # fmt: skip
 """Arguments that are ignored, with any value. The loader never offloads layers, reads no pickles
 and runs no code from the folder. It does not use an adapter beside the weights, and logs that.
 """
@@ -135,7 +140,7 @@ def _attention(left: dict[str, Any], given: Any, stored: Any) -> dict[str, Any]:
 
 
 def _repository(name: str, left: dict[str, Any], given: Any) -> dict[str, Any]:
-    commit = left.pop("_commit_hash", None) or getattr(given, "_commit_hash", None)
+    commit = left.pop(COMMIT_HASH, None) or commit_hash(given)
     revision = left.pop("revision", None)
     token = left.pop("token", None)
     cached_only = left.pop("local_files_only", None)

@@ -1,6 +1,4 @@
-"""transformers' configuration objects, built from nothing but what the gates of `formats` let
-through.
-"""
+"""Makes transformers' configuration objects from gated fields only."""
 
 import copy
 from pathlib import Path
@@ -10,6 +8,7 @@ from formats.config.field_rules import short
 from formats.config.generation_config import read_generation_config
 from formats.config.model_types import MODEL_TYPES
 from formats.errors import MoeConvertError
+from loader.hf.private_names import supports_sdpa
 
 
 def loading_options(
@@ -20,11 +19,14 @@ def loading_options(
     error: type[MoeConvertError],
     converted: bool = False,
 ) -> dict[str, Any]:
-    """Arguments for the from_pretrained of `model_class`, so that it parses no configuration of
-    `folder` itself.
+    """Return the arguments for from_pretrained of `model_class`.
 
-    fields: the gated config.json. attn_implementation: the user's choice; None takes sdpa, or what
-    the class supports. Raises `error` naming the file where transformers refuses a value.
+    With them transformers reads no configuration file of `folder` itself.
+
+    fields: the gated config.json.
+    attn_implementation: the user's choice. None: sdpa if the class supports it, else eager.
+    error: raised with the file's name if transformers rejects a value.
+    converted: True for a converted folder, False for a plain checkpoint.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -40,17 +42,18 @@ def loading_options(
         else:
             where = folder / "generation_config.json"
             defaults = GenerationConfig(**generation)
-    # Whatever a foreign library raises for a stranger's values, its own classes among it.
+    # For untrusted values transformers raises many types, also its own.
     except Exception as e:
         raise error(
-            f"{where}: transformers refuses it: {type(e).__name__}: {short(str(e))}",
+            f"{where}: transformers rejects a value: {type(e).__name__}: {short(str(e))}",
             f"correct {where}",
         ) from e
+    if attn_implementation is None:
+        attn_implementation = "sdpa" if supports_sdpa(model_class(config)) else "eager"
     return {
         "config": config,
         "generation_config": defaults,
-        "attn_implementation": attn_implementation
-        or ("sdpa" if model_class(config)._supports_sdpa else "eager"),
+        "attn_implementation": attn_implementation,
         "local_files_only": True,
         "use_safetensors": True,
         "trust_remote_code": False,
@@ -58,9 +61,9 @@ def loading_options(
 
 
 def model_class(config: Any) -> Any:
-    """transformers' class of a causal language model with this configuration object.
+    """Return transformers' causal language model class for a configuration object.
 
-    By its name: the registry of classes has ours for these configurations
+    It is found by name, because the registries hold a RegistryEntry for these configurations
     (loader/hf/by_name/registration.py).
     """
     import transformers

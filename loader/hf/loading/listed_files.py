@@ -1,8 +1,6 @@
-"""What transformers sees of a converted folder: files that the index lists, and of those only names
-that it may read.
+"""Hides files from transformers that the index does not list.
 
-An adapter, a chat template or other weights that somebody put beside them are neither listed nor
-verified.
+Such files (an adapter, a chat template, other weights) are not verified.
 """
 
 import logging
@@ -24,20 +22,25 @@ _warned: set[tuple[str, str]] = set()
 
 @contextmanager
 def link_listed_files(folder: Path, index: Index, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """A temporary folder of links to the files of `index` for whose names `wanted` is true.
+    """Yield a temporary folder with links to the listed files whose name satisfies `wanted`.
 
-    Warns, once, of files in `folder` that transformers would have read and the index does not list.
-    Raises what `locate` raises.
+    Logs a warning, once a process, for each unlisted file that transformers would read. Raises
+    PathError for an unsafe file name, and DamageError for a missing file.
     """
     listed = {file.file for file in index.files} | {index.trunk.file}
-    for name in names_beside_weights(folder):
-        if name not in listed and (name in _ADAPTERS or is_read_by_transformers(name)):
-            if (str(folder), name) not in _warned:
-                _log.warning("%s is not used: %s does not list it", folder / name, INDEX_NAME)
-            _warned.add((str(folder), name))
+    _warn_of_unlisted(folder, listed)
     with tempfile.TemporaryDirectory(prefix="moe-convert-") as temporary:
         view = Path(temporary)
         for name in sorted(filter(wanted, listed)):
             (view / name).parent.mkdir(parents=True, exist_ok=True)
             os.symlink(locate(folder, name, str(folder)), view / name)
         yield view
+
+
+def _warn_of_unlisted(folder: Path, listed: set[str]) -> None:
+    for name in names_beside_weights(folder):
+        if name in listed or (str(folder), name) in _warned:
+            continue
+        if name in _ADAPTERS or is_read_by_transformers(name):
+            _log.warning("%s is not used: %s does not list it", folder / name, INDEX_NAME)
+            _warned.add((str(folder), name))

@@ -1,5 +1,6 @@
-"""An ordinary checkpoint as transformers loads it, without pickles and without code from its
-folder: for comparison.
+"""Loads an unconverted checkpoint by transformers, as the reference of comparisons.
+
+Reads no pickles and runs no code from its folder.
 """
 
 import os
@@ -23,38 +24,41 @@ if TYPE_CHECKING:
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether `folder` holds what moe-convert wrote, or at least its index."""
+    """True if `folder` has the index of a converted folder."""
     return (folder / INDEX_NAME).exists()
 
 
 def check_runnable(folder: Path) -> None:
-    """MoeConvertError unless `folder` has a converted model or the weights of a checkpoint; reads
-    none of them.
+    """Raise MoeConvertError unless `folder` has a converted model or a checkpoint's weights.
+
+    Reads no weights.
     """
     if is_converted(folder):
         return
     if not folder.is_dir():
         raise MoeConvertError(
-            f"{folder} is not a folder", "name a converted folder, or a folder with a checkpoint"
+            f"{folder} is not a folder", "name a converted folder or a checkpoint's folder"
         )
     check_finished(folder)
     if not any((folder / name).exists() for name in WEIGHTS):
         raise MoeConvertError(
-            f"{folder}: neither {INDEX_NAME} nor {' nor '.join(WEIGHTS)}",
-            "name a converted folder, or save the checkpoint as safetensors; pickles are never read",
+            f"{folder} has no weights: expected {INDEX_NAME}, {' or '.join(WEIGHTS)}",
+            "name a converted folder, or save the checkpoint as safetensors:"
+            " pickles are never read",
         )
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """The number of embeddings that config.json in `folder` says, None if it says none."""
+    """Return vocab_size of config.json in `folder`, or None if the field is no integer."""
     config = parse(read_small(folder, "config.json", str(folder)), str(folder / "config.json"))
     size = config.get("vocab_size") if isinstance(config, dict) else None
     return size if isinstance(size, int) else None
 
 
 def checkpoint_architecture(folder: Path, config: dict[str, Any]) -> Architecture:
-    """The architecture of the checkpoint in `folder` with this gated config.json. SourceError where
-    transformers refuses it.
+    """Return the architecture of the checkpoint in `folder`. Reads no weights.
+
+    config: the gated config.json. Raises SourceError if transformers rejects one of its values.
     """
     from transformers import AutoModelForCausalLM
 
@@ -65,10 +69,10 @@ def checkpoint_architecture(folder: Path, config: dict[str, Any]) -> Architectur
 
 
 def load_checkpoint(folder: Path) -> "PreTrainedModel":
-    """The model in `folder` in its stored dtype, on the CPU.
+    """Load the model in `folder` in its stored dtype, on the CPU.
 
-    SourceError if its type is none that is tested; MoeConvertError if there are no safetensors
-    files, or if transformers cannot load it.
+    Raises SourceError for an unknown model type or a rejected config value, MoeConvertError if
+    there are no safetensors files or transformers cannot load them.
     """
     check_runnable(folder)
     options = loading_options(folder, read_config(folder), None, error=SourceError)

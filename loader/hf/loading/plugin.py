@@ -1,11 +1,11 @@
-"""The seam to transformers: a quantizer plugin that puts our modules into a model before its
-weights are loaded.
+"""A quantizer plugin for transformers that replaces modules before the weights are loaded.
 
-It works from transformers 5.3 on without a copy of modeling code: transformers builds the model,
-reads the trunk, ties, moves and casts; only the expert and attention modules are ours
+transformers builds the model, reads the trunk, and ties, moves and casts its weights. The plugin
+replaces only experts, packed linear layers and the output head, so no modeling code is copied
 (docs/design.md, "Loader").
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,25 +20,31 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from formats.artifact import Artifact
-from formats.errors import FormatError, MoeConvertError
+from formats.config.recorded_config import METHOD
+from formats.errors import MoeConvertError
+from formats.layer_file import FILLER_PREFIX
 from formats.packing import tile_packing_named
 from loader.arithmetic.backend import Backend
 from loader.experts.cache import ExpertCache
-from loader.hf.loading.index_comparison import check_experts, check_matrix, check_no_experts_left
+from loader.hf.loading.index_comparison import (
+    check_experts,
+    check_matrix,
+    check_no_experts_left,
+    check_trunk,
+)
 from loader.hf.modules.head import NativeHead
 from loader.hf.modules.packed_modules import CachedExperts, PackedLinear
-
-METHOD = "moe_convert"
+from loader.hf.private_names import ReplacingQuantizer, ignore_unexpected, skip_initialization
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What goes into the model that is being loaded. backend: of the trunk; experts: of each
-    layer's experts.
+    """The parts of the model that is being loaded.
+
+    backend: computes the trunk's products. experts: backend of each layer's experts.
     """
 
     artifact: Artifact
@@ -52,9 +58,7 @@ _PARTS: ContextVar[Parts | None] = ContextVar("moe_convert_parts", default=None)
 
 @contextmanager
 def loading(parts: Parts) -> Iterator[None]:
-    """Inside, this thread's `from_pretrained` builds its model of `parts`. Registers the plugin
-    where it is not yet.
-    """
+    """Make from_pretrained use `parts` in this context (a thread or task). Registers the plugin."""
     register_plugin()
     token = _PARTS.set(parts)
     try:
@@ -64,7 +68,7 @@ def loading(parts: Parts) -> Iterator[None]:
 
 
 def register_plugin() -> None:
-    """Make transformers know our quant_method, where it does not yet."""
+    """Add the quant_method of converted folders to transformers' registries, once."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(MoeConvertConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -75,21 +79,22 @@ def _parts() -> Parts:
     parts = _PARTS.get()
     if parts is None:
         raise MoeConvertError(
-            "this is a folder that moe-convert wrote", "load it by loader.from_pretrained(folder)"
+            "transformers cannot load a converted folder by itself",
+            "load it by loader.from_pretrained(folder)",
         )
     return parts
 
 
 class MoeConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """config.json's `quantization_config`, carried as it is."""
+    """The field quantization_config of config.json, unchanged."""
 
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(fields)
         self.quant_method = METHOD
 
 
-class MoeConvertQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps modules; the weights are packed already, so that there is nothing to convert."""
+class MoeConvertQuantizer(ReplacingQuantizer):
+    """Replaces modules. It converts no weights: they are packed already."""
 
     requires_calibration = False
     _is_trainable = False
@@ -97,38 +102,31 @@ class MoeConvertQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         _parts()
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        parts = _parts()
-        self._is_trainable = parts.backend.for_gradients is not None
-        with torch.device("meta"):
-            _swap_modules(model, parts)
-        compare_with_trunk(model, parts.artifact)
-        # Fillers keep the file free of holes; they are nobody's weights.
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, r"^__pad__\."])  # type: ignore[assignment]
-        return model
-
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """True where gradients go through the packed weights: transformers' Trainer then takes the
-        model with adapters on it, and without any refuses it all the same.
+        """True if gradients pass through the packed weights.
+
+        transformers' Trainer then accepts the model if it has adapters.
         """
         return self._is_trainable
 
+    def replace_modules(self, model: nn.Module) -> None:
+        """Replace the modules of a model on the meta device, and compare it with the folder.
 
-class _Patterns(list[str]):
-    """Patterns to ignore: transformers 5.0 adds a list to them, later versions join a set."""
+        Raises FormatError if model and folder differ.
+        """
+        parts = _parts()
+        self._is_trainable = parts.backend.for_gradients is not None
+        with torch.device("meta"):
+            _replace_modules(model, parts)
+        check_trunk(model, parts.artifact)
+        ignore_unexpected(model, rf"^{re.escape(FILLER_PREFIX)}")
 
-    def __or__(self, other: Any) -> set[str]:
-        return {*self, *other}
 
-    __ror__ = __or__
-
-
-def _swap_modules(model: nn.Module, parts: Parts) -> None:
+def _replace_modules(model: nn.Module, parts: Parts) -> None:
     artifact = parts.artifact
     head: Any = model.lm_head
     if parts.backend.name == "native" and type(head) is nn.Linear and head.bias is None:
@@ -136,11 +134,14 @@ def _swap_modules(model: nn.Module, parts: Parts) -> None:
     for name, linear in artifact.index.trunk.packed.items():
         packing = tile_packing_named(linear.packing, name)
         check_matrix(model, name, linear, artifact)
-        _replace(model, name, PackedLinear(packing, linear.rows, linear.columns, parts.backend))
+        module = PackedLinear(packing, linear.rows, linear.columns, parts.backend)
+        skip_initialization(module)
+        _replace(model, name, module)
     for layer, path in enumerate(artifact.architecture.expert_modules):
         check_experts(model, path, artifact)
         layouts = {
-            e: artifact.layout(layer, e) for e in range(artifact.architecture.num_local_experts)
+            expert: artifact.layout(layer, expert)
+            for expert in range(artifact.architecture.num_local_experts)
         }
         experts = CachedExperts(layer, layouts, parts.cache, parts.experts[layer])
         _replace(model, path, experts)
@@ -150,32 +151,3 @@ def _swap_modules(model: nn.Module, parts: Parts) -> None:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def compare_with_trunk(model: nn.Module, artifact: Artifact) -> None:
-    """FormatError naming what differs between the tensors that `model` has and those of the trunk.
-
-    transformers would give random values to a tensor that the file lacks, and only print a table.
-    """
-    where = artifact.folder / artifact.index.trunk.file
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if artifact.architecture.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
-    found = {
-        n: e.shape
-        for n, e in artifact.trunk_header().entries.items()
-        if not n.startswith("__pad__.")
-    }
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise FormatError(
-            f"{where}: {len(missing)} tensors that the model needs are missing: {', '.join(missing[:4])}"
-        )
-    if extra := sorted(found.keys() - wanted.keys()):
-        raise FormatError(
-            f"{where}: {len(extra)} tensors that the model does not have: {', '.join(extra[:4])}"
-        )
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise FormatError(
-                f"{where}: tensor {name} has shape {list(found[name])}, the model needs {list(shape)}"
-            )

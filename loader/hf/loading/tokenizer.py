@@ -1,4 +1,4 @@
-"""The tokenizer of a folder, and its tokens for a model: those that the model has embeddings of."""
+"""Loads the tokenizer of a folder, and checks token ids against the model's vocabulary."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,25 +17,27 @@ from loader.hf.loading.listed_files import link_listed_files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_AGAIN_HINT = (
-    "put the tokenizer's files beside the checkpoint's weights and convert it again; in Python, any folder's"
-    " tokenizer will do: loader.load_tokenizer(FOLDER)"
+_CONVERTED_HINT = (
+    "put the tokenizer's files beside the checkpoint's weights and convert it again; in Python,"
+    " load another folder's tokenizer: loader.load_tokenizer(FOLDER)"
 )
+_PLAIN_HINT = "put the model's tokenizer files into this folder"
 
-_ORDINARY_HINT = "put the model's own tokenizer files there"
 
+def open_tokenizer(folder: Path, check: str = "fast") -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a plain checkpoint or of a converted, perhaps incomplete, folder.
 
-def tokenizer_of(folder: Path, check: str = "fast") -> "PreTrainedTokenizerBase":
-    """The tokenizer in a converted folder, which may be incomplete, or in an ordinary checkpoint.
-    TokenizerError, and of a converted folder FormatError; unless `check` is "none", DamageError for
-    a file that is not as it was written.
+    check: "none" skips the comparison of a converted folder's files with the index.
+
+    Raises TokenizerError if the files make no tokenizer; for a converted folder also FormatError,
+    or DamageError for a file that differs from the index.
     """
     name = next((name for name in (INDEX_NAME, PENDING_NAME) if (folder / name).exists()), None)
     if name is None:
         try:
             return _open(folder)
         except TokenizerError as e:
-            raise TokenizerError(e.message, e.hint or _ORDINARY_HINT) from e
+            raise TokenizerError(e.message, e.hint or _PLAIN_HINT) from e
     index = read_index(folder, name)
     if check != "none":
         check_files(folder, index, sorted(filter(is_read_by_transformers, index.whole_files)))
@@ -44,7 +46,7 @@ def tokenizer_of(folder: Path, check: str = "fast") -> "PreTrainedTokenizerBase"
             tokenizer = _open(files)
         except TokenizerError as e:
             message, hint = (text.replace(str(files), str(folder)) for text in (e.message, e.hint))
-            raise TokenizerError(message, hint or _AGAIN_HINT) from e
+            raise TokenizerError(message, hint or _CONVERTED_HINT) from e
     tokenizer.name_or_path = str(folder)
     return tokenizer
 
@@ -52,27 +54,29 @@ def tokenizer_of(folder: Path, check: str = "fast") -> "PreTrainedTokenizerBase"
 def _open(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-    # Without a config transformers would parse the folder's config.json, past our gate.
-    kind = model_type_in(folder)
-    config = AutoConfig.for_model(kind) if kind else PreTrainedConfig()
+    # Without a config, transformers would parse the folder's config.json, which is not gated here.
+    model_type = model_type_in(folder)
+    config = AutoConfig.for_model(model_type) if model_type else PreTrainedConfig()
     options = {"config": config, "trust_remote_code": False, "local_files_only": True}
     return open_tokenizer_by(lambda path: AutoTokenizer.from_pretrained(path, **options), folder)
 
 
 def check_tokens(ids: Tensor, tokenizer: Any, rows: int, where: str) -> None:
-    """MoeConvertError naming the first of `ids` (int64) that has no embedding, of which there are
-    `rows`; `where` is the text's name.
+    """Raise MoeConvertError naming the first token id outside 0 to rows - 1.
+
+    ids: int64 [n]. rows: number of the model's embeddings. where: the text's name in the error.
     """
     beyond = ids[(ids < 0) | (ids >= rows)]
     if len(beyond):
         number = int(beyond[0])
         raise MoeConvertError(
-            f"{where}: token {number} ({tokenizer.convert_ids_to_tokens(number)!r}) is beyond the model's {rows}"
-            " embeddings: the tokenizer is another model's, or has tokens that were added to it alone",
-            "leave the token out of the text, or give the model its own tokenizer",
+            f"{where}: token {number} ({tokenizer.convert_ids_to_tokens(number)!r}) is beyond the"
+            f" model's {rows} embeddings: the tokenizer belongs to another model, or tokens were"
+            " added to it later",
+            "remove the token from the text, or use the model's tokenizer",
         )
 
 
 def embedding_rows(model: Any) -> int:
-    """The number of tokens that a model of transformers has embeddings of."""
+    """Return the number of rows of the model's input embeddings."""
     return int(model.get_input_embeddings().weight.shape[0])

@@ -1,6 +1,4 @@
-"""The layers of a transformers model that have experts: their modules, their routers and the norms
-before them.
-"""
+"""Finds experts, routers and the norms before them in a transformers model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +9,19 @@ from loader.hf.modules.packed_modules import CachedExperts
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module of each layer's experts, in the model's order: ours, or transformers' with all
-    experts' weights in two parameters.
+    """Return path -> module of each layer's experts, in the model's order.
+
+    A module is a CachedExperts, or transformers' module with the weights of all experts in two
+    parameters.
     """
     return {path: module for path, module in model.named_modules() if _holds_experts(module)}
 
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """One layer's experts, and what comes before them: a router with `weight` [experts, hidden] and
-    `top_k`, and the norm of its input.
+    """A layer's experts with the modules before them.
+
+    router: has `weight` [experts, hidden] and `top_k`. norm: computes the router's input.
     """
 
     experts: nn.Module
@@ -29,21 +30,20 @@ class RoutedLayer:
 
 
 def routed_layers(model: nn.Module) -> list[RoutedLayer] | None:
-    """The layers that have experts; None where a router or norm is not where these model types have
-    it: the router beside the experts as `gate`, the norm beside their block as
-    `post_attention_layernorm`.
+    """Return the layers with experts, in the model's order.
+
+    Expects the router as `gate` beside the experts, and the norm as `post_attention_layernorm`
+    beside the block of both. Returns None if a layer lacks one, or if the model has no experts.
     """
     layers = []
     for path, experts in experts_modules(model).items():
         block_path = path.rpartition(".")[0]
+        layer_path = block_path.rpartition(".")[0]
         router = getattr(model.get_submodule(block_path), "gate", None)
-        norm = getattr(
-            model.get_submodule(block_path.rpartition(".")[0]), "post_attention_layernorm", None
-        )
-        if (
-            getattr(getattr(router, "weight", None), "ndim", 0) != 2
-            or getattr(norm, "weight", None) is None
-        ):
+        norm = getattr(model.get_submodule(layer_path), "post_attention_layernorm", None)
+        if getattr(getattr(router, "weight", None), "ndim", 0) != 2:
+            return None
+        if getattr(norm, "weight", None) is None:
             return None
         layers.append(RoutedLayer(experts, router, norm))
     return layers or None

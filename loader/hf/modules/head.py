@@ -1,6 +1,4 @@
-"""The output head over bfloat16 weights by the native kernel, in half the time of torch's product
-for one token.
-"""
+"""The output head over bfloat16 weights. For one token the native kernel halves torch's time."""
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +9,14 @@ from loader.arithmetic.kernels import MAX_BF16_TOKENS
 
 
 class NativeHead(nn.Linear):
-    """A linear layer without bias. bfloat16 and up to MAX_BF16_TOKENS tokens: summed in float32, rounded
+    """A linear layer without bias that uses the native kernel for few tokens.
+
+    The kernel takes bfloat16 inputs and up to MAX_BF16_TOKENS tokens. It sums in float32 and rounds
     once at the end.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features] in x's dtype."""
+        """Return [..., out_features] in x's dtype for x [..., in_features]."""
         weight = self.weight
         tokens = x.numel() // self.in_features
         if (

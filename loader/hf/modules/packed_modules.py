@@ -1,4 +1,4 @@
-"""The modules that stand in a model of transformers where packed weights are used."""
+"""Modules over packed weights: linear layers of the trunk, and the experts of a layer."""
 
 from typing import Any
 
@@ -19,22 +19,16 @@ from loader.hf.modules.packed_weight import PackedWeight
 class PackedLinear(nn.Linear):
     """A linear layer whose weights stay packed: buffer `packed`, uint8 [tiles, tile_bytes].
 
-    An nn.Linear, so that PEFT and others take it for what it computes. Of nn.Linear's parameters it
-    has at most `bias`.
+    It is an nn.Linear, so that PEFT and others recognize it, but it has no parameter `weight`.
     """
 
     packed: Tensor
 
-    _is_hf_initialized = True
-    """Tells transformers that there is no `weight` to give random values to."""
-
     def __init__(
         self, packing: Packing, rows: int, columns: int, backend: Backend, *, bias: bool = False
     ) -> None:
-        """packed and bias [rows] are on the default device, and without values until a checkpoint
-        is loaded.
-        """
-        # Not nn.Linear's, which makes a weight.
+        """Allocate `packed`, and bias [rows] if wanted, uninitialized on the default device."""
+        # nn.Linear's own constructor would allocate a weight.
         nn.Module.__init__(self)
         self.packing = packing
         self.out_features = rows
@@ -47,17 +41,17 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]
-        """Shape and device; no values."""
+        """Shape and device of the matrix [rows, columns]; every operation on it raises an error."""
         return PackedWeight(self.out_features, self.in_features, self.packed.device)
 
     @property
     def backend_name(self) -> str:
-        """Which backend computes it."""
+        """Name of the backend that computes the product."""
         return self._backend.name
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features] in x's dtype; computed in float32."""
-        # Not by attribute: torch's Module searches three dicts in Python for each.
+        """Return [..., out_features] in x's dtype for x [..., in_features]; computes in float32."""
+        # Attribute access is slower: torch's Module searches three dicts in Python.
         tiles: Any = self._buffers["packed"]
         bias = self._parameters["bias"]
         rows = x.reshape(-1, self.in_features).float()
@@ -70,13 +64,13 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, packing={self.packing.name}, "
-            f"bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" packing={self.packing.name}, bias={self.bias is not None}"
         )
 
 
 class CachedExperts(nn.Module):
-    """All experts of a layer; their bytes come from the cache when tokens need them."""
+    """All experts of a layer. Their bytes come from the expert cache when a token needs them."""
 
     def __init__(
         self, layer: int, layouts: dict[int, ExpertLayout], cache: ExpertSource, backend: Backend
@@ -89,26 +83,27 @@ class CachedExperts(nn.Module):
 
     @property
     def backend_name(self) -> str:
-        """Which backend computes them."""
+        """Name of the backend that computes the experts."""
         return self._backend.name
 
     @property
     def cache(self) -> ExpertSource:
-        """Where the bytes come from."""
+        """The source of the experts' bytes."""
         return self._cache
 
     @property
     def layouts(self) -> dict[int, ExpertLayout]:
-        """The layout of each expert."""
+        """Expert number -> layout of its bytes."""
         return self._layouts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights [T, k] -> [T, H] in
-        hidden_states' dtype.
+        """Return the weighted sum of each token's experts, [T, hidden] in hidden_states' dtype.
 
-        Computed and summed in float32. Each token's sum is in ascending order of the experts, or,
-        where it has two terms at most and the order changes no bit, in that of their arrival: a
-        cache of any size gives the same bits.
+        hidden_states: [T, hidden]. top_k_index: int64 [T, k]. top_k_weights: [T, k].
+
+        Computes and sums in float32. A token's experts are summed in ascending order, so a cache of
+        any size gives the same bits. With k <= 2 the order changes no bit; they are summed as they
+        arrive.
         """
         inputs = hidden_states, top_k_index, top_k_weights
         return gradients.experts(self._backend, self._run, self._differentiate, *inputs)
@@ -116,24 +111,26 @@ class CachedExperts(nn.Module):
     def _run(
         self, backend: Backend, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
-        here, there = hidden_states.device, backend.torch_device
-        if here.type != there.type:
+        device = backend.torch_device
+        if hidden_states.device.type != device.type:
             raise MoeConvertError(
-                f"experts run on {there}, the input is on {here}",
-                "do not move the model; load it for another device",
+                f"the experts of layer {self.layer} are on {device}, their input is on"
+                f" {hidden_states.device}",
+                "do not move the model: load it with loader.from_pretrained(folder, device=...)",
             )
-        # Of several GPUs, the layer's own.
-        x, weights = (part.to(there, torch.float32) for part in (hidden_states, top_k_weights))
+        # With several GPUs, `device` is the one that has this layer.
+        x = hidden_states.to(device, torch.float32)
+        weights = top_k_weights.to(device, torch.float32)
         index, guesses = self._chosen(hidden_states, top_k_index)
         out = torch.zeros_like(x)
         if len(x) == 1 and index.shape[1] <= self._cache.room(self.layer):
-            # By rank: the second choice becomes the most recently used
-            # (examples/tiny-mixtral/README.md).
+            # In order of rank: the second choice becomes the most recently used expert, as in the
+            # measurements of examples/tiny-mixtral/README.md.
             with self._cache.lease(self.layer, index[0].tolist()) as lease:
                 self._cache.guess(self.layer + 1, guesses)
                 backend.experts(lease.all(), self._layouts, x, index, weights, out)
         elif len(x) == 1:
-            # The router was set to more experts than the cache was made for.
+            # The router chooses more experts than the cache holds: its top_k was raised.
             for blobs in self._cache.stream(
                 self.layer, _by_last_use(index), guesses, ascending=True
             ):
@@ -145,39 +142,46 @@ class CachedExperts(nn.Module):
                 self.layer, _by_last_use(index), guesses, ascending=ascending
             ):
                 backend.experts(blobs, self._layouts, x, index, weights, out)
-        return out.to(here, hidden_states.dtype)
+        return out.to(hidden_states.device, hidden_states.dtype)
 
     def _differentiate(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, grad: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of hidden_states and top_k_weights, float32, for the result's gradient
-        `grad` [T, H].
+        """Return the gradients of hidden_states and top_k_weights, float32.
 
-        Experts come from the cache again; sums are in the order of `forward`.
+        grad: the result's gradient [T, hidden]. Reads the experts from the cache again and sums in
+        the order of `forward`.
         """
-        x, weights, grad = (part.float() for part in (hidden_states, top_k_weights, grad))
-        x_grad, weights_grad = torch.zeros_like(x), torch.zeros_like(weights)
+        x = hidden_states.float()
+        weights = top_k_weights.float()
+        grad = grad.float()
+        x_grad = torch.zeros_like(x)
+        weights_grad = torch.zeros_like(weights)
         ascending = top_k_index.shape[1] > 2
         for blobs in self._cache.stream(
             self.layer, _by_last_use(top_k_index), [], ascending=ascending
         ):
             for expert in sorted(blobs):
                 token, rank = torch.where(top_k_index == expert)
-                parts = x[token], weights[token, rank], grad[token]
-                mine, weights_grad[token, rank] = expert_gradients(
-                    self._layouts[expert], blobs[expert], *parts
+                expert_x_grad, weights_grad[token, rank] = expert_gradients(
+                    self._layouts[expert],
+                    blobs[expert],
+                    x[token],
+                    weights[token, rank],
+                    grad[token],
                 )
-                x_grad.index_add_(0, token, mine)
+                x_grad.index_add_(0, token, expert_x_grad)
         return x_grad, weights_grad
 
     def _chosen(self, hidden_states: Tensor, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
-        """The router's choice, on the CPU, and the guesses for the next layer: of a GPU in one
-        copy, for which the host waits this one time in a layer.
+        """Return the router's choice [T, k] on the CPU, and the guesses for the next layer.
+
+        Copies both from a GPU at once: the host waits for the GPU only once a layer.
         """
-        found = self._cache.router_ahead(self.layer)
-        if found is None:
+        next_router = self._cache.router_ahead(self.layer)
+        if next_router is None:
             return top_k_index.cpu(), []
-        router, guesses = found
+        router, guesses = next_router
         tokens, top_k = top_k_index.shape
         ahead = ranked(router, hidden_states, guesses if tokens == 1 else top_k)
         index, ahead = torch.cat([top_k_index, ahead], dim=1).cpu().tensor_split([top_k], dim=1)
@@ -188,6 +192,9 @@ class CachedExperts(nn.Module):
 
 
 def _by_last_use(index: Tensor) -> list[int]:
-    """The different experts of index [T, k], that of the last token's last rank at the end."""
+    """Return the distinct experts of index [T, k], ordered by their last use.
+
+    The last token's choice of lowest rank is at the end.
+    """
     latest = dict.fromkeys(reversed(index.flatten().tolist()))
     return list(reversed(latest))

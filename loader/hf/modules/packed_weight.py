@@ -1,4 +1,4 @@
-"""The `weight` of a packed linear layer: PEFT and others look at it before they use the layer."""
+"""The `weight` of a packed linear layer, of which PEFT and others read shape, dtype and device."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,16 +10,15 @@ from formats.errors import MoeConvertError
 
 
 class PackedWeight(Tensor):
-    """A tensor with the shape and device of a packed matrix, and without values: every operation
-    raises MoeConvertError.
+    """A tensor without values, with the shape and device of a packed matrix.
 
-    A dequantized copy would be worse: what is added to it, as by PEFT's merge, would be lost
-    without a word.
+    Every operation raises MoeConvertError. A dequantized copy in its place would silently lose
+    changes, such as those of PEFT's merge.
     """
 
     @staticmethod
     def __new__(cls, rows: int, columns: int, device: torch.device) -> "PackedWeight":
-        # float32, in which the products are summed: PEFT gives its adapters this dtype.
+        # PEFT gives its adapters this dtype. Products are summed in float32.
         result: PackedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, (rows, columns), dtype=torch.float32, device=device
         )
@@ -34,8 +33,8 @@ class PackedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         raise MoeConvertError(
-            f"{func}: the weights are packed, and can neither be read nor changed as a tensor",
-            "leave adapters unmerged; or convert with --attn-bits 16 (--head-bits 16 for the head)",
+            f"{func}: packed weights cannot be read or changed as a tensor",
+            "leave adapters unmerged, or convert with --attn-bits 16 (--head-bits 16 for the head)",
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

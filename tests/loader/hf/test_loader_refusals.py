@@ -16,7 +16,7 @@ import loader
 from formats.artifact import Artifact
 from formats.errors import FormatError, MoeConvertError, VersionError
 from formats.safetensors_header import read_header
-from loader.hf.loading.plugin import compare_with_trunk
+from loader.hf.loading.index_comparison import check_trunk
 
 LAYER = "experts/layer-000.safetensors"
 
@@ -93,17 +93,17 @@ def test_fillers_of_the_trunk_are_loaded_over_in_silence(converted_copy, caplog)
 def test_a_model_with_a_tensor_that_the_trunk_lacks_is_refused(converted):
     model = load(converted("2bit"))
     artifact = Artifact.open(converted("2bit"))
-    compare_with_trunk(model, artifact)
+    check_trunk(model, artifact)
     model.model.norm.bias = torch.nn.Parameter(torch.zeros(192))
     with pytest.raises(FormatError, match=r"missing: model\.norm\.bias"):
-        compare_with_trunk(model, artifact)
+        check_trunk(model, artifact)
     del model.model.norm.bias
     model.model.norm.weight = torch.nn.Parameter(torch.zeros(7))
     with pytest.raises(FormatError, match=r"model\.norm\.weight"):
-        compare_with_trunk(model, artifact)
+        check_trunk(model, artifact)
     del model.model.norm.weight
-    with pytest.raises(FormatError, match=r"does not have: model\.norm\.weight"):
-        compare_with_trunk(model, artifact)
+    with pytest.raises(FormatError, match=r"not in the model: model\.norm\.weight"):
+        check_trunk(model, artifact)
 
 
 def test_a_newer_format_version_is_refused(converted_copy):
@@ -194,7 +194,8 @@ def test_a_packed_matrix_that_the_model_has_with_another_shape_is_named(tmp_path
     folder = built_with(tmp_path / "folder", num_attention_heads=4)
     Artifact.open(folder)
     with pytest.raises(
-        FormatError, match=r"q_proj of \[32, 32\] without bias, the model has a matrix \[64, 32\]"
+        FormatError,
+        match=r"q_proj as a matrix \[32, 32\] without bias, the model has a matrix \[64, 32\]",
     ):
         load(folder, check="none")
 
@@ -214,5 +215,5 @@ def test_experts_at_a_path_that_the_model_has_not_are_named(tmp_path):
 
     edit_json(folder / "moe_index.json", hashed)
     Artifact.open(folder)
-    with pytest.raises(FormatError, match=f"{elsewhere} is no module of the model"):
+    with pytest.raises(FormatError, match=f"the model has no module {elsewhere}"):
         load(folder, check="none")

@@ -1,18 +1,37 @@
-"""Names inside transformers that the loader needs: which release lacks one, and what is slower
-there.
+"""transformers' private names that the loader needs: which releases have them, and what a missing
+name costs.
 """
 
+import ast
 import logging
 
 import pytest
+import torch
 import transformers
-from transformers import DynamicCache, MixtralConfig, PreTrainedModel
-from transformers.generation import GenerationMixin
+from project_paths import ROOT
+from torch import nn
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import output_capturing
 
 from loader.hf import private_names
+
+SMALL = {
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +41,23 @@ def _looked_up_anew():
     private_names.generation_methods.cache_clear()
 
 
-def other_arguments(self, input_ids, past=None):
-    """prepare_inputs_for_generation as no release has it."""
+def other_parameters(self, input_ids, past=None):
+    """prepare_inputs_for_generation with parameters of no release."""
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "value", "look_up", "loss"),
+    ("owner", "name", "value", "look_up", "consequence"),
     [
         (
             output_capturing,
             "_active_collector",
             None,
             private_names.active_collector,
-            "once outputs were recorded",
+            "after a call that records outputs",
         ),
         (
             GenerationMixin,
-            "_update_model_kwargs_for_generation",
+            private_names.UPDATE_METHOD,
             None,
             private_names.generation_methods,
             "copies",
@@ -46,13 +65,15 @@ def other_arguments(self, input_ids, past=None):
         (
             GenerationMixin,
             "prepare_inputs_for_generation",
-            other_arguments,
+            other_parameters,
             private_names.generation_methods,
             "copies",
         ),
     ],
 )
-def test_another_name_is_logged_once(monkeypatch, caplog, owner, name, value, look_up, loss):
+def test_a_missing_name_is_logged_once(
+    monkeypatch, caplog, owner, name, value, look_up, consequence
+):
     monkeypatch.delattr(owner, name)
     if value is not None:
         monkeypatch.setattr(owner, name, value, raising=False)
@@ -60,16 +81,50 @@ def test_another_name_is_logged_once(monkeypatch, caplog, owner, name, value, lo
     with caplog.at_level(logging.INFO, logger="loader"):
         assert look_up() is None
         assert look_up() is None
-    assert [
-        record.getMessage() for record in caplog.records if loss in record.getMessage()
-    ] == caplog.messages
     assert len(caplog.messages) == 1
+    assert consequence in caplog.messages[0]
+
+
+def private_names_of_transformers():
+    """Names with one leading underscore that this release's classes define."""
+    owners = (PreTrainedModel, GenerationMixin, HfQuantizer, DynamicCache, MixtralConfig())
+    found = {name for owner in owners for name in dir(owner)} - set(dir(nn.Module))
+    known = {
+        "_active_collector",
+        "_commit_hash",
+        "_is_hf_initialized",
+        *private_names.INTERNAL_ARGUMENTS,
+    }
+    return known | {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def mentioned(path):
+    """Identifiers and strings in a source file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.alias):
+            yield node.name
+        elif isinstance(node, ast.Constant):
+            yield node.value
+
+
+def test_private_names_are_used_in_one_file():
+    private = private_names_of_transformers()
+    uses = {
+        str(path.relative_to(ROOT)): private.intersection(mentioned(path))
+        for path in (ROOT / "loader").rglob("*.py")
+    }
+    assert uses.pop("loader/hf/private_names.py") > {"_supports_sdpa", "_is_hf_initialized"}
+    assert {path: names for path, names in uses.items() if names} == {}
 
 
 NEEDED = {
     "HfQuantizer._process_model_before_weight_loading": (
         HfQuantizer,
-        "loader/hf/loading/plugin.py puts our modules in",
+        "loader/hf/loading/plugin.py replaces modules there",
     ),
     "PreTrainedModel._keys_to_ignore_on_load_unexpected": (
         PreTrainedModel,
@@ -77,7 +132,7 @@ NEEDED = {
     ),
     "GenerationMixin._update_model_kwargs_for_generation": (
         GenerationMixin,
-        "loader/hf/model_class.py has its own",
+        "loader/hf/model_class.py overrides it",
     ),
     "modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": (
         modeling_auto,
@@ -123,6 +178,54 @@ def test_this_release_says_which_attention_a_configuration_has():
     config = MixtralConfig()
     config._attn_implementation = "sdpa"
     assert private_names.attention_implementation(config) == config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_this_release_keeps_the_wish_for_attention_weights_where_the_loader_looks(wanted):
+    config = MixtralConfig(attn_implementation="eager")
+    config.output_attentions = wanted
+    found = private_names.returns_attentions(config) or vars(config).get("output_attentions")
+    assert bool(found) == wanted
+
+
+def test_a_configuration_with_a_commit_says_which():
+    config = MixtralConfig()
+    assert private_names.commit_hash(config) is None
+    config._commit_hash = "0123abc"
+    assert private_names.commit_hash(config) == "0123abc"
+
+
+def test_mixtral_supports_sdpa_in_this_release():
+    assert private_names.supports_sdpa(MixtralForCausalLM)
+    assert not private_names.supports_sdpa(PreTrainedModel)
+
+
+def test_this_release_skips_the_initialization_of_a_marked_module():
+    model = MixtralForCausalLM(MixtralConfig(**SMALL))
+    kept, other = model.lm_head, model.model.layers[0].self_attn.q_proj
+    for module in (*model.modules(), model):
+        module._is_hf_initialized = False
+    with torch.no_grad():
+        kept.weight.fill_(7)
+        other.weight.fill_(7)
+    private_names.skip_initialization(kept)
+    model.initialize_weights()
+    assert (kept.weight == 7).all()
+    assert not (other.weight == 7).any()
+
+
+def test_this_release_ignores_tensors_of_the_pattern(tmp_path, caplog):
+    plain = MixtralForCausalLM(MixtralConfig(**SMALL))
+    plain.save_pretrained(tmp_path, state_dict={**plain.state_dict(), "__pad__.1": torch.zeros(3)})
+
+    class Ignoring(MixtralForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            private_names.ignore_unexpected(self, r"^__pad__\.")
+
+    for model_class, unexpected in ((MixtralForCausalLM, {"__pad__.1"}), (Ignoring, set())):
+        _, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert set(info["unexpected_keys"]) == unexpected
 
 
 def test_this_release_puts_its_recording_hooks_where_the_loader_looks():
