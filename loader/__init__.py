@@ -19,7 +19,7 @@ Rooms, lower ones first; a room imports only lower ones:
 - `arithmetic`: products on the CPU; `native`: their C++ code
 - `hf/modules`: modules over packed weights in place of transformers' own
 - `decode`: one token on the CPU, and the protocol of decoders; `cuda`: the same on GPUs
-- `hf`: everything else that touches transformers; its `by_name` calls `model.py`
+- `hf`: everything else that touches transformers
 - this folder: `model.py` loads, `repository.py` opens a folder or repository, `placement.py` sets
   up cache, backends and decoder, `default_options.py` and `option_values.py` hold the options
 - `evaluation`, `traces`, `planning`, `serving`: uses of a loaded model
@@ -57,4 +57,4 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-register_with_transformers()
+register_with_transformers(lambda: __getattr__("from_pretrained"))

@@ -34,7 +34,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """The kind for which `_place` was checked."""
 
     @classmethod
-    def of(cls, plain: DynamicLayer) -> "GrowingLayer":
+    def from_layer(cls, plain: DynamicLayer) -> "GrowingLayer":
         """Return a layer with the state of `plain`, over the same key and value tensors."""
         layer = cls()
         layer.__dict__.update(plain.__dict__)
@@ -210,7 +210,7 @@ def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
         return None
     present = layers[layer]
     if type(present) is DynamicLayer:
-        present = layers[layer] = GrowingLayer.of(present)
+        present = layers[layer] = GrowingLayer.from_layer(present)
     return present if type(present) is GrowingLayer else None
 
 

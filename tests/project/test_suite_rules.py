@@ -14,6 +14,7 @@ FOREIGN = {
     "_experts_implementation",
     "_forward_hooks",
     "_forward_pre_hooks",
+    "_is_hf_initialized",
     "_model_mapping",
     "_no_split_modules",
     "_ntuple_diskusage",

@@ -1,7 +1,7 @@
 """Translates the keyword arguments of transformers' from_pretrained for a converted model."""
 
-import inspect
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from formats.config.field_rules import short
@@ -16,7 +16,6 @@ from loader.hf.private_names import (
     commit_hash,
     experts_implementation,
 )
-from loader.model import from_pretrained
 
 NO_EFFECT = INTERNAL_ARGUMENTS | {
     "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "mirror", "offload_buffers",
@@ -60,14 +59,15 @@ NEUTRAL_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 nothing. Any other value is an error.
 """
 
-_OPTIONS = tuple(name for name in inspect.signature(from_pretrained).parameters if name != "folder")
 
-
-def loader_options(name: str, given: Any, stored: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def loader_options(
+    name: str, given: Any, stored: Any, arguments: dict[str, Any], known: Sequence[str]
+) -> dict[str, Any]:
     """Return the options of loader.from_pretrained for transformers' keyword arguments.
 
     given: the caller's configuration; transformers puts some of the arguments into it.
     stored: the configuration of the folder or repository `name`.
+    known: names of the options of loader.from_pretrained.
     Raises RecipeError naming an argument that is not supported.
     """
     left = {key: value for key, value in arguments.items() if key not in NO_EFFECT}
@@ -84,10 +84,10 @@ def loader_options(name: str, given: Any, stored: Any, arguments: dict[str, Any]
         **_attention(left, given, stored),
         **_repository(name, left, given),
     }
-    if unknown := sorted(left.keys() - set(_OPTIONS)):
+    if unknown := sorted(left.keys() - set(known)):
         raise RecipeError(
             f"{unknown[0]}: unknown argument for a converted model",
-            f"known arguments: {', '.join(_OPTIONS)}, device_map",
+            f"known arguments: {', '.join(known)}, device_map",
         )
     return {**left, **options}
 

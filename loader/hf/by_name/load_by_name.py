@@ -1,6 +1,8 @@
 """Loads a converted folder or repository that was named in a call of transformers."""
 
+import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from formats.config.recorded_config import METHOD
 from formats.errors import RecipeError
 from formats.repair.unconverted import check_finished
 from loader.hf.by_name.arguments import loader_options
-from loader.model import from_pretrained
 
 SETTABLE = (
     "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits",
@@ -36,10 +37,10 @@ class NamedFolder:
     stored: Any
 
     @classmethod
-    def of(
+    def from_call(
         cls, name: Any, config: Any, config_class: Any, kwargs: dict[str, Any]
     ) -> "NamedFolder | None":
-        """Return None if `name` is not a converted model.
+        """Return the folder of a call of from_pretrained; None if `name` is not a converted model.
 
         Raises NotConvertedError for a folder whose conversion did not finish.
         """
@@ -55,8 +56,10 @@ class NamedFolder:
             return None
         return cls(os.fspath(name), config, config_class.from_pretrained(name, **known))
 
-    def load(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the loaded model.
+    def load(
+        self, from_pretrained: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the model that `from_pretrained`, the loader's function, loads.
 
         Raises RecipeError naming an argument or config field that is not supported.
         """
@@ -67,8 +70,9 @@ class NamedFolder:
             )
         changes = self._changes()
         generation = kwargs.pop("generation_config", None)
-        options = loader_options(self.name, self.given, self.stored, kwargs)
-        model: Any = from_pretrained(self.name, **options)
+        known = [name for name in inspect.signature(from_pretrained).parameters if name != "folder"]
+        options = loader_options(self.name, self.given, self.stored, kwargs, known)
+        model = from_pretrained(self.name, **options)
         for field, value in changes.items():
             setattr(model.config, field, value)
         if kwargs.get("device_map") is not None:

@@ -6,7 +6,10 @@ modeling module may be imported: modeling modules import the registries in the m
 import. Therefore a `RegistryEntry` is registered, which imports the real class at its first use.
 """
 
+import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from formats.config.model_types import MODEL_TYPES
 from loader.hf.by_name.import_hook import after_import
@@ -14,13 +17,17 @@ from loader.hf.by_name.import_hook import after_import
 _log = logging.getLogger(__name__)
 
 
-def register_with_transformers() -> None:
-    """Make AutoModelForCausalLM, and all code that loads through it, accept converted folders."""
-    after_import("transformers.models.auto.modeling_auto", _register_models)
+def register_with_transformers(import_load: Callable[[], Any]) -> None:
+    """Make AutoModelForCausalLM, and all code that loads through it, accept converted folders.
+
+    import_load: imports and returns loader.from_pretrained; called when a converted folder loads.
+    """
+    register_models = functools.partial(_register_models, import_load)
+    after_import("transformers.models.auto.modeling_auto", register_models)
     after_import("transformers.quantizers.auto", _register_plugin)
 
 
-def _register_models() -> None:
+def _register_models(import_load: Callable[[], Any]) -> None:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -32,7 +39,7 @@ def _register_models() -> None:
             _log.info("model type %s is unknown to this release of transformers", model_type)
             continue
         config_class = CONFIG_MAPPING[model_type]
-        entry = entry_for(config_class, causal_class)
+        entry = entry_for(config_class, causal_class, import_load)
         modeling_auto.AutoModelForCausalLM.register(config_class, entry, exist_ok=True)
         # `transformers serve` looks the model type up in this list. Without an entry it loads by
         # getattr(transformers, class name), which bypasses the registries.

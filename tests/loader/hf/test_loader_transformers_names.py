@@ -191,7 +191,7 @@ def test_this_release_keeps_the_wish_for_attention_weights_where_the_loader_look
 def test_a_configuration_with_a_commit_says_which():
     config = MixtralConfig()
     assert private_names.commit_hash(config) is None
-    config._commit_hash = "0123abc"
+    setattr(config, private_names.COMMIT_HASH, "0123abc")
     assert private_names.commit_hash(config) == "0123abc"
 
 
