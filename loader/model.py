@@ -174,7 +174,7 @@ def _placed(
 def _load(
     artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None
 ) -> Any:
-    from loader.hf.loading.plugin import Parts, loading
+    from loader.hf.loading.plugin import Parts, use_parts
     from loader.hf.model_class import served_class
 
     # The fields that the strict reader checked; a second parser could see others.
@@ -186,7 +186,7 @@ def _load(
     # Links to the listed files only: transformers would load an adapter_config.json too.
     with (
         link_listed_files(artifact.folder, artifact.index, TRUNK_NAME.__eq__) as files,
-        loading(parts),
+        use_parts(parts),
     ):
         try:
             base = model_class(options["config"])

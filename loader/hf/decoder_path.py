@@ -19,9 +19,9 @@ from loader.lifetime.copies import Derived
 
 
 class DecoderPath(Derived):
-    """The decoder of one model. It is made for the first token, and again after a weight or setting
-    has changed.
+    """The decoder of one model.
 
+    It is made for the first token, and again after a weight or setting has changed.
     docs/numerics.md ("One token through the decoder") lists the conditions for using it.
     """
 
@@ -63,14 +63,12 @@ class DecoderPath(Derived):
         if not 0 <= token < len(embedding):
             # transformers' code then raises torch's IndexError.
             raise LeaveDecoder(Reason.PROMPT)
-        result = decoder.run(
-            token, *self._rotary_of(embedding.dtype).find(length), past, self._experts
-        )
+        cosine_sine = self._rotary_of(embedding.dtype).find(length)
+        result = decoder.run(token, *cosine_sine, past, self._experts)
         if config_fields(config).get("output_router_logits"):
             _say_router_logits_are_off()
-        return self._output(
-            result if decoder.has_head else self._model.lm_head(result), request.cache
-        )
+        logits = result if decoder.has_head else self._model.lm_head(result)
+        return self._output(logits, request.cache)
 
     def _check_surroundings(self, config: Any) -> None:
         if returns_attentions(config):
@@ -91,7 +89,8 @@ class DecoderPath(Derived):
             raise LeaveDecoder(Reason.REPLACED, f"a weight was removed: {e}") from None
         made = self._made
         if made is None or made[0] != now:
-            made = self._made = now, self._new_decoder()
+            made = (now, self._new_decoder())
+            self._made = made
         return made[1]
 
     def _new_decoder(self) -> Decoder:
@@ -107,7 +106,8 @@ class DecoderPath(Derived):
         return self._factory.make(weights, self._experts)
 
     def _rotary_of(self, dtype: torch.dtype) -> RotaryTable:
-        rotary, table = self._inner.rotary_emb, self._rotary
+        rotary = self._inner.rotary_emb
+        table = self._rotary
         if not RotaryTable.fits(rotary):
             raise LeaveDecoder(Reason.ROTARY, f"rope_type {getattr(rotary, 'rope_type', None)}")
         if table is None or table.dtype is not dtype or not table.is_of(rotary):

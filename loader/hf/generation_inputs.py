@@ -20,10 +20,10 @@ _KNOWN = {"cache", "attention_mask", "position_ids", "use_cache"}
 
 
 class GrowingRow(threading.local):
-    """An int64 tensor [1, n] that grows in place: each result is a view of the same memory, one
-    column longer than the one before.
+    """An int64 tensor [1, n] that grows in place.
 
-    A row that is not this thread's latest result starts new memory.
+    Each result is a view of the same memory, one column longer than the result before it. A row
+    that is not this thread's latest result starts new memory.
     """
 
     _memory: Tensor | None = None
@@ -32,7 +32,8 @@ class GrowingRow(threading.local):
 
     def appended(self, row: Tensor, value: int) -> Tensor:
         """Return `row`, int64 [1, n] on the CPU, extended by `value`."""
-        memory, columns = self._memory, row.shape[1]
+        memory = self._memory
+        columns = row.shape[1]
         if (
             memory is None
             or row.data_ptr() != memory.data_ptr()
@@ -40,8 +41,9 @@ class GrowingRow(threading.local):
             or columns == memory.shape[1]
             or memory.is_inference() != torch.is_inference_mode_enabled()
         ):
-            memory = self._memory = row.new_empty((1, max(MIN_COLUMNS, 2 * columns)))
+            memory = row.new_empty((1, max(MIN_COLUMNS, 2 * columns)))
             memory[:, :columns] = row
+            self._memory = memory
         c_int64.from_address(memory.data_ptr() + 8 * columns).value = value
         self._used = columns + 1
         return memory.narrow(1, 0, self._used)
@@ -61,8 +63,9 @@ class GenerationInputs:
     def prepared(
         self, input_ids: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """Return the result of prepare_inputs_for_generation(input_ids, next_sequence_length=1,
-        **kwargs), or None.
+        """Return the result of prepare_inputs_for_generation(input_ids, *args, **kwargs), or None.
+
+        Handles calls with next_sequence_length=1 only.
         """
         values = {name: value for name, value in kwargs.items() if name != "next_sequence_length"}
         if (
@@ -84,8 +87,9 @@ class GenerationInputs:
     def updated(
         self, outputs: Any, values: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any] | None:
-        """Return the result of _update_model_kwargs_for_generation for `values` after one token, or
-        None.
+        """Return the result of `private_names.UPDATE_METHOD`, or None.
+
+        outputs: the model's output for one token. values: the keyword arguments to extend.
         """
         if args or kwargs.get("is_encoder_decoder") or kwargs.get("num_new_tokens", 1) != 1:
             return None

@@ -1,5 +1,6 @@
-"""A KV cache layer that appends in place. Its memory doubles when it is full; transformers' layer
-copies all keys and values for each token.
+"""A KV cache layer that appends in place, and doubles its memory when that is full.
+
+transformers' layer copies all keys and values for each token.
 """
 
 from typing import Any
@@ -14,21 +15,23 @@ MIN_POSITIONS = 256
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """A DynamicLayer over memory with spare capacity: `keys` and `values` are views of its first
-    positions.
+    """A DynamicLayer over memory with spare capacity.
+
+    `keys` and `values` are views of the memory's first positions, made on demand: native code
+    appends without them. A view taken before a crop shows the positions appended after the crop.
 
     transformers may assign other tensors to `keys` and `values` (a reordered, cropped or selected
     batch). If they are no longer the first positions of the memory, the next update moves them into
-    new memory. A view taken before a crop shows the positions appended after it. The views are made
-    on demand: native code appends without them.
+    new memory.
     """
 
     _memory: tuple[Tensor, Tensor] | None = None
     _shown: int | None = None
     """Positions of the memory that `keys` and `values` show; None after an assignment to them."""
     _place: tuple[int, int, int] | None = None
-    """Addresses of the memory's keys and values, and its capacity in positions. Set only for one
-    sequence that native code may write.
+    """Addresses of the memory's keys and values, and its capacity in positions.
+
+    Set only for a single sequence to which native code may append.
     """
     _kind: Kind | None = None
     """The kind for which `_place` was checked."""
@@ -103,10 +106,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         memory = self._memory
         if memory is None or not self._fits(memory, key_states, length):
             capacity = max(MIN_POSITIONS, 2 * (length + key_states.shape[-2]))
-            keys, values = self.keys, self.values
             memory = (
-                _moved(keys, key_states, length, capacity),
-                _moved(values, value_states, length, capacity),
+                _moved(self.keys, key_states, length, capacity),
+                _moved(self.values, value_states, length, capacity),
             )
             # In this order an interrupt between two assignments loses no position.
             self._place = None
@@ -122,7 +124,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """
         place = self._place
         if place is None or self._shown is None or self._shown >= place[2] or self._kind != kind:
-            place = self._place = self._checked_place(kind)
+            place = self._checked_place(kind)
+            self._place = place
             self._kind = kind
         return place
 
@@ -210,7 +213,8 @@ def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
         return None
     present = layers[layer]
     if type(present) is DynamicLayer:
-        present = layers[layer] = GrowingLayer.from_layer(present)
+        present = GrowingLayer.from_layer(present)
+        layers[layer] = present
     return present if type(present) is GrowingLayer else None
 
 

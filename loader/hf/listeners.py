@@ -1,5 +1,6 @@
-"""Finds listeners on a model's modules: hooks, replaced forwards, replaced modules, transformers'
-output recording. The decoder calls no module, so it would skip them.
+"""Finds listeners on a model's modules, which the decoder would skip because it calls no module.
+
+Listeners are hooks, replaced forwards, replaced modules and transformers' output recording.
 """
 
 from types import MethodType

@@ -27,27 +27,25 @@ class MoeConvertMixin:
         self._serving.reset_stats()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters of the original model: packed weights and all experts
-        are counted too.
+        """Return the number of parameters, equal to that of the unconverted model.
+
+        It includes packed weights and all experts. only_trainable: leave both out, they are frozen.
         """
         counted: int = super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc]
         return counted if only_trainable else counted + packed_weights(self)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the trunk's bytes plus the capacity of the expert cache in RAM and on GPUs, in
-        bytes.
-        """
+        """Return the size in bytes of the trunk and of the expert cache's memory, RAM and GPUs."""
         trunk: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
         stats = self.moe_stats()
         return trunk + stats.slot_bytes + (stats.ram.buffer_bytes if stats.ram else 0)
 
 
 def served_class(base: Any) -> Any:
-    """Return the subclass of `base`, a causal model of transformers, that reads its experts from a
-    cache.
+    """Return the subclass of `base` that reads its experts from a cache.
 
-    base: the class or its RegistryEntry. The subclass has the same name and module, because
-    transformers looks up losses, pipelines and attention implementations by both.
+    base: a causal model class of transformers, or its RegistryEntry. The subclass has the same name
+    and module: transformers looks up losses, pipelines and attention implementations by both.
     """
     # A RegistryEntry has the real class in `plain_class`.
     return _subclass(getattr(base, "plain_class", base))

@@ -1,5 +1,6 @@
-"""The state of a served model beside its modules, and the choice for each forward pass: decoder or
-transformers' code.
+"""Holds a served model's state beside its modules, and chooses the path of each forward pass.
+
+The paths are the decoder and transformers' code.
 """
 
 import dataclasses
@@ -66,10 +67,10 @@ class Serving:
     def forward(
         self, model: Any, plain: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Return the output for these arguments, as `plain`, the forward of transformers' class,
-        would.
+        """Return the output that `plain` gives for these arguments.
 
-        A pass that raises an error leaves the KV cache at its former length.
+        plain: the forward method of transformers' class. A pass that raises an error leaves the KV
+        cache at its former length.
         """
         if torch.compiler.is_compiling():
             return plain(*args, **kwargs)

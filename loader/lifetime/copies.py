@@ -1,12 +1,12 @@
-"""Base classes that say what a copy of a model does with an object: make it again, or share it."""
+"""Base classes of objects that a copied model makes again or shares."""
 
 from typing import Any
 
 
 class Derived:
-    """An object that depends on addresses of weights: None in a copy, which makes its own.
+    """An object that depends on the addresses of weights.
 
-    A copy is one of copy.deepcopy or pickle.
+    In a copy (copy.deepcopy or pickle) it is None, and the copied model makes a new one.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -17,7 +17,7 @@ class Derived:
 
 
 class Shared:
-    """An object without state of one model: a copy of the model shares it."""
+    """An object without state of one model. A copy of the model shares it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self

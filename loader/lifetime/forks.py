@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 class SurvivesFork(Protocol):
-    """An object with locks, threads or reads of this process."""
+    """An object that holds locks, threads or reads in progress."""
 
     def start_anew(self) -> None:
         """Prepare for use in a forked child. Called first there, by its only thread."""
@@ -48,7 +48,7 @@ def _in_child() -> None:
 
 
 def no_gpu_after_fork() -> MoeConvertError:
-    """Return the error for use of a GPU in a forked child."""
+    """Return the error for a model that is used on a GPU in a forked child."""
     return MoeConvertError(
         "the model is on a GPU, which a forked process cannot use",
         "load the model in each process, or start processes by multiprocessing's spawn method",

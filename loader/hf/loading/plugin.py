@@ -57,7 +57,7 @@ _PARTS: ContextVar[Parts | None] = ContextVar("moe_convert_parts", default=None)
 
 
 @contextmanager
-def loading(parts: Parts) -> Iterator[None]:
+def use_parts(parts: Parts) -> Iterator[None]:
     """Make from_pretrained use `parts` in this context (a thread or task). Registers the plugin."""
     register_plugin()
     token = _PARTS.set(parts)

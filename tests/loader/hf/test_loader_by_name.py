@@ -1,6 +1,4 @@
-"""Converted models by their name: AutoModelForCausalLM, pipeline, AutoTokenizer, lm-eval,
-transformers' server.
-"""
+"""Loading by name: AutoModelForCausalLM, pipeline, AutoTokenizer, lm-eval, transformers' server."""
 
 import importlib.util
 import os
@@ -64,7 +62,7 @@ def plain(example_folder: Path) -> Any:
 
 
 def run_python(code: str, *arguments: object) -> str:
-    """What `code` prints in a new process."""
+    """Return the output of `code` in a new process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
@@ -120,7 +118,7 @@ def test_importing_the_loader_registers_it_without_importing_torch_or_transforme
     ]
 
 
-def test_what_waits_for_an_import_runs_once_when_it_ends(
+def test_a_function_runs_once_after_the_import_it_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "module_to_wait_for.py").write_text("value = 1\n")
@@ -239,7 +237,7 @@ def test_the_loader_says_how_to_convert_a_plain_checkpoint(example_folder: Path)
 @pytest.mark.parametrize(
     "command", [["generate", "--prompt", "x"], ["inspect"], ["verify"]], ids=lambda c: c[0]
 )
-def test_commands_say_what_to_do_with_what_is_not_converted(
+def test_commands_give_the_next_step_for_an_unconverted_folder(
     run_command: Any, example_folder: Path, converted_copy: Path, command: list[str]
 ) -> None:
     name, *options = command

@@ -1,4 +1,4 @@
-"""transformers' arguments for a converted model: what they mean, and which are refused by name."""
+"""transformers' arguments for a converted model: their meaning, and errors that name them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -45,9 +45,7 @@ def test_a_model_with_a_device_map_says_where_it_is(folder: Path, device_map: An
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device_map", ["cuda", 0, {"": 0}])
-def test_a_gpu_that_is_not_there_is_not_replaced_by_the_processor(
-    folder: Path, device_map: Any
-) -> None:
+def test_a_missing_gpu_is_not_replaced_by_the_cpu(folder: Path, device_map: Any) -> None:
     with pytest.raises(MoeConvertError, match="cuda"):
         AutoModelForCausalLM.from_pretrained(folder, device_map=device_map)
 

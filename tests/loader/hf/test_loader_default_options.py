@@ -23,7 +23,7 @@ def folder(converted: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def slots(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Budget -> slots of each layer."""
+    """Return budget -> slots of each layer."""
     return {
         size: loader.from_pretrained(folder, ram_cache=size).moe_stats().slots
         for size in (SMALL, LARGER)
@@ -40,7 +40,7 @@ def test_defaults_hold_inside_the_with_and_where_the_call_gives_nothing(
     assert set(load(folder).moe_stats().slots) == {8}
 
 
-def test_an_inner_with_keeps_what_it_does_not_name(
+def test_an_inner_with_keeps_options_that_it_does_not_name(
     folder: Path, slots: dict[str, tuple[int, ...]]
 ) -> None:
     with loader.defaults(ram_cache=SMALL, prefetch=0):

@@ -1,4 +1,4 @@
-"""What generate prepares between tokens is what transformers prepares, grown in place."""
+"""Inputs that generate prepares between tokens: equal to transformers', but grown in place."""
 
 import inspect
 
@@ -46,8 +46,9 @@ def test_a_row_of_inference_mode_may_go_on_outside():
 
 
 def prepared(owner, model, values):
-    """The kwargs after one token and the inputs of the next, by the methods of `owner`: the
-    model's, or its class's.
+    """Return the kwargs after one token and the inputs of the next token.
+
+    owner: the model or its plain class, whose methods prepare them.
     """
     bound = () if owner is model else (model,)
     outputs = {} if values["cache"] is None else MoeCausalLMOutputWithPast(cache=values["cache"])

@@ -38,7 +38,7 @@ def append(layers, lengths, batch=2, seed=0):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_appending_gives_what_concatenating_gives():
+def test_appending_equals_concatenating():
     ours, plain = both()
     append((ours, plain), [5, 1, 1, 300, 1, 7, 600, 1])
     assert agree(ours, plain)
@@ -48,7 +48,7 @@ def test_appending_gives_what_concatenating_gives():
 def test_a_token_stays_in_place_until_the_memory_is_full():
     ours, _ = both()
     ours.update(*states(100, 0))
-    # The views keep the memory that was left: freed, its address may be given out again.
+    # The views keep the old memory alive: a freed address may be allocated again.
     views = []
     for number in range(500):
         ours.update(*states(1, number))
@@ -152,8 +152,9 @@ def batch(converted):
 
 
 def with_and_without(model, monkeypatch, run):
-    """What `run` gives over the growing cache and over transformers' own; one token by
-    transformers' code in both.
+    """Return the results of `run` with the growing cache and with transformers' own cache.
+
+    transformers' code computes single tokens in both.
     """
     with transformers_code(model):
         ours = run()

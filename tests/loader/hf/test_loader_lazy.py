@@ -1,4 +1,4 @@
-"""Models from the Hub: whole, and expert by expert as they are needed."""
+"""Models from the Hub: downloaded whole, or each expert when a token needs it."""
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ def expert_bytes(local: Path) -> int:
 
 
 def fetched(hub: HubServer) -> int:
-    """Bytes of layer files that were sent, without headers."""
+    """Return the bytes of layer files that were sent, without headers."""
     return sum(end - begin for begin, end in hub.ranges("experts/layer-") if begin >= 4096)
 
 
@@ -130,11 +130,13 @@ def test_a_filled_folder_is_an_ordinary_one(filled: HubServer, local: Path) -> N
     assert fetched(filled) == 0
 
 
-def test_the_background_fetches_what_nobody_asked_for(filled: HubServer, local: Path) -> None:
+def test_the_background_download_fetches_the_remaining_experts(
+    filled: HubServer, local: Path
+) -> None:
     lazy = open_lazy()
     calls: list[tuple[str, int, int]] = []
     reader = HubReader(lazy, progress=lambda *call: calls.append(call))
-    # The thread ends by itself only once it is told to; what it has to do it does before.
+    # The filling thread ends only when it is told to, so wait until it has all experts.
     with inside(reader, "lock"):
         assert inside(reader, "lock").wait_for(
             lambda: len(inside(reader, "good")) == len(inside(reader, "entries")), timeout=120
@@ -169,7 +171,7 @@ def test_an_expert_that_is_being_filled_is_waited_for_and_comes_once(
 
 
 @needs_fork
-def test_a_forked_child_fetches_what_it_needs_while_its_parent_fetches_the_rest(
+def test_a_forked_child_fetches_its_experts_while_its_parent_fetches_the_rest(
     filled: HubServer, expected: Callable[[int, int], torch.Tensor]
 ) -> None:
     asked, go_on = threading.Event(), threading.Event()
@@ -224,7 +226,7 @@ def test_layers_that_come_next_are_fetched_first(filled: HubServer, local: Path)
         assert inside(reader, "next")() == (0, 0)
 
 
-def test_until_all_is_there_the_folder_does_not_look_complete(filled: HubServer) -> None:
+def test_a_partial_download_does_not_look_complete(filled: HubServer) -> None:
     lazy = open_lazy()
     with HubReader(lazy, fill=False) as reader:
         reader.read(0, 0)
@@ -266,7 +268,8 @@ def test_an_expert_is_recorded_after_its_bytes_are_durable(
     monkeypatch.setattr(os, "fsync", lambda fd: (states.append(lazy.has(0, 1)), real(fd)))
     with HubReader(lazy, fill=False) as reader:
         reader.read(0, 1)
-    assert states == [False, True]  # of the layer's file, then of the record
+    # At the fsync of the layer's file, then at that of the record.
+    assert states == [False, True]
     assert lazy.has(0, 1)
 
 
@@ -279,7 +282,7 @@ def test_a_bad_line_gives_the_right_bytes(
             name, **({"at": 300} if fault == "damage" and "layer" not in name else {})
         )
     if fault == "damage":
-        # Index and headers cannot be told from damaged ones: these are refused.
+        # A damaged index or header is refused. Only the trunk's and the experts' bytes have hashes.
         filled.faults.clear()
         filled.faults.damage("trunk", at=9000)
     lazy = open_lazy()
@@ -305,7 +308,7 @@ def test_a_busy_hub_is_tried_again(
         assert torch.equal(reader.read(1, 0), expected(1, 0))
 
 
-def test_a_changed_file_is_an_error_and_what_is_there_stays(
+def test_a_changed_file_is_an_error_and_downloaded_files_stay(
     filled: HubServer, expected: Callable[[int, int], torch.Tensor]
 ) -> None:
     with HubReader(open_lazy(), fill=False) as reader:
@@ -379,7 +382,7 @@ def test_a_closing_reader_does_not_wait_for_a_busy_hub(filled: HubServer) -> Non
     assert not inside(reader, "thread").is_alive()
 
 
-def test_offline_what_is_there_can_be_used(
+def test_offline_downloaded_experts_can_be_used(
     filled: HubServer, monkeypatch: pytest.MonkeyPatch, expected: Callable[[int, int], torch.Tensor]
 ) -> None:
     with HubReader(open_lazy(), fill=False) as reader:

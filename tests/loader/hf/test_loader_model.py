@@ -1,4 +1,4 @@
-"""The loaded model against a plain transformers Mixtral that holds the dequantized weights."""
+"""The loaded model compared with a plain transformers Mixtral with the dequantized weights."""
 
 import contextlib
 import threading
@@ -156,7 +156,7 @@ def test_two_models_of_one_folder_do_not_share_counters(converted, ids):
 
 
 @pytest.mark.parametrize("kernels", BACKENDS)
-def test_threads_that_generate_at_once_get_what_they_get_alone(converted, tokenizer, kernels):
+def test_concurrent_threads_generate_the_tokens_of_one_alone(converted, tokenizer, kernels):
     folder = converted("2bit")
     prompts = [tokenizer(text, return_tensors="pt") for text in (PROMPT, "def f(x):\n    return")]
     model = load(folder, ram_cache=slots_budget(folder, 2), kernels=kernels)
@@ -227,14 +227,14 @@ def test_unknown_options_are_refused_by_value(converted, options, part):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "cuda:0,cuda:1"])
-def test_a_gpu_that_is_not_there_is_refused_with_the_reason(converted, device):
+def test_a_missing_gpu_is_refused_with_the_reason(converted, device):
     with pytest.raises(
         MoeConvertError, match=rf"device {device.replace(',', ', ')}: torch .*(without CUDA|no GPU)"
     ):
         load(converted("2bit"), device=device)
 
 
-def test_native_kernels_that_are_not_there_are_refused_with_the_reason(converted, monkeypatch):
+def test_missing_native_kernels_are_refused_with_the_reason(converted, monkeypatch):
     monkeypatch.setattr(kernels, "available", lambda: False)
     monkeypatch.setattr(kernels, "describe", lambda: "torch (slow): no library")
     with pytest.raises(RecipeError, match="no library"):

@@ -29,7 +29,7 @@ LORA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """By name: 2bit (attention packed), attn16 (2-bit experts beside attention in 16 bits)."""
+    """Folders: 2bit has packed attention, attn16 has 16-bit attention; both have 2-bit experts."""
     root = tmp_path_factory.mktemp("peft")
     recipes = {
         "2bit": make_recipe("2bit", solver="hqq"),
@@ -50,7 +50,7 @@ def adapted(model: Any, **options: Any) -> Any:
 
 
 def trained_loss(model: Any, rate: float) -> float:
-    """The loss after 30 steps."""
+    """Return the loss after 30 steps."""
     ids = batch(1)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
@@ -160,7 +160,7 @@ def test_a_merge_into_attention_in_16_bits_gives_the_adapters_logits(folder: Fol
     assert ((merged - expected).norm() / expected.norm()).item() < 0.03
 
 
-def test_the_python_of_the_page_runs_as_it_stands(folder: Folder) -> None:
+def test_the_code_of_the_page_runs(folder: Folder) -> None:
     page = ROOT / "docs" / "gradients.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     names: dict[str, Any] = {}

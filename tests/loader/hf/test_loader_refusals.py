@@ -1,4 +1,4 @@
-"""Folders that the loader must not load, and what it then says."""
+"""Folders that the loader must reject, and its errors."""
 
 import hashlib
 import json
@@ -146,7 +146,7 @@ def test_an_ordinary_checkpoint_is_refused(example_folder):
         load(example_folder)
 
 
-def test_what_is_no_folder_is_refused(tmp_path):
+def test_a_path_that_is_no_folder_is_refused(tmp_path):
     with pytest.raises(MoeConvertError, match="not a folder"):
         load(tmp_path / "nowhere")
     with pytest.raises(MoeConvertError, match="not a folder"):
@@ -174,9 +174,7 @@ def test_the_plain_class_refuses_the_folder_after_ours_was_loaded(converted):
 
 
 def built_with(folder, **fields):
-    """A converted folder of random weights whose index and config.json say `fields`, which no
-    header has.
-    """
+    """Return a converted folder whose index and config.json have `fields`; its headers do not."""
     write_folder(folder)
     edit_json(folder / "config.json", lambda config: config.update(fields))
 
