@@ -1,8 +1,8 @@
-"""Loads converted folders as transformers models whose experts come from files, through a cache.
+"""Loads converted folders as transformers models that read their experts through a cache.
 
-import loader
-model = loader.from_pretrained("mixtral-2bit", ram_cache="6GiB")
-tokenizer = loader.load_tokenizer("mixtral-2bit")
+    import loader
+    model = loader.from_pretrained("mixtral-2bit", ram_cache="6GiB")
+    tokenizer = loader.load_tokenizer("mixtral-2bit")
 
 After `import loader`, AutoModelForCausalLM of transformers loads converted folders too
 (docs/load.md).
@@ -19,10 +19,12 @@ Rooms, lower ones first; a room imports only lower ones:
 - `arithmetic`: products on the CPU; `native`: their C++ code
 - `hf/modules`: modules over packed weights in place of transformers' own
 - `decode`: one token on the CPU, and the protocol of decoders; `cuda`: the same on GPUs
-- `hf`: everything else that touches transformers
+- `hf`: the served class, its KV cache and its path for each token
+- `hf/loading`: builds a model or tokenizer from a folder
+- `hf/by_name`: makes transformers' Auto classes accept converted folders
 - this folder: `model.py` loads, `repository.py` opens a folder or repository, `placement.py` sets
   up cache, backends and decoder, `default_options.py` and `option_values.py` hold the options
-- `evaluation`, `traces`, `planning`, `serving`: uses of a loaded model
+- `evaluation`, `serving`, `traces`, `planning`: uses of a loaded model
 
 Invariants: cache size, policy, prefetch and check change speed, never a result. Importing `loader`
 imports neither torch nor transformers.
@@ -57,4 +59,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+# Passed as a function: by_name must not import the modules that use it.
 register_with_transformers(lambda: __getattr__("from_pretrained"))

@@ -81,5 +81,8 @@ def load_checkpoint(folder: Path) -> "PreTrainedModel":
             os.fspath(folder), dtype="auto", **options
         )
     except (OSError, ValueError) as e:
-        raise MoeConvertError(f"{folder}: transformers cannot load it: {e}") from e
+        raise MoeConvertError(
+            f"{folder}: transformers cannot load it: {e}",
+            "correct the checkpoint's files, or download them again",
+        ) from e
     return model.eval()

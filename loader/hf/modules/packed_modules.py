@@ -194,7 +194,7 @@ class CachedExperts(nn.Module):
 def _by_last_use(index: Tensor) -> list[int]:
     """Return the distinct experts of index [T, k], ordered by their last use.
 
-    The last token's choice of lowest rank is at the end.
+    The last choice of the last token is at the end.
     """
     latest = dict.fromkeys(reversed(index.flatten().tolist()))
     return list(reversed(latest))
