@@ -3,18 +3,19 @@
 Some releases lack some of them. Each of these is looked up once: without it transformers' own code
 does the work, and a log line names the slower operation.
 
-Modeling modules are imported inside functions: the plugin imports this file while transformers is
-still being imported (loader/hf/by_name/registration.py).
+transformers is imported inside functions only. The plugin imports this file while transformers is
+still being imported (loader/hf/by_name/registration.py), so an import here would close a circle.
 """
 
+import abc
 import functools
 import inspect
 import logging
-from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers.quantizers.base import HfQuantizer
+
+Quantizer = TypeVar("Quantizer")
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ RECORDER_MODULE = "transformers.utils.output_capturing"
 
 UPDATE_METHOD = "_update_model_kwargs_for_generation"
 """Name of the method by which generate extends mask and positions after a token."""
+
+BEFORE_WEIGHTS_METHOD = "_process_model_before_weight_loading"
+"""Name of the quantizer's method that gets the model before its weights are loaded."""
 
 COMMIT_HASH = "_commit_hash"
 """Name of the argument, and of the configuration's attribute, with the commit of a Hub repository.
@@ -33,16 +37,19 @@ INTERNAL_ARGUMENTS = frozenset({"_from_auto", "_from_pipeline", "_fast_init"})
 """Arguments that transformers' Auto classes and pipelines pass to from_pretrained."""
 
 
-class ReplacingQuantizer(HfQuantizer, ABC):  # type: ignore[misc]
-    """A quantizer that replaces modules of a model before its weights are loaded."""
+def replaces_modules(quantizer: type[Quantizer]) -> type[Quantizer]:
+    """Make transformers call `replace_modules(model)` of a quantizer before weights are loaded.
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    A class decorator for subclasses of HfQuantizer. The model is on the meta device.
+    """
+
+    def process(self: Any, model: nn.Module, **kwargs: Any) -> nn.Module:
         self.replace_modules(model)
         return model
 
-    @abstractmethod
-    def replace_modules(self, model: nn.Module) -> None:
-        """Replace modules of `model`, which is on the meta device."""
+    setattr(quantizer, BEFORE_WEIGHTS_METHOD, process)
+    # In some releases the method is abstract.
+    return abc.update_abstractmethods(quantizer)
 
 
 @functools.cache

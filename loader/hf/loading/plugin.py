@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from formats.artifact import Artifact
@@ -37,7 +38,7 @@ from loader.hf.loading.index_comparison import (
 )
 from loader.hf.modules.head import NativeHead
 from loader.hf.modules.packed_modules import CachedExperts, PackedLinear
-from loader.hf.private_names import ReplacingQuantizer, ignore_unexpected, skip_initialization
+from loader.hf.private_names import ignore_unexpected, replaces_modules, skip_initialization
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class MoeConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
 
 
-class MoeConvertQuantizer(ReplacingQuantizer):
+@replaces_modules
+class MoeConvertQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces modules. It converts no weights: they are packed already."""
 
     requires_calibration = False

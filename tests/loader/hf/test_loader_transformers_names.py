@@ -20,6 +20,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import output_capturing
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loader.hf import private_names
 
@@ -122,7 +123,7 @@ def test_private_names_are_used_in_one_file():
 
 
 NEEDED = {
-    "HfQuantizer._process_model_before_weight_loading": (
+    f"HfQuantizer.{private_names.BEFORE_WEIGHTS_METHOD}": (
         HfQuantizer,
         "loader/hf/loading/plugin.py replaces modules there",
     ),
@@ -130,7 +131,7 @@ NEEDED = {
         PreTrainedModel,
         "loader/hf/loading/plugin.py names fillers",
     ),
-    "GenerationMixin._update_model_kwargs_for_generation": (
+    f"GenerationMixin.{private_names.UPDATE_METHOD}": (
         GenerationMixin,
         "loader/hf/model_class.py overrides it",
     ),
@@ -198,6 +199,28 @@ def test_a_configuration_with_a_commit_says_which():
 def test_mixtral_supports_sdpa_in_this_release():
     assert private_names.supports_sdpa(MixtralForCausalLM)
     assert not private_names.supports_sdpa(PreTrainedModel)
+
+
+def test_this_release_calls_a_quantizer_before_the_weights_are_loaded():
+    seen = []
+
+    @private_names.replaces_modules
+    class Replacing(HfQuantizer):
+        def is_serializable(self, *args, **kwargs):
+            return False
+
+        @property
+        def is_trainable(self):
+            return False
+
+        def replace_modules(self, model):
+            seen.append(model)
+
+    config = MixtralConfig(**SMALL)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    Replacing(QuantizationConfigMixin("test")).preprocess_model(model)
+    assert seen == [model]
 
 
 def test_this_release_skips_the_initialization_of_a_marked_module():
