@@ -1,10 +1,6 @@
 """Loading by name: AutoModelForCausalLM, pipeline, AutoTokenizer, lm-eval, transformers' server."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,6 @@ import pytest
 import torch
 from hub_server import HubServer
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,11 +21,7 @@ from transformers.quantizers import AutoQuantizationConfig
 
 import loader
 from formats import JOURNAL_NAME
-from formats.config.model_types import MODEL_TYPES
 from formats.errors import NotConvertedError
-from loader.hf.by_name.import_hook import after_import
-from loader.hf.by_name.registry_entry import RegistryEntry
-from loader.hf.model_class import served_class
 
 needs_lm_eval = pytest.mark.skipif(
     not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]"
@@ -61,15 +52,6 @@ def plain(example_folder: Path) -> Any:
     return MixtralForCausalLM.from_pretrained(example_folder)
 
 
-def run_python(code: str, *arguments: object) -> str:
-    """Return the output of `code` in a new process."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, check=True, text=True, stdout=subprocess.PIPE
-    ).stdout
-
-
 def test_auto_model_gives_the_model_that_the_loader_gives(
     folder: Path, expected: torch.Tensor
 ) -> None:
@@ -77,63 +59,6 @@ def test_auto_model_gives_the_model_that_the_loader_gives(
     assert type(model) is type(loader.from_pretrained(folder))
     assert torch.equal(logits(model), expected)
     assert model.moe_stats().slot_bytes < 3 << 20
-
-
-LATE = """
-import sys
-from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except OSError as e:
-    print("no file named" in str(e))
-import loader
-print(hasattr(AutoModelForCausalLM.from_pretrained(sys.argv[1]), "moe_stats"))
-"""
-
-
-def test_transformers_refuses_the_folder_until_the_loader_is_imported(folder: Path) -> None:
-    assert run_python(LATE, folder).split() == ["True", "True"]
-
-
-EARLY = """
-import sys
-import loader
-print({"torch", "transformers"}.isdisjoint(sys.modules))
-# These import the registries in the middle of their own import.
-import transformers.modeling_layers, transformers.modeling_utils
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers import AutoModelForCausalLM, MixtralConfig
-print("transformers.models.mixtral.modeling_mixtral" in sys.modules)
-print("moe_convert" in AUTO_QUANTIZER_MAPPING)
-print(type(AutoModelForCausalLM._model_mapping[MixtralConfig]).__module__)
-"""
-
-
-def test_importing_the_loader_registers_it_without_importing_torch_or_transformers() -> None:
-    assert run_python(EARLY).split() == [
-        "True",
-        "False",
-        "True",
-        "loader.hf.by_name.registry_entry",
-    ]
-
-
-def test_a_function_runs_once_after_the_import_it_waits_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "module_to_wait_for.py").write_text("value = 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    seen = []
-    after_import("module_to_wait_for", lambda: seen.append(sys.modules["module_to_wait_for"].value))
-    assert importlib.util.find_spec("module_to_wait_for")
-    assert seen == []
-    module = importlib.import_module("module_to_wait_for")
-    importlib.reload(module)
-    assert seen == [1]
-    assert isinstance(module, types.ModuleType)
-    after_import("module_to_wait_for", lambda: seen.append(2))
-    assert seen == [1, 2]
-    del sys.modules["module_to_wait_for"]
 
 
 def test_pipeline_generates_as_the_loaded_model_does(folder: Path) -> None:
@@ -189,21 +114,6 @@ def test_a_model_made_of_a_configuration_is_of_the_plain_class() -> None:
         num_local_experts=2,
     )
     assert type(AutoModelForCausalLM.from_config(config)) is MixtralForCausalLM
-
-
-def test_registry_answers_for_the_plain_class(folder: Path) -> None:
-    entry = AutoModelForCausalLM._model_mapping[MixtralConfig]
-    assert entry._no_split_modules == MixtralForCausalLM._no_split_modules
-    assert issubclass(MixtralForCausalLM, entry)
-    assert isinstance(loader.from_pretrained(folder), entry)
-    assert served_class(entry) is served_class(MixtralForCausalLM)
-
-
-def test_every_model_type_that_is_admitted_is_registered() -> None:
-    for model_type in MODEL_TYPES:
-        assert (
-            type(AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]) is RegistryEntry
-        )
 
 
 def test_sizes_count_packed_weights_and_experts(folder: Path, plain: Any) -> None:
