@@ -30,7 +30,8 @@ BEFORE_WEIGHTS_METHOD = "_process_model_before_weight_loading"
 
 COMMIT_HASH = "_commit_hash"
 """Name of the argument, and of the configuration's attribute, with the commit of a Hub repository.
-Releases before 5.24 set it.
+
+transformers 5.24 no longer sets it.
 """
 
 INTERNAL_ARGUMENTS = frozenset({"_from_auto", "_from_pipeline", "_fast_init"})
@@ -48,7 +49,7 @@ def replaces_modules(quantizer: type[Quantizer]) -> type[Quantizer]:
         return model
 
     setattr(quantizer, BEFORE_WEIGHTS_METHOD, process)
-    # In some releases the method is abstract.
+    # If a release declares the method abstract, this makes the class instantiable.
     return abc.update_abstractmethods(quantizer)
 
 
@@ -94,7 +95,7 @@ def attention_implementation(config: Any) -> Any:
 
 def returns_attentions(config: Any) -> bool:
     """True if the configuration asks for attention weights in every output."""
-    # Newer releases have a property over this attribute; it takes 5 µs.
+    # A configuration's own attribute lookup costs 1 to 5 µs.
     return bool(object.__getattribute__(config, "__dict__").get("_output_attentions"))
 
 

@@ -9,4 +9,5 @@
 
 Invariants: `import loader` imports neither torch nor transformers. Ordinary checkpoints load by
 transformers' own class. An argument that a converted model does not support raises RecipeError.
+`loader/__init__.py` passes the function that loads, so this room does not import it.
 """
