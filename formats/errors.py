@@ -2,11 +2,10 @@
 
 
 class MoeConvertError(Exception):
-    """What was found, where, what was expected; `hint` says what to do next, as a command where one
-    exists.
+    """Base class. The message names the problem, the place and the expected value.
 
-    `exit_code` is what the command line returns (docs/commands.md); `default_hint` stands in where
-    no hint is given.
+    `hint` is the next step, as a command where one exists. `exit_code` is the exit status of the
+    command line (docs/commands.md). `default_hint` is the hint of an error raised without one.
     """
 
     exit_code = 1
@@ -22,57 +21,57 @@ class MoeConvertError(Exception):
 
 
 class FormatError(MoeConvertError):
-    """A converted folder that breaks docs/format.md: nothing of it is used."""
+    """A converted folder violates docs/format.md. Nothing of it is used."""
 
     exit_code = 3
     default_hint = "get it again from where it was published, or convert again"
 
 
 class DamageError(FormatError):
-    """Bytes that differ from what the index says: a cut file, a wrong hash, a file that is missing."""
+    """Bytes differ from the index: a truncated file, a wrong hash, a missing file."""
 
 
 class VersionError(FormatError):
-    """A format version that this release does not read."""
+    """This release does not read the folder's format version."""
 
     exit_code = 1
 
 
 class NotConvertedError(MoeConvertError):
-    """A folder that holds no complete conversion, where one is needed; nothing in it is damaged."""
+    """The folder holds no complete conversion; nothing in it is damaged."""
 
 
 class PathError(MoeConvertError):
-    """A file name that is unsafe, or a file that is not a regular file inside its folder."""
+    """A file name is unsafe, or the file is not a regular file inside its folder."""
 
     default_hint = "get the folder again from where it was published"
 
 
 class SourceError(MoeConvertError):
-    """A source checkpoint that cannot be converted as it is."""
+    """The source checkpoint cannot be converted in its present state."""
 
 
 class TokenizerError(MoeConvertError):
-    """A tokenizer that is missing, damaged, or needs code or packages that are not there."""
+    """The tokenizer is missing or damaged, or needs its own code or packages not installed."""
 
 
 class RecipeError(MoeConvertError):
-    """A recipe or option that names something that does not exist."""
+    """A recipe or option has an unknown name or an invalid value."""
 
     exit_code = 2
 
 
 class OutputError(MoeConvertError):
-    """An output folder that is not ours, is in use, or holds another conversion."""
+    """The output folder is not ours, is in use, or holds another conversion."""
 
 
 class HubError(MoeConvertError):
-    """A Hub that does not give what was asked for, or a line to it that stays broken."""
+    """The Hub refuses or lacks the requested file, or the connection fails repeatedly."""
 
     default_hint = "try again; what was fetched before is kept"
 
 
 class DoesNotFitError(MoeConvertError):
-    """Not enough disk or memory; the message has both numbers."""
+    """Not enough disk or memory. The message gives the needed and the available size."""
 
     exit_code = 4

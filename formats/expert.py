@@ -1,10 +1,10 @@
-"""One expert's bytes: gate and up, interleaved where they are tiles, then down (docs/format.md,
-"Expert").
+"""The bytes of one expert: section gate_up, then section down (docs/format.md, "Expert").
+
+In tiles, gate and up alternate tile by tile. In rows, all of gate precedes all of up.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from formats.errors import FormatError
@@ -12,14 +12,12 @@ from formats.index import Architecture
 from formats.packing import TILE_ROWS, AnyPacking, Packing, packing_named
 
 ACTIVATION = "silu"
-"""What gate goes through before it is multiplied by up."""
+"""Activation function of gate: an expert computes down · (silu(gate · x) * (up · x))."""
 
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Sizes of an expert of gate, up [intermediate, hidden] and down [hidden, intermediate]; all in
-    bytes.
-    """
+    """Sizes of an expert: gate and up [intermediate, hidden], down [hidden, intermediate]."""
 
     hidden: int
     intermediate: int
@@ -27,29 +25,35 @@ class ExpertLayout:
     down: AnyPacking
 
     @classmethod
-    def of(
+    def from_names(
         cls, architecture: Architecture, gate_up: str, down: str, where: str = "expert"
     ) -> "ExpertLayout":
-        """The layout by packing names; FormatError naming `where` if one is unknown."""
-        hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
-        return cls(hidden, intermediate, packing_named(gate_up, where), packing_named(down, where))
+        """Look up packings by name. Raises FormatError, with `where` in its message, if unknown."""
+        return cls(
+            architecture.hidden_size,
+            architecture.intermediate_size,
+            packing_named(gate_up, where),
+            packing_named(down, where),
+        )
 
     @property
     def is_tiled(self) -> bool:
-        """Whether all of it is tiles, as the fused kernels take it."""
+        """True if both sections are tiles, as the fused kernels require."""
         return isinstance(self.gate_up, Packing) and isinstance(self.down, Packing)
 
     @property
     def gate_up_shape(self) -> tuple[int, int]:
-        """Tiles: [2 · tiles, tile bytes], tile 2i is gate's tile i, tile 2i + 1 is up's. Rows: [2 ·
-        intermediate, hidden], gate's rows, then up's.
+        """Shape of the section gate_up.
+
+        Tiles: [2 · tiles, tile bytes]; tile 2i is gate's tile i, tile 2i + 1 is up's. Rows:
+        [2 · intermediate, hidden]; gate's rows, then up's.
         """
         rows, columns = self.gate_up.stored_shape(self.intermediate, self.hidden)
         return 2 * rows, columns
 
     @property
     def down_shape(self) -> tuple[int, int]:
-        """[tiles, tile bytes], or [hidden, intermediate]."""
+        """Shape of the section down: [tiles, tile bytes], or [hidden, intermediate]."""
         return self.down.stored_shape(self.hidden, self.intermediate)
 
     @property
@@ -66,24 +70,20 @@ class ExpertLayout:
 
     @property
     def n_weights(self) -> int:
-        """Weights of the three projections, without padding."""
+        """Number of weights of the three matrices, without padding."""
         return 3 * self.hidden * self.intermediate
 
 
-def assemble(layout: ExpertLayout, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The expert's bytes, uint8 [n_bytes], of its three projections as they are stored (`split`)."""
-    tiled = isinstance(layout.gate_up, Packing)
-    gate_up = torch.stack([gate, up], dim=1) if tiled else torch.stack([gate, up])
-    return torch.cat([part.reshape(-1).view(torch.uint8) for part in (gate_up, down)])
-
-
 def sections(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of the tensors `gate_up` and `down` in `blob`, uint8 [n_bytes]: of their packings'
-    dtypes, [gate_up_shape] and [down_shape]. FormatError if the blob has another size.
+    """View an expert's bytes (uint8 [n_bytes]) as the tensors `gate_up` and `down`.
+
+    They have their packing's dtype and the shapes `gate_up_shape` and `down_shape`. Raises
+    FormatError if the blob has another size.
     """
     if blob.shape != (layout.n_bytes,):
         raise FormatError(f"expert of {blob.numel()} bytes, its packings take {layout.n_bytes}")
-    gate_up, down = blob[: layout.gate_up_bytes], blob[layout.gate_up_bytes :]
+    gate_up = blob[: layout.gate_up_bytes]
+    down = blob[layout.gate_up_bytes :]
     return (
         gate_up.view(layout.gate_up.torch_dtype).view(layout.gate_up_shape),
         down.view(layout.down.torch_dtype).view(layout.down_shape),
@@ -91,8 +91,10 @@ def sections(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of gate, up and down in `blob` as they are stored: uint8 [tiles, tile_bytes], whose
-    rows may lie apart, or [rows, columns] of the packing's dtype. Errors as `sections`.
+    """View an expert's bytes as the stored matrices gate, up and down.
+
+    Tiles are uint8 [tiles, tile bytes] and may have a stride between rows; rows are
+    [rows, columns] of the packing's dtype. Errors as in `sections`.
     """
     gate_up, down = sections(layout, blob)
     if isinstance(layout.gate_up, Packing):
@@ -103,8 +105,9 @@ def split(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gate_and_up(layout: ExpertLayout, products: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate's and up's part, [T, intermediate] each, of products with all rows of the section
-    `gate_up`, [T, rows].
+    """Split products with all rows of the section gate_up, [T, rows], into those of gate and of up.
+
+    Returns two tensors [T, intermediate].
     """
     if not isinstance(layout.gate_up, Packing):
         gate, up = products.chunk(2, dim=1)
@@ -115,8 +118,9 @@ def gate_and_up(layout: ExpertLayout, products: Tensor) -> tuple[Tensor, Tensor]
 
 
 def dequantize_expert(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gate, up (float32 [intermediate, hidden]) and down (float32 [hidden, intermediate]) of an
-    expert's bytes.
+    """Dequantize an expert's bytes to gate, up and down.
+
+    All are float32: gate and up [intermediate, hidden], down [hidden, intermediate].
     """
     gate, up, down = split(layout, blob)
     return (

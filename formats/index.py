@@ -27,7 +27,7 @@ Projection = Literal["gate_up", "down"]
 
 _FLAT_OBJECT = re.compile(rb"\{\n[^{}]*\}")
 _LINE_BREAK = re.compile(rb"\n *")
-"""Never within a string, where JSON has \\n."""
+"""Only between values: inside a string, JSON escapes line breaks."""
 
 CODECS = ("none", "zstd")
 
@@ -37,17 +37,16 @@ class _Part(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Architecture(_Part, frozen=True):
-    """What a reader must know of the model, whatever its type. intermediate_size: of an expert;
-    activation: of gate;
-    num_hidden_layers: of all decoder layers; expert_modules: the module path of each layer that has
-    experts.
-    """
+    """The model's sizes, in the same fields for every model type."""
 
     model_type: Label
     activation: Label
+    """Activation function of gate."""
     hidden_size: Positive
     intermediate_size: Positive
+    """Intermediate size of an expert."""
     num_hidden_layers: Annotated[int, Meta(ge=1, le=1000)]
+    """Number of decoder layers, with and without experts."""
     num_local_experts: Annotated[int, Meta(ge=1, le=1000)]
     num_experts_per_tok: Annotated[int, Meta(ge=1, le=1000)]
     num_attention_heads: Positive
@@ -56,32 +55,29 @@ class Architecture(_Part, frozen=True):
     vocab_size: Positive
     tie_word_embeddings: bool
     expert_modules: Annotated[list[Label], Meta(min_length=1, max_length=1000)]
+    """Module path of the experts of each layer, such as model.layers.0.mlp.experts."""
 
     @classmethod
     def of_config(cls, config: dict[str, Any], expert_modules: Sequence[str]) -> "Architecture":
-        """The numbers of a gated config.json whose model has its experts in `expert_modules`."""
+        """Read the sizes from a gated config.json. `expert_modules`: see the field."""
         model_type = MODEL_TYPES[config["model_type"]]
-        named = {
-            "activation": config["hidden_act"],
-            "intermediate_size": config[model_type.expert_width],
-            "num_local_experts": config[model_type.experts],
-            "expert_modules": list(expert_modules),
+        fields: dict[str, Any] = {
+            name: config[name] for name in cls.__struct_fields__ if name in config
         }
-        return cls(
-            **{
-                name: named[name] if name in named else config[name]
-                for name in cls.__struct_fields__
-            }
-        )
+        fields["activation"] = config["hidden_act"]
+        fields["intermediate_size"] = config[model_type.expert_width]
+        fields["num_local_experts"] = config[model_type.experts]
+        fields["expert_modules"] = list(expert_modules)
+        return cls(**fields)
 
     @property
     def expert_layers(self) -> int:
-        """How many layers have experts: what files and recipes count as layers."""
+        """Number of decoder layers with experts. Files and recipes count only these."""
         return len(self.expert_modules)
 
 
 class Shard(_Part, frozen=True):
-    """A file of the source checkpoint."""
+    """A weight file of the source checkpoint."""
 
     name: Label
     size_bytes: Natural
@@ -89,23 +85,26 @@ class Shard(_Part, frozen=True):
 
 
 class Source(_Part, frozen=True):
-    """Where the weights came from. `revision` is a commit where the source was a Hub repository."""
+    """Origin of the weights."""
 
     name: Label
+    """Name of the repository or folder."""
     revision: Label | None
+    """Commit of a Hub repository; None for a folder."""
     shards: list[Shard]
 
 
 class Producer(_Part, frozen=True):
-    """The program that wrote the folder; `versions` names what its numbers can depend on."""
+    """The program that wrote the folder."""
 
     name: Label
     version: Label
     versions: dict[Label, Label]
+    """Package -> version, for packages on which the stored numbers depend."""
 
 
 class Recipe(_Part, frozen=True):
-    """How the weights were quantized. What has no packing but "none" is as in the source."""
+    """Packing of each part, and the solver. Packing "none": stored as in the source."""
 
     name: Label
     gate_up: Label
@@ -117,40 +116,39 @@ class Recipe(_Part, frozen=True):
 
 
 class PackedLinear(_Part, frozen=True, omit_defaults=True):
-    """The packing and logical shape of a packed matrix of the trunk. input_transform: as in
-    LayerFile.
-    """
+    """Packing and shape [rows, columns] of a packed matrix of the trunk."""
 
     packing: Label
     rows: Positive
     columns: Positive
     input_transform: Label | None = None
+    """As in LayerFile."""
 
 
 class Trunk(_Part, frozen=True):
-    """The file of everything that is not an expert. `packed` is keyed by module:
-    model.layers.0.self_attn.q_proj.
-    tensors: in the file, without fillers; parameters: numbers that the model has there.
-    """
+    """The file of all tensors that do not belong to an expert."""
 
     file: Label
     size_bytes: Natural
     header_sha256: Sha256
     sha256: Sha256
     tensors: Positive
+    """Number of tensors in the file, without fillers."""
     parameters: Natural
+    """Number of the model's parameters in the file."""
     packed: dict[Label, PackedLinear]
+    """Module path, such as model.layers.0.self_attn.q_proj -> its packed matrix."""
 
 
 class ExpertEntry(_Part, frozen=True):
-    """One expert: `offset` (from the start of the file) and `length` are bytes; checksums are of
-    the stored bytes.
-    """
+    """Place, checksums, packings and codec of one expert."""
 
     layer: Natural
     expert: Natural
     offset: Natural
+    """In bytes from the start of the file."""
     length: Natural
+    """Stored bytes, without filler. The checksums cover exactly these."""
     sha256: Sha256
     xxh3: Xxh3
     gate_up: Label
@@ -159,19 +157,18 @@ class ExpertEntry(_Part, frozen=True):
 
 
 class LayerFile(_Part, frozen=True, omit_defaults=True):
-    """The file of one layer's experts. input_transform: what the inputs of gate and up, and those
-    of down, go through before the packed weights; absent where it is nothing.
-    """
+    """The file of one layer's experts."""
 
     file: Label
     size_bytes: Natural
     header_sha256: Sha256
     experts: list[ExpertEntry]
     input_transform: dict[Projection, Label] = {}
+    """Transform of the inputs of gate and up, or of down, before the product. None exists yet."""
 
 
 class CopiedFile(_Part, frozen=True):
-    """config.json, or a file taken from the source byte for byte; for verification only."""
+    """config.json, or a file copied from the source byte for byte. For verification only."""
 
     file: Label
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_BYTES)]
@@ -179,24 +176,25 @@ class CopiedFile(_Part, frozen=True):
 
 
 class Part(_Part, frozen=True):
-    """Some layers of a conversion that several machines made: which, and by what. For information."""
+    """The share of one machine in a conversion by several machines. For information only."""
 
     name: Label
     producer: Producer
     layers: list[Natural]
+    """Numbers of the layers that this machine converted."""
 
 
 class Index(_Part, frozen=True, omit_defaults=True):
-    """The whole index, in the order in which it is written. config: what config.json said then, as
-    `gate_config` gives it; architecture: of the model as it was converted.
-    """
+    """The whole index, in the order of its fields in the file."""
 
     format: Label
     format_version: Natural
     producer: Producer
     source: Source
     config: dict[Label, Any]
+    """The gated fields of config.json at the time of the conversion (`gate_config`)."""
     architecture: Architecture
+    """Sizes of the model at the time of the conversion."""
     recipe: Recipe
     packings: list[Label]
     trunk: Trunk
@@ -206,25 +204,22 @@ class Index(_Part, frozen=True, omit_defaults=True):
 
     @property
     def whole_files(self) -> dict[str, tuple[int, str]]:
-        """Name -> (size in bytes, sha256) of the files that have a hash as a whole: the trunk, and
-        `files`.
-        """
+        """Name -> (size in bytes, sha256) of each file with one hash: the trunk and `files`."""
         trunk = {self.trunk.file: (self.trunk.size_bytes, self.trunk.sha256)}
         return trunk | {file.file: (file.size_bytes, file.sha256) for file in self.files}
 
 
 def read_index(folder: Path, name: str = INDEX_NAME) -> Index:
-    """The index of `folder`, its file `name`: typed and of a version that this release reads; not
-    yet compared with any other file.
+    """Read and type the index file `name` of `folder`. Compares it with no other file.
 
-    Raises DamageError if there is none (the conversion was not completed), FormatError naming the
-    field, VersionError.
+    Raises DamageError if the file is missing (an unfinished conversion), VersionError for another
+    format version, and FormatError with the name of an invalid field.
     """
     return parse_index(read_small(folder, name, str(folder)), str(folder / name))
 
 
 def parse_index(data: bytes, where: str) -> Index:
-    """The index in `data`; errors as `read_index`, naming `where`."""
+    """Parse an index; errors as in `read_index`, with `where` in their messages."""
     value = parse(data, where)
     if not isinstance(value, dict) or value.get("format") != "moe-convert":
         raise FormatError(
@@ -235,29 +230,33 @@ def parse_index(data: bytes, where: str) -> Index:
     try:
         fields, _ = gate_config(index.config, f"{where}: config", error=FormatError, converted=True)
     except FormatError as e:
-        # Its hint is about config.json.
+        # Drop the hint: it is about config.json.
         raise FormatError(e.message) from None
-    if different := sorted(
+    different = sorted(
         name for name in fields if name not in index.config or index.config[name] != fields[name]
-    ):
-        found = short(index.config.get(different[0]))
-        raise FormatError(
-            f"{where}: config: {different[0]} is {found}, expected {short(fields[different[0]])}"
-        )
+    )
+    if different:
+        name = different[0]
+        actual = short(index.config.get(name))
+        raise FormatError(f"{where}: config: {name} is {actual}, expected {short(fields[name])}")
     return index
 
 
 def dump_index(index: Index) -> bytes:
-    """The index as JSON. An object without others in it, such as an expert's entry, stands on one
-    line.
+    """Write the index as JSON.
+
+    An object without nested objects, such as an expert's entry, takes one line.
     """
     return _FLAT_OBJECT.sub(
-        lambda found: _LINE_BREAK.sub(b"", found[0].replace(b",\n", b", \n")), dump(index)
+        lambda match: _LINE_BREAK.sub(b"", match[0].replace(b",\n", b", \n")), dump(index)
     )
 
 
 def check_version(version: Any, where: str) -> None:
-    """Raises FormatError if `version` is no integer, VersionError if this release does not read it."""
+    """Raise VersionError for a format version that this release does not read.
+
+    Raises FormatError if `version` is not an integer.
+    """
     if type(version) is not int:
         raise FormatError(f"{where}: format_version is {repr(version)[:100]}, not an integer")
     if version != FORMAT_VERSION:

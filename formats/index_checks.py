@@ -1,6 +1,4 @@
-"""The index against itself: what can be said of a converted folder before any other file of it is
-opened or fetched.
-"""
+"""Checks of the index against itself, before any other file is opened or fetched."""
 
 import re
 from collections import Counter
@@ -12,23 +10,24 @@ from formats.config.field_rules import short
 from formats.errors import FormatError, MoeConvertError
 from formats.expert import ACTIVATION, ExpertLayout
 from formats.files.paths import check_name
-from formats.index import CODECS, Architecture, Index, LayerFile, Trunk
-from formats.layer_file import layer_file_name
+from formats.index import CODECS, Architecture, ExpertEntry, Index, LayerFile, Trunk
+from formats.layer_file import aligned, layer_file_name
 from formats.packing import packing_named, tile_packing_named
 from formats.safetensors_header import max_header_bytes
 
-_TENSORS_A_LAYER = 64
-"""Of the trunk, at most: a stranger's index must not allow a header of any size."""
+_TRUNK_TENSORS_PER_LAYER = 64
+"""Bounds the trunk's header, whose size would otherwise follow a number in a stranger's index."""
 _MODULE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 
 
 def index_problems(index: Index, where: str) -> Iterator[tuple[str, MoeConvertError]]:
-    """Every disagreement of `index` with itself, each with the name of the file whose place or size
-    it concerns.
+    """Yield each contradiction inside `index`, with the name of the file that it concerns.
+
+    `where` is the index's path, for messages.
     """
-    whole = (_check_architecture, _check_layers, _check_transforms)
     checks: list[tuple[str, Callable[[], None]]] = [
-        (INDEX_NAME, partial(check, index, where)) for check in whole
+        (INDEX_NAME, partial(check, index, where))
+        for check in (_check_architecture, _check_layers, _check_transforms)
     ]
     checks += [
         (layer.file, partial(_check_layer, index, n, where)) for n, layer in enumerate(index.layers)
@@ -46,27 +45,30 @@ def index_problems(index: Index, where: str) -> Iterator[tuple[str, MoeConvertEr
 
 
 def layer_header_limit(layer: LayerFile) -> int:
-    """The most bytes that the header of a layer's file may have."""
+    """Return the upper bound of a layer file's header in bytes."""
     return max_header_bytes(sum(2 if expert.codec == "none" else 1 for expert in layer.experts))
 
 
 def trunk_header_limit(trunk: Trunk) -> int:
-    """The most bytes that the header of the trunk may have."""
+    """Return the upper bound of the trunk's header in bytes."""
     return max_header_bytes(trunk.tensors)
 
 
 def _check_architecture(index: Index, where: str) -> None:
-    """The architecture against `config`, and the paths of the experts' modules."""
-    here, modules = f"{where}: architecture", index.architecture.expert_modules
+    """Compare the architecture with `config`, and check all module paths."""
+    here = f"{where}: architecture"
+    modules = index.architecture.expert_modules
     if index.architecture.activation != ACTIVATION:
         raise FormatError(
-            f"{here}.activation is {index.architecture.activation!r}, packed experts have {ACTIVATION!r}"
+            f"{here}.activation is {index.architecture.activation!r},"
+            f" packed experts have {ACTIVATION!r}"
         )
     expected = Architecture.of_config(index.config, modules)
     for name in Architecture.__struct_fields__:
-        found, wanted = getattr(index.architecture, name), getattr(expected, name)
-        if found != wanted:
-            raise FormatError(f"{here}.{name} is {short(found)}, config says {short(wanted)}")
+        actual = getattr(index.architecture, name)
+        wanted = getattr(expected, name)
+        if actual != wanted:
+            raise FormatError(f"{here}.{name} is {short(actual)}, config says {short(wanted)}")
     if len(modules) > index.architecture.num_hidden_layers:
         layers = index.architecture.num_hidden_layers
         raise FormatError(
@@ -94,45 +96,41 @@ def _check_layer(index: Index, number: int, where: str) -> None:
     if layer.file != layer_file_name(number):
         raise FormatError(f"{here}.file is {layer.file!r}, expected {layer_file_name(number)!r}")
     _check_experts(index, number, here)
-    if layer.experts[0].offset > layer_header_limit(layer):
-        raise FormatError(
-            f"{here}.experts[0].offset is {layer.experts[0].offset}, allowed are {layer_header_limit(layer)}"
-        )
+    offset = layer.experts[0].offset
+    limit = layer_header_limit(layer)
+    if offset > limit:
+        raise FormatError(f"{here}.experts[0].offset is {offset}, the limit is {limit}")
 
 
 def _check_trunk(index: Index, where: str) -> None:
     if index.trunk.file != TRUNK_NAME:
         raise FormatError(f"{where}: trunk.file is {index.trunk.file!r}, expected {TRUNK_NAME!r}")
-    most = _TENSORS_A_LAYER * (index.architecture.num_hidden_layers + 1)
-    if index.trunk.tensors > most:
-        raise FormatError(f"{where}: trunk.tensors is {index.trunk.tensors}, allowed are {most}")
+    limit = _TRUNK_TENSORS_PER_LAYER * (index.architecture.num_hidden_layers + 1)
+    if index.trunk.tensors > limit:
+        raise FormatError(f"{where}: trunk.tensors is {index.trunk.tensors}, the limit is {limit}")
     for module, linear in index.trunk.packed.items():
         tile_packing_named(linear.packing, f"{where}: trunk.packed: {module}")
 
 
 def _check_transforms(index: Index, where: str) -> None:
-    """FormatError for an input transform: there is none yet, and weights behind one are worthless
-    without it.
-    """
+    """Refuse any input transform: none exists yet, and the weights are useless without theirs."""
     named = [
         (f"layers[{n}]", name)
         for n, layer in enumerate(index.layers)
         for name in layer.input_transform.values()
     ]
     named += [
-        (m, linear.input_transform)
-        for m, linear in index.trunk.packed.items()
+        (module, linear.input_transform)
+        for module, linear in index.trunk.packed.items()
         if linear.input_transform
     ]
-    if named:
-        raise FormatError(
-            f"{where}: {named[0][0]}.input_transform is {short(named[0][1])}, which is unknown"
-        )
+    for place, name in named:
+        raise FormatError(f"{where}: {place}.input_transform is {short(name)}, which is unknown")
 
 
 def _check_file_name(name: str, where: str) -> None:
     check_name(name, where)
-    # A download or repair of such a file would write over the index or weights.
+    # A download or repair of such a file would overwrite the index or weights.
     if name.lower().startswith((INDEX_NAME, TRUNK_NAME, f"{EXPERTS_FOLDER}/")):
         raise FormatError(
             f"{where}: field files has {name!r}, which is not a file beside index and weights"
@@ -140,14 +138,11 @@ def _check_file_name(name: str, where: str) -> None:
 
 
 def _check_unique(index: Index, where: str) -> None:
-    # Some file systems take names for one that differ in case.
-    name, count = (
-        Counter(f.file.casefold() for f in index.files).most_common(1)[0]
-        if index.files
-        else ("", 1)
-    )
-    if count > 1:
-        raise FormatError(f"{where}: field files has {name!r} {count} times")
+    # Some file systems ignore case.
+    counts = Counter(file.file.casefold() for file in index.files)
+    for name, count in counts.most_common(1):
+        if count > 1:
+            raise FormatError(f"{where}: field files has {name!r} {count} times")
 
 
 def _check_packings(index: Index, where: str) -> None:
@@ -167,43 +162,55 @@ def _check_packings(index: Index, where: str) -> None:
 
 
 def _check_experts(index: Index, number: int, here: str) -> None:
-    """Order, packings and places of a layer's entries, against each other."""
+    """Check order, packings and places of a layer's entries."""
     layer = index.layers[number]
-    if len(layer.experts) != index.architecture.num_local_experts:
-        n = index.architecture.num_local_experts
+    expected = index.architecture.num_local_experts
+    if len(layer.experts) != expected:
         raise FormatError(
-            f"{here}.experts has {len(layer.experts)} entries, architecture says {n} experts"
+            f"{here}.experts has {len(layer.experts)} entries, architecture says {expected} experts"
         )
-    position: int | None = None
+    position = layer.experts[0].offset
     for i, entry in enumerate(layer.experts):
-        at = f"{here}.experts[{i}]"
+        place = f"{here}.experts[{i}]"
         if (entry.layer, entry.expert) != (number, i):
             raise FormatError(
-                f"{at} is layer {entry.layer} expert {entry.expert}; every expert must stand once, in order"
+                f"{place} is layer {entry.layer} expert {entry.expert};"
+                " every expert must stand once, in order"
             )
         if entry.codec not in CODECS or entry.codec != layer.experts[0].codec:
             raise FormatError(
-                f"{at}.codec is {entry.codec!r}; expected is one of {', '.join(CODECS)}, the same in a layer"
+                f"{place}.codec is {entry.codec!r};"
+                f" expected one of {', '.join(CODECS)}, the same in a layer"
             )
-        layout = ExpertLayout.of(index.architecture, entry.gate_up, entry.down, at)
-        if entry.codec == "none" and entry.length != layout.n_bytes:
-            raise FormatError(
-                f"{at}.length is {entry.length}, its packings and architecture take {layout.n_bytes}"
-            )
-        if entry.codec == "zstd" and not 0 < entry.length <= 2 * layout.n_bytes + ALIGNMENT_BYTES:
-            raise FormatError(
-                f"{at}.length is {entry.length}, of a compressed expert of {layout.n_bytes}"
-            )
+        _check_length(entry, index.architecture, place)
         if entry.offset % ALIGNMENT_BYTES:
-            raise FormatError(f"{at}.offset is {entry.offset}, not a multiple of {ALIGNMENT_BYTES}")
-        if position is not None and entry.offset != position:
+            raise FormatError(
+                f"{place}.offset is {entry.offset}, not a multiple of {ALIGNMENT_BYTES}"
+            )
+        if entry.offset != position:
             what = "overlaps the expert before" if entry.offset < position else "leaves a gap"
-            raise FormatError(f"{at}.offset is {entry.offset}, which {what}; expected {position}")
+            raise FormatError(
+                f"{place}.offset is {entry.offset}, which {what}; expected {position}"
+            )
         end = entry.offset + entry.length
-        position = end + -end % ALIGNMENT_BYTES
+        position = aligned(end)
         if position > layer.size_bytes:
             raise FormatError(
-                f"{at} ends at {end}, past the end of {layer.file} at {layer.size_bytes}"
+                f"{place} ends at {end}, past the end of {layer.file} at {layer.size_bytes}"
             )
     if position != layer.size_bytes:
         raise FormatError(f"{here}.size_bytes is {layer.size_bytes}, its experts end at {position}")
+
+
+def _check_length(entry: ExpertEntry, architecture: Architecture, place: str) -> None:
+    layout = ExpertLayout.from_names(architecture, entry.gate_up, entry.down, place)
+    if entry.codec == "none" and entry.length != layout.n_bytes:
+        raise FormatError(
+            f"{place}.length is {entry.length}, its packings and architecture take {layout.n_bytes}"
+        )
+    limit = 2 * layout.n_bytes + ALIGNMENT_BYTES
+    if entry.codec == "zstd" and not 0 < entry.length <= limit:
+        raise FormatError(
+            f"{place}.length is {entry.length}, expected 1 to {limit} for a compressed expert"
+            f" of {layout.n_bytes}"
+        )

@@ -1,19 +1,21 @@
-"""Labels: short texts of strangers' files and users' names, which reach terminals, cards and commit
-messages.
+"""Labels: short texts from strangers' files and users' names.
+
+They reach terminals, model cards and commit messages, so they have no control characters.
 """
 
 import re
 
 CONTROLS = r"\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
-"""Inside of a regular expression's brackets: controls (C0, C1), overrides of the direction of text,
-and lone surrogates, which stand for bytes of a file name that are not UTF-8 and which no stream
-takes.
+"""Part of a regular expression's character class: C0, C1, text direction overrides, surrogates.
+
+Python decodes bytes of a file name that are not UTF-8 to lone surrogates; no stream can encode
+them.
 """
 _FORBIDDEN = CONTROLS + r"\u061c\u200e\u200f\u2028\u2029"
-"""In labels also direction marks, which texts may have, and the separators of lines, which are
-breaks in YAML.
+"""Labels also have no direction marks and no Unicode line separators, which YAML reads as breaks.
 """
 MAX_LABEL = 512
+"""Length limit of a label, in characters."""
 LABEL_PATTERN = rf"^[^{_FORBIDDEN}]*\Z"
 
 _CONTROL = re.compile(f"[{_FORBIDDEN}]")
@@ -25,12 +27,10 @@ def has_controls(text: str) -> bool:
 
 
 def escaped(match: re.Match[str]) -> str:
-    """The character of `match` as an escape, such as \\x1b."""
+    """Return the matched character as an escape, such as \\x1b."""
     return match[0].encode("unicode_escape").decode("ascii")
 
 
 def to_label(text: str) -> str:
-    """A user's name as a label: what no label may have is written as an escape, and the rest is cut
-    off.
-    """
+    """Turn a user's name into a label: escape forbidden characters, cut at `MAX_LABEL`."""
     return _CONTROL.sub(escaped, text)[:MAX_LABEL]

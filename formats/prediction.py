@@ -1,4 +1,4 @@
-"""What a model predicts for one window of text: the input of a comparison of two models."""
+"""A model's prediction for one window of text: the input of a comparison of two models."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,11 +7,9 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """Logits and routing of one window.
-
-    logits: (begin, end) -> float32 [end - begin, vocabulary] of these positions.
-    routers: experts that the routers chose, by rank: int64 [layers with experts, window, k].
-    """
+    """Logits and routing of one window of tokens."""
 
     logits: Callable[[int, int], Tensor]
+    """logits(begin, end) -> float32 [end - begin, vocabulary], for these positions."""
     routers: Tensor
+    """Experts chosen by each router, best first: int64 [layers with experts, window, k]."""

@@ -1,6 +1,4 @@
-"""quality.json: what the conversion measured, and what an evaluation did (docs/quality.md,
-"quality.json").
-"""
+"""quality.json: the results of a conversion and of an evaluation (docs/quality.md)."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,15 +19,9 @@ AtLeastZero = Annotated[float, Meta(ge=0)]
 
 
 class Comparison(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How far the model's predictions are from the original's on one text, or on all.
+    """Distance of the model's predictions from the original's, on one text or on all texts.
 
-    `_error` is the standard error, over windows, of the number before it; None for one window.
-    perplexity and
-    original_perplexity: of both models; ratio: the first over the second, ratio_error: of its
-    logarithm. kl: mean over tokens of KL(original || model), nats. agreement: share of tokens at
-    which both have the same first choice.
-    routers: per layer, share of tokens for which both choose the same set of experts. sha256: of
-    the text's bytes.
+    `…_error` is a standard error over windows; None if there is only one window.
     """
 
     name: Label
@@ -38,28 +30,35 @@ class Comparison(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     perplexity: AtLeastZero
     original_perplexity: AtLeastZero
     ratio: AtLeastZero
+    """perplexity / original_perplexity"""
     ratio_error: AtLeastZero | None
+    """Standard error of the ratio's logarithm."""
     kl: float
+    """Mean over tokens of KL(original || model), in nats."""
     kl_error: AtLeastZero | None
     agreement: Share
+    """Share of tokens for which both models predict the same most likely token."""
     routers: list[Share]
+    """For each layer, the share of tokens for which both models choose the same experts."""
     sha256: Sha256 | None = None
+    """sha256 of the text's bytes; None for all texts."""
 
 
 class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
-    """A comparison with the original: its folder's name, tokens a window, what the numbers depend
-    on, results.
-    """
+    """A comparison with the original model."""
 
     original: Label
+    """Name of the original's folder."""
     window: Positive
+    """Tokens of a window."""
     versions: dict[Label, Label]
+    """Package -> version, for packages on which the results depend."""
     texts: list[Comparison]
     overall: Comparison
 
 
 class ExpertErrors(Struct, frozen=True):
-    """Relative weight errors of one expert's projections."""
+    """Relative weight errors of one expert's matrices."""
 
     layer: Natural
     expert: Natural
@@ -70,8 +69,9 @@ class ExpertErrors(Struct, frozen=True):
 
 
 class Quality(Struct, frozen=True):
-    """The whole file. Fields of later releases are let pass in all but the evaluation: no weight
-    depends on them.
+    """The whole file.
+
+    Unknown fields outside of `evaluation` are ignored: no weight depends on this file.
     """
 
     measure: Label
@@ -83,22 +83,22 @@ class Quality(Struct, frozen=True):
 
 
 def read_quality(folder: Path) -> Quality | None:
-    """What quality.json in `folder` says, None if there is none; FormatError naming the field if it
-    is not as here.
+    """Read quality.json in `folder`; None if there is no such file.
+
+    Raises FormatError with the name of an invalid field.
     """
     path = folder / QUALITY_NAME
     with translated(path, "read", DamageError):
-        # Not os.path.lexists: it also takes a file that cannot be read for none.
+        # os.path.lexists would report an unreadable file as missing.
         if not (path.is_symlink() or path.exists()):
             return None
     return typed(_value(folder), Quality, str(folder / QUALITY_NAME))
 
 
 def save_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Puts `evaluation` into quality.json in `folder`, in place of an earlier one; all else stays
-    as it is.
+    """Write `evaluation` into quality.json in `folder`, in place of an earlier one.
 
-    FormatError or DamageError if there is no proper quality.json to put it into.
+    Other fields stay. Raises DamageError if the file is missing, FormatError if it is invalid.
     """
     value = _value(folder)
     typed(value, Quality, str(folder / QUALITY_NAME))

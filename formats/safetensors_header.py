@@ -1,4 +1,4 @@
-"""Headers of safetensors files: read strictly, written so that data begins at a multiple of 4096."""
+"""Headers of safetensors files: strict reading, and writing with aligned data sections."""
 
 import hashlib
 import json
@@ -17,26 +17,29 @@ from formats.labels import has_controls
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package."""
 
-_BYTES_A_TENSOR = 1024
-"""More than a tensor, its filler and its packing in the metadata take: a few hundred."""
+_BYTES_PER_TENSOR = 1024
+"""A tensor, its filler and its packing in the metadata take a few hundred bytes."""
 
 DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+"""Element size of each dtype of safetensors, except those below one byte."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a header: `begin` and `end` (exclusive) are bytes from the start of the file's
-    data section.
-    """
+    """One tensor of a header."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
+    """In bytes from the start of the data section."""
     end: int
+    """Exclusive; in bytes from the start of the data section."""
 
     @property
     def n_bytes(self) -> int:
@@ -45,29 +48,29 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header. `data_offset` is where the data section begins in the file, in bytes;
-    `sha256` is the hex digest of the file's bytes before it.
-    """
+    """A parsed header."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
     data_offset: int
+    """Start of the data section, in bytes from the start of the file."""
     sha256: str
+    """Hex digest of the file's bytes before the data section."""
 
 
 def max_header_bytes(n_tensors: int, other_bytes: int = 64 << 10) -> int:
-    """The most bytes that the header of a file may have that must hold `n_tensors`, fillers not
-    counted, with `other_bytes` for everything else.
+    """Return the upper bound of the header of a file with `n_tensors` tensors besides fillers.
 
-    Parsing takes 20 times the memory: a stranger's file of ten tensors must not have a header of
-    100 MB.
+    `other_bytes` is the allowance for metadata. The bound matters because parsing takes 20 times
+    the header's size in memory.
     """
-    return min(MAX_HEADER_BYTES, other_bytes + _BYTES_A_TENSOR * n_tensors)
+    return min(MAX_HEADER_BYTES, other_bytes + _BYTES_PER_TENSOR * n_tensors)
 
 
 def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
-    """The bytes before the data section: length, JSON in the order given, spaces up to a multiple
-    of 4096.
+    """Write the bytes before the data section: length, JSON in the given order, padding.
+
+    Spaces pad the header to a multiple of 4096 bytes.
     """
     body: dict[str, Any] = {"__metadata__": metadata}
     for entry in entries:
@@ -82,7 +85,7 @@ def build_header(entries: list[TensorEntry], metadata: dict[str, str]) -> bytes:
 
 
 def read_header(descriptor: int, where: str, max_bytes: int = MAX_HEADER_BYTES) -> Header:
-    """The header of the open file `descriptor`; raises what `header_from` raises."""
+    """Read the header of an open file; errors as in `header_from`."""
     size = os.fstat(descriptor).st_size
     return header_from(
         lambda offset, length: os.pread(descriptor, length, offset), size, where, max_bytes
@@ -92,13 +95,15 @@ def read_header(descriptor: int, where: str, max_bytes: int = MAX_HEADER_BYTES) 
 def header_from(
     read: Callable[[int, int], bytes], size: int, where: str, max_bytes: int = MAX_HEADER_BYTES
 ) -> Header:
-    """The header of a file of `size` bytes, of which read(offset, length) gives parts (fewer bytes
-    past its end).
+    """Read the header of a file of `size` bytes through `read`.
 
-    FormatError naming `where` for a header over `max_bytes`, of which nothing is read, and for what
-    the safetensors specification forbids, including what its package lets pass (duplicate keys,
-    leading white space), for holes and overlaps, and for dtypes that are not whole bytes;
-    DamageError if the file is shorter or longer than it says.
+    read(offset, length) returns bytes of the file, fewer at its end. A header over `max_bytes` is
+    refused before it is read. Errors, with `where` in their messages:
+
+    - FormatError for a violation of the safetensors specification, also where the safetensors
+      package is lenient (duplicate keys, leading white space, holes, overlaps), and for dtypes
+      below one byte.
+    - DamageError if the file is shorter or longer than its tensors.
     """
     prefix = read(0, 8)
     if len(prefix) < 8:
@@ -106,7 +111,7 @@ def header_from(
     (length,) = struct.unpack("<Q", prefix)
     if length > max_bytes:
         raise FormatError(
-            f"{where}: header of {length} bytes, allowed are {max_bytes}; not a safetensors file?"
+            f"{where}: header of {length} bytes, the limit is {max_bytes}; not a safetensors file?"
         )
     text = read(8, min(length, size))
     if len(text) < length:
@@ -149,8 +154,7 @@ def _entry(name: str, value: Any, where: str) -> TensorEntry:
 
 
 def _naturals(value: Any) -> bool:
-    # The length is bounded because the product of a shape is computed before anything is compared
-    # with it.
+    # The length is bounded because a shape's product is computed before any other check.
     return (
         isinstance(value, list)
         and len(value) <= 64
@@ -159,13 +163,14 @@ def _naturals(value: Any) -> bool:
 
 
 def _check_cover(entries: dict[str, TensorEntry], data_bytes: int, where: str) -> None:
-    """Tensors must follow each other without hole or overlap and end where the file ends."""
+    """Check that tensors cover the data section without hole or overlap."""
     position = 0
     for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
         if entry.begin != position:
             what = "a hole" if entry.begin > position else "an overlap"
             raise FormatError(
-                f"{where}: {what} before tensor {entry.name!r}: it begins at {entry.begin}, not {position}"
+                f"{where}: {what} before tensor {entry.name!r}:"
+                f" it begins at {entry.begin}, not {position}"
             )
         position = entry.end
     if position > data_bytes:

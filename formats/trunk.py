@@ -1,5 +1,6 @@
-"""What trunk.safetensors holds: packed matrices as the index names them, and numbers. What of it a
-model needs, its class says when it is loaded.
+"""The trunk: packed matrices listed in the index, and plain float tensors.
+
+The loader compares its tensor names and shapes with the model class.
 """
 
 from collections.abc import Iterable
@@ -14,16 +15,19 @@ from formats.layer_file import FILLER_PREFIX
 from formats.packing import tile_packing_named
 from formats.safetensors_header import TensorEntry
 
-FLOAT_DTYPES = ("F32", "F16", "BF16")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""transformers' names of an attention's matrices."""
-PACKED = ".packed"
-"""How the name of a packed matrix's tensor ends, after its module's path."""
+"""Names of the attention's matrices in transformers."""
+
+_FLOAT_DTYPES = ("F32", "F16", "BF16")
+_PACKED_SUFFIX = ".packed"
+"""Last part of the name of a packed matrix's tensor, after its module's path."""
 
 
 def trunk_metadata(architecture: Architecture, packed: dict[str, PackedLinear]) -> dict[str, str]:
-    """The header's metadata: what is needed, with config.json and the tensors, to write the index
-    again.
+    """Return the header's metadata.
+
+    With config.json and the tensor entries, it suffices to rebuild `architecture` and `trunk` of
+    the index.
     """
     return {
         "format": "moe-convert",
@@ -35,24 +39,24 @@ def trunk_metadata(architecture: Architecture, packed: dict[str, PackedLinear]) 
 
 
 def without_fillers(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
-    """The tensors that are something's weights."""
+    """Return the tensors that hold weights."""
     return [entry for entry in entries if not entry.name.startswith(FILLER_PREFIX)]
 
 
 def parameter_count(entries: Iterable[TensorEntry], packed: dict[str, PackedLinear]) -> int:
-    """How many numbers the model has in the trunk: of a packed matrix its weights."""
+    """Count the model's parameters in the trunk. A packed matrix counts rows · columns."""
     count = sum(linear.rows * linear.columns for linear in packed.values())
     return count + sum(
         prod(entry.shape)
         for entry in without_fillers(entries)
-        if entry.name.removesuffix(PACKED) not in packed
+        if entry.name.removesuffix(_PACKED_SUFFIX) not in packed
     )
 
 
 def attention_size(
     entries: Iterable[TensorEntry], packed: dict[str, PackedLinear]
 ) -> tuple[int, int]:
-    """(stored bytes, weights) of the attention's matrices."""
+    """Return (stored bytes, number of weights) of all attention matrices."""
     n_bytes = n_weights = 0
     for entry in entries:
         module, _, part = entry.name.rpartition(".")
@@ -67,21 +71,23 @@ def attention_size(
 
 
 def check_trunk(entries: dict[str, TensorEntry], trunk: Trunk, where: str) -> None:
-    """FormatError naming the first tensor that is not what the index says, or that is neither
-    packed nor numbers.
+    """Compare the tensors with the index.
+
+    Raises FormatError, with `where` in its message, for the first packed matrix that is missing or
+    has another shape or dtype, and for any other tensor that is not float.
     """
     present = {entry.name: entry for entry in without_fillers(entries.values())}
     for module, linear in trunk.packed.items():
         packing = tile_packing_named(linear.packing, f"{where}: {module}")
-        entry = present.pop(f"{module}{PACKED}", None)
+        entry = present.pop(f"{module}{_PACKED_SUFFIX}", None)
         shape = packing.stored_shape(linear.rows, linear.columns)
         if entry is None:
-            raise FormatError(f"{where}: tensor {module}{PACKED} is missing")
+            raise FormatError(f"{where}: tensor {module}{_PACKED_SUFFIX} is missing")
         _check(entry, shape, (packing.dtype,), where)
         if f"{module}.weight" in present:
             raise FormatError(f"{where}: {module} is there packed and as {module}.weight")
     for entry in present.values():
-        _check(entry, entry.shape, FLOAT_DTYPES, where)
+        _check(entry, entry.shape, _FLOAT_DTYPES, where)
 
 
 def _check(entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Writing: whole files that appear at once, and layer files whose experts come in any order."""
+"""Writers: whole files that appear atomically, and layer files filled in any order."""
 
 from pathlib import Path
 from types import TracebackType
@@ -24,36 +24,35 @@ from formats.layer_file import (
 from formats.safetensors_header import TensorEntry, build_header
 
 ZSTD_LEVEL = 19
-"""Packed codes hardly shrink (docs/format.md); what little there is to win needs the high levels.
-"""
-
+"""Packed codes hardly shrink (docs/format.md); only high levels gain anything."""
 
 _READ_BYTES = 16 << 20
 
 
 class Place(NamedTuple):
-    """Where an expert's stored bytes lie in its file, in bytes, and their checksums."""
+    """Place of an expert's stored bytes in its file, and their checksums."""
 
     offset: int
+    """In bytes from the start of the file."""
     length: int
+    """In bytes, without filler."""
     sha256: str
     xxh3: str
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes `data` under a temporary name, then fsync, rename, fsync of the folder."""
+    """Write a file atomically: temporary name, fsync, rename, fsync of the folder."""
     with OutputFile(partial_path(path)) as file:
         file.write_at(data, 0)
         file.finish(path)
 
 
 class PlacedFile:
-    """A safetensors file under construction, `<name>.partial`: header first, then each tensor at
-    its own place.
+    """A safetensors file under construction, named `<name>.partial` until `finish`.
 
-    `entries` are its tensors in file order, fillers included. Tensors may be written in any order,
-    from several threads, and again after a kill: the bytes are the same. `finish` gives the file
-    its name.
+    `entries` are its tensors in file order, fillers included. The constructor writes the header.
+    Tensors may be written in any order, by several threads, and again after a crash: the bytes are
+    the same.
     """
 
     def __init__(self, path: Path, entries: list[TensorEntry], metadata: dict[str, str]) -> None:
@@ -64,15 +63,14 @@ class PlacedFile:
         self._file = OutputFile(partial_path(path), keep=True)
         try:
             self.fresh = self._file.size_bytes != self.size_bytes
-            """Whether nothing was there to go on with."""
+            """True if there was no partial file of this size to continue."""
             if self.fresh:
                 self._file.truncate(0)
                 self._file.allocate(self.size_bytes)
             self._file.write_at(self.header, 0)
             for entry in entries:
-                if entry.name.startswith(
-                    FILLER_PREFIX
-                ):  # a partial of the same size may hold anything there
+                # An old partial file of the same size may hold other bytes here.
+                if entry.name.startswith(FILLER_PREFIX):
                     self._file.write_at(bytes(entry.n_bytes), self.offset(entry.name))
         except BaseException:
             self._file.close()
@@ -90,22 +88,24 @@ class PlacedFile:
         self.close()
 
     def offset(self, name: str) -> int:
-        """Where a tensor begins, in bytes from the start of the file."""
+        """Return the start of a tensor, in bytes from the start of the file."""
         return len(self.header) + self._entries[name].begin
 
     def write(self, name: str, data: torch.Tensor, skip_bytes: int = 0) -> None:
-        """Writes bytes (uint8, contiguous) at `skip_bytes` into tensor `name`; not yet durable
-        (`sync`).
+        """Write `data` (uint8, contiguous) into tensor `name`, `skip_bytes` from its start.
+
+        The bytes are durable only after `sync`.
         """
         entry = self._entries[name]
         if skip_bytes + data.numel() > entry.n_bytes:
             raise ValueError(
-                f"{data.numel()} bytes at {skip_bytes} do not fit into {name} of {entry.n_bytes} bytes"
+                f"{data.numel()} bytes at {skip_bytes} do not fit into {name}"
+                f" of {entry.n_bytes} bytes"
             )
         self._file.write_at(data.view(-1).numpy().data, len(self.header) + entry.begin + skip_bytes)
 
     def xxh3(self, name: str) -> str:
-        """The xxh3 of the bytes of tensor `name` as they are in the file, in hex."""
+        """Read tensor `name` from the file and return its xxh3, in hex."""
         return self._xxh3(self.offset(name), self._entries[name].n_bytes)
 
     def _xxh3(self, offset: int, n_bytes: int) -> str:
@@ -115,21 +115,23 @@ class PlacedFile:
         return checksum.hexdigest()
 
     def sync(self) -> None:
-        """Makes what was written durable."""
+        """Flush written bytes to the disk."""
         self._file.sync()
 
     def finish(self) -> None:
-        """Gives the complete file its name, durably."""
+        """Rename the complete file to its final name, durably."""
         self._file.finish(self.path)
 
     def close(self) -> None:
-        """Closes the file and keeps the partial."""
+        """Close the file. An unfinished one keeps its partial name."""
         self._file.close()
 
 
 class LayerWriter(PlacedFile):
-    """A layer's file; `layouts[e]` is expert e's, `offsets[e]` is where it begins, in bytes.
-    module: the path of the layer's experts in the model.
+    """A layer file under construction.
+
+    `layouts[e]` is the layout of expert e, `offsets[e]` its start in bytes. `module` is the path of
+    the layer's experts in the model.
     """
 
     def __init__(self, path: Path, layer: int, module: str, layouts: list[ExpertLayout]) -> None:
@@ -145,14 +147,12 @@ class LayerWriter(PlacedFile):
         ]
 
     def write_expert(self, expert: int, blob: torch.Tensor) -> Checksums:
-        """Writes expert `expert`'s bytes (uint8 [n_bytes], contiguous) durably; returns their
-        checksums.
-        """
+        """Write an expert's bytes (uint8 [n_bytes], contiguous) durably; return their checksums."""
         self.place_expert(expert, blob)
-        return Checksums.of(blob.numpy().data)
+        return Checksums.from_bytes(blob.numpy().data)
 
     def place_expert(self, expert: int, blob: torch.Tensor) -> None:
-        """Writes an expert's bytes, as `write_expert`; computes no checksums."""
+        """Write an expert's bytes durably, without checksums."""
         n_bytes = self._layouts[expert].n_bytes
         if blob.dtype != torch.uint8 or blob.shape != (n_bytes,):
             raise ValueError(
@@ -162,43 +162,29 @@ class LayerWriter(PlacedFile):
         self.sync()
 
     def expert_xxh3(self, expert: int) -> str:
-        """The xxh3 of an expert's bytes as they are in the file, in hex."""
+        """Read an expert from the file and return its xxh3, in hex."""
         return self._xxh3(self.offsets[expert], self._layouts[expert].n_bytes)
 
     def finish_zstd(self, written: list[str]) -> tuple[bytes, list[Place]]:
-        """Compresses every expert into the final file; returns its header and where each expert
-        lies.
+        """Compress every expert into the final file; return its header and the experts' places.
 
-        written: the xxh3 of each expert as it was written. OutputError if the file has other bytes
-        now.
+        `written[e]` is the xxh3 of expert e when it was written. Raises OutputError if the file has
+        other bytes now.
         """
-        lengths: list[int] = []
-        compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
-        # Frames first into a side file: the header before them needs their lengths.
+        # The header precedes the frames and needs their lengths, so the frames go to a side file.
         compressed, spool = compression_paths(self.path)
-        checksums: list[Checksums] = []
         with OutputFile(spool) as frames, OutputFile(compressed) as out:
-            for expert in range(len(self._layouts)):
-                data = _whole(self._file, self._layouts[expert].n_bytes, self.offsets[expert])
-                if xxh3_of(data) != written[expert]:
-                    raise OutputError(
-                        f"{self._file.path}: the bytes of expert {expert} changed since they were written",
-                        "check the disk, and run the same command again",
-                    )
-                frame = compressor.compress(data)
-                frames.write_at(frame, sum(lengths))
-                lengths.append(len(frame))
-                checksums.append(Checksums.of(frame))
+            lengths, checksums = self._compress(frames, written)
             entries = zstd_entries(self._module, lengths)
-            header = build_header(
-                entries, layer_metadata(self._layer, self._module, self._layouts, "zstd")
-            )
+            metadata = layer_metadata(self._layer, self._module, self._layouts, "zstd")
+            header = build_header(entries, metadata)
             out.write_at(header, 0)
             places: list[Place] = []
             for entry in entries:
-                offset, data = len(header) + entry.begin, bytes(entry.n_bytes)
+                offset = len(header) + entry.begin
+                data = bytes(entry.n_bytes)
                 if entry.name.endswith(".zstd"):
-                    data = _whole(frames, entry.n_bytes, sum(lengths[: len(places)]))
+                    data = _read_exactly(frames, entry.n_bytes, sum(lengths[: len(places)]))
                     places.append(Place(offset, entry.n_bytes, *checksums[len(places)]))
                 out.write_at(data, offset)
             self.close()
@@ -207,8 +193,29 @@ class LayerWriter(PlacedFile):
         remove(partial_path(self.path))
         return header, places
 
+    def _compress(
+        self, frames: OutputFile, written: list[str]
+    ) -> tuple[list[int], list[Checksums]]:
+        """Write one zstd frame per expert to `frames`; return the frames' lengths and checksums."""
+        compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
+        lengths: list[int] = []
+        checksums: list[Checksums] = []
+        for expert, layout in enumerate(self._layouts):
+            data = _read_exactly(self._file, layout.n_bytes, self.offsets[expert])
+            if xxh3_of(data) != written[expert]:
+                raise OutputError(
+                    f"{self._file.path}: the bytes of expert {expert}"
+                    " changed since they were written",
+                    "check the disk, and run the same command again",
+                )
+            frame = compressor.compress(data)
+            frames.write_at(frame, sum(lengths))
+            lengths.append(len(frame))
+            checksums.append(Checksums.from_bytes(frame))
+        return lengths, checksums
 
-def _whole(file: OutputFile, n_bytes: int, offset: int) -> bytes:
+
+def _read_exactly(file: OutputFile, n_bytes: int, offset: int) -> bytes:
     data = file.read_at(n_bytes, offset)
     if len(data) != n_bytes:
         raise OutputError(f"{file.path} was cut off while it was being written")

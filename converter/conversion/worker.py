@@ -97,7 +97,7 @@ class Worker:
             )
             if statistics and not was_calibrated:
                 fallback.append(projection)
-        checksums = Checksums.of(blob.numpy().data)
+        checksums = Checksums.from_bytes(blob.numpy().data)
         return ExpertRecord(
             key.layer, key.expert, *checksums, ProjectionErrors(**errors), tokens, fallback
         ), blob

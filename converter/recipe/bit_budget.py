@@ -117,5 +117,5 @@ def _budget_bytes(recipe: ConversionRecipe, architecture: Architecture) -> int:
 
 
 def _projection_bytes(architecture: Architecture, projection: str, packing: str) -> int:
-    layout = ExpertLayout.of(architecture, packing, packing)
+    layout = ExpertLayout.from_names(architecture, packing, packing)
     return layout.gate_up_bytes if projection == "gate_up" else layout.down_bytes

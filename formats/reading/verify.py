@@ -215,7 +215,7 @@ def _expert_problems(artifact: Artifact, entry: ExpertEntry, hint: str) -> Itera
     place, at = _place(artifact.folder, file, entry)
     descriptor = open_regular(artifact.layer_path(entry.layer))
     try:
-        found = Checksums.of(os.pread(descriptor, entry.length, entry.offset))
+        found = Checksums.from_bytes(os.pread(descriptor, entry.length, entry.offset))
         if found.sha256 != entry.sha256:
             yield Problem(
                 file,

@@ -157,7 +157,7 @@ def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
             _fetch(folder),
         )
     layouts = [
-        ExpertLayout.of(architecture, gate_up, down, str(path))
+        ExpertLayout.from_names(architecture, gate_up, down, str(path))
         for gate_up, down in zip(*packings, strict=True)
     ]
     tensors = [_tensors(header, module, expert, codec, str(path)) for expert in range(len(layouts))]
@@ -173,7 +173,7 @@ def _layer(folder: Path, number: int, architecture: Architecture) -> LayerFile:
         for expert, (layout, found) in enumerate(zip(layouts, tensors, strict=True)):
             begin, end = header.data_offset + found[0].begin, header.data_offset + found[-1].end
             f.seek(begin)
-            checksums = Checksums.of(f.read(end - begin))
+            checksums = Checksums.from_bytes(f.read(end - begin))
             names = layout.gate_up.name, layout.down.name
             entries.append(
                 ExpertEntry(number, expert, begin, end - begin, *checksums, *names, codec)

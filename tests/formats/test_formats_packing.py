@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from brute_tiles import GROUP_SIZES, brute_pack
+from expert_bytes import assemble
 from make_vectors import expert_blob, quantized, random_matrix
 
 from formats.errors import FormatError
-from formats.expert import ExpertLayout, assemble, dequantize_expert, split
+from formats.expert import ExpertLayout, dequantize_expert, split
 from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, packing_named, unpack
 
 SHAPES = [(1, 1), (31, 255), (32, 256), (33, 257), (40, 300), (64, 512), (7, 770), (100, 20)]

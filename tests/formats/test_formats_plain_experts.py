@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from bad_folders import VECTORS, set_json
+from expert_bytes import assemble
 from make_vectors import CONFIG, expert_blob, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from formats.artifact import Artifact
 from formats.errors import FormatError, VersionError
-from formats.expert import ExpertLayout, assemble, dequantize_expert, gate_and_up, sections, split
+from formats.expert import ExpertLayout, dequantize_expert, gate_and_up, sections, split
 from formats.index import read_index
 from formats.packing import AnyPacking, packing_named
 from formats.reading.direct_reader import DirectReader

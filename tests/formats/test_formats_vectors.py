@@ -102,7 +102,7 @@ def test_good_folder_verifies(folder: str) -> None:
 )
 def test_good_folder_reads(folder: str, packings: tuple[str, str], io: str) -> None:
     artifact = Artifact.open(VECTORS / folder)
-    layout = ExpertLayout.of(architecture_of(CONFIG), *packings)
+    layout = ExpertLayout.from_names(architecture_of(CONFIG), *packings)
     with READERS[io](artifact) as reader:
         for expert in (0, 1):
             assert torch.equal(reader.read(0, expert), expert_blob(layout, expert))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from architectures import shape_of
 from brute_tiles import GROUP_SIZES, brute_pack, ranges
+from expert_bytes import assemble
 from project_paths import VECTORS
 
 from converter.checkpoint.model_shape import HEAD, ModelShape
@@ -23,7 +24,7 @@ from formats import FORMAT_VERSION
 from formats.config.model_config import gate_config
 from formats.config.strict_json import dump
 from formats.errors import FormatError
-from formats.expert import ExpertLayout, assemble
+from formats.expert import ExpertLayout
 from formats.index import (
     Architecture,
     CopiedFile,
@@ -162,7 +163,7 @@ def write_folder(
     (folder / "experts").mkdir(parents=True)
     shape = shape_of(config)
     architecture = shape.architecture
-    layout = ExpertLayout.of(architecture, *packings)
+    layout = ExpertLayout.from_names(architecture, *packings)
     layers = [
         _write_layer(folder, layer, architecture, layout, codec)
         for layer in range(config["num_hidden_layers"])

@@ -1,8 +1,9 @@
 """Random tiles and experts."""
 
 import torch
+from expert_bytes import assemble
 
-from formats.expert import ExpertLayout, assemble
+from formats.expert import ExpertLayout
 from formats.packing import packing_named
 
 PACKING = packing_named("tile32-q4-g64-s8")
