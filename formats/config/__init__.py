@@ -1,11 +1,15 @@
-"""Gates for JSON that comes from strangers: config.json, generation_config.json, tokenizer files.
+"""Gates for JSON from strangers: config.json, generation_config.json, tokenizer files.
 
 - *Gate*: takes the fields that a model type declares, each with its rule, and refuses or drops the
-  others.
-- *Rule*: type and range of one field, and its form for transformers (`field_rules.py`).
-- *Model type*: transformers' name of an architecture; those that are admitted are listed in
-  `model_types.py`.
+  others (`model_config.py`, `generation_config.py`).
+- *Rule*: type and range of one field, and the form that transformers takes (`field_rules.py`).
+- *Model type*: transformers' name of an architecture. `model_types.py` lists the tested ones.
+- *Side file*: a file beside the weights, such as a tokenizer, template or licence
+  (`side_files.py`).
 
-Invariants: no field that selects code reaches transformers. Each number is bounded before it sizes
-anything.
+Files: `strict_json.py` parses; `checkpoint_config.py` reads a source's config.json,
+`recorded_config.py` a converted folder's.
+
+Invariants: no field that selects code reaches transformers. Every number is bounded before a size
+is computed from it.
 """

@@ -1,6 +1,4 @@
-"""config.json of an ordinary checkpoint: which models are read, and what of it may reach
-transformers.
-"""
+"""config.json of a source checkpoint: which models and which fields are read."""
 
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,14 @@ from formats.files.log_once import warn_once
 from formats.files.paths import read_small_source
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-"""The file with a checkpoint's weights, or the index of its shards."""
+"""A checkpoint's only weight file, or the index of its shards."""
 
 
 def model_type_in(folder: Path) -> str | None:
-    """The model type that config.json in `folder` names; None where there is no such file, or no
-    tested type.
-    """
+    """Return the model type that config.json in `folder` names; None if missing or not tested."""
+    where = str(folder / "config.json")
     try:
-        config = parse(
-            read_small_source(folder, "config.json", str(folder)), str(folder / "config.json")
-        )
+        config = parse(read_small_source(folder, "config.json", str(folder)), where)
     except MoeConvertError:
         return None
     kind = config.get("model_type") if isinstance(config, dict) else None
@@ -32,9 +27,10 @@ def model_type_in(folder: Path) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The gated config.json of a model that this release converts; SourceError for any other.
+    """Read and gate config.json of a source checkpoint.
 
-    One log line says what was left out or replaced.
+    One log line names the fields that were dropped or replaced. Raises SourceError for a model that
+    this release does not convert.
     """
     if not folder.is_dir():
         raise SourceError(
@@ -43,21 +39,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     where = str(folder / "config.json")
     try:
-        config = parse(
-            read_small_source(folder, "config.json", str(folder)), where, error=SourceError
-        )
+        data = read_small_source(folder, "config.json", str(folder))
     except DamageError as e:
-        raise SourceError(
-            e.message, "name the folder that holds the checkpoint's config.json"
-        ) from None
+        hint = "name the folder that holds the checkpoint's config.json"
+        raise SourceError(e.message, hint) from None
+    config = parse(data, where, error=SourceError)
     if not isinstance(config, dict):
         raise SourceError(f"{where}: not an object", "get config.json again")
-    kind, classes = config.get("model_type"), config.get("architectures")
+    _check_model(config, where)
+    fields, notes = gate_config(config, where, error=SourceError)
+    if notes:
+        warn_once(f"{where}: {'; '.join(notes)}")
+    return fields
+
+
+def _check_model(config: dict[str, Any], where: str) -> None:
+    kind = config.get("model_type")
+    classes = config.get("architectures")
     known = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
     if known is None or classes not in (None, [known.causal_class]):
         expected = f"{kind!r} with {[known.causal_class]}" if known else ", ".join(MODEL_TYPES)
         raise SourceError(
-            f"{where}: model_type {short(kind)}, architectures {short(classes)}; read is {expected}",
+            f"{where}: model_type {short(kind)}, architectures {short(classes)};"
+            f" this release reads {expected}",
             "use a checkpoint of one of the model types that README.md lists",
         )
     if config.get("quantization_config") is not None:
@@ -65,12 +69,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{where}: is quantized already (quantization_config)",
             "use the original bf16 or fp16 checkpoint",
         )
-    if (named := config.get("transformers_weights")) not in (None, *WEIGHTS):
+    weights = config.get("transformers_weights")
+    if weights not in (None, *WEIGHTS):
         raise SourceError(
-            f"{where}: transformers_weights is {short(named)}; read are {' and '.join(WEIGHTS)}",
+            f"{where}: transformers_weights is {short(weights)}, expected {' or '.join(WEIGHTS)}",
             "give the file one of these names and remove the field from config.json",
         )
-    fields, notes = gate_config(config, where, error=SourceError)
-    if notes:
-        warn_once(f"{where}: {'; '.join(notes)}")
-    return fields

@@ -1,6 +1,4 @@
-"""Rules for fields of a stranger's JSON: type, range, and the form in which transformers takes the
-value.
-"""
+"""Rules for fields of a stranger's JSON: type, range, and the form that transformers takes."""
 
 import math
 from collections.abc import Callable
@@ -8,55 +6,54 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 Refuse = Callable[[str, str], NoReturn]
-"""Raises the caller's error for a field: called with its name and the finding."""
+"""refuse(field name, message) raises the caller's error."""
 
 
 class Rule(Protocol):
-    """Accepts a value, or refuses it."""
+    """Accepts or refuses a value."""
 
     def take(self, value: Any) -> Any:
-        """The value in transformers' form. Raises ValueError if it breaks the rule."""
+        """Return the value in transformers' form. Raises ValueError if it violates the rule."""
 
     def __str__(self) -> str:
-        """What is expected, for messages."""
+        """Describe the accepted values, for messages."""
 
 
 @dataclass(frozen=True)
 class Integer:
-    """An integer in a range; no boolean, no float."""
+    """An integer in a range, both ends included. Booleans and floats are refused."""
 
-    least: int
-    most: int
+    minimum: int
+    maximum: int
 
     def take(self, value: Any) -> Any:
-        if type(value) is not int or not self.least <= value <= self.most:
+        if type(value) is not int or not self.minimum <= value <= self.maximum:
             raise ValueError
         return value
 
     def __str__(self) -> str:
-        return f"an integer from {self.least} to {self.most}"
+        return f"an integer from {self.minimum} to {self.maximum}"
 
 
 @dataclass(frozen=True)
 class Number:
-    """An integer or a finite float in a range; taken as a float, because transformers' types are
-    strict.
+    """An integer or a finite float in a range, both ends included.
+
+    Integers become floats, because transformers' types are strict.
     """
 
-    least: float
-    most: float
+    minimum: float
+    maximum: float
 
     def take(self, value: Any) -> Any:
-        if (
-            type(value) not in (int, float)
-            or not self.least <= value <= self.most
-            or not math.isfinite(value)
-        ):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError
+        if not self.minimum <= value <= self.maximum:
             raise ValueError
         return float(value)
 
     def __str__(self) -> str:
-        return f"a number from {self.least:g} to {self.most:g}"
+        return f"a number from {self.minimum:g} to {self.maximum:g}"
 
 
 @dataclass(frozen=True)
@@ -91,36 +88,36 @@ class OneOf:
 class Text:
     """A short printable string."""
 
-    most: int = 64
+    max_length: int = 64
 
     def take(self, value: Any) -> Any:
-        if type(value) is not str or len(value) > self.most or not value.isprintable():
+        if type(value) is not str or len(value) > self.max_length or not value.isprintable():
             raise ValueError
         return value
 
     def __str__(self) -> str:
-        return f"a printable string of at most {self.most} characters"
+        return f"a printable string of at most {self.max_length} characters"
 
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list of at most `most` values, one at least."""
+    """A list of 1 to `max_length` values."""
 
     rule: Rule
-    most: int
+    max_length: int
 
     def take(self, value: Any) -> Any:
-        if type(value) is not list or not 1 <= len(value) <= self.most:
+        if type(value) is not list or not 1 <= len(value) <= self.max_length:
             raise ValueError
         return [self.rule.take(item) for item in value]
 
     def __str__(self) -> str:
-        return f"a list of 1 to {self.most} values, each {self.rule}"
+        return f"a list of 1 to {self.max_length} values, each {self.rule}"
 
 
 @dataclass(frozen=True)
 class Either:
-    """A value that one of two rules takes."""
+    """A value that satisfies one of two rules."""
 
     first: Rule
     second: Rule
@@ -136,19 +133,19 @@ class Either:
 
 
 def optional(rule: Rule) -> Rule:
-    """The rule that takes null too."""
+    """Extend a rule to accept null."""
     return Either(rule, OneOf((None,)))
 
 
 def take_field(name: str, value: Any, rule: Rule, refuse: Refuse) -> Any:
-    """`value` in transformers' form; calls `refuse` if it breaks `rule`."""
+    """Return `value` in transformers' form. Calls `refuse` if it violates `rule`."""
     try:
         return rule.take(value)
     except ValueError:
-        refuse(name, f"{name} is {short(value)}, expected is {rule}")
+        refuse(name, f"{name} is {short(value)}, expected {rule}")
 
 
 def short(value: Any) -> str:
-    """`value` for a message: one line of printable ASCII, bounded in length."""
+    """Format `value` for a message: one line of printable ASCII, at most 100 characters."""
     text = ascii(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

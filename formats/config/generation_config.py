@@ -1,8 +1,7 @@
-"""The gate for generation_config.json: the defaults of `generate` that may reach transformers, each
-with its bounds.
+"""The gate for generation_config.json: defaults of `generate` and their bounds.
 
-Other fields select code (custom decoding, caches, compilation, assistants), change what `generate`
-returns, or need arguments beside them; they never reach transformers (docs/security.md).
+All other fields are kept from transformers (docs/security.md): they select code (custom decoding,
+caches, compilation, assistants), change the result type of `generate`, or need other arguments.
 """
 
 from pathlib import Path
@@ -20,8 +19,8 @@ from formats.config.field_rules import (
     short,
     take_field,
 )
-from formats.config.model_config import check_token
-from formats.config.model_types import MOST_TOKENS
+from formats.config.model_config import check_token, dropped_note
+from formats.config.model_types import MAX_VOCABULARY
 from formats.config.side_files import unusable
 from formats.config.strict_json import dump, parse
 from formats.errors import MoeConvertError
@@ -31,8 +30,8 @@ from formats.files.paths import read_small, read_small_source
 GENERATION_NAME = "generation_config.json"
 
 _LENGTH = Integer(0, 1 << 31)
-_TOKEN = Integer(-1, MOST_TOKENS)
-_TOKENS = ListOf(Integer(0, MOST_TOKENS), 1 << 16)
+_TOKEN = Integer(-1, MAX_VOCABULARY)
+_TOKENS = ListOf(Integer(0, MAX_VOCABULARY), 1 << 16)
 
 GENERATION_FIELDS: dict[str, Rule] = {
     "pad_token_id": _TOKEN,
@@ -60,22 +59,48 @@ GENERATION_FIELDS: dict[str, Rule] = {
     "transformers_version": Text(),
     "_from_model_config": Flag(),
 }
-"""What may reach transformers; each may be null."""
+"""Fields that may reach transformers. Each may be null."""
 
 
-def gate_generation_config(
+def read_generation_config(
+    folder: Path, vocab_size: int, *, error: type[MoeConvertError], converted: bool = False
+) -> dict[str, Any] | None:
+    """Read and gate generation_config.json of `folder`; None if there is no such file.
+
+    One log line names the fields that were dropped or replaced. Raises `error` with the file, field
+    and value.
+    """
+    if not (folder / GENERATION_NAME).exists():
+        return None
+    where = str(folder / GENERATION_NAME)
+    if not converted and (problem := unusable(folder / GENERATION_NAME)):
+        raise error(f"{where}: {problem[0]}", problem[1])
+    read = read_small if converted else read_small_source
+    raw = parse(read(folder, GENERATION_NAME, str(folder)), where, error=error)
+    fields, notes = _gate(raw, where, error=error, vocab_size=vocab_size, converted=converted)
+    if notes:
+        warn_once(f"{where}: {'; '.join(notes)}")
+    return fields
+
+
+def clean_generation_config(data: bytes, where: str, *, error: type[MoeConvertError]) -> bytes:
+    """Remove the fields that the gate drops. Returns `data` itself if there are none."""
+    raw = parse(data, where, error=error)
+    fields, _ = _gate(raw, where, error=error)
+    return data if fields == raw else dump(fields)
+
+
+def _gate(
     raw: Any,
     where: str,
     *,
     error: type[MoeConvertError],
-    vocab_size: int = MOST_TOKENS,
+    vocab_size: int = MAX_VOCABULARY,
     converted: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the fields that transformers may get, notes on what was left out or replaced) of
-    generation_config.json's value.
+    """Return the fields for transformers, and notes on dropped and replaced fields.
 
-    A field outside of GENERATION_FIELDS is left out; in a converted folder (`converted`) it is
-    refused. Raises `error` naming `where`, field and value.
+    Drops fields outside of GENERATION_FIELDS; in a converted folder (`converted`) it refuses them.
     """
 
     def refuse(field: str, message: str) -> NoReturn:
@@ -85,53 +110,23 @@ def gate_generation_config(
         raise error(f"{where}: not an object", f"get {GENERATION_NAME} again, or remove it")
     fields: dict[str, Any] = {}
     notes: list[str] = []
-    left_out: list[str] = []
+    dropped: list[str] = []
     for name, value in raw.items():
         if name in GENERATION_FIELDS:
             taken = take_field(name, value, optional(GENERATION_FIELDS[name]), refuse)
             if name.endswith(("_token_id", "_tokens")) and not name.startswith(("max_", "min_")):
                 taken = check_token(name, taken, vocab_size, refuse)
             if taken is None and value is not None:
-                notes.append(f"{name} {value} is taken as none")
+                notes.append(f"{name} {value} means no token")
             fields[name] = taken
         elif converted:
             raise error(
-                f"{where}: field {short(name)} is {short(value)}: it is not among those that transformers may get",
+                f"{where}: field {short(name)} is {short(value)};"
+                " this field must not reach transformers",
                 f"remove {short(name)} from {GENERATION_NAME}; generate() takes it as an argument",
             )
         else:
-            left_out.append(f"{short(name)} ({short(value)})")
-    if left_out:
-        more = [f"{len(left_out) - 16} more"] if len(left_out) > 16 else []
-        notes.append(f"left out, transformers never gets them: {', '.join(left_out[:16] + more)}")
+            dropped.append(f"{short(name)} ({short(value)})")
+    if dropped:
+        notes.append(dropped_note(dropped))
     return fields, notes
-
-
-def read_generation_config(
-    folder: Path, vocab_size: int, *, error: type[MoeConvertError], converted: bool = False
-) -> dict[str, Any] | None:
-    """The gated generation_config.json of `folder`, None where there is none; errors as
-    `gate_generation_config`.
-
-    One log line says what was left out or replaced.
-    """
-    if not (folder / GENERATION_NAME).exists():
-        return None
-    where = str(folder / GENERATION_NAME)
-    if not converted and (problem := unusable(folder / GENERATION_NAME)):
-        raise error(f"{where}: {problem[0]}", problem[1])
-    read = read_small if converted else read_small_source
-    raw = parse(read(folder, GENERATION_NAME, str(folder)), where, error=error)
-    fields, notes = gate_generation_config(
-        raw, where, error=error, vocab_size=vocab_size, converted=converted
-    )
-    if notes:
-        warn_once(f"{where}: {'; '.join(notes)}")
-    return fields
-
-
-def clean_generation_config(data: bytes, where: str, *, error: type[MoeConvertError]) -> bytes:
-    """generation_config.json without what the gate leaves out: `data` itself where that is nothing."""
-    raw = parse(data, where, error=error)
-    fields, _ = gate_generation_config(raw, where, error=error)
-    return data if fields == raw else dump(fields)

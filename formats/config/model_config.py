@@ -1,9 +1,8 @@
-"""The gate for config.json: the fields that may reach transformers, each with its bounds and its
-default there.
+"""The gate for config.json: fields that may reach transformers, with bounds and defaults.
 
-A config.json comes from a stranger. transformers takes fields from it that select code (attention
-and expert kernels, remote classes, quantizers) or files, and fails late, far from the cause, on
-numbers out of range. So it gets nothing but what `gate_config` returns (docs/security.md).
+A config.json comes from a stranger. From some of its fields transformers selects code (attention
+and expert kernels, remote classes, quantizers) or files, and numbers out of range fail late and far
+from their cause. So transformers gets only the result of `gate_config` (docs/security.md).
 """
 
 from typing import Any, NoReturn
@@ -14,21 +13,22 @@ from formats.config.rope_parameters import SOURCES, merge_rope
 from formats.errors import MoeConvertError
 
 RUN_TIME = (
-    "transformers_version", "dtype", "max_position_embeddings", "rope_parameters", "initializer_range", "use_cache",
-    "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "num_experts_per_tok", "output_router_logits",
-    "router_aux_loss_coef", "router_jitter_noise",
-)  # fmt: skip
-"""Fields that a user may change in the config.json of a converted folder; the others belong to the
-weights.
-"""
-
-NOT_TAKEN = (
-    "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
-    "problem_type",
-)  # fmt: skip
-"""Fields that transformers declares too, of no use to a causal language model; they change what its
-calls return.
-"""
+    "transformers_version",
+    "dtype",
+    "max_position_embeddings",
+    "rope_parameters",
+    "initializer_range",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "attention_dropout",
+    "num_experts_per_tok",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+)
+"""Fields that a user may change in a converted folder. The others are fixed by the weights."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_causal": (None, True),
@@ -38,28 +38,29 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_sharing_modes": (None, []),
     "compression_config": (None,),
 }
-"""Fields of no model type that change what transformers computes, and the values with which they
-change nothing.
+"""Unsupported fields that change the model's results -> values that change nothing.
+
+A field with any other value is refused; other unknown fields are dropped.
 """
 
+MAX_MODEL_EXPERTS = 100_000
+"""Bound on the experts of all layers. A false count costs memory before any tensor is read."""
+
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-MOST_EXPERTS = 100_000
-"""Of all layers together: a file that claims more would cost memory and time before its tensors are
-looked at.
-"""
 _COMPUTED = ("head_dim", "num_key_value_heads", "tie_word_embeddings")
+"""Sizes that a config.json may omit: transformers computes them from others."""
+_NOTED_FIELDS = 16
 
 
 def gate_config(
     raw: Any, where: str, *, error: type[MoeConvertError], converted: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the fields that transformers may get, notes on what was left out or replaced) of a
-    config.json's value.
+    """Return the fields for transformers, and notes on dropped and replaced fields.
 
-    The result has every field that has a default, in bounds and with one name; it passes the gate
-    unchanged. A field that is not the model type's is left out; of a converted folder (`converted`)
-    it is refused, because the converter writes none. quantization_config is the caller's to check.
-    Raises `error` naming `where`, field, value.
+    The fields include all defaults, are in bounds and have one name each; they pass the gate again
+    unchanged. A field that is not the model type's is dropped; in a converted folder (`converted`)
+    it is refused, because the converter writes none. The caller checks quantization_config. Raises
+    `error` with `where`, field and value.
     """
 
     def refuse(field: str, message: str) -> NoReturn:
@@ -73,23 +74,24 @@ def gate_config(
     if not isinstance(raw, dict):
         raise error(f"{where}: not an object", "get config.json again")
     model_type = _model_type(raw.get("model_type"), refuse)
-    known = model_type.fields
+    rules = model_type.fields
     notes: list[str] = []
-    given = _renamed(raw, model_type, notes)
-    elsewhere = {"model_type", *known, *SOURCES, "quantization_config"}
-    left_out = {name: value for name, value in given.items() if name not in elsewhere}
-    for name, value in left_out.items():
+    given = _without_aliases(raw, model_type, notes)
+    known = {"model_type", *rules, *SOURCES, "quantization_config"}
+    dropped = {name: value for name, value in given.items() if name not in known}
+    for name, value in dropped.items():
         if converted:
-            message = f"{where}: field {short(name)} is {short(value)}: it is not among those that transformers may get"
             raise error(
-                message, f"remove {short(name)} from config.json; docs/security.md lists the fields"
+                f"{where}: field {short(name)} is {short(value)};"
+                " this field must not reach transformers",
+                f"remove {short(name)} from config.json; docs/security.md lists the fields",
             )
         if value not in NEUTRAL.get(name, (value,)):
-            refuse(name, f"{name} is {short(value)}, which is not read")
+            refuse(name, f"{name} is {short(value)}, which is not supported")
     fields = {
-        name: take_field(name, value, known[name].rule, refuse) if name in known else value
+        name: take_field(name, value, rules[name].rule, refuse) if name in rules else value
         for name, value in given.items()
-        if name in known or name == "model_type"
+        if name in rules or name == "model_type"
     }
     absent = [name for name in model_type.sizes if name not in fields and name not in _COMPUTED]
     if converted and absent:
@@ -98,26 +100,33 @@ def gate_config(
             "get config.json again from where it was published",
         )
     if absent:
-        notes.append(
-            "left to transformers' defaults: "
-            + ", ".join(f"{n} ({known[n].default})" for n in absent)
-        )
+        defaults = ", ".join(f"{name} ({rules[name].default})" for name in absent)
+        notes.append(f"left to transformers' defaults: {defaults}")
     _fill_defaults(fields, model_type)
-    _check_sizes(fields, model_type, refuse)
+    _check_counts(fields, model_type, refuse)
+    _check_heads(fields, model_type, refuse)
     _check_tokens(fields, model_type, notes, refuse)
-    positions, head_dim = fields["max_position_embeddings"], fields["head_dim"]
-    rope, unread = merge_rope(given, positions, head_dim, model_type.rope_theta, refuse)
+    rope, unread = merge_rope(
+        given, fields["max_position_embeddings"], fields["head_dim"], model_type.rope_theta, refuse
+    )
     fields["rope_parameters"] = rope
-    if left := {**left_out, **unread}:
-        names = [f"{short(name)} ({short(value)})" for name, value in list(left.items())[:16]]
-        names += [f"{len(left) - 16} more"] if len(left) > 16 else []
-        notes.append(f"left out, transformers never gets them: {', '.join(names)}")
+    if removed := {**dropped, **unread}:
+        notes.append(dropped_note([f"{short(n)} ({short(v)})" for n, v in removed.items()]))
     return fields, notes
 
 
+def dropped_note(fields: list[str]) -> str:
+    """Return the note on dropped fields; of a long list it names the first ones."""
+    named = fields[:_NOTED_FIELDS]
+    if len(fields) > _NOTED_FIELDS:
+        named.append(f"{len(fields) - _NOTED_FIELDS} more")
+    return f"dropped, transformers never sees them: {', '.join(named)}"
+
+
 def check_token(name: str, value: Any, vocab_size: int, refuse: Refuse) -> Any:
-    """A token id, or a list of them, of a vocabulary; -1 stands for none, as in many published
-    files.
+    """Check a token id, or a list of them, against the vocabulary.
+
+    Returns None for -1, which means no token in many published files.
     """
     if value == -1:
         return None
@@ -125,47 +134,50 @@ def check_token(name: str, value: Any, vocab_size: int, refuse: Refuse) -> Any:
         if token is not None and not 0 <= token < vocab_size:
             refuse(
                 name,
-                f"{name} is {short(value)}, outside of the vocabulary of {vocab_size} tokens (vocab_size)",
+                f"{name} is {short(value)}, outside of the vocabulary of {vocab_size} tokens"
+                " (vocab_size)",
             )
     return value
 
 
 def _model_type(name: Any, refuse: Refuse) -> ModelType:
     if type(name) is not str or name not in MODEL_TYPES:
-        refuse(
-            "model_type",
-            f"model_type is {short(name)}, converted and loaded are {', '.join(MODEL_TYPES)}",
-        )
+        supported = ", ".join(MODEL_TYPES)
+        refuse("model_type", f"model_type is {short(name)}, this release supports {supported}")
     return MODEL_TYPES[name]
 
 
-def _renamed(raw: dict[str, Any], model_type: ModelType, notes: list[str]) -> dict[str, Any]:
-    """`raw` with one name a field. As in transformers the alias of the experts goes before,
-    torch_dtype after.
+def _without_aliases(
+    raw: dict[str, Any], model_type: ModelType, notes: list[str]
+) -> dict[str, Any]:
+    """Return `raw` with one name for each field.
+
+    As in transformers, the alias of the experts overrides, and torch_dtype is overridden.
     """
-    aliases = {model_type.experts_alias: model_type.experts, "torch_dtype": "dtype"}
-    given = {name: value for name, value in raw.items() if name not in aliases}
-    for alias, name in aliases.items():
+    experts = model_type.experts
+    experts_alias = model_type.experts_alias
+    given = {name: raw[name] for name in raw if name not in (experts_alias, "torch_dtype")}
+    for name, alias, by_precedence in (
+        (experts, experts_alias, (experts_alias, experts)),
+        ("dtype", "torch_dtype", ("dtype", "torch_dtype")),
+    ):
         if alias not in raw:
             continue
-        order = (name, alias) if alias == "torch_dtype" else (alias, name)
-        found = [(key, raw[key]) for key in order if raw.get(key) is not None]
-        given[name] = found[0][1] if found else None
-        if len(found) == 2 and found[0][1] != found[1][1]:
-            notes.append(" goes before ".join(f"{key} ({short(value)})" for key, value in found))
+        values = [(key, raw[key]) for key in by_precedence if raw.get(key) is not None]
+        given[name] = values[0][1] if values else None
+        if len(values) == 2 and values[0][1] != values[1][1]:
+            notes.append(" overrides ".join(f"{key} ({short(value)})" for key, value in values))
     return given
 
 
 def _fill_defaults(fields: dict[str, Any], model_type: ModelType) -> None:
-    """Writes each default of transformers where there is no value, and the numbers that it computes
-    from others.
-    """
-    known = model_type.fields
-    for name, field in known.items():
+    """Add transformers' defaults, and the numbers that it computes from others."""
+    rules = model_type.fields
+    for name, field in rules.items():
         if field.default is not UNSET and name not in _TOKENS:
             fields.setdefault(name, field.default)
     if fields["architectures"] is None:
-        fields["architectures"] = known["architectures"].default
+        fields["architectures"] = rules["architectures"].default
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if fields["head_dim"] is None:
@@ -180,41 +192,54 @@ def _fill_defaults(fields: dict[str, Any], model_type: ModelType) -> None:
         fields["sliding_window"] = None
 
 
-def _check_sizes(fields: dict[str, Any], model_type: ModelType, refuse: Refuse) -> None:
+def _check_counts(fields: dict[str, Any], model_type: ModelType, refuse: Refuse) -> None:
     for part, whole in (
         ("num_experts_per_tok", model_type.experts),
         ("num_key_value_heads", "num_attention_heads"),
     ):
         if fields[part] > fields[whole]:
             refuse(part, f"{part} is {fields[part]}, more than {whole}, which is {fields[whole]}")
-    layers, experts = fields["num_hidden_layers"], fields[model_type.experts]
-    if layers * experts > MOST_EXPERTS:
+    layers = fields["num_hidden_layers"]
+    experts = fields[model_type.experts]
+    if layers * experts > MAX_MODEL_EXPERTS:
         refuse(
             model_type.experts,
-            f"num_hidden_layers is {layers} and {model_type.experts} {experts}: over {MOST_EXPERTS} experts together",
+            f"num_hidden_layers is {layers} and {model_type.experts} {experts}:"
+            f" over {MAX_MODEL_EXPERTS} experts together",
         )
-    heads, key_value_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+
+
+def _check_heads(fields: dict[str, Any], model_type: ModelType, refuse: Refuse) -> None:
+    heads = fields["num_attention_heads"]
+    key_value_heads = fields["num_key_value_heads"]
+    head_dim = fields["head_dim"]
+    hidden_size = fields["hidden_size"]
     if heads % key_value_heads:
-        message = f"num_attention_heads is {heads}, no multiple of num_key_value_heads, which is {key_value_heads}"
-        refuse("num_key_value_heads", message)
-    if fields["head_dim"] < 2 or fields["head_dim"] % 2:
+        refuse(
+            "num_key_value_heads",
+            f"num_attention_heads is {heads}, not a multiple of num_key_value_heads,"
+            f" which is {key_value_heads}",
+        )
+    if head_dim < 2 or head_dim % 2:
+        refuse("head_dim", f"head_dim is {head_dim}, expected an even number of at least 2")
+    if model_type.whole_heads and heads * head_dim != hidden_size:
         refuse(
             "head_dim",
-            f"head_dim is {fields['head_dim']}, expected is an even number of at least 2",
+            f"head_dim is {head_dim}, expected hidden_size ({hidden_size})"
+            f" divided by num_attention_heads ({heads})",
         )
-    if model_type.whole_heads and heads * fields["head_dim"] != fields["hidden_size"]:
-        message = f"head_dim is {fields['head_dim']}, expected is hidden_size ({fields['hidden_size']}) divided by"
-        refuse("head_dim", f"{message} num_attention_heads ({heads})")
 
 
 def _check_tokens(
     fields: dict[str, Any], model_type: ModelType, notes: list[str], refuse: Refuse
 ) -> None:
-    known = model_type.fields
+    rules = model_type.fields
+    vocab_size = fields["vocab_size"]
     for name in _TOKENS:
-        value = fields.get(name, known[name].default)
-        if name not in fields and value is not None and value >= fields["vocab_size"]:
+        value = fields.get(name, rules[name].default)
+        # A default past the end of a small vocabulary means no token.
+        if name not in fields and value is not None and value >= vocab_size:
             value = None
-        fields[name] = check_token(name, value, fields["vocab_size"], refuse)
+        fields[name] = check_token(name, value, vocab_size, refuse)
         if value != fields[name]:
-            notes.append(f"{name} {value} is taken as none")
+            notes.append(f"{name} {value} means no token")

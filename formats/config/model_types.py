@@ -1,8 +1,7 @@
-"""The model types that this release converts and loads, each tested: their fields in config.json,
-and what these say.
+"""The model types that this release converts and loads: their fields in config.json.
 
-A model of another type is refused by its name. What is inside a model transformers says
-(converter/checkpoint).
+Each is tested; any other type is refused by name. The names and shapes of a model's tensors come
+from transformers (converter/checkpoint).
 """
 
 from dataclasses import dataclass
@@ -20,18 +19,17 @@ from formats.config.field_rules import (
     optional,
 )
 
-MOST_TOKENS = 1 << 24
+MAX_VOCABULARY = 1 << 24
 UNSET = object()
+"""Stands for "no default": transformers requires the field, or omits it."""
 _SIZE = Integer(1, 1 << 20)
 _COUNT = Integer(1, 1000)
-_TOKEN = optional(Integer(-1, MOST_TOKENS))
+_TOKEN = optional(Integer(-1, MAX_VOCABULARY))
 
 
 @dataclass(frozen=True)
 class Field:
-    """The rule for a field, and what stands for it where config.json has none: transformers'
-    default, or nothing.
-    """
+    """The rule for a field, and transformers' default for a config.json without it."""
 
     rule: Rule
     default: Any = UNSET
@@ -39,47 +37,45 @@ class Field:
 
 @dataclass(frozen=True)
 class ModelType:
-    """The fields of one model type, and which of them say what every type has."""
+    """The fields of one model type, and its names for fields that every type has."""
 
     causal_class: str
-    """transformers' class of it, as config.json names it in `architectures`."""
+    """Class name in transformers, as in `architectures` of config.json."""
     experts: str
-    """The field with the number of experts of a layer."""
+    """Field with the number of experts per layer."""
     experts_alias: str
-    """Another name of that field, which transformers prefers."""
+    """Second name of the same field. In transformers it overrides the first."""
     expert_width: str
-    """The field with the intermediate size of an expert."""
+    """Field with the intermediate size of an expert."""
     rope_theta: float
-    """transformers' default."""
+    """Default of transformers."""
     whole_heads: bool
-    """True if the heads together must be as wide as the hidden state."""
-    own: dict[str, Field]
-    """Fields that not every type has."""
+    """True if num_attention_heads · head_dim must equal hidden_size."""
+    extra_fields: dict[str, Field]
+    """Fields that other types lack."""
     defaults: dict[str, Any]
-    """transformers' defaults of fields that every type has, where types differ."""
+    """Defaults of transformers that differ from those in `_COMMON`."""
 
     @property
     def fields(self) -> dict[str, Field]:
-        """Every field that may reach transformers, beside rope_parameters
-        (formats/config/rope_parameters.py).
-        """
+        """All fields that may reach transformers, except rope_parameters (`rope_parameters.py`)."""
         common = {
             name: Field(rule, self.defaults.get(name, default))
             for name, (rule, default) in _COMMON.items()
         }
         classes = Field(optional(OneOf(([self.causal_class],))), [self.causal_class])
-        return common | {"architectures": classes} | self.own
+        return common | {"architectures": classes} | self.extra_fields
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """The fields that the shapes of the model's tensors follow from."""
+        """Fields that determine the shapes of the model's tensors."""
         return tuple(dict.fromkeys((*_SIZES, self.experts, self.expert_width)))
 
 
 _COMMON: dict[str, tuple[Rule, Any]] = {
     "transformers_version": (optional(Text()), UNSET),
     "dtype": (optional(OneOf(("bfloat16", "float16", "float32"))), UNSET),
-    "vocab_size": (Integer(1, MOST_TOKENS), UNSET),
+    "vocab_size": (Integer(1, MAX_VOCABULARY), UNSET),
     "hidden_size": (_SIZE, UNSET),
     "intermediate_size": (_SIZE, UNSET),
     "num_hidden_layers": (_COUNT, UNSET),
@@ -93,19 +89,26 @@ _COMMON: dict[str, tuple[Rule, Any]] = {
     "use_cache": (Flag(), True),
     "pad_token_id": (_TOKEN, None),
     "bos_token_id": (_TOKEN, None),
-    "eos_token_id": (Either(_TOKEN, ListOf(Integer(0, MOST_TOKENS), 64)), None),
+    "eos_token_id": (Either(_TOKEN, ListOf(Integer(0, MAX_VOCABULARY), 64)), None),
     "tie_word_embeddings": (optional(Flag()), False),
     "attention_dropout": (Number(0, 1), 0.0),
     "num_experts_per_tok": (_COUNT, 8),
     "output_router_logits": (Flag(), False),
     "router_aux_loss_coef": (Number(0, 1e3), 0.001),
 }
-"""Field that every type has -> (rule, transformers' default where most types share one)."""
+"""Field that every type has -> (rule, default of transformers where several types share it)."""
 
 _SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_experts_per_tok", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_experts_per_tok",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 
 _WINDOW = optional(Integer(1, 1 << 31))
 _LAYERS = Either(ListOf(Integer(0, 999), 1000), OneOf(([], None)))
@@ -118,7 +121,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         expert_width="intermediate_size",
         rope_theta=1_000_000.0,
         whole_heads=False,
-        own={
+        extra_fields={
             "num_local_experts": Field(_COUNT, 8),
             "router_jitter_noise": Field(Number(0, 0.999), 0.0),
             "sliding_window": Field(_WINDOW, None),
@@ -143,7 +146,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         expert_width="moe_intermediate_size",
         rope_theta=10_000.0,
         whole_heads=False,
-        own={
+        extra_fields={
             "num_experts": Field(_COUNT, 128),
             "moe_intermediate_size": Field(_SIZE, 768),
             "norm_topk_prob": Field(Flag(), False),
@@ -171,7 +174,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         expert_width="intermediate_size",
         rope_theta=10_000.0,
         whole_heads=True,
-        own={
+        extra_fields={
             "num_experts": Field(_COUNT, 64),
             "norm_topk_prob": Field(Flag(), False),
             "attention_bias": Field(Flag(), False),

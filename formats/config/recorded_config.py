@@ -1,4 +1,4 @@
-"""config.json of a converted folder, compared with what the index recorded when it was written."""
+"""config.json of a converted folder, compared with the fields that the index recorded."""
 
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from formats.repair.repair_hints import repair_command
 
 CONFIG_NAME = "config.json"
 METHOD = "moe_convert"
-"""The quant_method by which transformers finds the loader's plugin."""
+"""The quant_method under which the loader registers its plugin with transformers."""
 
 
 def read_recorded_config(folder: Path, index: Index) -> tuple[dict[str, Any], list[str]]:
-    """(the gated config.json of `folder` with its quantization_config, notes on what was changed
-    since).
+    """Read and gate config.json of `folder`. Returns its fields and notes on changed fields.
 
-    Fields of RUN_TIME may differ from the index; DamageError names any other field with both
-    values. FormatError for a file that no reader may take.
+    The fields include quantization_config. Fields of RUN_TIME may differ from the index; a
+    DamageError names any other field that differs, with both values. Raises FormatError for an
+    invalid file.
     """
     where = str(folder / CONFIG_NAME)
     raw = parse(read_small(folder, CONFIG_NAME, str(folder)), where)
@@ -35,28 +35,33 @@ def read_recorded_config(folder: Path, index: Index) -> tuple[dict[str, Any], li
     config, notes = gate_config(raw, where, error=FormatError, converted=True)
     if extra := sorted(quantization.keys() - {"quant_method", "format_version", "recipe"}):
         raise FormatError(
-            f"{where}: field {short(f'quantization_config.{extra[0]}')} is {short(quantization[extra[0]])}: the"
-            " converter writes none",
+            f"{where}: field {short(f'quantization_config.{extra[0]}')} is"
+            f" {short(quantization[extra[0]])}: the converter writes no such field",
             f"remove {short(extra[0])} from quantization_config in config.json",
         )
     recipe = quantization.get("recipe", index.recipe.name)
     if recipe != index.recipe.name:
-        found = f"{where}: quantization_config.recipe is {short(recipe)}"
-        raise FormatError(f"{found}, {folder / INDEX_NAME} says {index.recipe.name!r}")
+        raise FormatError(
+            f"{where}: quantization_config.recipe is {short(recipe)},"
+            f" {folder / INDEX_NAME} says {index.recipe.name!r}"
+        )
     for name in changed_fields(config, index.config):
-        found, recorded = short(config.get(name)), short(index.config.get(name))
+        current = short(config.get(name))
+        recorded = short(index.config.get(name))
         if name not in RUN_TIME:
             raise DamageError(
-                f"{where}: {name} is {found}, {folder / INDEX_NAME} says {recorded}: it belongs to the weights",
+                f"{where}: {name} is {current}, {folder / INDEX_NAME} says {recorded}:"
+                " this field is fixed by the weights",
                 repair_command(folder, index),
             )
-        notes.append(f"{name} is {found}, {recorded} when it was converted")
+        notes.append(f"{name} is {current}, {recorded} when it was converted")
     return {**config, "quantization_config": quantization}, notes
 
 
 def changed_fields(config: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """The names of fields that differ between two gated configs, those first that belong to the
-    weights.
+    """Return the names of fields that differ between two gated configs.
+
+    Fields fixed by the weights come before those of RUN_TIME.
     """
     names = sorted(config.keys() | recorded.keys())
     return sorted((n for n in names if config.get(n) != recorded.get(n)), key=RUN_TIME.__contains__)

@@ -1,6 +1,4 @@
-"""The rotary embedding's parameters: the fields that transformers reads, in its order of
-precedence, as one object.
-"""
+"""Parameters of the rotary embedding, merged from several fields with transformers' precedence."""
 
 from typing import Any
 
@@ -23,7 +21,7 @@ SOURCES = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
-"""Fields of config.json that the parameters come from."""
+"""Fields of config.json that hold parameters of the rotary embedding."""
 
 _FACTOR = Number(2**-10, 2**20)
 _POSITIONS = Integer(2, 2**31)
@@ -58,7 +56,7 @@ TYPES: dict[str, dict[str, Rule]] = {
         "attention_factor": optional(Number(0, 1e6)),
     },
 }
-"""Type -> the parameters that transformers reads for it, beside rope_type and rope_theta."""
+"""Type -> the parameters that transformers reads, besides rope_type and rope_theta."""
 _REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -71,17 +69,18 @@ _REQUIRED = {
 def merge_rope(
     config: dict[str, Any], positions: int, head_dim: int, default_theta: float, refuse: Refuse
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters with rope_type and rope_theta, what was given but is read by nobody) of a
-    config.json.
+    """Return the parameters, with rope_type and rope_theta, and the given fields that are unused.
 
-    positions: its max_position_embeddings; default_theta: transformers' for its model type. Calls
-    `refuse` for unknown types and for values out of range.
+    `positions` is max_position_embeddings, `default_theta` the model type's default. Calls `refuse`
+    for unknown types and for values out of range.
     """
-    scaling, own = (
-        _object(name, config.get(name), refuse) for name in ("rope_scaling", "rope_parameters")
-    )
-    place, given = ("rope_scaling", scaling) if scaling else ("rope_parameters", own)
-    unread: dict[str, Any] = {"rope_parameters": own} if scaling and own and own != scaling else {}
+    scaling = _object("rope_scaling", config.get("rope_scaling"), refuse)
+    parameters = _object("rope_parameters", config.get("rope_parameters"), refuse)
+    place = "rope_scaling" if scaling else "rope_parameters"
+    given = scaling or parameters
+    unread: dict[str, Any] = {}
+    if scaling and parameters and parameters != scaling:
+        unread["rope_parameters"] = parameters
 
     def take(name: str, value: Any, rule: Rule) -> Any:
         return take_field(f"{place}.{name}", value, rule, refuse)
@@ -99,16 +98,16 @@ def merge_rope(
         if name in rules:
             result[name] = take(name, value, rules[name])
         elif name == "partial_rotary_factor":
-            _check_whole(f"{place}.{name}", value, kind, refuse)
+            _check_rotation(f"{place}.{name}", value, refuse)
         elif name not in ("rope_type", "type", "rope_theta"):
             unread[f"{place}.{name}"] = value
-    _check_whole("partial_rotary_factor", config.get("partial_rotary_factor"), kind, refuse)
+    _check_rotation("partial_rotary_factor", config.get("partial_rotary_factor"), refuse)
     outer = config.get("original_max_position_embeddings")
     if "original_max_position_embeddings" not in rules:
         if outer is not None:
             unread["original_max_position_embeddings"] = outer
     elif outer is not None:
-        # transformers prefers the outer one.
+        # In transformers, the outer field overrides the inner one.
         name = "original_max_position_embeddings"
         result[name] = take_field(name, outer, _POSITIONS, refuse)
     else:
@@ -119,7 +118,7 @@ def merge_rope(
 
 def _object(name: str, value: Any, refuse: Refuse) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
-        refuse(name, f"{name} is {short(value)}, expected is an object")
+        refuse(name, f"{name} is {short(value)}, expected an object")
     return value or {}
 
 
@@ -144,20 +143,19 @@ def _theta(
     return float(theta)
 
 
-def _check_whole(name: str, value: Any, kind: str, refuse: Refuse) -> None:
-    """Only whole heads are rotated: transformers ignores the factor for the default type and fails
-    for the others.
-    """
+def _check_rotation(name: str, value: Any, refuse: Refuse) -> None:
+    """Refuse partial rotation: transformers ignores it for type "default" and fails for others."""
     if value not in (None, 1) or type(value) is bool:
-        refuse(
-            name, f"{name} is {short(value)}; only whole heads are rotated, so that only 1 is read"
-        )
+        refuse(name, f"{name} is {short(value)}, expected 1: partial rotation is not supported")
 
 
 def _check_together(rope: dict[str, Any], head_dim: int, place: str, refuse: Refuse) -> None:
     kind = rope["rope_type"]
     if kind == "dynamic" and head_dim < 4:
-        refuse(place, f"{place}: type 'dynamic' needs a head_dim of at least 4, found {head_dim}")
+        refuse(
+            place,
+            f"{place}: type 'dynamic' needs a head_dim of at least 4, but head_dim is {head_dim}",
+        )
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         refuse(

@@ -1,9 +1,7 @@
-"""The small files beside the weights that transformers' tokenizers, processors and generation read,
-and licences.
+"""Side files: files of tokenizers, processors and generation beside the weights, and licences.
 
-Only these are copied from a checkpoint, and of a converted folder transformers gets only these, if
-the index lists
-them: never code (custom_generate, tokenization_*.py), adapters or other weights.
+The converter copies only these. From a converted folder, transformers gets only those listed in the
+index. Code (custom_generate, tokenization_*.py), adapters and other weights are never among them.
 """
 
 import os
@@ -18,26 +16,44 @@ from formats.files.paths import LFS_POINTER, check_name, lfs_problem, open_regul
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 MAX_BYTES = 256 << 20
-"""The largest tokenizer.json that we know has 34 MB."""
+"""The largest published tokenizer.json that we know of has 34 MB."""
 MAX_FILES = 1000
-"""Of a model, config.json included."""
+"""Limit on the side files of a model, config.json included."""
 
 VOCABULARIES = (
-    "tokenizer.json", "tokenizer.[0-9]*.json", "*.model", "tokenizer.model.v[0-9]*", "tekken.json", "vocab.json",
-    "vocab.txt", "merges.txt", "bpe.codes",
-)  # fmt: skip
-"""Patterns of the files that hold a vocabulary: VOCAB_FILES_NAMES of transformers' tokenizers, and
-what is read in the place of a missing tokenizer.json.
+    "tokenizer.json",
+    "tokenizer.[0-9]*.json",
+    "*.model",
+    "tokenizer.model.v[0-9]*",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "bpe.codes",
+)
+"""Patterns of vocabulary files: VOCAB_FILES_NAMES of transformers' tokenizers, and the files that
+it reads if tokenizer.json is missing.
 """
 READ_BY_TRANSFORMERS = (
-    *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "chat_template.jinja", f"{TEMPLATES_FOLDER}/*.jinja",
-)  # fmt: skip
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    f"{TEMPLATES_FOLDER}/*.jinja",
+)
 OPTIONAL = (
-    # A text model has no use for a processor's files, but AutoProcessor may.
-    "chat_template.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    # Useless to a text model, but AutoProcessor may read them.
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 _BACKUP = re.compile(
     r".*(~|\.(bak|backup|old|orig|save|rej|tmp|swp|part|partial|crdownload|download)\d*)", re.I
@@ -51,28 +67,29 @@ _STEMS = {"tokenizer", "vocab", "merges", "tekken"} | {
 
 
 def is_side_file(name: str) -> bool:
-    """True if a file of that name, relative to the model's folder, is copied."""
+    """True if the converter copies a file of this name, relative to the model's folder."""
     return is_read_by_transformers(name) or _matches(name, OPTIONAL)
 
 
 def is_read_by_transformers(name: str) -> bool:
-    """True if tokens or chats can differ where the file `name` is missing."""
+    """True if a missing file `name` can change tokens or chats."""
     return _matches(name, READ_BY_TRANSFORMERS)
 
 
 def resembles_side_file(name: str) -> bool:
-    """True for a copy that an editor, a browser or a person made, such as "tokenizer.json~", "vocab
-    (1).json".
-    """
+    """True for a renamed copy of a side file, such as "tokenizer.json~" or "vocab (1).json"."""
+    if is_side_file(name):
+        return False
+    if name.startswith(f"{TEMPLATES_FOLDER}/"):
+        return True
     stem = _STEM.match(name.rpartition("/")[2])
-    return not is_side_file(name) and (
-        name.startswith(f"{TEMPLATES_FOLDER}/") or bool(stem and stem[1].lower() in _STEMS)
-    )
+    return stem is not None and stem[1].lower() in _STEMS
 
 
 def names_beside_weights(folder: Path) -> Iterator[str]:
-    """The names in `folder` that can be side files: its entries, and those of the folder of chat
-    templates. OSError.
+    """List the entries of `folder`, and those of its folder of chat templates.
+
+    Raises OSError if a folder cannot be read.
     """
     for entry in sorted(os.listdir(folder)):
         if entry == TEMPLATES_FOLDER and (folder / entry).is_dir():
@@ -82,25 +99,30 @@ def names_beside_weights(folder: Path) -> Iterator[str]:
 
 
 def unusable(path: Path) -> tuple[str, str] | None:
-    """(what is wrong, next step) with a file that is no readable regular file of a sane size, or
-    that git-lfs has not fetched; None for a good one.
+    """Return (problem, next step) for a file that cannot be used; None for a good one.
+
+    Refuses anything but a readable regular file of at most `MAX_BYTES`, and pointers of git-lfs.
     """
     if os.path.islink(path) and not os.path.exists(path):
         return (
-            f"is a link to {os.path.realpath(path)}, which is not there",
+            f"is a link to {os.path.realpath(path)}, which does not exist",
             "get the file, or remove the link",
         )
     if os.path.isdir(path):
         return "is a folder", "get the file, or remove the folder"
     try:
         with translated(path, "read", PathError), os.fdopen(open_regular(path), "rb") as file:
-            begin, size = file.read(len(LFS_POINTER)), os.fstat(file.fileno()).st_size
+            begin = file.read(len(LFS_POINTER))
+            size_bytes = os.fstat(file.fileno()).st_size
     except PathError as e:
         return e.message.removeprefix(f"{path}").lstrip(": "), e.hint
     if problem := lfs_problem(begin, path):
         return problem
-    if size > MAX_BYTES:
-        return f"has {size} bytes, allowed are {MAX_BYTES}", "get the file again, or remove it"
+    if size_bytes > MAX_BYTES:
+        return (
+            f"has {size_bytes} bytes, the limit is {MAX_BYTES}",
+            "get the file again, or remove it",
+        )
     return None
 
 

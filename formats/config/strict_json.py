@@ -1,4 +1,4 @@
-"""JSON from strangers: parsed without the leniences of Python's json module, then typed by msgspec."""
+"""JSON from strangers: strict parsing, then typing by msgspec."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from formats.errors import FormatError
 from formats.labels import LABEL_PATTERN
 
 MAX_DEPTH = 32
-"""Deeper nesting than this is refused before parsing, so that no input exhausts the stack."""
+"""Deeper nesting is refused before parsing, which would otherwise exhaust the stack."""
 
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{\]}]', re.DOTALL)
 
@@ -26,18 +26,18 @@ def parse(
     max_depth: int = MAX_DEPTH,
     error: type[FormatError] | type[Exception] = FormatError,
 ) -> Any:
-    """The value of UTF-8 JSON `data`.
+    """Parse UTF-8 JSON.
 
-    Refuses, as `error` naming `where`: more than `max_bytes`, a byte order mark, invalid UTF-8,
-    nesting over `max_depth`, duplicate keys, NaN and infinities (also as 1e999), lone surrogates,
-    and anything after the value.
+    Raises `error`, with `where` in its message, for more than `max_bytes`, a byte order mark,
+    invalid UTF-8, nesting over `max_depth`, duplicate keys, NaN and infinities (also as 1e999),
+    lone surrogates, and text after the value.
     """
 
-    def refuse(what: str) -> NoReturn:
-        raise error(f"{where}: {what[:300]}")
+    def refuse(problem: str) -> NoReturn:
+        raise error(f"{where}: {problem[:300]}")
 
     if len(data) > max_bytes:
-        refuse(f"{len(data)} bytes, allowed are {max_bytes}")
+        refuse(f"{len(data)} bytes, the limit is {max_bytes}")
     if data.startswith(b"\xef\xbb\xbf"):
         refuse("starts with a byte order mark; UTF-8 without one is required")
     try:
@@ -68,7 +68,7 @@ def parse(
             parse_float=finite,
             parse_constant=lambda name: refuse(f"{name} is not JSON"),
         )
-        # Half of a surrogate pair has no UTF-8: it would fail later, wherever the text is used.
+        # A lone surrogate has no UTF-8 form and would fail later, at the first use of the text.
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
@@ -85,36 +85,36 @@ def typed(
     *,
     error: type[FormatError] | type[Exception] = FormatError,
 ) -> T:
-    """`value` as the msgspec type `kind`, without coercion; raises `error` naming `where` and the
-    field.
+    """Convert `value` to the msgspec type `kind`, without coercion.
+
+    Raises `error` with `where` and the field.
     """
     try:
         return msgspec.convert(value, kind, strict=True)
     except (msgspec.ValidationError, OverflowError) as e:
-        # The pattern of labels is longer than its reason.
+        # The pattern of labels is long; say what it means.
         message = str(e).replace(f"matching regex {LABEL_PATTERN!r}", "without control characters")
-        raise error(f"{where}: {message}{_found(value, str(e))}") from None
+        raise error(f"{where}: {message}{_value_at(value, str(e))}") from None
 
 
 def dump(value: Any) -> bytes:
-    """`value` as indented UTF-8 JSON with a final newline: the same bytes for the same value."""
+    """Write `value` as indented UTF-8 JSON with a final newline. Equal values give equal bytes."""
     return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 
-def _found(value: Any, message: str) -> str:
-    """What stands where a message of msgspec points (it ends with the path, like
-    `$.layers[0].file`).
-    """
+def _value_at(value: Any, message: str) -> str:
+    """Format the value at the path that ends msgspec's message, such as `$.layers[0].file`."""
     try:
         for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", message.rpartition("`$")[2]):
             value = value[name] if name else value[int(number)]
     except (KeyError, IndexError, TypeError):
-        return ""  # the path leads through a map, whose keys msgspec does not name
+        # msgspec does not name the keys of a map.
+        return ""
     return "" if isinstance(value, (dict, list)) else f", found {repr(value)[:100]}"
 
 
 def _deeper(text: str, max_depth: int) -> bool:
-    """Whether brackets nest more than `max_depth` deep in `text`, outside strings."""
+    """True if brackets outside of strings nest more than `max_depth` deep."""
     depth = 0
     for match in _STRING_OR_BRACKET.finditer(text):
         first = text[match.start()]

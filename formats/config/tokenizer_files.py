@@ -1,6 +1,4 @@
-"""A tokenizer's files: what is refused before transformers sees them, and which one is at fault
-where it fails.
-"""
+"""A tokenizer's files: checks before transformers reads them, and the file to blame on failure."""
 
 import importlib.util
 import json
@@ -15,14 +13,14 @@ from formats.config.strict_json import parse
 from formats.errors import PathError, TokenizerError
 from formats.files.paths import check_name
 
-CONFIG_NAME = "tokenizer_config.json"
+_TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 _CLASS = re.compile(
     r"\w*Tokenizer(Fast)?|PreTrainedTokenizerFast|(Tokenizers|Python|SentencePiece|MistralCommon)Backend"
 )
-"""transformers takes any of its classes by name, also those that load weights."""
-_JSON = (
-    CONFIG_NAME,
+"""transformers would take any of its classes by name, also those that load weights."""
+_JSON_FILES = (
+    _TOKENIZER_CONFIG_NAME,
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.json",
@@ -34,12 +32,11 @@ T = TypeVar("T")
 
 
 def open_tokenizer_by(load: Callable[[str], T], folder: Path) -> T:
-    """The tokenizer that `load`, transformers' function, makes of the files in `folder`; tried on a
-    few words.
+    """Load a tokenizer with `load`, transformers' function, and try it on a few words.
 
-    TokenizerError naming the file that is at fault.
+    Raises TokenizerError with the file to blame.
     """
-    check_tokenizer_files(folder)
+    _check_tokenizer_files(folder)
     try:
         tokenizer: Any = load(str(folder))
         ids = tokenizer("Some words.")["input_ids"]
@@ -48,16 +45,18 @@ def open_tokenizer_by(load: Callable[[str], T], folder: Path) -> T:
         for name in ("bos", "eos", "unk", "pad"):
             getattr(tokenizer, f"{name}_token_id")
     except BaseException as e:
-        # The panics of the Rust library are no Exceptions.
+        # A panic of the Rust library is a BaseException, but not an Exception.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise _failure(folder, e) from e
     return tokenizer  # type: ignore[no-any-return]
 
 
-def check_tokenizer_files(folder: Path) -> None:
-    """TokenizerError if there is no vocabulary, if it is too large, or if the configuration asks
-    for code, for a class that is no tokenizer, or for a file outside.
+def _check_tokenizer_files(folder: Path) -> None:
+    """Check vocabulary and tokenizer_config.json.
+
+    Raises TokenizerError if the vocabulary is missing or too large, or if the configuration names
+    code, a class other than a tokenizer, or a file outside of the folder.
     """
     vocabularies = _vocabularies(folder)
     if not vocabularies:
@@ -67,9 +66,12 @@ def check_tokenizer_files(folder: Path) -> None:
     for path in vocabularies:
         if problem := unusable(path):
             raise TokenizerError(f"{path}: {problem[0]}", problem[1])
-    path = folder / CONFIG_NAME
-    if not path.exists():
-        return
+    path = folder / _TOKENIZER_CONFIG_NAME
+    if path.exists():
+        _check_tokenizer_config(path)
+
+
+def _check_tokenizer_config(path: Path) -> None:
     if problem := unusable(path):
         raise TokenizerError(f"{path}: {problem[0]}", problem[1])
     config = parse(path.read_bytes(), str(path), max_bytes=_MAX_CONFIG_BYTES, error=TokenizerError)
@@ -78,12 +80,13 @@ def check_tokenizer_files(folder: Path) -> None:
     code = config.get("auto_map")
     if code and (not isinstance(code, dict) or "AutoTokenizer" in code):
         raise TokenizerError(
-            f"{path}: has auto_map: the tokenizer needs code of its own, which is never run"
+            f"{path}: has auto_map: the tokenizer needs code of its own, which is never run",
+            "remove the field if a tokenizer class of transformers reads these files",
         )
     name = config.get("tokenizer_class")
     if name is not None and not (isinstance(name, str) and _CLASS.fullmatch(name)):
         raise TokenizerError(
-            f"{path}: tokenizer_class is {name!r}, which is no tokenizer",
+            f"{path}: tokenizer_class is {name!r}, which is not a tokenizer",
             "correct or remove the field",
         )
     files = config.get("fast_tokenizer_files")
@@ -91,7 +94,8 @@ def check_tokenizer_files(folder: Path) -> None:
         isinstance(files, list) and all(isinstance(f, str) and _is_plain(f) for f in files)
     ):
         raise TokenizerError(
-            f"{path}: fast_tokenizer_files is {files!r}, expected names of files in the folder"
+            f"{path}: fast_tokenizer_files is {files!r}, expected names of files in the folder",
+            "correct or remove the field",
         )
 
 
@@ -109,7 +113,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _failure(folder: Path, error: BaseException) -> TokenizerError:
-    """`error` of transformers in our words."""
+    """Turn an error of transformers into one that names the file to blame."""
     broken = [*_broken_json(folder), *_broken_templates(folder)]
     if broken:
         return broken[0]
@@ -119,31 +123,35 @@ def _failure(folder: Path, error: BaseException) -> TokenizerError:
         if missing := [
             package for package, module in packages.items() if not _is_installed(module)
         ]:
-            what = f"{model}: {purpose} needs {' and '.join(missing)}, not installed"
-            return TokenizerError(what, f"pip install {' '.join(packages)}")
+            return TokenizerError(
+                f"{model}: {purpose} needs {' and '.join(missing)}, not installed",
+                f"pip install {' '.join(packages)}",
+            )
         return TokenizerError(
             f"{model}: transformers cannot read it: {_short(error)}", "get the file again"
         )
-    names = [path.name for path in vocabularies] + (
-        [CONFIG_NAME] if (folder / CONFIG_NAME).exists() else []
+    names = [path.name for path in vocabularies]
+    if (folder / _TOKENIZER_CONFIG_NAME).exists():
+        names.append(_TOKENIZER_CONFIG_NAME)
+    return TokenizerError(
+        f"{folder}: transformers cannot load the tokenizer ({', '.join(names)}): {_short(error)}",
+        "get the tokenizer's files again",
     )
-    what = f"{folder}: transformers cannot load the tokenizer ({', '.join(names)}): {_short(error)}"
-    return TokenizerError(what, "get the tokenizer's files again")
 
 
 def _broken_json(folder: Path) -> list[TokenizerError]:
     broken = []
-    for path in (folder / name for name in _JSON if (folder / name).exists()):
-        what = ""
+    for path in (folder / name for name in _JSON_FILES if (folder / name).exists()):
+        fault = ""
         try:
             if not isinstance(json.loads(path.read_bytes()), dict):
-                what = "not an object"
+                fault = "not an object"
         except (OSError, ValueError, RecursionError) as e:
-            what = f"is no JSON: {_short(e)}"
+            fault = f"not JSON: {_short(e)}"
         if problem := unusable(path):
             broken.append(TokenizerError(f"{path}: {problem[0]}", problem[1]))
-        elif what:
-            broken.append(TokenizerError(f"{path}: {what}", "get the file again"))
+        elif fault:
+            broken.append(TokenizerError(f"{path}: {fault}", "get the file again"))
     return broken
 
 
@@ -153,21 +161,17 @@ def _broken_templates(folder: Path) -> list[TokenizerError]:
         try:
             path.read_bytes().decode()
         except (OSError, ValueError) as e:
-            broken.append(
-                TokenizerError(f"{path}: is no UTF-8 text: {_short(e)}", "get the file again")
-            )
+            broken.append(TokenizerError(f"{path}: not UTF-8: {_short(e)}", "get the file again"))
     return broken
 
 
 def _model(vocabularies: list[Path]) -> Path | None:
-    """The file of SentencePiece or tiktoken that transformers takes in the place of a missing
-    tokenizer.json.
-    """
+    """Return the SentencePiece or tiktoken file that transformers reads without tokenizer.json."""
     return next((path for path in vocabularies if ".model" in path.name), None)
 
 
 def _needed_packages(model: Path) -> tuple[dict[str, str], str]:
-    """(package to install -> module that it brings, what for)"""
+    """Return (package to install -> its module, kind of the file)."""
     with open(model, "rb") as file:
         if _TIKTOKEN_LINE.match(file.read(4096)):
             return {"tiktoken": "tiktoken"}, "a tiktoken vocabulary"

@@ -160,7 +160,9 @@ def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:
     written again.
     """
     layer = index.layers[number]
-    layouts = [ExpertLayout.from_names(index.architecture, e.gate_up, e.down) for e in layer.experts]
+    layouts = [
+        ExpertLayout.from_names(index.architecture, e.gate_up, e.down) for e in layer.experts
+    ]
     module, codec = index.architecture.expert_modules[number], layer.experts[0].codec
     entries = (
         raw_entries(module, layouts)

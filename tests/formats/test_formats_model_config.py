@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from formats.config.generation_config import GENERATION_FIELDS
-from formats.config.model_config import NOT_TAKEN, gate_config
+from formats.config.model_config import gate_config
 from formats.config.model_types import MODEL_TYPES
 from formats.config.rope_parameters import TYPES
 from formats.errors import FormatError, MoeConvertError, SourceError
@@ -51,6 +51,18 @@ SMALL_BY_TYPE: dict[str, dict[str, Any]] = {
         "model_type": "olmoe", "num_experts": 4,
     },
 }  # fmt: skip
+NOT_TAKEN = (
+    "output_hidden_states",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+"""Fields that transformers declares and the gate drops: useless to a causal language model, and
+they change the results of its calls.
+"""
 FIELDS = {"model_type"}.union(*(kind.fields for kind in MODEL_TYPES.values()))
 every_type = pytest.mark.parametrize("kind", MODEL_TYPES)
 PAGE = ROOT / "docs" / "security.md"
@@ -137,7 +149,7 @@ def test_the_experts_of_qwen3_moe_have_two_names() -> None:
     given = {**SMALL_BY_TYPE["qwen3_moe"], "num_local_experts": 8}
     fields, notes = gate_config(given, "config.json", error=SourceError)
     assert fields["num_experts"] == CONFIG_MAPPING["qwen3_moe"](**given).num_experts == 8
-    assert "num_local_experts (8) goes before num_experts (4)" in notes[0]
+    assert "num_local_experts (8) overrides num_experts (4)" in notes[0]
 
 
 def test_a_sliding_window_that_is_not_used_is_none() -> None:
@@ -150,7 +162,7 @@ def test_a_sliding_window_that_is_not_used_is_none() -> None:
 
 
 def test_an_olmoe_whose_heads_are_not_as_wide_as_the_hidden_state_is_refused() -> None:
-    with pytest.raises(SourceError, match="head_dim is 32, expected is hidden_size"):
+    with pytest.raises(SourceError, match="head_dim is 32, expected hidden_size"):
         gate_config({**SMALL_BY_TYPE["olmoe"], "head_dim": 32}, "config.json", error=SourceError)
 
 
@@ -216,7 +228,7 @@ def test_the_number_of_experts_has_two_names() -> None:
         == MixtralConfig(num_experts=8, num_local_experts=4).num_local_experts
         == 8
     )
-    assert "num_experts (8) goes before num_local_experts (4)" in notes[0]
+    assert "num_experts (8) overrides num_local_experts (4)" in notes[0]
 
 
 def test_dtype_goes_before_torch_dtype() -> None:

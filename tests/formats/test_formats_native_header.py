@@ -9,7 +9,8 @@ import torch
 from project_paths import ROOT
 
 from formats.native.abi import DTYPES, ISAS, Status
-from formats.packing import BLOCK_COLUMNS, HALF_ROWS, HEAD_BYTES, PACKINGS, TILE_ROWS
+from formats.packing import BLOCK_COLUMNS, HEAD_BYTES, PACKINGS, TILE_ROWS
+from formats.tile_bits import HALF_ROWS
 
 SHARED = ROOT / "formats/native"
 NATIVE_FOLDERS = (
