@@ -1,4 +1,4 @@
-"""Numbers that the C ABIs of both native libraries share: formats/native/abi.h for Python."""
+"""Numbers of the shared part of both C ABIs; formats/native/abi.h has the same."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Status(IntEnum):
-    """Statuses of a native call."""
+    """Status codes of a native call. abi.h describes them."""
 
     OK = 0
     PACKING = 1
@@ -21,7 +21,7 @@ class Status(IntEnum):
 
 
 ISAS = {"auto": -1, "portable": 0, "avx2": 1, "avx512": 2}
-"""Instruction sets; "auto" takes the best that runs here."""
+"""Instruction sets. "auto" is the best one of this processor."""
 
 ISA_NAMES = {number: name for name, number in ISAS.items()}
 

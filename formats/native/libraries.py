@@ -1,4 +1,4 @@
-"""Finds and loads the native library of a room."""
+"""Finds and loads the native library of a package."""
 
 import ctypes
 import sysconfig
@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 Signatures = Mapping[str, tuple[Any, list[Any]]]
-"""Functions: the type of the result, those of the arguments."""
+"""Function name -> (result type, argument types)."""
 
 
 def load_library(
     room: str, name: str, version: tuple[str, int], signatures: Signatures
 ) -> tuple[ctypes.CDLL | None, str]:
-    """Library `name` of package `room` and its path, or None and one sentence on why it is not
-    there.
+    """Load library `name` of package folder `room`.
 
-    version: the function that returns the library's ABI version, and the version that is needed.
+    Returns (library, its path), or (None, one sentence with the reason). `version` is the function
+    that returns the library's ABI version, and the required version.
     """
     paths = _paths(room, name)
     reason = f"{name} is not built (looked for {', '.join(map(str, paths))})"
@@ -26,26 +26,28 @@ def load_library(
             continue
         try:
             library = ctypes.CDLL(str(path))
-            found = getattr(library, function)()
-            if found == needed:
+            actual = getattr(library, function)()
+            if actual == needed:
                 _declare(library, signatures)
                 return library, str(path)
-            reason = f"{path} has ABI version {found}, this package needs {needed}"
+            reason = f"{path} has ABI version {actual}, this package needs {needed}"
         except (OSError, AttributeError) as error:
             reason = f"{path} cannot be loaded: {error}"
     return None, reason
 
 
 def _paths(room: str, name: str) -> list[Path]:
-    """Where the library may lie, best first: beside its modules, and in platlib.
+    """List the candidate paths, best first: beside the modules, then in platlib.
 
-    An editable install leaves built libraries in platlib, away from the modules.
+    An editable install puts built libraries into platlib.
     """
-    folders = Path(__file__).parents[2] / room, Path(sysconfig.get_path("platlib")) / room
-    return list(dict.fromkeys(folder / name for folder in folders))
+    beside_modules = Path(__file__).parents[2] / room / name
+    in_platlib = Path(sysconfig.get_path("platlib")) / room / name
+    return list(dict.fromkeys((beside_modules, in_platlib)))
 
 
 def _declare(library: ctypes.CDLL, signatures: Signatures) -> None:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+        function.restype = result
+        function.argtypes = arguments
