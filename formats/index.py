@@ -122,7 +122,7 @@ class PackedLinear(_Part, frozen=True, omit_defaults=True):
     rows: Positive
     columns: Positive
     input_transform: Label | None = None
-    """As in LayerFile."""
+    """Same meaning as `LayerFile.input_transform`."""
 
 
 class Trunk(_Part, frozen=True):
@@ -146,7 +146,7 @@ class ExpertEntry(_Part, frozen=True):
     layer: Natural
     expert: Natural
     offset: Natural
-    """In bytes from the start of the file."""
+    """Offset in bytes from the start of the file."""
     length: Natural
     """Stored bytes, without filler. The checksums cover exactly these."""
     sha256: Sha256

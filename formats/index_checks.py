@@ -188,9 +188,9 @@ def _check_experts(index: Index, number: int, here: str) -> None:
                 f"{place}.offset is {entry.offset}, not a multiple of {ALIGNMENT_BYTES}"
             )
         if entry.offset != position:
-            what = "overlaps the expert before" if entry.offset < position else "leaves a gap"
+            fault = "overlaps the expert before" if entry.offset < position else "leaves a gap"
             raise FormatError(
-                f"{place}.offset is {entry.offset}, which {what}; expected {position}"
+                f"{place}.offset is {entry.offset}, which {fault}; expected {position}"
             )
         end = entry.offset + entry.length
         position = aligned(end)

@@ -37,9 +37,9 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     begin: int
-    """In bytes from the start of the data section."""
+    """Offset in bytes from the start of the data section."""
     end: int
-    """Exclusive; in bytes from the start of the data section."""
+    """Offset in bytes of the first byte after the tensor."""
 
     @property
     def n_bytes(self) -> int:
@@ -138,7 +138,9 @@ def _entry(name: str, value: Any, where: str) -> TensorEntry:
         raise FormatError(f"{here}: its name has control characters")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{here}: fields are not exactly dtype, shape, data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    dtype = value["dtype"]
+    shape = value["shape"]
+    offsets = value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise FormatError(f"{here}: dtype {repr(dtype)[:100]} is unknown")
     if not _naturals(shape):
@@ -167,9 +169,9 @@ def _check_cover(entries: dict[str, TensorEntry], data_bytes: int, where: str) -
     position = 0
     for entry in sorted(entries.values(), key=lambda e: (e.begin, e.end)):
         if entry.begin != position:
-            what = "a hole" if entry.begin > position else "an overlap"
+            gap = "a hole" if entry.begin > position else "an overlap"
             raise FormatError(
-                f"{where}: {what} before tensor {entry.name!r}:"
+                f"{where}: {gap} before tensor {entry.name!r}:"
                 f" it begins at {entry.begin}, not {position}"
             )
         position = entry.end

@@ -85,7 +85,7 @@ def check_trunk(entries: dict[str, TensorEntry], trunk: Trunk, where: str) -> No
             raise FormatError(f"{where}: tensor {module}{_PACKED_SUFFIX} is missing")
         _check(entry, shape, (packing.dtype,), where)
         if f"{module}.weight" in present:
-            raise FormatError(f"{where}: {module} is there packed and as {module}.weight")
+            raise FormatError(f"{where}: {module} is stored twice: packed and as {module}.weight")
     for entry in present.values():
         _check(entry, entry.shape, _FLOAT_DTYPES, where)
 

@@ -33,9 +33,9 @@ class Place(NamedTuple):
     """Place of an expert's stored bytes in its file, and their checksums."""
 
     offset: int
-    """In bytes from the start of the file."""
+    """Offset in bytes from the start of the file."""
     length: int
-    """In bytes, without filler."""
+    """Size in bytes, without filler."""
     sha256: str
     xxh3: str
 

@@ -23,6 +23,7 @@ SOURCES = (
 )
 """Fields of config.json that hold parameters of the rotary embedding."""
 
+_ORIGINAL_LENGTH = "original_max_position_embeddings"
 _FACTOR = Number(2**-10, 2**20)
 _POSITIONS = Integer(2, 2**31)
 _PER_FREQUENCY = ListOf(Number(1e-6, 1e6), 1 << 15)
@@ -82,36 +83,32 @@ def merge_rope(
     if scaling and parameters and parameters != scaling:
         unread["rope_parameters"] = parameters
 
-    def take(name: str, value: Any, rule: Rule) -> Any:
-        return take_field(f"{place}.{name}", value, rule, refuse)
-
     kind = given.get("rope_type", given.get("type", "default"))
     if type(kind) is not str or kind not in TYPES:
         refuse(place, f"{place}: type is {short(kind)}, known are {', '.join(TYPES)}")
     theta = _theta(config, given, place, default_theta, unread, refuse)
-    result: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
     rules = TYPES[kind]
+    result: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
     for name in _REQUIRED.get(kind, ()):
         if name not in given:
             refuse(place, f"{place}.{name} is missing, which type {kind!r} needs")
     for name, value in given.items():
         if name in rules:
-            result[name] = take(name, value, rules[name])
+            result[name] = take_field(f"{place}.{name}", value, rules[name], refuse)
         elif name == "partial_rotary_factor":
             _check_rotation(f"{place}.{name}", value, refuse)
         elif name not in ("rope_type", "type", "rope_theta"):
             unread[f"{place}.{name}"] = value
     _check_rotation("partial_rotary_factor", config.get("partial_rotary_factor"), refuse)
-    outer = config.get("original_max_position_embeddings")
-    if "original_max_position_embeddings" not in rules:
+    outer = config.get(_ORIGINAL_LENGTH)
+    if _ORIGINAL_LENGTH not in rules:
         if outer is not None:
-            unread["original_max_position_embeddings"] = outer
+            unread[_ORIGINAL_LENGTH] = outer
     elif outer is not None:
         # In transformers, the outer field overrides the inner one.
-        name = "original_max_position_embeddings"
-        result[name] = take_field(name, outer, _POSITIONS, refuse)
+        result[_ORIGINAL_LENGTH] = take_field(_ORIGINAL_LENGTH, outer, _POSITIONS, refuse)
     else:
-        result.setdefault("original_max_position_embeddings", positions)
+        result.setdefault(_ORIGINAL_LENGTH, positions)
     _check_together(result, head_dim, place, refuse)
     return result, unread
 
@@ -130,11 +127,9 @@ def _theta(
     unread: dict[str, Any],
     refuse: Refuse,
 ) -> float:
-    outer = (
-        take_field("rope_theta", config["rope_theta"], _THETA, refuse)
-        if "rope_theta" in config
-        else None
-    )
+    outer = None
+    if "rope_theta" in config:
+        outer = take_field("rope_theta", config["rope_theta"], _THETA, refuse)
     if "rope_theta" not in given:
         return default if outer is None else float(outer)
     theta = take_field(f"{place}.rope_theta", given["rope_theta"], _THETA, refuse)
@@ -157,7 +152,8 @@ def _check_together(rope: dict[str, Any], head_dim: int, place: str, refuse: Ref
             f"{place}: type 'dynamic' needs a head_dim of at least 4, but head_dim is {head_dim}",
         )
     if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        low = rope["low_freq_factor"]
+        high = rope["high_freq_factor"]
         refuse(
             place, f"{place}.high_freq_factor is {high}, not above low_freq_factor, which is {low}"
         )
