@@ -1,6 +1,4 @@
-"""Damaged bytes never become tokens: each way that bytes come into memory, and each file of a
-folder.
-"""
+"""Damaged bytes never become tokens: each reader, and each file of a folder."""
 
 import json
 import random
@@ -50,14 +48,15 @@ def folder(
 
 
 def two_slots(folder: Path) -> dict[str, Any]:
-    """Options by which experts come through a cache of two a layer."""
+    """Return options for an expert cache of two slots per layer."""
     artifact = Artifact.open(folder)
     return {"ram_cache": 2 * sum(expert_bytes_by_layer(artifact)) + staging_bytes(artifact, 2)}
 
 
 def flip(folder: Path, layer: int, *, bits: int = 1, like: Path | None = None) -> None:
-    """Flips random bits in each expert of a layer, in place: maps of the file see them. like: where
-    the index is, if the folder has none yet.
+    """Flip random bits in each expert of a layer, in place, so that mmap readers see them.
+
+    `like` is a folder with the index, if this one has none yet.
     """
     places, rng = Artifact.open(like or folder).index.layers[layer], random.Random(layer)
     with open(folder / places.file, "r+b", buffering=0) as file:
@@ -70,19 +69,19 @@ def flip(folder: Path, layer: int, *, bits: int = 1, like: Path | None = None) -
 
 
 def check_names_the_expert(error: DamageError, folder: Path, layer: int) -> None:
-    """The error names file, layer, expert and the command that mends it."""
+    """Check that the error names file, layer, expert and the repair command."""
     assert f"experts/layer-{layer:03d}.safetensors: layer {layer} expert " in error.message
     assert "xxh3 of its bytes is " in error.message
     assert error.hint.startswith(f"moe-convert repair {folder} --from ")
 
 
 def prompt(model: Any) -> Any:
-    """Streams the experts of a prompt."""
+    """Stream the experts of a prompt."""
     return model(IDS)
 
 
 def single_tokens(model: Any) -> Any:
-    """Leases the experts of each token."""
+    """Lease the experts of each token."""
     return [model(IDS[:, i : i + 1]) for i in range(IDS.shape[1])]
 
 
@@ -343,5 +342,5 @@ def test_index_says_an_expert_in_one_line(folder: Path) -> None:
     entries = [line for line in lines if '"xxh3"' in line]
     assert len(entries) == 64
     assert max(map(len, entries)) < 300
-    # What an index of 25,000 experts takes is within the limit of 16 MiB.
+    # An index of 25,000 experts stays within the limit of 16 MiB.
     assert 25_000 * max(map(len, entries)) < 10 << 20

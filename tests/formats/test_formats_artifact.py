@@ -1,6 +1,4 @@
-"""Opening a folder: everything in it that is bad is refused by name, and nothing else than a typed
-error comes out.
-"""
+"""Opening a folder: each defect raises a typed error with the file, field and value."""
 
 import json
 import os
@@ -304,7 +302,7 @@ def pointers(value: Any, here: str = "") -> Any:
 
 
 def hub_cache(parent: Path) -> Path:
-    """The good folder as huggingface_hub keeps it: a snapshot of links into blobs."""
+    """Copy the good folder into a Hub cache: a snapshot of links into blobs."""
     entry = parent / "models--me--tiny"
     snapshot = entry / "snapshots" / ("0" * 40)
     (entry / "blobs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The gate for config.json: what of a stranger's file may reach transformers."""
+"""The gate for config.json: a stranger's file reaches transformers only in known fields."""
 
 import dataclasses
 import inspect
@@ -103,12 +103,15 @@ def without(name: str) -> dict[str, Any]:
 
 
 def declared(kind: str) -> set[str]:
-    """The fields of a model type's configuration class in the installed transformers."""
-    own = CONFIG_MAPPING[kind]
-    if dataclasses.is_dataclass(own):
-        return {field.name for field in dataclasses.fields(own)}
-    # Earlier versions declare them as arguments. Neither of these two is stored under its name.
-    arguments = (inspect.signature(one.__init__).parameters for one in (own, PreTrainedConfig))
+    """Return the fields of a model type's configuration class in the installed transformers."""
+    config_class = CONFIG_MAPPING[kind]
+    if dataclasses.is_dataclass(config_class):
+        return {field.name for field in dataclasses.fields(config_class)}
+    # Earlier versions declare fields as arguments. num_labels and output_attentions are stored
+    # under other names.
+    arguments = (
+        inspect.signature(base.__init__).parameters for base in (config_class, PreTrainedConfig)
+    )
     return set().union(*arguments) - {"self", "kwargs", "num_labels", "output_attentions"}
 
 
@@ -116,7 +119,7 @@ def declared(kind: str) -> set[str]:
 def test_every_field_that_transformers_declares_is_taken_or_left_out_on_purpose(kind: str) -> None:
     known = {"model_type", *MODEL_TYPES[kind].fields, *NOT_TAKEN, "rope_parameters"}
     assert declared(kind) - known == set(), "decide whether these may reach transformers"
-    # A head_dim is read where there is one, though not every class declares it.
+    # transformers reads head_dim if present, though not every class declares it.
     assert known - declared(kind) <= {"model_type", "transformers_version", "head_dim"}
 
 
@@ -357,7 +360,7 @@ def test_the_page_lists_the_fields() -> None:
 
 @pytest.fixture
 def edit(tmp_path: Path, source: Path) -> Callable[..., Path]:
-    """A folder with config.json of the small checkpoint and changes."""
+    """Write the small checkpoint's config.json, with changes, into a folder."""
 
     def write(**changes: Any) -> Path:
         config = json.loads((source / "config.json").read_text()) | changes

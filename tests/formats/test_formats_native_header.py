@@ -1,6 +1,4 @@
-"""The native headers state the same constants as formats/packing.py and formats/native/abi.py, each
-once.
-"""
+"""Native headers have the constants of formats/packing.py and formats/native/abi.py, each once."""
 
 import re
 
@@ -27,16 +25,16 @@ SOURCES = sorted(
 )
 
 
-def found(name: str, pattern: str) -> list[tuple[str, ...]]:
+def matches(name: str, pattern: str) -> list[tuple[str, ...]]:
     return [m.groups() for m in re.finditer(pattern, (SHARED / name).read_text())]
 
 
 def numbers(name: str, pattern: str) -> dict[str, int]:
-    return {key: int(value) for key, value in found(name, pattern)}
+    return {key: int(value) for key, value in matches(name, pattern)}
 
 
 def label(packing: str) -> str:
-    """A packing's name as native code writes it: tile32-q2-g16-s4 is Q2G16S4."""
+    """Return a packing's name in native code: tile32-q2-g16-s4 is Q2G16S4."""
     return packing.removeprefix("tile32-").replace("-", "").upper()
 
 
@@ -50,7 +48,7 @@ def test_tile_constants_are_those_of_the_reference() -> None:
 
 
 def test_list_of_packings_is_that_of_the_reference() -> None:
-    listed = found("packings.h", r'X\(k(\w+), (\w+), "([^"]+)", (\d+), (\d+), (\d+), (\d+)\)')
+    listed = matches("packings.h", r'X\(k(\w+), (\w+), "([^"]+)", (\d+), (\d+), (\d+), (\d+)\)')
     assert [(name, *map(int, rest)) for _, _, name, *rest in listed] == [
         (p.name, p.nbits, p.group_size, p.scale_bits, p.chunks) for p in PACKINGS.values()
     ]
@@ -73,8 +71,7 @@ def test_statuses_isas_and_dtypes_are_those_of_the_header() -> None:
 
 @pytest.mark.parametrize("name", PACKINGS)
 def test_no_other_file_lists_the_packings(name: str) -> None:
-    # A packing's own file names it alone (or with those of its bits and groups); a list would name
-    # all.
+    # The file of a packing names it and those of equal bits and group size; a list names all.
     others = [label(other) for other in PACKINGS if other[:14] != name[:14]]
     files = [
         path

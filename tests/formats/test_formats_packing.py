@@ -62,7 +62,7 @@ def test_unpacking_gives_back_what_was_packed(name: str) -> None:
 
 @every_packing
 def test_every_tile_is_some_matrix_and_packs_to_itself(name: str) -> None:
-    # No bit of a tile is unused, so random bytes come back. Only the byte 0x80 as M is not written.
+    # Every bit of a tile is used, so random bytes survive. Only 0x80 is never written as M.
     packing = PACKINGS[name]
     tiles = torch.randint(
         0, 256, (2, packing.tile_bytes(512)), generator=torch.Generator().manual_seed(0)

@@ -1,6 +1,4 @@
-"""Experts in plain rows: where their weights stand, what other programs see, which versions may
-have them.
-"""
+"""Experts in plain rows: place of their weights, view of other programs, format versions."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +27,7 @@ LAYER = "experts/layer-000.safetensors"
 
 
 def layout_of(gate_up: str, down: str) -> ExpertLayout:
-    """Sizes that are no multiples of 32."""
+    """Return a layout whose sizes are not multiples of 32."""
     return ExpertLayout(72, 40, packing_named(gate_up), packing_named(down))
 
 

@@ -1,4 +1,4 @@
-"""quality.json: read strictly, and what the conversion wrote survives an evaluation."""
+"""quality.json: strict reading; an evaluation keeps the results of the conversion."""
 
 import json
 from collections.abc import Callable

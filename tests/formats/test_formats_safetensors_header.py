@@ -1,4 +1,4 @@
-"""Headers that we write: valid for the safetensors package, with data from a multiple of 4096."""
+"""Written headers are valid for the safetensors package, and their data is aligned to 4096."""
 
 import os
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""tests/vectors: what the writer gives, what the reader takes and rejects, what the format page
-shows.
-"""
+"""tests/vectors against the writer, the reader and the examples of docs/format.md."""
 
 import filecmp
 import hashlib
@@ -168,8 +166,8 @@ def test_every_packing_stands_in_the_format_page() -> None:
 
 
 def parse_hex(text: str) -> bytes:
-    """Bytes of a dump of `offset: 16 bytes`, where a line `*` repeats the line before up to the
-    next offset.
+    """Parse a dump of lines `offset: 16 bytes`. A line `*` repeats the one before up to the next
+    offset.
     """
     data = b""
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Layer files: any order, again after a kill, from several threads: the same bytes."""
+"""Layer files have the same bytes for any order of writes, any threads, and after a kill."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor

@@ -1,6 +1,4 @@
-"""The fuzz targets' corpora, with a few seeded mutations of each input, and every input that
-fuzzing has found.
-"""
+"""The corpora of the fuzz targets, some seeded mutations, and all inputs that fuzzing has found."""
 
 import random
 from pathlib import Path
@@ -10,7 +8,7 @@ from fuzz.run import FOUND
 from fuzz.targets import TARGETS, Target, mutate_json
 
 MUTATIONS = 60
-"""Of the whole corpus of a target; `make fuzz` tries as many as its time allows."""
+"""Number of mutations for each target; `make fuzz` tries as many as its time allows."""
 
 every_target = pytest.mark.parametrize("name", TARGETS)
 

@@ -1,6 +1,4 @@
-"""Strangers' config.json and generation_config.json: refused with an error of ours, or they work,
-in every command.
-"""
+"""Strangers' config.json and generation_config.json work or raise a typed error in every command."""
 
 import importlib
 import json
@@ -72,7 +70,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def each_config(folder: Path) -> Iterator[tuple[int, str]]:
-    """Writes one hostile config.json after the other."""
+    """Write one hostile config.json after another."""
     good = json.loads((folder / "config.json").read_text())
     for number, (name, changes) in enumerate(CONFIGS.items()):
         (folder / "config.json").write_text(json.dumps(good | changes))
@@ -86,7 +84,7 @@ def each_generation_config(folder: Path) -> Iterator[tuple[int, str]]:
 
 
 def described(error: MoeConvertError, name: str, folder: Path) -> None:
-    """An error names its file and a next step, or the tensor that config.json does not fit."""
+    """Check that the error names its file, and a next step or a tensor that contradicts it."""
     assert error.message.startswith(str(folder)), (name, error)
     assert error.hint or "config.json says" in error.message, (name, error)
 
@@ -172,7 +170,7 @@ def test_each_command_says_what_is_wrong_with_a_config(
 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What transformers' kernel loader is asked for; nothing is fetched."""
+    """Record the calls of transformers' kernel loader; nothing is fetched."""
     calls: list[str] = []
 
     def record(*arguments: Any, **options: Any) -> Any:
@@ -189,8 +187,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_kernel_named_by_a_source_is_not_loaded_and_not_written(
     folder: Path, tmp_path: Path, kernel_calls: list[str]
 ) -> None:
-    # Other weights than the usual are refused: they are not what the folder's other files say
-    # (test_source_kinds.py).
+    # transformers_weights is refused instead of dropped (test_source_kinds.py).
     edit(folder, {name: value for name, value in CODE.items() if name != "transformers_weights"})
     out = convert(folder, tmp_path / "out")
     text = (out / "config.json").read_text()

@@ -1,6 +1,4 @@
-"""Tokenizers from strangers: they load, or one of our errors names the file; before a conversion
-begins.
-"""
+"""Strangers' tokenizers load, or a typed error names the file before the conversion begins."""
 
 import json
 import logging
@@ -62,7 +60,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sets(name: str, *keys: str | int, to: Any) -> Edit:
-    """An edit of a field of a JSON file."""
+    """Return an edit of one field of a JSON file."""
 
     def edit(folder: Path) -> None:
         data = json.loads((folder / name).read_text())
@@ -355,7 +353,7 @@ def test_an_adapter_beside_the_index_is_not_loaded(
     assert not any("lora" in name for name, _ in model.named_modules())
     assert model.name_or_path == model.config.name_or_path == str(folder)
     assert "adapter_config.json is not used" in caplog.text
-    # Nor is one that a stranger's index lists.
+    # An adapter that a stranger's index lists is not loaded either.
     index = json.loads((folder / "moe_index.json").read_text())
     index["files"] += [{"file": "adapter_config.json", "size_bytes": 1, "sha256": "0" * 64}]
     (folder / "moe_index.json").write_text(json.dumps(index))
