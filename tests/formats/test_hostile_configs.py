@@ -1,4 +1,4 @@
-"""Strangers' config.json and generation_config.json work or raise a typed error in every command."""
+"""Hostile config.json and generation_config.json work or raise a typed error in every command."""
 
 import importlib
 import json
