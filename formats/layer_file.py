@@ -87,7 +87,7 @@ def layer_metadata(
 
 
 def partial_path(path: Path) -> Path:
-    """Return the path under which a file is written until it is complete."""
+    """Where a file is written until it is complete."""
     return path.with_name(path.name + ".partial")
 
 

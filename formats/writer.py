@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically: temporary name, fsync, rename, fsync of the folder."""
+    """Writes `data` under a temporary name, then fsync, rename, fsync of the folder."""
     with OutputFile(partial_path(path)) as file:
         file.write_at(data, 0)
         file.finish(path)
