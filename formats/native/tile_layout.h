@@ -19,9 +19,9 @@ enum Packing : int32_t {
 #undef MOE_ID
 };
 
-// A packing as a type: functions written for one packing are overloads for its type.
+// A packing as a type (tag dispatch): functions written for one packing are overloads for its tag.
 template <Packing P>
-struct Of {};
+struct Tag {};
 
 struct PackingInfo {
   const char* name;
