@@ -20,8 +20,9 @@ from formats.config.field_rules import (
 )
 
 MAX_VOCABULARY = 1 << 24
+"""Upper bound of vocab_size and of token ids."""
 UNSET = object()
-"""Stands for "no default": transformers requires the field, or omits it."""
+"""No default: a config.json without the field stays without it."""
 _SIZE = Integer(1, 1 << 20)
 _COUNT = Integer(1, 1000)
 _TOKEN = optional(Integer(-1, MAX_VOCABULARY))
@@ -68,7 +69,7 @@ class ModelType:
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """Fields that determine the shapes of the model's tensors."""
+        """Fields with the model's sizes. The config.json of a converted folder must have them."""
         return tuple(dict.fromkeys((*_SIZES, self.experts, self.expert_width)))
 
 
