@@ -23,20 +23,22 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Xxh3 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Label = Annotated[str, Meta(max_length=MAX_LABEL, pattern=LABEL_PATTERN)]
 Option = Label | int | float | bool
-Projection = Literal["gate_up", "down"]
+"""Value of a recipe's option."""
 
+CODECS = ("none", "zstd")
+"""Storage of an expert's bytes in the file: as packed, or as one zstd frame."""
+
+_Section = Literal["gate_up", "down"]
 _FLAT_OBJECT = re.compile(rb"\{\n[^{}]*\}")
 _LINE_BREAK = re.compile(rb"\n *")
 """Only between values: inside a string, JSON escapes line breaks."""
 
-CODECS = ("none", "zstd")
 
-
-class _Part(Struct, frozen=True, forbid_unknown_fields=True):
+class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class Architecture(_Part, frozen=True):
+class Architecture(_Strict, frozen=True):
     """The model's sizes, in the same fields for every model type."""
 
     model_type: Label
@@ -59,7 +61,7 @@ class Architecture(_Part, frozen=True):
 
     @classmethod
     def of_config(cls, config: dict[str, Any], expert_modules: Sequence[str]) -> "Architecture":
-        """Read the sizes from a gated config.json. `expert_modules`: see the field."""
+        """Read the sizes from a gated config.json; `expert_modules` is the field of that name."""
         model_type = MODEL_TYPES[config["model_type"]]
         fields: dict[str, Any] = {
             name: config[name] for name in cls.__struct_fields__ if name in config
@@ -76,7 +78,7 @@ class Architecture(_Part, frozen=True):
         return len(self.expert_modules)
 
 
-class Shard(_Part, frozen=True):
+class Shard(_Strict, frozen=True):
     """A weight file of the source checkpoint."""
 
     name: Label
@@ -84,7 +86,7 @@ class Shard(_Part, frozen=True):
     sha256: Sha256
 
 
-class Source(_Part, frozen=True):
+class Source(_Strict, frozen=True):
     """Origin of the weights."""
 
     name: Label
@@ -94,7 +96,7 @@ class Source(_Part, frozen=True):
     shards: list[Shard]
 
 
-class Producer(_Part, frozen=True):
+class Producer(_Strict, frozen=True):
     """The program that wrote the folder."""
 
     name: Label
@@ -103,7 +105,7 @@ class Producer(_Part, frozen=True):
     """Package -> version, for packages on which the stored numbers depend."""
 
 
-class Recipe(_Part, frozen=True):
+class Recipe(_Strict, frozen=True):
     """Packing of each part, and the solver. Packing "none": stored as in the source."""
 
     name: Label
@@ -115,7 +117,7 @@ class Recipe(_Part, frozen=True):
     options: dict[Label, Option] = {}
 
 
-class PackedLinear(_Part, frozen=True, omit_defaults=True):
+class PackedLinear(_Strict, frozen=True, omit_defaults=True):
     """Packing and shape [rows, columns] of a packed matrix of the trunk."""
 
     packing: Label
@@ -125,7 +127,7 @@ class PackedLinear(_Part, frozen=True, omit_defaults=True):
     """Same meaning as `LayerFile.input_transform`."""
 
 
-class Trunk(_Part, frozen=True):
+class Trunk(_Strict, frozen=True):
     """The file of all tensors that do not belong to an expert."""
 
     file: Label
@@ -140,7 +142,7 @@ class Trunk(_Part, frozen=True):
     """Module path, such as model.layers.0.self_attn.q_proj -> its packed matrix."""
 
 
-class ExpertEntry(_Part, frozen=True):
+class ExpertEntry(_Strict, frozen=True):
     """Place, checksums, packings and codec of one expert."""
 
     layer: Natural
@@ -156,18 +158,18 @@ class ExpertEntry(_Part, frozen=True):
     codec: Label
 
 
-class LayerFile(_Part, frozen=True, omit_defaults=True):
+class LayerFile(_Strict, frozen=True, omit_defaults=True):
     """The file of one layer's experts."""
 
     file: Label
     size_bytes: Natural
     header_sha256: Sha256
     experts: list[ExpertEntry]
-    input_transform: dict[Projection, Label] = {}
+    input_transform: dict[_Section, Label] = {}
     """Transform of the inputs of gate and up, or of down, before the product. None exists yet."""
 
 
-class CopiedFile(_Part, frozen=True):
+class CopiedFile(_Strict, frozen=True):
     """config.json, or a file copied from the source byte for byte. For verification only."""
 
     file: Label
@@ -175,7 +177,7 @@ class CopiedFile(_Part, frozen=True):
     sha256: Sha256
 
 
-class Part(_Part, frozen=True):
+class Part(_Strict, frozen=True):
     """The share of one machine in a conversion by several machines. For information only."""
 
     name: Label
@@ -184,7 +186,7 @@ class Part(_Part, frozen=True):
     """Numbers of the layers that this machine converted."""
 
 
-class Index(_Part, frozen=True, omit_defaults=True):
+class Index(_Strict, frozen=True, omit_defaults=True):
     """The whole index, in the order of its fields in the file."""
 
     format: Label
