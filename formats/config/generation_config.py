@@ -77,7 +77,9 @@ def read_generation_config(
         raise error(f"{where}: {problem[0]}", problem[1])
     read = read_small if converted else read_small_source
     raw = parse(read(folder, GENERATION_NAME, str(folder)), where, error=error)
-    fields, notes = _gate(raw, where, error=error, vocab_size=vocab_size, converted=converted)
+    fields, notes = gate_generation_config(
+        raw, where, error=error, vocab_size=vocab_size, converted=converted
+    )
     if notes:
         warn_once(f"{where}: {'; '.join(notes)}")
     return fields
@@ -86,11 +88,11 @@ def read_generation_config(
 def clean_generation_config(data: bytes, where: str, *, error: type[MoeConvertError]) -> bytes:
     """Remove the fields that the gate drops. Returns `data` itself if there are none."""
     raw = parse(data, where, error=error)
-    fields, _ = _gate(raw, where, error=error)
+    fields, _ = gate_generation_config(raw, where, error=error)
     return data if fields == raw else dump(fields)
 
 
-def _gate(
+def gate_generation_config(
     raw: Any,
     where: str,
     *,

@@ -36,7 +36,7 @@ def open_tokenizer_by(load: Callable[[str], T], folder: Path) -> T:
 
     Raises TokenizerError with the file to blame.
     """
-    _check_tokenizer_files(folder)
+    check_tokenizer_files(folder)
     try:
         tokenizer: Any = load(str(folder))
         ids = tokenizer("Some words.")["input_ids"]
@@ -52,7 +52,7 @@ def open_tokenizer_by(load: Callable[[str], T], folder: Path) -> T:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _check_tokenizer_files(folder: Path) -> None:
+def check_tokenizer_files(folder: Path) -> None:
     """Check vocabulary and tokenizer_config.json.
 
     Raises TokenizerError if the vocabulary is missing or too large, or if the configuration names

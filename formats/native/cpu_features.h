@@ -1,5 +1,5 @@
-// Instruction sets of this processor. Only units compiled without -m flags may include this, and its namespace is
-// unnamed: otherwise the linker could keep a copy that was compiled for an instruction set the processor lacks.
+// Which instruction sets this processor runs. Only for units compiled without -m flags, and in an unnamed namespace: a
+// function compiled twice with different flags may be merged by the linker into the one that this processor lacks.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@
 namespace moe {
 namespace {
 
-// False also if the operating system does not save the wide registers. MOE_X86: the build has x86-64 units.
+// Its answers include whether the operating system saves the wide registers. MOE_X86: the build has x86-64 units.
 inline bool cpu_runs(int32_t isa) {
   if (isa == MOE_ISA_PORTABLE) return true;
 #if defined(MOE_X86)
@@ -22,7 +22,7 @@ inline bool cpu_runs(int32_t isa) {
   return false;
 }
 
-// True if the processor has the integer dot products that packed products use with MOE_ISA_AVX512.
+// The integer dot products that the products of packed weights take beside MOE_ISA_AVX512.
 inline bool cpu_has_vnni() {
 #if defined(MOE_X86)
   __builtin_cpu_init();

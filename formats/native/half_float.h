@@ -1,5 +1,4 @@
-// Converts one number between fp16 and fp32. Rounds to nearest even and keeps subnormals. The namespace is unnamed for
-// the reason given in cpu_features.h.
+// fp16 <-> fp32 for one number, round to nearest even, subnormals kept. In an unnamed namespace: see cpu_features.h.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -28,11 +27,11 @@ inline float half_to_float(uint16_t half) {
   return float_of(sign | bits_of(magnitude));
 }
 
-// Requires value >= 0. Returns 0x7c00 (infinity) from 65520 on, and for NaN.
+// For value >= 0. Gives 0x7c00 (infinity) from 65520 on, and for NaN.
 inline uint16_t float_to_half(float value) {
   if (!(value < 65520.0f)) return 0x7c00;
   if (value < 0x1p-14f) {
-    // From 0.5 to 1, fp32 has steps of 2^-24, the smallest fp16 subnormal: the addition rounds to a multiple of it.
+    // Adding 0.5 leaves exactly the 24 bits above 2^-24: the FPU rounds to a multiple of the smallest subnormal.
     return (uint16_t)(bits_of(value + 0.5f) - 0x3f000000u);
   }
   uint32_t bits = bits_of(value);

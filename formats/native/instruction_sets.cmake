@@ -1,5 +1,5 @@
-# Shared by both native libraries: the test for x86-64, and the compiler options of each instruction set.
-# There is no -march=native, because the instruction set is chosen at run time.
+# For both native libraries: whether this is a build for x86-64, and the options of each instruction set's units.
+# No -march=native: the instruction set is chosen at run time.
 include(CheckCXXSourceCompiles)
 check_cxx_source_compiles("
 #if !defined(__x86_64__)

@@ -1,11 +1,10 @@
-// The tile packings (docs/format.md, "Packings"): the only list in native code, for CPU and GPU. The order gives the
-// ids. Ids belong to the C ABI, not to the file format: files and Python use names.
-// tests/formats/test_formats_native_header.py compares the list with formats/packing.py. NVRTC reads this file, so it
-// has no includes.
+// The tile packings (docs/format.md, "Packings"): the one list of native code, on CPU and GPU. The order gives the ids,
+// which are part of the C ABI, not of the file format: files and Python name packings by their names.
+// tests/formats/test_formats_native_header.py compares the list with formats/packing.py. No includes: NVRTC reads it, too.
 #pragma once
 
-// X(id, suffix of kernel names, name, bits of a code, group size in columns, bits of S and of M, chunks)
-// S and M: unsigned with 4 bits; with 8 bits, S is unsigned and M is signed. The columns of a chunk share code bytes.
+// X(id, part of kernels' names, name, bits of a code, columns that share S and M, bits of S and of M, chunks)
+// 4 bits: S and M are unsigned nibbles; 8: S is unsigned, M signed. A chunk's columns share bytes of codes.
 #define MOE_PACKINGS(X)                                   \
   X(kQ2G16S4, q2_g16_s4, "tile32-q2-g16-s4", 2, 16, 4, 4) \
   X(kQ2G16S8, q2_g16_s8, "tile32-q2-g16-s8", 2, 16, 8, 4) \

@@ -1,4 +1,4 @@
-// Sizes of the tile packings for the CPU. loader/cuda/kernels/tiles.cuh has them for GPUs.
+// Sizes of the tile packings for code that runs on the CPU; loader/cuda/kernels/tiles.cuh has them for GPUs.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,8 +10,8 @@ namespace moe {
 
 inline constexpr int kTileRows = 32;    // rows of one tile
 inline constexpr int kBlockCols = 256;  // input columns of one superblock
-inline constexpr int kHeadBytes = 128;  // for each half: 16 x fp16 ds, 16 x fp16 dm
-inline constexpr int kHalfRows = 16;    // rows of one half of a tile
+inline constexpr int kHeadBytes = 128;  // for r in 0, 1: 16 x fp16 ds, 16 x fp16 dm
+inline constexpr int kHalfRows = 16;    // rows of one half r
 
 enum Packing : int32_t {
 #define MOE_ID(id, ...) id,
@@ -19,17 +19,17 @@ enum Packing : int32_t {
 #undef MOE_ID
 };
 
-// A packing as a type (tag dispatch): functions written for one packing are overloads for its tag.
+// A packing as a type: functions that a packing has of its own are overloads over it.
 template <Packing P>
-struct Tag {};
+struct Of {};
 
 struct PackingInfo {
   const char* name;
   int nbits;
   int group_size;   // input columns that share one S and one M
   int scale_bits;   // of S and of M
-  int chunks;       // of a superblock; each has its codes, then its S and M
-  int block_bytes;  // one superblock of 32 rows x 256 columns
+  int chunks;       // of a superblock: their codes, then their S and M
+  int block_bytes;  // bytes of one superblock of 32 rows x 256 columns
 
   constexpr PackingInfo(const char* name, int nbits, int group_size, int scale_bits, int chunks)
       : name(name), nbits(nbits), group_size(group_size), scale_bits(scale_bits), chunks(chunks),
@@ -37,8 +37,8 @@ struct PackingInfo {
 
   constexpr int chunk_columns() const { return kBlockCols / chunks; }
   constexpr int chunk_bytes() const { return block_bytes / chunks; }
-  constexpr int code_bytes() const { return kTileRows * chunk_columns() * nbits / 8; }  // codes of a chunk
-  constexpr int planes() const { return chunk_columns() / group_size; }  // groups of a chunk; they share code bytes
+  constexpr int code_bytes() const { return kTileRows * chunk_columns() * nbits / 8; }  // of a chunk
+  constexpr int planes() const { return chunk_columns() / group_size; }  // groups of a chunk, side by side in each byte
 };
 
 inline constexpr PackingInfo kPackingInfo[] = {
@@ -50,7 +50,7 @@ inline constexpr int kPackings = int(sizeof(kPackingInfo) / sizeof(kPackingInfo[
 
 inline bool known_packing(int32_t packing) { return packing >= 0 && packing < kPackings; }
 
-// Returns the id of a packing's name, -1 if unknown.
+// The id of a name, -1 if unknown.
 inline int32_t packing_named(const char* name) {
   for (int32_t i = 0; i < kPackings; ++i)
     if (name && std::strcmp(name, kPackingInfo[i].name) == 0) return i;

@@ -6,7 +6,7 @@
 template <Packing P, int b>
 [[gnu::noinline]] void gemm_columns(const uint8_t* p, int r, const ActBlock* x, int n, F* s) {
   Columns64 c;
-  columns64<b>(Tag<P>{}, p, r, c);
+  columns64<b>(Of<P>{}, p, r, c);
   for (int t = 0; t < n; ++t) {
     I dot[4];  // four chains hide vpdpbusd's latency
     unrolled<16>([&](auto k) MOE_INLINE {

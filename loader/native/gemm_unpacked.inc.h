@@ -31,7 +31,7 @@ void tile_gemm(const uint8_t* tile, int64_t blocks, Activations x, int tokens, f
   const uint8_t* p = tile + kHeadBytes;
   const int groups = (tokens + kGroup - 1) / kGroup;
   for (int64_t b = 0; b < blocks; ++b, p += kPackingInfo[P].block_bytes) {
-    unpack<Isa::template kMode<P>>(Tag<P>{}, p, u);
+    unpack<Isa::template kMode<P>>(Of<P>{}, p, u);
     for (int g = 0; g < groups; ++g) {  // even groups: 13 tokens are 7 + 6, not 12 + 1
       const int begin = tokens * g / groups, end = tokens * (g + 1) / groups;
       run_micro<Isa, P, kGroup>(end - begin, u, x.at + b * x.stride + begin, s + begin * kTileRows,

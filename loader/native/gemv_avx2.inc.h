@@ -8,7 +8,7 @@ void tile_gemv(const uint8_t* tile, int64_t blocks, Activations x, float* y) {
   for (int i = 0; i < 4; ++i) sums[i].s = sums[i].m = _mm256_setzero_ps();
   const uint8_t* p = tile + kHeadBytes;
   for (int64_t b = 0; b < blocks; ++b, p += kPackingInfo[P].block_bytes)
-    gemv_block(Tag<P>{}, p, x.at[b * x.stride], sums);
+    gemv_block(Of<P>{}, p, x.at[b * x.stride], sums);
   for (int i = 0; i < 4; ++i) {
     const uint8_t* head = tile + 64 * (i / 2) + 16 * (i % 2);
     _mm256_storeu_ps(y + 8 * i,

@@ -13,8 +13,7 @@ void tile_gemv(const uint8_t* tile, int64_t blocks, Activations x, float* y) {
   });
   const uint8_t* p = tile + kHeadBytes;
   for (int64_t b = 0; b < blocks; ++b, p += kPackingInfo[P].block_bytes)
-    unrolled<2 / R>([&](auto part)
-                        MOE_INLINE { gemv_block<T, R>(Tag<P>{}, p, part, x.at + b * x.stride, sums[part]); });
+    unrolled<2 / R>([&](auto part) MOE_INLINE { gemv_block<T, R>(Of<P>{}, p, part, x.at + b * x.stride, sums[part]); });
   for (int r = 0; r < 2; ++r)
     for (int t = 0; t < T; ++t)
       finish(tile, r, sums[R == 2 ? 0 : r][t][R == 2 ? r : 0], y + kTileRows * t + kHalfRows * r);

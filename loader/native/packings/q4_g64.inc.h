@@ -2,7 +2,7 @@
 
 #if defined(MOE_PART_UNPACK)
 template <ScaleMode>
-inline void unpack(Tag<kQ4G64S8>, const uint8_t* p, Unpacked& u) {
+inline void unpack(Of<kQ4G64S8>, const uint8_t* p, Unpacked& u) {
   for (int h = 0; h < 2; ++h) {
     for (int j = 0; j < 16; ++j) {
       for (int r = 0; r < 2; ++r, p += 64) {
@@ -52,7 +52,7 @@ inline void gemv_q4(const uint8_t* p, int h, int r, const ActBlock& x, Sums* sum
   });
 }
 
-inline void gemv_block(Tag<kQ4G64S8>, const uint8_t* p, const ActBlock& x, Sums* sums) {
+inline void gemv_block(Of<kQ4G64S8>, const uint8_t* p, const ActBlock& x, Sums* sums) {
   for (int h = 0; h < 2; ++h)
     for (int r = 0; r < 2; ++r) gemv_q4(p + 2176 * h, h, r, x, sums);
 }
@@ -103,7 +103,7 @@ MOE_INLINE inline void gemv_q4(const uint8_t* p, int h, int r0, const ActBlock* 
 }
 
 template <int T, int R>
-MOE_INLINE inline void gemv_block(Tag<kQ4G64S8>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
+MOE_INLINE inline void gemv_block(Of<kQ4G64S8>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
   for (int h = 0; h < 2; ++h) gemv_q4<T, R>(p + 2176 * h, h, r0, x, sums);
 }
 
