@@ -46,9 +46,10 @@ class Number:
     maximum: float
 
     def take(self, value: Any) -> Any:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float):
             raise ValueError
-        if not self.minimum <= value <= self.maximum:
+        # The range comes first: isfinite raises OverflowError for an integer of 400 digits.
+        if not self.minimum <= value <= self.maximum or not math.isfinite(value):
             raise ValueError
         return float(value)
 

@@ -31,8 +31,10 @@ VOCABULARIES = (
     "merges.txt",
     "bpe.codes",
 )
-"""Patterns of vocabulary files: VOCAB_FILES_NAMES of transformers' tokenizers, and the files that
-it reads if tokenizer.json is missing.
+"""Patterns of vocabulary files.
+
+They are VOCAB_FILES_NAMES of transformers' tokenizers, and the files that transformers reads if
+tokenizer.json is missing.
 """
 READ_BY_TRANSFORMERS = (
     *VOCABULARIES,

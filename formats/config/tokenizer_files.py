@@ -16,7 +16,8 @@ from formats.files.paths import check_name
 _TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _MAX_CONFIG_BYTES = 16 << 20
 _CLASS = re.compile(
-    r"\w*Tokenizer(Fast)?|PreTrainedTokenizerFast|(Tokenizers|Python|SentencePiece|MistralCommon)Backend"
+    r"\w*Tokenizer(Fast)?|PreTrainedTokenizerFast"
+    r"|(Tokenizers|Python|SentencePiece|MistralCommon)Backend"
 )
 """transformers would take any of its classes by name, also those that load weights."""
 _JSON_FILES = (

@@ -208,6 +208,11 @@ def test_head_dim_is_always_given_to_transformers() -> None:
     assert gate(head_dim=32)[0]["head_dim"] == 32
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_a_number_of_400_digits_is_refused(value: int) -> None:
+    refuse("rms_norm_eps", rms_norm_eps=value)
+
+
 def test_swish_is_silu() -> None:
     assert gate(hidden_act="swish")[0]["hidden_act"] == "silu"
 
