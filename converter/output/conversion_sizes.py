@@ -150,7 +150,9 @@ def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
     stored = {UNPACKED: plain_packing_for(checkpoint.expert_dtypes)}
     layouts = [
         [
-            ExpertLayout.from_names(a, stored.get(gate_up, gate_up), stored.get(down, down), "recipe")
+            ExpertLayout.from_names(
+                a, stored.get(gate_up, gate_up), stored.get(down, down), "recipe"
+            )
             for gate_up, down in layer
         ]
         for layer in packings_by_expert(likely_bits(recipe, a), a)

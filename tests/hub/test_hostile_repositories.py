@@ -188,7 +188,9 @@ def test_an_index_with_a_header_of_a_hundred_megabytes_is_refused(
     edit_index(folder, shift)
     hub.add(REPO, folder)
     declare_size(hub, LAYER, (folder / LAYER).stat().st_size + (90 << 20))
-    assert "layers[0].experts[0].offset is 94375936, the limit is 69632" in refused(way, FormatError)
+    assert "layers[0].experts[0].offset is 94375936, the limit is 69632" in refused(
+        way, FormatError
+    )
 
 
 @pytest.mark.parametrize("way", ["inspect and plan", "lazy"])
@@ -384,7 +386,9 @@ def test_the_header_of_a_layer_with_512_experts_is_within_its_limit(
     folder: Path, packing: str
 ) -> None:
     architecture = architecture_of(LARGE)
-    layouts = [ExpertLayout.from_names(architecture, packing, packing)] * architecture.num_local_experts
+    layouts = [
+        ExpertLayout.from_names(architecture, packing, packing)
+    ] * architecture.num_local_experts
     module = architecture.expert_modules[59]
     header = build_header(raw_entries(module, layouts), layer_metadata(59, module, layouts, "none"))
     first = Artifact.open(folder).index.layers[0]
