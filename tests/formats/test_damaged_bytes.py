@@ -166,10 +166,10 @@ def test_expert_that_a_gpu_gets_is_compared_on_its_way_to_pinned_memory(folder: 
     flip(folder, 3)
     with tier.use(2, 1) as use:
         use.step()
-        assert use.is_there
+        assert use.has_bytes
     for pieces in (None, 4096):
         with tier.use(3, 1) as use, pytest.raises(DamageError) as caught:
-            while not use.is_there:
+            while not use.has_bytes:
                 use.step(pieces)
         check_names_the_expert(caught.value, folder, 3)
     tier.close()

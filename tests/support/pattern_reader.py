@@ -169,11 +169,12 @@ class GpuCache:
             device.compute_stream().synchronize()
         for stream in {id(s): s for s in self.gpu_reader._streams}.values():
             stream.synchronize()
-        with tier._lock:
-            tier._end_copies()
-            assert not tier._copies
-            assert not any(entry.users for entry in tier._entries.values())
-            assert all(entry.blob is not None for entry in tier._entries.values())
+        contents = tier._contents
+        with contents.lock:
+            contents.end_copies()
+            assert not contents._copies
+            assert not any(entry.users for entry in contents._entries.values())
+            assert all(entry.blob is not None for entry in contents._entries.values())
         for device in self.devices:
             # What was freed meanwhile is looked at, too.
             device.memory()

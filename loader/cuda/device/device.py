@@ -1,6 +1,4 @@
-"""What the engine asks of a GPU: memory, streams, events, copies, launches.
-loader/cuda/device/torch_device.py has torch's.
-"""
+"""The protocol of a GPU: memory, streams, events, copies and launches."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -10,8 +8,10 @@ import torch
 from torch import Tensor
 
 Value = Any
-"""A kernel's argument: a tensor is its address, an int an int64_t, a float a float; ctypes values
-are taken as they are, arrays as structures of so many pointers or numbers, by value.
+"""An argument of a kernel.
+
+A tensor is passed as its address, an int as int64_t, a float as float. ctypes values are passed as
+they are; structures are passed by value.
 """
 
 
@@ -19,86 +19,104 @@ class Event(Protocol):
     """A point in a stream's work."""
 
     def record(self, stream: Any) -> None:
-        """The point is after all that `stream` has been given until now."""
+        """Set the point after all work that `stream` has now."""
 
     def query(self) -> bool:
-        """Whether the work before the point is done."""
+        """True if the work before the point is done."""
 
     def synchronize(self) -> None:
-        """The host waits until it is."""
+        """Make the host wait until the work before the point is done."""
 
 
 class Stream(Protocol):
-    """Work in order; work of other streams may overlap with it."""
+    """Work that runs in order; work of other streams may overlap with it."""
 
     def wait_event(self, event: Any) -> None:
-        """What is given from now on begins after the event's point."""
+        """Make all later work of this stream wait for the event."""
 
     def synchronize(self) -> None:
-        """The host waits for all that was given."""
+        """Make the host wait for all work of this stream."""
 
 
 class Device(Protocol):
-    """One GPU. Methods may be called from several threads; launches from one at a time.
-
-    name: as in "cuda:0". torch_device: of its tensors. capability: as in (7, 5).
-    """
+    """One GPU. Methods may be called from several threads, but launches from one at a time."""
 
     name: str
+    """Name as in "cuda:0"."""
     torch_device: torch.device
+    """The device of its tensors."""
     capability: tuple[int, int]
+    """Compute capability as in (7, 5)."""
 
     def empty(self, n_bytes: int) -> Tensor:
-        """uint8 [n_bytes] of its memory, at a multiple of 256; torch.OutOfMemoryError if there is
-        too little.
+        """Return uint8 [n_bytes] of its memory, aligned to 256 bytes.
+
+        Raises torch.OutOfMemoryError if the memory does not suffice.
         """
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes; what torch's allocator holds without using it is free."""
+        """Return (free, total) bytes; blocks that torch's allocator caches count as free."""
 
     def release(self) -> None:
-        """Gives back to the system what torch's allocator holds without using it."""
+        """Return the blocks that torch's allocator caches to the system."""
 
     def new_stream(self) -> Any:
-        """A stream of its own, for copies."""
+        """Return a new stream for copies."""
 
     def compute_stream(self) -> Any:
-        """The stream of this thread's torch operations and launches."""
+        """Return the stream of this thread's torch operations and launches."""
 
     def new_event(self) -> Any:
-        """An event that was not recorded yet."""
+        """Return a new event, not yet recorded."""
 
     def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
-        """Queues a copy between host and device on `stream`. Both uint8, of one size; the host's
-        side pinned, or else the call takes as long as the copy.
+        """Queue a copy between host and GPU on `stream`. Both are uint8 of one size.
+
+        If the host's side is not page-locked, the call takes as long as the copy.
         """
 
     def pin(self, memory: Tensor) -> bool:
-        """Page-locks host memory (a whole number of pages, not pinned yet) for the process's life
-        or until `unpin`; False where the system refuses.
+        """Page-lock host memory until `unpin`, or for the life of the process.
+
+        memory: whole pages, not locked yet. Returns False if the system refuses.
         """
 
     def unpin(self, memory: Tensor) -> None:
-        """Undoes `pin`."""
+        """Unlock memory that `pin` locked."""
 
     def prepare(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,
-        reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = (),
-    ) -> Callable[[], None]:  # fmt: skip
-        """What launches `kernel` on the compute stream each time it is called. ctypes values among
-        `args`, and a list of reads, may be changed between calls. reads, writes: memory that other
-        streams write or read, for stand-ins that check.
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        args: Sequence[Value],
+        *,
+        shared_bytes: int = 0,
+        reads: Sequence[Tensor] = (),
+        writes: Sequence[Tensor] = (),
+    ) -> Callable[[], None]:
+        """Return a function that launches `kernel` on the compute stream.
+
+        Between calls the caller may change ctypes values among `args`, and a list given as `reads`.
+        reads, writes: memory that other streams write or read; only recorders of tests use them.
         """
 
     def launch(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,
-        reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = (),
-    ) -> None:  # fmt: skip
-        """`prepare`, once called."""
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        args: Sequence[Value],
+        *,
+        shared_bytes: int = 0,
+        reads: Sequence[Tensor] = (),
+        writes: Sequence[Tensor] = (),
+    ) -> None:
+        """Launch `kernel` once; arguments as in `prepare`."""
 
 
 def kernel_argument(value: Value) -> Any:
-    """The ctypes value that a launch passes for `value`."""
+    """Return the ctypes value that a launch passes for `value`."""
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, int):

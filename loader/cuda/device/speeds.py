@@ -1,4 +1,4 @@
-"""How fast a GPU is fed and reads its memory, measured within half a second each."""
+"""Measures the speed of a GPU's link and of its memory, half a second each."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,26 +9,27 @@ from loader.arithmetic.machine import calls_per_s
 from loader.cuda.device.device import Device
 
 _BATCH = 8
-"""Copies between two waits of the host, so that these cost nothing."""
+"""Copies between two waits of the host, which makes the cost of waiting negligible."""
 
 _MEMORY_BYTES = 256 << 20
-"""More than caches of GPUs hold."""
+"""Size of a copy within the GPU: larger than the caches of GPUs."""
 
 
 def link_bytes_per_s(device: Device, block_bytes: int, seconds: float = 0.5) -> float:
-    """Copies a block of that size, such as an expert, from page-locked memory to `device` for that
-    long. Where the system page-locks nothing, it is the speed without. torch.OutOfMemoryError if
-    the block does not fit the GPU.
+    """Return the speed of copies from page-locked RAM to `device`, in bytes per second.
+
+    block_bytes: size of one copy, such as an expert's. The RAM is pageable if the system refuses to
+    lock it. Raises torch.OutOfMemoryError if a block does not fit into the GPU's memory.
     """
     block_bytes = -(-block_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    source, target = aligned_bytes(block_bytes).fill_(1), device.empty(block_bytes)
-    # The stream that the memory belongs to: it may be freed without more.
+    source = aligned_bytes(block_bytes).fill_(1)
+    target = device.empty(block_bytes)
+    # torch may reuse `target` without further synchronization, because this is its own stream.
     stream = device.compute_stream()
     pinned = device.pin(source)
+    copy = partial(device.copy, target, source, stream)
     try:
-        return block_bytes * _calls_per_s(
-            lambda: device.copy(target, source, stream), stream.synchronize, seconds
-        )
+        return block_bytes * _calls_per_s(copy, stream.synchronize, seconds)
     finally:
         stream.synchronize()
         if pinned:
@@ -36,20 +37,19 @@ def link_bytes_per_s(device: Device, block_bytes: int, seconds: float = 0.5) -> 
 
 
 def memory_bytes_per_s(device: Device, seconds: float = 0.5) -> float:
-    """Copies 256 MiB, or a quarter of the free memory if that is less, within `device`: bytes read
-    and written.
+    """Return the speed of copies within the GPU's memory, in bytes read plus written per second.
+
+    A copy has 256 MiB, or a quarter of the free memory if that is less.
     """
     n_bytes = min(_MEMORY_BYTES, device.memory()[0] // 4)
-    source, target = device.empty(n_bytes), device.empty(n_bytes)
-    return (
-        2
-        * n_bytes
-        * _calls_per_s(partial(target.copy_, source), device.compute_stream().synchronize, seconds)
-    )
+    source = device.empty(n_bytes)
+    target = device.empty(n_bytes)
+    copy = partial(target.copy_, source)
+    return 2 * n_bytes * _calls_per_s(copy, device.compute_stream().synchronize, seconds)
 
 
 def _calls_per_s(call: Callable[[], object], wait: Callable[[], None], seconds: float) -> float:
-    """Of `call`, which queues something that `wait` waits for."""
+    """Return how often per second `call` runs; it queues work that `wait` waits for."""
 
     def batch() -> None:
         for _ in range(_BATCH):

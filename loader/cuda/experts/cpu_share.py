@@ -1,4 +1,4 @@
-"""Missed experts that the CPU computes where they lie in RAM, while the link brings the others."""
+"""Computes some of a token's missed experts on the CPU while the link copies the others."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +16,9 @@ from loader.experts.cache import ExpertCache
 
 @dataclass(frozen=True)
 class Speeds:
-    """link_bytes_per_s: of copies of an expert to the GPU; cpu_bytes_per_s: at which the CPU
-    computes with experts.
+    """Speeds of this machine, in bytes of experts per second.
+
+    link_bytes_per_s: copies to the GPU. cpu_bytes_per_s: computation on the CPU.
     """
 
     link_bytes_per_s: float
@@ -25,15 +26,16 @@ class Speeds:
 
     @classmethod
     def measured(cls, device: Device, expert_bytes: int) -> "Speeds":
-        """Of this machine, within a second: the CPU's as fast as it reads its memory, which its
-        kernels do.
+        """Measure both within a second.
+
+        The CPU's speed is that of reading its memory, which limits its kernels.
         """
         return cls(link_bytes_per_s(device, expert_bytes), machine.memory_bytes_per_s())
 
     def split(self, experts: Sequence[int], n_bytes: int) -> tuple[list[int], list[int]]:
-        """Those of `experts`, by rank and of `n_bytes` each, to copy, and those to compute on the
-        CPU: each goes where it is done sooner after those before it; with equal times to the GPU,
-        which then has it.
+        """Split `experts`, by rank and of `n_bytes` each, into those to copy and those to compute.
+
+        Each expert goes where it finishes first after those before it; a tie goes to the GPU.
         """
         copied: list[int] = []
         computed: list[int] = []
@@ -46,8 +48,10 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Split:
-    """One token's experts: `on_gpu`, by rank, to be leased, and `on_cpu`, to be computed in RAM:
-    uint8 [n_bytes].
+    """One token's experts in one layer.
+
+    on_gpu: experts to lease from the cache, by rank. on_cpu: bytes in RAM, uint8 [n_bytes], of the
+    experts to compute on the CPU.
     """
 
     on_gpu: list[int]
@@ -55,24 +59,29 @@ class Split:
 
 
 class CpuShare:
-    """Splits each token's experts between the GPU of `cache` and the CPU, over the tier that both
-    read.
+    """Splits each token's experts between a GPU and the CPU.
+
+    cache: the GPU's slots. tier: the RAM tier that the slots are filled from.
     """
 
     def __init__(self, cache: ExpertCache, tier: PinnedTier, speeds: Speeds) -> None:
-        self._cache, self._tier, self._speeds = cache, tier, speeds
+        self._cache = cache
+        self._tier = tier
+        self._speeds = speeds
         self._sizes = expert_bytes_by_layer(tier.artifact)
 
     @contextmanager
     def split(self, layer: int, experts: Sequence[int]) -> Iterator[Split]:
-        """One token's `experts` of `layer`, by rank, around the lease. Only what the slots lack and
-        the tier has goes to the CPU; afterwards that comes into the slots by and by.
+        """Split one token's `experts` of `layer`, by rank. Enter it before the lease.
+
+        The CPU gets only experts that the slots miss and the tier has. They are read into slots in
+        the background afterwards.
         """
         missing = self._cache.missing(layer, experts)
         computed = self._speeds.split(missing, self._sizes[layer])[1]
         with ExitStack() as held:
             on_cpu = {}
-            # A demand must find a buffer besides.
+            # A demand read needs a buffer of the tier as well.
             for expert in computed[: self._tier.room(layer)]:
                 if use := self._tier.find(layer, expert):
                     on_cpu[expert] = held.enter_context(use).blob

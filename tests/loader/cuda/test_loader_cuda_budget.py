@@ -4,9 +4,9 @@ from recording_device import RecordingDevice
 
 from formats.errors import DoesNotFitError, RecipeError
 from loader.cuda.experts.gpu_budget import (
-    PIECE_BYTES,
+    ALLOCATION_BYTES,
     RESERVE_BYTES,
-    gpu_budget,
+    gpu_expert_bytes,
     gpu_slots,
     split_layers,
 )
@@ -22,15 +22,15 @@ def device(gib=8.0, used=0, name="cuda:0"):
 
 def test_auto_leaves_the_trunk_and_the_reserve_free():
     reserve = RESERVE_BYTES + GIB // 2
-    assert gpu_budget("auto", device(), 1000) == 8 * GIB - reserve
-    assert gpu_budget("auto", device(used=GIB), 1000, 2 * GIB) == 5 * GIB - reserve
+    assert gpu_expert_bytes("auto", device(), 1000) == 8 * GIB - reserve
+    assert gpu_expert_bytes("auto", device(used=GIB), 1000, 2 * GIB) == 5 * GIB - reserve
 
 
 def test_what_is_given_is_taken():
-    assert gpu_budget("6GiB", device(), 1000, 2 * GIB) == 6 * GIB
-    assert gpu_budget(6 * GIB, device(), 1000) == 6 * GIB
+    assert gpu_expert_bytes("6GiB", device(), 1000, 2 * GIB) == 6 * GIB
+    assert gpu_expert_bytes(6 * GIB, device(), 1000) == 6 * GIB
     with pytest.raises(RecipeError, match="gpu_cache"):
-        gpu_budget("much", device(), 1000)
+        gpu_expert_bytes("much", device(), 1000)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_what_is_given_is_taken():
 def test_what_does_not_fit_is_refused_with_all_numbers(gpu_cache, trunk):
     least = 200 << 20
     with pytest.raises(DoesNotFitError) as error:
-        gpu_budget(gpu_cache, device(), least, trunk)
+        gpu_expert_bytes(gpu_cache, device(), least, trunk)
     message = error.value.message
     for number in (8 * GIB, trunk, least):
         assert str(number) in message
@@ -49,11 +49,11 @@ def test_what_does_not_fit_is_refused_with_all_numbers(gpu_cache, trunk):
 
 def test_the_hint_names_what_would_work():
     with pytest.raises(DoesNotFitError, match="give gpu_cache of 200MiB to 5120MiB"):
-        gpu_budget("6GiB", device(), 200 << 20, 3 * GIB)
+        gpu_expert_bytes("6GiB", device(), 200 << 20, 3 * GIB)
     with pytest.raises(DoesNotFitError, match="give gpu_cache, 200MiB at least"):
-        gpu_budget("auto", device(), 200 << 20, 7 * GIB)
+        gpu_expert_bytes("auto", device(), 200 << 20, 7 * GIB)
     with pytest.raises(DoesNotFitError, match="use device='cpu'"):
-        gpu_budget("auto", device(), 200 << 20, 8 * GIB)
+        gpu_expert_bytes("auto", device(), 200 << 20, 8 * GIB)
 
 
 def artifact(sizes):
@@ -66,7 +66,7 @@ def test_slots_are_what_the_budget_holds_beside_those_on_their_way():
     assert found.slots == (4, 3, 3, 3)
     assert {each.name for each in found.devices} == {"cuda:0"}
     assert {id(memory) for memory in found.memory} == {id(found.memory[0])}
-    assert found.memory[0].piece_bytes == PIECE_BYTES
+    assert found.memory[0].piece_bytes == ALLOCATION_BYTES
 
 
 def test_each_gpu_has_its_own_slots_and_those_on_their_way():

@@ -18,7 +18,7 @@ needs_nvrtc = pytest.mark.skipif(
 
 @pytest.fixture
 def context():
-    return driver.Context(driver.declared(host_library()))
+    return driver.Context(driver.declare_functions(host_library()))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def in_ram(gpu, *keys):
     """Brings experts to the tier."""
     for layer, expert in keys or inside(gpu.reader, "patterns"):
         with gpu.tier.use(layer, expert) as use:
-            while not use.is_there:
+            while not use.has_bytes:
                 use.step()
     gpu.device.log.clear()
 
@@ -112,8 +112,9 @@ def test_without_the_note_of_a_use_the_race_is_found(monkeypatch):
 
 def test_without_the_event_of_a_copy_the_reuse_of_its_ram_is_found(monkeypatch):
     gpu = GpuCache(2, ram=3)
-    end = gpu.tier.end
-    monkeypatch.setattr(gpu.tier, "end", lambda use, entry, copy: end(use, entry, None))
+    contents = inside(gpu.tier, "contents")
+    end = contents.end
+    monkeypatch.setattr(contents, "end", lambda use, entry, copy: end(use, entry, None))
     with pytest.raises(AssertionError, match="not ordered"):
         for experts in ([0, 1], [2, 3], [4, 5]):
             gpu.token(0, experts)
@@ -426,7 +427,7 @@ def test_whatever_is_asked_for_in_whatever_order_finds_its_bytes(
             elif kind < 0.25:
                 for expert in gpu.cache.missing(layer, experts):
                     with gpu.tier.use(layer, expert) as use:
-                        while not use.is_there:
+                        while not use.has_bytes:
                             use.step(4096)
                         gpu.device.host_reads(use.blob)
                     gpu.cache.fill(layer, expert)

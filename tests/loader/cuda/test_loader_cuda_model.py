@@ -16,7 +16,7 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, MoeConvertError
 from loader.budget.expert_sizes import expert_bytes_by_layer
 from loader.cuda import device_choice
-from loader.cuda.experts import stack
+from loader.cuda.experts import gpu_budget
 from loader.cuda.experts.cpu_share import Speeds
 from loader.cuda.products.packed_products import Products
 
@@ -128,7 +128,7 @@ def test_out_of_memory_during_generation_gives_up_slots_and_goes_on(
     folder, on_cpu, monkeypatch, caplog
 ):
     device = RecordingDevice()
-    monkeypatch.setattr(stack, "PIECE_BYTES", 4 * one_expert(folder))
+    monkeypatch.setattr(gpu_budget, "ALLOCATION_BYTES", 4 * one_expert(folder))
     model = loader.from_pretrained(folder, device=device, slots=[6] * layers_of(folder))
     before, add, calls = sum(model.moe_stats().slots), Products.add_experts, []
 
@@ -142,7 +142,7 @@ def test_out_of_memory_during_generation_gives_up_slots_and_goes_on(
     with caplog.at_level(logging.WARNING):
         assert generated(model) == on_cpu
     assert sum(model.moe_stats().slots) < before
-    assert "of expert slots given up" in caplog.text
+    assert "MiB of expert slots" in caplog.text
     assert not device.races
 
 
@@ -153,7 +153,7 @@ def test_out_of_memory_without_a_slot_left_is_an_error_that_says_so(folder, monk
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
     monkeypatch.setattr(Products, "add_experts", out_of_memory)
-    with pytest.raises(DoesNotFitError, match="no expert slot is left to give: CUDA out of memory"):
+    with pytest.raises(DoesNotFitError, match="no expert slot is left to free: CUDA out of memory"):
         generated(model)
 
 

@@ -23,12 +23,17 @@ def tier_of(count, *, sizes=(EXPERT_BYTES,) * 2, device=None, piece_buffers=2):
     return tier, reader, device
 
 
+def patterns(tier):
+    """Return the bytes of each expert by (layer, expert)."""
+    return inside(inside(inside(tier, "contents"), "reader"), "patterns")
+
+
 def get(tier, layer, expert, at_most=None):
     """Reads an expert, checks its bytes, and ends the use."""
     with tier.use(layer, expert) as use:
-        while not use.is_there:
+        while not use.has_bytes:
             use.step(at_most)
-        assert torch.equal(use.blob, inside(inside(tier, "reader"), "patterns")[layer, expert])
+        assert torch.equal(use.blob, patterns(tier)[layer, expert])
 
 
 def test_an_expert_that_is_there_is_not_read_again():
@@ -61,7 +66,7 @@ def test_the_least_used_of_all_layers_leaves():
     assert tier.stats().evictions == 2
     for layer in (0, 1):
         with tier.find(layer, 0) as use:
-            assert use.is_there
+            assert use.has_bytes
 
 
 def test_what_is_in_use_does_not_leave():
@@ -70,7 +75,7 @@ def test_what_is_in_use_does_not_leave():
         held.step()
         for expert in range(1, 6):
             get(tier, 1, expert)
-        assert torch.equal(held.blob, inside(inside(tier, "reader"), "patterns")[0, 0])
+        assert torch.equal(held.blob, patterns(tier)[0, 0])
 
 
 def test_experts_of_different_sizes_do_not_take_each_others_room():
@@ -125,7 +130,7 @@ def test_an_expert_that_two_want_is_read_once():
     first.step(4096)
     second.step(8192)
     first.step()
-    assert second.is_there
+    assert second.has_bytes
     first.close()
     second.close()
     assert [(begin, end) for _, _, begin, end in reader.asked] == [

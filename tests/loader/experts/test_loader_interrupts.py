@@ -48,6 +48,18 @@ FILES = {
 }
 """Files whose lines are interrupted, by their last folder and name."""
 assert all((Path(loader.__file__).parent / name).is_file() for name in FILES)
+GPU_FILES = {
+    f"experts/{name}.py"
+    for name in (
+        "gpu_reader",
+        "page_locked",
+        "pinned_tier",
+        "tier_contents",
+        "tier_pool",
+        "tier_use",
+    )
+}
+assert all((Path(loader.__file__).parent / "cuda" / name).is_file() for name in GPU_FILES)
 PLACES = 40
 """How many of the lines that a call runs it is interrupted at, evenly spread."""
 
@@ -190,7 +202,7 @@ def asked_for_on_a_gpu(gpu):
 def test_an_interrupt_at_every_line_leaves_the_cache_of_a_gpu_whole():
     gpu = GpuCache(2, experts=4, layers=3, ram=6)
     asked_for_on_a_gpu(gpu)
-    with Lines(files=FILES | {"experts/gpu_reader.py", "experts/pinned_tier.py"}) as lines:
+    with Lines(files=FILES | GPU_FILES) as lines:
         asked_for_on_a_gpu(gpu)
     for number in sorted(lines.first.values()):
         with contextlib.suppress(KeyboardInterrupt), Lines(number, lines.files):
