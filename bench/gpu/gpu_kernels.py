@@ -20,7 +20,7 @@ from formats.expert import ExpertLayout
 from formats.packing import HEAD_BYTES, Packing
 from formats.reading.reader import aligned_bytes
 from loader.cuda.device.device import Device
-from loader.cuda.products.packed_products import Products
+from loader.cuda.products.packed_products import LinearMatrix, Products
 
 Row = dict[str, Any]
 
@@ -178,7 +178,9 @@ class AttentionRing:
     def _prepared(self, acts: Tensor, matrices: Sequence[Tensor]) -> list[Callable[[], None]]:
         """One launch for q, k and v, one for o."""
         entries = [
-            (tiles, self.packing, rows, torch.empty(rows, device=self.device.torch_device))
+            LinearMatrix(
+                tiles, self.packing, rows, torch.empty(rows, device=self.device.torch_device)
+            )
             for tiles, rows in zip(matrices, self.rows, strict=True)
         ]
         return [

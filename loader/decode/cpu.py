@@ -21,6 +21,7 @@ from loader.arithmetic.torch_threads import torch_threads_for
 from loader.decode.decoder import Kind, KvLayer
 from loader.decode.native_structures import check_model, head_structure, layer_structure
 from loader.decode.path_counters import LeaveDecoder, Reason
+from loader.decode.rotary_table import row_offset_bytes
 from loader.decode.weights import ModelWeights
 from loader.experts.cache import ExpertSource
 from loader.experts.lease import Lease
@@ -121,7 +122,9 @@ class CpuDecoder(Derived):
         keys, values, capacity = self._pointers(), self._pointers(), self._sizes()
         for number, (layer, kind) in enumerate(zip(past, self._kinds, strict=True)):
             keys[number], values[number], capacity[number] = layer.place(kind)
-        offset = self._rotary_offset(cos, sin, row)
+        offset = row_offset_bytes(
+            cos, sin, row, self._weights.layers[0].head_dim, self._weights.dtype
+        )
         index, scores, room = self._index(), self._scores(), self._room()
         blobs = type(self._blobs).from_buffer_copy(self._blobs)
         # On the CPU, whatever torch's default device is: native code writes there.
@@ -169,16 +172,6 @@ class CpuDecoder(Derived):
         for layer in past:
             layer.show(length + 1)
         return out
-
-    def _rotary_offset(self, cos: Tensor, sin: Tensor, row: int) -> int:
-        dtype, width = self._weights.dtype, self._weights.layers[0].head_dim
-        if not (
-            cos.dtype is sin.dtype is dtype and cos.shape == sin.shape and cos.shape[-1] == width
-        ):
-            raise ValueError(
-                f"rotary embedding of {dtype} [{width}]: got {cos.dtype} {tuple(cos.shape)}"
-            )
-        return row * width * dtype.itemsize
 
     def _chosen(self, index: Any, number: int) -> list[int]:
         begin = number * self._top_k

@@ -10,6 +10,7 @@ from torch import Tensor
 from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
 from loader.arithmetic.native_library import Attention, Layer, Matrix, packing_id
+from loader.decode.weight_checks import check_dense, check_matrix
 from loader.decode.weights import LayerWeights, ModelWeights
 
 _HEAD_BF16 = -1
@@ -37,9 +38,9 @@ def layer_structure(weights: LayerWeights, hidden: int, dtype: torch.dtype) -> L
 
     Only its first half can run natively if its experts have several layouts, or plain rows.
     """
-    _check_dense("attention norm", weights.attention_norm, (hidden,), dtype)
-    _check_dense("experts norm", weights.experts_norm, (hidden,), dtype)
-    _check_dense("router", weights.router, (weights.experts, hidden), dtype)
+    check_dense("attention norm", weights.attention_norm, (hidden,), dtype)
+    check_dense("experts norm", weights.experts_norm, (hidden,), dtype)
+    check_dense("router", weights.router, (weights.experts, hidden), dtype)
     structure = Layer(
         attention=attention_structure(weights, hidden, dtype),
         attention_norm=weights.attention_norm.data_ptr(),
@@ -68,31 +69,19 @@ def head_structure(weights: ModelWeights) -> Matrix:
     if head is None:
         return Matrix()
     if isinstance(head, Tensor):
-        _check_dense("head", head, (head.shape[0], weights.hidden), torch.bfloat16)
+        check_dense("head", head, (head.shape[0], weights.hidden), torch.bfloat16)
         return Matrix(tiles=head.data_ptr(), rows=head.shape[0], packing=_HEAD_BF16)
     return _matrix("head", head, weights.hidden)
 
 
 def check_model(weights: ModelWeights) -> None:
     """Raise ValueError unless embedding and final norm fit together."""
-    _check_dense("embedding", weights.embedding, tuple(weights.embedding.shape), weights.dtype)
-    _check_dense("norm", weights.norm, (weights.hidden,), weights.dtype)
+    check_dense("embedding", weights.embedding, tuple(weights.embedding.shape), weights.dtype)
+    check_dense("norm", weights.norm, (weights.hidden,), weights.dtype)
 
 
 def _matrix(name: str, matrix: PackedMatrix, columns: int) -> Matrix:
-    need = kernels.packed_bytes(matrix.packing, matrix.rows, columns)
-    if matrix.tiles.numel() < need:
-        raise ValueError(
-            f"{name}: {matrix.tiles.numel()} bytes are too few for {matrix.rows} x {columns};"
-            f" {need} needed"
-        )
+    check_matrix(name, matrix, columns)
     return Matrix(
         tiles=matrix.tiles.data_ptr(), rows=matrix.rows, packing=packing_id(matrix.packing)
     )
-
-
-def _check_dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.dtype is not dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: expected contiguous {dtype} {shape}, got {tuple(tensor.shape)} {tensor.dtype}"
-        )

@@ -54,6 +54,18 @@ class RotaryTable:
         return cos.contiguous(), sin.contiguous()
 
 
+def row_offset_bytes(cos: Tensor, sin: Tensor, row: int, width: int, dtype: torch.dtype) -> int:
+    """Return the offset of `row` in cos and sin, in bytes.
+
+    Raises ValueError unless both are of `dtype` and of one shape [1, positions, width].
+    """
+    if not (cos.dtype is sin.dtype is dtype and cos.shape == sin.shape and cos.shape[-1] == width):
+        raise ValueError(
+            f"rotary embedding of {dtype} [{width}]: got {cos.dtype} {tuple(cos.shape)}"
+        )
+    return row * width * dtype.itemsize
+
+
 def _state(rotary: Any) -> tuple[Any, ...]:
     """Return a value that changes with the table's values; it is compared for each token.
 

@@ -13,8 +13,10 @@ from loader.experts.cache import ExpertSource
 
 
 class CudaDecoderFactory:
-    """Makes `CudaDecoder`s. share: which experts the CPU computes, by the backend `cpu`; None:
-    none.
+    """Makes `CudaDecoder`s.
+
+    share: splits experts between GPU and CPU; None: the GPU computes all. cpu: the CPU's backend
+    for its share.
     """
 
     def __init__(
@@ -25,12 +27,16 @@ class CudaDecoderFactory:
         cpu: Backend | None = None,
     ) -> None:
         self.device = device.torch_device
-        self._device, self._products = device, products
-        self._share, self._cpu = share, cpu
+        self._device = device
+        self._products = products
+        self._share = share
+        self._cpu = cpu
 
     def make(self, weights: ModelWeights, experts: ExpertSource) -> CudaDecoder:
-        """As `DecoderFactory.make`. All layers must have one size, and each layer's experts one
-        layout of tiles.
+        """Make a decoder (`DecoderFactory.make`).
+
+        Raises LeaveDecoder if layers differ in size, if a layer's experts have several layouts or
+        16 bits, or if the kernels do not support the sizes.
         """
         sizes = _sizes(weights.layers[0], weights)
         for number, layer in enumerate(weights.layers):
@@ -43,7 +49,7 @@ class CudaDecoderFactory:
                     Reason.WEIGHTS, f"layer {number} has experts of several packings, or in 16 bits"
                 )
         if not fits(sizes):
-            raise LeaveDecoder(Reason.WEIGHTS, f"{sizes} is not a size of the GPU kernels")
+            raise LeaveDecoder(Reason.WEIGHTS, f"the GPU kernels do not support {sizes}")
         return CudaDecoder(self._device, self._products, sizes, weights, self._share, self._cpu)
 
 

@@ -1,5 +1,6 @@
-"""Compiles the kernels for a GPU with NVRTC, which torch's CUDA wheels bring: no compiler, no CUDA
-toolkit needed.
+"""Compiles the kernels for a GPU with NVRTC, which torch's CUDA wheels contain.
+
+So neither a compiler nor the CUDA toolkit is needed.
 """
 
 import ctypes
@@ -16,27 +17,26 @@ from formats.errors import MoeConvertError
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 SHARED = Path(__file__).parents[3] / "formats/native/packings.h"
-"""The list of packings, which the CPU's native code includes, too."""
+"""The list of packings, which the CPU's native code includes too."""
 _MAIN = "moe_kernels.cu"
 OPTIONS = ("--std=c++17", "--fmad=false")
-"""Without --fmad=false a product and a sum would become one fma, and the bits would not be the
+"""--fmad=false: NVRTC would fuse products and sums into fma, and the bits would differ from the
 CPU's.
 """
 
 
 def compile_kernels(arch: str, cache: Path | None = None) -> bytes:
-    """The kernels' cubin for `arch`, such as "sm_86". In `cache`, a folder, it is kept for the next
-    time.
+    """Return the kernels' cubin for `arch`, such as "sm_86".
 
-    MoeConvertError if NVRTC is not there, does not know `arch`, or refuses the source (with its
-    log).
+    cache: a folder that keeps cubins for later calls; None: compile each time. Raises
+    MoeConvertError if NVRTC is missing, does not know `arch`, or refuses the source (with its log).
     """
     nvrtc = _library()
     sources = {path.name: path.read_bytes() for path in (*sorted(KERNELS.iterdir()), SHARED)}
     key = hashlib.sha256(repr((arch, OPTIONS, _version(nvrtc), sources)).encode()).hexdigest()
     kept = cache / f"kernels-{arch}-{key[:32]}.cubin" if cache else None
-    if kept and (found := _read_kept(kept)):
-        return found
+    if kept and (cubin := _read_kept(kept)):
+        return cubin
     cubin = _compile(nvrtc, sources, arch)
     if kept:
         _keep(kept, cubin)
@@ -44,7 +44,7 @@ def compile_kernels(arch: str, cache: Path | None = None) -> bytes:
 
 
 def is_available() -> bool:
-    """Whether NVRTC is there."""
+    """True if NVRTC is installed."""
     try:
         _library()
     except MoeConvertError:
@@ -56,14 +56,15 @@ def _compile(nvrtc: ctypes.CDLL, sources: dict[str, bytes], arch: str) -> bytes:
     headers = {name: text for name, text in sources.items() if name != _MAIN}
     strings = ctypes.c_char_p * len(headers)
     program = ctypes.c_void_p()
-    _check(
-        nvrtc,
-        nvrtc.nvrtcCreateProgram(
-            ctypes.byref(program), sources[_MAIN], _MAIN.encode(), len(headers), strings(*headers.values()),
-            strings(*(name.encode() for name in headers)),
-        ),
-        "nvrtcCreateProgram",
-    )  # fmt: skip
+    error = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program),
+        sources[_MAIN],
+        _MAIN.encode(),
+        len(headers),
+        strings(*headers.values()),
+        strings(*(name.encode() for name in headers)),
+    )
+    _check(nvrtc, error, "nvrtcCreateProgram")
     try:
         options = [f"--gpu-architecture={arch}".encode(), *(option.encode() for option in OPTIONS)]
         failed = nvrtc.nvrtcCompileProgram(
@@ -82,9 +83,9 @@ def _compile(nvrtc: ctypes.CDLL, sources: dict[str, bytes], arch: str) -> bytes:
 def _bytes(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     size = ctypes.c_size_t()
     _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)), what)
-    room = ctypes.create_string_buffer(size.value)
-    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, room), what)
-    return room.raw
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, buffer), what)
+    return buffer.raw
 
 
 def _check(nvrtc: ctypes.CDLL, error: int, what: str) -> None:
@@ -120,26 +121,24 @@ def _library() -> ctypes.CDLL:
         nvrtc.nvrtcCompileProgram.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         return nvrtc
     raise MoeConvertError(
-        f"NVRTC, which compiles the GPU kernels, is not here: {'; '.join(tried[:3])}",
-        "install torch from a CUDA wheel, or nvidia-cuda-nvrtc of torch's CUDA version",
+        f"NVRTC, which compiles the GPU kernels, is missing: {'; '.join(tried[:3])}",
+        "install torch from a CUDA wheel, or nvidia-cuda-nvrtc for torch's CUDA version",
     )
 
 
 def _candidates() -> list[str]:
-    """Files and names to try: what torch's wheels brought first, of torch's CUDA version before
-    others.
-    """
-    found: list[str] = []
+    """Return files and names to try: installed wheels first, of torch's CUDA version first."""
+    files: list[str] = []
     for package in importlib.metadata.distributions():
         if (package.metadata["Name"] or "").startswith("nvidia-cuda-nvrtc"):
-            found += [
+            files += [
                 str(package.locate_file(f))
                 for f in package.files or ()
                 if f.name.startswith("libnvrtc.so")
             ]
     major = (torch.version.cuda or "").split(".")[0]
-    found.sort(key=lambda name: not (major and name.endswith(f".so.{major}")))
-    return [*found, *([f"libnvrtc.so.{major}"] if major else []), "libnvrtc.so"]
+    files.sort(key=lambda name: not (major and name.endswith(f".so.{major}")))
+    return [*files, *([f"libnvrtc.so.{major}"] if major else []), "libnvrtc.so"]
 
 
 def _read_kept(path: Path) -> bytes | None:
@@ -152,7 +151,7 @@ def _read_kept(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, cubin: bytes) -> None:
-    """Best effort: a folder that cannot be written costs the next start some seconds."""
+    """Write a cubin for the next start. Without it that start takes some seconds longer."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -1,5 +1,6 @@
-"""A CUDA GPU by torch: its allocator, streams, events and copies; kernels by the driver, compiled
-when first needed.
+"""A CUDA GPU through torch: allocator, streams, events and copies.
+
+Kernels are compiled at the first launch, and launched through CUDA's driver.
 """
 
 import threading
@@ -14,28 +15,34 @@ from loader.cuda.device.device import Value, kernel_argument
 from loader.cuda.device.driver import Context, Module
 from loader.cuda.device.nvrtc import compile_kernels
 
-LEAST_CAPABILITY = (7, 0)
-"""Volta: the first with dp4a, independent threads in a warp, and torch 2.6 wheels."""
+MIN_CAPABILITY = (7, 0)
+"""Volta: the oldest GPUs with dp4a, independent threads in a warp, and wheels of torch 2.6."""
 
 
 class CudaDevice:
-    """A `loader.cuda.device.device.Device`. kept: a folder for compiled kernels, None for none."""
+    """A `loader.cuda.device.device.Device`.
+
+    kept: a folder that keeps compiled kernels; None: compile in each process. Raises
+    MoeConvertError if the GPU is older than MIN_CAPABILITY.
+    """
 
     def __init__(self, index: int, kept: Path | None = None) -> None:
-        self.name, self.index = f"cuda:{index}", index
+        self.name = f"cuda:{index}"
+        self.index = index
         self.torch_device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(index)
         self.capability = (properties.major, properties.minor)
         self.model: str = properties.name
-        if self.capability < LEAST_CAPABILITY:
+        if self.capability < MIN_CAPABILITY:
+            needed = ".".join(map(str, MIN_CAPABILITY))
             raise MoeConvertError(
-                f"{self.name} ({self.model}) has compute capability {properties.major}.{properties.minor}, the kernels"
-                f" need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}",
+                f"{self.name} ({self.model}) has compute capability"
+                f" {properties.major}.{properties.minor}; the kernels need {needed}",
                 "use device='cpu'",
             )
         self._kept = kept
         with torch.cuda.device(index):
-            # Makes the context, where this is the first use.
+            # Creates the CUDA context if this is the process's first use of the GPU.
             torch.cuda.synchronize()
             self._context = Context()
         self._lock = threading.Lock()
@@ -73,23 +80,37 @@ class CudaDevice:
         self._context.unpin(memory.data_ptr())
 
     def prepare(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,
-        reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = (),
-    ) -> Callable[[], None]:  # fmt: skip
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        args: Sequence[Value],
+        *,
+        shared_bytes: int = 0,
+        reads: Sequence[Tensor] = (),
+        writes: Sequence[Tensor] = (),
+    ) -> Callable[[], None]:
         values = [kernel_argument(value) for value in args]
-        # Tensors among `args` are held by the closure: their memory must stay.
-        return self._on_stream(
-            self._loaded().prepare(kernel, grid, threads, values, shared_bytes), args
-        )
+        run = self._loaded().prepare(kernel, grid, threads, values, shared_bytes)
+        # The launch keeps the tensors among `args` alive: the kernel has their addresses.
+        return self._on_stream(run, args)
 
     def launch(
-        self, kernel: str, grid: tuple[int, int, int], threads: int, args: Sequence[Value], *, shared_bytes: int = 0,
-        reads: Sequence[Tensor] = (), writes: Sequence[Tensor] = (),
-    ) -> None:  # fmt: skip
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        args: Sequence[Value],
+        *,
+        shared_bytes: int = 0,
+        reads: Sequence[Tensor] = (),
+        writes: Sequence[Tensor] = (),
+    ) -> None:
         self.prepare(kernel, grid, threads, args, shared_bytes=shared_bytes)()
 
     def _on_stream(self, run: Callable[[int], None], held: Sequence[Value]) -> Callable[[], None]:
-        index, enter = self.index, self._context.enter
+        index = self.index
+        enter = self._context.enter
 
         def launch(held: Sequence[Value] = held) -> None:
             stream = torch.cuda.current_stream(index).cuda_stream
@@ -106,20 +127,22 @@ class CudaDevice:
     def _loaded(self) -> Module:
         with self._lock:
             if self._module is None:
-                cubin = compile_kernels(f"sm_{self.capability[0]}{self.capability[1]}", self._kept)
+                major, minor = self.capability
+                cubin = compile_kernels(f"sm_{major}{minor}", self._kept)
                 with torch.cuda.device(self.index):
                     self._module = Module(cubin, self._context)
             return self._module
 
 
 def cuda_devices(names: Sequence[str], kept: Path | None = None) -> list[CudaDevice]:
-    """The devices of `names`, "cuda" (the present one) or "cuda:N". MoeConvertError if one is not
-    there.
+    """Return the GPUs with these names: "cuda:N", or "cuda" for torch's current one.
+
+    Raises MoeConvertError if one is missing, or too old (`CudaDevice`).
     """
     if not torch.cuda.is_available():
-        build = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
+        cause = "is built without CUDA" if torch.version.cuda is None else "finds no GPU"
         raise MoeConvertError(
-            f"device {', '.join(names)}: torch {torch.__version__} {build}",
+            f"device {', '.join(names)}: torch {torch.__version__} {cause}",
             "use device='cpu', or install torch for CUDA and the GPU's driver",
         )
     result = []

@@ -3,8 +3,11 @@
 // (tests/support/cuda_host/host.h stands for the GPU). No header of CUDA's: NVRTC comes without them.
 #pragma once
 
+// MOE_STRUCT: a structure passed by value. Without __grid_constant__ an index computed at run time copies it to local
+// memory.
 #if defined(MOE_ON_HOST)
 #include "host.h"
+#define MOE_STRUCT const
 #else
 #if defined(__CUDACC_RTC__)
 typedef signed char int8_t;
@@ -20,6 +23,7 @@ typedef unsigned long long uint64_t;
 #endif
 #define MOE_DEVICE __device__ __forceinline__
 #define MOE_KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
+#define MOE_STRUCT const __grid_constant__
 #define MOE_SHARED __shared__
 #define MOE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif

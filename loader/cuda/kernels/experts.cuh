@@ -1,18 +1,24 @@
-// One token's experts: gate and up with SwiGLU and the quantization of h in one launch, down in another.
+// One token's experts in two launches: gate, up, SwiGLU and the quantization of h, then down.
 #pragma once
 #include "gemv.cuh"
 
 namespace moe {
 
-constexpr int kMostExperts = 8;  // of one launch
+constexpr int kMaxExperts = 8;  // in one launch
 
 struct Experts {
-  const uint8_t* blob[kMostExperts];
-  int64_t rank[kMostExperts];  // place of the expert's weight
+  const uint8_t* blob[kMaxExperts];
+  int64_t rank[kMaxExperts];  // index of the expert's weight
 };
 
-// h [expert][blocks64(intermediate)]. Grid (blocks64(intermediate), experts): a block makes 64 columns of h, of two
-// tile pairs (gate 0, up 0, gate 1, up 1), which lie side by side.
+struct DownShape {
+  int64_t count;   // experts
+  int64_t offset;  // of down in a blob, in bytes
+  int64_t hidden, intermediate;
+};
+
+// h [expert][blocks64(intermediate)]. Grid (blocks64(intermediate), experts). A block computes 64 columns of h from two
+// adjacent tile pairs (gate 0, up 0, gate 1, up 1).
 template <int P>
 MOE_DEVICE void gate_up_token(const Experts& experts, int64_t hidden, int64_t intermediate, const ActBlock* acts,
                               ActBlock* h) {
@@ -23,7 +29,7 @@ MOE_DEVICE void gate_up_token(const Experts& experts, int64_t hidden, int64_t in
     const ActBlock* acts;
     float (*y)[kTileRows];
     int64_t bytes;
-    int last;  // tiles past the end: the last one again
+    int last;  // last tile; chains past it repeat it, so that no thread reads outside
     MOE_DEVICE const uint8_t* tile(int, int chain) const { return first_tile + (chain < last ? chain : last) * bytes; }
     MOE_DEVICE const ActBlock* x(int, int) const { return acts; }
     MOE_DEVICE void finish(int, int chain, int, int row, float v) { y[chain][row] = v; }
@@ -47,10 +53,10 @@ MOE_DEVICE void gate_up_token(const Experts& experts, int64_t hidden, int64_t in
 
 constexpr int kDownWarps = 12;  // down has few tiles; 16 warps leave too few registers
 
-// out [hidden] = (first: 0, else out) + weights[rank] · down(h), experts in order. Grid: tiles of down.
+// out [hidden] = (first ? 0 : out) + weights[rank] * down(h), experts in order. Grid: tiles of down.
 template <int P>
-MOE_DEVICE void down_token(const Experts& experts, int64_t count, int64_t down_offset, int64_t hidden,
-                           int64_t intermediate, const ActBlock* h, const float* weights, int64_t first, float* out) {
+MOE_DEVICE void down_token(const Experts& experts, const DownShape& shape, const ActBlock* h, const float* weights,
+                           int64_t first, float* out) {
   struct Work {
     const Experts& experts;
     const ActBlock* h;
@@ -70,26 +76,26 @@ MOE_DEVICE void down_token(const Experts& experts, int64_t count, int64_t down_o
             h,
             weights,
             out,
-            down_offset + int64_t(blockIdx.x) * tile_bytes<P>(intermediate),
-            blocks64(intermediate),
+            shape.offset + int64_t(blockIdx.x) * tile_bytes<P>(shape.intermediate),
+            blocks64(shape.intermediate),
             int64_t(blockIdx.x) * kTileRows,
-            hidden,
+            shape.hidden,
             first != 0};
-  folded_products<P, 1, kDownWarps, 1>(work, superblocks(intermediate), int(count));
+  folded_products<P, 1, kDownWarps, 1>(work, superblocks(shape.intermediate), int(shape.count));
 }
 
 }  // namespace moe
 
-#define MOE_TOKEN_EXPERTS(packing, name, ...)                                                                        \
-  MOE_KERNEL(256, 2)                                                                                                 \
-  gate_up_token_##name(MOE_STRUCT moe::Experts experts, int64_t hidden, int64_t intermediate,                        \
-                       const moe::ActBlock* acts, moe::ActBlock* h) {                                                \
-    moe::gate_up_token<moe::packing>(experts, hidden, intermediate, acts, h);                                        \
-  }                                                                                                                  \
-  MOE_KERNEL(384)                                                                                                    \
-  down_token_##name(MOE_STRUCT moe::Experts experts, int64_t count, int64_t down_offset, int64_t hidden,             \
-                    int64_t intermediate, const moe::ActBlock* h, const float* weights, int64_t first, float* out) { \
-    moe::down_token<moe::packing>(experts, count, down_offset, hidden, intermediate, h, weights, first, out);        \
+#define MOE_TOKEN_EXPERTS(packing, name, ...)                                                                 \
+  MOE_KERNEL(256, 2)                                                                                          \
+  gate_up_token_##name(MOE_STRUCT moe::Experts experts, int64_t hidden, int64_t intermediate,                 \
+                       const moe::ActBlock* acts, moe::ActBlock* h) {                                         \
+    moe::gate_up_token<moe::packing>(experts, hidden, intermediate, acts, h);                                 \
+  }                                                                                                           \
+  MOE_KERNEL(384)                                                                                             \
+  down_token_##name(MOE_STRUCT moe::Experts experts, MOE_STRUCT moe::DownShape shape, const moe::ActBlock* h, \
+                    const float* weights, int64_t first, float* out) {                                        \
+    moe::down_token<moe::packing>(experts, shape, h, weights, first, out);                                    \
   }
 MOE_PACKINGS(MOE_TOKEN_EXPERTS)
 #undef MOE_TOKEN_EXPERTS

@@ -1,6 +1,6 @@
-// Products of packed tiles with many tokens: tensor cores (mma.cuh), each warp one tile, the codes unpacked in
-// registers straight to fragments. Integer sums are exact in any order; the additions over blocks of 64 columns run in
-// ascending order in registers, so that results have the bits of the CPU's (docs/numerics.md).
+// Products of packed tiles with many tokens, on tensor cores (mma.cuh): one tile a warp, codes unpacked in registers.
+// Integer sums are exact in any order. Sums over blocks of 64 columns run in ascending order, so results have the CPU's
+// bits (docs/numerics.md).
 #pragma once
 #include "fragments.cuh"
 #include "mma.cuh"
@@ -10,7 +10,7 @@ namespace moe {
 constexpr int kTokenTile = 32;  // tokens of a block
 constexpr int kGemmWarps = 4;   // tiles of a block
 
-// Rows of activations in groups, one for each expert; a block takes up to kTokenTile rows of one.
+// Rows of activations in groups, one for each expert. A block computes up to kTokenTile rows of one group.
 struct Groups {
   const uint8_t* blob[8];
   int64_t pair[9];        // first row of each group
@@ -35,16 +35,16 @@ struct alignas(16) TokenSums {
   float d, u;
 };  // the last 16 bytes of an ActBlock
 
-// Activations of a block's tokens, one superblock: [block of 64][token], so that tokens lie 80 bytes apart and the
-// words of a B fragment in 32 different banks.
+// Activations of a block's tokens, one superblock: [block of 64][token]. Tokens are 80 bytes apart, so the words of a B
+// fragment are in 32 different banks.
 using Panel = ActBlock[4][kTokenTile];
 
-// s, m of [8 tokens][row of the lane's four][token % 2].
+// Sums of codes and of zero terms: [8 tokens][row of the lane's four][token % 2].
 struct TileSums {
   float s[kTokenTile / 8][4][2], m[kTokenTile / 8][4][2];
 };
 
-// One block of 64 columns of the lane's rows times the tokens of the panel.
+// Adds one block of 64 columns of the lane's rows, times the tokens of the panel.
 template <int P>
 MOE_DEVICE void add_block(const ChunkPart<P>& part, int block, const ActBlock (&x)[kTokenTile], int tokens,
                           TileSums& sums) {
@@ -56,7 +56,7 @@ MOE_DEVICE void add_block(const ChunkPart<P>& part, int block, const ActBlock (&
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       a[q][row] = part.codes(block, q, row);
-      // S · q is at most 105, a signed byte.
+      // S * q is at most 105: it fits a signed byte.
       if constexpr (L::kScaleBits == 4)
         a[q][row] *= uint32_t(byte_of(part.scales(row).s, L::kGroup == 16 ? q : 2 * block + q / 2));
     }
@@ -108,8 +108,8 @@ MOE_DEVICE void add_block(const ChunkPart<P>& part, int block, const ActBlock (&
   }
 }
 
-// Tile `tile` times `tokens` rows of activations (row i: x(i)): put(token, row, y). All threads of the block call it,
-// with the same rows; `inside`: whether this warp has a tile. `put` may write over the panels.
+// Multiplies `tile` with `tokens` rows of activations (row i: x(i)) and calls put(token, row, y). All threads of the
+// block call it, with the same rows; a warp without a tile has inside = false. `put` may overwrite the panels.
 template <int P, class X, class Put>
 MOE_DEVICE void tile_product(Panel* panels, const uint8_t* tile, bool inside, int blocks, int tokens, const X& x,
                              const Put& put) {
@@ -132,7 +132,7 @@ MOE_DEVICE void tile_product(Panel* panels, const uint8_t* tile, bool inside, in
 #pragma unroll
       for (int e = 0; e < 2; ++e) sums.s[n][row][e] = sums.m[n][row][e] = 0.0f;
 
-  constexpr bool kAhead = L::kBits == 2;  // the other packings leave no registers for a second chunk
+  constexpr bool kAhead = L::kBits == 2;  // other packings leave no registers for a second chunk
   const uint8_t* at = tile + kHeadBytes;
   ChunkPart<P> next;
   if (kAhead && inside) next.load(at, lane);
@@ -168,7 +168,7 @@ MOE_DEVICE void tile_product(Panel* panels, const uint8_t* tile, bool inside, in
   }
 }
 
-// y [pairs, rows] = the group's matrix (at `offset` of its blob) times acts [pair]. Grid (tiles / 4, token tiles).
+// y [pairs, rows] = acts [pair] times the group's matrix, at byte `offset` of its blob. Grid (tiles / 4, token tiles).
 template <int P>
 MOE_DEVICE void gemm(const Groups& groups, int64_t offset, int64_t rows, int64_t columns, const ActBlock* acts,
                      float* y) {
@@ -184,13 +184,14 @@ MOE_DEVICE void gemm(const Groups& groups, int64_t offset, int64_t rows, int64_t
       });
 }
 
-// h [pair][blocks64(intermediate)] from gate, up (at the beginning of the group's blob) and acts [token[pair]]. Grid
-// (blocks64(intermediate), token tiles): 64 columns of h, of two tile pairs (gate 0, up 0, gate 1, up 1).
+// h [pair][blocks64(intermediate)] from acts [token[pair]], gate and up, which begin the group's blob. Grid
+// (blocks64(intermediate), token tiles). A block computes 64 columns of h from two tile pairs (gate 0, up 0, gate 1,
+// up 1).
 template <int P>
 MOE_DEVICE void gemm_gate_up(const Groups& groups, int64_t hidden, int64_t intermediate, const ActBlock* acts,
                              const int32_t* token, ActBlock* h) {
   using Products = float[kGemmWarps][kTokenTile][36];  // 36: fewer bank conflicts than 32
-  static_assert(sizeof(Products) <= 2 * sizeof(Panel), "products take the place of the panels");
+  static_assert(sizeof(Products) <= 2 * sizeof(Panel), "products reuse the memory of the panels");
   MOE_SHARED Panel panels[2];
   Products& products = *reinterpret_cast<Products*>(&panels);
   const Place at = place_in(groups);
@@ -215,17 +216,23 @@ MOE_DEVICE void gemm_gate_up(const Groups& groups, int64_t hidden, int64_t inter
   }
 }
 
-// out [T, hidden] += weight · y of each token's pairs among first .. first + pairs, ascending by expert: place and
-// rank [T, top_k], in this order. Grid (T, hidden / 256).
-MOE_DEVICE void add_pairs_of(const float* y, const int32_t* place, const int32_t* rank, const float* weights,
-                             int64_t first, int64_t pairs, int64_t top_k, int64_t hidden, float* out) {
+// Each token's pairs in ascending order of experts, [T, top_k], and the range of pairs in y.
+struct PairLists {
+  const int32_t* place;  // position among all pairs
+  const int32_t* rank;   // index of the pair's weight
+  int64_t begin, count;  // pairs begin .. begin + count - 1 are in y
+  int64_t top_k;
+};
+
+// out [T, hidden] += weight * y of each token's pairs in the range, ascending by expert. Grid (T, hidden / 256).
+MOE_DEVICE void add_pairs_of(const PairLists& pairs, const float* y, const float* weights, int64_t hidden, float* out) {
   const int64_t column = int64_t(blockIdx.y) * 256 + threadIdx.x, t = blockIdx.x;
   if (column >= hidden) return;
   float* to = out + t * hidden + column;
-  for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
-    const int64_t pair = place[i] - first;
-    if (pair < 0 || pair >= pairs) continue;
-    const float weighted = weights[t * top_k + rank[i]] * y[pair * hidden + column];
+  for (int64_t i = t * pairs.top_k; i < (t + 1) * pairs.top_k; ++i) {
+    const int64_t pair = pairs.place[i] - pairs.begin;
+    if (pair < 0 || pair >= pairs.count) continue;
+    const float weighted = weights[t * pairs.top_k + pairs.rank[i]] * y[pair * hidden + column];
     *to = *to + weighted;
   }
 }
@@ -246,7 +253,6 @@ MOE_DEVICE void add_pairs_of(const float* y, const int32_t* place, const int32_t
 MOE_PACKINGS(MOE_GEMM)
 #undef MOE_GEMM
 MOE_KERNEL(256)
-add_pairs(const float* y, const int32_t* place, const int32_t* rank, const float* weights, int64_t first, int64_t pairs,
-          int64_t top_k, int64_t hidden, float* out) {
-  moe::add_pairs_of(y, place, rank, weights, first, pairs, top_k, hidden, out);
+add_pairs(MOE_STRUCT moe::PairLists pairs, const float* y, const float* weights, int64_t hidden, float* out) {
+  moe::add_pairs_of(pairs, y, weights, hidden, out);
 }

@@ -5,13 +5,6 @@
 #include "common.cuh"
 #include "packings.h"
 
-// A structure among a kernel's parameters: read where it lies, also by a computed index.
-#if defined(MOE_ON_HOST)
-#define MOE_STRUCT const
-#else
-#define MOE_STRUCT const __grid_constant__
-#endif
-
 namespace moe {
 
 constexpr int kTileRows = 32;

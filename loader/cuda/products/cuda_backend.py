@@ -1,6 +1,4 @@
-"""The backend of layers on a GPU: products of packed weights by our kernels, of plain ones by
-torch.
-"""
+"""The backend of layers on a GPU: packed weights by our kernels, 16-bit weights by torch."""
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from loader.lifetime.copies import Shared
 
 
 class CudaBackend(Shared):
-    """A `loader.arithmetic.backend.Backend` whose tensors, but for `index`, lie on `device`."""
+    """A `loader.arithmetic.backend.Backend`; all tensors except `index` are on `device`."""
 
     name = "cuda"
     for_gradients = None
@@ -24,9 +22,8 @@ class CudaBackend(Shared):
         self.products = Products(device)
 
     def linear(self, tiles: Tensor, packing: Packing, rows: int, columns: int, x: Tensor) -> Tensor:
-        return self.products.linear(
-            self.products.quantize(x.contiguous()), tiles, packing, rows, columns
-        )
+        acts = self.products.quantize(x.contiguous())
+        return self.products.linear(acts, tiles, packing, rows, columns)
 
     def experts(
         self,
@@ -42,11 +39,11 @@ class CudaBackend(Shared):
             return
         for expert in sorted(blobs):
             token, rank = (part.to(x.device) for part in torch.where(index == expert))
-            result = self._plain(layouts[expert], blobs[expert], x[token])
+            result = self._unfused(layouts[expert], blobs[expert], x[token])
             out.index_add_(0, token, result * weights[token, rank, None])
 
-    def _plain(self, layout: ExpertLayout, blob: Tensor, x: Tensor) -> Tensor:
-        """down(silu(gate(x)) · up(x)), float32 [T, hidden], of x, float32 [T, hidden]."""
+    def _unfused(self, layout: ExpertLayout, blob: Tensor, x: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) · up(x)), float32 [T, hidden], for float32 x [T, hidden]."""
         gate_up, down = sections(layout, blob)
         rows = len(gate_up) * layout.gate_up.rows_each
         gate, up = gate_and_up(layout, self._product(gate_up, layout.gate_up, rows, x))
@@ -56,6 +53,5 @@ class CudaBackend(Shared):
     def _product(self, stored: Tensor, packing: AnyPacking, rows: int, x: Tensor) -> Tensor:
         if isinstance(packing, Packing):
             return self.linear(stored, packing, rows, x.shape[1], x)
-        # As transformers computes such a model: summed in float32, the result rounded to the
-        # weights' dtype.
+        # transformers computes such a model so: float32 sums, rounded to the weights' dtype.
         return functional.linear(x.to(stored.dtype), stored).float()

@@ -1,25 +1,25 @@
-"""A prompt's (token, expert) pairs in the order in which kernels take them."""
+"""A prompt's (token, expert) pairs, in the order in which kernels compute them."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from loader.cuda.products.structures import MOST_EXPERTS
+from loader.cuda.products.structures import MAX_EXPERTS
 
-MOST_PAIRS = 1024
-"""Of one pass over experts: their h and outputs take 35 MB at 8x7B's sizes."""
+MAX_PAIRS = 1024
+"""Pairs of one pass: their h and outputs take 35 MB at 8x7B's sizes."""
 
 
 class Pairs:
-    """The (token, rank) pairs of a call by expert, ascending, tokens ascending; int32 arrays on the
-    device.
+    """The (token, rank) pairs of a call, sorted by expert, then by token.
 
-    token [pairs]: of each pair. place [T, k], rank [T, k]: each token's pairs in ascending order of
-    experts, as positions in that list, and as ranks.
+    All arrays are int32, on the device. token [pairs]: token of each pair. place, rank [T, k]:
+    position among the pairs, and rank, of each token's pairs, sorted by expert.
     """
 
     def __init__(self, index: Tensor, device: torch.device) -> None:
+        """index: the experts that the router chose, int64 [T, k] on the CPU."""
         tokens, top_k = index.shape
         rank = index.argsort(dim=1, stable=True)
         expert, order = index.gather(1, rank).flatten().sort(stable=True)
@@ -27,33 +27,31 @@ class Pairs:
         place[order] = torch.arange(tokens * top_k)
         arrays = torch.stack([order // top_k, place, rank.flatten()]).to(torch.int32)
         self.token, self.place, self.rank = arrays.to(device, non_blocking=True)
-        numbers, counts = expert.unique_consecutive(return_counts=True)
+        experts, counts = expert.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0)
-        self._ranges = dict(
-            zip(
-                numbers.tolist(),
-                zip((ends - counts).tolist(), ends.tolist(), strict=True),
-                strict=True,
-            )
-        )
+        ranges = zip((ends - counts).tolist(), ends.tolist(), strict=True)
+        self._ranges = dict(zip(experts.tolist(), ranges, strict=True))
+        """[begin, end) of the pairs, by expert."""
 
     def parts(self, expert: int) -> list[tuple[int, int]]:
-        """The expert's ranges of pairs, at most MOST_PAIRS each."""
+        """Return the expert's pairs as ranges [begin, end) of at most MAX_PAIRS."""
         begin, end = self._ranges.get(expert, (0, 0))
-        return [(at, min(end, at + MOST_PAIRS)) for at in range(begin, end, MOST_PAIRS)]
+        return [(at, min(end, at + MAX_PAIRS)) for at in range(begin, end, MAX_PAIRS)]
 
 
 def passes(work: Sequence[tuple[Tensor, int, int]]) -> list[tuple[int, int]]:
-    """Ranges of `work` (blob, range of pairs) that one pass takes: neighbours, few enough experts
-    and pairs.
+    """Split `work`, (blob, begin, end of its pairs), into ranges [begin, end) for one pass each.
+
+    A pass has at most MAX_EXPERTS entries and MAX_PAIRS pairs, and its pairs are consecutive.
     """
-    ranges, begin = [], 0
+    ranges = []
+    begin = 0
     for at in range(1, len(work) + 1):
         if (
             at == len(work)
-            or at - begin == MOST_EXPERTS
+            or at - begin == MAX_EXPERTS
             or work[at][1] != work[at - 1][2]
-            or work[at][2] - work[begin][1] > MOST_PAIRS
+            or work[at][2] - work[begin][1] > MAX_PAIRS
         ):
             ranges.append((begin, at))
             begin = at

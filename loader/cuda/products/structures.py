@@ -1,5 +1,6 @@
-"""The structures among kernels' parameters, as the kernels declare them: addresses and numbers,
-passed by value.
+"""Structures of kernel arguments, passed by value, as loader/cuda/kernels declares them.
+
+They hold addresses: the caller keeps the tensors alive until the kernel has run.
 """
 
 import ctypes
@@ -7,63 +8,91 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-MOST_MATRICES = 4
-MOST_EXPERTS = 8
+MAX_MATRICES = 4
+MAX_EXPERTS = 8
 
 
 class Matrices(ctypes.Structure):
     """Several matrices over the same columns (gemv.cuh)."""
 
     _fields_ = (
-        ("tiles", ctypes.c_void_p * MOST_MATRICES),
-        ("y", ctypes.c_void_p * MOST_MATRICES),
-        ("rows", ctypes.c_int64 * MOST_MATRICES),
+        ("tiles", ctypes.c_void_p * MAX_MATRICES),
+        ("y", ctypes.c_void_p * MAX_MATRICES),
+        ("rows", ctypes.c_int64 * MAX_MATRICES),
         ("count", ctypes.c_int64),
     )
 
     @classmethod
-    def of(cls, matrices: Sequence[tuple[Tensor, Tensor, int]]) -> "Matrices":
-        """Of (tiles, y, rows)."""
-        made = cls(count=len(matrices))
+    def pack(cls, matrices: Sequence[tuple[Tensor, Tensor, int]]) -> "Matrices":
+        """Return the structure for (tiles, y, rows) of each matrix."""
+        structure = cls(count=len(matrices))
         for i, (tiles, y, rows) in enumerate(matrices):
-            made.tiles[i], made.y[i], made.rows[i] = tiles.data_ptr(), y.data_ptr(), rows
-        return made
+            structure.tiles[i] = tiles.data_ptr()
+            structure.y[i] = y.data_ptr()
+            structure.rows[i] = rows
+        return structure
 
 
 class Experts(ctypes.Structure):
     """One token's experts (experts.cuh)."""
 
-    _fields_ = (("blob", ctypes.c_void_p * MOST_EXPERTS), ("rank", ctypes.c_int64 * MOST_EXPERTS))
+    _fields_ = (("blob", ctypes.c_void_p * MAX_EXPERTS), ("rank", ctypes.c_int64 * MAX_EXPERTS))
 
     def set(self, experts: Sequence[tuple[int, Tensor]]) -> None:
-        """To these (rank, blob)."""
+        """Set (rank, blob) of each expert."""
         for i, (rank, blob) in enumerate(experts):
-            self.rank[i], self.blob[i] = rank, blob.data_ptr()
+            self.rank[i] = rank
+            self.blob[i] = blob.data_ptr()
+
+
+class DownShape(ctypes.Structure):
+    """Sizes of the down products of one token's experts (experts.cuh)."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+    )
 
 
 class Groups(ctypes.Structure):
-    """Rows of activations in groups, one for each expert (gemm.cuh). Group i: rows pair[i] to
-    pair[i + 1], which take the blocks token_tile[i] to token_tile[i + 1] of the grid.
+    """Rows of activations in groups, one group for each expert (gemm.cuh).
+
+    Group i has the rows [pair[i], pair[i + 1]) and the grid's blocks [token_tile[i],
+    token_tile[i + 1]).
     """
 
     _fields_ = (
-        ("blob", ctypes.c_void_p * MOST_EXPERTS),
-        ("pair", ctypes.c_int64 * (MOST_EXPERTS + 1)),
-        ("token_tile", ctypes.c_int64 * (MOST_EXPERTS + 1)),
+        ("blob", ctypes.c_void_p * MAX_EXPERTS),
+        ("pair", ctypes.c_int64 * (MAX_EXPERTS + 1)),
+        ("token_tile", ctypes.c_int64 * (MAX_EXPERTS + 1)),
         ("count", ctypes.c_int64),
     )
 
     @classmethod
-    def of(cls, groups: Sequence[tuple[Tensor, int]], tile_tokens: int) -> "Groups":
-        """Of (blob, rows), `tile_tokens` rows a block."""
-        made = cls(count=len(groups))
+    def pack(cls, groups: Sequence[tuple[Tensor, int]], tile_tokens: int) -> "Groups":
+        """Return the structure for (blob, rows) of each group, `tile_tokens` rows a block."""
+        structure = cls(count=len(groups))
         for i, (blob, rows) in enumerate(groups):
-            made.blob[i] = blob.data_ptr()
-            made.pair[i + 1] = made.pair[i] + rows
-            made.token_tile[i + 1] = made.token_tile[i] + -(-rows // tile_tokens)
-        return made
+            structure.blob[i] = blob.data_ptr()
+            structure.pair[i + 1] = structure.pair[i] + rows
+            structure.token_tile[i + 1] = structure.token_tile[i] + -(-rows // tile_tokens)
+        return structure
 
     @property
     def token_tiles(self) -> int:
-        """Blocks of the grid that all of them take."""
+        """Number of the grid's blocks for all groups."""
         return int(self.token_tile[self.count])
+
+
+class PairLists(ctypes.Structure):
+    """The pairs of each token, and the range of pairs in one pass (gemm.cuh)."""
+
+    _fields_ = (
+        ("place", ctypes.c_void_p),
+        ("rank", ctypes.c_void_p),
+        ("begin", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+    )

@@ -3,7 +3,6 @@ native code.
 """
 
 import copy
-import ctypes
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ from native_attention import NativeAttention
 from random_weights import random_tiles
 from recording_device import RecordingDevice
 
-from formats.packing import packing_named
 from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
-from loader.cuda.decode import gpu_decoder as decoder
-from loader.cuda.decode import gpu_layer
+from loader.cuda.decode import gpu_layer, output_head
+from loader.cuda.decode.argument_structures import KvPlace
 from loader.cuda.decode.gpu_layer import SUFFIXES, Launches
 from loader.cuda.decode.token_memory import SPAN, Sizes, TokenMemory
 from loader.cuda.products.packed_products import Products
@@ -55,11 +53,11 @@ def made(dtype, order=0, **numbers):
     [
         ("attention", "kSpan", SPAN),
         ("attention", "kHeads", inside(gpu_layer, "HEADS")),
-        ("attention", "kMostDim", gpu_layer.MOST_HEAD_DIM),
+        ("attention", "kMaxDim", gpu_layer.MAX_HEAD_DIM),
         ("attention", "kAttendThreads", inside(gpu_layer, "ATTEND_THREADS")),
         ("norm", "kNormThreads", inside(gpu_layer, "NORM_THREADS")),
         ("router", "kRouteThreads", inside(gpu_layer, "ROUTE_THREADS")),
-        ("head", "kHeadThreads", inside(decoder, "HEAD_THREADS")),
+        ("head", "kHeadThreads", inside(output_head, "HEAD_THREADS")),
     ],
 )
 def test_launches_have_the_sizes_that_the_kernels_were_written_for(file, name, value):
@@ -161,16 +159,14 @@ def test_attention_over_any_number_of_positions_is_the_cpus(
     cos, sin = torch.randn(1, 1, dim).to(dtype), torch.randn(1, 1, dim).to(dtype)
 
     place = ours.place(cpu.kind)
-    memory.position.value, memory.cos.value, memory.sin.value = (
-        length,
-        cos.data_ptr(),
-        sin.data_ptr(),
-    )
+    memory.heads.position = length
+    memory.heads.cos = cos.data_ptr()
+    memory.heads.sin = sin.data_ptr()
     memory.set_spans(length // SPAN + 1)
     for name, y in (("q", memory.q), ("k", memory.k), ("v", memory.v)):
         matrix = getattr(weights, name)
         y.copy_(kernels.linear(x[0].float(), matrix.tiles, matrix.packing, matrix.rows)[0])
-    launches.attend(*(ctypes.c_void_p(at) for at in place[:2]), ctypes.c_int64(place[2]))()
+    launches.attend(KvPlace(*place))()
     launches.combine()()
     ours.show(length + 1)
 
@@ -180,8 +176,8 @@ def test_attention_over_any_number_of_positions_is_the_cpus(
 
 def run_o(device, memory, matrix):
     """The product of o with the mixed values, rounded to the activations' dtype."""
-    entry = matrix.tiles, packing_named(matrix.packing), matrix.rows, memory.o
-    Products(device).prepare_linear(memory.mixed, [entry], memory.q.numel())()
+    matrices = [gpu_layer.linear_matrix(matrix, memory.o)]
+    Products(device).prepare_linear(memory.mixed, matrices, memory.q.numel())()
     return memory.o.to(memory.x.dtype)
 
 
@@ -196,15 +192,13 @@ def test_attention_in_float16_differs_from_float64_by_rounding(heads, kv_heads, 
     past = cache_of(length, kind)
     place = past.place(kind)
     cos, sin = torch.ones(dim).half(), torch.zeros(dim).half()
-    memory.position.value, memory.cos.value, memory.sin.value = (
-        length,
-        cos.data_ptr(),
-        sin.data_ptr(),
-    )
+    memory.heads.position = length
+    memory.heads.cos = cos.data_ptr()
+    memory.heads.sin = sin.data_ptr()
     memory.set_spans(length // SPAN + 1)
     for y in (memory.q, memory.k, memory.v):
         y.copy_(torch.randn(y.shape))
-    launches.attend(*(ctypes.c_void_p(at) for at in place[:2]), ctypes.c_int64(place[2]))()
+    launches.attend(KvPlace(*place))()
     launches.combine()()
     past.show(length + 1)
     assert torch.equal(past.keys[0, :, -1].flatten(), memory.k.half())
@@ -238,8 +232,7 @@ def cpu_logits(x, router):
 
 
 def run_route(memory, launches, router, ahead=None, guesses=0):
-    memory.next_router.value = None if ahead is None else ahead.data_ptr()
-    memory.guesses.value = guesses
+    memory.guess.set(None if ahead is None else (ahead, guesses))
     launches.route(router)()
     return memory.choice.tolist(), memory.weights.clone()
 

@@ -14,7 +14,7 @@ from formats.packing import BLOCK_COLUMNS, HEAD_BYTES, PACKINGS, TILE_ROWS, Quan
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
 from loader.cuda.products import pairs
-from loader.cuda.products.packed_products import Products
+from loader.cuda.products.packed_products import LinearMatrix, Products
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
@@ -199,7 +199,7 @@ def test_matrices_of_one_token_take_one_launch_a_packing(packings, launches):
     products, x = Products(device), activations(1, columns)
     acts = torch.zeros_like(products.quantize(x))
     matrices = [
-        (random_tiles(packing, rows, columns, rows), packing, rows, torch.empty(rows))
+        LinearMatrix(random_tiles(packing, rows, columns, rows), packing, rows, torch.empty(rows))
         for packing, rows in zip(packings, (96, 33, 40, 8, 64), strict=False)
     ]
     run = products.prepare_linear(acts, matrices, columns)
@@ -207,8 +207,8 @@ def test_matrices_of_one_token_take_one_launch_a_packing(packings, launches):
     device.launched.clear()
     run()
     assert len(device.launched) == launches
-    for tiles, packing, rows, y in matrices:
-        assert same_bits(y, kernels.linear(x, tiles, packing.name, rows)[0])
+    for m in matrices:
+        assert same_bits(m.y, kernels.linear(x, m.tiles, m.packing.name, m.rows)[0])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -255,7 +255,7 @@ def test_many_pairs_take_several_passes_and_have_the_same_bits(monkeypatch):
     layout, device = ExpertLayout(64, 64, Q2, Q4), HostDevice()
     index, weights = routed(30, 4, 2)
     blobs = {expert: random_expert(layout, expert) for expert in range(4)}
-    monkeypatch.setattr(pairs, "MOST_PAIRS", 10)
+    monkeypatch.setattr(pairs, "MAX_PAIRS", 10)
     assert same_bits(
         *both_experts(
             dict.fromkeys(range(4), layout),
@@ -337,7 +337,7 @@ TILES = torch.zeros(Q2.matrix_bytes(64, 64), dtype=torch.uint8)
             "expected one token, got 2",
         ),
         (
-            lambda p: p.prepare_linear(ACTS, [(TILES, Q2, 64, torch.zeros(63))], 64),
+            lambda p: p.prepare_linear(ACTS, [LinearMatrix(TILES, Q2, 64, torch.zeros(63))], 64),
             "y: expected 64 rows",
         ),
         (lambda p: p.token_experts(LAYOUT, ACTS, torch.ones(2), torch.zeros(63)), "out: expected"),
