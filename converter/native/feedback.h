@@ -1,8 +1,8 @@
-// Codes of a panel of rows, left to right, each column's error carried to the columns after it (GPTQ/OBQ). With
-// H = V * V^T, V upper triangular, e^T H e is the sum over k of (V_kk * (e_k + sum over j < k of e_j * V_jk / V_kk))^2,
-// so column k is best rounded as if it were w_k + that sum. No inverse of H is needed.
+// Codes of a panel of rows, left to right; each column's error is carried to the columns after it (GPTQ/OBQ). With
+// H = V * V^T, V upper triangular, e^T H e is the sum over k of (V_kk * (e_k + sum over j < k of e_j * V_jk / V_kk))^2.
+// So the best rounding of column k is that of w_k plus the inner sum. No inverse of H is needed.
 //
-// Each sum is one chain of FMAs, j ascending, whatever the blocking: so every ISA and any split of the rows gives the
+// Each sum is one chain of FMAs, j ascending, for every blocking. So every ISA and every split of the rows gives the
 // same bits.
 #pragma once
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace moe {
 namespace {
 
-// V_jk / V_kk for j in j0..j1-1 and k in k0..k1-1, in strips: [strip][j - j0][kStrip]; 0 for j >= k and k >= k1.
+// Writes V_jk / V_kk for j in j0..j1-1 and k in k0..k1-1 in strips, [strip][j - j0][kStrip]; 0 for j >= k and k >= k1.
 inline void pack_factor(const float* block, int64_t ld, const float* inverse, int64_t j0, int64_t j1, int64_t k0,
                         int64_t k1, float* to) {
   typedef float F4 __attribute__((vector_size(16), aligned(4)));
@@ -22,7 +22,7 @@ inline void pack_factor(const float* block, int64_t ld, const float* inverse, in
   // Four rows at a time fill a cache line of `to`.
   for (; j + 4 <= j1 && j + 4 <= k0; j += 4) {
     const float* row = block + j * ld + k0;
-    // The rows of the next chunk lie pages apart: prefetched now, they stand in L2 when they are wanted.
+    // The rows of the next chunk are pages apart: prefetched now, they are in L2 when they are needed.
     for (int i = 0; i < 4; ++i) {
       for (int64_t k = 0; k < k1 - k0; k += 16) __builtin_prefetch(row + (kChunkColumns + i) * ld + k);
     }
@@ -44,7 +44,7 @@ inline void pack_factor(const float* block, int64_t ld, const float* inverse, in
   }
 }
 
-// acc[r][c] += from_r[j] * strip[j][c] for j in 0..count-1; batches are `stride` floats apart.
+// acc[r][c] += from_r[j] * strip[j][c] for j in 0..count-1. Batches r are `stride` floats apart.
 template <class S, int R>
 inline __attribute__((always_inline)) void add_products(const float* from, int64_t stride, const float* strip,
                                                         int64_t count, typename S::F (&acc)[R][kStrip]) {
@@ -62,7 +62,7 @@ inline __attribute__((always_inline)) void add_products(const float* from, int64
   }
 }
 
-// to[k] += sum over j of from[j] * packed[j][k], strips of columns.
+// to[k] += sum over j of from[j] * packed[j][k], for strips of columns k.
 template <class S, int R>
 void update_strips(const float* from, int64_t from_stride, float* to, int64_t to_stride, const float* packed,
                    int64_t packed_rows, int64_t count, int64_t strips) {
@@ -83,7 +83,7 @@ void update_strips(const float* from, int64_t from_stride, float* to, int64_t to
   }
 }
 
-// Sums of a batch in H's metric, by row.
+// Sums over a batch in H's metric, for each row.
 struct MetricSums {
   double error[16];   // e^T H e
   double energy[16];  // w^T H w
@@ -111,7 +111,7 @@ struct BatchScales {
   }
 };
 
-// What the groups of a panel share: its batches' super-scales and sums, and the factor's block on the diagonal.
+// Data that all groups of a panel share: super-scales and sums of its batches, and the factor's diagonal block.
 struct Panel {
   const uint16_t (*half_s)[16];
   const uint16_t (*half_m)[16];
@@ -120,7 +120,7 @@ struct Panel {
   int64_t begin, columns;
 };
 
-// Columns g0..g1-1, one group, of R batches.
+// Computes the codes of one group, columns g0..g1-1, of R batches.
 template <class S, int R>
 void code_group(const RefitJob& job, const Panel& panel, int batch0, int64_t g0, int64_t g1) {
   using F = typename S::F;
@@ -178,8 +178,8 @@ void code_group(const RefitJob& job, const Panel& panel, int batch0, int64_t g0,
         const F weight = S::load(w + r * stride + 16 * k), x = S::add(weight, acc[r][c]);
         const typename S::U biased = biased_code<S>(S::fma(x, inverse[r], zero[r]), largest[r]);
         const F q = S::sub(S::from_bits(biased), S::set(kRounder));
-        const F off = S::fnma(a[r], q, S::add(x, b[r])), own = S::fnma(a[r], q, S::add(weight, b[r]));
-        S::store(e + r * stride + 16 * k, own);
+        const F off = S::fnma(a[r], q, S::add(x, b[r])), residual = S::fnma(a[r], q, S::add(weight, b[r]));
+        S::store(e + r * stride + 16 * k, residual);
         S::store_bytes(job.codes + (batch0 + r) * stride + 16 * k, S::sub_u(biased, S::set_u(kRounderBits)));
         const F weighted = S::mul(h, off);
         error[r] = S::fma(weighted, off, error[r]);
@@ -193,7 +193,7 @@ void code_group(const RefitJob& job, const Panel& panel, int batch0, int64_t g0,
         }
         if (feedback) {
 #pragma GCC unroll 4
-          for (int d = c + 1; d < kStrip; ++d) acc[r][d] = S::fma(own, S::set(next[d]), acc[r][d]);
+          for (int d = c + 1; d < kStrip; ++d) acc[r][d] = S::fma(residual, S::set(next[d]), acc[r][d]);
         }
       }
     }
@@ -205,7 +205,7 @@ void code_group(const RefitJob& job, const Panel& panel, int batch0, int64_t g0,
   }
 }
 
-// f.template operator()<R>(batch0): batches in runs of as many as the ISA likes.
+// Calls f.template operator()<R>(batch0) for runs of R batches, as many as suit the ISA.
 template <class S, class Function>
 void each_run(int batches, Function f) {
   int batch = 0;
@@ -219,7 +219,7 @@ void each_run(int batches, Function f) {
   for (; batch < batches; ++batch) f.template operator()<1>(batch);
 }
 
-// G^T of every batch's vectors: to[rank][16] a batch.
+// Multiplies every batch's vectors by G^T: to [rank][16] for each batch.
 template <class S>
 void project(const RefitJob& job, int batches, const float* from, float* to) {
   const int64_t stride = 16 * job.padded;
@@ -233,15 +233,15 @@ void project(const RefitJob& job, int batches, const float* from, float* to) {
   }
 }
 
-// The part of the metric's sums that G gives; code_group leaves it out.
+// Adds G's part of the metric's sums, which code_group omits.
 inline void add_low_rank(const RefitJob& job, int batches, MetricSums* sums) {
   for (int batch = 0; batch < batches; ++batch) {
     for (int64_t i = 0; i < job.rank; ++i) {
       const int64_t at = (batch * job.rank + i) * 16;
       for (int l = 0; l < 16; ++l) {
-        const double of_w = job.low_w[at + l];
-        sums[batch].energy[l] += of_w * of_w;
-        sums[batch].cross[l] += of_w * (double)job.low_e[at + l];
+        const double projected = job.low_w[at + l];
+        sums[batch].energy[l] += projected * projected;
+        sums[batch].cross[l] += projected * (double)job.low_e[at + l];
       }
     }
   }

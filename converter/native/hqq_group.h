@@ -1,8 +1,8 @@
 // HQQ's solver for one group of columns, sixteen rows at once (hqq 0.2.8.post1: Quantizer.quantize with axis=1 and
 // optimize_weights_proximal_legacy). The package's loop over a whole tensor is
 //     q = clamp(round(w * scale + zero));  e = shrink(w - (q - zero) / scale);  zero = mean(q - (w - e) * scale)
-// Here every group runs alone. The package stops all groups once the mean error of the tensor stops falling; a
-// group here runs all 20 iterations, less those after its zero has come to rest, which change nothing.
+// The package stops all groups when the mean error of the tensor stops falling. Here each group is independent and runs
+// all 20 iterations, except those after its zero stops changing, which have no effect.
 #pragma once
 #include <cstdint>
 
@@ -11,23 +11,23 @@ namespace {
 
 constexpr int kHqqIterations = 20;
 constexpr float kMaxInverseScale = 2e4f;  // the package's clamp, "to avoid half-precision problems"
-constexpr float kMinRange = 1e-4f;        // a narrower group gets scale 1: all its codes are 0
+constexpr float kMinRange = 1e-4f;        // a narrower group gets scale 1, and all its codes are 0
 constexpr float kShrinkFactor = 0.1f;     // 1 / beta
-// shrink(x) = sign(x) * max(|x| - |x|^-0.3 / 10, 0) is 0 up to |x| = 10^(-1/1.3) = 0.1701. Below the first bound
-// an element is not looked at; below the second, with room for rounding, a whole group is not.
+// shrink(x) = sign(x) * max(|x| - |x|^-0.3 / 10, 0) is 0 up to |x| = 10^(-1/1.3) = 0.1701. Elements below the first
+// bound are skipped; whole groups below the second one are skipped, which leaves room for rounding.
 constexpr float kShrinkFrom = 0.1695f;
 constexpr float kShrinkGroupFrom = 0.16f;
-// Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits of the mantissa.
+// Adding 1.5 * 2^23 rounds to an integer, ties to even, which is then in the low bits of the mantissa.
 constexpr float kRounder = 12582912.0f;
 constexpr uint32_t kRounderBits = 0x4b400000u;
 
-// clamp(round(x), 0, limit) + kRounderBits. A NaN gives 0.
+// clamp(round(x), 0, limit) + kRounderBits. NaN gives code 0.
 template <class S>
 typename S::U biased_code(typename S::F x, typename S::F limit) {
   return S::bits(S::add(S::min(S::max(x, S::set(0.0f)), limit), S::set(kRounder)));
 }
 
-// a^-0.3 for a in [0.1, 1e30], relative error < 3e-7 (fitted; the C library's pow differs between systems).
+// a^-0.3 for a in [0.1, 1e30], relative error < 3e-7. Fitted, because the C library's pow differs between systems.
 template <class S>
 typename S::F power_minus_0_3(typename S::F a) {
   using F = typename S::F;
@@ -56,7 +56,7 @@ typename S::F power_minus_0_3(typename S::F a) {
   return S::from_bits(S::add_u(S::bits(p), S::template left<23>(S::sub_u(biased, S::set_u(kRounderBits)))));
 }
 
-// Sum over the group of shrink(w - (q - zero) / inverse) * inverse, by which the shrunk errors move the sum of t.
+// Sum over the group of shrink(w - (q - zero) / inverse) * inverse: the shrunk errors change the sum of t by it.
 template <class S>
 typename S::F shrink_sum(const float* w, const float* t, int count, typename S::F inverse, typename S::F zero,
                          typename S::F limit) {
@@ -77,15 +77,15 @@ typename S::F shrink_sum(const float* w, const float* t, int count, typename S::
 
 template <class S>
 struct HqqResult {
-  typename S::F inverse;  // the package's scale while it solves: codes per weight
+  typename S::F inverse;  // the package's scale while it solves, in codes per unit of weight
   typename S::F zero;
   typename S::F low, high;  // the group's smallest and largest weight
 
-  // w = scale * q - minimum. A group whose weights all have one code needs no scale: the package gives narrow groups
-  // the scale 1, which as the largest of its row would leave nothing for the others. Its value goes into the minimum.
+  // w = scale * q - minimum. A group with one code for all weights gets scale 0, and its value goes into the minimum.
+  // The package gives narrow groups scale 1: as the largest of its row it would leave no precision for other groups.
   void scale_and_minimum(typename S::F limit, typename S::F* scale, typename S::F* minimum) const {
     using F = typename S::F;
-    // Codes rise with the weights, so the two ends have the lowest and the highest.
+    // Codes rise with the weights, so the smallest weight has the lowest code and the largest the highest.
     const auto code_of = [&](F w) {
       return S::sub(S::from_bits(biased_code<S>(S::add(S::mul(w, inverse), zero), limit)), S::set(kRounder));
     };
@@ -108,14 +108,14 @@ HqqResult<S> solve_group(const float* w, float* t, int count, float largest, boo
     high = S::max(high, x);
   }
   const F limit = S::set(largest), range = S::sub(high, low);
-  // Rounded twice: torch computes number / tensor as reciprocal times number.
+  // Rounded twice, because torch computes number / tensor as number times reciprocal.
   const F reciprocal = S::mul(S::div(S::set(1.0f), range), limit);
   F inverse = S::select(S::greater(range, S::set(kMinRange)), reciprocal, S::set(1.0f));
   inverse = S::min(inverse, S::set(kMaxInverseScale));
   F zero = S::mul(S::sub(S::set(0.0f), low), inverse);
   if (round_zero) zero = S::rint(zero);
 
-  // Four sums, so that an addition need not wait for the one before.
+  // Four sums hide the latency of an addition.
   F sums[4] = {S::set(0.0f), S::set(0.0f), S::set(0.0f), S::set(0.0f)};
   int c = 0;
   for (; c + 4 <= count; c += 4) {
@@ -134,7 +134,7 @@ HqqResult<S> solve_group(const float* w, float* t, int count, float largest, boo
 
   const F share = S::set(1.0f / (float)count);
   const U bias = S::set_u(kRounderBits * (uint32_t)count);
-  // No error exceeds the group's range, so a group narrower than the bound never shrinks anything.
+  // No error exceeds the group's range, so a group narrower than the bound has nothing to shrink.
   const typename S::M wide = S::greater(range, S::set(kShrinkGroupFrom));
   const F shrink_from = S::mul(S::set(kShrinkGroupFrom), inverse);
   const bool any_wide = S::any(wide);

@@ -1,7 +1,7 @@
-// Up to four tiles by MOE_REFIT: fit every group, choose the rows' super-scales, then codes (feedback.h), then the
-// gain. Least squares alone shrinks: all of a matrix's outputs come out too small, and the model is worse than HQQ's
-// although the error is smaller (tiny-mixtral, 2 bits: KL .026 against .014). So each row's super-scales are multiplied
-// by its gain <w, w> / <w, w'>, in H's metric where there is one (KL .0126).
+// Up to kPanelTiles tiles by moe_refit: fits every group, chooses the rows' super-scales, then codes (feedback.h), then
+// the gain. Least squares alone shrinks weights: all outputs of a matrix come out too small, and the model is worse
+// than HQQ's although its error is smaller (tiny-mixtral, 2 bits: KL .026 against .014). So each row's super-scales are
+// multiplied by its gain <w, w> / <w, w'>, in H's metric if there is one (KL .0126).
 #pragma once
 #include <cstdint>
 
@@ -14,17 +14,17 @@ namespace moe {
 namespace {
 
 constexpr double kMaxGain = 1.5;
-// Super-scales are fitted to the weights as they are; the errors carried to a group widen it. Without it KL .0066
-// against .0063 on tiny-mixtral at 2 bits, .0077 against .0074 on its outlier variant.
+// Super-scales are fitted to the original weights, but carried errors widen a group. Without this factor KL is .0066
+// instead of .0063 on tiny-mixtral at 2 bits, and .0077 instead of .0074 on its outlier variant.
 constexpr float kRoom = 1.06f;
 
-// The batch's weights into job.w, groups in the order of feedback, lanes past the matrix's end 0. False: a weight too
-// large for any packing.
+// Loads the batch's weights into job.w, groups in the order of feedback; lanes past the matrix's end become 0. Returns
+// false if a weight is too large for any packing.
 template <class S>
 bool load_batch(const RefitJob& job, const RowBatch<S>& batch, float* w) {
   using F = typename S::F;
   const F none = S::set(0.0f);
-  F most = none;
+  F largest = none;
   alignas(64) float loaded[kBlockCols * kLanes];
   const int64_t groups_of_block = kBlockCols / job.group_size;
   for (int64_t block = 0; block < job.blocks; ++block) {
@@ -33,23 +33,23 @@ bool load_batch(const RefitJob& job, const RowBatch<S>& batch, float* w) {
     batch.load_block(block, loaded);
     for (int c = 0; c < kBlockCols; ++c) {
       const F x = c < columns ? S::select(batch.valid, S::load(loaded + kLanes * c), none) : none;
-      most = S::max(S::from_bits(S::and_u(S::bits(x), S::set_u(0x7fffffffu))), most);
+      largest = S::max(S::from_bits(S::and_u(S::bits(x), S::set_u(0x7fffffffu))), largest);
       const int64_t to =
           job.position[block * groups_of_block + c / job.group_size] * job.group_size + c % job.group_size;
       S::store(w + kLanes * to, x);
     }
   }
-  return !S::any(S::greater(most, S::set(kTooLarge)));
+  return !S::any(S::greater(largest, S::set(kTooLarge)));
 }
 
-// Super-scales of the batch, and S and M for the weights as they are.
+// Chooses the batch's super-scales, and S and M for the original weights unless feedback chooses them later.
 template <class S>
 void fit_batch(const RefitJob& job, int batch, uint16_t* half_s, uint16_t* half_m) {
   using F = typename S::F;
   const F none = S::set(0.0f), limit = S::set((float)((1 << job.nbits) - 1));
   const ScaleSteps steps = scale_steps(job.scale_bits);
   const float* w = job.w + batch * 16 * job.padded;
-  F most_a = none, most_b = none;
+  F max_a = none, max_b = none;
   const auto group_of = [&](int64_t g) {
     const int64_t first = g * job.group_size, left = job.columns - first;
     return WeightedGroup<S>(w + 16 * first, job.importance + first,
@@ -58,8 +58,8 @@ void fit_batch(const RefitJob& job, int batch, uint16_t* half_s, uint16_t* half_
   for (int64_t g = 0; g < job.groups; ++g) {
     const WeightedGroup<S> group = group_of(g);
     const FittedGroup<S> fitted = fit_group<S>(group, job.nbits);
-    most_a = S::max(fitted.line.a, most_a);
-    most_b = S::max(S::from_bits(S::and_u(S::bits(fitted.line.b), S::set_u(0x7fffffffu))), most_b);
+    max_a = S::max(fitted.line.a, max_a);
+    max_b = S::max(S::from_bits(S::and_u(S::bits(fitted.line.b), S::set_u(0x7fffffffu))), max_b);
     S::store(job.a + 16 * g, fitted.line.a);
     S::store(job.b + 16 * g, fitted.line.b);
     S::store(job.mean + 16 * g, fitted.mean);
@@ -67,8 +67,8 @@ void fit_batch(const RefitJob& job, int batch, uint16_t* half_s, uint16_t* half_
     job.total[g] = group.share > 0.0f ? 1.0f / group.share : 0.0f;
   }
   float start_s[16], start_m[16];
-  S::store(start_s, S::div(most_a, S::set(steps.s_max)));
-  S::store(start_m, S::div(most_b, S::set(steps.m_max)));
+  S::store(start_s, S::div(max_a, S::set(steps.s_max)));
+  S::store(start_m, S::div(max_b, S::set(steps.m_max)));
   search_super_scales<S>({job.a, job.b, job.mean, job.spread, job.total, job.groups}, steps, start_s, start_m, half_s,
                          half_m);
   if (job.factor != nullptr && job.dynamic) {
@@ -88,7 +88,7 @@ void fit_batch(const RefitJob& job, int batch, uint16_t* half_s, uint16_t* half_
   }
 }
 
-// Multiplies the super-scales by the rows' gains, and adds up the error that is left in H's metric.
+// Multiplies the super-scales by the rows' gains, and adds the remaining error in H's metric to the result.
 inline void apply_gains(const MetricSums& sums, int count, uint16_t* half_s, uint16_t* half_m, RefitResult* result) {
   for (int l = 0; l < count; ++l) {
     const double kept = sums.energy[l] - sums.cross[l];
@@ -104,7 +104,7 @@ inline void apply_gains(const MetricSums& sums, int count, uint16_t* half_s, uin
   }
 }
 
-// The batch's half tile from codes, S, M and super-scales.
+// Writes the batch's half tile from codes, S, M and super-scales.
 template <class S>
 void write_half(const RefitJob& job, int batch, int count, int r, const uint16_t* half_s, const uint16_t* half_m,
                 uint8_t* tile, RefitResult* result) {

@@ -1,6 +1,6 @@
-// Scale and minimum of one group, sixteen rows at once: w ~ a * q - b by a search over shrunk ranges, each followed by
-// least-squares steps; then S and M under given super-scales by the error that they cause. Errors are weighted by a
-// column's importance.
+// Scale and minimum of one group, sixteen rows at once. w ~ a * q - b is fitted by a search over shrunk ranges, each
+// followed by least-squares steps. Then S and M are chosen under given super-scales by their error. Errors are weighted
+// by the importance of columns.
 #pragma once
 #include <cstdint>
 
@@ -11,13 +11,13 @@
 namespace moe {
 namespace {
 
-// Ranges tried, in parts of the group's own.
+// Ranges to try, relative to the group's range.
 constexpr int kRanges = 6;
 constexpr float kRangeOf[3][kRanges] = {{1.0f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f},
                                         {1.0f, 0.94f, 0.88f, 0.82f, 0.75f, 0.68f},
                                         {1.0f, 0.96f, 0.92f, 0.87f, 0.82f, 0.76f}};  // 2, 3 and 4 bits
 
-// A group's weights with the importance of their columns.
+// A group's weights and the importance of its columns.
 template <class S>
 struct WeightedGroup {
   const float* w;           // [count][16]
@@ -26,7 +26,7 @@ struct WeightedGroup {
   typename S::F limit;  // the largest code
   bool unsigned_m;
   float share;          // 1 / sum of importance
-  typename S::F w_sum;  // weighted
+  typename S::F w_sum;  // weighted by importance
   typename S::F low, high;
 
   WeightedGroup(const float* weights, const float* of_columns, int columns, typename S::F largest,
@@ -52,13 +52,13 @@ struct Line {
   typename S::F a, b;
 };
 
-// The codes of a line and what follows from them; all sums weighted by importance.
+// Sums over the codes of a line, weighted by importance.
 template <class S>
 struct Coded {
-  typename S::F error;   // of (w - a q + b)^2
-  typename S::F mean;    // of q
-  typename S::F spread;  // of (q - mean)^2
-  typename S::F qq, qw;
+  typename S::F error;   // sum of (w - a q + b)^2
+  typename S::F mean;    // mean of q
+  typename S::F spread;  // sum of (q - mean)^2
+  typename S::F qq, qw;  // sums of q * q and q * w
 };
 
 template <class S>
@@ -86,14 +86,14 @@ Coded<S> code_line(const WeightedGroup<S>& group, const Line<S>& line) {
   return {error, mean, S::fnma(q_sum, mean, qq), qq, qw};
 }
 
-// Least squares for given codes. One code only, or codes that fall as the weights rise: a = 0. An unsigned M has no
-// negative b: then the line goes through the origin.
+// Least squares for given codes. a = 0 if all codes are equal, or if codes fall as weights rise. An unsigned M cannot
+// hold a negative b: then the line goes through the origin.
 template <class S>
 Line<S> fit_codes(const WeightedGroup<S>& group, const Coded<S>& coded) {
   using F = typename S::F;
   const F none = S::set(0.0f), w_mean = S::mul(group.w_sum, S::set(group.share));
   const F slope = S::div(S::fnma(coded.mean, group.w_sum, coded.qw), coded.spread);
-  const F least = S::mul(S::set(1e-5f), coded.qq);  // under this the spread is rounding
+  const F least = S::mul(S::set(1e-5f), coded.qq);  // a smaller spread is rounding noise
   const typename S::M good = S::both(S::greater(coded.spread, least), S::greater(slope, none));
   F a = S::select(good, slope, none);
   F b = S::sub(S::mul(a, coded.mean), w_mean);
@@ -147,15 +147,15 @@ FittedGroup<S> fit_group(const WeightedGroup<S>& group, int nbits) {
     keep(line, coded, false);
   }
   for (int i = 0; i < 2; ++i) {
-    // The best line's codes once more: cheaper than to keep all their sums.
+    // Computes the best line's codes again, which is cheaper than keeping all their sums.
     const Line<S> line = fit_codes<S>(group, code_line<S>(group, best.line));
     keep(line, code_line<S>(group, line), false);
   }
   return best;
 }
 
-// Under super-scales: S and M that cause the least error with codes of their own. Tries S near the fitted a, with M
-// first for the fitted codes' mean, then for the codes that came out.
+// Chooses S and M with the smallest error under given super-scales. Tries S near the fitted a; M first for the mean of
+// the fitted codes, then for the mean of the resulting codes.
 template <class S>
 ScalePair<S> choose_pair(const WeightedGroup<S>& group, const FittedGroup<S>& fitted, typename S::F ds,
                          typename S::F dm, const ScaleSteps& steps) {
@@ -189,14 +189,14 @@ ScalePair<S> choose_pair(const WeightedGroup<S>& group, const FittedGroup<S>& fi
 
 // ---- super-scales ----
 
-// Of the groups of sixteen rows: [groups][16], but share [groups].
+// Fits of all groups of sixteen rows, [groups][16].
 struct FittedRows {
   const float *a, *b, *mean, *spread;
-  const float* total;  // sum of importance of each group's columns
+  const float* total;  // [groups]: sum of importance of each group's columns
   int64_t groups;
 };
 
-// Candidates: start * (1 - (i - above) * step).
+// Candidate i is start * (first - i * step).
 struct SuperScaleSearch {
   int count;
   float first;
@@ -208,7 +208,7 @@ void search_super_scale(int64_t groups, float low, float high, const SuperScaleS
                         Value value, Weight weight, uint16_t* chosen) {
   using F = typename S::F;
   float best[16] = {};
-  uint16_t found[16] = {};
+  uint16_t best_half[16] = {};
   for (int i = 0; i < search.count; ++i) {
     uint16_t half[16];
     float scale[16], inverse[16], error[16];
@@ -228,17 +228,17 @@ void search_super_scale(int64_t groups, float low, float high, const SuperScaleS
     for (int l = 0; l < 16; ++l) {
       if (i != 0 && !(error[l] < best[l])) continue;
       best[l] = error[l];
-      found[l] = half[l];
+      best_half[l] = half[l];
     }
   }
-  for (int l = 0; l < 16; ++l) chosen[l] = found[l];
+  for (int l = 0; l < 16; ++l) chosen[l] = best_half[l];
 }
 
 inline void widen(const uint16_t* half, float* to) {
   for (int l = 0; l < 16; ++l) to[l] = half_to_float(half[l]);
 }
 
-// ds by the error that the rounding of a causes; then dm by that of b, moved to fit the rounded a.
+// Chooses ds by the rounding error of a, then dm by the rounding error of b, which is adjusted to the rounded a.
 template <class S>
 void search_super_scales(const FittedRows& rows, const ScaleSteps& steps, const float* start_s, const float* start_m,
                          uint16_t* ds, uint16_t* dm) {

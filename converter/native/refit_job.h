@@ -1,4 +1,4 @@
-// What solver.cpp hands to refit.h. No functions here: see solver_job.h.
+// The data that solver.cpp passes to refit.h. No functions here: see solver_job.h.
 #pragma once
 #include <cstdint>
 
@@ -6,11 +6,11 @@
 
 namespace moe {
 
-// Rows solved together: what is read of the factor serves all of them.
+// Tiles solved together, so that each read of the factor serves all their rows.
 inline constexpr int kPanelTiles = 8;
-inline constexpr int kPanelBatches = 16;   // of 16 rows
+inline constexpr int kPanelBatches = 16;   // batches of 16 rows
 inline constexpr int kPanelColumns = 128;  // columns between two updates from all columns before them
-inline constexpr int kChunkColumns = 64;   // columns of such an update whose errors stay in L1
+inline constexpr int kChunkColumns = 64;   // source columns of one step of an update: their errors stay in L1
 inline constexpr int kStrip = 4;           // columns updated together
 inline constexpr int kMaxRank = 256;
 
@@ -19,19 +19,19 @@ struct RefitJob : SolverJob {
   int64_t factor_block;
   const float* inverse;     // [padded columns] 1 / V_kk
   const float* importance;  // [padded columns], 0 past the end: V_kk^2 in some unit, or the caller's
-  // Where the gain is not by all of H: <w, w> and <w, e> are those of G * G^T and these sums over columns.
-  const float* diagonal;  // [padded columns], of w_k^2
-  const float* pairing;   // [padded columns], of w_k times what its rounding left
+  // For an approximate gain: <w, w> and <w, e> are those of G * G^T plus sums over columns with these weights.
+  const float* diagonal;  // [padded columns], weights of w_k^2
+  const float* pairing;   // [padded columns], weights of w_k times its rounding error
   const float* low_rank;  // G in strips: [rank / kStrip][padded][kStrip]
   int64_t rank;
-  const double* damping;  // [factor blocks]: what was added to H's diagonal, in that unit
-  bool exact;             // the gain by H itself, at twice the cost
-  bool dynamic;           // S and M of a group once the errors before it are known
+  const double* damping;  // [factor blocks]: amount added to H's diagonal, in that unit
+  bool exact;             // compute the gain by H itself, at twice the cost
+  bool dynamic;           // choose a group's S and M after the errors before it are known
   int64_t padded;         // columns rounded up to 256
-  int64_t groups;         // of a row
-  // [padded / group_size]: where a group stands in the order of feedback, which all of the above has, too.
+  int64_t groups;         // groups of a row
+  // [padded / group_size]: a group's position in the order of feedback; all fields above are in that order.
   const int32_t* position;
-  // Scratch: of kPanelBatches batches
+  // Scratch for kPanelBatches batches:
   float* w;        // [padded][16] a batch
   float* e;        // same: correction of a column, then its error w - w'
   uint8_t* codes;  // same
@@ -39,7 +39,7 @@ struct RefitJob : SolverJob {
   float* m;
   float* innovation;     // [kPanelColumns][16] a batch
   float *low_w, *low_e;  // [rank][16] a batch: G^T w, G^T e
-  // of one batch
+  // Scratch for one batch:
   float *a, *b, *mean, *spread;  // [padded / group_size][16]
   float* total;                  // [padded / group_size]
   float* packed;                 // [kPanelColumns + kChunkColumns][kPanelColumns]
@@ -52,7 +52,7 @@ struct RefitResult {
 };
 
 struct RefitKernels {
-  // Up to kPanelTiles tiles; gives a moe_status.
+  // Writes up to kPanelTiles tiles. Returns a moe_status.
   int32_t (*panel)(const RefitJob&, int64_t tile_begin, int64_t tile_end, uint8_t* out, int64_t stride,
                    RefitResult* results);
 };

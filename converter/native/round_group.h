@@ -1,4 +1,4 @@
-// S, M and codes of one group under its rows' super-scales.
+// S, M and codes of one group under the super-scales of its rows.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,8 @@ namespace {
 
 constexpr uint16_t kHalfInfinity = 0x7c00;
 
-// A row's super-scale in fp16; the smallest subnormal for a number too small for that; infinity: does not fit.
+// Returns a row's super-scale in fp16. A positive number too small for fp16 gives the smallest subnormal; one too large
+// gives infinity.
 inline uint16_t super_scale(float wanted) {
   const uint16_t half = float_to_half(wanted);
   return half == 0 && wanted > 0.0f ? 1 : half;
@@ -53,7 +54,7 @@ typename S::U to_integer(typename S::F whole) {
   return S::sub_u(S::bits(S::add(whole, S::set(kRounder))), S::set_u(kRounderBits));
 }
 
-// x / d, and 0 where d is 0 (x is 0 there).
+// x / d; 0 if d is 0, because x is 0 too.
 template <class S>
 typename S::F quotient(typename S::F x, typename S::F d) {
   return S::div(x, S::select(S::greater(d, S::set(0.0f)), d, S::set(1.0f)));
@@ -65,12 +66,12 @@ ScalePair<S> round_scales(const GroupTask<S>& task, typename S::F scale, typenam
           round_between<S>(quotient<S>(minimum, task.dm), task.steps.m_min, task.steps.m_max)};
 }
 
-// What the codes of a group are made with. Both products are exact in fp32.
+// Step and offset of a group's codes. Both products are exact in fp32.
 template <class S>
 struct Steps {
   typename S::F step;
   typename S::F offset;
-  typename S::F limit;  // 0 where S is 0: the code is 0 then, whatever the division by 0 gave
+  typename S::F limit;  // 0 if S is 0: it makes the code 0, whatever the division by 0 gave
 
   Steps(const GroupTask<S>& task, const ScalePair<S>& pair)
       : step(S::mul(task.ds, pair.s)), offset(S::mul(task.dm, pair.m)),
@@ -79,7 +80,7 @@ struct Steps {
   typename S::U biased(typename S::F w) const { return biased_code<S>(S::div(S::add(w, offset), step), limit); }
 };
 
-// codes: [count][16].
+// Writes codes [count][16], and adds to both sums.
 template <class S>
 void write_codes(const GroupTask<S>& task, const ScalePair<S>& pair, uint32_t* codes, typename S::D* squared_error,
                  typename S::D* squares) {

@@ -16,7 +16,7 @@ struct SimdAvx512 {
   struct D {
     __m512d low, high;
   };
-  static constexpr int kBatchesAtOnce = 4;  // of 32 registers, 4 columns of 4 batches are 16
+  static constexpr int kBatchesAtOnce = 4;  // 4 columns of 4 batches take 16 of 32 registers
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }

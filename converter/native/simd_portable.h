@@ -1,5 +1,5 @@
-// Sixteen lanes as four vectors of four (GCC and clang vector extensions: SSE2, NEON or plain code).
-// This is the definition of the operations; simd_avx2.h and simd_avx512.h must give the same bits.
+// Sixteen lanes as four vectors of four (GCC and clang vector extensions give SSE2, NEON or plain code).
+// This file defines the operations; simd_avx2.h and simd_avx512.h give the same bits.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -52,7 +52,7 @@ struct SimdPortable {
   static F add(F a, F b) { MOE_EACH(F, a.v[i] + b.v[i]); }
   static F sub(F a, F b) { MOE_EACH(F, a.v[i] - b.v[i]); }
   static F mul(F a, F b) { MOE_EACH(F, a.v[i] * b.v[i]); }
-  // Rounded once, in hardware or in the C library. a * b + c, and c - a * b.
+  // a * b + c, rounded once, in hardware or in the C library; fnma: c - a * b.
   static F fma(F a, F b, F c) {
     float x[16], y[16], z[16];
     store(x, a);
@@ -63,7 +63,7 @@ struct SimdPortable {
   }
   static F fnma(F a, F b, F c) { return fma(from_bits(xor_sign(bits(a))), b, c); }
   static F div(F a, F b) { MOE_EACH(F, a.v[i] / b.v[i]); }
-  // The second operand where the two are equal or not comparable, as x86 has it.
+  // Return the second operand if both are equal or one is NaN, as x86 does.
   static F min(F a, F b) { MOE_EACH(F, pick(a.v[i] < b.v[i], a.v[i], b.v[i])); }
   static F max(F a, F b) { MOE_EACH(F, pick(a.v[i] > b.v[i], a.v[i], b.v[i])); }
   static F rint(F a) {

@@ -1,4 +1,4 @@
-// The C ABI: checks, the choice of an ISA, and the walk over tiles.
+// The C ABI: checks of arguments, the choice of an ISA, and the loop over tiles.
 #include "solver_api.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 using namespace moe;
 
-// Sizes are products of these, and must fit in 63 bits.
+// Sizes in bytes are products of these and must fit in 63 bits.
 constexpr int64_t kMaxRows = int64_t{1} << 31, kMaxColumns = int64_t{1} << 24;
 
 int32_t best_isa() {
@@ -22,7 +22,7 @@ int32_t best_isa() {
 }
 
 struct Kernels {
-  const SolverKernels* solver = nullptr;  // null: not here
+  const SolverKernels* solver = nullptr;  // null: this processor or this build lacks the instruction set
   const RefitKernels* refit = nullptr;
 };
 
@@ -87,7 +87,7 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Hands out parts of one allocation; asked twice, first for the size.
+// Hands out parts of one allocation. With a null base it only computes the size.
 class Scratch {
  public:
   explicit Scratch(uint8_t* base) : base_(base) {}
@@ -135,7 +135,8 @@ ColumnCopies place(RefitJob* job, Scratch* scratch) {
           scratch->take<int32_t>(groups)};
 }
 
-// The places of groups from their order; false if that is none, or crosses a factor block.
+// Computes the positions of groups. Returns false if `order` is no permutation, or moves a group to another factor
+// block.
 bool place_groups(const RefitJob& job, const int32_t* order, int32_t* position) {
   const int64_t all = job.padded / job.group_size;
   for (int64_t g = 0; g < all; ++g) position[g] = (int32_t)g;
@@ -151,7 +152,7 @@ bool place_groups(const RefitJob& job, const int32_t* order, int32_t* position) 
   return true;
 }
 
-// The metric's numbers by column, 0 past the end, where the kernels expect them.
+// Copies the metric's columns into the job's layout, with 0 past the last column.
 void copy_metric(const moe_metric& metric, const ColumnCopies& copies, RefitJob* job) {
   for (int64_t k = 0; k < job->padded; ++k) {
     const bool inside = k < job->columns;
@@ -164,8 +165,8 @@ void copy_metric(const moe_metric& metric, const ColumnCopies& copies, RefitJob*
     }
     copies.inverse[k] = 0.0f;
     if (!inside || metric.factor == nullptr) continue;
-    const int64_t size = metric.factor_block, block = k / size, own = k % size;
-    copies.inverse[k] = 1.0f / metric.factor[(block * size + own) * size + own];
+    const int64_t size = metric.factor_block, block = k / size, column = k % size;
+    copies.inverse[k] = 1.0f / metric.factor[(block * size + column) * size + column];
   }
   job->importance = copies.importance;
   job->diagonal = copies.diagonal;
@@ -202,7 +203,7 @@ int32_t moe_quantize(const moe_weights* weights, moe_tiles* tiles, uint32_t flag
     TileResult result{};
     const int32_t tile_status = kernels->tile(job, tile, tiles->out + index * tiles->stride_bytes, &result);
     tiles->non_finite += result.non_finite;
-    // All tiles are looked at, so that the count of non-finite weights is complete; it outranks an overflow.
+    // All tiles are computed, so that the count of non-finite weights is complete. Their status outranks an overflow.
     if (tile_status == MOE_E_NON_FINITE || status == MOE_OK) status = tile_status;
     if (tiles->errors != nullptr) {
       tiles->errors[2 * index] = result.squared_error;

@@ -1,5 +1,5 @@
-// What solver.cpp hands to the code of one ISA. No functions here: a function compiled twice with different
-// -m flags may be merged by the linker into the one that this processor cannot run.
+// The data that solver.cpp passes to the code of one ISA. No functions here: of a function compiled with different -m
+// flags the linker may keep the copy that this processor cannot run.
 #pragma once
 #include <cstdint>
 
@@ -18,7 +18,7 @@ struct SolverJob {
   int32_t group_size;
   int32_t scale_bits;
   uint32_t flags;
-  float* group_scale;    // scratch, [blocks * 256 / group_size][16]: the scale of each group and row of a half tile
+  float* group_scale;    // scratch, [blocks * 256 / group_size][16]: scale of each group and row of a half tile
   float* group_minimum;  // scratch, same shape: w = scale * q - minimum
 };
 
@@ -29,9 +29,9 @@ struct TileResult {
 };
 
 struct SolverKernels {
-  // Writes one tile; gives a moe_status.
+  // Writes one tile. Returns a moe_status.
   int32_t (*tile)(const SolverJob&, int64_t tile, uint8_t* out, TileResult* result);
-  // HQQ of the 16 rows from row0.
+  // Runs HQQ for the 16 rows from row0.
   void (*hqq)(const SolverJob&, int64_t row0, float* scale, float* zero, uint8_t* codes);
 };
 

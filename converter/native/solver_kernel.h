@@ -1,5 +1,6 @@
-// One tile from weights to bytes, for one ISA. Each half of 16 rows takes two passes over its weights, which stand
-// in L2 for the second: HQQ gives each group a scale and a zero; then, under the rows' super-scales, S, M and codes.
+// One tile from weights to bytes, for one ISA. Each half of 16 rows takes two passes over its weights, which are in L2
+// for the second pass. The first runs HQQ for a scale and a zero of each group. The second chooses S, M and codes under
+// the super-scales.
 #pragma once
 #include <cstdint>
 
@@ -14,11 +15,11 @@ namespace moe {
 namespace {
 
 constexpr int kLanes = kHalfRows;
-// No packing reaches this weight with fp16 super-scales; refused before sums over it overflow.
+// No packing can represent this weight with fp16 super-scales. It is rejected before sums over it overflow.
 constexpr float kTooLarge = 1e9f;
 constexpr float kInfinity = __builtin_inff();
 
-// 16 rows of the matrix; those past its end repeat the first, and their results are thrown away.
+// 16 rows of the matrix. Rows past its end repeat the first one, and their results are discarded.
 template <class S>
 struct RowBatch {
   const SolverJob* job;
@@ -42,7 +43,7 @@ struct RowBatch {
     return left < kBlockCols ? (int)left : kBlockCols;
   }
 
-  // w: [256][16]; columns past the end of the matrix are left as they are.
+  // w: [256][16]; columns past the end of the matrix keep their values.
   void load_block(int64_t block, float* w) const {
     const int columns = columns_of(block), size = job->element_bytes;
     const uint8_t* at[kLanes];
@@ -61,19 +62,19 @@ struct RowBatch {
   }
 };
 
-// Infinities and NaN among count 16- or 32-bit words whose exponent bits are `exponent`.
+// Counts infinities and NaN among `count` words of 16 or 32 bits. exponent: mask of the exponent bits.
 template <class Word>
 int64_t count_non_finite(const uint8_t* from, int64_t count, Word exponent) {
   int64_t total = 0;
   for (int64_t first = 0; first < count; first += 32768) {
     const int64_t end = first + 32768 < count ? first + 32768 : count;
-    Word found = 0;  // as wide as a word, so that the loop stays in narrow lanes
+    Word sum = 0;  // as wide as a word, so that the loop uses narrow lanes
     for (int64_t i = first; i < end; ++i) {
       Word word;
       __builtin_memcpy(&word, from + i * (int64_t)sizeof word, sizeof word);
-      found = (Word)(found + (Word)((word & exponent) == exponent));
+      sum = (Word)(sum + (Word)((word & exponent) == exponent));
     }
-    total += found;
+    total += sum;
   }
   return total;
 }
@@ -85,14 +86,14 @@ int64_t non_finite_of(const SolverJob& job, int64_t row0, int64_t rows) {
   return count_non_finite<uint16_t>(from, count, job.dtype == MOE_BF16 ? 0x7f80 : 0x7c00);
 }
 
-// HQQ for every group of the batch, into the job's scratch, and the rows' super-scales.
+// Runs HQQ for every group of the batch, into the job's scratch, and computes the rows' super-scales.
 template <class S>
 void solve_rows(const RowBatch<S>& batch, uint16_t* ds, uint16_t* dm) {
   using F = typename S::F;
   const SolverJob& job = *batch.job;
   alignas(64) float w[kBlockCols * kLanes], t[64 * kLanes];
   const F none = S::set(0.0f), limit = S::set((float)((1 << job.nbits) - 1));
-  F most_scale = none, most_minimum = none;
+  F max_scale = none, max_minimum = none;
   int64_t group = 0;
   for (int64_t block = 0; block < job.blocks; ++block) {
     const int columns = batch.columns_of(block);
@@ -107,25 +108,25 @@ void solve_rows(const RowBatch<S>& batch, uint16_t* ds, uint16_t* dm) {
           S::select(S::greater(S::max(S::sub(none, hqq.low), hqq.high), S::set(kTooLarge)), S::set(kInfinity), scale);
       scale = S::select(batch.valid, scale, none);
       minimum = S::select(batch.valid, minimum, none);
-      most_scale = S::max(scale, most_scale);
-      // An unsigned M holds no negative minimum, so such a one must not set the row's dm.
+      max_scale = S::max(scale, max_scale);
+      // An unsigned M cannot hold a negative minimum, which therefore must not determine the row's dm.
       const F size = job.scale_bits == 4 ? minimum : S::from_bits(S::and_u(S::bits(minimum), S::set_u(0x7fffffffu)));
-      most_minimum = S::max(size, most_minimum);
+      max_minimum = S::max(size, max_minimum);
       S::store(job.group_scale + kLanes * group, scale);
       S::store(job.group_minimum + kLanes * group, minimum);
     }
   }
   const ScaleSteps steps = scale_steps(job.scale_bits);
   float start_s[kLanes], start_m[kLanes];
-  S::store(start_s, S::div(most_scale, S::set(steps.s_max)));
-  S::store(start_m, S::div(most_minimum, S::set(steps.m_max)));
+  S::store(start_s, S::div(max_scale, S::set(steps.s_max)));
+  S::store(start_m, S::div(max_minimum, S::set(steps.m_max)));
   for (int l = 0; l < kLanes; ++l) {
     ds[l] = super_scale(start_s[l]);
     dm[l] = super_scale(start_m[l]);
   }
 }
 
-// The super-scales with which codes are chosen.
+// The super-scales of a batch as floats, for the choice of codes.
 template <class S>
 struct RowScales {
   typename S::F ds, dm;
@@ -148,7 +149,7 @@ inline bool fit_in_fp16(const uint16_t* half_s, const uint16_t* half_m) {
   return true;
 }
 
-// f(group, task, columns of the superblock before the group) for each group of the batch; w: scratch for a superblock.
+// Calls f(group, task, first column within the superblock) for each group of the batch. w: scratch for a superblock.
 template <class S, class Function, class EndOfBlock>
 void each_group(const RowBatch<S>& batch, const RowScales<S>& scales, float* w, Function f, EndOfBlock end_of_block) {
   const SolverJob& job = *batch.job;
@@ -177,7 +178,7 @@ int32_t half_tile(const SolverJob& job, int64_t row0, int r, uint8_t* tile, Tile
   __builtin_memcpy(tile + 64 * r, half_s, sizeof half_s);
   __builtin_memcpy(tile + 64 * r + 32, half_m, sizeof half_m);
 
-  // Cleared before a last superblock that lacks columns: the ones before it are full.
+  // Cleared before a last superblock with missing columns; all others are full.
   alignas(64) uint32_t codes[kBlockCols * kLanes], s[16 * kLanes], m[16 * kLanes];
   typename S::D squared_error = S::zero_d(), squares = S::zero_d();
   const auto clear_for = [&](int64_t block) {

@@ -1,5 +1,5 @@
-// For a sanitizer build: every packing, dtype, ISA and odd size with heap buffers of exactly the needed bytes, so
-// that one byte read or written too far is reported. Values are checked from Python; here, that every ISA agrees.
+// Tests for a sanitizer build: every packing, dtype, ISA and odd sizes, with heap buffers of exact size, so that an
+// access one byte past the end is reported. Python tests check the values; these check that all ISAs agree.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -27,10 +27,10 @@ float random_weight() {
     random_state = random_state * 1664525u + 1013904223u;
     sum += (float)(random_state >> 8) * 0x1p-24f - 0.5f;
   }
-  return sum * (random_state >> 24 == 0 ? 20.0f : 0.04f);  // now and then one for which HQQ's shrink operator acts
+  return sum * (random_state >> 24 == 0 ? 20.0f : 0.04f);  // a few are large enough for HQQ's shrink operator
 }
 
-// Truncated to bf16, and for fp16 the exponent moved; plenty for a test.
+// Random weights, truncated to the dtype.
 std::vector<uint8_t> matrix(int dtype, long count) {
   std::vector<uint8_t> bytes((size_t)count * (dtype == MOE_F32 ? 4 : 2));
   for (long i = 0; i < count; ++i) {
@@ -65,7 +65,7 @@ void check(int packing, int dtype, long rows, long columns, long gap) {
       expect(status == MOE_OK && all.non_finite == 0, "status", packing, dtype, rows, columns, isa);
       if (first.empty()) first = out;
       expect(out == first, "bytes differ between ISAs", packing, dtype, rows, columns, isa);
-      // The last tile alone, with the optional outputs left out.
+      // The last tile alone, without the optional outputs.
       std::vector<uint8_t> last((size_t)tile_bytes);
       moe_tiles one = {tiles - 1, tiles, last.data(), tile_bytes, nullptr, 0, packing, 0};
       moe_quantize(&source, &one, flags, isa);
@@ -75,7 +75,7 @@ void check(int packing, int dtype, long rows, long columns, long gap) {
   }
 }
 
-// Upper triangular with a positive diagonal: of some positive definite Hessian. Blocks of 256, or one of all columns.
+// A factor of a positive definite Hessian: upper triangular with a positive diagonal, in blocks of `block` columns.
 std::vector<float> factor_of(long columns, long block) {
   const long blocks = (columns + block - 1) / block;
   std::vector<float> factor((size_t)(blocks * block * block));
@@ -103,7 +103,7 @@ void check_refit(int packing, int dtype, long rows, long columns, long gap) {
     const long block = kind == kBlocks ? 256 : columns;
     const std::vector<float> factor = kind < kExactGain ? std::vector<float>() : factor_of(columns, block);
     const std::vector<double> damping((size_t)((columns + block - 1) / block), 0.05);
-    // Whole groups only, from right to left.
+    // Orders whole groups from right to left.
     const int32_t size = moe::kPackingInfo[packing].group_size, groups = (int32_t)(columns / size);
     if (kind == kOrdered && columns % size != 0) continue;
     std::vector<int32_t> order((size_t)groups);
@@ -165,7 +165,7 @@ void check_hqq(int nbits, int group_size, int dtype, long rows, long columns) {
   }
 }
 
-// Infinities, NaN and weights beyond every bound: a status, and no undefined behaviour on the way.
+// Infinities, NaN and extreme weights give a status, without undefined behaviour.
 void check_extremes() {
   const float values[] = {INFINITY, -INFINITY, NAN, 3.4e38f, -3.4e38f, 1e-45f, 1.2e-38f, 65504.0f, -0.0f, 1e30f};
   for (const float value : values) {

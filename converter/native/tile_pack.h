@@ -1,5 +1,6 @@
 // Writes the codes and scales of one superblock and one half r in tile order (docs/format.md, "Packings").
-// One int32 lane = one row, so byte 4 * row + c of a code vector is byte c of lane `row`: packing is shifts and ORs.
+// A 32-bit lane is a row, so byte 4 * row + c of a code vector is byte c of lane `row`: packing needs only shifts and
+// ORs.
 #pragma once
 #include <cstdint>
 
@@ -15,7 +16,7 @@ struct BlockCodes {
   const uint32_t* m;
 };
 
-// OR of `field` bits of codes[first + stride * v + c] << (8 * c + bit * v) over v < planes and c < 4.
+// OR of (codes[first + stride * v + c] & Mask) << (8 * c + Bit * v) over v < Planes and c < 4.
 template <class S, int Planes, int Bit, int Mask>
 typename S::U code_vector(const uint32_t* codes, int first, int stride) {
   typename S::U out = S::set_u(0);
@@ -46,7 +47,7 @@ typename S::U high_bits(const uint32_t* codes, int first, int stride) {
   return out;
 }
 
-// Four groups' numbers below 256, group v in byte v of each lane.
+// Numbers below 256 of four groups, group v in byte v of each lane.
 template <class S>
 typename S::U scale_bytes(const uint32_t* x, int first) {
   typename S::U out = S::set_u(0);
@@ -99,7 +100,7 @@ void pack_chunk(const BlockCodes& b, int first, int r, uint8_t* chunk) {
   }
 }
 
-// `block`: where the superblock begins in the tile.
+// block: the superblock's first byte in the tile.
 template <class S, Packing P>
 void pack_superblock(const BlockCodes& b, int r, uint8_t* block) {
   constexpr int kChunks = kPackingInfo[P].chunks, kColumns = kPackingInfo[P].chunk_columns();

@@ -1,5 +1,5 @@
-// Which instruction sets this processor runs. Only for units compiled without -m flags, and in an unnamed namespace: a
-// function compiled twice with different flags may be merged by the linker into the one that this processor lacks.
+// Instruction sets that this processor runs. Include it only in units compiled without -m flags. In an unnamed
+// namespace: of a function compiled with different flags the linker may keep the copy that this processor cannot run.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@
 namespace moe {
 namespace {
 
-// Its answers include whether the operating system saves the wide registers. MOE_X86: the build has x86-64 units.
+// True only if the operating system saves the wide registers too. MOE_X86: the build has x86-64 units.
 inline bool cpu_runs(int32_t isa) {
   if (isa == MOE_ISA_PORTABLE) return true;
 #if defined(MOE_X86)
@@ -22,7 +22,7 @@ inline bool cpu_runs(int32_t isa) {
   return false;
 }
 
-// The integer dot products that the products of packed weights take beside MOE_ISA_AVX512.
+// True for AVX-512 VNNI, which products of packed weights need beside MOE_ISA_AVX512.
 inline bool cpu_has_vnni() {
 #if defined(MOE_X86)
   __builtin_cpu_init();

@@ -1,4 +1,5 @@
-// fp16 <-> fp32 for one number, round to nearest even, subnormals kept. In an unnamed namespace: see cpu_features.h.
+// Conversion of one number between fp16 and fp32: rounds to nearest even and keeps subnormals. In an unnamed namespace:
+// see cpu_features.h.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -27,11 +28,11 @@ inline float half_to_float(uint16_t half) {
   return float_of(sign | bits_of(magnitude));
 }
 
-// For value >= 0. Gives 0x7c00 (infinity) from 65520 on, and for NaN.
+// For value >= 0. Returns 0x7c00 (infinity) from 65520 on, and for NaN.
 inline uint16_t float_to_half(float value) {
   if (!(value < 65520.0f)) return 0x7c00;
   if (value < 0x1p-14f) {
-    // Adding 0.5 leaves exactly the 24 bits above 2^-24: the FPU rounds to a multiple of the smallest subnormal.
+    // Adding 0.5 leaves the 24 bits above 2^-24, so the FPU rounds to a multiple of the smallest subnormal.
     return (uint16_t)(bits_of(value + 0.5f) - 0x3f000000u);
   }
   uint32_t bits = bits_of(value);

@@ -1,4 +1,4 @@
-# For both native libraries: whether this is a build for x86-64, and the options of each instruction set's units.
+# For both native libraries: MOE_IS_X86_64, and the compiler options of each instruction set.
 # No -march=native: the instruction set is chosen at run time.
 include(CheckCXXSourceCompiles)
 check_cxx_source_compiles("

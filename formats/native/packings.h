@@ -1,10 +1,11 @@
-// The tile packings (docs/format.md, "Packings"): the one list of native code, on CPU and GPU. The order gives the ids,
-// which are part of the C ABI, not of the file format: files and Python name packings by their names.
-// tests/formats/test_formats_native_header.py compares the list with formats/packing.py. No includes: NVRTC reads it, too.
+// The list of tile packings (docs/format.md, "Packings") for all native code, on CPU and GPU. The order gives the ids,
+// which belong to the C ABI, not to the file format: files and Python use the names.
+// tests/formats/test_formats_native_header.py compares the list with formats/packing.py. No includes: NVRTC reads this
+// file too.
 #pragma once
 
-// X(id, part of kernels' names, name, bits of a code, columns that share S and M, bits of S and of M, chunks)
-// 4 bits: S and M are unsigned nibbles; 8: S is unsigned, M signed. A chunk's columns share bytes of codes.
+// X(id, part of kernel names, name, bits of a code, columns that share S and M, bits of S and of M, chunks)
+// S and M of 4 bits are unsigned nibbles; of 8 bits, S is unsigned and M signed. Columns of a chunk share code bytes.
 #define MOE_PACKINGS(X)                                   \
   X(kQ2G16S4, q2_g16_s4, "tile32-q2-g16-s4", 2, 16, 4, 4) \
   X(kQ2G16S8, q2_g16_s8, "tile32-q2-g16-s8", 2, 16, 8, 4) \

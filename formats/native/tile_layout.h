@@ -1,4 +1,4 @@
-// Sizes of the tile packings for code that runs on the CPU; loader/cuda/kernels/tiles.cuh has them for GPUs.
+// Sizes of the tile packings for CPU code. loader/cuda/kernels/tiles.cuh has them for GPUs.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,16 +19,16 @@ enum Packing : int32_t {
 #undef MOE_ID
 };
 
-// A packing as a type: functions that a packing has of its own are overloads over it.
+// A packing as a type: the functions of each packing are overloads over it.
 template <Packing P>
-struct Of {};
+struct Tag {};
 
 struct PackingInfo {
   const char* name;
   int nbits;
   int group_size;   // input columns that share one S and one M
   int scale_bits;   // of S and of M
-  int chunks;       // of a superblock: their codes, then their S and M
+  int chunks;       // parts of a superblock, each with its codes, then its S and M
   int block_bytes;  // bytes of one superblock of 32 rows x 256 columns
 
   constexpr PackingInfo(const char* name, int nbits, int group_size, int scale_bits, int chunks)
@@ -37,8 +37,8 @@ struct PackingInfo {
 
   constexpr int chunk_columns() const { return kBlockCols / chunks; }
   constexpr int chunk_bytes() const { return block_bytes / chunks; }
-  constexpr int code_bytes() const { return kTileRows * chunk_columns() * nbits / 8; }  // of a chunk
-  constexpr int planes() const { return chunk_columns() / group_size; }  // groups of a chunk, side by side in each byte
+  constexpr int code_bytes() const { return kTileRows * chunk_columns() * nbits / 8; }  // in one chunk
+  constexpr int planes() const { return chunk_columns() / group_size; }  // groups of a chunk; each byte has all of them
 };
 
 inline constexpr PackingInfo kPackingInfo[] = {
@@ -50,7 +50,7 @@ inline constexpr int kPackings = int(sizeof(kPackingInfo) / sizeof(kPackingInfo[
 
 inline bool known_packing(int32_t packing) { return packing >= 0 && packing < kPackings; }
 
-// The id of a name, -1 if unknown.
+// Returns the id of a packing by its name, -1 if unknown.
 inline int32_t packing_named(const char* name) {
   for (int32_t i = 0; i < kPackings; ++i)
     if (name && std::strcmp(name, kPackingInfo[i].name) == 0) return i;

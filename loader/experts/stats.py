@@ -55,7 +55,10 @@ class TierStats:
 
 
 class TierCounters(Protocol):
-    """A RAM tier whose counters can be read and reset."""
+    """The part of a RAM tier that `ExpertCache` uses: its counters.
+
+    `loader.cuda.experts.pinned_tier.PinnedTier` implements it.
+    """
 
     def stats(self) -> TierStats:
         """Return a snapshot of the counters."""

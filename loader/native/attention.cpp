@@ -1,4 +1,4 @@
-// One token's way through a layer's attention: what transformers does in some forty small operations.
+// One token's attention in a layer. transformers takes about forty small operations for it.
 #include "attention.h"
 
 #include <cstring>
@@ -14,7 +14,7 @@ using namespace moe;
 
 namespace {
 
-constexpr int64_t kSpan = 512;  // positions of one work item: fixed, so that the sums do not depend on the threads
+constexpr int64_t kSpan = 512;  // positions of one work item; fixed, so that sums do not depend on the threads
 
 const AttentionKernels& attention_kernels() {
   switch (moe_isa()) {
@@ -35,7 +35,7 @@ struct Step {
       : layer(l), heads(l.q.rows / l.head_dim), kv_heads(l.k.rows / l.head_dim), dim(l.head_dim),
         group(heads / kv_heads) {}
 
-  // Rotates head by head: halves (a, b) become (a cos - b sin, b cos + a sin).
+  // Rotary embedding of each head: its halves (a, b) become (a cos - b sin, b cos + a sin).
   void rotate(float* x, int64_t count, const T* cos, const T* sin) const {
     const int64_t half = dim / 2;
     for (int64_t h = 0; h < count; ++h, x += dim) {
@@ -47,7 +47,7 @@ struct Step {
     }
   }
 
-  // The token's keys or values after those of the cache.
+  // Appends the token's keys or values to the cache.
   void append(const float* x, void* to, const moe_kv& cache) const {
     for (int64_t h = 0; h < kv_heads; ++h) {
       T* row = static_cast<T*>(to) + (h * cache.capacity + cache.length) * dim;
@@ -55,7 +55,7 @@ struct Step {
     }
   }
 
-  // All heads over the cache and the token; out fp32 [heads * dim].
+  // Attention of all heads over the cache and the token; out fp32 [heads * dim].
   void attend(const float* q, const moe_kv& cache, float* out) const {
     const T *keys = static_cast<const T*>(cache.keys), *values = static_cast<const T*>(cache.values);
     const int64_t length = cache.length + 1;
@@ -78,12 +78,12 @@ struct Step {
       });
     }
     for (int64_t h = 0; h < heads; ++h) {
-      float most = top[h], sum = 0.0f;
-      for (int64_t s = 1; s < spans; ++s) most = top[s * heads + h] > most ? top[s * heads + h] : most;
+      float largest = top[h], sum = 0.0f;
+      for (int64_t s = 1; s < spans; ++s) largest = top[s * heads + h] > largest ? top[s * heads + h] : largest;
       for (int64_t i = 0; i < dim; ++i) out[h * dim + i] = 0.0f;
       for (int64_t s = 0; s < spans; ++s) {
         const int64_t at = s * heads + h;
-        const float share = spans == 1 ? 1.0f : exp_of_negative(top[at] - most);
+        const float share = spans == 1 ? 1.0f : exp_of_negative(top[at] - largest);
         sum += total[at] * share;
         for (int64_t i = 0; i < dim; ++i) out[h * dim + i] += acc[at * dim + i] * share;
       }

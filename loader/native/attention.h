@@ -1,4 +1,4 @@
-// What attention.cpp needs of each instruction set.
+// The attention kernels of each instruction set.
 #pragma once
 #include <cstdint>
 
@@ -6,15 +6,15 @@
 
 namespace moe {
 
-// Query heads over some positions of one head of K and V. dim is a multiple of 16.
+// Query heads over some positions of one KV head. dim is a multiple of 16.
 struct AttendTask {
   const float* q;  // [heads][dim]
-  const void* k;   // [length][dim], dense, as v
+  const void* k;   // [length][dim], dense; v likewise
   const void* v;
   int64_t length;
   int heads, dim;
   float scale;
-  // By head: running sums [heads][dim], the largest score, the sum of exp(score - largest).
+  // For each head: running sums [heads][dim], the largest score, the sum of exp(score - largest).
   float *acc, *top, *total;
 };
 using AttendFn = void (*)(const AttendTask& task);
@@ -29,7 +29,7 @@ extern const AttentionKernels kAvx2Attention;
 extern const AttentionKernels kAvx512Attention;
 #endif
 
-// What moe_attention_step refuses before it writes anything: MOE_OK, MOE_E_SIZE or MOE_E_PACKING.
+// Checks the arguments of moe_attention_step before it writes: MOE_OK, MOE_E_SIZE or MOE_E_PACKING.
 int32_t check_attention(const moe_attention& layer, const moe_kv& cache);
 
 }  // namespace moe

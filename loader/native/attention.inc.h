@@ -1,13 +1,13 @@
-// Attention of one token over a KV cache: plain vector code, compiled once in each instruction set's translation unit.
-// Only correctly rounded operations in a fixed order (no contraction), so that all units give the same bits.
-// Included inside an anonymous namespace, as elementwise.inc.h is.
+// Attention of one token over a KV cache: plain vector code, compiled once for each instruction set. It uses correctly
+// rounded operations in a fixed order (no contraction), so all instruction sets give the same bits. Included inside an
+// anonymous namespace (see elementwise.inc.h).
 
 typedef float F16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint16_t H16 __attribute__((vector_size(32)));
 
-constexpr int kBlock = 64;  // positions whose scores are held at a time: their 16 KiB of K and of V stay in L1
+constexpr int kBlock = 64;  // positions computed together: their 16 KiB of K and of V fit in L1
 
 inline F16 load16(const float* p) {
   F16 v;
@@ -23,7 +23,7 @@ inline F16 load16(const uint16_t* p) {
 
 inline void store16(float* p, F16 v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// exp(x) within a few ulp for x <= 0, not below exp(-87); NaN stays NaN. The polynomial of elementwise.inc.h.
+// exp(x) within a few ulp for x <= 0, at least exp(-87); NaN stays NaN. The polynomial of elementwise.inc.h.
 inline F16 exp16(F16 x) {
   const F16 low = F16{} - 87.0f;
   x = x < low ? low : x;
@@ -47,7 +47,7 @@ inline float sum16(F16 v) {
   return a[0];
 }
 
-// scores[g * kBlock + p] = q[g] . k[p], G query heads over one head of K.
+// scores[g * kBlock + p] = q[g] . k[p] for G query heads of one KV head.
 template <int G, class T>
 inline void score_block(const float* q, const T* k, int n, int dim, float* scores) {
   for (int p = 0; p < n; ++p) {
@@ -90,25 +90,25 @@ void attend_group(const AttendTask& task) {
     float keep[G];
     for (int g = 0; g < G; ++g) {
       float* w = weights + g * kBlock;
-      float most = top[g];
+      float largest = top[g];
       for (int p = 0; p < n; ++p) {
         w[p] *= task.scale;
-        most = w[p] > most ? w[p] : most;
+        largest = w[p] > largest ? w[p] : largest;
       }
       for (int p = n; p < kBlock; ++p) w[p] = -__builtin_inff();
-      alignas(64) float difference[16] = {top[g] - most};
-      // The first block has nothing to keep; its -inf - -inf must not reach exp.
+      alignas(64) float difference[16] = {top[g] - largest};
+      // The first block keeps nothing; its -inf - -inf must not reach exp.
       keep[g] = begin == 0 ? 0.0f : exp16(load16(difference))[0];
       F16 sum = {};
       for (int p = 0; p < kBlock; p += 16) {
-        const F16 e = exp16(load16(w + p) - most);
+        const F16 e = exp16(load16(w + p) - largest);
         store16(w + p, e);
         sum = sum + e;
       }
-      // exp16 ends at exp(-87): positions beyond n would count as that.
+      // exp16 is never below exp(-87), so positions beyond n need an explicit zero.
       for (int p = n; p < kBlock; ++p) w[p] = 0.0f;
       total[g] = total[g] * keep[g] + sum16(sum);
-      top[g] = most;
+      top[g] = largest;
     }
     weigh_block<G>(weights, static_cast<const T*>(task.v) + begin * dim, n, dim, keep, acc);
   }

@@ -1,4 +1,4 @@
-// Which instruction set runs, and the small questions of the ABI.
+// The choice of an instruction set, and the ABI's small functions.
 #include "dispatch.h"
 
 #include <atomic>

@@ -1,4 +1,4 @@
-// The kernels in force.
+// The kernels that calls use at present.
 #pragma once
 #include "isa.h"
 

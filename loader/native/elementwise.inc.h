@@ -1,10 +1,10 @@
-// Quantizing activations, SwiGLU, bf16 dots: plain loops, compiled once in each instruction set's translation unit.
-// Only correctly rounded operations in a fixed order (no contraction: -ffp-contract=off), so all units give the same
-// bits. Included inside an anonymous namespace: an inline function shared by units of different ISAs would be an ODR
-// trap.
+// Quantization of activations, SwiGLU and bf16 dots: plain loops, compiled once for each instruction set. They use
+// correctly rounded operations in a fixed order (-ffp-contract=off), so all instruction sets give the same bits.
+// Included inside an anonymous namespace: the linker would keep only one copy of an inline function, perhaps one that
+// this processor cannot run.
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
-constexpr float kTiny = 1e-30f;        // a block below it counts as zero: 127 / amax must stay finite
+constexpr float kTiny = 1e-30f;        // a block with a smaller amax counts as zero: 127 / amax must stay finite
 
 void quantize64(const float* x, ActBlock* out, int b) {
   uint32_t top = 0;
@@ -14,7 +14,7 @@ void quantize64(const float* x, ActBlock* out, int b) {
   }
   int8_t* q = out->x + 64 * b;
   const float amax = float_of(top);
-  if (top >= 0x7f800000u || amax < kTiny) {  // an integer test: fmax would drop a NaN
+  if (top >= 0x7f800000u || amax < kTiny) {  // an integer comparison, because fmax would drop a NaN
     __builtin_memset(q, 0, 64);
     for (int i = 0; i < 4; ++i) out->s16[4 * b + i] = 0;
     out->s32[2 * b] = out->s32[2 * b + 1] = 0;
@@ -55,7 +55,7 @@ void quantize_row(const float* x, int64_t n, ActBlock* out, int64_t stride) {
   }
 }
 
-// exp(x) within 3 ulp, ends at exp(-87) and exp(88); NaN stays NaN.
+// exp(x) within 3 ulp, clamped to exp(-87) and exp(88); NaN stays NaN.
 inline float exp_poly(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
@@ -77,7 +77,7 @@ void swiglu_rows(const float* gate, const float* up, float* h, int n) {
   for (int i = 0; i < n; ++i) h[i] = gate[i] / (1.0f + exp_poly(-gate[i])) * up[i];
 }
 
-// 64 partial sums (column k goes to sum k mod 64, ascending), then halves are added: 32, 16, ... 1.
+// 64 partial sums (column k is added to sum k mod 64, ascending), then halves are added: 32, 16, ... 1.
 template <int T>
 inline void dot_bf16_tokens(const uint16_t* w, const float* x, int64_t n, float* y, int64_t stride) {
   float acc[T][64] = {};

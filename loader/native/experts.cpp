@@ -1,4 +1,5 @@
-// The fused expert call: quantize once, gate/up with SwiGLU per 64 rows, down with the router's weights.
+// The fused expert call: quantizes once, computes gate, up and SwiGLU for 64 rows at a time, then down with the
+// router's weights.
 #include <cstring>
 #include <new>
 #include <vector>
@@ -11,15 +12,15 @@ using namespace moe;
 
 namespace {
 
-constexpr int64_t kMaxPairs = 1024;  // (token, expert) pairs of one pass: their h takes 22 MB at 14336 columns
+constexpr int64_t kMaxPairs = 1024;  // (token, expert) pairs of one pass: their h takes 22 MB with 14336 columns
 
 struct Call {
   const IsaKernels* isa;
   int64_t hidden, intermediate;
   int64_t hidden_blocks, intermediate_blocks;
-  const ActBlock* x;  // per expert [hidden_blocks][token_count]; one token: the same for all
-  ActBlock* h;        // per expert [intermediate_blocks][token_count]
-  int64_t x_tokens;   // ActBlocks of x to skip per pair and superblock: 1, or 0 where all experts share x
+  const ActBlock* x;  // of each expert [hidden_blocks][token_count]; with one token all experts share it
+  ActBlock* h;        // of each expert [intermediate_blocks][token_count]
+  int64_t x_tokens;   // ActBlocks of x to skip for each pair and superblock: 1, or 0 if all experts share x
   float* out;
 };
 
@@ -27,8 +28,7 @@ int64_t gate_up_bytes(const Call& c, const moe_expert& e) {
   return 2 * tiles_of(c.intermediate) * tile_bytes(Packing(e.gate_up_packing), c.hidden);
 }
 
-// 64 rows of the intermediate dimension (two tile pairs) for all tokens of one expert: columns
-// [64 * block, 64 * block + 64) of its h, quantized.
+// Computes columns [64 * block, 64 * block + 64) of one expert's h (two tile pairs) for all its tokens, quantized.
 void gate_up_block(const Call& c, const moe_expert& e, int64_t first_pair, int64_t block) {
   const auto packing = Packing(e.gate_up_packing);
   const int64_t bytes = tile_bytes(packing, c.hidden), tiles = tiles_of(c.intermediate);
@@ -56,7 +56,7 @@ void gate_up_block(const Call& c, const moe_expert& e, int64_t first_pair, int64
   }
 }
 
-// One tile of output rows, all experts in order: the order of the sum is fixed here.
+// Computes one tile of output rows for all experts in order. This fixes the order of the sum.
 void down_tile(const Call& c, const moe_expert* experts, int count, int64_t tile) {
   const int64_t row = tile * kTileRows;
   const int64_t rows = c.hidden - row < kTileRows ? c.hidden - row : kTileRows;
@@ -79,7 +79,7 @@ void down_tile(const Call& c, const moe_expert* experts, int count, int64_t tile
   }
 }
 
-// Each expert's tokens side by side.
+// Copies each expert's tokens side by side.
 void gather(Pool& pool, const Call& c, const moe_expert* experts, int count, const ActBlock* act, int64_t tokens,
             ActBlock* to) {
   for (int i = 0; i < count; ++i) {
@@ -93,13 +93,13 @@ void gather(Pool& pool, const Call& c, const moe_expert* experts, int count, con
 
 void run_pass(Pool& pool, const Call& c, const moe_expert* experts, int count, int64_t pairs) {
   const int64_t blocks = (c.intermediate + 63) / 64;
-  ActBlock* last = c.h;  // columns of the last superblock that no block of rows writes
+  ActBlock* last = c.h;  // clears columns of the last superblock that no block of rows writes
   for (int i = 0; i < count && blocks % 4; ++i) {
     const int64_t n = experts[i].token_count;
     last += n * c.intermediate_blocks;
     std::memset(last - n, 0, size_t(n) * sizeof(ActBlock));
   }
-  // Few tokens: a chunk of 128 rows is about 300 KiB of memory; many: 64 rows are enough work.
+  // With few tokens a chunk of 128 rows reads about 300 KiB; with many tokens 64 rows are enough work.
   const int64_t step = pairs <= 8 * count ? 2 : 1;
   const int64_t chunks = (blocks + step - 1) / step;
   pool.run(chunks * count, [&](int64_t item) {
@@ -136,20 +136,21 @@ int32_t moe_experts(const moe_expert* experts, int32_t count, int64_t hidden, in
   Pool& pool = Pool::get();
   std::lock_guard<std::mutex> lock(pool.mutex());
   pool.prepare();
-  int64_t most = 0, all = 0;  // pairs of the largest pass: whole experts up to kMaxPairs, or one expert alone
+  // Pairs of the largest pass: whole experts up to kMaxPairs, or one expert alone.
+  int64_t max_pairs = 0, all = 0;
   for (int32_t i = 0; i < count; ++i) {
-    most = experts[i].token_count > most ? experts[i].token_count : most;
+    max_pairs = experts[i].token_count > max_pairs ? experts[i].token_count : max_pairs;
     all += experts[i].token_count;
   }
-  most = most > kMaxPairs ? most : kMaxPairs;
-  most = all < most ? all : most;
+  max_pairs = max_pairs > kMaxPairs ? max_pairs : kMaxPairs;
+  max_pairs = all < max_pairs ? all : max_pairs;
   const int64_t blocks = blocks_of(hidden), h_blocks = blocks_of(intermediate);
   const auto room = [&](int slot, int64_t n) {
     return static_cast<ActBlock*>(pool.scratch(slot, size_t(n + 1) * sizeof(ActBlock)));
   };
   ActBlock* act = room(0, tokens * blocks);
-  ActBlock* h = room(1, most * h_blocks);
-  ActBlock* panels = tokens > 1 ? room(2, most * blocks) : act;
+  ActBlock* h = room(1, max_pairs * h_blocks);
+  ActBlock* panels = tokens > 1 ? room(2, max_pairs * blocks) : act;
   if (!act || !h || !panels) return MOE_E_MEMORY;
   const Call c{&kernels(), hidden, intermediate, blocks, h_blocks, panels, h, tokens > 1 ? 1 : 0, out};
   const auto quantize = [&](int64_t t) { c.isa->quantize(x + t * hidden, hidden, act + t, tokens); };

@@ -1,12 +1,12 @@
-// AVX-512 VNNI, many tokens of 2- and 3-bit codes: the codes of 64 columns of one half stay in sixteen registers while
-// the tokens pass by, so nothing is unpacked to memory; each product takes its activations as a broadcast from memory.
-// Accumulated per token and 64 columns: 16 vpdpbusd, and 3 to 6 more instructions of the same two pipes.
+// AVX-512 VNNI, many tokens of 2- and 3-bit codes. The codes of 64 columns of one half stay in sixteen registers for
+// all tokens, so nothing is unpacked to memory. Activations are broadcast from memory. One token and 64 columns take 16
+// vpdpbusd and 3 to 6 more instructions of the same two pipes.
 
-// s[t] += d * A over 64 columns (b of the superblock at p) of one half, for n tokens.
+// s[t] += d * A over 64 columns (number b of the superblock at p) of one half, for n tokens.
 template <Packing P, int b>
 [[gnu::noinline]] void gemm_columns(const uint8_t* p, int r, const ActBlock* x, int n, F* s) {
   Columns64 c;
-  columns64<b>(Of<P>{}, p, r, c);
+  columns64<b>(Tag<P>{}, p, r, c);
   for (int t = 0; t < n; ++t) {
     I dot[4];  // four chains hide vpdpbusd's latency
     unrolled<16>([&](auto k) MOE_INLINE {
@@ -25,8 +25,8 @@ template <Packing P, int b>
   }
 }
 
-// m[t] += the zero terms of a superblock of one half, for n tokens. Apart from the codes: a sum is then loaded and
-// stored once for 256 columns, and on Zen 4 a store takes the time of two products.
+// m[t] += the zero terms of a superblock of one half, for n tokens. Separate from the codes, so that a sum is loaded
+// and stored once for 256 columns: on Zen 4 a store takes the time of two products.
 template <Packing P>
 [[gnu::noinline]] void gemm_zeros(const uint8_t* p, int r, const ActBlock* x, int n, F* m) {
   constexpr int kGroup = kPackingInfo[P].group_size;
@@ -61,7 +61,7 @@ template <Packing P>
   }
 }
 
-// Chunks of tokens whose activations of a superblock (18 KiB) and sums (12 KiB) stay near.
+// A chunk of 48 tokens keeps its activations of a superblock (18 KiB) and its sums (12 KiB) in L1.
 template <Packing P>
 void tile_gemm(const uint8_t* tile, int64_t blocks, Activations x, int tokens, float* y) {
   constexpr int kChunk = 48;

@@ -1,6 +1,6 @@
-// A tile for many tokens, each superblock unpacked once (unpack.inc.h). Included inside an anonymous namespace.
+// One tile times many tokens; each superblock is unpacked once (unpack.inc.h). Included inside an anonymous namespace.
 
-// A tile for many tokens. Isa gives kMode<P>, kGroup<P> (most tokens of one micro-kernel call), micro<P, NT> and heads.
+// Isa provides kMode<P>, kGroup<P> (largest number of tokens of one micro-kernel call), micro<P, NT> and heads.
 template <class Isa, Packing P, int NT>
 inline void run_micro(int tokens, const Unpacked& u, const ActBlock* x, float* s, float* m) {
   if constexpr (NT > 0) {
@@ -12,7 +12,7 @@ inline void run_micro(int tokens, const Unpacked& u, const ActBlock* x, float* s
   }
 }
 
-// y = ds * sum(d * A) - dm * sum(d * B), each step rounded once: see docs/numerics.md.
+// y = ds * sum(d * A) - dm * sum(d * B), each step rounded once (docs/numerics.md).
 inline void combine(const float* ds, const float* dm, const float* s, const float* m, float* y) {
   for (int i = 0; i < kTileRows; ++i) {
     const float zero = dm[i] * m[i];
@@ -31,8 +31,8 @@ void tile_gemm(const uint8_t* tile, int64_t blocks, Activations x, int tokens, f
   const uint8_t* p = tile + kHeadBytes;
   const int groups = (tokens + kGroup - 1) / kGroup;
   for (int64_t b = 0; b < blocks; ++b, p += kPackingInfo[P].block_bytes) {
-    unpack<Isa::template kMode<P>>(Of<P>{}, p, u);
-    for (int g = 0; g < groups; ++g) {  // even groups: 13 tokens are 7 + 6, not 12 + 1
+    unpack<Isa::template kMode<P>>(Tag<P>{}, p, u);
+    for (int g = 0; g < groups; ++g) {  // groups of equal size: 13 tokens are 7 + 6, not 12 + 1
       const int begin = tokens * g / groups, end = tokens * (g + 1) / groups;
       run_micro<Isa, P, kGroup>(end - begin, u, x.at + b * x.stride + begin, s + begin * kTileRows,
                                 m + begin * kTileRows);

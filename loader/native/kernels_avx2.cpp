@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C.
+// Kernels for AVX2, FMA and F16C.
 #include <immintrin.h>
 
 #include "../../formats/native/half_float.h"
@@ -25,13 +25,13 @@ struct Avx2 {
 #if defined(MOE_SANITIZED)
   static constexpr int kGroup = 3;
 #else
-  static constexpr int kGroup = 6;  // of 16 registers: 6 sums of 16 and 6 of 32 bits, codes, activation, product
+  static constexpr int kGroup = 6;  // 16 registers: 6 sums of 16 bits, 6 of 32 bits, codes, activation, product
 #endif
 
   template <Packing P, int NT>
   [[gnu::noinline]] static void micro(const Unpacked& u, const ActBlock* x, float* s, float* m) {
     constexpr int kColumns = kPackingInfo[P].group_size;
-    // Vectors that fit one 16-bit sum: a whole group, but 8 where a code reaches 15.
+    // Vectors that one 16-bit sum can hold: a whole group, or 8 if codes reach 15.
     constexpr int kRun = kPackingInfo[P].nbits == 4 ? 8 : kColumns / 4;
     for (int b = 0; b < 4; ++b) {
       for (int part = 0; part < 4; ++part) {

@@ -1,4 +1,4 @@
-// AVX-512 F, BW, DQ, VL and VNNI.
+// Kernels for AVX-512 F, BW, DQ, VL and VNNI.
 #include <immintrin.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The path that is right on any processor: plain C++, auto-vectorised where the compiler can.
+// Kernels for any processor: plain C++ that the compiler may vectorise.
 #include "../../formats/native/half_float.h"
 #include "isa.h"
 #include "unrolled.h"

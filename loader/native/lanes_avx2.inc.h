@@ -1,4 +1,4 @@
-// Eight rows of 32 bits in an AVX2 register: what the packings' AVX2 parts are made of. Included inside an anonymous
+// Operations on eight rows of 32 bits in an AVX2 register, for the packings' AVX2 parts. Included inside an anonymous
 // namespace (see elementwise.inc.h).
 
 typedef __m256i I;

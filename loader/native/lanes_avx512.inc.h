@@ -1,10 +1,10 @@
-// Sixteen rows of 32 bits in an AVX-512 register: what the packings' AVX-512 parts are made of. Included inside an
+// Operations on sixteen rows of 32 bits in an AVX-512 register, for the packings' AVX-512 parts. Included inside an
 // anonymous namespace (see elementwise.inc.h).
 
 typedef __m512i I;
 typedef __m512 F;
 
-// The empty asm keeps gcc from folding one load into four memory operands, and loads from changing places.
+// The empty asm keeps gcc from folding one load into four memory operands and from reordering loads.
 inline I load_codes(const uint8_t* p) {
   I v = _mm512_loadu_si512(p);
   asm volatile("" : "+v"(v));
@@ -17,7 +17,7 @@ inline I broadcast4(const void* p) {
 }
 inline I none() { return _mm512_setzero_si512(); }
 inline I bytes(int v) { return _mm512_set1_epi8(char(v)); }
-// vpdpbusd in place: around the builtin gcc copies the accumulator.
+// vpdpbusd in place: with the builtin, gcc copies the accumulator.
 inline I dot4(I sum, I codes, I x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
   return sum;
@@ -65,8 +65,7 @@ inline I dot2(I sum, I pairs, const int16_t* x) {
   return sum;
 }
 
-// 64 columns of one half: code[k] holds columns 4k to 4k + 3, with S multiplied in where it has 4 bits (S * q <= 105
-// fits a byte).
+// 64 columns of one half: code[k] holds columns 4k to 4k + 3. A 4-bit S is multiplied in: S * q <= 105 fits a byte.
 struct Columns64 {
   I code[16];
   I s[2];  // q2-g16-s8: S of the groups (0, 1) and (2, 3) as 16-bit pairs
@@ -81,22 +80,22 @@ inline I two_bytes(I lanes, int a, int b) {
                                                   -128, char(d + 8), -128, char(c + 12), -128, char(d + 12), -128)));
 }
 
-// Where the scales of 64 columns begin: b of a superblock, half r; of the planes that lie together.
+// Address of the scales of 64 columns, number b of the superblock at p, half r, and of the planes beside them.
 template <Packing P>
 inline const uint8_t* scales_at(const uint8_t* p, int b, int r) {
   constexpr PackingInfo kInfo = kPackingInfo[P];
   constexpr int kChunkBytes = kInfo.chunk_bytes(), kCodeBytes = kInfo.code_bytes(), kPlanes = kInfo.planes();
-  constexpr int kBlocks = 4 / kInfo.chunks;  // of 64 columns, in a chunk
+  constexpr int kBlocks = 4 / kInfo.chunks;  // blocks of 64 columns in a chunk
   p += kChunkBytes * (b / kBlocks) + kCodeBytes;
   if constexpr (kInfo.group_size == 64) return p + 32 * kPlanes * r + 16 * (b % kBlocks);
   return p + 16 * kInfo.scale_bits * r;
 }
 
-// S and M of several groups as 8-bit numbers: too large to be multiplied into the codes.
+// True for 8-bit S and M of several groups: such an S is too large to be multiplied into the codes.
 template <Packing P>
 constexpr bool kHasWideScales = kPackingInfo[P].group_size < 64 && kPackingInfo[P].scale_bits == 8;
 
-// Up to this many tokens, taking the planes again for each four tokens costs no more than the GEMM, which does not read
-// cold weights in their order (measured at 5 to 128 tokens). For 4 bits it never does.
+// Up to this many tokens, unpacking again for each four tokens is not slower than the GEMM, which reads cold weights
+// out of order (measured at 5 to 128 tokens). For 4 bits it is never slower.
 template <Packing P>
 constexpr int kGemvTokens = 12;

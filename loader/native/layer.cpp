@@ -24,23 +24,23 @@ float dot(const float* w, const float* x, int64_t n) {
   return float(sum);
 }
 
-// MixtralTopKRouter: logits of T, softmax in fp32, the top_k largest (of equal ones the first), scaled to sum 1.
+// MixtralTopKRouter: logits of T, softmax in fp32, the top_k largest (of equal ones the first), scaled to a sum of 1.
 template <class T>
 void route(const T* x, const T* router, int64_t hidden, int experts, int top_k, int64_t* index, float* weights) {
   std::vector<float> wide(static_cast<size_t>(hidden)), p(static_cast<size_t>(experts));
   for (int64_t i = 0; i < hidden; ++i) wide[size_t(i)] = to_float(x[i]);
-  float most = -INFINITY, sum = 0.0f, chosen = 0.0f;
+  float largest = -INFINITY, sum = 0.0f, chosen = 0.0f;
   for (int e = 0; e < experts; ++e) {
     p[size_t(e)] = rounded<T>(dot(router + e * hidden, wide.data(), hidden));
-    most = p[size_t(e)] > most ? p[size_t(e)] : most;
+    largest = p[size_t(e)] > largest ? p[size_t(e)] : largest;
   }
-  for (float& v : p) sum += v = exp_of_negative(v - most);
+  for (float& v : p) sum += v = exp_of_negative(v - largest);
   for (int k = 0; k < top_k; ++k) {
     int best = -1;
     for (int e = 0; e < experts; ++e) {
       bool taken = false;
       for (int i = 0; i < k; ++i) taken = taken || index[i] == e;
-      // !(<=) instead of >: with a NaN among the logits everything is NaN, and some expert must be named.
+      // !(<=) instead of >: a NaN logit makes all values NaN, and some expert must still be chosen.
       if (!taken && (best < 0 || !(p[size_t(e)] <= p[size_t(best)]))) best = e;
     }
     index[k] = best;

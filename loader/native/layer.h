@@ -1,4 +1,4 @@
-// A decoder layer for one token in two calls, between which the experts' bytes are fetched.
+// A decoder layer for one token in two calls. The caller fetches the experts' bytes in between.
 #pragma once
 #include <cstdint>
 
@@ -10,15 +10,16 @@ namespace moe {
 struct LayerToken {
   const void *x, *cos, *sin;
   moe_kv cache;
-  void *residual, *normed;  // first residual sum, and the input of router and experts
+  void *residual, *normed;  // first residual sum; input of router and experts
   int64_t* index;           // [top_k]
   float* weights;           // [top_k]
 };
 
-// Norm, attention, residual sum, norm and router: all of the token but x, cos and sin. A status.
+// Norm, attention, residual sum, norm and router: writes the cache, residual, normed, index and weights. Returns a
+// status.
 int32_t begin_layer(const moe_layer& layer, const LayerToken& token);
 
-// Adds the experts, whose blobs [experts] it needs, to the residual: out [hidden]. A status.
+// out [hidden] = residual + chosen experts. blobs: [experts]. Returns a status.
 int32_t end_layer(const moe_layer& layer, const LayerToken& token, const uint8_t* const* blobs, void* out);
 
 }  // namespace moe

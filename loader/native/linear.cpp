@@ -1,4 +1,4 @@
-// Packed and bf16 linears: which tiles in which chunks.
+// Packed and bf16 linears, split into chunks of tiles for the pool.
 #include <chrono>
 
 #include "dispatch.h"
@@ -10,7 +10,7 @@ using namespace moe;
 namespace {
 
 constexpr int kMaxMatrices = 16;
-constexpr int64_t kFewTokens = 8;       // up to here a chunk is a stretch of memory, beyond it a stretch of work
+constexpr int64_t kFewTokens = 8;       // up to 8, memory limits the size of a chunk; beyond, arithmetic does
 constexpr int64_t kChunkTiles = 4;      // about 160 KiB at 4096 columns: 5 us of memory time
 constexpr int64_t kBf16ChunkRows = 16;  // 128 KiB at 4096 columns
 
@@ -21,7 +21,7 @@ ActBlock* quantize_all(Pool& pool, const IsaKernels& isa, const float* x, int64_
   if (!act) return nullptr;
   const auto one = [&](int64_t t) { isa.quantize(x + t * columns, columns, act + t, tokens); };
   if (tokens < 4) {
-    for (int64_t t = 0; t < tokens; ++t) one(t);  // 1 us a row: cheaper than a region
+    for (int64_t t = 0; t < tokens; ++t) one(t);  // 1 us a row: faster than a parallel region
   } else {
     pool.run(tokens, one);
   }

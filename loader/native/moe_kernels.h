@@ -1,9 +1,9 @@
-/* C ABI of libmoe_kernels: packed linears, fused Mixtral experts, bf16 linears, on CPU.
+/* C ABI of libmoe_kernels: packed linears, fused Mixtral experts and bf16 linears on the CPU.
  *
  * Arithmetic: docs/numerics.md. Bytes: docs/format.md; packings: formats/native/packings.h.
  * All functions are thread safe: calls from several threads run one after the other, each on the whole pool.
  * A call returns a status of formats/native/abi.h; after an error it has written nothing.
- * Pointers to tiles and activations need no alignment beyond that of their type. All tensors are dense, row major.
+ * Pointers to tiles and activations need only the alignment of their type. All tensors are dense and row major.
  */
 #ifndef MOE_KERNELS_H
 #define MOE_KERNELS_H
@@ -27,7 +27,7 @@ typedef struct {
   int32_t reserved;
 } moe_matrix;
 
-/* One expert and the tokens that were routed to it. */
+/* One expert and the tokens that the router gave it. */
 typedef struct {
   const uint8_t* blob;   /* gate/up section (tiles interleaved), then down section: moe_expert_bytes() bytes */
   const int32_t* tokens; /* [token_count] row numbers in x and out */
@@ -39,14 +39,15 @@ typedef struct {
 
 MOE_API int32_t moe_abi_version(void);
 
-/* Threads of a call, the calling one included; 0: one per CPU this process may use. Returns the number in force. */
+/* Sets the threads of a call, the calling one included; 0: one for each core that this process may use. Returns the
+ * number in force. */
 MOE_API int32_t moe_set_threads(int32_t threads);
 MOE_API int32_t moe_threads(void);
 
-/* The instruction set in use (MOE_ISA_*), and one sentence that says why (static storage). */
+/* The instruction set in use (MOE_ISA_*), and the reason in one sentence (static storage). */
 MOE_API int32_t moe_isa(void);
 MOE_API const char* moe_isa_reason(void);
-/* For tests and benchmarks: force a path. MOE_E_ISA where this processor or this build lacks it. */
+/* Forces an instruction set, for tests and benchmarks. MOE_E_ISA if this processor or this build lacks it. */
 MOE_API int32_t moe_set_isa(int32_t isa);
 
 /* Sizes in bytes; -1 for an unknown packing or a negative size. */
@@ -67,21 +68,21 @@ MOE_API int32_t moe_linear_many(const moe_matrix* matrices, int32_t count, int64
  * One call over a list equals consecutive accumulating calls over its parts, bit for bit. */
 MOE_API int32_t moe_experts(const moe_expert* experts, int32_t count, int64_t hidden, int64_t intermediate,
                             const float* x, float* out, int64_t tokens, int32_t accumulate);
-/* All experts of a layer by number, one packing pair for all. A blob may be null if no token uses its expert. */
+/* All experts of a layer by number, with one pair of packings. A blob may be null if no token uses its expert. */
 typedef struct {
   const uint8_t* const* blobs; /* [count] */
   int64_t hidden, intermediate;
   int32_t count, gate_up_packing, down_packing, reserved;
 } moe_layer_experts;
-/* A router's answer. */
+/* The experts that a router chose, and their weights. */
 typedef struct {
   const int64_t* index; /* [tokens, top_k] */
   const float* weights; /* [tokens, top_k] */
   int64_t tokens;
   int32_t top_k, reserved;
 } moe_routing;
-/* moe_experts from a router's answer: experts are summed in ascending order.
- * flags: MOE_ACCUMULATE adds to out; MOE_PARTIAL leaves out the pairs whose expert is null instead of refusing them. */
+/* moe_experts over a router's choice, experts in ascending order.
+ * flags: MOE_ACCUMULATE adds to out; MOE_PARTIAL skips pairs whose blob is null instead of returning an error. */
 enum { MOE_ACCUMULATE = 1, MOE_PARTIAL = 2 };
 MOE_API int32_t moe_experts_topk(const moe_layer_experts* experts, const moe_routing* routing, const float* x,
                                  float* out, int32_t flags);
@@ -90,16 +91,16 @@ MOE_API int32_t moe_experts_topk(const moe_layer_experts* experts, const moe_rou
 MOE_API int32_t moe_linear_bf16(const uint16_t* w, int64_t rows, int64_t columns, const float* x, float* y,
                                 int64_t tokens);
 
-/* One token's way through a layer's attention: q, k, v over one quantized x, rotary embedding, append to the cache,
- * attention over it, o. x, out [hidden], cos, sin [head_dim] and the cache have `dtype` (MOE_F32, MOE_BF16); all
- * arithmetic is fp32. head_dim is a multiple of 16; the y of the four matrices are not used. */
+/* One token's attention in a layer: q, k, v over one quantized x, rotary embedding, append to the cache, attention over
+ * it, o. x, out [hidden], cos, sin [head_dim] and the cache have `dtype` (MOE_F32, MOE_BF16); all arithmetic is fp32.
+ * head_dim is a multiple of 16. The y of the four matrices is not used. */
 typedef struct {
   moe_matrix q, k, v, o;
   int64_t hidden, head_dim;
   float scale;
   int32_t dtype;
 } moe_attention;
-/* A layer's cache: `length` positions before the token, which becomes number `length` < capacity. */
+/* A layer's KV cache with `length` positions; the token becomes position `length` < capacity. */
 typedef struct {
   void *keys, *values; /* [kv heads][capacity][head_dim] */
   int64_t capacity, length;
@@ -107,17 +108,17 @@ typedef struct {
 MOE_API int32_t moe_attention_step(const moe_attention* layer, const void* x, const void* cos, const void* sin,
                                    const moe_kv* cache, void* out);
 
-/* A decoder layer. The norms' and the router's weights [hidden], [experts, hidden] have the attention's dtype. */
+/* A decoder layer. The weights of norms [hidden] and router [experts, hidden] have the attention's dtype. */
 typedef struct {
   moe_attention attention;
   const void *attention_norm, *experts_norm, *router;
   int64_t intermediate;
-  float attention_eps, experts_eps; /* of the two norms */
+  float attention_eps, experts_eps; /* epsilons of the two norms */
   int32_t experts, top_k, gate_up_packing, down_packing;
 } moe_layer;
 
-/* A whole model for one token: embedding row, layers, final norm, head. All layers have one hidden size and dtype;
- * embedding [vocabulary, hidden] and norm [hidden] have that dtype. */
+/* A whole model: embedding, layers, final norm, head. All layers have one hidden size and one dtype, which embedding
+ * [vocabulary, hidden] and norm [hidden] share. */
 enum { MOE_HEAD_BF16 = -1 };
 typedef struct {
   const moe_layer* const* layers; /* [count] */
@@ -135,24 +136,23 @@ typedef struct {
   const int64_t* capacity;
   int64_t length;
   const uint8_t* const* blobs; /* [count, experts]; null: not in memory */
-  void* room;          /* [3, hidden]: input, first residual and normed input of the experts of the present layer */
+  void* room;          /* [3, hidden]: input, first residual sum and experts' input of the present layer */
   int64_t* index;      /* [count, top_k] */
   float* weights;      /* [count, top_k] */
-  void* out;           /* [head.rows] logits, without a head the normed [hidden]; of the dtype */
+  void* out;           /* logits [head.rows], or without a head the normed state [hidden]; of the dtype */
   int32_t halves_done; /* 0 at first; a layer has two: up to its router, its experts */
   int32_t reserved;
 } moe_token;
-/* MOE_MISSING: layer halves_done / 2 has chosen experts without a blob. Once they are in `blobs`, the same call with
- * the same token goes on from there; so it does after the caller wrote the layer's output to room[0] and added one to
- * halves_done. Blobs of a layer are read until the next layer's halves begin. After an error the positions from
- * `length` on in the caches are undefined. */
+/* MOE_MISSING: layer halves_done / 2 chose experts without a blob. The caller either sets them in `blobs`, or writes
+ * the layer's output to room[0] and adds one to halves_done; then the same call continues. A layer's blobs are read
+ * until the next layer begins. After an error the caches' positions from `length` on are undefined. */
 MOE_API int32_t moe_token_step(const moe_model* model, moe_token* token);
 
-/* Sum of the 64-bit words of `bytes` bytes, read once front to back by the pool: the memory bound that
+/* Sum of the 64-bit words of `count` buffers of `bytes` bytes, which the pool reads once: the memory bound that
  * bench/decode.py compares with. */
 MOE_API uint64_t moe_stream_sum(const uint8_t* const* buffers, int32_t count, int64_t bytes, int64_t chunk_bytes);
 
-/* Microseconds of one empty parallel region, mean of `repeats`. */
+/* Microseconds of one empty parallel region, the mean of `repeats`. */
 MOE_API double moe_empty_region_us(int32_t repeats);
 
 #ifdef __cplusplus

@@ -21,7 +21,7 @@ namespace {
 
 constexpr uint64_t kOpen = uint64_t{1} << 31;
 constexpr uint64_t kInside = kOpen - 1;
-constexpr int kSpins = 2000;  // longer spins stall for tens of ms where another job has the core (measured)
+constexpr int kSpins = 2000;  // longer spins stall for tens of ms if another job runs on the core (measured)
 constexpr size_t kKeepBytes = size_t{64} << 20;
 
 inline void pause() {
@@ -66,7 +66,7 @@ Pool& Pool::get() {
     return *pool;
   }
 #if defined(__linux__) || defined(__APPLE__)
-  // A child has none of the threads, and perhaps a locked mutex: it leaks the old pool and starts anew.
+  // A child has none of the threads, and the mutex may be locked: it leaks the old pool and makes a new one.
   static const int once = pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); });
   (void)once;
 #endif
@@ -78,7 +78,7 @@ int Pool::default_threads() {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0) {
-    // One thread a core: two hyperthreads of one core share the load ports that a memory-bound kernel fills.
+    // One thread a core: a memory-bound kernel fills the load ports, which hyperthreads of a core share.
     std::set<std::string> cores;
     for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
       if (!CPU_ISSET(cpu, &set)) continue;
@@ -120,7 +120,7 @@ void Pool::helper(int number) {
   uint64_t seen = state_.load(std::memory_order_acquire) & ~kInside & ~kOpen;
   if (state_.load(std::memory_order_acquire) & kOpen) seen -= kOpen << 1;  // the region that started this thread
   for (;;) {
-    while (number >= threads()) {  // fewer threads were asked for: out of the doorbell's reach
+    while (number >= threads()) {  // set_threads asked for fewer: sleep where the doorbell does not wake
       const uint32_t parked = park_.load();
       if (number >= threads()) sleep_while(park_, parked);
     }
@@ -159,7 +159,7 @@ void Pool::prepare() {
     for (; started_ < threads() - 1; ++started_) {
       std::thread([this, number = started_ + 1] { helper(number); }).detach();
     }
-  } catch (const std::system_error&) {  // a limit on threads: go on with those that exist
+  } catch (const std::system_error&) {  // the system's limit on threads: use those that exist
     threads_.store(started_ + 1);
   }
   if (threads() > 1 && sleepers_.load(std::memory_order_seq_cst) > 0) {

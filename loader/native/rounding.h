@@ -1,5 +1,5 @@
-// fp32 and bf16 activations, exp, and RMSNorm with transformers' rounding: correctly rounded operations only, whose
-// bits the GPU kernels repeat.
+// fp32 and bf16 activations, exp, and RMSNorm with transformers' rounding. All operations are correctly rounded, and
+// the GPU kernels give the same bits.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -10,7 +10,7 @@ inline float to_float(float v) { return v; }
 inline float to_float(uint16_t v) { return __builtin_bit_cast(float, uint32_t(v) << 16); }
 
 inline void round_to(float v, float* to) { *to = v; }
-inline void round_to(float v, uint16_t* to) {  // to nearest, ties to even; a NaN stays one
+inline void round_to(float v, uint16_t* to) {  // to nearest, ties to even; NaN stays NaN
   const uint32_t u = __builtin_bit_cast(uint32_t, v);
   const uint16_t rounded = uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
   *to = v != v ? uint16_t(0x7fc0) : rounded;
@@ -23,7 +23,7 @@ float rounded(float v) {
   return to_float(narrow);
 }
 
-// exp(x) within a few ulp for x <= 0, not below exp(-87); NaN stays NaN. One lane of exp16 (attention.inc.h).
+// exp(x) within a few ulp for x <= 0, at least exp(-87); NaN stays NaN. Equals one lane of exp16 (attention.inc.h).
 inline float exp_of_negative(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;
@@ -48,7 +48,7 @@ void rms_norm_row(const T* x, const T* weight, float eps, int64_t columns, T* y)
   double sum = 0.0;
   for (double lane : lanes) sum += lane;
   const float factor = float(1.0 / std::sqrt(sum / double(columns) + double(eps)));
-  // transformers rounds before it multiplies by the weight
+  // transformers rounds before it multiplies by the weight.
   for (int64_t i = 0; i < columns; ++i) round_to(to_float(weight[i]) * rounded<T>(to_float(x[i]) * factor), y + i);
 }
 

@@ -1,6 +1,6 @@
-// For the sanitizers: every packing on every instruction set over odd sizes, in heap buffers of their exact size, at
-// odd addresses, down to one row, one column and one token; threads; and all paths must give the same bits.
-// Values are checked by tests/loader/arithmetic/test_loader_kernels.py.
+// Tests for the sanitizers: every packing on every instruction set, over odd sizes down to one row, one column and one
+// token, in heap buffers of exact size at odd addresses; also threads. All instruction sets must give the same bits.
+// tests/loader/arithmetic/test_loader_kernels.py checks the values.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -29,7 +29,7 @@ void expect(bool ok, const char* what, int packing, int64_t a, int64_t b, int64_
                (long long)c);
 }
 
-// An exact-size heap block whose data begins `offset` bytes in, so that the end is watched, too.
+// A heap block whose data begins at `offset` and ends with the block, so that the sanitizer sees reads past the end.
 struct Bytes {
   std::unique_ptr<uint8_t[]> block;
   uint8_t* data;
@@ -115,7 +115,7 @@ void bf16(int64_t rows, int64_t columns, int64_t tokens) {
   }
 }
 
-// Activations and weights of T in an exact-size heap block.
+// Random values of T in a heap block of exact size.
 template <class T>
 std::vector<T> narrow(int64_t n, float scale = 1.0f) {
   const auto wide = values(n);
@@ -148,14 +148,14 @@ struct Shape {
   int32_t experts, top_k;
 };
 
-// All that one token's way through a layer writes.
+// Everything that one token in a layer writes.
 template <class T>
 struct Written {
   std::vector<T> keys, values, residual, normed, out;
   std::vector<int64_t> index;
   std::vector<float> weights;
 
-  // Positions from `length` on are NaN: nothing may read them before the token is there.
+  // Positions from `length` on are NaN: nothing may read them before the token is appended.
   Written(const Shape& s, int64_t capacity, int64_t length, const std::vector<T>& k, const std::vector<T>& v)
       : keys(k), values(v), residual(size_t(s.hidden), nan_of<T>()), normed(residual), out(residual),
         index(size_t(s.top_k), -1), weights(size_t(s.top_k), NAN) {
@@ -164,7 +164,7 @@ struct Written {
         keys[size_t(at * s.dim + i)] = values[size_t(at * s.dim + i)] = nan_of<T>();
   }
 
-  // Writes here.
+  // Returns a token that writes to these buffers.
   moe::LayerToken token(const std::vector<T>& x, const std::vector<T>& cos, const std::vector<T>& sin, int64_t capacity,
                         int64_t length) {
     return {x.data(),        cos.data(),    sin.data(),   {keys.data(), values.data(), capacity, length},
@@ -177,11 +177,20 @@ struct Written {
   }
 };
 
+// One token's input of a layer.
 template <class T>
-void whole_token(const Shape& s, const moe_layer& layer, const uint8_t* const* blobs, const std::vector<T>& x,
-                 const void* cos, const void* sin, int64_t capacity, int64_t length, Written<T> w,
-                 const Written<T>& first) {
-  const auto check = [&](bool ok, const char* what) { expect(ok, what, -1, s.hidden, int64_t(sizeof(T)), length); };
+struct Input {
+  const std::vector<T>&x, &cos, &sin;
+  int64_t capacity, length;
+};
+
+template <class T>
+void whole_token(const Shape& s, const moe_layer& layer, const uint8_t* const* blobs, const Input<T>& input,
+                 Written<T> w, const Written<T>& first) {
+  const auto& [x, cos, sin, capacity, length] = input;
+  const auto check = [&](bool ok, const char* what) {
+    expect(ok, what, -1, s.hidden, int64_t(sizeof(T)), input.length);
+  };
   std::vector<T> embedding(3 * x.size()), room(3 * x.size()), normed(x.size()), out(x.size()), logits(5);
   std::copy(x.begin(), x.end(), embedding.begin() + 2 * int64_t(x.size()));
   const auto head = narrow<uint16_t>(5 * s.hidden);
@@ -189,8 +198,8 @@ void whole_token(const Shape& s, const moe_layer& layer, const uint8_t* const* b
   const moe_layer* layers[] = {&layer};
   moe_model model = {layers, embedding.data(), layer.attention_norm, 3, {}, 1e-5f, 1, s.experts, s.top_k};
   void *keys[] = {w.keys.data()}, *values[] = {w.values.data()};
-  moe_token token = {2,      cos,     sin,         keys,           values,           &capacity,
-                     length, missing, room.data(), w.index.data(), w.weights.data(), out.data(),
+  moe_token token = {2,      cos.data(), sin.data(),  keys,           values,           &capacity,
+                     length, missing,    room.data(), w.index.data(), w.weights.data(), out.data(),
                      0,      0};
   check(moe_token_step(&model, &token) == MOE_MISSING && token.halves_done == 1, "experts are asked for");
   check(same(w.index, first.index) && same(w.keys, first.keys) && same(w.values, first.values), "up to the router");
@@ -262,7 +271,7 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
       sum += w.weights[i];
       check(w.index[i] >= 0 && w.index[i] < s.experts && (i == 0 || w.index[i] != w.index[i - 1]), "expert numbers");
       if (w.index[i] < 0 || w.index[i] >= s.experts) return;
-      if (blobs[w.index[i]]) continue;  // only those that are needed: the others stay null
+      if (blobs[w.index[i]]) continue;  // experts that are not chosen stay null
       experts.push_back(std::make_unique<Bytes>(moe_expert_bytes(gate_up, down, s.hidden, s.intermediate), int(i)));
       uint8_t* blob = experts.back()->data;
       set_heads(blob, gate_up, 2 * ((s.intermediate + 31) / 32 * 32), s.hidden);
@@ -303,8 +312,7 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   bad.top_k = s.experts + 1;
   refused(bad, capacity, MOE_E_SIZE, "top_k refused");
   if (!first) return;
-  whole_token<T>(s, layer, blobs, x, cos.data(), sin.data(), capacity, length, {s, capacity, length, keys, vals},
-                 *first);
+  whole_token<T>(s, layer, blobs, {x, cos, sin, capacity, length}, {s, capacity, length, keys, vals}, *first);
   blobs[first->index[0]] = nullptr;
   const auto before = first->out;
   check(moe::end_layer(layer, first->token(x, cos, sin, capacity, length), blobs, first->out.data()) == MOE_E_INDEX &&

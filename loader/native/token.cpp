@@ -1,4 +1,4 @@
-// One token through a whole model, for as long as its experts are at hand.
+// One token through a whole model, until it needs an expert that is not in memory.
 #include <cstring>
 #include <new>
 #include <vector>
@@ -11,7 +11,7 @@ using namespace moe;
 
 namespace {
 
-// Logits of one row, summed in fp32 and rounded to T.
+// The logits of one token, summed in fp32 and rounded to T.
 template <class T>
 int32_t head(const moe_model& model, const T* x, T* logits) {
   const int64_t hidden = model.layers[0]->attention.hidden;

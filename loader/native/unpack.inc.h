@@ -1,8 +1,7 @@
-// One superblock (32 rows x 256 columns) from its packed bytes to one byte a code, scales as lanes: the front half of
-// AVX2's kernel for several tokens, and of the portable path. GCC vector extensions: the same source gives AVX2, SSE2
-// and NEON; kVector is the native width (gcc splits a wider one badly: AVX2 took 1.7x the time at 2 tokens), and the 64
-// bytes of a vector are done in pieces of it, `at` bytes in. Included inside an anonymous namespace (see
-// elementwise.inc.h).
+// Unpacks one superblock (32 rows x 256 columns) to one byte a code and scales as lanes, for AVX2's kernel for several
+// tokens and for the portable path. GCC vector extensions give AVX2, SSE2 and NEON from one source. kVector is the
+// native width: gcc splits wider vectors badly (AVX2 took 1.7x the time at 2 tokens). So 64 bytes are unpacked in
+// pieces of kVector bytes, each at offset `at`. Included inside an anonymous namespace (see elementwise.inc.h).
 
 typedef uint16_t Halves __attribute__((vector_size(kVector)));
 typedef uint32_t Words __attribute__((vector_size(kVector)));
@@ -10,7 +9,7 @@ typedef int32_t Ints __attribute__((vector_size(kVector)));
 
 enum class ScaleMode {
   kLow,   // s lane = S
-  kPair,  // s lane = S in both 16-bit halves, for a multiply of two 16-bit sums
+  kPair,  // s lane = S in both 16-bit halves, to multiply two 16-bit sums at once
 };
 
 struct alignas(64) Unpacked {
@@ -38,7 +37,7 @@ inline void store_s(int32_t* p, Words s) {
   if constexpr (kMode == ScaleMode::kPair) store_as(p, s | (s << 16));
 }
 
-// S and M of group v of four from 64 (s4) or 128 (s8) bytes; M sign-extended to 32 bits.
+// S and M of group v (of four) from 64 (s4) or 128 (s8) bytes; an 8-bit M is sign-extended to 32 bits.
 template <int kScaleBits>
 inline void nibble_or_byte(const uint8_t* p, int v, Words& s, Words& m) {
   if constexpr (kScaleBits == 4) {

@@ -1,5 +1,5 @@
-// Loops unrolled by templates. gcc promotes an array to registers only if its indices are constants before its late
-// unrolling pass; `#pragma GCC unroll` comes after it and leaves the accumulators in memory (1.5x slower, measured).
+// Loops unrolled by templates. gcc keeps an array in registers only if its indices are constants before its late
+// unrolling pass. `#pragma GCC unroll` acts later and leaves the accumulators in memory (1.5x slower, measured).
 #pragma once
 #include <utility>
 
@@ -12,7 +12,7 @@ MOE_INLINE constexpr void unrolled_over(const F& f, std::integer_sequence<int, i
   (f(std::integral_constant<int, i>{}), ...);
 }
 
-// f(0) ... f(N - 1), each argument a constant.
+// Calls f(0) ... f(N - 1); each argument is a compile-time constant.
 template <int N, class F>
 MOE_INLINE constexpr void unrolled(const F& f) {
   unrolled_over(f, std::make_integer_sequence<int, N>{});

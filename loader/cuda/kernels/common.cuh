@@ -1,6 +1,6 @@
-// What all kernels share: quantized activations, conversions, and the arithmetic of docs/numerics.md.
-// Compiled by NVRTC for the user's GPU (--fmad=false, so that only fmaf contracts), and by a C++ compiler for the tests
-// (tests/support/cuda_host/host.h stands for the GPU). No header of CUDA's: NVRTC comes without them.
+// Code that all kernels share: quantized activations, conversions, and the arithmetic of docs/numerics.md.
+// NVRTC compiles it for the user's GPU (--fmad=false, so that only fmaf contracts), a C++ compiler for the tests
+// (tests/support/cuda_host/host.h replaces the GPU). No CUDA headers: NVRTC comes without them.
 #pragma once
 
 // MOE_STRUCT: a structure passed by value. Without __grid_constant__ an index computed at run time copies it to local
@@ -34,11 +34,11 @@ constexpr int kWarp = 32;
 constexpr int kActCols = 64;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// 64 quantized columns of one token. A token's row is blocks64(columns) of them, whole superblocks of 256 columns.
+// 64 quantized columns of one token. A token has blocks64(columns) of them: whole superblocks of 256 columns.
 struct alignas(16) ActBlock {
   int8_t x[64];    // round(x * 127 / amax), in column order
-  int16_t sum[4];  // of 16 columns each, in order
-  float d;         // amax / 127; NaN if one of the values is not finite
+  int16_t sum[4];  // sums of 16 columns each, in order
+  float d;         // amax / 127; NaN if a value is not finite
   float u;         // d * (sum over the 64 columns)
 };
 static_assert(sizeof(ActBlock) == 80, "ActBlock");
@@ -68,7 +68,7 @@ MOE_DEVICE float half_to_float(uint16_t bits) {
 }
 MOE_DEVICE float to_float(F16 v) { return half_to_float(v.bits); }
 
-// To nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; NaN stays NaN.
 MOE_DEVICE void round_to(float v, float* to) { *to = v; }
 MOE_DEVICE void round_to(float v, Bf16* to) {
   const uint32_t u = bits_of(v);
@@ -90,9 +90,9 @@ MOE_DEVICE float rounded(float v) {
 }
 
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
-constexpr float kTiny = 1e-30f;        // a block below it counts as zero: 127 / amax must stay finite
+constexpr float kTiny = 1e-30f;        // a block with a smaller amax counts as zero: 127 / amax must stay finite
 
-// exp(x) within 3 ulp, ends at exp(-87) and exp(88); NaN stays NaN. docs/numerics.md, "Experts".
+// exp(x) within 3 ulp, clamped to exp(-87) and exp(88); NaN stays NaN (docs/numerics.md, "Experts").
 MOE_DEVICE float exp_poly(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
@@ -112,12 +112,12 @@ MOE_DEVICE float exp_poly(float x) {
 
 MOE_DEVICE float silu_mul(float gate, float up) { return gate / (1.0f + exp_poly(-gate)) * up; }
 
-// Quantizes 64 columns by 16 lanes: lane i (0..15) of an aligned group of 16 holds columns 4i..4i+3 in v. All 32 lanes
-// of the warp must call it, two groups at a time; `to` differs by group, null for a group that has nothing to write.
+// Quantizes 64 columns with 16 lanes: lane i (0..15) of an aligned group of 16 holds columns 4i..4i+3 in v. All 32
+// lanes of a warp (two groups) must call it. A group with `to` = null writes nothing.
 MOE_DEVICE void quantize_by_16(const float (&v)[4], int lane16, ActBlock* to) {
   uint32_t top = 0;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t a = bits_of(v[i]) & 0x7fffffffu;  // an integer test: fmax would drop a NaN
+    const uint32_t a = bits_of(v[i]) & 0x7fffffffu;  // an integer comparison, because fmax would drop a NaN
     top = a > top ? a : top;
   }
   for (int step = 8; step > 0; step /= 2) {
@@ -132,7 +132,7 @@ MOE_DEVICE void quantize_by_16(const float (&v)[4], int lane16, ActBlock* to) {
     q[i] = zero ? 0 : int32_t(bits_of(v[i] * inverse + kRound)) - 0x4b400000;
     sum += q[i];
   }
-  // Four lanes are 16 columns.
+  // Four lanes hold 16 columns.
   sum += __shfl_xor_sync(kAllLanes, sum, 1);
   sum += __shfl_xor_sync(kAllLanes, sum, 2);
   int32_t all = sum + __shfl_xor_sync(kAllLanes, sum, 4);

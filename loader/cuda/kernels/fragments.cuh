@@ -1,20 +1,20 @@
-// Packed tiles as A fragments of the tensor cores (mma.cuh): straight from the bytes, in the columns' own order.
+// Packed tiles as A fragments of the tensor cores (mma.cuh), straight from the bytes, without reordering columns.
 #pragma once
 #include "tiles.cuh"
 
 namespace moe {
 
-// What a lane (4 · group + member) holds of one chunk of a tile: four rows from 4 · group on, whose codes of columns
-// 16 · q + 4 · member + 0..3 are words of A fragments. Rows 4 · group + 2 · p and the next are rows group and group + 8
-// of the p-th of the two matrices of 16 rows that make a tile.
+// The part of a tile's chunk in one lane (4 * group + member): four rows from 4 * group on. Their codes of columns
+// 16 * q + 4 * member + 0..3 are words of A fragments. A tile is two matrices of 16 rows: rows 4 * group + 2 * p and
+// 4 * group + 2 * p + 1 are rows group and group + 8 of matrix p.
 template <int P>
 struct ChunkPart {
   using L = Layout<P>;
   static constexpr int kVectors = L::kQuads;
   Words4 word[kVectors], high[L::kBits == 3 ? kVectors : 1];
-  Words4 scale[L::kGroup == 64 ? 1 : L::kScaleBits / 4];  // of a row each: S and M of planes
-  uint32_t s64[L::kPlanes], m64[L::kPlanes];              // g64: of a plane each: S, M of the four rows
-  int odd;                                                // q3: which vector of the pair
+  Words4 scale[L::kGroup == 64 ? 1 : L::kScaleBits / 4];  // a word for each row: S and M of all planes
+  uint32_t s64[L::kPlanes], m64[L::kPlanes];              // g64, a word for each plane: S and M of the four rows
+  int odd;                                                // q3: number of the vector in its pair
 
   MOE_DEVICE void load(const uint8_t* p, int lane) {
     const int group = lane / 4, member = lane % 4, half = group / 4, row16 = group % 4 * 16;
@@ -44,7 +44,7 @@ struct ChunkPart {
     }
   }
 
-  // Codes of row 4 · group + row, columns 64 · block + 16 · q + 4 · member + 0..3 of the chunk.
+  // Codes of row 4 * group + row, columns 64 * block + 16 * q + 4 * member + 0..3 of the chunk.
   MOE_DEVICE uint32_t codes(int block, int q, int row) const {
     const int v = L::kGroup == 16 ? q : L::kGroup == 32 ? 2 * block + q / 2 : block;
     const int vector = L::kGroup == 16 ? 0 : L::kGroup == 32 ? q % 2 : q;

@@ -1,6 +1,6 @@
-// Products of packed tiles with 1 to 8 tokens: lane = row, so that each load of a warp is one line of the tile.
-// The warps of a block split the columns; what they find for each 64 columns is added in ascending order by few of
-// them, so that the result has the bits of a single chain (docs/numerics.md, "One product").
+// Products of packed tiles with 1 to 8 tokens. A lane is a row, so each load of a warp is one line of the tile. The
+// warps of a block split the columns. A few of them then add the terms of each 64 columns in ascending order, so the
+// result has the bits of a single chain (docs/numerics.md, "One product").
 #pragma once
 #include "tiles.cuh"
 
@@ -10,7 +10,7 @@ namespace moe {
 template <int P>
 struct RowBlock {
   using L = Layout<P>;
-  static constexpr int kWords = L::kBits * 8;  // 32-bit words of codes, those of high bits included
+  static constexpr int kWords = L::kBits * 8;  // 32-bit words of codes, including high bits
   static constexpr int kScales = L::kGroup == 64 ? 8 : L::kChunks * (L::kScaleBits / 4);
   uint32_t word[kWords], scale[kScales];
 
@@ -41,7 +41,7 @@ struct RowBlock {
     }
   }
 
-  // Codes of plane v, columns 16 · quad + 4 · i, times 2^plane_shift(v).
+  // Codes of plane v, columns 16 * quad + 4 * i + 0..3, times 2^plane_shift(v).
   MOE_DEVICE uint32_t codes(int chunk, int v, int quad, int i) const {
     const int j = 4 * quad + i;
     const uint32_t* w = word + chunk * (kWords / L::kChunks);
@@ -49,7 +49,7 @@ struct RowBlock {
     return w[j] & (L::kBits == 4 ? 0x0f0f0f0fu << 4 * v : 0x03030303u << 2 * v);
   }
 
-  // put(b, t, a, z, d, u) for each 64 columns b = 0..3 and token t: a · d is to be added to the sum of codes, z · u to
+  // Calls put(b, t, a, z, d, u) for each 64 columns b = 0..3 and token t: a * d belongs to the sum of codes, z * u to
   // the zero term. x[t]: the token's four ActBlocks.
   template <int T, class Put>
   MOE_DEVICE void products(const ActBlock* const (&x)[T], const Put& put) const {
@@ -105,25 +105,26 @@ struct RowBlock {
   }
 };
 
+// Terms of the two sums of a row.
 struct alignas(8) Pair {
   float codes, zero;
-};  // of the two sums of a row
+};
 
-// Sums before they are folded: two buffers where they fit into 33 KB, so that a round needs one barrier.
+// Number of buffers for terms that are not yet added: two if they fit into 33 KB, so that a round needs one barrier.
 template <int T, int kWarps>
 constexpr int kRoundBuffers = T* kWarps <= 16 ? 2 : 1;
 
 template <int T, int kWarps>
 struct Round {
   Pair part[kWarps][4][T][kWarp];  // [superblock][block of 64][token][row]: a, z
-  Pair scale[kWarps][4][T];        // what they are multiplied by: d, u
+  Pair scale[kWarps][4][T];        // their factors: d, u
 };
 
-// kChains tiles at once, each by kWarps / kChains warps: products with T tokens over `segments` tiles after each other
-// (of `blocks` superblocks each). Work has
+// Computes kChains tiles at once, each with kWarps / kChains warps: products with T tokens over `segments` consecutive
+// tiles of `blocks` superblocks each. Work has
 //   const uint8_t* tile(int segment, int chain)
 //   const ActBlock* x(int segment, int token)
-//   void finish(int segment, int chain, int token, int row, float y): by one thread for each, segments ascending.
+//   void finish(int segment, int chain, int token, int row, float y): called by one thread each, segments ascending.
 template <int P, int T, int kWarps, int kChains, class Work>
 MOE_DEVICE void folded_products(Work& work, int blocks, int segments) {
   constexpr int kSplit = kWarps / kChains, kBuffers = kRoundBuffers<T, kWarps>, kMine = (T + kSplit - 1) / kSplit;
@@ -131,7 +132,7 @@ MOE_DEVICE void folded_products(Work& work, int blocks, int segments) {
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int chain = warp / kSplit, split = warp % kSplit;
 
-  int segment = 0, block = split;  // of the superblock to load next
+  int segment = 0, block = split;  // the superblock to load next
   RowBlock<P> next;
   const auto load = [&] {
     while (block >= blocks) {
@@ -144,13 +145,13 @@ MOE_DEVICE void folded_products(Work& work, int blocks, int segments) {
   load();
 
   int fold_segment = 0, fold_block = 0;
-  float s[kMine], m[kMine];  // of tokens split, split + kSplit, ... of this warp's chain
+  float s[kMine], m[kMine];  // sums of tokens split, split + kSplit, ... of this warp's chain
   Head head = {};
   for (int left = blocks * segments, number = 0; left > 0; left -= kSplit, ++number) {
     Round<T, kWarps>& round = rounds[number % kBuffers];
     if (segment < segments) {
       const RowBlock<P> row = next;
-      constexpr int kStep = T == 8 ? 2 : T;  // eight at once need more registers than there are
+      constexpr int kStep = T == 8 ? 2 : T;  // eight tokens at once would spill registers
       const int here = segment, at = 4 * block;
       block += kSplit;
       load();
@@ -211,7 +212,7 @@ struct Matrices {
 template <int T>
 constexpr int kGemvWarps = T <= 4 ? 8 : 4;
 
-// y [tokens, rows] of each matrix. Grid: the matrices' tiles, one after the other. 1 <= tokens <= T.
+// y [tokens, rows] of each matrix. Grid: the tiles of all matrices in order. 1 <= tokens <= T.
 template <int P, int T>
 MOE_DEVICE void gemv(const Matrices& matrices, int64_t columns, const ActBlock* acts, int64_t tokens) {
   int64_t tile = blockIdx.x;

@@ -1,4 +1,4 @@
-// Products with bf16 weights, docs/numerics.md, "bf16 linear": a warp a row, bound by memory.
+// Products with bf16 weights (docs/numerics.md, "bf16 linear"), one row a warp. Memory bandwidth limits them.
 #pragma once
 #include "common.cuh"
 #include "norm.cuh"
@@ -7,8 +7,8 @@ namespace moe {
 
 constexpr int kHeadThreads = 256;
 
-// Dot product of a row of n (even) 16-bit weights with x, by a warp: lane l keeps partial sums 2l and 2l + 1 of the 64;
-// the result in all lanes.
+// Dot product of n 16-bit weights (n even) with x, by a warp. Lane l keeps partial sums 2l and 2l + 1 of 64. All lanes
+// return the result.
 template <class T>
 MOE_DEVICE float dot_row(const T* w, const T* x, int64_t n) {
   const int lane = threadIdx.x % kWarp;

@@ -1,7 +1,7 @@
-// Products of int8 matrices by the tensor cores of a warp, where there are any.
-// Fragments as in the PTX ISA, "mma.m16n8k16 / m16n8k32" for .s8 (lane = 4 · group + member):
-//   a[row / 8 + 2 · (k / 16)]: row % 8 = group, bytes are k % 16 = 4 · member + 0..3
-//   b[k / 16]: column = group, bytes likewise;   c[2 · (row / 8) + column % 2]: row % 8 = group, column / 2 = member
+// Products of int8 matrices on the tensor cores of a warp, or by shuffles if it has none for int8.
+// Fragments as in the PTX ISA, "mma.m16n8k16 / m16n8k32" for .s8 (lane = 4 * group + member):
+//   a[row / 8 + 2 * (k / 16)]: row % 8 = group, bytes are k % 16 = 4 * member + 0..3
+//   b[k / 16]: column = group, bytes likewise;   c[2 * (row / 8) + column % 2]: row % 8 = group, column / 2 = member
 #pragma once
 #include "common.cuh"
 
@@ -12,7 +12,7 @@ namespace moe {
 #endif
 
 #if defined(MOE_MMA_BY_SHUFFLES)
-// 8 rows, 8 columns, depth 16, by shuffles and dp4a: Volta's tensor cores know no int8.
+// 8 rows, 8 columns, depth 16, by shuffles and dp4a: Volta's tensor cores do not support int8.
 MOE_DEVICE void mma_8x8x16(int32_t& c0, int32_t& c1, uint32_t a, uint32_t b) {
   const int lane = threadIdx.x % kWarp, row = lane / 4 * 4, column = lane % 4 * 8;
 #pragma unroll
@@ -30,7 +30,7 @@ MOE_DEVICE void mma_8x8x16(int32_t& c0, int32_t& c1, uint32_t a, uint32_t b) {
 }
 #endif
 
-// c += a · b, 16 rows, 8 columns, depth 16.
+// c += a * b, 16 rows, 8 columns, depth 16.
 MOE_DEVICE void mma_k16(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 #if defined(MOE_ON_HOST) && !defined(MOE_MMA_BY_SHUFFLES)
   const uint32_t a[2] = {a0, a1};
@@ -62,7 +62,8 @@ MOE_DEVICE void mma_k32(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, 
 #endif
 }
 
-// 16 bytes from global to shared memory, both at a multiple of 16; there after copies_arrived and a barrier.
+// Copies 16 bytes from global to shared memory, both aligned to 16 bytes. They are valid after copies_arrived and a
+// barrier.
 MOE_DEVICE void copy16(void* shared, const void* global) {
 #if defined(MOE_ON_HOST)
   std::memcpy(shared, global, 16);

@@ -1,4 +1,4 @@
-// All kernels, one translation unit: what loader/cuda compiles for the GPU it finds.
+// All kernels in one translation unit, which loader/cuda/device/nvrtc.py compiles for the user's GPU.
 #include "common.cuh"
 #include "attention.cuh"
 #include "experts.cuh"

@@ -1,4 +1,4 @@
-// The residual sum, RMSNorm and the quantizing of its result: one token between two products.
+// The step between two products of one token: residual sum, RMSNorm and quantization of its result.
 #pragma once
 #include "common.cuh"
 
@@ -6,7 +6,7 @@ namespace moe {
 
 constexpr int kNormThreads = 256;
 
-// Values that are read and written at once.
+// Values that one instruction reads or writes.
 template <class T>
 struct alignas(2 * sizeof(T)) Two {
   T v[2];
@@ -16,9 +16,9 @@ struct alignas(4 * sizeof(T)) Four {
   T v[4];
 };
 
-// y = x + rounded(added), or x where `added` is null; normed = RMSNorm of y, rounded to T before and after the weight,
-// as transformers does; acts: normed, quantized. One block of kNormThreads; columns is a multiple of 4. The squares are
-// summed in float64 in an order of its own: rounded to fp32, the factor is the CPU's (docs/numerics.md).
+// y = x + rounded(added), or x if `added` is null. normed = RMSNorm of y, rounded to T before and after the weight, as
+// in transformers. acts = normed, quantized. One block of kNormThreads; columns is a multiple of 4. Squares are summed
+// in float64, in another order than on the CPU: rounded to fp32, the factor is the same (docs/numerics.md).
 template <class T>
 MOE_DEVICE void add_norm_row(const T* x, const float* added, const T* weight, float eps, int64_t columns, T* y,
                              T* normed, ActBlock* acts) {
@@ -48,7 +48,7 @@ MOE_DEVICE void add_norm_row(const T* x, const float* added, const T* weight, fl
   for (int64_t c = 4 * threadIdx.x; c < blocks * kActCols; c += kStep) {
     float v[4] = {};
     if (c < columns) {
-      // This thread's own values of the first loop.
+      // This thread wrote these values in the first loop, so no barrier is needed.
       const Four<T> value = *reinterpret_cast<const Four<T>*>(y + c);
       const Four<T> scale = *reinterpret_cast<const Four<T>*>(weight + c);
       Four<T> result;

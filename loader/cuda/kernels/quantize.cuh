@@ -4,8 +4,8 @@
 
 namespace moe {
 
-// x [tokens, columns] of T -> out [tokens][blocks64(columns)]. Grid (ceil(blocks64 / 8), tokens), 128 threads: 16 lanes
-// a block of 64 columns.
+// x [tokens, columns] of T -> out [tokens][blocks64(columns)]. Grid (ceil(blocks64 / 8), tokens), 128 threads, 16 for
+// each block of 64 columns.
 template <class T>
 MOE_DEVICE void quantize_rows(const T* x, int64_t columns, ActBlock* out) {
   const int64_t block = int64_t(blockIdx.x) * 8 + threadIdx.x / 16, blocks = blocks64(columns);

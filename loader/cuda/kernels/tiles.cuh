@@ -1,6 +1,5 @@
-// The tile packings (docs/format.md, "Packings") as a thread of a GPU reads them, in place.
-// formats/native/packings.h lists them. tests/loader/cuda/test_loader_cuda_products.py compares the constants with
-// formats/packing.py.
+// Layout of the tile packings (docs/format.md, "Packings"), which GPU threads read in place. formats/native/packings.h
+// lists the packings. tests/loader/cuda/test_loader_cuda_products.py compares the constants with formats/packing.py.
 #pragma once
 #include "common.cuh"
 #include "packings.h"
@@ -17,13 +16,13 @@ enum Packing {
 #undef MOE_ID
 };
 
-// chunk: the columns whose codes share bytes; plane: a group of it, side by side with the others in each byte.
+// chunk: columns whose codes share bytes. plane: one group of a chunk; each code byte holds one code of every plane.
 template <int kBits_, int kGroup_, int kScaleBits_, int kChunks_>
 struct LayoutOf {
   static constexpr int kBits = kBits_, kGroup = kGroup_, kScaleBits = kScaleBits_;
   static constexpr int kBlockBytes = kTileRows * (kBlockCols * kBits + kBlockCols / kGroup * 2 * kScaleBits) / 8;
   static constexpr int kChunks = kChunks_, kPlanes = kBlockCols / kGroup / kChunks, kChunkBytes = kBlockBytes / kChunks;
-  static constexpr int kQuads = kGroup / 16;        // code vectors of one plane, by fours: 16 columns
+  static constexpr int kQuads = kGroup / 16;        // 16 columns of one plane: four code vectors
   static constexpr int kChunkBlocks = 4 / kChunks;  // blocks of 64 columns
   static constexpr int kCodeBytes = kBlockCols * kTileRows * kBits / 8 / kChunks;  // then S and M
 };
@@ -46,7 +45,7 @@ struct alignas(16) Words4 {
   uint32_t w[4];
 };
 
-// Packed weights are read once: past the first cache, which is left to the activations.
+// Packed weights are read once, so they bypass L1 and leave it to the activations.
 MOE_DEVICE uint32_t stream_word(const uint8_t* p) {
 #if defined(MOE_ON_HOST)
   return *reinterpret_cast<const uint32_t*>(p);
@@ -67,7 +66,7 @@ MOE_DEVICE Words4 stream_words(const uint8_t* p) {
   return v;
 #endif
 }
-// What an earlier launch wrote.
+// Reads data that an earlier launch wrote, through L1.
 MOE_DEVICE Words4 cached_words(const void* p) {
 #if defined(MOE_ON_HOST)
   return *static_cast<const Words4*>(p);
@@ -109,27 +108,27 @@ MOE_DEVICE int32_t dot2(uint32_t halves, uint32_t bytes, int32_t c) {
 }
 MOE_DEVICE uint32_t pair16(int32_t low, int32_t high) { return (uint32_t(low) & 0xffffu) | uint32_t(high) << 16; }
 
-// An integer below 2^22 that was summed from kFloatBits on, as a float: one addition, where a conversion is slow.
+// Converts an integer below 2^22 to float, if its sum began with kFloatBits: one addition instead of a slow conversion.
 constexpr int32_t kFloatBits = 0x4b400000;  // kRound's
 MOE_DEVICE float summed(int32_t v) { return float_of(uint32_t(v)) - kRound; }
 
 MOE_DEVICE int32_t byte_of(uint32_t word, int i) { return int32_t(word >> (8 * i) & 255); }
 MOE_DEVICE int32_t signed_byte_of(uint32_t word, int i) { return int8_t(word >> (8 * i)); }
 
-// 3-bit codes of plane v: two low bits from w, the top one from `high`, whose bits are vector 0's (shift those of
-// vector 1 right by one). They come out times 2^plane_shift<3>(v).
+// 3-bit codes of plane v, times 2^plane_shift<3>(v): two low bits from w, the top bit from `high`, whose bits belong to
+// vector 0; for vector 1 shift them right by one.
 MOE_DEVICE uint32_t codes3(uint32_t w, uint32_t high, int v) {
   if (v == 3) return (w >> 6 & 0x03030303u) | (high << 2 & 0x04040404u);
   return (w & 0x03030303u << 2 * v) | (high & 0x04040404u << 2 * v);
 }
-// Planes are taken by AND alone where that is exact; the factor leaves with the sum.
+// A plane is selected by AND without a shift where that is exact; the sum is divided by the factor.
 template <int kBits>
 MOE_DEVICE int plane_shift(int v) {
   if (kBits == 4) return 4 * v;
   return kBits == 3 && v == 3 ? 0 : 2 * v;
 }
 
-// S and M of the four groups (bytes 0..3) of a row, of packings with several groups in 64 columns.
+// S and M of four groups (bytes 0..3) of a row, for packings with several groups in 64 columns.
 template <int kScaleBits>
 struct GroupScales {
   uint32_t s, m;
@@ -138,8 +137,8 @@ struct GroupScales {
     if (kScaleBits == 8) return {first, second};
     return {first & 0x0f0f0f0fu, first >> 4 & 0x0f0f0f0fu};
   }
-  // Sum of M · (sum of x) over 64 columns from `sums` (two halves a word), from kFloatBits on. kGroup 32: of bytes
-  // 2 · block and 2 · block + 1 only.
+  // kFloatBits plus the sum of M * (sum of x) over 64 columns. sum01, sum23: sums of x, two 16-bit halves each. With
+  // kGroup 32 only bytes 2 * block and 2 * block + 1 of M count.
   template <int kGroup>
   MOE_DEVICE int32_t zero_term(uint32_t sum01, uint32_t sum23, int block) const {
     uint32_t each = m;
@@ -151,7 +150,7 @@ struct GroupScales {
   }
 };
 
-// ds and dm of one row.
+// Super-scales ds and dm of one row.
 struct Head {
   float ds, dm;
 };

@@ -25,17 +25,17 @@ inline void unpack_q2_g16(const uint8_t* p, Unpacked& u) {
 }
 
 template <ScaleMode kMode>
-inline void unpack(Of<kQ2G16S4>, const uint8_t* p, Unpacked& u) {
+inline void unpack(Tag<kQ2G16S4>, const uint8_t* p, Unpacked& u) {
   unpack_q2_g16<4, kMode>(p, u);
 }
 template <ScaleMode kMode>
-inline void unpack(Of<kQ2G16S8>, const uint8_t* p, Unpacked& u) {
+inline void unpack(Tag<kQ2G16S8>, const uint8_t* p, Unpacked& u) {
   unpack_q2_g16<8, kMode>(p, u);
 }
 #endif
 
 #if defined(MOE_PART_AVX2)
-// One half (16 rows: y = 0, 1) of 64 columns.
+// One half (16 rows, 8 for each y) of 64 columns.
 template <int kScaleBits>
 inline void gemv_q2(const uint8_t* p, int q, int r, const ActBlock& x, Sums* sums) {
   I a[2][4];
@@ -81,18 +81,18 @@ inline void gemv_q2(const uint8_t* p, int q, int r, const ActBlock& x, Sums* sum
   });
 }
 
-inline void gemv_block(Of<kQ2G16S4>, const uint8_t* p, const ActBlock& x, Sums* sums) {
+inline void gemv_block(Tag<kQ2G16S4>, const uint8_t* p, const ActBlock& x, Sums* sums) {
   for (int q = 0; q < 4; ++q)
     for (int r = 0; r < 2; ++r) gemv_q2<4>(p + 640 * q, q, r, x, sums);
 }
-inline void gemv_block(Of<kQ2G16S8>, const uint8_t* p, const ActBlock& x, Sums* sums) {
+inline void gemv_block(Tag<kQ2G16S8>, const uint8_t* p, const ActBlock& x, Sums* sums) {
   for (int q = 0; q < 4; ++q)
     for (int r = 0; r < 2; ++r) gemv_q2<8>(p + 768 * q, q, r, x, sums);
 }
 #endif
 
 #if defined(MOE_PART_AVX512)
-// 64 columns of q2-g16: p at the quad, q its number, r0 the first half.
+// 64 columns of q2-g16. p: their first byte; q: their number; r0: the first half.
 template <int kScaleBits, int T, int R>
 MOE_INLINE inline void gemv_q2_quad(const uint8_t* p, int q, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
   constexpr int kScaleBytes = kScaleBits == 4 ? 64 : 128;
@@ -141,11 +141,11 @@ MOE_INLINE inline void gemv_q2_quad(const uint8_t* p, int q, int r0, const ActBl
 }
 
 template <int T, int R>
-MOE_INLINE inline void gemv_block(Of<kQ2G16S4>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
+MOE_INLINE inline void gemv_block(Tag<kQ2G16S4>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
   for (int q = 0; q < 4; ++q) gemv_q2_quad<4, T, R>(p + 640 * q, q, r0, x, sums);
 }
 template <int T, int R>
-MOE_INLINE inline void gemv_block(Of<kQ2G16S8>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
+MOE_INLINE inline void gemv_block(Tag<kQ2G16S8>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
   for (int q = 0; q < 4; ++q) gemv_q2_quad<8, T, R>(p + 768 * q, q, r0, x, sums);
 }
 
@@ -172,11 +172,11 @@ MOE_INLINE inline void columns_q2(const uint8_t* p, int b, int r, Columns64& c) 
 }
 
 template <int b>
-MOE_INLINE inline void columns64(Of<kQ2G16S4>, const uint8_t* p, int r, Columns64& c) {
+MOE_INLINE inline void columns64(Tag<kQ2G16S4>, const uint8_t* p, int r, Columns64& c) {
   columns_q2<kQ2G16S4>(p, b, r, c);
 }
 template <int b>
-MOE_INLINE inline void columns64(Of<kQ2G16S8>, const uint8_t* p, int r, Columns64& c) {
+MOE_INLINE inline void columns64(Tag<kQ2G16S8>, const uint8_t* p, int r, Columns64& c) {
   columns_q2<kQ2G16S8>(p, b, r, c);
 }
 #endif

@@ -1,4 +1,4 @@
-// What the 3-bit packings share.
+// Code that the 3-bit packings share.
 
 #if defined(MOE_PART_UNPACK)
 // Plane v of vector 2i+o: two low bits from w, the top bit from bit 2v+2+o (v < 3) or o (v = 3) of `high`.
@@ -10,8 +10,8 @@ inline Halves code3(Halves w, Halves high, int v, int o) {
 #endif
 
 #if defined(MOE_PART_AVX2)
-// Two i (four vectors) of 3-bit codes, 8 rows: 16-bit sums a[v]. p at the first i. Planes 1 and 3 are summed times 4;
-// without the factor a sum has room for sixteen vectors (7 * 127 * 2 * 16 = 28448).
+// 16-bit sums a[v] of two i (four vectors) of 3-bit codes, 8 rows; p points to the first i. Planes 1 and 3 are summed
+// times 4. Without the factor a sum can hold sixteen vectors (7 * 127 * 2 * 16 = 28448).
 inline void gemv_q3_four(const uint8_t* p, const int8_t* x, int plane, bool first, I* a) {
   const I m3 = _mm256_set1_epi8(3), m4 = _mm256_set1_epi8(4), m12 = _mm256_set1_epi8(12), m16 = _mm256_set1_epi8(16);
   unrolled<2>([&](auto i) MOE_INLINE {
@@ -36,8 +36,8 @@ inline void gemv_q3_four(const uint8_t* p, const int8_t* x, int plane, bool firs
 #endif
 
 #if defined(MOE_PART_AVX512)
-// Two vectors of 3-bit codes: planes 0..2 as 7 << 2v by one select and one AND; plane 3 would need a ninth bit, so its
-// low bits (times 64) go to a[3] and its top bit to a[4].
+// Two vectors of 3-bit codes. One select and one AND give planes 0..2 as 7 << 2v. Plane 3 would need a ninth bit, so
+// its low bits (times 64) go to a[3] and its top bit to a[4].
 template <bool kFirst, int T, int R>
 MOE_INLINE inline void gemv_q3_pair(const uint8_t* p, int r0, const ActBlock* x, int base, int plane, I (&a)[T][R][5]) {
   I w[2][R], high[R];
@@ -71,7 +71,7 @@ MOE_INLINE inline void gemv_q3_pair(const uint8_t* p, int r0, const ActBlock* x,
   });
 }
 
-// Plane v of vector o = 0, 1 of the two that share `high`.
+// Plane v of vector o (0 or 1) of the two vectors that share `high`.
 MOE_INLINE inline I code3(I w, I high, int v, int o) {
   const I low = v == 0 ? w : _mm512_srli_epi16(w, 2 * v);
   const int from = v < 3 ? 2 * v + 2 + o : o;  // the bit of `high` that is bit 2 of the code

@@ -2,7 +2,7 @@
 
 #if defined(MOE_PART_UNPACK)
 template <ScaleMode kMode>
-inline void unpack(Of<kQ3G32S4>, const uint8_t* p, Unpacked& u) {
+inline void unpack(Tag<kQ3G32S4>, const uint8_t* p, Unpacked& u) {
   for (int q = 0; q < 2; ++q, p += 1664) {
     for (int r = 0; r < 2; ++r) {
       for (int at = 0; at < 64; at += kVector) {
@@ -30,7 +30,7 @@ inline void unpack(Of<kQ3G32S4>, const uint8_t* p, Unpacked& u) {
 #endif
 
 #if defined(MOE_PART_AVX2)
-// 128 columns of q3-g32, rows 8 * part .. of the tile.
+// 128 columns of q3-g32, rows 8 * part to 8 * part + 7 of the tile.
 inline void gemv_q3_g32(const uint8_t* p, int q, int part, const ActBlock& x, Sums* sums) {
   const uint8_t* rows = p + 192 * (part / 2) + 32 * (part % 2);
   I a[4], b[4];
@@ -48,7 +48,7 @@ inline void gemv_q3_g32(const uint8_t* p, int q, int part, const ActBlock& x, Su
   });
 }
 
-inline void gemv_block(Of<kQ3G32S4>, const uint8_t* p, const ActBlock& x, Sums* sums) {
+inline void gemv_block(Tag<kQ3G32S4>, const uint8_t* p, const ActBlock& x, Sums* sums) {
   for (int q = 0; q < 2; ++q)
     for (int part = 0; part < 4; ++part) gemv_q3_g32(p + 1664 * q, q, part, x, sums);
 }
@@ -84,12 +84,12 @@ MOE_INLINE inline void gemv_q3_g32(const uint8_t* p, int q, int r0, const ActBlo
 }
 
 template <int T, int R>
-MOE_INLINE inline void gemv_block(Of<kQ3G32S4>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
+MOE_INLINE inline void gemv_block(Tag<kQ3G32S4>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
   for (int q = 0; q < 2; ++q) gemv_q3_g32<T, R>(p + 1664 * q, q, r0, x, sums);
 }
 
 template <int b>
-MOE_INLINE inline void columns64(Of<kQ3G32S4>, const uint8_t* p, int r, Columns64& c) {
+MOE_INLINE inline void columns64(Tag<kQ3G32S4>, const uint8_t* p, int r, Columns64& c) {
   constexpr int kFirst = 2 * (b % 2);  // 64 columns are two of the four planes
   const I s = _mm512_and_si512(_mm512_loadu_si512(scales_at<kQ3G32S4>(p, b, r)), bytes(15));
   p += 1664 * (b / 2) + 192 * r;

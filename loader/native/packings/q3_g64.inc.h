@@ -2,7 +2,7 @@
 
 #if defined(MOE_PART_UNPACK)
 template <ScaleMode>
-inline void unpack(Of<kQ3G64S8>, const uint8_t* p, Unpacked& u) {
+inline void unpack(Tag<kQ3G64S8>, const uint8_t* p, Unpacked& u) {
   for (int i = 0; i < 8; ++i) {
     for (int r = 0; r < 2; ++r, p += 192) {
       for (int at = 0; at < 64; at += kVector) {
@@ -36,14 +36,14 @@ inline void gemv_q3_g64(const uint8_t* p, int part, const ActBlock& x, Sums* sum
   });
 }
 
-inline void gemv_block(Of<kQ3G64S8>, const uint8_t* p, const ActBlock& x, Sums* sums) {
+inline void gemv_block(Tag<kQ3G64S8>, const uint8_t* p, const ActBlock& x, Sums* sums) {
   for (int part = 0; part < 4; ++part) gemv_q3_g64(p, part, x, sums);
 }
 #endif
 
 #if defined(MOE_PART_AVX512)
 template <int T, int R>
-MOE_INLINE inline void gemv_block(Of<kQ3G64S8>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
+MOE_INLINE inline void gemv_block(Tag<kQ3G64S8>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
   I a[T][R][5];
   unrolled<T>([&](auto t) MOE_INLINE {
     unrolled<R>([&](auto r) MOE_INLINE { unrolled<5>([&](auto v) MOE_INLINE { a[t][r][v] = none(); }); });
@@ -64,7 +64,7 @@ MOE_INLINE inline void gemv_block(Of<kQ3G64S8>, const uint8_t* p, int r0, const 
 }
 
 template <int b>
-MOE_INLINE inline void columns64(Of<kQ3G64S8>, const uint8_t* p, int r, Columns64& c) {
+MOE_INLINE inline void columns64(Tag<kQ3G64S8>, const uint8_t* p, int r, Columns64& c) {
   c.sf = bytes_u8(scales_at<kQ3G64S8>(p, b, r));
   p += 192 * r;
   unrolled<8>([&](auto i) MOE_INLINE {

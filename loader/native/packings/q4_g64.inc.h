@@ -2,7 +2,7 @@
 
 #if defined(MOE_PART_UNPACK)
 template <ScaleMode>
-inline void unpack(Of<kQ4G64S8>, const uint8_t* p, Unpacked& u) {
+inline void unpack(Tag<kQ4G64S8>, const uint8_t* p, Unpacked& u) {
   for (int h = 0; h < 2; ++h) {
     for (int j = 0; j < 16; ++j) {
       for (int r = 0; r < 2; ++r, p += 64) {
@@ -52,14 +52,14 @@ inline void gemv_q4(const uint8_t* p, int h, int r, const ActBlock& x, Sums* sum
   });
 }
 
-inline void gemv_block(Of<kQ4G64S8>, const uint8_t* p, const ActBlock& x, Sums* sums) {
+inline void gemv_block(Tag<kQ4G64S8>, const uint8_t* p, const ActBlock& x, Sums* sums) {
   for (int h = 0; h < 2; ++h)
     for (int r = 0; r < 2; ++r) gemv_q4(p + 2176 * h, h, r, x, sums);
 }
 #endif
 
 #if defined(MOE_PART_AVX512)
-// 128 columns of q4-g64; even and odd vectors have their own sums where registers allow, to hide vpdpbusd's latency.
+// 128 columns of q4-g64. With one token, even and odd vectors have separate sums, to hide vpdpbusd's latency.
 template <int T, int R>
 MOE_INLINE inline void gemv_q4(const uint8_t* p, int h, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
   constexpr int kChains = T == 1 ? 2 : 1;
@@ -103,7 +103,7 @@ MOE_INLINE inline void gemv_q4(const uint8_t* p, int h, int r0, const ActBlock* 
 }
 
 template <int T, int R>
-MOE_INLINE inline void gemv_block(Of<kQ4G64S8>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
+MOE_INLINE inline void gemv_block(Tag<kQ4G64S8>, const uint8_t* p, int r0, const ActBlock* x, Sums (&sums)[T][R]) {
   for (int h = 0; h < 2; ++h) gemv_q4<T, R>(p + 2176 * h, h, r0, x, sums);
 }
 

@@ -1,4 +1,4 @@
-"""On a real GPU, where there is one: what the other tests show on the processor holds there."""
+"""The facts that other tests show on the CPU also hold on a real GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels compile for every generation of GPU, and keep what they work on in registers."""
+"""The kernels compile for every GPU generation and keep their numbers in registers."""
 
 import functools
 import re
@@ -30,9 +30,7 @@ PRODUCTS = [
 ]
 
 FRAME_SIZE = 0x11
-"""Attribute of a cubin's section .nv.info: bytes of local memory (arrays that are not in registers,
-and spills).
-"""
+"""Attribute in a cubin's section .nv.info: bytes of local memory, for arrays and spills."""
 
 
 @functools.cache
@@ -41,7 +39,7 @@ def compiled(arch):
 
 
 def frame_sizes(cubin):
-    """Bytes of local memory of each kernel in a cubin, an ELF file."""
+    """Return the bytes of local memory of each kernel in a cubin, an ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     count, names_at = struct.unpack_from("<HH", cubin, 0x3C)
     headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * i) for i in range(count)]

@@ -11,8 +11,8 @@ LINK, CPU = Speeds(3e9, 1e9), Speeds(1e9, 3e9)
 @pytest.mark.parametrize(
     ("speeds", "copied", "computed"),
     [
-        # Done after 1, 2, 3 (or 3) thirds: the fourth would be the link's fourth, or the CPU's
-        # first.
+        # The link takes 1, 2, 3 thirds for its first three. The fourth takes it 4 thirds, and
+        # the CPU 3.
         (LINK, [5, 2, 7], [4]),
         (CPU, [4], [5, 2, 7]),
         (Speeds(1e9, 1e9), [5, 7], [2, 4]),

@@ -1,6 +1,4 @@
-"""One token through a whole model on a GPU that runs on this processor: the bits of the CPU's
-native call.
-"""
+"""The GPU decoder, whose kernels run on this CPU, gives the bits of the CPU decoder."""
 
 import copy
 import json
@@ -47,7 +45,7 @@ IDS = torch.arange(7, 47)[None]
 
 @pytest.fixture(scope="module")
 def folder_of(source, tmp_path_factory):
-    """Bits of the head, experts per token -> folder of a converted model of three layers."""
+    """Return a function: head bits, experts per token -> folder of a three-layer model."""
     root = tmp_path_factory.mktemp("models")
 
     def folder(head_bits=16, top_k=2):
@@ -67,7 +65,7 @@ def folder_of(source, tmp_path_factory):
 
 
 class Gpu:
-    """A `RecordingDevice`, and decoders on it."""
+    """A `RecordingDevice` and the decoders on it."""
 
     def __init__(self, order=0):
         self.device = RecordingDevice()
@@ -76,14 +74,15 @@ class Gpu:
         self.paths = {}
 
     def load(self, folder, dtype, **options):
-        """A model whose tokens take the decoder there."""
+        """Return a model whose tokens this device decodes."""
         model = load(folder, dtype, **options)
         model.serve(Serving(model.model.layers[0].mlp.experts.cache, self.factory))
         return model
 
     def take_experts(self, model, folder, slots, ram, speeds=None):
-        """Gives `model` slots on the device, over a tier of `ram` experts; with `speeds` the CPU
-        has a share.
+        """Give `model` slots on the device, over a tier of `ram` experts.
+
+        With `speeds` the CPU computes a share.
         """
         opened = open_model(folder, None, None, lazy=False, progress=None)
         before = model.model.layers[0].mlp.experts.cache
@@ -107,7 +106,7 @@ class Gpu:
         )
 
     def __call__(self, model, ids, cache, **options):
-        """The decoder's logits, or None where it leaves the token to transformers."""
+        """Return the decoder's logits; None if it leaves the token to transformers."""
         options = {"past_key_values": cache, "use_cache": True, "return_dict": True, **options}
         try:
             if model not in self.paths:
@@ -132,7 +131,7 @@ def prompted(model, ids):
 
 @torch.no_grad()
 def compare(folder, dtype, *, prompt=8, tokens=6, order=0, ids=IDS, **options):
-    """Runs both ways from a prompt on; equal bits of all that they give."""
+    """Decode on CPU and GPU after a prompt, and compare all results bit by bit."""
     cpu, gpu = load(folder, dtype), Gpu(order)
     model = gpu.load(folder, dtype, **options)
     caches = prompted(cpu, ids[:, :prompt]), prompted(model, ids[:, :prompt])
@@ -462,7 +461,7 @@ def change_scaling_of_one(layer):
 
 
 class OtherRouter(MixtralTopKRouter):
-    """Routes in a way of its own, perhaps."""
+    """A router class that the decoder does not know."""
 
 
 def give_another_router(layer):

@@ -1,5 +1,6 @@
-"""Experts in a GPU's slots: right bytes at each use, no race, and no wait of the host, whatever the
-order of copies.
+"""Experts in a GPU's slots have the right bytes at each use, in every order of copies.
+
+There is no race, and the host does not wait.
 """
 
 import contextlib
@@ -20,12 +21,12 @@ ORDERS = ["late", "early", 0, 1]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Guesses of four pieces."""
+    """Make prefetches take four pieces."""
     monkeypatch.setattr(fetcher, "PIECE_BYTES", EXPERT_BYTES // 4)
 
 
 def in_ram(gpu, *keys):
-    """Brings experts to the tier."""
+    """Read experts into the tier."""
     for layer, expert in keys or inside(gpu.reader, "patterns"):
         with gpu.tier.use(layer, expert) as use:
             while not use.has_bytes:
@@ -34,7 +35,7 @@ def in_ram(gpu, *keys):
 
 
 def settle(gpu, layer, *experts):
-    """Waits until guesses are there."""
+    """Wait until prefetches have arrived."""
     staged = inside(gpu.cache, "layers")[layer].staged
     inside(gpu.cache, "monitor").wait_for(
         lambda: all(e in staged and not staged[e].job for e in experts) or None, timeout_s=60
@@ -89,7 +90,7 @@ def test_a_copy_over_an_expert_waits_for_its_last_use():
     in_ram(gpu)
     gpu.prompt(0, list(range(8)))
     before = gpu.device.log.count(("wait", "cuda:0 copy-1"))
-    # Of each buffer but for its first copy.
+    # One for each buffer, except for its first copy.
     assert before == 8
 
 

@@ -1,6 +1,4 @@
-"""The kernels between the products of one token, run on this processor, give the bits of the CPU's
-native code.
-"""
+"""The kernels between the products of one token, run on this CPU, give the native code's bits."""
 
 import copy
 
@@ -28,8 +26,9 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = [torch.float32, torch.bfloat16]
 ORDERS = [0, 1, 2]
-"""Of a kernel's threads. Each with other numbers: what lies in shared memory from the run before
-must not help.
+"""Orders of a kernel's threads.
+
+Each uses other numbers, so that shared memory left by the previous run cannot hide an error.
 """
 EPS = 1e-5
 
@@ -39,9 +38,7 @@ def sizes(dtype, hidden=192, heads=6, kv_heads=2, head_dim=32, experts=8, top_k=
 
 
 def made(dtype, order=0, **numbers):
-    """Launches over a memory of such sizes, on a device whose kernels run their threads in this
-    order.
-    """
+    """Return (device, launches, memory) for these sizes; kernels run threads in this order."""
     device = RecordingDevice()
     device.thread_order = order
     memory = TokenMemory(device, sizes(dtype, **numbers))
@@ -73,7 +70,7 @@ def quantized(device, x):
 
 
 def exact_norm(x, weight):
-    """RMSNorm with the sum in float64, of any dtype; roundings as in docs/numerics.md."""
+    """Return the RMSNorm with a float64 sum, for any dtype; roundings as in docs/numerics.md."""
     factor = (1 / (x.double().square().mean() + EPS).sqrt()).float()
     return (weight.float() * (x.float() * factor).to(x.dtype).float()).to(x.dtype)
 
@@ -175,7 +172,7 @@ def test_attention_over_any_number_of_positions_is_the_cpus(
 
 
 def run_o(device, memory, matrix):
-    """The product of o with the mixed values, rounded to the activations' dtype."""
+    """Return the product of o with the mixed values, rounded to the activations' dtype."""
     matrices = [gpu_layer.linear_matrix(matrix, memory.o)]
     Products(device).prepare_linear(memory.mixed, matrices, memory.q.numel())()
     return memory.o.to(memory.x.dtype)
@@ -218,14 +215,14 @@ def test_attention_in_float16_differs_from_float64_by_rounding(heads, kv_heads, 
 
 
 def dequantized(acts):
-    """The values that int8 activations stand for."""
+    """Return the float values of int8 activations."""
     return (
         acts[0, :, :64].view(torch.int8) * acts[0, :, 72:76].contiguous().view(torch.float32)
     ).flatten()
 
 
 def cpu_logits(x, router):
-    """Rounded logits of a router as the native code sums them."""
+    """Return a router's rounded logits, summed as in the native code."""
     if x.dtype is torch.bfloat16:
         return kernels.linear_bf16(x.float()[None], router)[0].to(x.dtype)
     return (router.double() @ x.double()).to(torch.float32).to(x.dtype)

@@ -1,6 +1,4 @@
-"""Whole models on a GPU that there is not (tests/support/recording_device.py): the CPU's tokens,
-within the memory.
-"""
+"""Whole models on a recording device give the CPU's tokens and stay within its memory."""
 
 import logging
 
@@ -78,7 +76,7 @@ def test_the_host_waits_once_a_layer_for_a_token(folder):
     generated(model, length=1)
     device.synchronisations.clear()
     generated(model, length=1)
-    # A prompt of one token is one more.
+    # A prompt of one token is one token more.
     assert len(device.syncs_of()) == NEW_TOKENS * layers_of(folder)
 
 
@@ -180,7 +178,7 @@ def test_bfloat16_becomes_float16_where_the_gpu_has_none(folder):
 
 @pytest.fixture
 def broken_gpu(monkeypatch):
-    """The one GPU that torch sees computes nothing."""
+    """Make torch find one GPU, whose products are never computed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         "loader.cuda.device.torch_device.cuda_devices", lambda names, kept: [RecordingDevice()]

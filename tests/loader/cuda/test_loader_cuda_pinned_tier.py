@@ -13,7 +13,7 @@ from loader.cuda.experts.pinned_tier import PinnedTier
 
 
 def tier_of(count, *, sizes=(EXPERT_BYTES,) * 2, device=None, piece_buffers=2):
-    """(tier, reader, device)"""
+    """Return (tier, reader, device)."""
     device = device or RecordingDevice()
     reader = PatternReader(list(sizes), 8, device)
     counts = count if isinstance(count, dict) else {size: count for size in sizes}
@@ -29,7 +29,7 @@ def patterns(tier):
 
 
 def get(tier, layer, expert, at_most=None):
-    """Reads an expert, checks its bytes, and ends the use."""
+    """Read an expert, check its bytes, and end the use."""
     with tier.use(layer, expert) as use:
         while not use.has_bytes:
             use.step(at_most)

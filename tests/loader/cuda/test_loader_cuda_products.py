@@ -1,6 +1,4 @@
-"""The CUDA products give the bits of the native CPU kernels: run on this processor by
-tests/cuda_host.
-"""
+"""The CUDA products, run on this CPU (tests/support/cuda_host), give the native kernels' bits."""
 
 import re
 
@@ -27,8 +25,9 @@ Q2, Q3, Q4 = (PACKINGS[f"tile32-{name}"] for name in ("q2-g16-s4", "q3-g32-s4", 
 
 
 class HostDevice:
-    """Launches on this processor, at once. order: of the threads; defines: macros of the kernels'
-    build.
+    """Runs launches at once on this CPU.
+
+    order: order of a kernel's threads. defines: macros of the kernels' build.
     """
 
     torch_device = torch.device("cpu")
@@ -78,7 +77,7 @@ def activations(tokens, columns, seed=0):
 
 
 def routed(tokens, experts, top_k):
-    """A router's answer: index int64 and weights float32, [tokens, top_k]."""
+    """Return a router's choice: index int64 and weights float32, [tokens, top_k]."""
     scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens))
     weights, index = scores.softmax(1).topk(top_k, dim=1)
     return index, weights.contiguous()
@@ -94,7 +93,7 @@ def linear(device, x, tiles, packing, rows):
 
 
 def both_experts(layouts, blobs, x, index, weights, device):
-    """Their sum by the CPU's kernels and by CUDA's; both begin from ones."""
+    """Return the experts' sum by the CPU kernels and by the CUDA kernels; both begin from ones."""
     cpu, cuda = torch.ones_like(x), torch.ones_like(x)
     NativeBackend().experts(blobs, layouts, x, index, weights, cpu)
     Products(device).add_experts(blobs, layouts, x, index, weights, cuda)
@@ -113,7 +112,7 @@ def test_constants_are_those_of_the_format():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8])
 def test_few_tokens_have_the_cpus_bits(name, tokens, order):
-    # Several rounds of superblocks for each number of warps, the last one not full.
+    # Several rounds of superblocks for each number of warps; the last round is not full.
     packing, rows, columns = PACKINGS[name], 72, 2500
     tiles, x = random_tiles(packing, rows, columns), activations(tokens, columns)
     assert same_bits(

@@ -1,4 +1,4 @@
-"""The stand-in itself: each kind of race is found, and nothing else."""
+"""The recording device finds each kind of race, and reports nothing else."""
 
 import threading
 
@@ -22,7 +22,7 @@ def copies(device):
 
 
 def slot(device, copies):
-    """Device memory that the copy stream may write to."""
+    """Return device memory that the copy stream may write to."""
     memory = device.empty(N_BYTES)
     copies.wait_event(event_on(device, device.compute_stream()))
     return memory
@@ -152,7 +152,7 @@ def test_an_answer_that_is_read_before_it_came_is_found_and_is_not_there(device)
         device.host_reads(answer)
     if device.order == "late":
         assert answer.eq(0).all()
-    # What the stream does next does not change it.
+    # Later work of the stream does not change it.
     choice.fill_(9)
     event_on(device, device.compute_stream()).synchronize()
     device.host_reads(answer)
@@ -190,7 +190,7 @@ def test_fresh_memory_may_still_be_in_use(device, copies):
 def test_memory_that_is_freed_while_a_copy_writes_it_is_found(device, copies):
     blob = slot(device, copies)
     device.copy(blob, pinned(device), copies)
-    # Done, but nothing that the compute stream waits for says so.
+    # The copy is done, but the compute stream waits for no event that shows it.
     copies.run_until(copies.given)
     del blob
     with pytest.raises(AssertionError, match="next use"):
