@@ -19,8 +19,9 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 @cache
 def host_library(*defines):
-    """The library, built with these macros when its sources are new. Tests that use it need a C++
-    compiler.
+    """Return the library, built with these macros if its sources changed.
+
+    Tests that use it need a C++ compiler.
     """
     sources = sorted([*HERE.iterdir(), *KERNELS.iterdir(), SHARED / "packings.h"])
     digest = hashlib.sha256(
@@ -56,11 +57,10 @@ def host_library(*defines):
 
 
 def launch_on_host(kernel, grid, threads, args, shared_bytes=0, order=0, defines=()):
-    """As `loader.cuda.device.device.Device.launch`, at once, over CPU tensors. order: of threads
-    between barriers (0, 1, 2).
+    """Run a kernel at once over CPU tensors, with the arguments of `Device.launch`.
 
-    RuntimeError for an unknown kernel, and for a barrier or warp operation to which not all threads
-    come.
+    order: order of threads between barriers (0, 1, 2). Raises RuntimeError for an unknown kernel,
+    and for a barrier or warp operation that some threads do not reach.
     """
     from loader.cuda.device.device import kernel_argument
 

@@ -1,12 +1,13 @@
-"""Which accesses to memory are ordered: vector clocks, one for each actor (a stream; the host with
-all threads).
+"""Finds unordered accesses to memory by vector clocks.
+
+Each actor has a clock. An actor is a stream, or the host with all its threads.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 Clock = dict[str, int]
-"""Actor -> the latest of its points that is known to be over."""
+"""Actor -> its latest point that is known to be over."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Access:
     begin: int
     end: int
     memory: Any
-    """Keeps host memory alive, so that its address is not another one's."""
+    """Keeps host memory alive, so that its address is not reused."""
 
     def covers(self, other):
         return self.begin <= other.begin and other.end <= self.end
@@ -28,8 +29,10 @@ class Access:
 
 
 class HappensBefore:
-    """Notes accesses; one that is not ordered after an earlier conflicting one raises
-    AssertionError, which names both, and stays in `races`. Not thread safe.
+    """Records accesses. Not thread safe.
+
+    An access that is not ordered after an earlier conflicting one raises AssertionError with both
+    names, and is added to `races`.
     """
 
     def __init__(self):
@@ -38,20 +41,20 @@ class HappensBefore:
         self._accesses = []
 
     def point(self, actor):
-        """The clock of whoever waits for all that `actor` has done until now."""
+        """Return the clock of an actor that waits for everything `actor` did until now."""
         clock = self._clock(actor)
         point = dict(clock)
         clock[actor] += 1
         return point
 
     def see(self, actor, point):
-        """What `actor` does from now on comes after `point`."""
+        """Order all later accesses of `actor` after `point`."""
         clock = self._clock(actor)
         for other, tick in point.items():
             clock[other] = max(clock.get(other, 0), tick)
 
     def joined(self, *actors):
-        """The clock of somebody who comes after all of `actors`."""
+        """Return the clock of an actor that comes after all of `actors`."""
         clocks = [dict(self._clock(actor)) for actor in actors]
         return {name: max(clock.get(name, 0) for clock in clocks) for name in set().union(*clocks)}
 
@@ -59,7 +62,7 @@ class HappensBefore:
         clock = self._clock(actor)
         new = Access(actor, clock[actor], name, write, begin, end, memory)
         self.check(new, clock)
-        # Whoever is ordered after the new one is ordered after those that it covers.
+        # An access ordered after the new one is ordered after all that the new one covers.
         self._accesses = [
             old
             for old in self._accesses
@@ -79,7 +82,7 @@ class HappensBefore:
                 raise AssertionError(self.races[-1])
 
     def forget(self, begin, end):
-        """The memory is no longer what it was."""
+        """Drop the accesses to memory that was freed."""
         self._accesses = [old for old in self._accesses if old.end <= begin or end <= old.begin]
 
     def _clock(self, actor):

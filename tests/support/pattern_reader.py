@@ -1,6 +1,4 @@
-"""Experts without files, as large as wanted, each with bytes of its own; and a GPU's cache over
-them.
-"""
+"""Experts of any size without files, each with other bytes, and a GPU's cache over them."""
 
 import threading
 from types import SimpleNamespace
@@ -19,15 +17,17 @@ EXPERT_BYTES = 16384
 
 
 def pattern(layer, expert, n_bytes):
-    """The bytes of an expert."""
+    """Return the bytes of an expert."""
     generator = torch.Generator().manual_seed(1000 * layer + expert)
     return torch.randint(256, (n_bytes,), dtype=torch.uint8, generator=generator)
 
 
 class PatternReader(ExpertReader):
-    """sizes: of the experts of each layer. asked: (layer, expert, begin, end) of each read. hook is
-    called before a read with (layer, expert); what it raises the read raises. `device` is told what
-    the host writes.
+    """A reader of generated experts.
+
+    sizes: expert size of each layer, in bytes. device: records the host's writes. asked: (layer,
+    expert, begin, end) of each read. hook: called with (layer, expert) before each read; its
+    exceptions become the read's.
     """
 
     def __init__(self, sizes, experts, device, top_k=2):
@@ -73,9 +73,10 @@ class PatternReader(ExpertReader):
 
 
 class GpuCache:
-    """The stack that a model on GPUs has, over `RecordingDevice`s. Each layer's experts have
-    `sizes[layer]` bytes; `ram` experts of each size fit the tier (None: all); layers are split
-    evenly between `devices`.
+    """A model's expert cache on GPUs, over `RecordingDevice`s.
+
+    sizes: expert size of each layer, in bytes. ram: experts of each size in the tier; None: all.
+    devices: number of GPUs, which share the layers evenly.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class GpuCache:
         self._use = threading.Lock()
 
     def use(self, layer, blobs):
-        """A launch that uses the experts; AssertionError if their bytes are others."""
+        """Record a launch that uses the experts. AssertionError if their bytes are wrong."""
         with self._use:
             self.of_layer[layer].touch(
                 f"layer {layer} experts {list(blobs)}", reads=list(blobs.values())
@@ -134,7 +135,7 @@ class GpuCache:
                 )
 
     def token(self, layer, experts, guess=()):
-        """As a token's way through a layer; the next layer's `guess` is begun meanwhile."""
+        """Use a token's experts of a layer, and prefetch `guess` for the next layer meanwhile."""
         with self.cache.lease(layer, experts) as lease:
             if guess:
                 self.cache.guess(layer + 1, guess)
@@ -142,7 +143,7 @@ class GpuCache:
                 self.use(layer, blobs)
 
     def prompt(self, layer, experts, ascending=False):
-        """As a prompt's; the experts of each part."""
+        """Use a prompt's experts of a layer, and return the experts of each part."""
         parts = []
         for blobs in self.cache.stream(layer, experts, (), ascending=ascending):
             self.use(layer, blobs)
@@ -150,7 +151,7 @@ class GpuCache:
         return parts
 
     def check_counts(self):
-        """What must always hold while nothing is under way."""
+        """Check the invariants that hold while no read, copy or use runs."""
         cache, tier = self.cache, self.tier
         cache._monitor.wait_for(
             lambda: not any(h.job for s in cache._layers for h in s.entries()) or None, timeout_s=60
@@ -176,6 +177,6 @@ class GpuCache:
             assert not any(entry.users for entry in contents._entries.values())
             assert all(entry.blob is not None for entry in contents._entries.values())
         for device in self.devices:
-            # What was freed meanwhile is looked at, too.
+            # This call also checks memory that was freed meanwhile.
             device.memory()
         assert not self.device.races

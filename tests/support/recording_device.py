@@ -1,10 +1,9 @@
-"""A GPU that there is not: memory, streams and events on the CPU, which finds what is not ordered.
+"""A simulated GPU: memory, streams and events on the CPU, with a check of their order.
 
-Device memory is CPU memory. A copy is done only when somebody waits for it (or when `order` says
-so), in its stream's order; what the compute stream is given is done at once, as the torch
-operations between are, except that what it copies to the host arrives there only when the host
-waits. Whether two accesses are ordered is known from vector clocks
-(tests/support/happens_before.py), not from the order in which they happen to be done.
+Device memory is CPU memory. A copy runs in its stream's order, when somebody waits for it or when
+`order` says so. The compute stream runs its work at once, like torch's operations in between; only
+its copies to the host arrive when the host waits. Vector clocks (tests/support/happens_before.py)
+decide if two accesses are ordered; the order in which they ran does not.
 """
 
 import random
@@ -22,17 +21,18 @@ ALIGNMENT_BYTES = 256
 
 
 class RecordingDevice:
-    """A `loader.cuda.device.device.Device`. Conflicting accesses that no event, stream or
-    synchronisation orders raise AssertionError; in threads that catch it too, it stays in `races`.
+    """A `loader.cuda.device.device.Device` that raises AssertionError for races.
 
-    order: when copies are done: "late" (when somebody waits), "early" (at once), or a seed for
-    something in between.
-    capacity_bytes: of its memory; pinnable_bytes: what `pin` takes. beside: another device of the
-    same machine.
+    A race is two conflicting accesses that no event, stream or synchronization orders. `races`
+    keeps them, for threads that catch the error.
 
-    log: ("copy" | "launch" | "pin" | "wait", name or bytes) in the order in which they were given.
-    synchronisations: (thread's name, what) of each wait of the host. copied_bytes: to the device,
-    and to the host.
+    order: when copies run: "late" (when somebody waits), "early" (at once), or a seed for a random
+    mixture. capacity_bytes: size of its memory. pinnable_bytes: limit of `pin`. beside: another
+    device of the same machine.
+
+    log: ("copy" | "launch" | "pin" | "wait", name or bytes) in the order of the calls.
+    synchronisations: (thread name, event or stream) of each wait of the host. copied_bytes: bytes
+    copied to the device, and to the host.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RecordingDevice:
         self.log, self.synchronisations = [], []
         self.copied_bytes = {"to device": 0, "to host": 0}
         self.thread_order = 0
-        """Of a kernel's threads (tests/support/cuda_host.py)."""
+        """Order of a kernel's threads (tests/support/cuda_host.py)."""
         self._random = random.Random(order)
         self.machine = beside.machine if beside else Machine()
         self.lock = self.machine.lock
@@ -64,10 +64,10 @@ class RecordingDevice:
 
     @property
     def races(self):
-        """All that were found on this machine."""
+        """All races of this machine."""
         return self.machine.order.races
 
-    # What the engine calls.
+    # The `Device` protocol.
 
     def empty(self, n_bytes):
         with self.lock:
@@ -78,13 +78,13 @@ class RecordingDevice:
                     f"{self.name}: {size} bytes, {self.used_bytes} are in use"
                 )
             array = numpy.full(size + ALIGNMENT_BYTES, 0xA5, numpy.uint8)
-            # Its address may be that of what has just been freed.
+            # numpy may return the address of memory that was just freed.
             self._reclaim()
             begin = -(-array.ctypes.data // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             self._memory[begin] = begin + size
             self.used_bytes += size
             weakref.finalize(array, self._let_go, begin, begin + size)
-            # torch may give memory whose last use on the compute stream is not over.
+            # torch may return memory that the compute stream still uses.
             self.machine.order.access(
                 self._compute.name, "an earlier use of the memory", begin, begin + size, write=True
             )
@@ -129,7 +129,7 @@ class RecordingDevice:
                 stream.run_until(stream.given)
                 target.copy_(source)
             else:
-                # The compute stream goes on at once: what it copies is as it was.
+                # The compute stream continues at once: copy the present content.
                 stream.give(target, source.clone() if stream.eager else source)
             self._chance()
 
@@ -161,10 +161,10 @@ class RecordingDevice:
             kernel, grid, threads, args, shared_bytes=shared_bytes, reads=reads, writes=writes
         )()
 
-    # What tests call.
+    # For tests.
 
     def touch(self, name="use", *, reads=(), writes=()):
-        """A launch on the compute stream that computes nothing."""
+        """Record a launch on the compute stream that computes nothing."""
         with self.lock:
             self._reclaim()
             self.log.append(("launch", name))
@@ -172,15 +172,15 @@ class RecordingDevice:
             self._chance()
 
     def host_writes(self, memory, name="host"):
-        """The host is about to write there."""
+        """Record that the host will write to `memory`."""
         self._host_accesses(memory, name, write=True)
 
     def host_reads(self, memory, name="host"):
-        """The host is about to read there."""
+        """Record that the host will read `memory`."""
         self._host_accesses(memory, name, write=False)
 
     def syncs_of(self, thread="MainThread"):
-        """What the thread waited for."""
+        """Return the events and streams that the thread waited for."""
         return [what for name, what in self.synchronisations if name == thread]
 
     # Inside.
@@ -215,7 +215,7 @@ class RecordingDevice:
             )
 
     def host_waited(self, what, point):
-        """The host was made to wait until `point`."""
+        """Record that the host waited until `point`."""
         self.synchronisations.append((threading.current_thread().name, what))
         self.machine.order.see(HOST, point)
 
@@ -231,8 +231,8 @@ class RecordingDevice:
         return any(begin <= address < end for begin, end in self._memory.items())
 
     def _let_go(self, begin, end):
-        # Called wherever the last reference goes, also in the middle of something: looked at in the
-        # next call. Then the memory may be what the compute stream, given by the host, uses next.
+        # Runs wherever the last reference is dropped, even within another call, so the next call
+        # checks it. torch may use the memory for later work of the compute stream.
         order = self.machine.order
         self._freed.append((begin, end, order.joined(self._compute.name, HOST)))
 
@@ -252,7 +252,7 @@ class RecordingDevice:
 
 
 class Machine:
-    """What devices share: the host, its pinned memory, the clocks."""
+    """State that devices share: the host, its pinned memory, the clocks."""
 
     def __init__(self):
         self.lock = threading.RLock()
@@ -277,7 +277,7 @@ class Machine:
 
 
 class RecordingStream:
-    """given: how many operations; done: how many of them have been executed."""
+    """A stream. given: number of queued operations. done: number of those that ran."""
 
     def __init__(self, device, name, eager):
         self.device, self.name, self.eager = device, name, eager
@@ -285,7 +285,7 @@ class RecordingStream:
         self._queue = deque()
 
     def give(self, target, source):
-        """A copy, later."""
+        """Queue a copy."""
         self.given += 1
         self._queue.append(lambda: target.copy_(source))
 
@@ -310,15 +310,16 @@ class RecordingStream:
             self.device.host_waited(self.name, self.device.machine.order.point(self.name))
 
     def run_until(self, count):
-        """Does what was given, up to the operation of that number."""
+        """Run queued operations until `count` are done."""
         while self.done < count:
             self.done += 1
             self._queue.popleft()()
 
 
 class RecordingEvent:
-    """stream, after, point: where it was recorded last; `point` in vector clocks, `after` in the
-    stream's count.
+    """An event. stream: where it was last recorded. after, point: its place there.
+
+    after counts the stream's operations; point is a vector clock.
     """
 
     def __init__(self, device):

@@ -1,4 +1,4 @@
-// A libcuda whose kernels run on this processor: what loader/cuda/device/driver.py calls.
+// The functions of libcuda that loader/cuda/device/driver.py calls, with kernels on the CPU.
 #include <cstdint>
 #include <cstring>
 
@@ -15,13 +15,13 @@ int cuCtxSetCurrent(void* context) {
   current = context;
   return 0;
 }
-// Whole pages only, as the real one.
+// Whole pages only, as in the real driver.
 int cuMemHostRegister_v2(void* at, size_t bytes, unsigned flags) {
   return !current ? 201 : flags == 1 && uintptr_t(at) % 4096 == 0 && bytes % 4096 == 0 ? 0 : 1;
 }
 int cuMemHostUnregister(void*) { return current ? 0 : 201; }
 
-int most_shared = 48 << 10;
+int max_shared = 48 << 10;
 
 int cuModuleLoadData(void** module, const char* image) {
   *module = const_cast<char*>("module");
@@ -33,13 +33,13 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
 }
 int cuFuncSetAttribute(void*, int attribute, int value) {
   if (attribute != 8 || value > 64 << 10) return 1;
-  most_shared = value;
+  max_shared = value;
   return 0;
 }
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
                    unsigned shared_bytes, void* stream, void** arguments, void**) {
   if (!current) return 201;
-  if (stream != reinterpret_cast<void*>(7) || int(shared_bytes) > most_shared) return 1;
+  if (stream != reinterpret_cast<void*>(7) || int(shared_bytes) > max_shared) return 1;
   const unsigned grid[3] = {x, y, z};
   return host_launch(static_cast<const char*>(function), grid, threads, shared_bytes, arguments);
 }

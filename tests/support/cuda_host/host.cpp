@@ -1,4 +1,4 @@
-// The scheduler of host.h, and the C functions that tests call.
+// The scheduler of host.h.
 #include "host.h"
 
 #if !defined(__x86_64__)
@@ -19,7 +19,7 @@ void enter() {
 }
 
 #if defined(__x86_64__)
-// Saves the registers that a call keeps on the present stack, and goes on on another one.
+// Saves the callee-saved registers on the present stack, and continues on another one.
 extern "C" void host_switch(void** from, void* to);
 asm(R"(
 .text
@@ -46,7 +46,7 @@ host_switch:
 
 void begin(Fiber& fiber) {
   uintptr_t top = (uintptr_t(fiber.stack) + kStackBytes) & ~uintptr_t(63);
-  void** at = reinterpret_cast<void**>(top) - 1;  // a function finds its stack 8 bytes off 16
+  void** at = reinterpret_cast<void**>(top) - 1;  // at entry of a function the stack is 8 bytes off a multiple of 16
   *at = nullptr;
   *--at = reinterpret_cast<void*>(&enter);
   for (int i = 0; i < 6; ++i) *--at = nullptr;
@@ -55,7 +55,7 @@ void begin(Fiber& fiber) {
 void to_fiber(Fiber& fiber) { host_switch(&machine.scheduler, fiber.stack_top); }
 void to_scheduler(Fiber& fiber) { host_switch(&fiber.stack_top, machine.scheduler); }
 #else
-ucontext_t scheduler_context, contexts[kMostThreads];
+ucontext_t scheduler_context, contexts[kMaxThreads];
 void begin(Fiber& fiber) {
   ucontext_t& context = contexts[&fiber - machine.fibers];
   getcontext(&context);
@@ -80,7 +80,7 @@ unsigned in_order(unsigned i, unsigned count) {
   return i;
 }
 
-// Runs a warp until each of its threads waits for the block or is done.
+// Runs a warp until each of its threads waits for the block or has ended.
 void run_warp(unsigned warp) {
   const unsigned begin_at = 32 * warp, count = machine.threads - begin_at < 32 ? machine.threads - begin_at : 32;
   for (;;) {
@@ -93,7 +93,7 @@ void run_warp(unsigned warp) {
     if (waiting == 0) return;
     if (waiting < count)
       throw std::runtime_error("warp " + std::to_string(warp) + ": " + std::to_string(waiting) + " of " +
-                               std::to_string(count) + " lanes came to a warp operation");
+                               std::to_string(count) + " lanes reached a warp operation");
     for (unsigned i = 0; i < count; ++i) machine.fibers[begin_at + i].state = State::kReady;
   }
 }
@@ -128,7 +128,7 @@ void run_block(unsigned threads, void (*body)(void*), void* argument) {
     if (done == threads) return;
     if (waiting < threads)
       throw std::runtime_error(std::to_string(waiting) + " of " + std::to_string(threads) +
-                               " threads came to __syncthreads, " + std::to_string(done) + " are done");
+                               " threads reached __syncthreads, " + std::to_string(done) + " are done");
     for (unsigned i = 0; i < threads; ++i) machine.fibers[i].state = State::kReady;
   }
 }

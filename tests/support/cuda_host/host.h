@@ -1,7 +1,7 @@
-// A GPU on the processor, for tests: runs the blocks of a launch one after the other, each thread as a fiber, and
-// switches at barriers and warp operations only. So a kernel's arithmetic and its use of barriers can be checked where
-// there is no GPU: run with the threads in another order, a kernel that lacks a barrier gives another result, and one
-// whose threads do not all come to a barrier ends with an error.
+// A GPU simulated on the CPU, for tests of arithmetic and barriers without a GPU. The blocks of a launch run one after
+// the other. Each thread is a fiber, and fibers switch only at barriers and warp operations. A kernel that lacks a
+// barrier gives another result when threads run in another order. A kernel whose threads do not all reach a barrier
+// ends with an error.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -30,16 +30,16 @@ struct Fiber {
   void* stack_top = nullptr;  // saved stack pointer
   char* stack = nullptr;
   State state = State::kDone;
-  unsigned generation = 0;  // warp operations so far: they alternate between two boards
+  unsigned generation = 0;  // number of warp operations so far; they alternate between two boards
 };
 
-constexpr int kMostThreads = 1024;
+constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kWords = 16;
 
 struct Machine {
-  Fiber fibers[kMostThreads];
-  uint32_t board[kMostThreads / 32][2][32][kWords];  // what lanes show each other
+  Fiber fibers[kMaxThreads];
+  uint32_t board[kMaxThreads / 32][2][32][kWords];  // values that lanes exchange
   void* scheduler = nullptr;
   unsigned current = 0, threads = 0;
   int order = 0;  // 0: ascending, 1: descending, 2: odd ones first

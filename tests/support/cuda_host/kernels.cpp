@@ -1,4 +1,4 @@
-// The kernels of loader/cuda/kernels as functions of this processor, launched by name as cuLaunchKernel does.
+// The kernels of loader/cuda/kernels as CPU functions, launched by name, and the C functions that tests call.
 #define MOE_ON_HOST 1
 #include "../../loader/cuda/kernels/moe_kernels.cu"
 
@@ -32,10 +32,10 @@ const Entry kEntries[] = {
 
 extern "C" {
 
-// Threads in order 0 (ascending), 1 (descending), 2 (odd ones first).
+// Sets the order of threads: 0 ascending, 1 descending, 2 odd ones first.
 void host_set_order(int order) { host::machine.order = order; }
 
-// 0, or 1 with a message in host_error: unknown kernel, or a barrier that not all threads reach.
+// Returns 0, or 1 with a message in host_error: unknown kernel, or a barrier that some threads do not reach.
 int host_launch(const char* name, const unsigned* grid, unsigned threads, unsigned shared_bytes, void** arguments) {
   const Entry* entry = nullptr;
   for (const Entry& e : kEntries)
