@@ -20,7 +20,8 @@ from formats.expert import ExpertLayout
 from formats.packing import HEAD_BYTES, Packing
 from formats.reading.reader import aligned_bytes
 from loader.cuda.device.device import Device
-from loader.cuda.products.packed_products import LinearMatrix, Products
+from loader.cuda.products.packed_products import Products
+from loader.cuda.products.structures import LinearMatrix
 
 Row = dict[str, Any]
 

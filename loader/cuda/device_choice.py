@@ -38,7 +38,9 @@ def choose_devices(requested: Devices, packings: Iterable[str]) -> list[Device]:
     opened = iter(cuda_devices(unopened, kept_root() / "gpu-kernels") if unopened else [])
     devices: list[Device] = [next(opened) if isinstance(name, str) else name for name in names]
     if not devices or len({device.name for device in devices}) < len(devices):
-        raise RecipeError(f"device: {requested!r} does not name each GPU once")
+        raise RecipeError(
+            f"device: {requested!r} does not name each GPU once", "give GPUs as cuda:0,cuda:1"
+        )
     for device in devices:
         check_products(device, packings)
     return devices

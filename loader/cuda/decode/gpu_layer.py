@@ -11,7 +11,8 @@ from loader.arithmetic.kernels import PackedMatrix
 from loader.cuda.decode.argument_structures import HeadShape, KvPlace
 from loader.cuda.decode.token_memory import Sizes, TokenMemory
 from loader.cuda.device.device import Device
-from loader.cuda.products.packed_products import LinearMatrix, Products
+from loader.cuda.products.packed_products import Products
+from loader.cuda.products.structures import LinearMatrix
 from loader.cuda.products.token_experts import TokenExperts
 from loader.decode.weight_checks import check_dense, check_matrix
 from loader.decode.weights import LayerWeights

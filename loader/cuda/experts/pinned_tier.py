@@ -35,10 +35,11 @@ class PinnedTier:
         *,
         piece_bytes: int = PIN_BYTES,
     ) -> None:
-        """counts: number of experts by size in bytes (`expert_bytes_by_layer`), each at least 2:
-        one for a demand read, one for a prefetch that a demand read interrupted.
+        """Make an empty tier.
 
-        pin, unpin: as in `loader.cuda.device.device.Device`.
+        counts: number of experts by size in bytes (`expert_bytes_by_layer`), each at least 2: one
+        for a demand read, one for a prefetch that a demand read interrupted. pin, unpin: as in
+        `loader.cuda.device.device.Device`.
         """
         self.artifact: Artifact = reader.artifact
         self._contents = TierContents(reader, counts, PageLockedMemory(pin, unpin), piece_bytes)

@@ -1,7 +1,6 @@
 """Products of packed weights on a GPU: the kernels and grids for matrices and experts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -16,11 +15,12 @@ from loader.cuda.products.kernel_layouts import (
     packing_suffix,
     tile_packings,
 )
-from loader.cuda.products.pairs import Pairs, passes
+from loader.cuda.products.pairs import ExpertPairs, Pairs, passes
 from loader.cuda.products.structures import (
     MAX_EXPERTS,
     MAX_MATRICES,
     Groups,
+    LinearMatrix,
     Matrices,
     PairLists,
 )
@@ -42,16 +42,6 @@ _QUANTIZE = {
     torch.bfloat16: "quantize_bf16",
     torch.float16: "quantize_f16",
 }
-
-
-@dataclass(frozen=True)
-class LinearMatrix:
-    """A packed matrix of `rows` rows, and the float32 [rows] that its product is written to."""
-
-    tiles: Tensor
-    packing: Packing
-    rows: int
-    y: Tensor
 
 
 class Products:
@@ -183,25 +173,29 @@ class Products:
             return
         pairs = Pairs(index_host, self._device.torch_device)
         for layout, run in runs:
-            work = [(blobs[expert], *part) for expert in run for part in pairs.parts(expert)]
-            for begin, end in passes(work):
-                self._add_pass(layout, work[begin:end], pairs, acts, weights, out)
+            work = [
+                ExpertPairs(blobs[expert], begin, end)
+                for expert in run
+                for begin, end in pairs.parts(expert)
+            ]
+            for one_pass in passes(work):
+                self._add_pass(layout, one_pass, pairs, acts, weights, out)
 
     def _add_pass(
         self,
         layout: ExpertLayout,
-        work: list[tuple[Tensor, int, int]],
+        work: Sequence[ExpertPairs],
         pairs: Pairs,
         acts: Tensor,
         weights: Tensor,
         out: Tensor,
     ) -> None:
-        """Add one pass to `out`. work: (blob, begin, end of its pairs), the pairs consecutive."""
+        """Add one pass of `pairs` to `out`."""
         gate_up, down = tile_packings(layout)
-        begin = work[0][1]
-        count = work[-1][2] - begin
-        groups = Groups.pack([(blob, end - first) for blob, first, end in work], GEMM_TOKENS)
-        blobs = tuple(blob for blob, _, _ in work)
+        begin = work[0].begin
+        count = work[-1].end - begin
+        groups = Groups.pack([(one.blob, one.end - one.begin) for one in work], GEMM_TOKENS)
+        blobs = tuple(one.blob for one in work)
         h = self._new_acts(count, layout.intermediate)
         token = pairs.token[begin : begin + count]
         self._device.launch(
@@ -238,7 +232,7 @@ class Products:
         tokens = acts.shape[0]
         packing = matrices[0].packing
         width = next(width for width in GEMV_TOKENS if width >= tokens)
-        structure = Matrices.pack([(matrix.tiles, matrix.y, matrix.rows) for matrix in matrices])
+        structure = Matrices.pack(matrices)
         return self._device.prepare(
             f"gemv_{packing_suffix(packing)}_t{width}",
             (sum(tiles_of(matrix.rows) for matrix in matrices), 1, 1),

@@ -1,6 +1,7 @@
 """A prompt's (token, expert) pairs, in the order in which kernels compute them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +10,15 @@ from loader.cuda.products.structures import MAX_EXPERTS
 
 MAX_PAIRS = 1024
 """Pairs of one pass: their h and outputs take 35 MB at 8x7B's sizes."""
+
+
+@dataclass(frozen=True)
+class ExpertPairs:
+    """An expert's bytes, uint8 [n_bytes], and the range [begin, end) of its pairs."""
+
+    blob: Tensor
+    begin: int
+    end: int
 
 
 class Pairs:
@@ -39,20 +49,20 @@ class Pairs:
         return [(at, min(end, at + MAX_PAIRS)) for at in range(begin, end, MAX_PAIRS)]
 
 
-def passes(work: Sequence[tuple[Tensor, int, int]]) -> list[tuple[int, int]]:
-    """Split `work`, (blob, begin, end of its pairs), into ranges [begin, end) for one pass each.
+def passes(work: Sequence[ExpertPairs]) -> list[Sequence[ExpertPairs]]:
+    """Split `work` into passes.
 
     A pass has at most MAX_EXPERTS entries and MAX_PAIRS pairs, and its pairs are consecutive.
     """
-    ranges = []
+    result = []
     begin = 0
     for at in range(1, len(work) + 1):
         if (
             at == len(work)
             or at - begin == MAX_EXPERTS
-            or work[at][1] != work[at - 1][2]
-            or work[at][2] - work[begin][1] > MAX_PAIRS
+            or work[at].begin != work[at - 1].end
+            or work[at].end - work[begin].begin > MAX_PAIRS
         ):
-            ranges.append((begin, at))
+            result.append(work[begin:at])
             begin = at
-    return ranges
+    return result

@@ -5,11 +5,24 @@ They hold addresses: the caller keeps the tensors alive until the kernel has run
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from formats.packing import Packing
+
 MAX_MATRICES = 4
 MAX_EXPERTS = 8
+
+
+@dataclass(frozen=True)
+class LinearMatrix:
+    """A packed matrix of `rows` rows, and the float32 [rows] that its product is written to."""
+
+    tiles: Tensor
+    packing: Packing
+    rows: int
+    y: Tensor
 
 
 class Matrices(ctypes.Structure):
@@ -23,13 +36,13 @@ class Matrices(ctypes.Structure):
     )
 
     @classmethod
-    def pack(cls, matrices: Sequence[tuple[Tensor, Tensor, int]]) -> "Matrices":
-        """Return the structure for (tiles, y, rows) of each matrix."""
+    def pack(cls, matrices: Sequence[LinearMatrix]) -> "Matrices":
+        """Return the structure for these matrices, at most MAX_MATRICES of one packing."""
         structure = cls(count=len(matrices))
-        for i, (tiles, y, rows) in enumerate(matrices):
-            structure.tiles[i] = tiles.data_ptr()
-            structure.y[i] = y.data_ptr()
-            structure.rows[i] = rows
+        for i, matrix in enumerate(matrices):
+            structure.tiles[i] = matrix.tiles.data_ptr()
+            structure.y[i] = matrix.y.data_ptr()
+            structure.rows[i] = matrix.rows
         return structure
 
 

@@ -12,7 +12,8 @@ from formats.packing import BLOCK_COLUMNS, HEAD_BYTES, PACKINGS, TILE_ROWS, Quan
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
 from loader.cuda.products import pairs
-from loader.cuda.products.packed_products import LinearMatrix, Products
+from loader.cuda.products.packed_products import Products
+from loader.cuda.products.structures import LinearMatrix
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
