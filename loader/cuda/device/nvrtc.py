@@ -20,9 +20,7 @@ SHARED = Path(__file__).parents[3] / "formats/native/packings.h"
 """The list of packings, which the CPU's native code includes too."""
 _MAIN = "moe_kernels.cu"
 OPTIONS = ("--std=c++17", "--fmad=false")
-"""--fmad=false: NVRTC would fuse products and sums into fma, and the bits would differ from the
-CPU's.
-"""
+"""Without --fmad=false NVRTC fuses products and sums into fma, and bits differ from the CPU's."""
 
 
 def compile_kernels(arch: str, cache: Path | None = None) -> bytes:
