@@ -1,5 +1,5 @@
-// Instruction sets that this processor runs. Include it only in units compiled without -m flags. In an unnamed
-// namespace: of a function compiled with different flags the linker may keep the copy that this processor cannot run.
+// Instruction sets of this processor. Only units compiled without -m flags may include this, and its namespace is
+// unnamed: otherwise the linker could keep a copy that was compiled for an instruction set the processor lacks.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@
 namespace moe {
 namespace {
 
-// True only if the operating system saves the wide registers too. MOE_X86: the build has x86-64 units.
+// False also if the operating system does not save the wide registers. MOE_X86: the build has x86-64 units.
 inline bool cpu_runs(int32_t isa) {
   if (isa == MOE_ISA_PORTABLE) return true;
 #if defined(MOE_X86)
@@ -22,7 +22,7 @@ inline bool cpu_runs(int32_t isa) {
   return false;
 }
 
-// True for AVX-512 VNNI, which products of packed weights need beside MOE_ISA_AVX512.
+// True if the processor has the integer dot products that packed products use with MOE_ISA_AVX512.
 inline bool cpu_has_vnni() {
 #if defined(MOE_X86)
   __builtin_cpu_init();
