@@ -17,7 +17,7 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from converter.solvers import feedback_native, hqq_native, solver_library
+from converter.solvers.native import feedback_native, hqq_native, solver_library
 from formats.native.abi import ISAS
 from formats.packing import PACKINGS, Packing, dequantize, unpack
 

@@ -15,10 +15,10 @@ from converter.calibration.calibration_text import calibration_tokens
 from converter.calibration.layer_statistics import LayerStatistics
 from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.source import Checkpoint
-from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
 from converter.conversion.units import Unit, units_of
 from converter.conversion.worker import Worker
 from converter.forward.ordered_tasks import one_by_one
+from converter.journal.keys import ExpertKey, LinearKey, TensorKey
 from converter.output.conversion_sizes import plan_output
 from converter.output.output_files import write_linear, write_tensor
 from converter.output.source_side_files import copied_bytes

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from converter.calibration.calibration_pass import STATE_FOLDER
 from converter.calibration.calibration_text import CalibrationTokens
-from converter.calibration.input_statistics import InputStatistics, block_moments, effective_tokens
 from converter.calibration.layer_statistics import DOWN_BLOCK, PRIOR_SHARE
+from converter.calibration.moments import block_moments, effective_tokens
 from converter.calibration.state_file import read_state, write_state
 from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import (
@@ -35,8 +35,9 @@ from converter.forward.expert_forward import (
 from converter.forward.layer_forward import LayerForward
 from converter.forward.layer_loop import LayerLoop, LayerWork, Piece, Steps
 from converter.forward.ordered_tasks import RunAll
-from converter.solvers.feedback_reference import SingularStatisticsError
-from converter.solvers.protocol import CalibratedSolver
+from converter.solver_errors import SingularStatisticsError
+from converter.solvers.input_statistics import InputStatistics
+from converter.solvers.interface import CalibratedSolver
 from formats.errors import SourceError
 from formats.packing import TILE_ROWS, tile_packing_named
 

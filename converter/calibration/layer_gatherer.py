@@ -3,13 +3,8 @@
 import torch
 from torch import Tensor
 
-from converter.calibration.input_statistics import (
-    InputStatistics,
-    block_moments,
-    effective_tokens,
-    second_moment,
-)
 from converter.calibration.layer_statistics import ExpertInputs, LayerStatistics, rows_at_once
+from converter.calibration.moments import block_moments, effective_tokens, second_moment
 from converter.checkpoint.bad_weights import overflow_error
 from converter.checkpoint.source import Checkpoint
 from converter.forward.expert_forward import SliceVisitor
@@ -17,6 +12,7 @@ from converter.forward.layer_forward import LayerForward
 from converter.forward.layer_loop import LayerWork, Piece
 from converter.forward.loaded_layer import Inputs, Routed
 from converter.forward.ordered_tasks import RunAll
+from converter.solvers.input_statistics import InputStatistics
 
 ROWS_IN_A_PART = 2048
 """Of activations whose moments are summed at once."""

@@ -6,7 +6,7 @@ import torch
 
 from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.source_tensors import Weight
-from converter.solvers.protocol import DAMAGED_HINT
+from converter.solver_errors import DAMAGED_HINT
 from formats.errors import SourceError
 
 _BYTES_AT_ONCE = 16 << 20

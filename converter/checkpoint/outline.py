@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.checkpoint.model_shape import ModelShape
-from converter.checkpoint.source_kinds import check_folder
+from converter.checkpoint.shards.source_kinds import check_folder
 from converter.checkpoint.source_tensors import Weight
 from converter.output.conversion_sizes import plan_output
 from converter.recipe.conversion_recipe import ConversionRecipe

@@ -15,9 +15,9 @@ from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.notices import notice
 from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.shards.hub_shards import HubShards
+from converter.checkpoint.shards.shard_index import shard_names
 from converter.checkpoint.shards.shard_source import FolderShards, ShardNeed, Shards, cut_off
-from converter.checkpoint.source_files import shard_names
-from converter.checkpoint.source_kinds import INDEX_NAME, check_folder
+from converter.checkpoint.shards.source_kinds import INDEX_NAME, check_folder
 from converter.checkpoint.source_tensors import (
     HEAD,
     TORCH_DTYPES,
@@ -25,8 +25,8 @@ from converter.checkpoint.source_tensors import (
     Weight,
     stored_tensors,
 )
-from converter.conversion.keys import UnitKey
-from converter.solvers.protocol import DAMAGED_HINT
+from converter.journal.keys import UnitKey
+from converter.solver_errors import DAMAGED_HINT
 from formats.config.checkpoint_config import read_config
 from formats.config.generation_config import read_generation_config
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from converter.conversion.finished_work import FinishedWork
-from converter.conversion.keys import ShardKey
 from converter.conversion.plan import ConversionPlan
-from converter.conversion.records import ShardRecord
+from converter.journal.finished_work import FinishedWork
+from converter.journal.keys import ShardKey
+from converter.journal.records import ShardRecord
 from converter.output.index_assembly import assemble_index
 from converter.output.output_files import OutputFiles
 from converter.output.source_side_files import copy_files, write_config

@@ -6,11 +6,11 @@ from typing import Any, Literal
 from converter.conversion.identity import Progress, check_contents, check_same
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.run import one_torch_thread, run_conversion
+from converter.conversion.target_bits import with_chosen_bits
 from converter.output.conversion_sizes import OutputPlan
 from converter.output.output_folder import SOURCE_FOLDER, OutputFolder
 from converter.recipe.conversion_recipe import ConversionRecipe
-from converter.recipe.target_bits import with_chosen_bits
-from converter.solvers.protocol import CalibratedSolver
+from converter.solvers.interface import CalibratedSolver
 from formats.files.io_errors import translated
 
 

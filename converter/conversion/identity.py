@@ -15,7 +15,7 @@ from converter.checkpoint.source import Checkpoint
 from converter.output.conversion_sizes import CHUNK_WEIGHTS
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipe_options import without_rules
-from converter.solvers.protocol import Solver
+from converter.solvers.interface import Solver
 from formats.config.recorded_config import changed_fields
 from formats.errors import OutputError
 from formats.index import Index, read_index

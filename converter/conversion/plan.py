@@ -10,15 +10,15 @@ from converter.calibration.calibration_text import CalibrationTokens, calibratio
 from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.source_tokenizer import check_source_tokenizer
 from converter.conversion.identity import check_same, fingerprint, recorded_recipe
-from converter.conversion.journal import check_begun
 from converter.conversion.worker_count import choose_workers
 from converter.convert_options import ConvertOptions
+from converter.journal.journal_file import check_begun
 from converter.output.conversion_sizes import OutputPlan, check_disk, plan_output
 from converter.output.output_needs import OutputNeeds
 from converter.output.output_probe import probe_output
 from converter.output.source_side_files import check_side_files
 from converter.recipe.conversion_recipe import ConversionRecipe
-from converter.solvers.protocol import Solver
+from converter.solvers.interface import Solver
 from converter.solvers.registry import choose_solver
 from formats import INDEX_NAME
 from formats.files.io_errors import translated

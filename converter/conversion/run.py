@@ -17,14 +17,14 @@ from converter.calibration.calibration_text import CalibrationTokens
 from converter.calibration.layer_statistics import LayerStatistics
 from converter.checkpoint.shards.shard_source import Stopped
 from converter.conversion.completion import complete
-from converter.conversion.finished_work import FinishedWork
 from converter.conversion.identity import Progress
-from converter.conversion.keys import ExpertKey, LinearKey
 from converter.conversion.plan import ConversionPlan
-from converter.conversion.records import ExpertRecord, UnitRecord
 from converter.conversion.shard_hashes import ShardHashes
 from converter.conversion.units import Unit, shard_needs, units_of
 from converter.conversion.worker import Worker, run_all
+from converter.journal.finished_work import FinishedWork
+from converter.journal.keys import ExpertKey, LinearKey
+from converter.journal.records import ExpertRecord, UnitRecord
 from converter.output.output_files import OutputFiles
 
 

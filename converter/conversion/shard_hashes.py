@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 from converter.checkpoint.source import Checkpoint
-from converter.conversion.finished_work import FinishedWork
+from converter.journal.finished_work import FinishedWork
 
 
 class ShardHashes:

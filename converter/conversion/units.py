@@ -10,7 +10,7 @@ from converter.checkpoint.names import ExpertTensor
 from converter.checkpoint.shards.shard_source import ShardNeed
 from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.source_tensors import Weight
-from converter.conversion.keys import ExpertKey, LinearKey, TensorKey, UnitKey
+from converter.journal.keys import ExpertKey, LinearKey, TensorKey, UnitKey
 from converter.output.conversion_sizes import OutputPlan
 
 EXPERT_MATRICES = ("gate", "up", "down")

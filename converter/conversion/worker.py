@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 
-from converter.calibration.input_statistics import InputStatistics
 from converter.calibration.layer_statistics import LayerStatistics
 from converter.checkpoint.names import ExpertTensor
 from converter.checkpoint.shards.shard_source import Stopped
 from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.source_tensors import Weight
-from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
-from converter.conversion.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.conversion.units import EXPERT_MATRICES
+from converter.journal.keys import ExpertKey, LinearKey, TensorKey
+from converter.journal.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.output.conversion_sizes import OutputPlan, chunk_rows
+from converter.solver_errors import SingularStatisticsError, UnfitWeightsError
 from converter.solvers.down_correction import DownCorrection
-from converter.solvers.feedback_reference import SingularStatisticsError
+from converter.solvers.input_statistics import InputStatistics
+from converter.solvers.interface import CalibratedSolver, Solver
 from converter.solvers.plain_rows import store_rows
-from converter.solvers.protocol import CalibratedSolver, Solver, SquaredError, UnfitWeightsError
+from converter.squared_error import SquaredError
 from formats.checksums import Checksums, xxh3_of
 from formats.expert import split
 from formats.packing import AnyPacking, Packing, tile_packing_named

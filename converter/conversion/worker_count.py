@@ -7,7 +7,7 @@ import psutil
 
 from converter.convert_options import ConvertOptions
 from converter.output.conversion_sizes import OutputPlan
-from converter.solvers.protocol import Solver
+from converter.solvers.interface import Solver
 from formats.errors import DoesNotFitError
 from formats.files.control_group import within_group
 

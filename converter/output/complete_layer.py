@@ -5,7 +5,7 @@ from pathlib import Path
 
 import xxhash
 
-from converter.conversion.records import LayerRecord
+from converter.journal.records import LayerRecord
 from formats.checksums import sha256_of
 from formats.files.io_errors import translated
 from formats.files.paths import open_regular

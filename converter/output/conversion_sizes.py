@@ -15,8 +15,8 @@ from converter.checkpoint.source_tensors import Weight
 from converter.recipe.bit_budget import likely_bits
 from converter.recipe.bit_rules import UNPACKED
 from converter.recipe.conversion_recipe import ConversionRecipe, packings_by_expert
+from converter.solvers.interface import Solver
 from converter.solvers.plain_rows import plain_packing_for
-from converter.solvers.protocol import Solver
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout

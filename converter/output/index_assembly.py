@@ -6,9 +6,9 @@ from converter import __version__
 from converter.calibration.calibration_text import CalibrationTokens
 from converter.checkpoint.source import Checkpoint
 from converter.conversion.identity import calibration_version, overlay_version
-from converter.conversion.records import LayerRecord
+from converter.journal.records import LayerRecord
 from converter.output.conversion_sizes import OutputPlan
-from converter.solvers.protocol import Solver
+from converter.solvers.interface import Solver
 from formats import FORMAT_VERSION, TRUNK_NAME
 from formats.expert import ExpertLayout
 from formats.index import (

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import xxhash
 
-from converter.conversion.finished_work import FinishedWork
-from converter.conversion.keys import ExpertKey, LinearKey, TensorKey
-from converter.conversion.records import ExpertRecord, LayerRecord, LinearRecord, TensorRecord
+from converter.journal.finished_work import FinishedWork
+from converter.journal.keys import ExpertKey, LinearKey, TensorKey
+from converter.journal.records import ExpertRecord, LayerRecord, LinearRecord, TensorRecord
 from converter.output.complete_layer import difference
 from converter.output.conversion_sizes import OutputPlan
 from formats import TRUNK_NAME

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from converter.conversion.records import ExpertRecord, LinearRecord, Record
 from converter.conversion.units import EXPERT_MATRICES
-from converter.solvers.protocol import SquaredError
+from converter.journal.records import ExpertRecord, LinearRecord, Record
+from converter.squared_error import SquaredError
 from formats.quality import QUALITY_NAME
 from formats.writer import write_file
 

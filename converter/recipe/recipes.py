@@ -14,7 +14,7 @@ from converter.calibration.layer_statistics import DOWN_BLOCK
 from converter.recipe.bit_rules import BY_BITS, UNPACKED, parse_rules
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipe_options import Calibration, DownWidth, RecipeOptions
-from converter.solvers import solver_library
+from converter.solvers.native import solver_library
 from converter.solvers.registry import NO_SOLVER, SOLVERS
 from formats.errors import RecipeError
 from formats.packing import ALL_PACKINGS, PACKINGS

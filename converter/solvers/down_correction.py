@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 0.05
+CORRECTION_DAMPING = 0.05
 """Of the mean diagonal of H'."""
 
 
@@ -27,7 +27,7 @@ class DownCorrection:
         """From D and H', float32 [blocks, width, width] each; None where they are not finite."""
         damped = moment.double()
         diagonal = damped.diagonal(dim1=1, dim2=2)
-        added = DAMPING * diagonal.mean(1, keepdim=True)
+        added = CORRECTION_DAMPING * diagonal.mean(1, keepdim=True)
         diagonal += torch.where(added > 0, added, 1.0)
         if not bool(torch.isfinite(damped).all() and torch.isfinite(difference).all()):
             return None

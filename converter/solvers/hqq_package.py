@@ -7,14 +7,15 @@ import importlib.metadata
 import torch
 from torch import Tensor
 
-from converter.solvers.protocol import NonFiniteWeightsError, SquaredError, UnfitWeightsError
+from converter.solver_errors import NonFiniteWeightsError, UnfitWeightsError
+from converter.squared_error import SquaredError
 from formats.packing import Packing, QuantizedMatrix, dequantize, pack
 
 FP16_MAX = 65504.0
 FP16_TINY = 2.0**-24
 
 
-class PackageSolver:
+class PackageHqq:
     """Quantizes by the hqq package, in torch: 2 to 7 million weights a second and core."""
 
     # Measured: hqq keeps a dozen float32 copies.

@@ -5,7 +5,8 @@ with nothing else.
 import torch
 from torch import Tensor
 
-from converter.solvers.protocol import NonFiniteWeightsError, SquaredError, UnfitWeightsError
+from converter.solver_errors import NonFiniteWeightsError, UnfitWeightsError
+from converter.squared_error import SquaredError
 from formats.errors import RecipeError
 from formats.packing import Packing
 from formats.plain_packing import PlainPacking

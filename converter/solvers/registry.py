@@ -1,56 +1,60 @@
-"""The solvers by the names that recipes use."""
+"""The solvers by their names in recipes: one entry each, with help text and factory.
 
-import functools
-import logging
+Importing this module imports neither torch nor a solver, so that the command line can show it.
+"""
 
-from converter.solvers import hqq_native, solver_library
-from converter.solvers.plain_rows import NoSolver
-from converter.solvers.protocol import Solver
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from converter.solvers.interface import Solver
 
 NO_SOLVER = "none"
-"""Of recipes that quantize nothing."""
+"""Solver of recipes that quantize nothing."""
+
+
+@dataclass(frozen=True)
+class SolverEntry:
+    """A solver. factory: "module:function" that returns it. calibrated: it needs calibration."""
+
+    help: str
+    factory: str
+    calibrated: bool = False
+
+    def make(self) -> "Solver":
+        """Return the solver in the fastest version that can run here."""
+        module, _, function = self.factory.partition(":")
+        solver: Solver = getattr(importlib.import_module(module), function)()
+        return solver
+
 
 SOLVERS = {
-    "hqq": "HQQ without calibration, natively where the library is built, else by the hqq package",
-    "hqq-package": "HQQ by the hqq package",
-    "refit": "range search and least squares, each row's gain corrected; without calibration",
-    "feedback": "as refit, and each column's rounding error made up for by the next ones; with calibration",
+    "feedback": SolverEntry(
+        "refit that carries each column's rounding error to the next columns; with calibration",
+        "converter.solvers.feedback:make_feedback",
+        calibrated=True,
+    ),
+    "refit": SolverEntry(
+        "range search and least squares, then a gain for each row; without calibration",
+        "converter.solvers.refit:make_refit",
+    ),
+    "hqq": SolverEntry(
+        "half-quadratic quantization, the fastest; without calibration",
+        "converter.solvers.hqq:make_hqq",
+    ),
+    "hqq-package": SolverEntry(
+        "hqq by the hqq package, slow; the reference of the native solver",
+        "converter.solvers.hqq_package:PackageHqq",
+    ),
 }
-
-_log = logging.getLogger(__name__)
-
-
-@functools.cache
-def _warn_once() -> None:
-    _log.warning(
-        "%s; the hqq package does the same a hundred times slower", solver_library.describe()
-    )
+"""A new solver needs its own file and one entry here."""
 
 
-def choose_solver(name: str) -> Solver:
-    """The solver that a recipe calls `name` (a key of SOLVERS, or NO_SOLVER), as it can run here."""
+def choose_solver(name: str) -> "Solver":
+    """Return the solver called `name`: a key of SOLVERS, or NO_SOLVER."""
     if name == NO_SOLVER:
+        from converter.solvers.plain_rows import NoSolver
+
         return NoSolver()
-    if name in ("refit", "feedback"):
-        from converter.solvers import calibrated_solvers
-
-        if solver_library.available():
-            return (
-                calibrated_solvers.NativeRefit()
-                if name == "refit"
-                else calibrated_solvers.NativeFeedback()
-            )
-        _log.warning("%s; the reference in torch is many times slower", solver_library.describe())
-        return (
-            calibrated_solvers.ReferenceRefit()
-            if name == "refit"
-            else calibrated_solvers.ReferenceFeedback()
-        )
-    if name == "hqq":
-        if solver_library.available():
-            return hqq_native.NativeSolver()
-        _warn_once()
-    # Here, so that the native solver needs no hqq package, which takes seconds to import.
-    from converter.solvers.hqq_package import PackageSolver
-
-    return PackageSolver()
+    return SOLVERS[name].make()

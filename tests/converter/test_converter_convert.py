@@ -25,11 +25,11 @@ from project_paths import ROOT, SUPPORT
 from safetensors.torch import load_file, save_file
 
 from converter.checkpoint.source import Checkpoint
-from converter.conversion.journal import Journal
-from converter.conversion.keys import ExpertKey
-from converter.conversion.records import LayerRecord, Record, ShardRecord
 from converter.conversion.worker import Worker
 from converter.convert import ConvertOptions, convert_checkpoint
+from converter.journal.journal_file import Journal
+from converter.journal.keys import ExpertKey
+from converter.journal.records import LayerRecord, Record, ShardRecord
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, NotConvertedError, OutputError, RecipeError, SourceError

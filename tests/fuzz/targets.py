@@ -21,8 +21,8 @@ from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.checkpoint.outline import PlannedFolder
 from converter.checkpoint.source import Checkpoint
-from converter.conversion.journal import JOURNAL_NAME, Journal, read_pin
-from converter.conversion.records import (
+from converter.journal.journal_file import JOURNAL_NAME, Journal, read_pin
+from converter.journal.records import (
     ExpertRecord,
     LayerRecord,
     LinearRecord,
@@ -33,7 +33,7 @@ from converter.conversion.records import (
 from converter.recipe.bit_rules import parse_rules
 from converter.recipe.recipe_file import recipe_settings
 from converter.recipe.recipes import make_recipe
-from converter.solvers.protocol import SquaredError
+from converter.squared_error import SquaredError
 from formats.checksums import xxh3_of
 from formats.config.strict_json import parse
 from formats.errors import MoeConvertError

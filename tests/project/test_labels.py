@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.cli.show.terminal import printable
-from converter.conversion.records import Record
+from converter.journal.records import Record
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact

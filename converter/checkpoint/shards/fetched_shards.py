@@ -14,7 +14,7 @@ from math import inf
 from pathlib import Path
 
 from converter.checkpoint.shards.shard_source import ShardNeed, Stopped
-from converter.conversion.keys import UnitKey
+from converter.journal.keys import UnitKey
 from formats.errors import DoesNotFitError, SourceError
 from formats.files.io_errors import io_error, translated
 from formats.files.output_file import OutputFile, make_folder, remove, rename

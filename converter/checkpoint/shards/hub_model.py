@@ -4,8 +4,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.checkpoint.source_kinds import INDEX_NAME, check_names
-from converter.conversion.journal import Pin, read_pin
+from converter.checkpoint.shards.source_kinds import INDEX_NAME, check_names
+from converter.journal.journal_file import Pin, read_pin
 from formats.config.generation_config import GENERATION_NAME
 from formats.config.side_files import MAX_BYTES, MAX_FILES, is_side_file
 from formats.errors import SourceError

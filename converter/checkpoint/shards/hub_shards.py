@@ -11,7 +11,7 @@ from pathlib import Path
 from converter.checkpoint.shards.fetched_shards import FetchedShards
 from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.shards.shard_source import ShardNeed, Shards, file_sha256, pread_into
-from converter.conversion.keys import UnitKey
+from converter.journal.keys import UnitKey
 from formats.errors import SourceError
 from formats.files.io_errors import translated
 from formats.files.paths import open_regular

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.conversion.keys import UnitKey
+from converter.journal.keys import UnitKey
 from formats.errors import SourceError
 from formats.files.io_errors import translated
 from formats.files.paths import check_no_pointer, locate_source, open_regular

@@ -30,7 +30,7 @@ Examples:
 @output_options(interrupted="nothing was changed")
 def command(output: Output) -> None:
     """Show versions, the kernels and the solver in use with the reason, and the GPUs."""
-    from converter.solvers import solver_library
+    from converter.solvers.native import solver_library
     from loader.arithmetic import kernels
     from loader.cuda.device_choice import describe_gpus
 

@@ -8,7 +8,7 @@ from source_folders import SINGLE, W1, Tensors, fused, make_single, put, rewrite
 
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from converter.solvers import solver_library
+from converter.solvers.native import solver_library
 from formats.errors import MoeConvertError
 
 

@@ -14,7 +14,7 @@ from inside import inside
 
 from converter.checkpoint.shards.fetched_shards import FetchedShards
 from converter.checkpoint.shards.shard_source import ShardNeed, Stopped
-from converter.conversion.keys import ExpertKey
+from converter.journal.keys import ExpertKey
 from formats.errors import DoesNotFitError, HubError
 from formats.hub.ranges import Retries
 from formats.hub.repo import HubRepo

@@ -9,7 +9,7 @@ from converter.recipe import recipes
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipe_options import RecipeOptions
 from converter.recipe.recipes import RECIPES, make_recipe
-from converter.solvers import solver_library
+from converter.solvers.native import solver_library
 from formats.errors import RecipeError
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from converter.calibration.input_statistics import block_moments
+from converter.calibration.moments import block_moments
 from converter.solvers.down_correction import DownCorrection
 
 WIDTH = 64

@@ -12,7 +12,7 @@ from make_checkpoint import Shape, make_checkpoint
 
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.calibration.calibration_text import calibration_tokens
-from converter.calibration.input_statistics import second_moment
+from converter.calibration.moments import second_moment
 from converter.checkpoint.outline import Outline
 from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from converter.solvers import feedback_native, hqq_native, solver_library
-from converter.solvers.feedback_native import (
+from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order
+from converter.solvers.native import feedback_native, hqq_native, solver_library
+from converter.solvers.native.feedback_native import (
     FeedbackError,
-    SingularHessianError,
+    SingularStatisticsError,
     factorize,
     quantize_feedback,
 )
-from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order
 from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
@@ -485,11 +485,11 @@ def test_a_hessian_that_is_not_positive_definite_is_refused_with_its_block() -> 
     for wrong in (torch.nan, torch.inf, -1e6):
         metric = blocks_of(hessian(512))
         metric[1, 3, 3] = wrong
-        with pytest.raises(SingularHessianError, match="block 1"):
+        with pytest.raises(SingularStatisticsError, match="block 1"):
             factorize(metric)
     indefinite = torch.eye(64)
     indefinite[0, 1] = indefinite[1, 0] = 2
-    with pytest.raises(SingularHessianError, match="block 0"):
+    with pytest.raises(SingularStatisticsError, match="block 0"):
         factorize(indefinite)
 
 

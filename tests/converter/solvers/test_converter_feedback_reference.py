@@ -3,20 +3,15 @@
 import pytest
 import torch
 
+from converter.solver_errors import NonFiniteWeightsError, SingularStatisticsError
 from converter.solvers.feedback_order import (
     columns_in_order,
     group_order,
     hessian_in_order,
     matrix_in_place,
 )
-from converter.solvers.feedback_reference import (
-    SingularStatisticsError,
-    factorize,
-    feedback_rows,
-    refit_rows,
-)
+from converter.solvers.feedback_reference import factorize, feedback_rows, refit_rows
 from converter.solvers.hqq_package import quantize_rows
-from converter.solvers.protocol import NonFiniteWeightsError
 from formats.packing import PACKINGS, dequantize, pack, unpack
 
 every_packing = pytest.mark.parametrize("packing", PACKINGS.values(), ids=list(PACKINGS))

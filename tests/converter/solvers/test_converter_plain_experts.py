@@ -22,7 +22,7 @@ from converter.cli.main import cli
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipe_file import recipe_settings
 from converter.recipe.recipes import make_recipe
-from converter.solvers import solver_library
+from converter.solvers.native import solver_library
 from converter.source_origin import SourceOrigin
 from formats import FORMAT_VERSION
 from formats.artifact import Artifact

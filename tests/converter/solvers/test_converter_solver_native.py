@@ -8,8 +8,8 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from converter.solvers import hqq_native, solver_library
 from converter.solvers.hqq_package import quantize_rows, round_scales
+from converter.solvers.native import hqq_native, solver_library
 from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())

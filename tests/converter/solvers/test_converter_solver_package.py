@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from converter.solvers.hqq_package import quantize_rows, round_scales
-from converter.solvers.protocol import SquaredError
+from converter.squared_error import SquaredError
 from formats.errors import SourceError
 from formats.packing import PACKINGS, dequantize, packing_named
 

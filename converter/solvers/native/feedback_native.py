@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.solvers.refit_native import refit_tiles
-from converter.solvers.tile_place import check_place
-from formats.errors import MoeConvertError
-
-DAMPING = 0.01
-"""Added to the diagonal of a Hessian, in parts of its mean: docs/quality.md has what others do."""
-
+from converter.solver_errors import SingularStatisticsError
+from converter.solvers.input_statistics import HESSIAN_DAMPING
+from converter.solvers.native.refit_native import refit_tiles
+from converter.solvers.native.tile_place import check_place
+from converter.squared_error import SquaredError
 
 GAIN_RANK = 32
 """Directions of a full-width Hessian that the gain sees exactly; from 16 on no further gain in KL
@@ -26,63 +24,49 @@ EXACT_GAIN_COLUMNS = 1024
 """Blocks up to this width take the gain in the whole Hessian's metric."""
 
 
-class SingularHessianError(MoeConvertError):
-    """A Hessian that is not positive definite even when damped: NaN, infinities, or no sum of
-    squares at all.
-    """
-
-    def __init__(self, block: int) -> None:
-        super().__init__(
-            f"the Hessian of column block {block} is not positive definite",
-            "calibrate with more or other text",
-        )
-        self.block = block
-
-
 @dataclass(frozen=True)
-class FeedbackError:
-    """Sums over a matrix, in fp64; e = weight - dequantized, H the Hessian without damping.
+class FeedbackErrors:
+    """Errors of a matrix, with e = weight - dequantized and H the Hessian without damping.
 
-    sum_hessian_error: of e^T H e over rows; sum_hessian: of w^T H w. Without the exact gain both
-    are estimates, good to a few percent.
+    weights: sums of e² and weight². outputs: sums over rows of eᵀHe and wᵀHw; without the exact
+    gain both are estimates, good to a few percent.
     """
 
-    sum_squared_error: float
-    sum_squares: float
-    sum_hessian_error: float
-    sum_hessian: float
+    weights: SquaredError
+    outputs: SquaredError
 
     @classmethod
-    def total(cls, tile_errors: Sequence[Tensor]) -> "FeedbackError":
-        """The sum over tiles (fp64 [tiles, 4] each), in order: the same number however tiles were
-        dealt to threads.
+    def over_tiles(cls, tile_errors: Sequence[Tensor]) -> "FeedbackErrors":
+        """Return the sum of float64 [tiles, 4] tensors, tile by tile in order.
+
+        The order fixes the last bits, however the tiles were dealt to threads.
         """
         sums = [0.0] * 4
         for row in torch.cat(list(tile_errors)).tolist():
             sums = [total + part for total, part in zip(sums, row, strict=True)]
-        return cls(*sums)
+        return cls(SquaredError(*sums[:2]), SquaredError(*sums[2:]))
 
 
-def factorize(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+def hessian_factor(hessian: Tensor, damping: float = HESSIAN_DAMPING) -> Tensor:
     """The upper triangular V, float32, with V·V^T = H + damping·mean(diag H)·I, for each block of
     columns.
 
     hessian: float32 or float64 [columns, columns], or [blocks, columns of a block, the same];
     symmetric. Inputs that never differ from zero have a zero row and column. Where columns do not
     fill the last block, its rest is zero. V, not the factor of the inverse that GPTQ takes: the
-    same codes, without inverting (converter/native/feedback.h). Raises SingularHessianError.
+    same codes, without inverting (converter/native/feedback.h). Raises SingularStatisticsError.
     """
     blocks = hessian if hessian.dim() == 3 else hessian[None]
     factors = torch.empty_like(blocks, dtype=torch.float32)
     for index, block in enumerate(blocks):
-        factors[index] = _factorize_block(block, damping, index)
+        factors[index] = _block_factor(block, damping, index)
     return factors.view(hessian.shape)
 
 
-def _factorize_block(block: Tensor, damping: float, index: int) -> Tensor:
+def _block_factor(block: Tensor, damping: float, index: int) -> Tensor:
     added = _damping_of(block, damping)
     if not 0 <= added < torch.inf:
-        raise SingularHessianError(index)
+        raise SingularStatisticsError(index)
     for dtype in dict.fromkeys((block.dtype, torch.float64)):
         # Cholesky of the matrix turned around, turned back, is upper triangular.
         turned = block.to(dtype).flip(0, 1)
@@ -93,7 +77,7 @@ def _factorize_block(block: Tensor, damping: float, index: int) -> Tensor:
         factor: Tensor = lower.flip(0, 1).float()
         if info == 0 and bool(torch.isfinite(factor).all()) and float(factor.diagonal().min()) > 0:
             return factor
-    raise SingularHessianError(index)
+    raise SingularStatisticsError(index)
 
 
 @dataclass(frozen=True)
@@ -157,7 +141,7 @@ def quantize_feedback_tiles(
     factor: Tensor,
     hessian: Tensor,
     *,
-    damping: float = DAMPING,
+    damping: float = HESSIAN_DAMPING,
     tile_begin: int = 0,
     tile_end: int | None = None,
     stride_tiles: int = 1,
@@ -172,7 +156,7 @@ def quantize_feedback_tiles(
 
     weight, out, tile_begin, tile_end, stride_tiles, isa: as in `solver_native.quantize_tiles`; same
     errors.
-    factor, hessian: as `factorize(hessian, damping)` gave it, float32 [columns, columns], or
+    factor, hessian: as `hessian_factor(hessian, damping)` gave it, float32 [columns, columns], or
     [blocks, B, B] with B a multiple of 256.
     order: int32 [groups], in which order the groups are taken
     (converter/solvers/feedback_order.py); factor, hessian and metric are then of the columns in
@@ -182,7 +166,7 @@ def quantize_feedback_tiles(
     in several calls, or gate and up share it. Default: in blocks of up to EXACT_GAIN_COLUMNS, so
     that only wider ones need a metric.
     static: S and M from the weights alone, before any error is carried to them; faster by a little,
-    worse by a lot. Returns fp64 [tiles, 4]: see `FeedbackError.total`.
+    worse by a lot. Returns fp64 [tiles, 4]: see `FeedbackErrors.over_tiles`.
     """
     place = check_place(weight, packing, out, tile_begin, tile_end, stride_tiles)
     blocks, hessians = (factor, hessian) if factor.dim() == 3 else (factor[None], hessian[None])
@@ -230,10 +214,10 @@ def quantize_feedback_tiles(
 
 def quantize_feedback(
     weight: Tensor, packing: str, out: Tensor, factor: Tensor, hessian: Tensor, **options: Any
-) -> FeedbackError:
+) -> FeedbackErrors:
     """Quantizes a whole matrix into `out` on this thread; arguments and errors as in
     `quantize_feedback_tiles`.
     """
-    return FeedbackError.total(
+    return FeedbackErrors.over_tiles(
         [quantize_feedback_tiles(weight, packing, out, factor, hessian, **options)]
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from converter.conversion.records import Record
+from converter.journal.records import Record
 from formats import JOURNAL_NAME
 from formats.checksums import xxh3_of
 from formats.config.strict_json import parse

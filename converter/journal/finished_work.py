@@ -5,9 +5,9 @@ journal.
 from pathlib import Path
 from typing import Any
 
-from converter.conversion.journal import Journal
-from converter.conversion.keys import ExpertKey, LayerKey, RecordKey, ShardKey
-from converter.conversion.records import ExpertRecord, LayerRecord, Record, ShardRecord
+from converter.journal.journal_file import Journal
+from converter.journal.keys import ExpertKey, LayerKey, RecordKey, ShardKey
+from converter.journal.records import ExpertRecord, LayerRecord, Record, ShardRecord
 
 
 class FinishedWork:

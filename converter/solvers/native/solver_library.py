@@ -4,7 +4,7 @@ import ctypes
 import functools
 from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 
-from converter.solvers.protocol import NonFiniteWeightsError, UnfitWeightsError
+from converter.solver_errors import NonFiniteWeightsError, UnfitWeightsError
 from formats.errors import MoeConvertError
 from formats.native.abi import ISA_NAMES, Status
 from formats.native.libraries import Signatures, load_library

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from converter.checkpoint.notices import notice
-from converter.checkpoint.source_kinds import INDEX_NAME, SINGLE_NAME
+from converter.checkpoint.shards.source_kinds import INDEX_NAME, SINGLE_NAME
 from formats.config.strict_json import parse
 from formats.errors import SourceError
 from formats.files.paths import check_name, read_small_source

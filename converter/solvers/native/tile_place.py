@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converter.solvers.solver_library import Tiles, Weights, packing_id
+from converter.solvers.native.solver_library import Tiles, Weights, packing_id
 from formats.native.abi import DTYPES
 from formats.packing import Packing, tile_packing_named, tiles_of
 
@@ -92,3 +92,12 @@ def weights_structure(weight: Tensor) -> Weights:
     """A checked matrix for the library. It holds the address: keep the tensor alive."""
     rows, columns = weight.shape
     return Weights(weight.data_ptr(), rows, columns, DTYPES[weight.dtype])
+
+
+def flat_tiles(tiles: Tensor) -> tuple[Tensor, int]:
+    """Return a strided view's bytes from first to last tile, uint8 [n], and its stride in tiles.
+
+    tiles: uint8 [tiles, tile_bytes].
+    """
+    size = (len(tiles) - 1) * tiles.stride(0) + tiles.shape[1]
+    return tiles.as_strided((size,), (1,)), tiles.stride(0) // tiles.shape[1]

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from converter.conversion.keys import ExpertKey, LayerKey, LinearKey, RecordKey, ShardKey, TensorKey
-from converter.solvers.protocol import SquaredError
+from converter.journal.keys import ExpertKey, LayerKey, LinearKey, RecordKey, ShardKey, TensorKey
+from converter.squared_error import SquaredError
 from formats.index import Label, Natural, Sha256, Xxh3
 from formats.writer import Place
 

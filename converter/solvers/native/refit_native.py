@@ -7,8 +7,8 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from converter.solvers.solver_library import Metric, library, raise_for
-from converter.solvers.tile_place import TilePlace, weights_structure
+from converter.solvers.native.solver_library import Metric, library, raise_for
+from converter.solvers.native.tile_place import TilePlace, weights_structure
 from formats.native.abi import ISAS
 
 _STATIC = 4
@@ -31,7 +31,7 @@ def refit_tiles(
     """Quantizes the tiles of `place`; errors: fp64 [tiles, 4], written
     (converter/native/solver_api.h).
 
-    factor: float32 [blocks, columns of a block, the same]. converter/solvers/feedback_native.py
+    factor: float32 [blocks, columns of a block, the same]. converter/solvers/native/feedback_native.py
     says what the tensors are.
     """
     columns = place.weight.shape[1]

@@ -15,7 +15,7 @@ from converter.conversion.plan import ConversionPlan
 from converter.conversion.units import expert_units, shard_needs
 from converter.conversion.worker import run_all
 from converter.recipe.bit_budget import choose_bits, ladder
-from converter.solvers.protocol import CalibratedSolver
+from converter.solvers.interface import CalibratedSolver
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,51 @@
+"""HQQ alone by the native library, with float32 scale and zero, for comparisons with the package."""
+
+from ctypes import byref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from converter.solvers.native.solver_library import library, raise_for
+from converter.solvers.native.tile_place import check_weight, weights_structure
+from formats.native.abi import ISAS
+
+_ROUND_ZERO = 1
+
+
+@dataclass(frozen=True)
+class HqqGroups:
+    """HQQ's own result: `w = (codes - zero)·scale`.
+
+    codes: uint8 [rows, columns]; scale, zero: float32 [rows, groups].
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def hqq(
+    weight: Tensor, nbits: int, group_size: int, *, round_zero: bool = False, isa: str = "auto"
+) -> HqqGroups:
+    """HQQ alone, with float32 scale and zero: what the hqq package gives for axis=1.
+
+    weight: as in `quantize_tiles`; groups run along the columns, the last one may be short.
+    nbits: 2, 3 or 4; group_size: 16, 32 or 64. round_zero: start from a rounded zero, as hqq's
+    BaseQuantizeConfig does for 4 bits, at 1-2 % more error. Values that are not finite give
+    undefined codes.
+    """
+    check_weight(weight)
+    rows, columns = weight.shape
+    groups = -(-columns // group_size)
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
+    flags, addresses = (
+        _ROUND_ZERO if round_zero else 0,
+        (scale.data_ptr(), zero.data_ptr(), codes.data_ptr()),
+    )
+    status = library().moe_hqq(
+        byref(weights_structure(weight)), nbits, group_size, flags, ISAS[isa], *addresses
+    )
+    raise_for(status, isa)
+    return HqqGroups(codes, scale, zero)
