@@ -12,7 +12,6 @@ from torch import Tensor
 from converter.checkpoint.config_check import check_with_transformers
 from converter.checkpoint.foreign_layouts import foreign_role
 from converter.checkpoint.model_shape import ModelShape
-from converter.checkpoint.notices import notice
 from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.shards.hub_shards import HubShards
 from converter.checkpoint.shards.shard_index import shard_names
@@ -30,6 +29,7 @@ from converter.solver_errors import DAMAGED_HINT
 from formats.config.checkpoint_config import read_config
 from formats.config.generation_config import read_generation_config
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
+from formats.files.log_once import warn_once
 from formats.index import Architecture
 from formats.labels import to_label
 from formats.safetensors_header import Header, max_header_bytes
@@ -262,7 +262,7 @@ class Checkpoint:
             yield Weight(name, shard, entry.dtype, entry.shape, header.data_offset + entry.begin)
         if self.overlaid:
             first, shard = next(iter(self.overlaid.items()))
-            notice(
+            warn_once(
                 f"{self._shards.where}: {len(self.overlaid)} tensors are in several shards; the copy that {INDEX_NAME}"
                 f" names counts: {first} in {shard}"
             )
@@ -276,14 +276,14 @@ class Checkpoint:
         if not self.architecture.tie_word_embeddings or head is None:
             return
         if embedding is None:
-            notice(
+            warn_once(
                 f"{self._shards.where}: {name} is not stored; {HEAD} is both, since they are tied"
             )
             self.trunk[name] = self.trunk.pop(HEAD)
         elif self._equal(head, embedding):
             del self.trunk[HEAD]
         else:
-            notice(
+            warn_once(
                 f"{self._shards.where}: tie_word_embeddings in config.json is true, but {HEAD} in {head.shard} differs"
                 f" from {name} in {embedding.shard}: both are kept, not tied, as transformers does"
             )

@@ -12,9 +12,9 @@ import torch
 from converter.checkpoint.foreign_layouts import foreign_role, plain_name
 from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.names import ExpertTensor, FusedTensor
-from converter.checkpoint.notices import notice
 from formats.config.model_types import MODEL_TYPES, ModelType
 from formats.errors import SourceError
+from formats.files.log_once import warn_once
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 HEAD = "lm_head.weight"
@@ -114,7 +114,7 @@ class SourceTensors:
             raise _extra(self.where, extra, self.shape)
         if renamed:
             first = renamed[0].name
-            notice(
+            warn_once(
                 f"{self.where}: {len(renamed)} tensors are read under other names: {first} as {plain_name(first)}"
             )
 

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
-from converter.checkpoint.notices import notice
 from converter.checkpoint.shards.source_kinds import INDEX_NAME, SINGLE_NAME
 from formats.config.strict_json import parse
 from formats.errors import SourceError
+from formats.files.log_once import warn_once
 from formats.files.paths import check_name, read_small_source
 
 
@@ -38,7 +38,7 @@ def shard_names(folder: Path, there: Collection[str]) -> tuple[list[str], dict[s
         read = (
             f"the shards that {INDEX_NAME} names" if weight_map else f"the weights in {SINGLE_NAME}"
         )
-        notice(f"{folder}: {read} count, as in transformers; not read: {', '.join(sorted(others))}")
+        warn_once(f"{folder}: {read} count, as in transformers; not read: {', '.join(sorted(others))}")
     return names, weight_map
 
 
