@@ -18,6 +18,7 @@ from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from converter.solvers.native import feedback_native, hqq_native, solver_library
+from converter.squared_error import SquaredError
 from formats.native.abi import ISAS
 from formats.packing import PACKINGS, Packing, dequantize, unpack
 
@@ -61,10 +62,10 @@ class Subject:
         self.weight = torch.randn(rows, columns, generator=generator).mul_(0.02).to(torch.bfloat16)
         self.hessian = correlated_hessian(columns)
         self.blocks = diagonal_blocks(self.hessian)
-        self.factorize_s = best_of(1, lambda: feedback_native.factorize(self.hessian))
-        self.factorize_blocks_s = best_of(1, lambda: feedback_native.factorize(self.blocks))
-        self.factor = feedback_native.factorize(self.hessian)
-        self.factor_blocks = feedback_native.factorize(self.blocks)
+        self.factorize_s = best_of(1, lambda: feedback_native.hessian_factor(self.hessian))
+        self.factorize_blocks_s = best_of(1, lambda: feedback_native.hessian_factor(self.blocks))
+        self.factor = feedback_native.hessian_factor(self.hessian)
+        self.factor_blocks = feedback_native.hessian_factor(self.blocks)
         self.metric_s = best_of(1, lambda: feedback_native.gain_metric(self.factor))
         self.metric = feedback_native.gain_metric(self.factor)
 
@@ -76,15 +77,15 @@ class Subject:
         # Touched, so that no page faults are timed.
         out = torch.zeros(packing.matrix_bytes(*weight.shape), dtype=torch.uint8)
 
-        def plain(refit: bool) -> hqq_native.QuantizeError:
+        def plain(refit: bool) -> SquaredError:
             return hqq_native.quantize_matrix(weight, packing.name, out, refit=refit, isa=isa)
 
-        def in_blocks() -> feedback_native.FeedbackError:
+        def in_blocks() -> feedback_native.FeedbackErrors:
             return feedback_native.quantize_feedback(
                 weight, packing.name, out, self.factor_blocks, self.blocks, isa=isa
             )
 
-        def full_width() -> feedback_native.FeedbackError:
+        def full_width() -> feedback_native.FeedbackErrors:
             return feedback_native.quantize_feedback(
                 weight,
                 packing.name,

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from converter.solver_errors import SingularStatisticsError
-from converter.solvers.hqq_package import FP16_MAX
 from converter.solvers.input_statistics import HESSIAN_DAMPING
+from converter.solvers.reference_math import FP16_MAX, quantization_error
 from converter.solvers.refit_reference import (
     WeightGroups,
     checked_weights,
     row_scales,
     search_scales,
-    squared_error,
     under_row_scales,
     with_gain,
 )
@@ -108,4 +107,4 @@ def feedback_rows(
         codes.to(torch.uint8), s.to(torch.int16), m.to(torch.int16), ds.half(), dm.half()
     )
     matrix = with_gain(weight, matrix, packing, hessian)
-    return matrix, squared_error(weight, matrix, packing)
+    return matrix, quantization_error(weight, matrix, packing)

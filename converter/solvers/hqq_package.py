@@ -7,12 +7,9 @@ import importlib.metadata
 import torch
 from torch import Tensor
 
-from converter.solver_errors import NonFiniteWeightsError, UnfitWeightsError
+from converter.solvers.reference_math import check_finite, fp16_row_scales, quantization_error
 from converter.squared_error import SquaredError
-from formats.packing import Packing, QuantizedMatrix, dequantize, pack
-
-FP16_MAX = 65504.0
-FP16_TINY = 2.0**-24
+from formats.packing import Packing, QuantizedMatrix, pack
 
 
 class PackageHqq:
@@ -27,8 +24,7 @@ class PackageHqq:
 
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
         """As `Solver.solve`."""
-        if count := int((~torch.isfinite(weight)).sum()):
-            raise NonFiniteWeightsError(count)
+        check_finite(weight)
         matrix, error = quantize_rows(weight, packing)
         tiles.copy_(pack(matrix, packing))
         return error
@@ -43,9 +39,7 @@ def quantize_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, Sq
     weight = weight.float()
     scale, minimum = _hqq(weight, packing.nbits, packing.group_size)
     matrix = round_scales(weight, scale, minimum, packing)
-    deviation = (dequantize(matrix, packing.group_size) - weight).double()
-    squares = weight.double()
-    return matrix, SquaredError(float(deviation.square_().sum()), float(squares.square_().sum()))
+    return matrix, quantization_error(weight, matrix, packing)
 
 
 def round_scales(
@@ -76,10 +70,7 @@ def round_scales(
 def _under_row_scale(values: Tensor, least: int, most: int) -> tuple[Tensor, Tensor]:
     """(fp16 row scales, integers as float32 [rows, groups]) with scale · integer ≈ values."""
     largest = values.clamp(min=0).amax(1) if least == 0 else values.abs().amax(1)
-    row = largest / most
-    if float(row.max()) > FP16_MAX:
-        raise UnfitWeightsError(f"a weight scale of {float(row.max()):.3g} does not fit into fp16")
-    half = torch.where(row > 0, row.clamp(min=FP16_TINY), row).half()
+    half = fp16_row_scales(largest, most)
     divisor = half.float()
     divisor = torch.where(divisor > 0, divisor, 1.0)
     return half, (values / divisor[:, None]).round_().clamp_(least, most)

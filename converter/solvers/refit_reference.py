@@ -9,8 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converter.solver_errors import NonFiniteWeightsError, UnfitWeightsError
-from converter.solvers.hqq_package import FP16_MAX, FP16_TINY
+from converter.solver_errors import UnfitWeightsError
+from converter.solvers.reference_math import (
+    FP16_MAX,
+    check_finite,
+    fp16_row_scales,
+    quantization_error,
+)
 from converter.squared_error import SquaredError
 from formats.packing import Packing, QuantizedMatrix, dequantize
 
@@ -34,7 +39,7 @@ def refit_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, Squar
         codes.to(torch.uint8), s.to(torch.int16), m.to(torch.int16), ds.half(), dm.half()
     )
     matrix = with_gain(weight, matrix, packing, None)
-    return matrix, squared_error(weight, matrix, packing)
+    return matrix, quantization_error(weight, matrix, packing)
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,10 @@ def row_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tensor]:
     few groups.
     """
     scale, minimum = search_scales(groups, packing)
-    ds = _largest(scale.clamp(min=0), packing.max_s)
-    dm = _largest(minimum.clamp(min=0) if packing.min_m == 0 else minimum.abs(), packing.max_m)
+    ds = _row_scales_for(scale.clamp(min=0), packing.max_s)
+    dm = _row_scales_for(
+        minimum.clamp(min=0) if packing.min_m == 0 else minimum.abs(), packing.max_m
+    )
     if packing.scale_bits == 8:
         return ds, dm
     best = torch.full_like(ds, torch.inf)
@@ -103,14 +110,8 @@ def under_row_scales(
     return s, m, codes, error.sum((1, 2))
 
 
-def _largest(values: Tensor, most: int) -> Tensor:
-    """The row scale [rows] that gives the largest value the integer `most`; UnfitWeightsError if
-    fp16 lacks it.
-    """
-    row = values.amax(1) / most
-    if float(row.max()) > FP16_MAX:
-        raise UnfitWeightsError(f"a weight scale of {float(row.max()):.3g} does not fit into fp16")
-    return torch.where(row > 0, row.clamp(min=FP16_TINY), row).half().float()
+def _row_scales_for(values: Tensor, max_integer: int) -> Tensor:
+    return fp16_row_scales(values.amax(1), max_integer).float()
 
 
 def search_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -194,15 +195,9 @@ def checked_weights(weight: Tensor, packing: Packing) -> Tensor:
     """float32 weights that the packing's scales can reach; beyond that, squared errors overflow
     unseen.
     """
-    if count := int((~torch.isfinite(weight)).sum()):
-        raise NonFiniteWeightsError(count)
+    check_finite(weight)
     weight = weight.float()
     largest = float(weight.abs().max())
     if largest > FP16_MAX * (packing.max_s * packing.max_code + packing.max_m):
         raise UnfitWeightsError(f"weights up to {largest:g} do not fit under scales in fp16")
     return weight
-
-
-def squared_error(weight: Tensor, matrix: QuantizedMatrix, packing: Packing) -> SquaredError:
-    deviation = (dequantize(matrix, packing.group_size) - weight).double()
-    return SquaredError(float(deviation.square_().sum()), float(weight.double().square_().sum()))

@@ -31,7 +31,7 @@ from converter.calibration.state_file import write_state
 from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from converter.solvers import calibrated_solvers
+from converter.solvers import feedback
 from formats.errors import OutputError, RecipeError, SourceError
 from formats.index import read_index
 from formats.reading.verify import verify_folder
@@ -40,13 +40,13 @@ from formats.reading.verify import verify_folder
 @pytest.fixture(autouse=True)
 def reference_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are about calibration, whatever the library does."""
-    monkeypatch.setattr(calibrated_solvers, "NativeFeedback", calibrated_solvers.ReferenceFeedback)
+    monkeypatch.setattr(feedback, "NativeFeedback", feedback.ReferenceFeedback)
 
 
 @pytest.fixture(scope="module")
 def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrated_solvers, "NativeFeedback", calibrated_solvers.ReferenceFeedback)
+        patch.setattr(feedback, "NativeFeedback", feedback.ReferenceFeedback)
         out = tmp_path_factory.mktemp("reference") / "out"
         convert(source, out)
     return hashes(out)

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from converter.solver_errors import SingularStatisticsError
 from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order
+from converter.solvers.input_statistics import HESSIAN_DAMPING
 from converter.solvers.native import feedback_native, hqq_native, solver_library
 from converter.solvers.native.feedback_native import (
-    FeedbackError,
-    SingularStatisticsError,
-    factorize,
+    FeedbackErrors,
+    hessian_factor,
     quantize_feedback,
 )
+from converter.squared_error import SquaredError
 from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
@@ -58,12 +60,12 @@ def room(weight: Tensor, name: str) -> Tensor:
     return torch.full((PACKINGS[name].matrix_bytes(*weight.shape),), 0xA5, dtype=torch.uint8)
 
 
-def feedback(weight: Tensor, name: str, metric: Tensor, **options) -> tuple[Tensor, FeedbackError]:
+def feedback(weight: Tensor, name: str, metric: Tensor, **options) -> tuple[Tensor, FeedbackErrors]:
     out = room(weight, name)
-    return out, quantize_feedback(weight, name, out, factorize(metric), metric, **options)
+    return out, quantize_feedback(weight, name, out, hessian_factor(metric), metric, **options)
 
 
-def refit(weight: Tensor, name: str, **options) -> tuple[Tensor, hqq_native.QuantizeError]:
+def refit(weight: Tensor, name: str, **options) -> tuple[Tensor, SquaredError]:
     out = room(weight, name)
     return out, hqq_native.quantize_matrix(weight, name, out, refit=True, **options)
 
@@ -267,7 +269,7 @@ def reference(weight: Tensor, name: str, metric: Tensor, damping: float) -> Quan
 def test_feedback_is_that_of_the_float64_reference_but_for_ties(name: str, columns: int) -> None:
     w, metric = weights((48, columns)), hessian(columns)
     out, _ = feedback(w, name, metric)
-    expected = reference(w, name, metric, feedback_native.DAMPING)
+    expected = reference(w, name, metric, HESSIAN_DAMPING)
     ours = unpacked(out, name, w)
     # A tie that falls otherwise moves every later column of its row.
     same = (
@@ -313,7 +315,7 @@ def test_static_feedback_with_the_identity_is_refit(name: str) -> None:
         plain, error = refit(w, name)
         out, same = feedback(w, name, torch.eye(shape[1]), static=True)
         assert torch.equal(out, plain)
-        assert same.sum_squared_error == error.sum_squared_error
+        assert same.weights.error == error.error
         in_blocks = feedback(w, name, blocks_of(torch.eye(shape[1])), static=True)[0]
         assert torch.equal(in_blocks, plain)
 
@@ -325,13 +327,11 @@ def test_sums_are_those_of_the_unpacked_weights(name: str, exact_gain: bool) -> 
         w, metric = weights(shape).to(torch.bfloat16), hessian(shape[1])
         out, error = feedback(w, name, metric, exact_gain=exact_gain)
         off = w.float() - restored(out, name, w)
-        assert error.sum_squares == pytest.approx(float(w.double().square().sum()), rel=1e-12)
-        assert error.sum_squared_error == pytest.approx(
-            float(off.double().square().sum()), rel=1e-6
-        )
+        assert error.weights.total == pytest.approx(float(w.double().square().sum()), rel=1e-12)
+        assert error.weights.error == pytest.approx(float(off.double().square().sum()), rel=1e-6)
         close = 0.01 if exact_gain else 0.1  # estimated with the gain
-        assert error.sum_hessian == pytest.approx(squares(w, metric), rel=close)
-        assert error.sum_hessian_error == pytest.approx(squares(off, metric), rel=close)
+        assert error.outputs.total == pytest.approx(squares(w, metric), rel=close)
+        assert error.outputs.error == pytest.approx(squares(off, metric), rel=close)
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
@@ -339,7 +339,7 @@ def test_rows_keep_their_gain(name: str) -> None:
     w, metric = weights((64, 512)), hessian(512)
     for options in ({"exact_gain": True}, {"exact_gain": False}):
         back = restored(feedback(w, name, metric, **options)[0], name, w)
-        damped = metric + feedback_native.DAMPING * metric.diagonal().mean() * torch.eye(512)
+        damped = metric + HESSIAN_DAMPING * metric.diagonal().mean() * torch.eye(512)
         gain = ((w @ damped) * back).sum(1) / ((w @ damped) * w).sum(1)
         assert torch.allclose(gain, torch.ones(64), atol=0.002 if options["exact_gain"] else 0.02)
     back = restored(refit(w, name)[0], name, w)
@@ -371,7 +371,7 @@ def test_every_isa_gives_the_same_bytes_and_sums(name: str) -> None:
 def test_tile_ranges_on_two_threads_give_the_bytes_and_sums_of_one_call(name: str) -> None:
     w, metric = weights((11 * 32 - 7, 520)).to(torch.bfloat16), hessian(520)
     whole, error = feedback(w, name, metric)
-    factor, out = factorize(metric), torch.zeros_like(whole)
+    factor, out = hessian_factor(metric), torch.zeros_like(whole)
     tile_bytes = PACKINGS[name].tile_bytes(520)
 
     def part(ends: tuple[int, int]) -> Tensor:
@@ -383,7 +383,7 @@ def test_tile_ranges_on_two_threads_give_the_bytes_and_sums_of_one_call(name: st
     with ThreadPoolExecutor(2) as pool:
         errors = list(pool.map(part, [(0, 1), (1, 1), (1, 4), (4, 11)]))
     assert torch.equal(out, whole)
-    assert FeedbackError.total(errors) == error
+    assert FeedbackErrors.over_tiles(errors) == error
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
@@ -401,7 +401,7 @@ def test_gate_and_up_interleave_tile_by_tile(name: str) -> None:
     w, metric = weights((70, 300)), hessian(300)
     tile_bytes = PACKINGS[name].tile_bytes(300)
     out = torch.full((6 * tile_bytes,), 7, dtype=torch.uint8)
-    quantize_feedback(w, name, out, factorize(metric), metric, stride_tiles=2)
+    quantize_feedback(w, name, out, hessian_factor(metric), metric, stride_tiles=2)
     assert (out.view(6, -1)[1::2] == 7).all()
     assert torch.equal(out.view(6, -1)[::2].reshape(-1), feedback(w, name, metric)[0])
 
@@ -423,13 +423,13 @@ def test_zero_rows_and_groups_stay_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
-@pytest.mark.parametrize("damping", [feedback_native.DAMPING, 0.0])
+@pytest.mark.parametrize("damping", [HESSIAN_DAMPING, 0.0])
 def test_dead_inputs_disturb_nothing(name: str, damping: float) -> None:
     w, metric = weights((32, 512)), hessian(512)
     metric[100:150] = 0
     metric[:, 100:150] = 0
     out = room(w, name)
-    quantize_feedback(w, name, out, factorize(metric, damping), metric, damping=damping)
+    quantize_feedback(w, name, out, hessian_factor(metric, damping), metric, damping=damping)
     assert error_in(metric, w, out, name) < 0.06
     assert (w - restored(out, name, w))[:, 100:150].square().sum() < 0.5 * w[
         :, 100:150
@@ -454,7 +454,7 @@ def test_small_and_large_weights_and_inputs(name: str, factor: float) -> None:
     w, metric = weights((32, 256)) * factor, hessian(256) * 1e12
     error = feedback(w, name, metric)[1]
     if factor > 1e-6:  # under that fp16 super-scales are no longer fine enough
-        assert error.sum_hessian_error < 0.05 * error.sum_hessian
+        assert error.outputs.error < 0.05 * error.outputs.total
 
 
 # ---- refusals ----
@@ -486,16 +486,16 @@ def test_a_hessian_that_is_not_positive_definite_is_refused_with_its_block() -> 
         metric = blocks_of(hessian(512))
         metric[1, 3, 3] = wrong
         with pytest.raises(SingularStatisticsError, match="block 1"):
-            factorize(metric)
+            hessian_factor(metric)
     indefinite = torch.eye(64)
     indefinite[0, 1] = indefinite[1, 0] = 2
     with pytest.raises(SingularStatisticsError, match="block 0"):
-        factorize(indefinite)
+        hessian_factor(indefinite)
 
 
 def test_the_factor_gives_the_damped_hessian_back() -> None:
     for metric in (hessian(300), hessian(300).double(), blocks_of(hessian(512))):
-        factor = factorize(metric, 0.1)
+        factor = hessian_factor(metric, 0.1)
         assert factor.dtype == torch.float32
         assert factor.shape == metric.shape
         assert torch.equal(factor, factor.triu())
@@ -507,7 +507,7 @@ def test_the_factor_gives_the_damped_hessian_back() -> None:
 
 def test_wrong_tensors_are_refused() -> None:
     name, w, metric = PACKING_NAMES[0], weights((32, 512)), hessian(512)
-    factor, out = factorize(metric), room(w, name)
+    factor, out = hessian_factor(metric), room(w, name)
     wrong = [
         (factor.double(), metric),
         (factor[:256, :256], metric[:256, :256]),
@@ -547,7 +547,7 @@ def test_groups_in_another_order_are_those_of_moved_columns(
         for bytes_ in (out, other)
     )
     assert torch.equal(found[:, moved], expected)
-    assert error.sum_hessian_error == pytest.approx(same.sum_hessian_error)
+    assert error.outputs.error == pytest.approx(same.outputs.error)
 
 
 @pytest.mark.parametrize("order", [[1, 0, 3, 2, 4, 4], [0, 1, 2, 3, 4, 6], [4, 1, 2, 3, 0, 5]])

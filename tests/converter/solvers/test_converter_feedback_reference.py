@@ -10,8 +10,9 @@ from converter.solvers.feedback_order import (
     hessian_in_order,
     matrix_in_place,
 )
-from converter.solvers.feedback_reference import factorize, feedback_rows, refit_rows
+from converter.solvers.feedback_reference import feedback_rows, inverse_factor
 from converter.solvers.hqq_package import quantize_rows
+from converter.solvers.refit_reference import refit_rows
 from formats.packing import PACKINGS, dequantize, pack, unpack
 
 every_packing = pytest.mark.parametrize("packing", PACKINGS.values(), ids=list(PACKINGS))
@@ -47,7 +48,7 @@ def output_error(weight: torch.Tensor, matrix: object, packing: object, x: torch
 
 def test_factor_is_the_upper_root_of_the_damped_inverse() -> None:
     h = hessian(inputs(), 384)
-    factor = factorize(h, 0.05)[0].double()
+    factor = inverse_factor(h, 0.05)[0].double()
     damped = h[0].double() + 0.05 * h[0].double().diagonal().mean() * torch.eye(
         384, dtype=torch.float64
     )
@@ -62,7 +63,7 @@ def test_factor_is_the_upper_root_of_the_damped_inverse() -> None:
 def test_feedback_lowers_the_error_of_outputs(packing: object, width: int) -> None:
     w, x = weights(), inputs()
     h = hessian(x, width)
-    matrix, _ = feedback_rows(w, packing, h, factorize(h))  # type: ignore[arg-type]
+    matrix, _ = feedback_rows(w, packing, h, inverse_factor(h))  # type: ignore[arg-type]
     plain, _ = refit_rows(w, packing)  # type: ignore[arg-type]
     assert output_error(w, matrix, packing, x) < 0.8 * output_error(w, plain, packing, x)
 
@@ -79,7 +80,7 @@ def test_refit_lowers_the_weight_error_of_hqq(packing: object) -> None:
 def test_result_survives_packing(packing: object) -> None:
     w, x = weights(40, 200), inputs(200)
     h = hessian(x, 256)
-    for matrix, _ in (refit_rows(w, packing), feedback_rows(w, packing, h, factorize(h))):  # type: ignore[arg-type]
+    for matrix, _ in (refit_rows(w, packing), feedback_rows(w, packing, h, inverse_factor(h))):  # type: ignore[arg-type]
         again = unpack(pack(matrix, packing), packing, 40, 200)  # type: ignore[arg-type]
         assert torch.equal(
             dequantize(again, packing.group_size),  # type: ignore[attr-defined]
@@ -90,7 +91,7 @@ def test_result_survives_packing(packing: object) -> None:
 @every_packing
 def test_rows_do_not_depend_on_each_other(packing: object) -> None:
     w, h = weights(), hessian(inputs(), 384)
-    factor = factorize(h)
+    factor = inverse_factor(h)
     whole, _ = feedback_rows(w, packing, h, factor)  # type: ignore[arg-type]
     part, _ = feedback_rows(w[32:], packing, h, factor)  # type: ignore[arg-type]
     assert float((whole.codes[32:] != part.codes).float().mean()) < 0.01  # gemm may round otherwise
@@ -102,7 +103,7 @@ def test_zero_rows_and_dead_columns_stay_zero_and_harmless() -> None:
     x[:, 100:130] = 0
     packing = PACKINGS["tile32-q2-g16-s4"]
     h = hessian(x, 384)
-    matrix, error = feedback_rows(w, packing, h, factorize(h))
+    matrix, error = feedback_rows(w, packing, h, inverse_factor(h))
     found = dequantize(matrix, packing.group_size)
     assert not found[3].any()
     assert torch.isfinite(found).all()
@@ -112,7 +113,7 @@ def test_zero_rows_and_dead_columns_stay_zero_and_harmless() -> None:
 @pytest.mark.parametrize("h", [torch.zeros(1, 8, 8), torch.full((1, 8, 8), torch.nan)])
 def test_singular_statistics_are_refused(h: torch.Tensor) -> None:
     with pytest.raises(SingularStatisticsError):
-        factorize(h)
+        inverse_factor(h)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -133,9 +134,9 @@ def test_strongest_groups_go_first_and_end_where_they_were(packing: object) -> N
     assert int(order[0]) >= 320 // size
     ordered = hessian_in_order(h, order, size)
     moved, _ = feedback_rows(
-        w[:, columns_in_order(order, size)], packing, ordered, factorize(ordered)
+        w[:, columns_in_order(order, size)], packing, ordered, inverse_factor(ordered)
     )  # type: ignore[arg-type]
-    plain, _ = feedback_rows(w, packing, h, factorize(h))  # type: ignore[arg-type]
+    plain, _ = feedback_rows(w, packing, h, inverse_factor(h))  # type: ignore[arg-type]
     matrix = matrix_in_place(moved, order, size)
     assert output_error(w, matrix, packing, x) < 0.8 * output_error(w, plain, packing, x)
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from hqq.core.quantize import Quantizer
+from native_hqq import hqq
 from torch import Tensor
 
 from converter.solvers.hqq_package import quantize_rows, round_scales
 from converter.solvers.native import hqq_native, solver_library
+from converter.squared_error import SquaredError
 from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
@@ -166,7 +168,7 @@ def reference_matrix(weight: Tensor, name: str) -> QuantizedMatrix:
     )
 
 
-def quantize(weight: Tensor, name: str, **options) -> tuple[Tensor, hqq_native.QuantizeError]:
+def quantize(weight: Tensor, name: str, **options) -> tuple[Tensor, SquaredError]:
     p = PACKINGS[name]
     tiles = -(-weight.shape[0] // 32)
     out = torch.full((tiles * p.tile_bytes(weight.shape[1]),), 0xA5, dtype=torch.uint8)
@@ -194,7 +196,7 @@ def test_codes_are_those_of_the_hqq_package(kind: str, nbits: int, group_size: i
         w, axis=1, optimize=True, bitpack=False, device="cpu", **options
     )
     theirs = w - ((codes - meta["zero"]) * meta["scale"]).view(w.shape)
-    ours = hqq_native.hqq(w, nbits, group_size, round_zero=nbits == 4)
+    ours = hqq(w, nbits, group_size, round_zero=nbits == 4)
     groups = ours.codes.view(256, -1, group_size).float()
     error = w - ((groups - ours.zero[..., None]) * ours.scale[..., None]).view(w.shape)
     assert torch.equal(ours.scale.view(-1), meta["scale"].view(-1))
@@ -211,8 +213,8 @@ def test_bytes_are_those_of_the_torch_path_but_for_ties(kind: str, name: str) ->
     matrix, theirs = quantize_rows(w, PACKINGS[name])
     tiles, ours = quantize(w, name)
     assert (tiles != pack(matrix, PACKINGS[name])).float().mean() < 1e-3
-    assert ours.sum_squared_error == pytest.approx(theirs.error, rel=1e-3)
-    assert ours.sum_squares == pytest.approx(theirs.total, rel=1e-12)
+    assert ours.error == pytest.approx(theirs.error, rel=1e-3)
+    assert ours.total == pytest.approx(theirs.total, rel=1e-12)
 
 
 # ---- the reference ----
@@ -224,7 +226,7 @@ def test_scale_and_zero_are_those_of_the_reference(kind: str, nbits: int, group_
     for shape in SHAPES:
         w = weights(kind, shape)
         scale, zero = reference_hqq(w, nbits, group_size, round_zero=nbits == 4)
-        ours = hqq_native.hqq(w, nbits, group_size, round_zero=nbits == 4)
+        ours = hqq(w, nbits, group_size, round_zero=nbits == 4)
         assert np.array_equal(ours.scale.numpy(), scale)
         assert np.array_equal(ours.zero.numpy(), zero)
 
@@ -269,10 +271,10 @@ def test_error_is_that_of_the_unpacked_weights(name: str, refit: bool) -> None:
         w = weights("gaussian", shape).to(torch.bfloat16)
         tiles, error = quantize(w, name, refit=refit)
         back = dequantize(unpack(tiles, PACKINGS[name], *shape), PACKINGS[name].group_size)
-        assert error.sum_squared_error == pytest.approx(
+        assert error.error == pytest.approx(
             (w.double() - back.double()).square().sum().item(), rel=1e-6
         )
-        assert error.sum_squares == pytest.approx(w.double().square().sum().item(), rel=1e-12)
+        assert error.total == pytest.approx(w.double().square().sum().item(), rel=1e-12)
 
 
 # ---- refit ----
@@ -283,10 +285,10 @@ def test_error_is_that_of_the_unpacked_weights(name: str, refit: bool) -> None:
 def test_refit_does_not_raise_the_error(kind: str, name: str) -> None:
     w = weights(kind, (64, 1024))
     plain, refitted = quantize(w, name)[1], quantize(w, name, refit=True)[1]
-    assert refitted.sum_squared_error <= plain.sum_squared_error * (1 + 1e-6)
+    assert refitted.error <= plain.error * (1 + 1e-6)
     part = {2: 0.86, 3: 0.93, 4: 0.97}[PACKINGS[name].nbits]
     if kind in ("gaussian", "student"):
-        assert refitted.sum_squared_error < part * plain.sum_squared_error
+        assert refitted.error < part * plain.error
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
@@ -295,7 +297,7 @@ def test_refit_keeps_a_row_with_one_constant_group(name: str) -> None:
     w = weights("gaussian", (32, 512))
     w[:, :64] = 0.01
     error = quantize(w, name, refit=True)[1]
-    assert error.sum_squared_error < 0.12 * error.sum_squares
+    assert error.error < 0.12 * error.total
 
 
 # ---- parts, threads, layout ----
@@ -319,7 +321,7 @@ def test_tile_ranges_on_two_threads_give_the_bytes_and_error_of_one_call(
     with ThreadPoolExecutor(2) as pool:
         errors = list(pool.map(part, [(0, 1), (1, 1), (1, 4), (4, 5)]))
     assert torch.equal(out, whole)
-    assert hqq_native.QuantizeError.total(errors) == error
+    assert hqq_native.summed_over_tiles(errors) == error
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)
@@ -376,7 +378,7 @@ def test_wrong_tensors_are_refused() -> None:
         with pytest.raises(ValueError):
             hqq_native.quantize_tiles(weight, name, to, **options)
     with pytest.raises(ValueError):
-        hqq_native.hqq(w, 5, 16)
+        hqq(w, 5, 16)
 
 
 def test_describe_names_the_isa_and_the_library() -> None:
