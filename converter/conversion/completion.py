@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from converter.conversion.index_assembly import assemble_index
 from converter.conversion.plan import ConversionPlan
 from converter.journal.finished_work import FinishedWork
 from converter.journal.keys import ShardKey
 from converter.journal.records import ShardRecord
-from converter.output.index_assembly import assemble_index
 from converter.output.output_files import OutputFiles
 from converter.output.source_side_files import copy_files, write_config
 from converter.output.weight_errors import write_quality
@@ -35,13 +35,8 @@ def complete(
     ]
     quality = write_quality(work.records, out)
     index = assemble_index(
-        checkpoint,
+        plan,
         shard_sha256,
-        recipe,
-        plan.output,
-        plan.options.codec,
-        plan.solver,
-        plan.tokens,
         files.trunk,
         [record for layer in range(len(plan.output.layouts)) if (record := work.layer(layer))],
         copied,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from converter.conversion.units import EXPERT_MATRICES
+from converter.checkpoint.names import EXPERT_MATRICES
 from converter.journal.records import ExpertRecord, LinearRecord, Record
 from converter.squared_error import SquaredError
 from formats.quality import QUALITY_NAME

@@ -19,7 +19,7 @@ from bad_folders import BAD_FOLDERS, VECTORS, copy_of_good, spoil
 from made_traces import random_experts, trace_of
 from make_checkpoint import SHAPES, make_checkpoint
 
-from converter.checkpoint.outline import PlannedFolder
+from converter.output.planned_folder import PlannedFolder
 from converter.checkpoint.source import Checkpoint
 from converter.journal.journal_file import JOURNAL_NAME, Journal, read_pin
 from converter.journal.records import (
@@ -280,7 +280,7 @@ def _plan(scratch: Path) -> Target:
 
     def run(data: bytes) -> None:
         (scratch / "config.json").write_bytes(data)
-        PlannedFolder.of(scratch, recipe)
+        PlannedFolder.plan(scratch, recipe)
 
     return Target([json.dumps(plain).encode(), config], run)
 

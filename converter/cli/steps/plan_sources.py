@@ -62,9 +62,9 @@ def _of_artifact(artifact: "Artifact", files: list[Path], folder: Path | None) -
 
 
 def _of_checkpoint(folder: Path, recipe: str, files: list[Path]) -> PlanSource:
-    from converter.checkpoint.outline import PlannedFolder
+    from converter.output.planned_folder import PlannedFolder
     from converter.recipe.recipes import make_recipe
     from loader.planning.memory_plan import ModelSizes
 
-    planned = PlannedFolder.of(folder, make_recipe(recipe))
+    planned = PlannedFolder.plan(folder, make_recipe(recipe))
     return PlanSource(ModelSizes.of_parts(planned, planned.trunk), recipe, files)

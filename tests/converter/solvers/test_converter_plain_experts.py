@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.checkpoint.names import ExpertTensor
-from converter.checkpoint.outline import PlannedFolder
+from converter.output.planned_folder import PlannedFolder
 from converter.checkpoint.source import Checkpoint
 from converter.cli.main import cli
 from converter.convert import ConvertOptions, convert_checkpoint
@@ -229,7 +229,7 @@ def test_config_alone_gives_the_sizes_of_the_folder(source: Path, tmp_path: Path
     artifact = Artifact.open(
         convert(source, tmp_path / "out", "2bit", rules=["1=16bit"], solver="hqq")
     )
-    planned = PlannedFolder.of(source, make_recipe("2bit", rules=["1=16bit"], solver="hqq"))
+    planned = PlannedFolder.plan(source, make_recipe("2bit", rules=["1=16bit"], solver="hqq"))
     assert [planned.layout(n, 0) for n in range(3)] == [artifact.layout(n, 0) for n in range(3)]
 
 

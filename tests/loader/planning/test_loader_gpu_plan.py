@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from project_paths import ROOT
 
-from converter.checkpoint.outline import PlannedFolder
+from converter.output.planned_folder import PlannedFolder
 from converter.recipe.recipes import make_recipe
 from formats.errors import DoesNotFitError
 from loader.budget.expert_sizes import staging_experts
@@ -168,7 +168,7 @@ def test_the_documents_numbers_of_8x7b_are_what_is_computed(example_folder, tmp_
     }
     config |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    outline = PlannedFolder.of(tmp_path, make_recipe("2bit"))
+    outline = PlannedFolder.plan(tmp_path, make_recipe("2bit"))
     sizes = ModelSizes.of_parts(outline, outline.trunk)
     misses = uniform_tier_misses(sizes.architecture, LrfuPolicy)
     page = PAGE.read_text()

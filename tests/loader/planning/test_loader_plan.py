@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from made_traces import random_experts, trace_of
 
-from converter.checkpoint.outline import PlannedFolder
+from converter.output.planned_folder import PlannedFolder
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
@@ -141,7 +141,7 @@ def test_compressed_experts_are_read_compressed_and_copied(example_folder, tmp_p
 @pytest.mark.parametrize("recipe", ["2bit", "4bit"])
 def test_a_checkpoint_is_planned_as_its_conversion_will_be(converted, example_folder, recipe):
     converted_sizes = ModelSizes.of_folder(Artifact.open(converted(recipe)))
-    outline = PlannedFolder.of(Path(example_folder), make_recipe(recipe, solver="hqq"))
+    outline = PlannedFolder.plan(Path(example_folder), make_recipe(recipe, solver="hqq"))
     sizes = ModelSizes.of_parts(outline, outline.trunk)
     for name in (
         "stored",
