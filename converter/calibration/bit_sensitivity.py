@@ -35,8 +35,8 @@ from converter.forward.expert_forward import (
 from converter.forward.layer_forward import LayerForward
 from converter.forward.layer_loop import LayerLoop, LayerWork, Piece, Steps
 from converter.forward.ordered_tasks import RunAll
+from converter.input_statistics import InputStatistics
 from converter.solver_errors import SingularStatisticsError
-from converter.solvers.input_statistics import InputStatistics
 from converter.solvers.interface import CalibratedSolver
 from formats.errors import SourceError
 from formats.packing import TILE_ROWS, tile_packing_named

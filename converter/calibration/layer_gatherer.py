@@ -12,7 +12,7 @@ from converter.forward.layer_forward import LayerForward
 from converter.forward.layer_loop import LayerWork, Piece
 from converter.forward.loaded_layer import Inputs, Routed
 from converter.forward.ordered_tasks import RunAll
-from converter.solvers.input_statistics import InputStatistics
+from converter.input_statistics import InputStatistics
 
 ROWS_IN_A_PART = 2048
 """Of activations whose moments are summed at once."""

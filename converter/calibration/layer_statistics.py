@@ -11,8 +11,8 @@ from torch import Tensor
 from converter.calibration.moments import block_moments, effective_tokens, second_moment
 from converter.forward.expert_forward import ROWS_AT_ONCE, inner_activations
 from converter.forward.ordered_tasks import one_by_one
+from converter.input_statistics import InputStatistics
 from converter.solvers.down_correction import DownCorrection
-from converter.solvers.input_statistics import InputStatistics
 
 DOWN_BLOCK = 256
 """Columns of a block of down's statistics, if nothing else is asked for; full width takes 822 MB an

@@ -16,12 +16,12 @@ from converter.checkpoint.names import EXPERT_MATRICES, ExpertTensor
 from converter.checkpoint.shards.shard_source import Stopped
 from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.source_tensors import Weight
+from converter.input_statistics import InputStatistics
 from converter.journal.keys import ExpertKey, LinearKey, TensorKey
 from converter.journal.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.output.conversion_sizes import OutputPlan, chunk_rows
 from converter.solver_errors import SingularStatisticsError, UnfitWeightsError
 from converter.solvers.down_correction import DownCorrection
-from converter.solvers.input_statistics import InputStatistics
 from converter.solvers.interface import CalibratedSolver, Solver
 from converter.solvers.plain_rows import store_rows
 from converter.squared_error import SquaredError

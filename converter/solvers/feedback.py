@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from converter.input_statistics import InputStatistics
 from converter.solver_errors import SingularStatisticsError
 from converter.solvers.feedback_order import (
     columns_in_order,
@@ -11,7 +12,6 @@ from converter.solvers.feedback_order import (
     matrix_in_place,
 )
 from converter.solvers.feedback_reference import feedback_rows, inverse_factor
-from converter.solvers.input_statistics import InputStatistics
 from converter.solvers.interface import Solver
 from converter.solvers.native import feedback_native, solver_library
 from converter.solvers.native.tile_place import flat_tiles

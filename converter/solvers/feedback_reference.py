@@ -10,8 +10,8 @@ bits, bench/quality.py).
 import torch
 from torch import Tensor
 
+from converter.input_statistics import HESSIAN_DAMPING
 from converter.solver_errors import SingularStatisticsError
-from converter.solvers.input_statistics import HESSIAN_DAMPING
 from converter.solvers.reference_math import FP16_MAX, quantization_error
 from converter.solvers.refit_reference import (
     WeightGroups,

@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from converter.solvers.input_statistics import InputStatistics
+from converter.input_statistics import InputStatistics
 from converter.squared_error import SquaredError
 from formats.packing import Packing
 

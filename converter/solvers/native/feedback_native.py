@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.input_statistics import HESSIAN_DAMPING
 from converter.solver_errors import SingularStatisticsError
-from converter.solvers.input_statistics import HESSIAN_DAMPING
 from converter.solvers.native.refit_native import refit_tiles
 from converter.solvers.native.tile_place import check_place
 from converter.squared_error import SquaredError

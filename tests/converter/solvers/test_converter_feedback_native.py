@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from converter.input_statistics import HESSIAN_DAMPING
 from converter.solver_errors import SingularStatisticsError
 from converter.solvers.feedback_order import columns_in_order, group_order, hessian_in_order
-from converter.solvers.input_statistics import HESSIAN_DAMPING
 from converter.solvers.native import feedback_native, hqq_native, solver_library
 from converter.solvers.native.feedback_native import (
     FeedbackErrors,

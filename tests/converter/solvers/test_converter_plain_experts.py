@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.checkpoint.names import ExpertTensor
-from converter.output.planned_folder import PlannedFolder
 from converter.checkpoint.source import Checkpoint
 from converter.cli.main import cli
 from converter.convert import ConvertOptions, convert_checkpoint
+from converter.output.planned_folder import PlannedFolder
 from converter.recipe.recipe_file import recipe_settings
 from converter.recipe.recipes import make_recipe
 from converter.solvers.native import solver_library
