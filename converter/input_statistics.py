@@ -1,4 +1,4 @@
-"""Second moments of a linear layer's inputs. Calibrated solvers minimize output errors with them."""
+"""Second moments of a linear layer's inputs: calibration sums them, calibrated solvers use them."""
 
 import threading
 from collections.abc import Callable

@@ -57,7 +57,7 @@ class LayerStatistics:
     down: InputStatistics = field(default_factory=_nothing)
     products: torch.dtype = torch.float32
 
-    def of_gate_up(self, expert: int) -> tuple[InputStatistics, int]:
+    def gate_up_statistics(self, expert: int) -> tuple[InputStatistics, int]:
         """Of an expert's gate and up, and how many tokens reached it."""
         tokens = self.experts[expert].tokens
         weights = self.weights[tokens]
@@ -69,7 +69,7 @@ class LayerStatistics:
         own = InputStatistics(moment[None], effective_tokens(weights))
         return own.shrunk(self.gate_up, PRIOR_SHARE * moment.shape[0]), len(weights)
 
-    def of_down(
+    def down_statistics(
         self, expert: int, gate: Rows, up: Rows
     ) -> tuple[InputStatistics, DownCorrection | None]:
         """Of an expert's down, given its quantized gate and up, and how to correct its weights for
@@ -99,7 +99,7 @@ class LayerStatistics:
         shrunk = InputStatistics(moment / total, effective).shrunk(self.down, prior)
         # The layer's moments are those of the original, which lacks nothing.
         share = effective / (effective + prior)
-        return shrunk, DownCorrection.of(difference * (share / total), shrunk.hessian)
+        return shrunk, DownCorrection.solve(difference * (share / total), shrunk.hessian)
 
 
 def rows_at_once(width: int) -> int:

@@ -76,7 +76,7 @@ class Worker:
         gate_stored, up_stored, down_stored = split(layout, blob)
         if calibrated and isinstance(layout.gate_up, Packing):
             self._check_stop()
-            statistics, tokens = calibrated.of_gate_up(key.expert)
+            statistics, tokens = calibrated.gate_up_statistics(key.expert)
         for projection, stored in zip(
             EXPERT_MATRICES, (gate_stored, up_stored, down_stored), strict=True
         ):
@@ -91,7 +91,7 @@ class Worker:
                 gate, up = (
                     partial(_rows, t, layout.gate_up, hidden) for t in (gate_stored, up_stored)
                 )
-                statistics, correction = calibrated.of_down(key.expert, gate, up)
+                statistics, correction = calibrated.down_statistics(key.expert, gate, up)
             errors[projection], was_calibrated = self._quantize(
                 weight, packing, stored, statistics, correction
             )

@@ -1,10 +1,9 @@
-"""Down, fitted to what reaches it: the activations that the quantized gate and up give, towards the
-original's outputs.
+"""Correction of an expert's down matrix for the errors of its quantized gate and up.
 
-With h the original's inner activations and h' those after quantization, the W' for which W'h' is
-nearest to W h is W + W·D·(H' + λ)⁻¹, D = Σ (h - h')·h'ᵀ, H' = Σ h'·h'ᵀ; in blocks of columns, as
-down's statistics are. Nothing beyond the expert is needed for it (docs/quality.md has what it
-buys).
+h is the original's inner activations, h' those after gate and up are quantized. The W' whose
+outputs W'h' are nearest to W h is W + W·D·(H' + λ)⁻¹, with D = Σ (h - h')·h'ᵀ and H' = Σ h'·h'ᵀ.
+It is computed in blocks of columns, as the statistics of down are. It needs no tensor outside the
+expert. docs/quality.md has the gain.
 """
 
 from dataclasses import dataclass
@@ -13,34 +12,36 @@ import torch
 from torch import Tensor
 
 CORRECTION_DAMPING = 0.05
-"""Of the mean diagonal of H'."""
+"""λ as a share of the mean diagonal of H'."""
 
 
 @dataclass(frozen=True)
 class DownCorrection:
-    """factor: float32 [blocks, width, width], D·(H' + λ)⁻¹ of each block of columns."""
+    """factor: D·(H' + λ)⁻¹ of each block of columns, float32 [blocks, width, width]."""
 
     factor: Tensor
 
     @classmethod
-    def of(cls, difference: Tensor, moment: Tensor) -> "DownCorrection | None":
-        """From D and H', float32 [blocks, width, width] each; None where they are not finite."""
+    def solve(cls, difference: Tensor, moment: Tensor) -> "DownCorrection | None":
+        """Return the correction for D and H', or None if they are not finite.
+
+        difference, moment: float32 [blocks, width, width].
+        """
         damped = moment.double()
         diagonal = damped.diagonal(dim1=1, dim2=2)
         added = CORRECTION_DAMPING * diagonal.mean(1, keepdim=True)
         diagonal += torch.where(added > 0, added, 1.0)
         if not bool(torch.isfinite(damped).all() and torch.isfinite(difference).all()):
             return None
-        # H' is symmetric: D·A⁻¹ is the transpose of A⁻¹·Dᵀ.
+        # H' is symmetric, so D·A⁻¹ is the transpose of A⁻¹·Dᵀ.
         solved = torch.linalg.solve(damped, difference.double().transpose(1, 2))
         return cls(solved.transpose(1, 2).float().contiguous())
 
     def apply(self, weight: Tensor) -> Tensor:
-        """The corrected rows, float32, of rows [n, columns] of down."""
+        """Return corrected rows of down, float32 [n, columns], for its rows [n, columns]."""
         blocks, width, _ = self.factor.shape
         rows, columns = weight.shape
-        padded = torch.nn.functional.pad(weight.float(), (0, blocks * width - columns)).view(
-            rows, blocks, width
-        )
-        moved = torch.bmm(padded.transpose(0, 1), self.factor).transpose(0, 1)
-        return (padded + moved).reshape(rows, -1)[:, :columns].contiguous()
+        padded = torch.nn.functional.pad(weight.float(), (0, blocks * width - columns))
+        by_block = padded.view(rows, blocks, width)
+        change = torch.bmm(by_block.transpose(0, 1), self.factor).transpose(0, 1)
+        return (by_block + change).reshape(rows, -1)[:, :columns].contiguous()

@@ -1,4 +1,4 @@
-"""The solver `feedback`: `refit` with error feedback, from the input statistics of calibration."""
+"""The solver `feedback`: `refit` with error feedback; it needs calibration."""
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class ReferenceFeedback(ReferenceRefit):
         size = packing.group_size
         order, hessian = _in_order(statistics, weight.shape[1], size)
         factor = statistics.derived(("factor", size), lambda: inverse_factor(hessian))
-        moved = weight if order is None else weight[:, columns_in_order(order, size)]
-        matrix, error = feedback_rows(moved, packing, hessian, factor)
+        ordered = weight if order is None else weight[:, columns_in_order(order, size)]
+        matrix, error = feedback_rows(ordered, packing, hessian, factor)
         if order is not None:
             matrix = matrix_in_place(matrix, order, size)
         tiles.copy_(pack(matrix, packing))
@@ -92,6 +92,7 @@ def _in_order(
 
 
 def _factor(hessian: Tensor) -> Tensor:
+    # hessian_factor gives a zero Hessian the identity; the caller must fall back to `solve`.
     if not bool(torch.count_nonzero(hessian)):
         raise SingularStatisticsError
     return feedback_native.hessian_factor(hessian)

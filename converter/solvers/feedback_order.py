@@ -1,8 +1,8 @@
-"""In which order error feedback takes a matrix's groups: those first whose inputs are strongest.
+"""Order in which error feedback takes the groups of a matrix: strongest inputs first.
 
-An error is made up for by the columns that are still to come, so what matters most should have most
-of them. Whole groups are taken, not columns as in GPTQ's act-order: a group's columns share a
-scale, which is chosen when its turn comes. Where the groups stand in the packing stays as it is.
+Later columns compensate the error of a column, so the columns that matter most come first. GPTQ's
+act-order moves columns; this order moves whole groups, because the columns of a group share a scale
+that is chosen when the group's turn comes. The packing stores groups at their original position.
 """
 
 import torch
@@ -12,44 +12,47 @@ from formats.packing import QuantizedMatrix
 
 
 def group_order(hessian: Tensor, columns: int, group_size: int) -> Tensor | None:
-    """int32 [groups]: the groups by falling mean square of their inputs, within each block of the
-    Hessian.
+    """Return the groups by descending mean square of their inputs, int32 [groups].
 
-    hessian: float32 [blocks, width, width], width a multiple of group_size. None where columns are
-    no multiple of it.
+    Groups stay in their block of the Hessian. hessian: float32 [blocks, width, width]. Returns None
+    if `columns` or `width` is no multiple of group_size.
     """
-    if columns % group_size or hessian.shape[1] % group_size:
+    width = hessian.shape[1]
+    if columns % group_size or width % group_size:
         return None
-    strength = hessian.diagonal(dim1=1, dim2=2).reshape(-1)[:columns].view(-1, group_size).mean(1)
-    order, a_block = [], hessian.shape[1] // group_size
-    for begin in range(0, len(strength), a_block):
-        order.append(
-            begin + strength[begin : begin + a_block].argsort(descending=True, stable=True)
-        )
+    squares = hessian.diagonal(dim1=1, dim2=2).reshape(-1)[:columns]
+    strength = squares.view(-1, group_size).mean(1)
+    order = []
+    groups_per_block = width // group_size
+    for begin in range(0, len(strength), groups_per_block):
+        block = strength[begin : begin + groups_per_block]
+        order.append(begin + block.argsort(descending=True, stable=True))
     return torch.cat(order).int()
 
 
 def columns_in_order(order: Tensor, group_size: int) -> Tensor:
-    """int64 [columns]: which column stands where."""
+    """Return the original column at each new position, int64 [columns]."""
     return (order.long()[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
 def hessian_in_order(hessian: Tensor, order: Tensor | None, group_size: int) -> Tensor:
-    """The Hessian of the columns in that order; of the same shape."""
+    """Return the Hessian of the reordered columns, [blocks, width, width]."""
     if order is None:
         return hessian
     blocks, width, _ = hessian.shape
     columns = columns_in_order(order, group_size)
     result = torch.zeros_like(hessian)
     for index in range(blocks):
-        own = columns[index * width : (index + 1) * width] - index * width
-        result[index, : len(own), : len(own)] = hessian[index][own[:, None], own]
+        in_block = columns[index * width : (index + 1) * width] - index * width
+        n = len(in_block)
+        result[index, :n, :n] = hessian[index][in_block[:, None], in_block]
     return result
 
 
 def matrix_in_place(matrix: QuantizedMatrix, order: Tensor, group_size: int) -> QuantizedMatrix:
-    """A matrix of columns in that order, its columns back where they belong."""
-    columns, groups = columns_in_order(order, group_size).argsort(), order.argsort()
+    """Return a matrix of reordered columns with its columns back at their original position."""
+    columns = columns_in_order(order, group_size).argsort()
+    groups = order.argsort()
     return QuantizedMatrix(
         matrix.codes[:, columns], matrix.s[:, groups], matrix.m[:, groups], matrix.ds, matrix.dm
     )

@@ -1,5 +1,6 @@
-"""The hqq package's solver, then super-scales, then codes chosen again for the rounded scales: the
-oracle of ours.
+"""The solver `hqq-package`: HQQ by the hqq package, in torch. Tests compare the native `hqq` to it.
+
+The package gives float scales; they are rounded to the packing's, then codes are chosen again.
 """
 
 import importlib.metadata
@@ -13,7 +14,7 @@ from formats.packing import Packing, QuantizedMatrix, pack
 
 
 class PackageHqq:
-    """Quantizes by the hqq package, in torch: 2 to 7 million weights a second and core."""
+    """`hqq` by the hqq package: 2 to 7 million weights a second and core."""
 
     # Measured: hqq keeps a dozen float32 copies.
     bytes_a_weight = 48
@@ -23,7 +24,7 @@ class PackageHqq:
         self.version = ", ".join(versions)
 
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
-        """As `Solver.solve`."""
+        """Implement `Solver.solve`."""
         check_finite(weight)
         matrix, error = quantize_rows(weight, packing)
         tiles.copy_(pack(matrix, packing))
@@ -31,10 +32,10 @@ class PackageHqq:
 
 
 def quantize_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, SquaredError]:
-    """`weight` [rows, columns] of any float dtype, quantized by the hqq package and rounded to the
-    packing's scales.
+    """Quantize rows by the hqq package and round the scales to the packing's.
 
-    Raises UnfitWeightsError if a row's scale does not fit into fp16.
+    weight: [rows, columns] of any float dtype. Raises UnfitWeightsError if a row's scale exceeds
+    fp16.
     """
     weight = weight.float()
     scale, minimum = _hqq(weight, packing.nbits, packing.group_size)
@@ -45,10 +46,10 @@ def quantize_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, Sq
 def round_scales(
     weight: Tensor, scale: Tensor, minimum: Tensor, packing: Packing
 ) -> QuantizedMatrix:
-    """`weight` ≈ scale·q − minimum (float32 [rows, groups] each) with both rounded to S and M under
-    row scales.
+    """Round scales and minima to S and M under row scales, then choose the codes.
 
-    The codes are chosen after the rounding. docs/numerics.md states every step.
+    weight ≈ scale·q − minimum; scale, minimum: float32 [rows, groups]. docs/numerics.md states
+    every step.
     """
     rows, columns = weight.shape
     ds, s = _under_row_scale(scale, 0, packing.max_s)
@@ -67,20 +68,22 @@ def round_scales(
     )
 
 
-def _under_row_scale(values: Tensor, least: int, most: int) -> tuple[Tensor, Tensor]:
-    """(fp16 row scales, integers as float32 [rows, groups]) with scale · integer ≈ values."""
-    largest = values.clamp(min=0).amax(1) if least == 0 else values.abs().amax(1)
-    half = fp16_row_scales(largest, most)
-    divisor = half.float()
+def _under_row_scale(values: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
+    """Return fp16 row scales [rows] and integers, float32 [rows, groups]: scale · integer ≈ value.
+
+    lowest, highest: range of the integers.
+    """
+    largest = values.clamp(min=0).amax(1) if lowest == 0 else values.abs().amax(1)
+    row_scale = fp16_row_scales(largest, highest)
+    divisor = row_scale.float()
     divisor = torch.where(divisor > 0, divisor, 1.0)
-    return half, (values / divisor[:, None]).round_().clamp_(least, most)
+    return row_scale, (values / divisor[:, None]).round_().clamp_(lowest, highest)
 
 
 def _hqq(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Scale and scale·zero, float32 [rows, groups], of the hqq package's solver, groups along the
-    columns.
+    """Return HQQ's scale and scale·zero, float32 [rows, groups]; groups run along the columns.
 
-    Columns that do not fill a group make a shorter last group.
+    The last group is shorter if the columns do not fill it.
     """
     columns = weight.shape[1]
     whole = columns - columns % group_size
@@ -88,9 +91,9 @@ def _hqq(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Tensor]:
     if whole < columns:
         parts.append((weight[:, whole:], columns - whole))
     solved = [_hqq_groups(part.contiguous(), nbits, size) for part, size in parts]
-    return torch.cat([scale for scale, _ in solved], 1), torch.cat(
-        [minimum for _, minimum in solved], 1
-    )
+    scales = torch.cat([scale for scale, _ in solved], 1)
+    minima = torch.cat([minimum for _, minimum in solved], 1)
+    return scales, minima
 
 
 def _hqq_groups(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -106,19 +109,18 @@ def _hqq_groups(weight: Tensor, nbits: int, group_size: int) -> tuple[Tensor, Te
         compute_dtype=torch.float32,
         device="cpu",
     )
-    scale, zero = meta["scale"].view(rows, -1), meta["zero"].view(rows, -1)
+    scale = meta["scale"].view(rows, -1)
+    zero = meta["zero"].view(rows, -1)
     codes = codes.view(rows, -1, group_size)
-    # A group with a single code needs no scale: hqq gives those of a narrow range the scale 1,
-    # which as the largest of its row would leave nothing for the others. Its value goes into the
-    # minimum.
+    # hqq gives a group of a narrow range the scale 1. As the largest of its row, this scale would
+    # round the others to 0. A group with a single code needs no scale: the minimum holds its value.
     lowest, highest = codes.amin(2), codes.amax(2)
     single = lowest == highest
-    return torch.where(single, 0.0, scale), torch.where(
-        single, scale * (zero - lowest), scale * zero
-    )
+    minimum = torch.where(single, scale * (zero - lowest), scale * zero)
+    return torch.where(single, 0.0, scale), minimum
 
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:
-    """[rows, groups, group_size], padded with zeros."""
+    """Return the weights in groups, [rows, groups, group_size], padded with zeros."""
     rows, columns = weight.shape
     return torch.nn.functional.pad(weight, (0, -columns % group_size)).view(rows, -1, group_size)

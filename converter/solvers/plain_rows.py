@@ -1,6 +1,4 @@
-"""Weights that stay as they are in the source: copied into plain rows, and the solver of recipes
-with nothing else.
-"""
+"""Plain rows for weights that stay unquantized, and the solver of recipes without quantization."""
 
 import torch
 from torch import Tensor
@@ -13,31 +11,32 @@ from formats.plain_packing import PlainPacking
 
 
 class NoSolver:
-    """Solves nothing."""
+    """Solver of recipes that quantize nothing; it refuses every matrix."""
 
     version = "none"
     bytes_a_weight = 16
-    """What copying takes: the rows as they were read and as they are stored, in float32 for the
-    sums.
-    """
+    """Memory of copying: the rows as read and as stored, and float32 copies for the error sums."""
 
     def solve(self, weight: Tensor, packing: Packing, tiles: Tensor) -> SquaredError:
-        """RecipeError: a recipe that quantizes names a solver."""
-        raise RecipeError(f"{packing.name}: the recipe has no solver", "choose one: --solver")
+        """Raise RecipeError: a recipe that quantizes must name a solver."""
+        raise RecipeError(
+            f"{packing.name}: the recipe quantizes but names no solver", "choose one: --solver NAME"
+        )
 
 
 def plain_packing_for(dtypes: set[str]) -> str:
-    """The packing of experts left as they are that are stored in `dtypes`, as safetensors calls
-    them: exact for BF16 and for F16 alone; F32, and F16 among others, are rounded to bf16.
+    """Return the plain packing for experts with these safetensors dtypes, such as "BF16".
+
+    It is exact if all are BF16 or all are F16. F32, or F16 beside other dtypes, rounds to bf16.
     """
     return "rows-f16" if dtypes == {"F16"} else "rows-bf16"
 
 
 def store_rows(weight: Tensor, packing: PlainPacking, out: Tensor) -> SquaredError:
-    """Writes `weight` [rows, columns] to `out`, of the packing's dtype: as it is, or rounded to
-    nearest even.
+    """Write `weight` [rows, columns] to `out` and return the error.
 
-    Raises UnfitWeightsError where a weight is not finite, or beyond the packing's largest number.
+    out: of the packing's dtype; other dtypes are rounded to nearest even. Raises UnfitWeightsError
+    if a weight is not finite or exceeds the packing's range.
     """
     out.copy_(weight)
     if not bool(torch.isfinite(out).all()):

@@ -19,7 +19,8 @@ from converter.solvers.reference_math import (
 from converter.squared_error import SquaredError
 from formats.packing import Packing, QuantizedMatrix, dequantize
 
-_SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
+# Candidates of the searches: parts of the group's range, and of the largest row scales.
+_RANGE_PARTS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)
 _LEAST_SQUARES_STEPS = 3
 _DS_PARTS = tuple(1.0 - i / 24 for i in range(12))
 _DM_PARTS = tuple(1.0 - i / 16 for i in range(6))
@@ -27,11 +28,9 @@ _MAX_GAIN = 1.5
 
 
 def refit_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, SquaredError]:
-    """`weight` [rows, columns] without calibration: scales by search and least squares, gain
-    corrected.
-    """
+    """Quantize `weight` [rows, columns] without calibration."""
     weight = checked_weights(weight, packing)
-    groups = WeightGroups.of(weight, torch.ones(weight.shape[1]), packing)
+    groups = WeightGroups.split(weight, torch.ones(weight.shape[1]), packing)
     ds, dm = row_scales(groups, packing)
     s, m, codes, _ = under_row_scales(groups, *search_scales(groups, packing), ds, dm, packing)
     codes = codes.reshape(len(weight), -1)[:, : weight.shape[1]]
@@ -44,27 +43,34 @@ def refit_rows(weight: Tensor, packing: Packing) -> tuple[QuantizedMatrix, Squar
 
 @dataclass(frozen=True)
 class WeightGroups:
-    """Weights [rows, groups, size] and what an error of each column counts [1, groups, size], 0 for
-    padding.
+    """Weights in groups, and how much a squared error of each column counts.
+
+    w: float32 [rows, groups, size]. importance: float32 [1, groups, size], 0 for padding.
     """
 
     w: Tensor
-    count: Tensor
+    importance: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, importance: Tensor, packing: Packing) -> "WeightGroups":
-        columns = weight.shape[1]
-        padding = -columns % packing.group_size
-        w = torch.nn.functional.pad(weight, (0, padding)).view(len(weight), -1, packing.group_size)
-        count = torch.nn.functional.pad(importance, (0, padding)).view(1, -1, packing.group_size)
-        # Only what columns of one group count against each other matters when it is fitted.
-        mean = count.sum(2, keepdim=True) / (torch.count_nonzero(count, 2)[..., None]).clamp(min=1)
-        return cls(w, count if w.shape[1] > 1 else count / mean.clamp(min=1e-30))
+    def split(cls, weight: Tensor, importance: Tensor, packing: Packing) -> "WeightGroups":
+        """Split weights [rows, columns] with importance [columns] into the packing's groups."""
+        size = packing.group_size
+        padding = -weight.shape[1] % size
+        w = torch.nn.functional.pad(weight, (0, padding)).view(len(weight), -1, size)
+        padded = torch.nn.functional.pad(importance, (0, padding)).view(1, -1, size)
+        if w.shape[1] > 1:
+            return cls(w, padded)
+        # The fit of a single group depends only on the ratios, so the mean is scaled to 1.
+        columns = torch.count_nonzero(padded, 2)[..., None].clamp(min=1)
+        mean = padded.sum(2, keepdim=True) / columns
+        return cls(w, padded / mean.clamp(min=1e-30))
 
 
 def row_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tensor]:
-    """ds and dm [rows] (float32 that fp16 holds) of least error among some: a smaller one clips a
-    few groups.
+    """Return the row scales ds and dm with the smallest error among the candidates tried.
+
+    float32 [rows] each, exact in fp16. A smaller row scale clips a few groups and rounds the others
+    more finely. 8-bit packings take the largest.
     """
     scale, minimum = search_scales(groups, packing)
     ds = _row_scales_for(scale.clamp(min=0), packing.max_s)
@@ -89,16 +95,16 @@ def row_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tensor]:
 def under_row_scales(
     groups: WeightGroups, scale: Tensor, minimum: Tensor, ds: Tensor, dm: Tensor, packing: Packing
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(S, M [rows, groups], nearest codes [rows, groups, size], weighted squared error [rows]), all
-    float32.
+    """Return S, M, codes and errors of groups under given row scales, all float32.
 
-    M is the one of least error under the rounded S.
+    S, M: [rows, groups]; S is rounded from `scale`, M minimizes the error under this S. codes:
+    nearest codes [rows, groups, size]. errors: weighted squared errors [rows].
     """
     s = (scale / torch.where(ds > 0, ds, 1.0)[:, None]).round_().clamp_(0, packing.max_s)
     step = ds[:, None] * s
     codes = _codes(groups.w, step, minimum, packing.max_code)
-    total = groups.count.sum(2).clamp(min=1e-30)
-    minimum = (groups.count * (codes * step[:, :, None] - groups.w)).sum(2) / total
+    total = groups.importance.sum(2).clamp(min=1e-30)
+    minimum = (groups.importance * (codes * step[:, :, None] - groups.w)).sum(2) / total
     m = (
         (minimum / torch.where(dm > 0, dm, 1.0)[:, None])
         .round_()
@@ -106,7 +112,7 @@ def under_row_scales(
     )
     minimum = dm[:, None] * m
     codes = _codes(groups.w, step, minimum, packing.max_code)
-    error = groups.count * (codes * step[:, :, None] - minimum[:, :, None] - groups.w).square()
+    error = groups.importance * (codes * step[:, :, None] - minimum[:, :, None] - groups.w).square()
     return s, m, codes, error.sum((1, 2))
 
 
@@ -115,10 +121,12 @@ def _row_scales_for(values: Tensor, max_integer: int) -> Tensor:
 
 
 def search_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Scale and minimum, float32 [rows, groups], of least weighted error: each start refined by
-    least squares.
+    """Return the scale and minimum with the smallest weighted error, float32 [rows, groups].
+
+    Least squares refine each start of the range search.
     """
-    w, count = groups.w, groups.count
+    w = groups.w
+    count = groups.importance
     best_error = torch.full(w.shape[:2], torch.inf)
     best_scale, best_minimum = torch.zeros(w.shape[:2]), torch.zeros(w.shape[:2])
     total = count.sum(2)
@@ -149,14 +157,15 @@ def search_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tenso
 
 
 def _starts(w: Tensor, packing: Packing) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scale and minimum of the group's range, and of less and less of it around its middle."""
+    """Yield scale and minimum for the group's range, then for smaller parts around its middle."""
     low, high = w.amin(2), w.amax(2)
     middle = (low + high) / 2
     if packing.min_m == 0:
-        # An unsigned M: minima are not above zero.
-        low, middle = low.clamp(max=0), torch.zeros_like(low)
-    for shrink in _SHRINKS:
-        yield (high - low) * (shrink / packing.max_code), -(middle + (low - middle) * shrink)
+        # M is unsigned, so a group's minimum is not above zero.
+        low = low.clamp(max=0)
+        middle = torch.zeros_like(low)
+    for part in _RANGE_PARTS:
+        yield (high - low) * (part / packing.max_code), -(middle + (low - middle) * part)
 
 
 def _codes(w: Tensor, scale: Tensor, minimum: Tensor, max_code: int) -> Tensor:
@@ -167,12 +176,13 @@ def _codes(w: Tensor, scale: Tensor, minimum: Tensor, max_code: int) -> Tensor:
 def with_gain(
     weight: Tensor, matrix: QuantizedMatrix, packing: Packing, hessian: Tensor | None
 ) -> QuantizedMatrix:
-    """Both row scales times ⟨w,w⟩/⟨w,w'⟩, in the metric of the hessian: least squares had made rows
-    too small.
+    """Multiply both row scales by ⟨w,w⟩/⟨w,w'⟩, because least squares makes rows too small.
+
+    The products are in the metric of `hessian`, or plain if it is None.
     """
-    found = dequantize(matrix, packing.group_size)
+    restored = dequantize(matrix, packing.group_size)
     metric = weight if hessian is None else _times(weight, hessian)
-    gain = (weight * metric).sum(1) / (found * metric).sum(1)
+    gain = (weight * metric).sum(1) / (restored * metric).sum(1)
     gain = torch.where((gain > 1 / _MAX_GAIN) & (gain < _MAX_GAIN), gain, 1.0)
     largest = (torch.maximum(matrix.ds.float(), matrix.dm.float()) * gain).amax()
     if float(largest) > FP16_MAX:
@@ -182,7 +192,7 @@ def with_gain(
 
 
 def _times(weight: Tensor, hessian: Tensor) -> Tensor:
-    """weight · H for a block-diagonal H."""
+    """Return weight · H for a block-diagonal H, [rows, columns]."""
     rows, columns = weight.shape
     blocks, width, _ = hessian.shape
     padded = torch.nn.functional.pad(weight, (0, blocks * width - columns)).view(
@@ -192,8 +202,9 @@ def _times(weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def checked_weights(weight: Tensor, packing: Packing) -> Tensor:
-    """float32 weights that the packing's scales can reach; beyond that, squared errors overflow
-    unseen.
+    """Return the weights as float32; raise UnfitWeightsError if the packing cannot hold them.
+
+    Beyond the largest scales, squared errors would overflow without notice.
     """
     check_finite(weight)
     weight = weight.float()

@@ -1,6 +1,6 @@
 """The solvers by their names in recipes: one entry each, with help text and factory.
 
-Importing this module imports neither torch nor a solver, so that the command line can show it.
+This module imports neither torch nor a solver, so that the command line starts fast.
 """
 
 import importlib
@@ -11,19 +11,22 @@ if TYPE_CHECKING:
     from converter.solvers.interface import Solver
 
 NO_SOLVER = "none"
-"""Solver of recipes that quantize nothing."""
+"""Name of the solver of recipes that quantize nothing."""
 
 
 @dataclass(frozen=True)
 class SolverEntry:
-    """A solver. factory: "module:function" that returns it. calibrated: it needs calibration."""
+    """One solver.
+
+    factory: "module:callable" that returns it. calibrated: True if it needs calibration.
+    """
 
     help: str
     factory: str
     calibrated: bool = False
 
     def make(self) -> "Solver":
-        """Return the solver in the fastest version that can run here."""
+        """Return the solver in its fastest version that runs here."""
         module, _, function = self.factory.partition(":")
         solver: Solver = getattr(importlib.import_module(module), function)()
         return solver

@@ -112,7 +112,7 @@ def test_statistics_are_those_of_the_transformers_model(
             *_, chosen = block.mlp.gate(inputs["mlp"])
             here = (chosen == 1).any(1)
             x = inputs["mlp"][here]
-            gate_up, count = statistics.of_gate_up(1)
+            gate_up, count = statistics.gate_up_statistics(1)
             assert count == len(x)
             prior = PRIOR_SHARE * 64
             expected = (len(x) * moment(x) + prior * moment(inputs["mlp"])) / (len(x) + prior)
@@ -120,7 +120,7 @@ def test_statistics_are_those_of_the_transformers_model(
             rows = block.mlp.experts.gate_up_proj[1].split(96)
             gate, up = (x @ part.T for part in rows)
             h = torch.nn.functional.silu(gate) * up
-            down, correction = statistics.of_down(
+            down, correction = statistics.down_statistics(
                 1, *(lambda b, e, part=part: part[b:e] for part in rows)
             )
             assert correction is not None
@@ -160,7 +160,7 @@ def test_bfloat16_products_give_nearly_the_same_statistics(
                 source, tmp_path, calibration_tokens(checkpoint, "random", 1024), checkpoint
             )
             layer = passes.prepare(2)
-            found.append([layer.of_gate_up(0)[0].hessian, layer.down.hessian])
+            found.append([layer.gate_up_statistics(0)[0].hessian, layer.down.hessian])
     for exact, near in zip(*found, strict=True):
         assert 0 < float((near - exact).norm() / exact.norm()) < 0.02
 
@@ -369,8 +369,8 @@ def test_expert_that_no_token_reached_gets_its_layers_statistics(
         layer.experts[0] = ExpertInputs(
             torch.empty(0, dtype=torch.int64), torch.empty(0, 96, dtype=torch.bfloat16)
         )
-        gate_up, count = layer.of_gate_up(0)
-        down, correction = layer.of_down(
+        gate_up, count = layer.gate_up_statistics(0)
+        down, correction = layer.down_statistics(
             0, lambda begin, end: torch.ones(end - begin, 64), lambda *_: torch.ones(0)
         )
         assert (count, gate_up is layer.gate_up, down is layer.down, correction) == (

@@ -1,6 +1,4 @@
-"""Error feedback (GPTQ/OBQ) by the native solver: each column's rounding error is carried to the
-columns after it.
-"""
+"""Error feedback by the native library: later columns compensate each column's rounding error."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +14,10 @@ from converter.solvers.native.tile_place import check_place
 from converter.squared_error import SquaredError
 
 GAIN_RANK = 32
-"""Directions of a full-width Hessian that the gain sees exactly; from 16 on no further gain in KL
-was seen.
-"""
+"""Rank of the low-rank part of a full-width Hessian. Above 16, KL did not improve further."""
 
 EXACT_GAIN_COLUMNS = 1024
-"""Blocks up to this width take the gain in the whole Hessian's metric."""
+"""Widest block for which the gain uses the whole Hessian by default."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class FeedbackErrors:
     def over_tiles(cls, tile_errors: Sequence[Tensor]) -> "FeedbackErrors":
         """Return the sum of float64 [tiles, 4] tensors, tile by tile in order.
 
-        The order fixes the last bits, however the tiles were dealt to threads.
+        The order fixes the last bits, however the tiles are split among threads.
         """
         sums = [0.0] * 4
         for row in torch.cat(list(tile_errors)).tolist():
@@ -48,13 +44,12 @@ class FeedbackErrors:
 
 
 def hessian_factor(hessian: Tensor, damping: float = HESSIAN_DAMPING) -> Tensor:
-    """The upper triangular V, float32, with V·V^T = H + damping·mean(diag H)·I, for each block of
-    columns.
+    """Return V, upper triangular with V·Vᵀ = H + damping·mean(diag H)·I, float32, for each block.
 
-    hessian: float32 or float64 [columns, columns], or [blocks, columns of a block, the same];
-    symmetric. Inputs that never differ from zero have a zero row and column. Where columns do not
-    fill the last block, its rest is zero. V, not the factor of the inverse that GPTQ takes: the
-    same codes, without inverting (converter/native/feedback.h). Raises SingularStatisticsError.
+    hessian: symmetric, float32 or float64 [columns, columns] or [blocks, width, width]. An input
+    that is always zero has a zero row and column. The last block is padded with zeros.
+    GPTQ factorizes the inverse of H; V gives the same codes without inverting
+    (converter/native/feedback.h). Raises SingularStatisticsError.
     """
     blocks = hessian if hessian.dim() == 3 else hessian[None]
     factors = torch.empty_like(blocks, dtype=torch.float32)
@@ -64,16 +59,16 @@ def hessian_factor(hessian: Tensor, damping: float = HESSIAN_DAMPING) -> Tensor:
 
 
 def _block_factor(block: Tensor, damping: float, index: int) -> Tensor:
-    added = _damping_of(block, damping)
+    added = _added_damping(block, damping)
     if not 0 <= added < torch.inf:
         raise SingularStatisticsError(index)
     for dtype in dict.fromkeys((block.dtype, torch.float64)):
-        # Cholesky of the matrix turned around, turned back, is upper triangular.
-        turned = block.to(dtype).flip(0, 1)
-        diagonal = turned.diagonal()
+        # Flip, factorize, flip back: the lower Cholesky factor becomes upper triangular.
+        flipped = block.to(dtype).flip(0, 1)
+        diagonal = flipped.diagonal()
         diagonal += added
         diagonal[diagonal == 0] = 1.0
-        lower, info = torch.linalg.cholesky_ex(turned)
+        lower, info = torch.linalg.cholesky_ex(flipped)
         factor: Tensor = lower.flip(0, 1).float()
         if info == 0 and bool(torch.isfinite(factor).all()) and float(factor.diagonal().min()) > 0:
             return factor
@@ -82,14 +77,13 @@ def _block_factor(block: Tensor, damping: float, index: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GainMetric:
-    """In what a row's gain is taken where the whole Hessian would cost too much: its largest part,
-    and a diagonal.
+    """Cheap approximation of H for a row's gain: a low-rank part and a diagonal.
 
-    low_rank: float32 [columns, rank], G with G·G^T ≈ H but for directions that carry little.
-    diagonal: float32 [columns], the diagonal of H + damping - G·G^T.
-    pairing: float32 [columns]. <w, e>, e being the error of w, has the expected value sum of V_kk²
-    w_k δ_k, δ_k what the rounding of column k left, if columns of w are independent; these are its
-    weights, less the part that G sees.
+    low_rank: G, float32 [columns, rank]; G·Gᵀ holds the largest directions of H.
+    diagonal: diagonal of H + damping - G·Gᵀ, float32 [columns].
+    pairing: float32 [columns], weights that estimate ⟨w, e⟩ for the error e of a row w. With
+    independent columns its expected value is Σ V_kk²·w_k·δ_k, δ_k being the rounding error of
+    column k. pairing is V_kk² minus the part that G covers.
     """
 
     low_rank: Tensor
@@ -98,9 +92,7 @@ class GainMetric:
 
 
 def gain_metric(factor: Tensor, rank: int = GAIN_RANK) -> GainMetric:
-    """The metric for a full-width factor [columns, columns]: its `rank` largest directions, by
-    subspace iteration.
-    """
+    """Return the metric for a full-width factor [columns, columns], by subspace iteration."""
     columns = len(factor)
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(columns, min(rank + 16, columns), generator=generator)
@@ -111,13 +103,13 @@ def gain_metric(factor: Tensor, rank: int = GAIN_RANK) -> GainMetric:
     kept = min(rank, len(values))
     low_rank = basis @ (vectors[:, -kept:] * values[-kept:].clamp(min=0).sqrt())
     solved = torch.linalg.solve_triangular(factor, low_rank, upper=True)
-    own = factor.diagonal()
-    pairing = own.square() - own * (low_rank * solved).sum(1)
+    v_diagonal = factor.diagonal()
+    pairing = v_diagonal.square() - v_diagonal * (low_rank * solved).sum(1)
     diagonal = (factor.square().sum(1) - low_rank.square().sum(1)).clamp(min=0)
     return GainMetric(low_rank.contiguous(), diagonal, pairing)
 
 
-def _metric_of_blocks(blocks: Tensor, columns: int) -> GainMetric:
+def _block_metric(blocks: Tensor, columns: int) -> GainMetric:
     if len(blocks) == 1:
         return gain_metric(blocks[0])
     diagonal = blocks.square().sum(2).reshape(-1)[:columns]
@@ -125,9 +117,10 @@ def _metric_of_blocks(blocks: Tensor, columns: int) -> GainMetric:
     return GainMetric(torch.empty(columns, 0), diagonal, pairing)
 
 
-def _damping_of(block: Tensor, damping: float) -> float:
-    """What damping adds to the diagonal. Inputs that are always zero do not count: there may be
-    many.
+def _added_damping(block: Tensor, damping: float) -> float:
+    """Return the number that damping adds to the diagonal.
+
+    The mean leaves out inputs that are always zero, because there may be many.
     """
     diagonal = block.diagonal().double()
     alive = diagonal != 0
@@ -151,49 +144,40 @@ def quantize_feedback_tiles(
     static: bool = False,
     isa: str = "auto",
 ) -> Tensor:
-    """Quantizes tiles `tile_begin`..`tile_end`-1 of a matrix into `out`; several threads may share
-    a matrix.
+    """Quantize tiles `tile_begin`..`tile_end` (exclusive) of a matrix into `out`.
 
-    weight, out, tile_begin, tile_end, stride_tiles, isa: as in `solver_native.quantize_tiles`; same
-    errors.
-    factor, hessian: as `hessian_factor(hessian, damping)` gave it, float32 [columns, columns], or
-    [blocks, B, B] with B a multiple of 256.
-    order: int32 [groups], in which order the groups are taken
-    (converter/solvers/feedback_order.py); factor, hessian and metric are then of the columns in
-    that order.
-    exact_gain: each row's gain in the metric of the whole Hessian, which costs as much again as the
-    feedback. Else by `metric`, which is `gain_metric(factor)`: pass it where a matrix is quantized
-    in several calls, or gate and up share it. Default: in blocks of up to EXACT_GAIN_COLUMNS, so
-    that only wider ones need a metric.
-    static: S and M from the weights alone, before any error is carried to them; faster by a little,
-    worse by a lot. Returns fp64 [tiles, 4]: see `FeedbackErrors.over_tiles`.
+    Several threads may share a matrix. Returns float64 [tiles, 4]; `FeedbackErrors.over_tiles` adds
+    them up.
+
+    weight, packing, out, tile_begin, tile_end, stride_tiles, isa, exceptions: as in
+    `hqq_native.quantize_tiles`.
+    hessian: float32 [columns, columns], or [blocks, width, width] with width a multiple of 256.
+    factor: `hessian_factor(hessian, damping)`.
+    order: order of the groups, int32 [groups] (converter/solvers/feedback_order.py). factor,
+    hessian and metric must have the columns in this order.
+    exact_gain: measure each row's gain with the whole Hessian, which doubles the time. Otherwise
+    use `metric`. Default: True for blocks of up to EXACT_GAIN_COLUMNS columns.
+    metric: `gain_metric(factor)`. It is computed if missing; pass it to share it between calls.
+    static: fit S and M to the weights before any error is carried; slightly faster, much worse.
     """
     place = check_place(weight, packing, out, tile_begin, tile_end, stride_tiles)
     blocks, hessians = (factor, hessian) if factor.dim() == 3 else (factor[None], hessian[None])
-    columns, block = weight.shape[1], blocks.shape[-1]
-    good = factor.dtype == torch.float32 and factor.is_contiguous() and blocks.dim() == 3
-    if not good or blocks.shape[1:] != (block, block) or len(blocks) != -(-columns // block):
-        raise ValueError(
-            f"factor is {factor.dtype} {tuple(factor.shape)}, weight {tuple(weight.shape)}"
-        )
-    if hessians.shape != blocks.shape:
-        raise ValueError(f"hessian has shape {tuple(hessian.shape)}, factor {tuple(factor.shape)}")
-    if block % 256 and block != columns:
-        raise ValueError(f"blocks have {block} columns, must be a multiple of 256 or all {columns}")
+    _check_factor(weight, blocks, hessians, factor.is_contiguous())
+    columns = weight.shape[1]
+    width = blocks.shape[-1]
     errors = torch.zeros(place.count, 4, dtype=torch.float64)
     if not place.count:
         return errors
-    if order is not None and (
-        order.dtype != torch.int32 or order.shape != (columns // place.packing.group_size,)
-    ):
-        raise ValueError(f"order is {order.dtype} {tuple(order.shape)}")
+    groups = columns // place.packing.group_size
+    if order is not None and (order.dtype != torch.int32 or order.shape != (groups,)):
+        raise ValueError(f"order is {order.dtype} {tuple(order.shape)}, must be int32 [{groups}]")
     squares = blocks.diagonal(dim1=1, dim2=2).reshape(-1)[:columns].double().square()
     unit = float(squares.mean())
-    added = torch.tensor([_damping_of(one, damping) for one in hessians], dtype=torch.float64)
-    if block <= EXACT_GAIN_COLUMNS if exact_gain is None else exact_gain:
+    added = torch.tensor([_added_damping(one, damping) for one in hessians], dtype=torch.float64)
+    if width <= EXACT_GAIN_COLUMNS if exact_gain is None else exact_gain:
         gain: dict[str, Tensor] = {}
     else:
-        metric = metric or _metric_of_blocks(blocks, columns)
+        metric = metric or _block_metric(blocks, columns)
         gain = {"diagonal": metric.diagonal / unit, "pairing": metric.pairing / unit}
         if metric.low_rank.shape[1]:
             gain["low_rank"] = metric.low_rank / unit**0.5
@@ -215,9 +199,26 @@ def quantize_feedback_tiles(
 def quantize_feedback(
     weight: Tensor, packing: str, out: Tensor, factor: Tensor, hessian: Tensor, **options: Any
 ) -> FeedbackErrors:
-    """Quantizes a whole matrix into `out` on this thread; arguments and errors as in
-    `quantize_feedback_tiles`.
+    """Quantize a whole matrix into `out` in this thread.
+
+    Options and exceptions as in `quantize_feedback_tiles`.
     """
     return FeedbackErrors.over_tiles(
         [quantize_feedback_tiles(weight, packing, out, factor, hessian, **options)]
     )
+
+
+def _check_factor(weight: Tensor, factor: Tensor, hessian: Tensor, contiguous: bool) -> None:
+    """Raise ValueError unless factor and hessian fit the weight's columns, in blocks."""
+    columns = weight.shape[1]
+    width = factor.shape[-1]
+    good = factor.dtype == torch.float32 and contiguous and factor.dim() == 3
+    if not good or factor.shape[1:] != (width, width) or len(factor) != -(-columns // width):
+        raise ValueError(
+            f"factor is {factor.dtype} {tuple(factor.shape)}, must be contiguous float32"
+            f" [blocks, width, width] for the {columns} columns of the weight"
+        )
+    if hessian.shape != factor.shape:
+        raise ValueError(f"hessian has shape {tuple(hessian.shape)}, factor {tuple(factor.shape)}")
+    if width % 256 and width != columns:
+        raise ValueError(f"blocks have {width} columns, must be a multiple of 256 or all {columns}")

@@ -1,4 +1,4 @@
-"""Finds and loads libmoe_solver, and declares its C ABI (converter/native/solver_api.h) to ctypes."""
+"""Loads libmoe_solver and declares its C ABI (converter/native/solver_api.h) to ctypes."""
 
 import ctypes
 import functools
@@ -12,24 +12,24 @@ from formats.native.libraries import Signatures, load_library
 LIBRARY = "libmoe_solver.so"
 ABI_VERSION = 4
 RESULT_VERSION = 3
-"""Raised by one when any solver writes other bytes: a resume and a repair from the source then
-refuse.
+"""Version of the bytes that native solvers write. Each change of a result adds one: resume and
+repair from the source then refuse older folders.
 """
 
 
 class ScaleOverflowError(UnfitWeightsError):
-    """Weights so large that a row's super-scale exceeds fp16 (65504)."""
+    """A row's super-scale exceeds fp16 (65504), because the weights are too large."""
 
     def __init__(self) -> None:
         super().__init__("a row's super-scale exceeds fp16's 65504")
 
 
 class NativeSolverError(MoeConvertError):
-    """The library is missing, of another version, out of memory, or lacks the wanted ISA."""
+    """The library is missing, out of memory, or lacks the requested ISA."""
 
 
 class Weights(ctypes.Structure):
-    """moe_weights."""
+    """The C structure moe_weights."""
 
     _fields_ = [
         ("data", c_void_p),
@@ -41,7 +41,7 @@ class Weights(ctypes.Structure):
 
 
 class Tiles(ctypes.Structure):
-    """moe_tiles."""
+    """The C structure moe_tiles."""
 
     _fields_ = [
         ("begin", c_int64),
@@ -56,7 +56,7 @@ class Tiles(ctypes.Structure):
 
 
 class Metric(ctypes.Structure):
-    """moe_metric."""
+    """The C structure moe_metric."""
 
     _fields_ = [
         ("factor", c_void_p),
@@ -84,37 +84,44 @@ _SIGNATURES: Signatures = {
 
 
 def available() -> bool:
-    """Whether the library is there and can be used."""
-    return _find()[0] is not None
+    """True if the library is installed and runs here."""
+    return _load()[0] is not None
 
 
 def describe() -> str:
-    """One line: which code runs and where it lies, or why none does and what to do."""
-    found, reason = _find()
-    if found is None:
-        return f"no native solver: {reason}; install a C++20 compiler and reinstall moe-convert"
-    return f"native solver, {ISA_NAMES[found.moe_solver_isa()]} ({reason})"
+    """Return one line: the ISA and path of the library, or why it is missing and what to do."""
+    loaded, path_or_reason = _load()
+    if loaded is None:
+        return (
+            f"no native solver: {path_or_reason};"
+            " install a C++20 compiler and reinstall moe-convert"
+        )
+    return f"native solver, {ISA_NAMES[loaded.moe_solver_isa()]} ({path_or_reason})"
 
 
 def library() -> ctypes.CDLL:
-    """The library. NativeSolverError, saying how to get it, where it is not there."""
-    found, _ = _find()
-    if found is None:
+    """Return the library; raise NativeSolverError with the install command if it is missing."""
+    loaded, _ = _load()
+    if loaded is None:
         raise NativeSolverError(
             describe(), "pip install --force-reinstall --no-binary moe-convert moe-convert"
         )
-    return found
+    return loaded
 
 
 @functools.cache
 def packing_id(name: str) -> int:
-    """The library's number of a tile packing."""
+    """Return the number by which the library knows a tile packing."""
     number: int = library().moe_packing_id(name.encode())
     return number
 
 
 def raise_for(status: int, isa: str, non_finite: int = 0) -> None:
-    """The exception for a status that is not OK. isa, non_finite: for its message."""
+    """Raise the exception for a status that is not OK.
+
+    isa: the requested one. non_finite: number of weights that are infinite or NaN. Both are for the
+    message.
+    """
     if status == Status.OK:
         return
     if status == Status.NON_FINITE:
@@ -123,14 +130,16 @@ def raise_for(status: int, isa: str, non_finite: int = 0) -> None:
         raise ScaleOverflowError
     if status == Status.MEMORY:
         raise NativeSolverError(
-            "the native solver found no memory for its scratch", "use fewer workers"
+            "the native solver cannot allocate its scratch memory", "use fewer workers: --max-workers N"
         )
     if status == Status.ISA:
-        raise NativeSolverError(f"this processor or this build has no {isa} path", 'use isa="auto"')
+        raise NativeSolverError(
+            f"the instruction set {isa} is missing in this processor or build", 'use isa="auto"'
+        )
     raise ValueError("the native solver refused its arguments")
 
 
 @functools.cache
-def _find() -> tuple[ctypes.CDLL | None, str]:
-    """The library and its path, or None and the reason why there is none."""
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """Return the library and its path, or None and the reason why it is missing."""
     return load_library("converter", LIBRARY, ("moe_solver_abi", ABI_VERSION), _SIGNATURES)

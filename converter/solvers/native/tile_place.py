@@ -1,4 +1,4 @@
-"""Which tiles of a matrix the native solver writes where, checked before the call."""
+"""The tiles that a call of the native solver writes, and where; checked before the call."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from formats.packing import Packing, tile_packing_named, tiles_of
 
 @dataclass(frozen=True)
 class TilePlace:
-    """Tiles tile_begin..tile_end-1 of a matrix, `stride_bytes` apart in `out`."""
+    """Tiles tile_begin..tile_end (exclusive) of a matrix, `stride_bytes` apart in `out`."""
 
     packing: Packing
     weight: Tensor
@@ -23,11 +23,11 @@ class TilePlace:
 
     @property
     def count(self) -> int:
-        """Tiles."""
+        """Number of tiles."""
         return self.tile_end - self.tile_begin
 
     def tiles(self, errors: Tensor) -> Tiles:
-        """The place for the library, which writes sums by tile to `errors`."""
+        """Return the structure for the library; it writes each tile's sums to `errors`."""
         return Tiles(
             begin=self.tile_begin,
             end=self.tile_end,
@@ -46,9 +46,9 @@ def check_place(
     tile_end: int | None,
     stride_tiles: int,
 ) -> TilePlace:
-    """The place, or ValueError for tensors of a wrong dtype, shape or layout.
+    """Return the checked place; ValueError for tensors of a wrong dtype, shape or layout.
 
-    out: tile `tile_begin` goes to its front and each next one `stride_tiles` tiles later.
+    out: tile `tile_begin` is at its front and each next tile `stride_tiles` tiles later.
     """
     layout = tile_packing_named(packing)
     check_weight(weight)
@@ -68,36 +68,37 @@ def check_place(
         or out.device.type != "cpu"
     ):
         raise ValueError(
-            f"out is {out.dtype} {tuple(out.shape)} on {out.device}, must be contiguous uint8 [n] on the CPU"
+            f"out is {out.dtype} {tuple(out.shape)} on {out.device},"
+            " must be contiguous uint8 [n] on the CPU"
         )
     if out.numel() < needed:
         raise ValueError(
-            f"out has {out.numel()} bytes, {count} tiles of {layout.name} take {needed}"
+            f"out has {out.numel()} bytes, {count} tiles of {layout.name} need {needed}"
         )
     return TilePlace(layout, weight, out, tile_begin, end, stride_tiles * tile_bytes)
 
 
 def check_weight(weight: Tensor) -> None:
-    """ValueError for a matrix that the library cannot read."""
+    """Raise ValueError for a matrix that the library cannot read."""
     if weight.dtype not in DTYPES or weight.dim() != 2 or weight.device.type != "cpu":
-        found = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
         raise ValueError(
-            f"weight is {found}, must be float32, bfloat16 or float16 [rows, columns] on the CPU"
+            f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device},"
+            " must be float32, bfloat16 or float16 [rows, columns] on the CPU"
         )
     if not weight.is_contiguous() or weight.numel() == 0:
         raise ValueError(f"weight of shape {tuple(weight.shape)} must be contiguous and not empty")
 
 
 def weights_structure(weight: Tensor) -> Weights:
-    """A checked matrix for the library. It holds the address: keep the tensor alive."""
+    """Return a checked matrix for the library. It holds an address: keep the tensor alive."""
     rows, columns = weight.shape
     return Weights(weight.data_ptr(), rows, columns, DTYPES[weight.dtype])
 
 
 def flat_tiles(tiles: Tensor) -> tuple[Tensor, int]:
-    """Return a strided view's bytes from first to last tile, uint8 [n], and its stride in tiles.
+    """Return the bytes of a strided view from its first to its last tile, and its stride in tiles.
 
-    tiles: uint8 [tiles, tile_bytes].
+    tiles: uint8 [tiles, tile_bytes]. The bytes are uint8 [n].
     """
     size = (len(tiles) - 1) * tiles.stride(0) + tiles.shape[1]
     return tiles.as_strided((size,), (1,)), tiles.stride(0) // tiles.shape[1]

@@ -25,7 +25,7 @@ def test_corrected_weights_come_nearer_to_the_originals_outputs(columns: int) ->
     original, found = activations(columns)
     weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(1))
     ones = torch.ones(len(original))
-    correction = DownCorrection.of(
+    correction = DownCorrection.solve(
         block_moments(original - found, ones, WIDTH, found), block_moments(found, ones, WIDTH)
     )
     assert correction is not None
@@ -40,7 +40,7 @@ def test_corrected_weights_come_nearer_to_the_originals_outputs(columns: int) ->
 def test_without_a_difference_the_weights_stay_as_they_are() -> None:
     _, found = activations(100)
     weight = torch.randn(40, 100)
-    correction = DownCorrection.of(
+    correction = DownCorrection.solve(
         torch.zeros(2, WIDTH, WIDTH), block_moments(found, torch.ones(3000), WIDTH)
     )
     assert correction is not None
@@ -48,12 +48,12 @@ def test_without_a_difference_the_weights_stay_as_they_are() -> None:
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
-    correction = DownCorrection.of(torch.zeros(1, WIDTH, WIDTH), torch.zeros(1, WIDTH, WIDTH))
+    correction = DownCorrection.solve(torch.zeros(1, WIDTH, WIDTH), torch.zeros(1, WIDTH, WIDTH))
     assert correction is not None
     assert not correction.factor.any()
 
 
 def test_sums_that_are_not_finite_give_no_correction() -> None:
     moment = torch.eye(WIDTH)[None]
-    assert DownCorrection.of(torch.full((1, WIDTH, WIDTH), torch.nan), moment) is None
-    assert DownCorrection.of(torch.zeros(1, WIDTH, WIDTH), moment * torch.inf) is None
+    assert DownCorrection.solve(torch.full((1, WIDTH, WIDTH), torch.nan), moment) is None
+    assert DownCorrection.solve(torch.zeros(1, WIDTH, WIDTH), moment * torch.inf) is None

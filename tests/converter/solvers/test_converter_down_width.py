@@ -48,7 +48,9 @@ def test_statistics_have_blocks_of_the_width_that_the_recipe_says(
         layer = passes.prepare(0)
         assert layer.down.hessian.shape == (blocks, width, width)
         rows = torch.zeros(640, 64)
-        statistics, correction = layer.of_down(1, lambda b, e: rows[b:e], lambda b, e: rows[b:e])
+        statistics, correction = layer.down_statistics(
+            1, lambda b, e: rows[b:e], lambda b, e: rows[b:e]
+        )
         assert statistics.hessian.shape == (blocks, width, width)
         assert correction is not None and correction.factor.shape == (blocks, width, width)
         if blocks == 1:
