@@ -18,7 +18,7 @@ from formats.errors import MoeConvertError, RecipeError, SourceError
 
 KINDS = ("none", "random", "builtin", "file")
 DEFAULT_TOKENS = 8192
-FEWEST_TOKENS = 1024
+MIN_TOKENS = 1024
 WINDOW = 512
 SEED = 0
 RANDOM_SHARE = 0.25
@@ -63,9 +63,9 @@ def calibration_tokens(
     Raises SourceError for a text that cannot be read, is no UTF-8, or has too few tokens, and where
     the checkpoint's tokenizer cannot be loaded; RecipeError for too few tokens.
     """
-    if tokens < FEWEST_TOKENS:
+    if tokens < MIN_TOKENS:
         raise RecipeError(
-            f"--calibration-tokens {tokens}: fewer than {FEWEST_TOKENS} do harm",
+            f"--calibration-tokens {tokens}: fewer than {MIN_TOKENS} do harm",
             f"use {DEFAULT_TOKENS} or more",
         )
     a = checkpoint.architecture

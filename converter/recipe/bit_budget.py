@@ -1,4 +1,4 @@
-"""Spending a budget of bits: more of them for the layers and projections where an error costs most."""
+"""Choice of bits under a budget: more bits where an error costs most."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from converter.recipe.bit_rules import BY_BITS, PROJECTIONS, rule_for
+from converter.recipe.bit_rules import BY_BITS, PROJECTIONS, BitRule, rule_for
 from converter.recipe.conversion_recipe import ConversionRecipe
 from formats.errors import RecipeError
 from formats.expert import ExpertLayout
@@ -14,14 +14,14 @@ from formats.index import Architecture
 from formats.packing import PACKINGS
 
 Errors = Sequence[dict[str, dict[str, float]]]
-"""Of each layer: projection -> packing -> what its error costs, in any unit."""
+"""For each layer: projection -> packing -> cost of its error, in any unit."""
 
-_LAYERS_A_RULE = 64
+_LAYERS_PER_RULE = 64
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A projection of a layer, and a packing that it may have instead of the one it has."""
+    """A change: a projection of a layer gets `packing` instead of its present one."""
 
     layer: int
     projection: str
@@ -29,37 +29,42 @@ class _Step:
 
 
 def ladder(recipe: ConversionRecipe) -> dict[str, list[str]]:
-    """For each projection the packings to choose from: the recipe's own, and those of more bits."""
-    own = {projection: getattr(recipe, projection) for projection in PROJECTIONS}
-    return {
-        p: [o, *(name for bits, name in BY_BITS.items() if bits > PACKINGS[o].nbits)]
-        for p, o in own.items()
-    }
+    """Return each projection's packings to choose from: the recipe's, then those with more bits."""
+    choices = {}
+    for projection in PROJECTIONS:
+        base: str = getattr(recipe, projection)
+        more = [name for bits, name in BY_BITS.items() if bits > PACKINGS[base].nbits]
+        choices[projection] = [base, *more]
+    return choices
 
 
 def choose_bits(
     recipe: ConversionRecipe, architecture: Architecture, errors: Errors
 ) -> ConversionRecipe:
-    """`recipe`, whose option target_bpw says how many bits, with the rules that lessen `errors`
-    most within them.
+    """Return `recipe` with the rules that reduce `errors` most within its option target_bpw.
 
-    Greedy: from the recipe's own packings on, the change that gains most for a byte and still fits
-    comes first; of equal ones that of the lowest layer, gate_up before down. RecipeError if no
-    choice takes so many bits.
+    Greedy: starting from the recipe's packings, apply the change with the largest error reduction
+    per byte that still fits. Ties go to the lowest layer, gate_up before down. Raises RecipeError
+    if no choice of packings has that many bits.
     """
-    choices, left = ladder(recipe), _budget_bytes(recipe, architecture)
+    choices = ladder(recipe)
+    left_bytes = _budget_bytes(recipe, architecture)
     sizes = {
         p: {name: _projection_bytes(architecture, p, name) for name in names}
         for p, names in choices.items()
     }
     chosen = [{p: names[0] for p, names in choices.items()} for _ in errors]
 
+    def added_bytes(step: _Step) -> int:
+        size = sizes[step.projection]
+        return size[step.packing] - size[chosen[step.layer][step.projection]]
+
     def rate(step: _Step) -> float:
-        """What a byte gains; 0 for a step that does not fit or is none."""
-        now = chosen[step.layer][step.projection]
-        added = sizes[step.projection][step.packing] - sizes[step.projection][now]
-        found = errors[step.layer][step.projection]
-        return (found[now] - found[step.packing]) / added if 0 < added <= left else 0.0
+        """Return the error reduction per byte; 0 for a step that does not fit or adds nothing."""
+        added = added_bytes(step)
+        costs = errors[step.layer][step.projection]
+        reduction = costs[chosen[step.layer][step.projection]] - costs[step.packing]
+        return reduction / added if 0 < added <= left_bytes else 0.0
 
     steps = [
         _Step(layer, p, name)
@@ -68,23 +73,17 @@ def choose_bits(
         for name in names[1:]
     ]
     while (best := max(steps, key=rate, default=None)) and rate(best) > 0:
-        now = chosen[best.layer][best.projection]
-        left -= sizes[best.projection][best.packing] - sizes[best.projection][now]
+        left_bytes -= added_bytes(best)
         chosen[best.layer][best.projection] = best.packing
-    rules = []
-    for projection, names in choices.items():
-        for name in names[1:]:
-            layers = [n for n, packings in enumerate(chosen) if packings[projection] == name]
-            parts = [layers[i : i + _LAYERS_A_RULE] for i in range(0, len(layers), _LAYERS_A_RULE)]
-            rules += [rule_for(part, projection, name) for part in parts]
-    # A rule in any case: it says that the choice was made.
-    rules = rules or [rule_for((), "down", recipe.down)]
+    # A recipe with no rules would count as not chosen yet.
+    rules = _rules(choices, chosen) or [rule_for((), "down", recipe.down)]
     return replace(recipe, options=replace(recipe.options, rules=tuple(rules)))
 
 
 def likely_bits(recipe: ConversionRecipe, architecture: Architecture) -> ConversionRecipe:
-    """A recipe whose rules are yet to be chosen, with some that take about as many bytes; any other
-    as it is.
+    """Return a recipe of about the final size, if calibration has yet to choose the rules.
+
+    Its rules assume the same errors in each layer. Any other recipe is returned unchanged.
     """
     if not recipe.options.rules_are_open:
         return recipe
@@ -95,11 +94,21 @@ def likely_bits(recipe: ConversionRecipe, architecture: Architecture) -> Convers
     return choose_bits(recipe, architecture, [errors] * architecture.expert_layers)
 
 
+def _rules(choices: dict[str, list[str]], chosen: list[dict[str, str]]) -> list[BitRule]:
+    """Return the rules for the packings that differ from the recipe's."""
+    rules = []
+    for projection, names in choices.items():
+        for name in names[1:]:
+            layers = [n for n, packings in enumerate(chosen) if packings[projection] == name]
+            for begin in range(0, len(layers), _LAYERS_PER_RULE):
+                rules.append(rule_for(layers[begin : begin + _LAYERS_PER_RULE], projection, name))
+    return rules
+
+
 def _budget_bytes(recipe: ConversionRecipe, architecture: Architecture) -> int:
-    """What all layers' experts may take beyond the recipe's own packings, for one expert of each
-    layer.
-    """
-    target, choices = recipe.options.target_bpw, ladder(recipe)
+    """Return the bytes beyond the recipe's packings, summed over one expert of each layer."""
+    target = recipe.options.target_bpw
+    choices = ladder(recipe)
     if target is None:
         raise ValueError(f"the recipe {recipe.name} has no target of bits")
     weights = 3 * architecture.hidden_size * architecture.intermediate_size
@@ -109,9 +118,10 @@ def _budget_bytes(recipe: ConversionRecipe, architecture: Architecture) -> int:
     )
     if not 8 * least <= target * weights <= 8 * most:
         raise RecipeError(
-            f"target-bpw {target:g}: with this model's sizes, packings from {recipe.gate_up} and {recipe.down} on take"
-            f" {8 * least / weights:.3f} to {8 * most / weights:.3f} bits a weight",
-            "choose a target between them, or another recipe to begin with",
+            f"target-bpw {target:g}: with this model's sizes, the packings {recipe.gate_up} and"
+            f" {recipe.down} or larger have {8 * least / weights:.3f} to {8 * most / weights:.3f}"
+            " bits per weight",
+            "choose a target in this range, or another --recipe to start from",
         )
     return math.floor((target * weights / 8 - least) * architecture.expert_layers)
 

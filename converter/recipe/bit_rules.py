@@ -1,10 +1,10 @@
-"""Rules of a recipe that give layers, experts or projections other bits than the rest.
+"""Rules of a recipe that give some layers, experts or projections other bits.
 
-As text: `0-3,28/down=3bit`, which is LAYERS[:EXPERTS][/PROJECTION]=BITS. Layers and experts are
-numbers and ranges (both ends included), or `*`; a projection is gate_up or down, both if none is
-named; bits are 2bit, 3bit, 4bit, 16bit (as in the source), or a packing by name. Several rules are
-separated by commas, and of several that fit, the last counts. The index has each as an option
-`rule.N` of its recipe (converter/recipe/recipe_options.py).
+As text: `0-3,28/down=3bit`, that is LAYERS[:EXPERTS][/PROJECTION]=BITS. Layers and experts are
+numbers and ranges (both ends included), or `*`. A projection is gate_up or down; without one, the
+rule is for both. Bits are 2bit, 3bit, 4bit, 16bit (as in the source), or the name of a packing.
+Commas separate rules. The last matching rule wins. The index stores each rule as an option `rule.N`
+of the recipe (converter/recipe/recipe_options.py).
 """
 
 import re
@@ -15,105 +15,116 @@ from formats.errors import RecipeError
 from formats.packing import ALL_PACKINGS
 
 BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
-"""What so many bits are where no packing is named."""
+"""Default packing for each number of bits."""
 
 UNPACKED = "none"
-"""In place of a packing: stored as in the source."""
+"""Stands for a packing: weights stay as in the source."""
 
 PROJECTIONS = ("gate_up", "down")
-_MOST_CHARACTERS = 512
-"""Of a string in the index."""
+_MAX_CHARACTERS = 512
+"""Longest string that the index allows."""
 _NUMBERS = r"\*|\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?)*"
 _RULE = re.compile(rf"({_NUMBERS})(?::({_NUMBERS}))?(?:/(\w+))?=([\w-]+)", re.ASCII)
-_HINT = "such as 0-3/down=3bit: LAYERS[:EXPERTS][/gate_up or /down]=2bit, 3bit, 4bit, 16bit or a packing"
+_HINT = (
+    "write LAYERS[:EXPERTS][/gate_up or /down]=2bit, 3bit, 4bit, 16bit or a packing,"
+    " such as 0-3/down=3bit"
+)
+
+Ranges = tuple[tuple[int, int], ...]
+"""(first, last) of each range, both included; empty for all."""
 
 
 @dataclass(frozen=True)
 class BitRule:
-    """Which packing (or UNPACKED) some projections have. layers, experts: pairs of first and last;
-    none for all. text: as above, with the packing's name.
-    """
+    """The packing, or UNPACKED, of some projections. text: the rule with the packing's name."""
 
-    layers: tuple[tuple[int, int], ...]
-    experts: tuple[tuple[int, int], ...]
+    layers: Ranges
+    experts: Ranges
     projections: tuple[str, ...]
     packing: str
     text: str
 
     def fits(self, layer: int, expert: int, projection: str) -> bool:
-        """Whether it is about this one."""
+        """True if the rule is for this projection of this expert."""
         return (
             projection in self.projections
-            and _among(layer, self.layers)
-            and _among(expert, self.experts)
+            and _in_ranges(layer, self.layers)
+            and _in_ranges(expert, self.experts)
         )
 
 
 def parse_rules(text: str) -> list[BitRule]:
-    """The rules in `text`, separated by commas. RecipeError names the rule that is none."""
-    rules, begin = [], 0
+    """Parse rules separated by commas. Raises RecipeError with the first invalid rule."""
+    rules = []
+    begin = 0
     while True:
         match = _RULE.match(text, begin)
         if not match or text[match.end() : match.end() + 1] not in ("", ","):
             raise RecipeError(f"{text[begin:][:100]!r} is no rule of bits", _HINT)
-        rules.append(_rule(match))
+        rules.append(_parse_rule(match))
         if match.end() == len(text):
             return rules
         begin = match.end() + 1
 
 
 def rule_for(layers: Sequence[int], projection: str, packing: str) -> BitRule:
-    """The rule that gives a projection of some layers (ascending; none for all) a packing."""
-    ranges = tuple(_runs(layers))
+    """Return the rule that gives a projection of some layers a packing.
+
+    layers: ascending; empty for all.
+    """
     text = f"{as_ranges(layers) or '*'}/{projection}={packing}"
-    return BitRule(ranges, (), (projection,), packing, text)
+    return BitRule(_merge(layers), (), (projection,), packing, text)
 
 
 def as_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as a rule has them: 0-3,7."""
+    """Return ascending numbers in the notation of rules, such as 0-3,7."""
     return ",".join(
-        str(first) if first == last else f"{first}-{last}" for first, last in _runs(numbers)
+        str(first) if first == last else f"{first}-{last}" for first, last in _merge(numbers)
     )
 
 
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last) of each run of successive numbers."""
-    runs: list[tuple[int, int]] = []
+def _merge(numbers: Sequence[int]) -> Ranges:
+    """Merge ascending numbers into ranges."""
+    ranges: list[tuple[int, int]] = []
     for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1] = (runs[-1][0], number)
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1] = (ranges[-1][0], number)
         else:
-            runs.append((number, number))
-    return runs
+            ranges.append((number, number))
+    return tuple(ranges)
 
 
-def _rule(match: re.Match[str]) -> BitRule:
+def _parse_rule(match: re.Match[str]) -> BitRule:
     layers, experts, projection, bits = match.groups()
-    named = {f"{n}bit": name for n, name in BY_BITS.items()} | {"16bit": UNPACKED}
-    known = (*named, *ALL_PACKINGS)
+    by_name = {f"{n}bit": name for n, name in BY_BITS.items()} | {"16bit": UNPACKED}
+    known = (*by_name, *ALL_PACKINGS)
     if bits not in known:
         raise RecipeError(f"rule {match[0]}: {bits!r} is unknown; known are {', '.join(known)}")
-    packing = named.get(bits, bits)
+    packing = by_name.get(bits, bits)
     if projection not in (None, *PROJECTIONS):
         raise RecipeError(
-            f"rule {match[0]}: projection {projection!r} is none of {', '.join(PROJECTIONS)}"
+            f"rule {match[0]}: projection {projection!r} is unknown;"
+            f" known are {', '.join(PROJECTIONS)}"
         )
     text = f"{match[0].rpartition('=')[0]}={bits if packing == UNPACKED else packing}"
-    if len(text) > _MOST_CHARACTERS:
+    if len(text) > _MAX_CHARACTERS:
         raise RecipeError(
-            f"rule {text[:60]}…: {len(text)} characters, at most {_MOST_CHARACTERS}",
-            "make two of it",
+            f"rule {text[:60]}…: {len(text)} characters, at most {_MAX_CHARACTERS}",
+            "split it into two rules",
         )
     projections = (projection,) if projection else PROJECTIONS
     return BitRule(
-        _ranges(layers, match[0]), _ranges(experts, match[0]), projections, packing, text
+        _parse_ranges(layers, match[0]),
+        _parse_ranges(experts, match[0]),
+        projections,
+        packing,
+        text,
     )
 
 
-def _ranges(text: str | None, rule: str) -> tuple[tuple[int, int], ...]:
-    if text in (None, "*"):
+def _parse_ranges(text: str | None, rule: str) -> Ranges:
+    if text is None or text == "*":
         return ()
-    assert text
     pairs = [(int(a), int(b or a)) for a, _, b in (part.partition("-") for part in text.split(","))]
     for first, last in pairs:
         if first > last:
@@ -121,5 +132,5 @@ def _ranges(text: str | None, rule: str) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def _among(number: int, ranges: tuple[tuple[int, int], ...]) -> bool:
+def _in_ranges(number: int, ranges: Ranges) -> bool:
     return not ranges or any(first <= number <= last for first, last in ranges)

@@ -1,6 +1,4 @@
-"""A recipe as the converter uses it: which packing and solver for which weights, with its options
-typed.
-"""
+"""A recipe as the converter uses it: packings, solver and typed options."""
 
 from msgspec import Struct
 
@@ -11,7 +9,7 @@ from formats.index import Architecture, Recipe
 
 
 class ConversionRecipe(Struct, frozen=True):
-    """How weights are quantized. Packings are names, or UNPACKED for as in the source."""
+    """Names of the packings and of the solver; UNPACKED leaves weights as in the source."""
 
     name: str
     gate_up: str
@@ -23,7 +21,7 @@ class ConversionRecipe(Struct, frozen=True):
 
     @classmethod
     def read(cls, recorded: Recipe) -> "ConversionRecipe":
-        """From an index. RecipeError naming the option that is not as `RecipeOptions` has it."""
+        """Return the recipe that an index records. Raises RecipeError with the invalid option."""
         return cls(
             name=recorded.name,
             gate_up=recorded.gate_up,
@@ -36,7 +34,7 @@ class ConversionRecipe(Struct, frozen=True):
 
     @property
     def recorded(self) -> Recipe:
-        """As the index and the journal have it."""
+        """The recipe in the form that index and journal store."""
         return Recipe(
             name=self.name,
             gate_up=self.gate_up,
@@ -51,25 +49,27 @@ class ConversionRecipe(Struct, frozen=True):
 def packings_by_expert(
     recipe: ConversionRecipe, architecture: Architecture
 ) -> list[list[tuple[str, str]]]:
-    """(gate_up, down) of each expert of each layer, packings or UNPACKED.
+    """Return (gate_up, down) of each expert, [layer][expert]: packings or UNPACKED.
 
-    RecipeError for a rule about a layer or an expert that the model lacks.
+    Raises RecipeError for a rule about a layer or expert that the model does not have.
     """
     rules = recipe.options.rules
-    layers, experts = architecture.expert_layers, architecture.num_local_experts
+    layers = architecture.expert_layers
+    experts = architecture.num_local_experts
     for rule in rules:
-        for what, ranges, count in (
+        for kind, ranges, count in (
             ("layer", rule.layers, layers),
             ("expert", rule.experts, experts),
         ):
             if ranges and (last := max(end for _, end in ranges)) >= count:
                 raise RecipeError(
-                    f"rule {rule.text}: there is no {what} {last}, the last is {count - 1}"
+                    f"rule {rule.text}: there is no {kind} {last}, the last is {count - 1}"
                 )
 
     def packing(layer: int, expert: int, projection: str) -> str:
-        own: str = getattr(recipe, projection)
-        return next((r.packing for r in reversed(rules) if r.fits(layer, expert, projection)), own)
+        default: str = getattr(recipe, projection)
+        matching = (r.packing for r in reversed(rules) if r.fits(layer, expert, projection))
+        return next(matching, default)
 
     return [
         [

@@ -1,6 +1,4 @@
-"""A recipe as a JSON file: what the options of `convert` say, under their names, with rules of bits
-as a list.
-"""
+"""A recipe as a JSON file: the options of `convert` under their names, bit rules as a list."""
 
 from typing import Any
 
@@ -11,11 +9,11 @@ from converter.recipe.recipes import DEFAULT_RECIPE
 from formats.config.strict_json import parse, typed
 from formats.errors import RecipeError
 
-_MOST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 
 
 class RecipeFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """The arguments of `make_recipe`; what is not named is the named recipe's."""
+    """The arguments of `make_recipe`; the recipe `name` gives the missing ones."""
 
     name: str = DEFAULT_RECIPE
     bits: int | None = None
@@ -33,23 +31,22 @@ class RecipeFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def recipe_settings(name: str) -> dict[str, Any]:
-    """The arguments of `make_recipe` for a recipe's name, or for the file called `name` if that
-    ends with .json.
+    """Return the arguments of `make_recipe` for a recipe's name or a file that ends with .json.
 
-    RecipeError naming file and field.
+    Raises RecipeError with file and field.
     """
     if not name.endswith(".json"):
         return {"name": name}
     try:
         with open(name, "rb") as f:
-            data = f.read(_MOST_BYTES + 1)
+            data = f.read(_MAX_BYTES + 1)
     except OSError as e:
         raise RecipeError(f"recipe {name}: {e.strerror}") from None
-    value = parse(data, name, max_bytes=_MOST_BYTES, error=RecipeError)
+    value = parse(data, name, max_bytes=_MAX_BYTES, error=RecipeError)
     settings = asdict(typed(value, RecipeFile, name, error=RecipeError))
     if settings["calibrate"] == "file":
         raise RecipeError(
-            f"{name}: calibrate is 'file', and a recipe names no text",
-            "give it with --calibrate FILE",
+            f"{name}: calibrate is 'file', but a recipe file cannot name the text",
+            "remove calibrate from it and add --calibrate TEXT.txt",
         )
     return {field: setting for field, setting in settings.items() if setting is not None}

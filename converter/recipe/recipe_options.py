@@ -1,7 +1,7 @@
-"""The options of a recipe: typed here, a dict of names only in the index and the journal.
+"""The options of a recipe: typed here, names and values in index and journal.
 
-On disk, rules of bits are the options `rule.1`, `rule.2` …, in their order; what has its default is
-not there.
+On disk, bit rules are the options `rule.1`, `rule.2` …, in order. Options with their default value
+are not stored.
 """
 
 from collections.abc import Mapping
@@ -19,19 +19,20 @@ from formats.index import Option
 _RULE = "rule."
 
 DownWidth = int | Literal["full"]
-"""Columns of down that make up for each other's errors: a multiple of 256, or all of them."""
+"""Columns of down that compensate each other's errors: a multiple of 256, or "full"."""
 
 
 class Calibration(Struct, frozen=True):
-    """By which tokens the errors are weighed. kind: a key of KINDS, not "none"; tokens: how many."""
+    """Calibration tokens. kind: one of KINDS but "none". tokens: their number."""
 
     kind: str
     tokens: int
 
     @classmethod
     def read(cls, recorded: Mapping[str, Option]) -> "Calibration | None":
-        """From the names and values of an index, None without a calibration; RecipeError as
-        `RecipeOptions.read`.
+        """Return the calibration in an index's options, None if there is none.
+
+        Raises RecipeError as `RecipeOptions.read`.
         """
         kind, tokens = recorded.get("calibrate"), recorded.get("calibration_tokens")
         if kind is None and tokens is None:
@@ -45,8 +46,9 @@ class Calibration(Struct, frozen=True):
 
 
 class RecipeOptions(Struct, frozen=True):
-    """What a recipe says beside its packings and its solver. target_bpw: bits a weight for which
-    calibration chooses the rules.
+    """Settings of a recipe beside packings and solver.
+
+    target_bpw: bits per expert weight; calibration chooses rules that meet it.
     """
 
     calibration: Calibration | None = None
@@ -56,10 +58,9 @@ class RecipeOptions(Struct, frozen=True):
 
     @classmethod
     def read(cls, recorded: Mapping[str, Option]) -> "RecipeOptions":
-        """From the names and values of an index. Names that this release does not know are left
-        out.
+        """Return the options in an index; unknown names are ignored.
 
-        RecipeError naming the option whose value is not as here.
+        Raises RecipeError with the first option whose value has the wrong type or range.
         """
         target = recorded.get("target_bpw")
         if target is not None and (isinstance(target, bool) or not isinstance(target, int | float)):
@@ -76,39 +77,41 @@ class RecipeOptions(Struct, frozen=True):
 
     @property
     def recorded(self) -> dict[str, Option]:
-        """The names and values for an index."""
-        found: dict[str, Option] = {}
+        """Names and values for an index."""
+        options: dict[str, Option] = {}
         if self.calibration:
-            found |= {
+            options |= {
                 "calibrate": self.calibration.kind,
                 "calibration_tokens": self.calibration.tokens,
             }
         if self.target_bpw is not None:
-            found["target_bpw"] = self.target_bpw
+            options["target_bpw"] = self.target_bpw
         if self.down_width != DOWN_BLOCK:
-            found["down_width"] = self.down_width
-        return found | {f"{_RULE}{number}": rule.text for number, rule in enumerate(self.rules, 1)}
+            options["down_width"] = self.down_width
+        rules = {f"{_RULE}{number}": rule.text for number, rule in enumerate(self.rules, 1)}
+        return options | rules
 
     @property
     def calibration_tokens(self) -> int:
-        """How many tokens the calibration has; 0 without one."""
+        """Number of calibration tokens; 0 without calibration."""
         return self.calibration.tokens if self.calibration else 0
 
     @property
     def rules_are_open(self) -> bool:
-        """True if calibration is yet to choose the rules."""
+        """True if calibration has yet to choose the rules."""
         return self.target_bpw is not None and not self.rules
 
     def down_block(self, columns: int) -> int:
-        """Columns of a block of down's statistics, of `columns` in all: as asked, at most all, in
-        whole superblocks.
+        """Return the width of a block of down's statistics for `columns` columns.
+
+        It is down_width, but at most `columns` rounded up to whole superblocks.
         """
-        most = -(-columns // DOWN_BLOCK) * DOWN_BLOCK
-        return most if self.down_width == "full" else min(self.down_width, most)
+        full = -(-columns // DOWN_BLOCK) * DOWN_BLOCK
+        return full if self.down_width == "full" else min(self.down_width, full)
 
 
 def without_rules(recorded: Mapping[str, Option]) -> dict[str, Option]:
-    """The names and values of an index, but for the rules of bits."""
+    """Return an index's options without the bit rules."""
     return {name: value for name, value in recorded.items() if not name.startswith(_RULE)}
 
 
@@ -119,7 +122,7 @@ def _rules(recorded: Mapping[str, Option]) -> tuple[BitRule, ...]:
             continue
         number = name.removeprefix(_RULE)
         if not (number.isascii() and number.isdecimal() and isinstance(text, str)):
-            _refuse(name, text, f"{_RULE}1, {_RULE}2 … with the text of a rule")
+            _refuse(name, text, f"{_RULE}1, {_RULE}2 … with a rule as text")
         (numbered[int(number)],) = _one_rule(name, text)
     return tuple(numbered[number] for number in sorted(numbered))
 
@@ -127,7 +130,7 @@ def _rules(recorded: Mapping[str, Option]) -> tuple[BitRule, ...]:
 def _one_rule(name: str, text: str) -> list[BitRule]:
     rules = parse_rules(text)
     if len(rules) != 1:
-        _refuse(name, text, "one rule of bits")
+        _refuse(name, text, "one bit rule")
     return rules
 
 
@@ -137,6 +140,6 @@ def _is_count(value: Any) -> bool:
 
 def _refuse(name: str, value: Any, expected: str) -> NoReturn:
     raise RecipeError(
-        f"recipe: option {name} is {short(value)}; expected is {expected}",
-        "get the folder again from where it was published, or convert again",
+        f"recipe: option {name} is {short(value)}, expected {expected}",
+        "download the folder again, or convert again",
     )

@@ -18,7 +18,8 @@ NO_SOLVER = "none"
 class SolverEntry:
     """One solver.
 
-    factory: "module:callable" that returns it. calibrated: True if it needs calibration.
+    help: a few words for the help of --solver. factory: "module:callable" that returns the solver.
+    calibrated: True if it needs calibration.
     """
 
     help: str
@@ -34,20 +35,20 @@ class SolverEntry:
 
 SOLVERS = {
     "feedback": SolverEntry(
-        "refit that carries each column's rounding error to the next columns; with calibration",
+        "with calibration",
         "converter.solvers.feedback:make_feedback",
         calibrated=True,
     ),
     "refit": SolverEntry(
-        "range search and least squares, then a gain for each row; without calibration",
+        "without calibration",
         "converter.solvers.refit:make_refit",
     ),
     "hqq": SolverEntry(
-        "half-quadratic quantization, the fastest; without calibration",
+        "fastest",
         "converter.solvers.hqq:make_hqq",
     ),
     "hqq-package": SolverEntry(
-        "hqq by the hqq package, slow; the reference of the native solver",
+        "slow reference",
         "converter.solvers.hqq_package:PackageHqq",
     ),
 }

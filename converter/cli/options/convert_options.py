@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from converter.cli.options import shared_options
+from converter.solvers.registry import SOLVERS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,8 +76,8 @@ _RECIPE = (
     click.option(
         "--solver",
         metavar="NAME",
-        help="Rounding: feedback (with calibration), refit (without), hqq (fastest), hqq-package"
-        " (slow reference) [default: feedback; hqq in the paper recipes].",
+        help=f"Rounding: {', '.join(f'{name} ({entry.help})' for name, entry in SOLVERS.items())}"
+        " [default: feedback; hqq in the paper recipes].",
     ),
     click.option(
         "--calibrate",

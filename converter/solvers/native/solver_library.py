@@ -130,7 +130,8 @@ def raise_for(status: int, isa: str, non_finite: int = 0) -> None:
         raise ScaleOverflowError
     if status == Status.MEMORY:
         raise NativeSolverError(
-            "the native solver cannot allocate its scratch memory", "use fewer workers: --max-workers N"
+            "the native solver cannot allocate its scratch memory",
+            "use fewer workers: --max-workers N",
         )
     if status == Status.ISA:
         raise NativeSolverError(

@@ -82,8 +82,8 @@ def test_a_target_that_no_packings_reach_has_the_numbers(outline: Outline) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"target_bpw": float("nan")}, "expected are bits"),
-        ({"target_bpw": -1.0}, "expected are bits"),
+        ({"target_bpw": float("nan")}, "expected bits per weight"),
+        ({"target_bpw": -1.0}, "expected bits per weight"),
         ({"target_bpw": 2.7, "rules": ["0=3bit"]}, "one of them"),
         ({"target_bpw": 2.7, "calibrate": "none"}, "solver refit"),
         ({"target_bpw": 2.7, "name": "paper-2bit"}, "solver hqq"),

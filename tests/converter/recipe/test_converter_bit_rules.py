@@ -101,7 +101,7 @@ def test_a_file_says_what_the_options_say(tmp_path: Path) -> None:
         ('{"bit": 3}', "mine.json.*bit"),
         ('{"bits": "3"}', "mine.json.*bits"),
         ('{"rules": "0=3bit"}', "mine.json.*rules"),
-        ('{"calibrate": "file"}', "names no text"),
+        ('{"calibrate": "file"}', "cannot name the text"),
         ("[", "mine.json: not JSON"),
         ('{"bits": 3, "bits": 2}', "mine.json.*bits"),
     ],

@@ -3,14 +3,13 @@
 from typing import Any
 
 import pytest
-from inside import inside
 
-from converter.recipe import recipes
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipe_options import RecipeOptions
 from converter.recipe.recipes import RECIPES, make_recipe
 from converter.solvers.native import solver_library
 from formats.errors import RecipeError
+from formats.files.log_once import warn_once
 
 
 def test_named_recipes_use_the_packings_of_the_design() -> None:
@@ -60,7 +59,7 @@ def test_without_the_native_library_the_default_is_hqq_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(solver_library, "available", lambda: False)
-    inside(recipes, "say_once").cache_clear()
+    warn_once.cache_clear()
     chosen = [make_recipe("2bit"), make_recipe("3bit")]
     assert [(recipe.solver, recipe.recorded.options) for recipe in chosen] == [("hqq", {})] * 2
     assert caplog.text.count("without calibration") == 1
@@ -137,7 +136,7 @@ def test_recipe_that_is_read_from_an_index_is_the_one_that_was_recorded(
         ({"down_width": "half"}, "down_width is 'half'"),
         ({"rule.x": "0=3bit"}, r"rule\.x is '0=3bit'"),
         ({"rule.1": 3}, r"rule\.1 is 3"),
-        ({"rule.1": "0=3bit,1=3bit"}, "one rule of bits"),
+        ({"rule.1": "0=3bit,1=3bit"}, "one bit rule"),
         ({"rule.1": "nonsense"}, "'nonsense' is no rule"),
     ],
     ids=str,
