@@ -1,6 +1,4 @@
-"""The calibration pass: tokens go through the original layer by layer; the inputs of its linears
-are summed up.
-"""
+"""The calibration pass: takes tokens through the original, one layer after the other."""
 
 import hashlib
 import json
@@ -24,34 +22,37 @@ from converter.forward.layer_loop import LayerLoop, LayerWork, Steps
 from converter.forward.ordered_tasks import RunAll
 
 VERSION = 3
-"""Of everything here that the statistics depend on: part of a conversion's fingerprint."""
+"""Version of the statistics, part of a conversion's fingerprint. A change of them adds one."""
 
 STATE_FOLDER = ".moe-convert.calibration"
-_STATE = "state"
+_STATE_NAME = "state"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stand:
-    """Where the tokens are: before decoder layer `position`. activations: float32 [windows, window,
-    hidden].
+class StreamState:
+    """The stream before decoder layer `position`.
+
+    activations: float32 [windows, window, hidden].
     """
 
     position: int
     activations: Tensor
 
 
-OUTSIDE = Stand(-1, torch.empty(0))
-"""The tokens are not in memory."""
+NOT_LOADED = StreamState(-1, torch.empty(0))
+"""No activations are in memory."""
 
 
 class CalibrationPass:
-    """Gathers the statistics of one decoder layer after the other, best in ascending order.
+    """Gathers the statistics of one decoder layer after the other.
 
-    `finish(layer)` stores the activations in `folder`, for a resume. `identity` is what they must
-    have been computed from. run_all runs tasks on the workers. down_width: columns of a block of
-    down's statistics.
+    Ascending order is fastest: a step back starts again from the stored or first layer.
+    `finish(layer)` stores the activations in `folder` for a resume.
+
+    identity: JSON value; stored activations with another identity are discarded. run_all: runs
+    tasks on the workers. down_width: columns of a block of down's statistics.
     """
 
     def __init__(
@@ -71,60 +72,56 @@ class CalibrationPass:
         self._loop = LayerLoop(checkpoint, self._forward_pass, steps, run_all)
         self._windows = tokens.windows
         self._weights = tokens.weights.repeat_interleave(tokens.windows.shape[1])
-        self._state = folder / STATE_FOLDER / _STATE
+        self._file = folder / STATE_FOLDER / _STATE_NAME
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._stand = OUTSIDE
+        self._state = NOT_LOADED
 
     def prepare(self, layer: int, *, gather: bool = True) -> LayerStatistics:
-        """Return the statistics of decoder layer `layer`, after passing through the layers before
-        it where need be.
+        """Take the tokens through decoder layer `layer` and return its statistics.
 
-        Without `gather` it only goes through, and the statistics are empty: nothing of the layer is
-        quantized.
+        Earlier layers are passed first if necessary. With `gather` False the statistics are empty,
+        for a layer that is not quantized.
         """
         self._go_to(layer)
         return self._forward(layer, gather=gather)
 
     def finish(self, layer: int) -> None:
-        """Store where the pass stands, once everything of `layer`, the last that was prepared, is
-        quantized.
-        """
-        if self._stand.position == layer + 1:
-            write_state(self._state, self._identity, self._stand.position, self._stand.activations)
+        """Store the state after `layer`, the last prepared one, once all of it is quantized."""
+        state = self._state
+        if state.position == layer + 1:
+            write_state(self._file, self._identity, state.position, state.activations)
 
     def prepare_head(self) -> LayerStatistics:
-        """Return the statistics of the output head, after passing through all layers."""
+        """Take the tokens through all remaining layers and return the output head's statistics."""
         self._go_to(self._forward_pass.layers)
-        inputs = [self._forward_pass.head_inputs(window) for window in self._stand.activations]
+        inputs = [self._forward_pass.head_inputs(window) for window in self._state.activations]
         head = whole_statistics(
             self._checkpoint, None, "the output head", inputs, self._weights, self._run_all
         )
         return LayerStatistics({self._forward_pass.head: head})
 
     def _go_to(self, layer: int) -> None:
-        if not 0 <= self._stand.position <= layer:
-            self._stand = self._stored(layer)
-        while self._stand.position < layer:
-            self._forward(self._stand.position, gather=False)
+        if not 0 <= self._state.position <= layer:
+            self._state = self._stored(layer)
+        while self._state.position < layer:
+            self._forward(self._state.position, gather=False)
 
-    def _stored(self, layer: int) -> Stand:
-        """The stored activations, if they stand at or before `layer`; else those before the first
-        layer.
-        """
+    def _stored(self, layer: int) -> StreamState:
+        """Return the stored state if it is at or before `layer`, else the state before layer 0."""
         shape = (*self._windows.shape, self._forward_pass.hidden_size)
-        kept = read_state(self._state, self._identity, shape)
-        if kept and kept[0] <= layer:
-            return Stand(*kept)
+        stored = read_state(self._file, self._identity, shape)
+        if stored and stored[0] <= layer:
+            return StreamState(*stored)
         stream = torch.empty(shape)
         self._forward_pass.embed(self._windows, stream, WINDOWS_AT_ONCE)
-        return Stand(0, stream)
+        return StreamState(0, stream)
 
     def _forward(self, layer: int, *, gather: bool) -> LayerStatistics:
-        """Take the tokens through `layer`, before which they stand."""
+        """Take the tokens through `layer`, the next one."""
         _log.info("calibration: layer %d", layer)
-        stream = self._stand.activations
-        # The activations change in place: after an interruption in the layer they are of no use.
-        self._stand = OUTSIDE
+        stream = self._state.activations
+        # The activations change in place: an interruption within the layer makes them invalid.
+        self._state = NOT_LOADED
         if gather:
             gatherer = LayerGatherer(
                 self._checkpoint,
@@ -139,5 +136,5 @@ class CalibrationPass:
         else:
             self._loop.pass_layer(layer, stream, LayerWork(self._forward_pass.experts))
             statistics = LayerStatistics({})
-        self._stand = Stand(layer + 1, stream)
+        self._state = StreamState(layer + 1, stream)
         return statistics

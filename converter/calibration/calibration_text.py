@@ -1,6 +1,4 @@
-"""What calibration runs through the model: windows of tokens from a text, from the shipped one, or
-random.
-"""
+"""Calibration tokens: windows of a text or of random tokens."""
 
 import hashlib
 from dataclasses import dataclass
@@ -22,22 +20,24 @@ MIN_TOKENS = 1024
 WINDOW = 512
 SEED = 0
 RANDOM_SHARE = 0.25
-"""Of the tokens, in `builtin` and `file`."""
+"""Share of random tokens in the kinds `builtin` and `file`."""
 RANDOM_WEIGHT = 0.25
-"""What the random tokens weigh together. 0.25 did no worse than 0.5 in four comparisons: KL .00695
-against .00706 and .00234 against .00247 on tiny-mixtral at 2 and 3 bits (docs/quality.md).
+"""Share of the random tokens in the total weight. On tiny-mixtral at 2 and 3 bits, 0.25 gives KL
+.00695 and .00234, 0.5 gives .00706 and .00247 (docs/quality.md).
 """
 
 BUILTIN = "calibration.txt.zst"
-_MOST_TEXT_BYTES = 64 << 20
-_MOST_UNKNOWN = 0.25
-"""Of a text's tokens."""
+_MAX_TEXT_BYTES = 64 << 20
+_MAX_UNKNOWN = 0.25
+"""Largest share of unknown tokens in a text."""
 
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """windows: int64 [windows, window], each begun by BOS where there is one; weights: float32
-    [windows], of a token of each window; sha256 of both.
+    """Windows of tokens, and the weight of a token in each window.
+
+    windows: int64 [windows, window]; each starts with BOS if the model has one. weights: float32
+    [windows].
     """
 
     kind: str
@@ -46,6 +46,7 @@ class CalibrationTokens:
 
     @property
     def sha256(self) -> str:
+        """Hash of windows and weights, in hex."""
         return hashlib.sha256(
             self.windows.numpy().tobytes() + self.weights.numpy().tobytes()
         ).hexdigest()
@@ -54,33 +55,33 @@ class CalibrationTokens:
 def calibration_tokens(
     checkpoint: Checkpoint, kind: str, tokens: int, file: Path | None = None, tokenizer: Any = None
 ) -> CalibrationTokens:
-    """About `tokens` tokens (whole windows) for `checkpoint`.
+    """Return about `tokens` tokens, in whole windows; the same arguments give the same tokens.
 
-    kind: "random", drawn uniformly from the vocabulary; "builtin", the text that the package ships,
-    or "file", the UTF-8 text in `file`: windows from all over the text, and a share of random ones.
-    The same for the same arguments.
-    tokenizer: the checkpoint's, None to open it here.
-    Raises SourceError for a text that cannot be read, is no UTF-8, or has too few tokens, and where
-    the checkpoint's tokenizer cannot be loaded; RecipeError for too few tokens.
+    kind: "random" draws uniformly from the vocabulary. "builtin" (a text in the package) and "file"
+    (the UTF-8 text in `file`) take windows spread over the text, and RANDOM_SHARE random tokens.
+    tokenizer: the checkpoint's; None opens it.
+
+    Raises SourceError for a text that cannot be read, is not UTF-8 or is too short, or a tokenizer
+    that cannot be loaded; RecipeError for `tokens` below MIN_TOKENS.
     """
     if tokens < MIN_TOKENS:
         raise RecipeError(
-            f"--calibration-tokens {tokens}: fewer than {MIN_TOKENS} do harm",
+            f"--calibration-tokens {tokens}: fewer than {MIN_TOKENS} make quality worse",
             f"use {DEFAULT_TOKENS} or more",
         )
-    a = checkpoint.architecture
-    longest = [
+    vocabulary = checkpoint.architecture.vocab_size
+    limits = [
         checkpoint.config.get("max_position_embeddings"),
         checkpoint.config.get("sliding_window"),
         WINDOW,
     ]
-    window = min(n for n in longest if isinstance(n, int) and n > 0)
+    window = min(n for n in limits if isinstance(n, int) and n > 0)
     bos = checkpoint.config.get("bos_token_id")
-    bos = bos if isinstance(bos, int) and 0 <= bos < a.vocab_size else None
+    bos = bos if isinstance(bos, int) and 0 <= bos < vocabulary else None
     n_windows = -(-tokens // window)
     n_random = n_windows if kind == "random" else max(1, round(n_windows * RANDOM_SHARE))
     generator = torch.Generator().manual_seed(SEED)
-    drawn = torch.randint(a.vocab_size, (n_random, window), generator=generator)
+    drawn = torch.randint(vocabulary, (n_random, window), generator=generator)
     if kind == "random":
         windows, weights = drawn, torch.ones(n_random)
     else:
@@ -102,27 +103,25 @@ def calibration_tokens(
 
 
 def _read(kind: str, file: Path | None) -> tuple[str, str]:
-    """(what to call it, the text)"""
+    """Return the text and, first, its name for messages."""
     if kind == "builtin":
         data = resources.files("converter").joinpath("data", BUILTIN).read_bytes()
         return "the builtin text", zstandard.decompress(data).decode()
     if file is None:
-        raise RecipeError("calibration by a file needs the file", "--calibrate TEXT.txt")
+        raise RecipeError("calibrate is file, but no text file is given", "--calibrate TEXT.txt")
     where = str(file)
     try:
         with open(file, "rb") as f:
-            data = f.read(_MOST_TEXT_BYTES + 1)
+            data = f.read(_MAX_TEXT_BYTES + 1)
     except OSError as e:
         raise SourceError(
             f"{where}: {e.strerror}", "--calibrate takes none, random, builtin or a text file"
         ) from None
     if not data:
+        raise SourceError(f"{where} is empty", "use a text of several kinds, 100 kB or more")
+    if len(data) > _MAX_TEXT_BYTES:
         raise SourceError(
-            f"{where} is empty", "calibrate by a text of several kinds, 100 kB or more"
-        )
-    if len(data) > _MOST_TEXT_BYTES:
-        raise SourceError(
-            f"{where} has more than {_MOST_TEXT_BYTES} bytes", "a few megabytes are plenty"
+            f"{where} has more than {_MAX_TEXT_BYTES} bytes", "a few megabytes are enough"
         )
     try:
         return where, data.decode("utf-8")
@@ -135,7 +134,7 @@ def _read(kind: str, file: Path | None) -> tuple[str, str]:
 def _encode(checkpoint: Checkpoint, where: str, text: str, tokenizer: Any) -> Tensor:
     try:
         tokenizer = tokenizer or open_source_tokenizer(checkpoint.folder)
-        # Piece by piece: some tokenizers take a time that grows with the square of the length.
+        # The time of some tokenizers grows with the square of the length, so the text is split.
         ids = [
             i
             for piece in _pieces(text)
@@ -152,25 +151,27 @@ def _encode(checkpoint: Checkpoint, where: str, text: str, tokenizer: Any) -> Te
     vocabulary = checkpoint.architecture.vocab_size
     if len(ids) and not 0 <= int(result.min()) <= int(result.max()) < vocabulary:
         raise SourceError(
-            f"{checkpoint.folder}: the tokenizer gives {int(result.max())}, the model has {vocabulary} embeddings",
+            f"{checkpoint.folder}: the tokenizer gives the token {int(result.max())},"
+            f" but the model has {vocabulary} embeddings",
             "--calibrate random needs no tokenizer",
         )
     unknown = tokenizer.unk_token_id
     if (
         len(ids)
         and unknown is not None
-        and (share := float((result == unknown).float().mean())) > _MOST_UNKNOWN
+        and (share := float((result == unknown).float().mean())) > _MAX_UNKNOWN
     ):
         raise SourceError(
-            f"{checkpoint.folder}: to the tokenizer {share:.0%} of {where} is unknown",
-            "give a text in the model's languages, or --calibrate random",
+            f"{checkpoint.folder}: {share:.0%} of {where} is unknown to the tokenizer",
+            "use a text in the model's languages, or --calibrate random",
         )
     return result
 
 
 def _pieces(text: str) -> list[str]:
-    """The text cut after line ends, every 16,000 characters or so."""
-    pieces, begin = [], 0
+    """Return the text in pieces of about 16,000 characters, split after line ends."""
+    pieces = []
+    begin = 0
     while begin < len(text):
         end = text.find("\n", begin + 16000)
         end = len(text) if end < 0 else end + 1
@@ -180,12 +181,12 @@ def _pieces(text: str) -> list[str]:
 
 
 def _spread(ids: Tensor, count: int, width: int, where: str) -> Tensor:
-    """`count` windows of `width` from all over `ids`, that do not overlap."""
+    """Return `count` windows, int64 [count, width], spread over `ids` without overlap."""
     if len(ids) < count * width:
         raise SourceError(
             f"{where} has {len(ids)} tokens, {count * width} are needed",
-            "give a longer text of several kinds, or fewer --calibration-tokens",
+            "use a longer text of several kinds, or fewer --calibration-tokens",
         )
-    room = len(ids) - count * width
-    starts = [i * width + (i * room // max(1, count - 1) if count > 1 else 0) for i in range(count)]
+    spare = len(ids) - count * width
+    starts = [i * width + i * spare // max(1, count - 1) for i in range(count)]
     return torch.stack([ids[start : start + width] for start in starts])

@@ -1,4 +1,4 @@
-"""Gathers the statistics of one layer while its tokens go through it."""
+"""Gathers the statistics of one layer while the tokens go through it."""
 
 import torch
 from torch import Tensor
@@ -15,15 +15,14 @@ from converter.forward.ordered_tasks import RunAll
 from converter.input_statistics import InputStatistics
 
 ROWS_IN_A_PART = 2048
-"""Of activations whose moments are summed at once."""
+"""Rows of activations whose moments are summed at once."""
 
 
 class LayerGatherer(LayerWork):
-    """Sums up the inputs of decoder layer `number` over tokens with these weights (float32
-    [tokens]).
+    """Sums the second moments of the inputs of decoder layer `number`.
 
-    down_width: columns of a block of down's statistics. SourceError for sums that are infinite or
-    NaN.
+    weights: of the tokens, float32 [tokens]. down_width: columns of a block of down's statistics.
+    The methods raise SourceError for sums that are infinite or NaN.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class LayerGatherer(LayerWork):
 
     @property
     def statistics(self) -> LayerStatistics:
-        """What was gathered, once the layer is through."""
+        """Statistics of the layer; complete after all tokens passed it."""
         if not self._routed:
             return LayerStatistics(self._linears)
         (inputs, gate_up) = self._routed[0]
@@ -72,41 +71,41 @@ class LayerGatherer(LayerWork):
         )
 
     def take_linears(self, inputs: list[Inputs]) -> None:
-        """As LayerWork. Linears that were given the same tensor share their statistics."""
+        """Implement `LayerWork.take_linears`. Linears with the same input share statistics."""
         first = inputs[0]
         for module, x in first.items():
-            like = next(
+            twin = next(
                 (other for other in self._linears if other in first and first[other] is x), None
             )
-            if like is None:
+            if twin is None:
                 parts = [part[module].flatten(0, -2).float() for part in inputs]
                 self._linears[module] = self._whole(
                     parts, f"layer {self._number}, the inputs of {module}"
                 )
             else:
-                self._linears[module] = self._linears[like]
+                self._linears[module] = self._linears[twin]
 
     def take_routed(self, routed: Routed) -> None:
-        """As LayerWork."""
+        """Implement `LayerWork.take_routed`."""
         parts = list(torch.split(routed.inputs, ROWS_IN_A_PART))
         self._routed = [
             (routed.inputs, self._whole(parts, f"layer {self._number}, its experts' inputs"))
         ]
 
     def start_expert(self, expert: int, tokens: Tensor) -> None:
-        """As LayerWork."""
+        """Implement `LayerWork.start_expert`."""
         inner = torch.empty(len(tokens), self._intermediate, dtype=torch.bfloat16)
         self._inputs.append(ExpertInputs(tokens, inner))
 
     def expert(self, piece: Piece, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As LayerWork: with the sums of the moments of down's inputs."""
+        """Implement `LayerWork.expert`; also return the moments of down's inputs."""
         inner = self._inputs[piece.expert].inner[piece.begin : piece.begin + len(piece.tokens)]
         sums = torch.zeros(self._down_shape)
         visitor = _InnerMoments(inner, self._weights[piece.tokens], sums, self._width)
         return self._experts.output(piece.layer, piece.expert, x, visitor), sums
 
     def take_expert(self, piece: Piece, found: Tensor) -> None:
-        """As LayerWork."""
+        """Implement `LayerWork.take_expert`."""
         self._down += found
 
     @property
@@ -120,7 +119,7 @@ class LayerGatherer(LayerWork):
 
 
 class _InnerMoments(SliceVisitor):
-    """Keeps down's inputs in `inner`, and sums their moments in `sums`."""
+    """Stores down's inputs in `inner` and their moments in `sums`."""
 
     def __init__(self, inner: Tensor, weights: Tensor, sums: Tensor, width: int) -> None:
         self.rows_at_once = rows_at_once(width)
@@ -144,8 +143,10 @@ def whole_statistics(
     weights: Tensor,
     run_all: RunAll,
 ) -> InputStatistics:
-    """Return the statistics of a linear for all tokens, at full width; the linear is in decoder
-    layer `layer`, None for the head. SourceError if they are infinite or NaN.
+    """Return the full-width statistics of a linear over all tokens.
+
+    parts: its inputs, float32 [n, columns] each. layer: its decoder layer, None for the head.
+    Raises SourceError with `what` if the statistics are infinite or NaN.
     """
     moment = second_moment(parts, weights, run_all) / weights.double().sum()
     if not bool(torch.isfinite(moment).all()):

@@ -1,5 +1,6 @@
-"""What calibration knows of one layer: its linears' statistics, some computed when an expert's turn
-comes.
+"""Statistics of one layer's linears and experts.
+
+Those of an expert are computed when it is quantized, which bounds memory.
 """
 
 from collections.abc import Callable
@@ -15,50 +16,48 @@ from converter.input_statistics import InputStatistics
 from converter.solvers.down_correction import DownCorrection
 
 DOWN_BLOCK = 256
-"""Columns of a block of down's statistics, if nothing else is asked for; full width takes 822 MB an
-expert of 8x7B.
-"""
+"""Default columns of a block of down's statistics. Full width needs 822 MB per expert of 8x7B."""
 PRIOR_SHARE = 0.25
-"""An expert's statistics are shrunk towards its layer's by this many tokens per column of a block.
-"""
+"""Prior tokens per column of a block. The prior is the layer's statistics over all experts."""
 
 Rows = Callable[[int, int], Tensor]
-"""Rows begin..end (exclusive) of a matrix."""
+"""Returns rows begin..end (exclusive) of a matrix."""
 
 
 @dataclass(frozen=True)
 class ExpertInputs:
-    """What reached one expert: which tokens (int64 [n]), and its down inputs, bfloat16 [n,
-    intermediate].
+    """Inputs of one expert.
+
+    tokens: indices of its tokens, int64 [n]. inner: inputs of down, bfloat16 [n, intermediate].
     """
 
     tokens: Tensor
     inner: Tensor
 
 
-def _nothing() -> InputStatistics:
+def _empty() -> InputStatistics:
     return InputStatistics(torch.empty(0, 0, 0), 0.0)
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """linears: of the packable linears, by module path. The rest is of the experts, and empty in a
-    layer without any.
+    """Statistics of one decoder layer; without experts, only `linears` is filled.
 
-    inputs: float32 [tokens, hidden], the experts'; weights: float32 [tokens]. gate_up and down are
-    of all experts together. products: the dtype in which weights are multiplied.
+    linears: module path -> statistics, for linears that can be packed. inputs: the experts' inputs,
+    float32 [tokens, hidden]. weights: of the tokens, float32 [tokens]. gate_up, down: statistics
+    over all experts. products: dtype in which weights are multiplied.
     """
 
     linears: dict[str, InputStatistics]
     inputs: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     experts: list[ExpertInputs] = field(default_factory=list)
-    gate_up: InputStatistics = field(default_factory=_nothing)
-    down: InputStatistics = field(default_factory=_nothing)
+    gate_up: InputStatistics = field(default_factory=_empty)
+    down: InputStatistics = field(default_factory=_empty)
     products: torch.dtype = torch.float32
 
     def gate_up_statistics(self, expert: int) -> tuple[InputStatistics, int]:
-        """Of an expert's gate and up, and how many tokens reached it."""
+        """Return the statistics of an expert's gate and up, and the number of its tokens."""
         tokens = self.experts[expert].tokens
         weights = self.weights[tokens]
         if not len(weights):
@@ -66,14 +65,16 @@ class LayerStatistics:
         moment = second_moment([self.inputs[tokens]], weights, one_by_one) / float(
             weights.double().sum()
         )
-        own = InputStatistics(moment[None], effective_tokens(weights))
-        return own.shrunk(self.gate_up, PRIOR_SHARE * moment.shape[0]), len(weights)
+        unshrunk = InputStatistics(moment[None], effective_tokens(weights))
+        return unshrunk.shrunk(self.gate_up, PRIOR_SHARE * moment.shape[0]), len(weights)
 
     def down_statistics(
         self, expert: int, gate: Rows, up: Rows
     ) -> tuple[InputStatistics, DownCorrection | None]:
-        """Of an expert's down, given its quantized gate and up, and how to correct its weights for
-        their errors.
+        """Return the statistics of an expert's down and a correction of its weights.
+
+        Both are for the inputs that the quantized gate and up give; the correction compensates
+        their errors. It is None if no token reached the expert, or the sums are not finite.
         """
         reached = self.experts[expert]
         weights = self.weights[reached.tokens]
@@ -87,21 +88,21 @@ class LayerStatistics:
         difference = torch.zeros_like(moment)
         for begin in range(0, columns, step):
             end = min(begin + step, columns)
-            found = inner_activations(
+            quantized = inner_activations(
                 x, gate(begin, end).to(self.products), up(begin, end).to(self.products)
             )
-            missing = reached.inner[:, begin:end].float() - found
+            lost = reached.inner[:, begin:end].float() - quantized
             blocks = slice(begin // width, -(-end // width))
-            moment[blocks] = block_moments(found, weights, width)
-            difference[blocks] = block_moments(missing, weights, width, found)
+            moment[blocks] = block_moments(quantized, weights, width)
+            difference[blocks] = block_moments(lost, weights, width, quantized)
         total, effective = float(weights.double().sum()), effective_tokens(weights)
         prior = PRIOR_SHARE * width
         shrunk = InputStatistics(moment / total, effective).shrunk(self.down, prior)
-        # The layer's moments are those of the original, which lacks nothing.
+        # The prior adds moments of the original, for which the difference is zero.
         share = effective / (effective + prior)
         return shrunk, DownCorrection.solve(difference * (share / total), shrunk.hessian)
 
 
 def rows_at_once(width: int) -> int:
-    """How many rows of gate and up are used at once: whole blocks of `width` columns of down."""
+    """Return the rows of gate and up in a slice: whole blocks of `width` columns of down."""
     return width * max(1, ROWS_AT_ONCE // width)

@@ -1,20 +1,21 @@
-"""How much a calibration pass takes at once, and the memory that this needs."""
+"""Step sizes of a calibration pass, and the memory that it needs."""
 
 from converter.calibration.calibration_text import WINDOW
 from converter.calibration.layer_statistics import DOWN_BLOCK, rows_at_once
 from formats.index import Architecture
 
 WINDOWS_AT_ONCE = 4
-"""In one run of a decoder layer."""
+"""Windows in one run of a decoder layer."""
 TOKENS_AT_ONCE = 1024
-"""In a piece of one expert."""
+"""Tokens in a piece of one expert."""
 _EXPERTS_AT_ONCE = 8
-"""Whose outputs and moments are in memory until they are added, in the experts' order."""
+"""Experts whose outputs and moments wait in memory to be added in the experts' order."""
 
 
 def experts_at_once(width: int) -> int:
-    """Return as many experts as have moments of the size of those of _EXPERTS_AT_ONCE in blocks of
-    DOWN_BLOCK, at least one.
+    """Return the number of experts to compute at once, at least one, for blocks of `width` columns.
+
+    Their moments need as much memory as those of _EXPERTS_AT_ONCE in blocks of DOWN_BLOCK.
     """
     return max(1, _EXPERTS_AT_ONCE * DOWN_BLOCK // width)
 
@@ -22,22 +23,21 @@ def experts_at_once(width: int) -> int:
 def calibration_memory_bytes(
     architecture: Architecture, tokens: int, width: int
 ) -> tuple[int, int]:
-    """Return the peak memory of a pass over `tokens` tokens: (the pass's, each worker's in
-    addition); 0 for no tokens.
+    """Return the peak memory of a pass over `tokens` tokens: of the pass, and of each worker.
 
-    T tokens, hidden size h, q = heads · head_dim, intermediate size I, E experts of which a token
-    chooses k, blocks of w columns in down's statistics, n experts at once. The pass holds, in
-    float32 unless said otherwise,
+    Both are 0 without tokens. T tokens, hidden size h, q = heads · head_dim, intermediate size I, E
+    experts of which a token uses k, blocks of w columns in down's statistics, n experts at once.
+    The pass holds, in float32 except where noted:
 
     - the stream and the experts' inputs: 2·T·h;
-    - the layer's weights but for the experts': q, k, v and o of attention, at most 4·h·q;
-    - moments: h² and q² of attention's inputs, h² of gate's and up's, I·w of down's;
-    - and the larger of the inputs of attention's linears, T·(h + q), and what the experts need: the
-      sum of their outputs, T·h; down's inputs, T·k·I in bfloat16; outputs of n experts, T·k·h·n /
-      E; and their pieces' moments, I·w each.
+    - the layer's weights without experts: q, k, v and o of attention, at most 4·h·q;
+    - moments: h² and q² for attention, h² for gate and up, I·w for down;
+    - the larger of two: the inputs of attention's linears, T·(h + q), or the data of the experts:
+      the sum of their outputs, T·h; inputs of down, T·k·I in bfloat16; outputs of n experts,
+      T·k·h·n / E; moments of their pieces, I·w each.
 
-    A worker holds the largest of a run of the layer on a few windows, slices of an expert with a
-    piece's activations, factorizations of h² moments, and the correction of down.
+    A worker holds the largest of four: a run of the layer on a few windows; slices of an expert
+    with the activations of a piece; factorizations of h² moments; the correction of down.
     """
     if not tokens:
         return 0, 0
@@ -57,6 +57,6 @@ def calibration_memory_bytes(
     piece = min(tokens, TOKENS_AT_ONCE)
     slices = 4 * (3 * rows_at_once(width) * hidden + piece * (inner + 2 * hidden))
     factors = 4 * 7 * hidden**2 + 4 * tokens * hidden
-    # Down's correction solves in float64; counted as blocks of float32.
+    # The correction of down solves in float64; 15 counts its blocks in float32.
     correction = 4 * 15 * inner * width
     return whole, max(layer_run, slices, factors, correction)

@@ -1,6 +1,4 @@
-"""The state of a pass over layers that can be interrupted: numbers and the activations, kept with
-their checksum.
-"""
+"""State file of an interruptible pass over layers: progress, activations and a checksum."""
 
 import logging
 from pathlib import Path
@@ -18,34 +16,33 @@ _log = logging.getLogger(__name__)
 
 
 def write_state(path: Path, identity: str, progress: Any, activations: Tensor) -> None:
-    """Keeps `progress` (JSON) and `activations` (float32), which were computed from what `identity`
-    says.
+    """Store `progress` (JSON) and `activations` (float32), computed from `identity`.
 
-    The file is the sha256 of the rest in hex, a line feed, a line of JSON, and the activations'
-    bytes.
+    The file is the sha256 of all that follows it in hex, a line feed, a line of JSON, and the bytes
+    of the activations.
     """
     make_folder(path.parent)
     head = msgspec.json.encode([identity, progress, list(activations.shape)])
-    rest = head + b"\n" + activations.contiguous().numpy().tobytes()
-    write_file(path, sha256_of(rest).encode() + b"\n" + rest)
+    content = head + b"\n" + activations.contiguous().numpy().tobytes()
+    write_file(path, sha256_of(content).encode() + b"\n" + content)
 
 
 def read_state(path: Path, identity: str, shape: tuple[int, ...]) -> tuple[Any, Tensor] | None:
-    """(progress, activations float32 [*shape]) as they were kept.
+    """Return the stored progress and activations, float32 of `shape`.
 
-    None where there are none of this identity and shape, or where they are damaged: a warning then
-    says so.
+    Return None if the file is missing, has another identity or shape, or is damaged. Damage is
+    logged as a warning.
     """
     try:
         data = path.read_bytes()
     except OSError:
         return None
-    checksum, _, rest = data.partition(b"\n")
-    if sha256_of(rest).encode() != checksum:
-        _log.warning("%s is damaged: the layers are passed through again", path)
+    checksum, _, content = data.partition(b"\n")
+    if sha256_of(content).encode() != checksum:
+        _log.warning("%s is damaged: the pass starts again from the first layer", path)
         return None
-    head, _, values = rest.partition(b"\n")
-    found, progress, sizes = msgspec.json.decode(head)
-    if (found, sizes) != (identity, list(shape)):
+    head, _, values = content.partition(b"\n")
+    stored_identity, progress, stored_shape = msgspec.json.decode(head)
+    if (stored_identity, stored_shape) != (identity, list(shape)):
         return None
     return progress, torch.frombuffer(bytearray(values), dtype=torch.float32).view(shape)
