@@ -1,4 +1,4 @@
-"""The end of a conversion: trunk, the files beside the weights, and last the index."""
+"""End of a conversion: the trunk, the files beside the weights, the index last."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ from formats.writer import write_file
 def complete(
     plan: ConversionPlan, work: FinishedWork, files: OutputFiles, shard_sha256: dict[str, str]
 ) -> dict[str, Any]:
-    """Completes the folder, whose units are all done; returns the value of quality.json.
+    """Complete the folder after its last unit and return the value of quality.json.
 
-    shard_sha256: of each shard of the source, in hex.
+    shard_sha256: shard name -> sha256 in hex, for each shard of the source.
     """
     checkpoint, out, recipe = plan.checkpoint, plan.out, plan.recipe.recorded
     for name, sha256 in shard_sha256.items():
@@ -42,7 +42,7 @@ def complete(
         copied,
     )
     write_card(out, index)
-    # Partial files that were removed stay removed.
+    # Removed partial files must not come back after a power loss.
     fsync_folder(out / EXPERTS_FOLDER)
     write_file(out / INDEX_NAME, dump_index(index))
     return quality

@@ -1,4 +1,4 @@
-"""The flow of a conversion: the folder, the choice of bits, the run; or what is complete already."""
+"""Flow of a conversion: check the folder, choose bits, run the units; or skip a complete folder."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,8 +16,9 @@ from formats.files.io_errors import translated
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion came to. quality: the value of quality.json; empty unless the conversion
-    ended now.
+    """Result of a conversion.
+
+    quality: the value of quality.json; empty unless this run completed the folder.
     """
 
     done: Literal["converted", "already complete", "part"]
@@ -25,14 +26,14 @@ class Converted:
     source_bytes: int
     quality: dict[str, Any]
     recipe: ConversionRecipe
-    """With the rules of bits that were chosen for its target, if it has one."""
+    """The recipe, with the bit rules that calibration chose for its target."""
 
 
 def convert(plan: ConversionPlan, progress: Progress | None = None) -> Converted:
-    """Carries out a plan, whose checkpoint is open; goes on where an earlier run stopped.
+    """Carry out a plan; continue where an earlier run stopped. The plan's checkpoint must be open.
 
-    Raises SourceError, HubError, OutputError, PathError, DoesNotFitError; after any of them nothing
-    that was converted is lost.
+    Raises SourceError, HubError, OutputError, PathError, DoesNotFitError. Finished work survives
+    all of them.
     """
     with translated(plan.out, "used"):
         return _convert(plan, progress or (lambda stage, done, total: None))
@@ -67,7 +68,7 @@ def _convert(plan: ConversionPlan, progress: Progress) -> Converted:
 
 
 def _already_complete(plan: ConversionPlan, progress: Progress) -> Converted:
-    """What a complete folder is a conversion of; OutputError if that is not what the plan says."""
+    """Return the result for a complete folder; OutputError if it does not match the plan."""
     checkpoint = plan.checkpoint
     index = check_same(plan.out, checkpoint, plan.recipe, plan.options.codec, plan.tokens)
     check_contents(plan.out, checkpoint, index, progress)

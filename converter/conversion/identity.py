@@ -1,4 +1,4 @@
-"""What a conversion is a conversion of: compared before one is resumed or called complete."""
+"""Identity of a conversion, compared before it resumes or counts as complete."""
 
 import hashlib
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from formats.errors import OutputError
 from formats.index import Index, read_index
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, done bytes, total bytes); bytes are the source's."""
+"""Called with stage, done and total; both in bytes of the source."""
 
 
 def calibration_version(tokens: CalibrationTokens) -> str:
-    """What the bytes of a calibrated conversion depend on besides the recipe."""
+    """Return the version of a calibration: its code and its tokens."""
     return f"{CALIBRATION_VERSION}, tokens {tokens.sha256}"
 
 
 def overlay_version(checkpoint: Checkpoint) -> str | None:
-    """What the bytes depend on besides the shards, where some tensors are in several of them."""
+    """Return a hash of the shard chosen for each tensor that several shards hold; None without."""
     if not checkpoint.overlaid:
         return None
     return hashlib.sha256(repr(sorted(checkpoint.overlaid.items())).encode()).hexdigest()
@@ -43,7 +43,7 @@ def fingerprint(
     solver: Solver,
     tokens: CalibrationTokens | None,
 ) -> dict[str, Any]:
-    """What must be the same for a resume."""
+    """Return the fields that must be equal for a resume."""
     calibrated = {"calibration": calibration_version(tokens)} if tokens else {}
     pinned = {"hub": msgspec.to_builtins(checkpoint.hub.pin)} if checkpoint.hub else {}
     overlaid = {"overlay": overlay_version(checkpoint)} if checkpoint.overlaid else {}
@@ -64,7 +64,7 @@ def fingerprint(
 
 
 def recorded_recipe(recipe: ConversionRecipe) -> dict[str, Any]:
-    """The field of a fingerprint that says the recipe."""
+    """Return the fingerprint's field for the recipe."""
     return {"recipe": msgspec.to_builtins(recipe.recorded)}
 
 
@@ -75,44 +75,56 @@ def check_same(
     codec: str,
     tokens: CalibrationTokens | None,
 ) -> Index:
-    """The index of the complete conversion in `out`; OutputError if it is of another source, recipe
-    or calibration.
+    """Return the index of the complete conversion in `out`.
 
-    Reads no weights: of the source's shards it compares names and sizes.
+    Raises OutputError for another source, recipe, codec or calibration. Reads no weights: it
+    compares only names and sizes of the source's shards.
     """
     index = read_index(out)
-    found, asked = index.recipe, recipe.recorded
+    old = index.recipe
+    new = recipe.recorded
     if recipe.options.rules_are_open:
-        # Its rules were chosen for it; the same would be chosen again.
-        found = replace(found, options=without_rules(found.options))
-    for field in asked.__struct_fields__:
-        if getattr(found, field) != getattr(asked, field):
-            _refuse(out, f"recipe ({field})", getattr(found, field), getattr(asked, field))
-    if index.layers[0].experts[0].codec != codec:
-        _refuse(out, "codec", index.layers[0].experts[0].codec, codec)
-    there, now = (
-        index.producer.versions.get("calibration"),
-        calibration_version(tokens) if tokens else None,
-    )
-    if there != now:
-        _refuse(out, "calibration", there, now)
-    if (there := index.producer.versions.get("overlay")) != (now := overlay_version(checkpoint)):
-        _refuse(out, "choice of tensors that are in several shards", there, now)
-    for name in changed_fields(checkpoint.config, index.config):
-        _refuse(out, f"config.json ({name})", index.config.get(name), checkpoint.config.get(name))
-    sizes = {shard.name: shard.size_bytes for shard in index.source.shards}
-    if sizes != checkpoint.shards:
-        _refuse(out, "source", sizes, checkpoint.shards)
+        # Calibration would choose the recorded rules again.
+        old = replace(old, options=without_rules(old.options))
+    versions = index.producer.versions
+    compared = [
+        *((f"recipe ({f})", getattr(old, f), getattr(new, f)) for f in new.__struct_fields__),
+        ("codec", index.layers[0].experts[0].codec, codec),
+        (
+            "calibration",
+            versions.get("calibration"),
+            calibration_version(tokens) if tokens else None,
+        ),
+        (
+            "choice of shards for duplicate tensors",
+            versions.get("overlay"),
+            overlay_version(checkpoint),
+        ),
+        *(
+            (f"config.json ({name})", index.config.get(name), checkpoint.config.get(name))
+            for name in changed_fields(checkpoint.config, index.config)
+        ),
+        (
+            "source",
+            {shard.name: shard.size_bytes for shard in index.source.shards},
+            checkpoint.shards,
+        ),
+    ]
+    for field, recorded, now in compared:
+        if recorded != now:
+            _refuse(out, field, recorded, now)
     return index
 
 
 def check_contents(
     out: Path, checkpoint: Checkpoint, index: Index, progress: Progress | None
 ) -> None:
-    """OutputError unless the shards of `checkpoint` have the hashes that `index`, of folder `out`,
-    has.
+    """Raise OutputError unless the shards of `checkpoint` have the hashes in `index`.
+
+    out: the folder of `index`, for the message.
     """
-    done, total = 0, sum(shard.size_bytes for shard in index.source.shards)
+    done = 0
+    total = sum(shard.size_bytes for shard in index.source.shards)
     for shard in index.source.shards:
         if checkpoint.shard_sha256(shard.name) != shard.sha256:
             _refuse(out, "source", f"{shard.name} {shard.sha256}", "other contents")
@@ -121,8 +133,9 @@ def check_contents(
             progress("comparing the source", done, total)
 
 
-def _refuse(out: Path, what: str, there: Any, now: Any) -> NoReturn:
+def _refuse(out: Path, field: str, recorded: Any, now: Any) -> NoReturn:
     raise OutputError(
-        f"{out} holds a complete conversion with another {what}: {there!r} there, {now!r} now",
+        f"{out} holds a complete conversion with another {field}:"
+        f" recorded {recorded!r}, now {now!r}",
         "choose another --out-dir, or add --force to replace it",
     )

@@ -1,6 +1,4 @@
-"""A conversion's plan: what can be known of it before its first weight is read. A dry run and a
-conversion make the same.
-"""
+"""The plan of a conversion, complete before the first weight is read; a dry run makes the same."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +24,7 @@ from formats.files.io_errors import translated
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What is converted, into which folder and bytes, by what. `checkpoint` is open, and its
-    opener's to close.
-    """
+    """All decisions of a conversion. `checkpoint` is open; whoever opened it closes it."""
 
     checkpoint: Checkpoint
     recipe: ConversionRecipe
@@ -36,29 +32,30 @@ class ConversionPlan:
     out: Path
     output: OutputPlan
     side_files: list[str]
-    """Names of the files that are copied."""
+    """Names of the files to copy."""
     needs: OutputNeeds
     solver: Solver
     tokens: CalibrationTokens | None
-    """The calibration's; None without one."""
+    """Calibration tokens; None without calibration."""
     workers: int
     free_disk_bytes: int
     fingerprint: dict[str, Any]
-    """What must be the same for a resume."""
+    """Fields that must be equal for a resume."""
 
     @property
     def memory_bytes(self) -> int:
-        """Peak memory, estimated."""
+        """Estimated peak memory."""
         return self.output.memory_bytes(self.workers, self.solver)
 
     @property
     def layers(self) -> range:
-        """The layers that are converted: all, or those of one part."""
-        n, (i, parts) = len(self.output.layouts), self.options.part or (1, 1)
+        """Layers of experts to convert: all, or those of one part."""
+        n = len(self.output.layouts)
+        i, parts = self.options.part or (1, 1)
         return range(n * (i - 1) // parts, n * i // parts)
 
     def with_recipe(self, recipe: ConversionRecipe) -> "ConversionPlan":
-        """The same conversion by a recipe whose rules of bits are chosen."""
+        """Return the plan with a recipe whose bit rules are chosen."""
         return replace(
             self,
             recipe=recipe,
@@ -70,11 +67,10 @@ class ConversionPlan:
 def plan_conversion(
     checkpoint: Checkpoint, recipe: ConversionRecipe, options: ConvertOptions, out: Path
 ) -> ConversionPlan:
-    """Plans the conversion of `checkpoint` into folder `out`; checks everything that would stop it
-    later.
+    """Plan the conversion of `checkpoint` into folder `out`, and check what could stop it later.
 
-    Raises RecipeError, SourceError, OutputError, DoesNotFitError. Writes nothing but a temporary
-    file that it removes.
+    Raises RecipeError, SourceError, OutputError, DoesNotFitError. Writes only a temporary file,
+    which it removes.
     """
     with translated(out, "used"):
         output = plan_output(checkpoint, recipe)
@@ -116,9 +112,9 @@ def plan_conversion(
 
 
 def _check_earlier(plan: ConversionPlan) -> None:
-    """OutputError if the out folder holds a conversion, complete or not, of something else."""
+    """Raise OutputError if the folder holds another conversion, complete or unfinished."""
     if (plan.out / INDEX_NAME).exists():
         check_same(plan.out, plan.checkpoint, plan.recipe, plan.options.codec, plan.tokens)
-    # The rules that a target becomes are in the journal, and chosen later.
+    # With a target, the journal has the chosen rules, which this plan does not know yet.
     elif plan.options.resume and not plan.recipe.options.rules_are_open:
         check_begun(plan.out, plan.fingerprint)

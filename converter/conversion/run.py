@@ -1,6 +1,4 @@
-"""The run of a conversion: the units that are left, over threads, journaled, in any order, to the
-same bytes.
-"""
+"""The run of a conversion: does the remaining units in several threads and records each."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -29,12 +27,13 @@ from converter.output.output_files import OutputFiles
 
 
 def run_conversion(plan: ConversionPlan, progress: Progress) -> dict[str, Any] | None:
-    """Does what is left; returns the value of quality.json, or None if only a part was asked for."""
+    """Do the remaining work and return the value of quality.json, or None for a part."""
     checkpoint, options = plan.checkpoint, plan.options
     with ExitStack() as stack:
         work = stack.enter_context(closing(FinishedWork(plan.out, plan.fingerprint)))
         hashes = stack.enter_context(ShardHashes(checkpoint, work))
-        # Left in the opposite order: what hashes or waits ends before it is waited for.
+        # The stack unwinds in reverse: stop is set before the hashing thread and the pool are
+        # waited for.
         stack.callback(checkpoint.stop.set)
         files = stack.enter_context(
             OutputFiles(plan.out, plan.output, options.codec, work, plan.layers)
@@ -48,7 +47,7 @@ def run_conversion(plan: ConversionPlan, progress: Progress) -> dict[str, Any] |
 
 
 class _UnitRun:
-    """The units of one plan, of which some may be done already."""
+    """The units of one plan; some may be done already."""
 
     def __init__(
         self,
@@ -72,7 +71,7 @@ class _UnitRun:
         self._done_bytes = sum(unit.source_bytes for unit in self._units if unit.key in work)
 
     def do_all(self) -> None:
-        """Does the units that are not done yet."""
+        """Do the units that are not done yet."""
         self._progress("converting", self._done_bytes, self._total_bytes)
         for layer in self._plan.layers:
             self._files.finish_layer(layer)
@@ -85,7 +84,7 @@ class _UnitRun:
             self._do_calibrated(todo, tokens)
 
     def _do_calibrated(self, todo: list[Unit], tokens: CalibrationTokens) -> None:
-        """Layer by layer: the statistics of one layer at a time are in memory."""
+        """Do the units layer by layer, with the statistics of one layer at a time in memory."""
         plan, output = self._plan, self._plan.output
         width = plan.recipe.options.down_block(plan.checkpoint.architecture.intermediate_size)
         in_pool = partial(run_all, self._pool)
@@ -100,18 +99,17 @@ class _UnitRun:
             elif layer > output.last_quantized_layer:
                 self._do(units, None)
             else:
-                # In no variable here: they would stay in memory while those of the next layer are
-                # gathered.
+                # A variable would keep these statistics in memory while the next are gathered.
                 self._do(units, calibration.prepare(layer, gather=output.quantizes(layer)))
                 calibration.finish(layer)
 
     def _do(self, units: Iterable[Unit], statistics: LayerStatistics | None) -> None:
-        """Does units over the pool's threads, and records each once its bytes are durable."""
-        left = iter(units)
+        """Do units in the pool's threads; record each after its bytes are durable."""
+        remaining = iter(units)
         running: dict[Future[UnitRecord], Unit] = {}
         try:
             while True:
-                while len(running) < self._plan.workers and (unit := next(left, None)):
+                while len(running) < self._plan.workers and (unit := next(remaining, None)):
                     running[self._pool.submit(self._convert, unit, statistics)] = unit
                 if not running:
                     return
@@ -123,8 +121,9 @@ class _UnitRun:
             raise
 
     def _convert(self, unit: Unit, statistics: LayerStatistics | None) -> UnitRecord:
-        """Does one unit and writes its bytes durably. statistics: of its layer, None without
-        calibration.
+        """Do one unit and write its bytes durably.
+
+        statistics: of the unit's layer; None without calibration.
         """
         key = unit.key
         if isinstance(key, ExpertKey):
@@ -149,9 +148,7 @@ class _UnitRun:
 
 
 def _keep_first_error(running: dict[Future[UnitRecord], Unit]) -> None:
-    """Lets running units end; of several that failed, the one that did so by itself is what the
-    caller raises.
-    """
+    """Wait for running units and drop their errors, so that the caller raises the first one."""
     for future in running:
         with contextlib.suppress(Stopped, Exception):
             future.result()
@@ -159,8 +156,9 @@ def _keep_first_error(running: dict[Future[UnitRecord], Unit]) -> None:
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Sums over a tensor depend on torch's threads, and so would where hqq stops: one thread, more
-    workers instead.
+    """Run torch in one thread; workers use the other cores.
+
+    The number of torch's threads changes sums over a tensor, and so the iteration where hqq stops.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The sha256 of the source's shards, computed beside the work."""
+"""Hashes the source's shards in a thread beside the workers."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,8 +7,9 @@ from converter.journal.finished_work import FinishedWork
 
 
 class ShardHashes:
-    """Hashes shards in a thread of its own; what it reads ahead, the workers find in the page
-    cache. A context.
+    """Context that computes the sha256 of each shard in its own thread.
+
+    The bytes that it reads ahead are in the page cache when the workers need them.
     """
 
     def __init__(self, checkpoint: Checkpoint, work: FinishedWork) -> None:
@@ -24,8 +25,9 @@ class ShardHashes:
         self._executor.shutdown()
 
     def result(self) -> dict[str, str]:
-        """Waits; name -> sha256 in hex, worthless once the checkpoint is stopped. Raises what
-        hashing raised.
+        """Wait and return shard name -> sha256 in hex; raise what hashing raised.
+
+        The hashes are meaningless once the checkpoint is stopped.
         """
         return self._hashes.result()
 

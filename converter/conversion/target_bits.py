@@ -1,6 +1,4 @@
-"""A target of bits that becomes rules: measured once, kept beside the work, the same for any
-workers.
-"""
+"""Turns a recipe's target of bits into bit rules, from errors that calibration measures."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +21,10 @@ _log = logging.getLogger(__name__)
 def with_chosen_bits(
     plan: ConversionPlan, solver: CalibratedSolver, tokens: CalibrationTokens, progress: Progress
 ) -> ConversionPlan:
-    """The plan by the rules that fit its recipe's target best, by the errors of the checkpoint's
-    layers for `tokens`.
+    """Return the plan with the bit rules that reduce the measured errors most within its target.
 
-    What was measured is kept in the out folder until the conversion is complete. Errors as
-    BitSensitivity, choose_bits.
+    The measured errors stay in the output folder until the conversion is complete, for a resume.
+    The number of workers does not change them. Raises what BitSensitivity and choose_bits raise.
     """
     checkpoint, recipe = plan.checkpoint, plan.recipe
     layers = [list(expert_units(checkpoint, layer)) for layer in range(len(plan.output.layouts))]
@@ -55,5 +52,7 @@ def with_chosen_bits(
         raise
     finally:
         pool.shutdown()
-    _log.info("bits for %s: %s", recipe.name, ", ".join(rule.text for rule in chosen.options.rules))
+    _log.info(
+        "bit rules for %s: %s", recipe.name, ", ".join(rule.text for rule in chosen.options.rules)
+    )
     return plan.with_recipe(chosen)

@@ -1,6 +1,4 @@
-"""The units of work of a conversion: what each reads, with which decoder layer it is done, and in
-which order.
-"""
+"""Units of work of a conversion: their weights, their decoder layer and their order."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,10 @@ from converter.output.conversion_sizes import OutputPlan
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work. layer: the decoder layer with whose units it is done, the first for the
-    embeddings; None for what comes after the layers. weights: what it reads.
+    """One piece of work.
+
+    layer: decoder layer with which it is done; 0 for the embeddings, None after the last layer.
+    weights: the weights that it reads.
     """
 
     key: UnitKey
@@ -34,16 +34,17 @@ class Unit:
 
     @property
     def place(self) -> tuple[str, int]:
-        """Where the last weight begins that it reads: units in this order need few shards at once."""
+        """Shard and offset of the unit's last weight. This order needs few shards at once."""
         return max((weight.shard, weight.offset) for weight in self.weights)
 
 
 def units_of(
     checkpoint: Checkpoint, plan: OutputPlan, layers: Sequence[int], *, outer: bool
 ) -> list[Unit]:
-    """The units of `layers` of experts, in the order in which checkpoints store them; those of
-    decoder layers without experts come with the next layer of experts, or the last. outer: also
-    those before and after all decoder layers.
+    """Return the units of some layers of experts, in the order in which checkpoints store them.
+
+    Decoder layers without experts come with the next layer that has experts, or with the last.
+    outer: also return the units before and after all decoder layers.
     """
     shape = checkpoint.shape
     trunk = [*_linears(checkpoint, plan), *_tensors(checkpoint, plan)]
@@ -59,7 +60,7 @@ def units_of(
 
 
 def expert_units(checkpoint: Checkpoint, layer: int) -> Iterator[Unit]:
-    """The units of the experts of one layer of experts."""
+    """Yield the units of one layer's experts."""
     decoder_layer = checkpoint.shape.experts[layer].decoder_layer
     for expert in range(checkpoint.architecture.num_local_experts):
         weights = (
@@ -70,7 +71,7 @@ def expert_units(checkpoint: Checkpoint, layer: int) -> Iterator[Unit]:
 
 
 def _decoder_layers(shape: ModelShape, layers: Sequence[int]) -> range:
-    """The decoder layers whose units come with these consecutive layers of experts."""
+    """Return the decoder layers whose units come with consecutive layers of experts."""
     if not layers:
         return range(0)
     begin = shape.experts[layers[0] - 1].decoder_layer + 1 if layers[0] else 0
@@ -81,16 +82,17 @@ def _decoder_layers(shape: ModelShape, layers: Sequence[int]) -> range:
 
 
 def shard_needs(units: Sequence[Unit], *, by_layer: bool) -> list[ShardNeed]:
-    """The shards that each unit reads. by_layer: those of all units of its layer, as calibration
-    reads them.
+    """Return the shards that each unit needs.
+
+    by_layer: True for calibration, which reads all shards of a layer before its first unit is done.
     """
     if not by_layer:
         return [ShardNeed(unit.key, unit.shards) for unit in units]
-    of_layer: dict[int | None, frozenset[str]] = {}
+    layer_shards: dict[int | None, frozenset[str]] = {}
     for unit in units:
-        of_layer[unit.layer] = of_layer.get(unit.layer, frozenset()) | unit.shards
+        layer_shards[unit.layer] = layer_shards.get(unit.layer, frozenset()) | unit.shards
     return [
-        ShardNeed(unit.key, unit.shards if unit.layer is None else of_layer[unit.layer])
+        ShardNeed(unit.key, unit.shards if unit.layer is None else layer_shards[unit.layer])
         for unit in units
     ]
 

@@ -1,6 +1,4 @@
-"""What a worker does: quantize one expert or one matrix of the trunk, or read one tensor that is
-copied.
-"""
+"""A worker: quantizes an expert or a trunk matrix, or reads a tensor to copy."""
 
 import logging
 import threading
@@ -36,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Any]]) -> list[Any]:
-    """Results of calibration's tasks, run by the pool's threads, in the tasks' order."""
+    """Run calibration's tasks in the pool's threads and return the results in the tasks' order."""
     futures = [pool.submit(task) for task in tasks]
     try:
         return [future.result() for future in futures]
@@ -47,9 +45,7 @@ def run_all(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], Any]]) -> lis
 
 
 class Worker:
-    """Does units; safe to use from several threads. It returns bytes and a record, and writes
-    nothing.
-    """
+    """Computes bytes and record of a unit, and writes no file. Several threads may use it."""
 
     def __init__(
         self, checkpoint: Checkpoint, plan: OutputPlan, solver: Solver, stop: threading.Event
@@ -62,9 +58,9 @@ class Worker:
     def expert(
         self, key: ExpertKey, calibrated: LayerStatistics | None
     ) -> tuple[ExpertRecord, torch.Tensor]:
-        """Quantizes an expert, or copies what stays as it is: its record, and its bytes (uint8).
+        """Return the record and the bytes (uint8) of an expert.
 
-        calibrated: the statistics of its layer, None without calibration.
+        calibrated: statistics of its layer; None without calibration.
         """
         layout = self._plan.layouts[key.layer][key.expert]
         blob = torch.empty(layout.n_bytes, dtype=torch.uint8)
@@ -105,8 +101,9 @@ class Worker:
     def linear(
         self, key: LinearKey, statistics: InputStatistics | None
     ) -> tuple[LinearRecord, torch.Tensor]:
-        """Quantizes a matrix of the trunk: its record, and its bytes (uint8). statistics: None
-        without calibration.
+        """Return the record and the bytes (uint8) of a packed trunk matrix.
+
+        statistics: of its inputs; None without calibration.
         """
         linear = self._plan.packed[key.module]
         packing = tile_packing_named(linear.packing)
@@ -117,9 +114,7 @@ class Worker:
         return LinearRecord(key.module, xxh3_of(tiles.numpy().data), error, uncalibrated), tiles
 
     def tensor(self, key: TensorKey) -> Iterator[torch.Tensor]:
-        """The bytes (uint8) of a tensor that is copied as it is, in blocks: it may be larger than
-        an expert.
-        """
+        """Yield the bytes (uint8) of a copied tensor in blocks: it may be larger than an expert."""
         weight = self._checkpoint.trunk[key.name]
         rows = weight.shape[0]
         row_bytes = weight.n_bytes // rows
@@ -138,11 +133,10 @@ class Worker:
         statistics: InputStatistics | None,
         correction: DownCorrection | None = None,
     ) -> tuple[SquaredError, bool]:
-        """Fills `tiles` (uint8 [tiles, tile_bytes], may be a strided view) with the packed weight,
-        or a corrected one.
+        """Fill `tiles` with the packed weight; return the error, and True if calibrated.
 
-        Also returns whether it was with calibration. Where statistics cannot be used, the whole
-        matrix is without.
+        tiles: uint8 [tiles, tile_bytes], perhaps a strided view. correction: applied to the weight
+        first. If the statistics are singular, the whole matrix is quantized without calibration.
         """
         if statistics and isinstance(self._solver, CalibratedSolver):
             calibrated = partial(self._solver.solve_calibrated, statistics=statistics)
@@ -184,12 +178,16 @@ class Worker:
 def _rows(
     stored: torch.Tensor, packing: AnyPacking, columns: int, begin: int, end: int
 ) -> torch.Tensor:
-    """Rows begin..end (exclusive; begin a multiple of 32) of a stored matrix, float32 [rows,
-    columns].
+    """Return rows begin..end (exclusive) of a stored matrix, float32 [rows, columns].
+
+    begin: a multiple of 32.
     """
     return packing.weights(_part(stored, packing, begin, end).contiguous(), end - begin, columns)
 
 
 def _part(stored: torch.Tensor, packing: AnyPacking, begin: int, end: int) -> torch.Tensor:
-    """What holds the matrix's rows begin..end (exclusive; begin a multiple of 32)."""
+    """Return the tiles or plain rows that hold rows begin..end (exclusive) of the matrix.
+
+    begin: a multiple of 32.
+    """
     return stored[begin // packing.rows_each : -(-end // packing.rows_each)]

@@ -1,4 +1,4 @@
-"""How many workers a conversion has, so that it fits the memory."""
+"""Chooses the number of workers so that the conversion fits in memory."""
 
 import logging
 import os
@@ -11,39 +11,42 @@ from converter.solvers.interface import Solver
 from formats.errors import DoesNotFitError
 from formats.files.control_group import within_group
 
-_SHARE = 0.9
-"""Of the available memory, which other processes use too."""
-_HINT = "close other programs; fewer --calibration-tokens or --calibrate none take less, --down-width takes more"
+_AVAILABLE_SHARE = 0.9
+"""Share of the available memory to use; other processes may take the remainder."""
+_HINT = (
+    "close other programs; fewer --calibration-tokens, a smaller --down-width or --calibrate none"
+    " need less"
+)
 
 _log = logging.getLogger(__name__)
 
 
 def choose_workers(plan: OutputPlan, solver: Solver, options: ConvertOptions) -> int:
-    """The workers asked for, or the processors; fewer where memory would be short.
+    """Return the requested number of workers, or of processors; fewer if memory is short.
 
-    DoesNotFitError if one worker takes more than `max_memory_bytes`, or than the machine has; a
-    warning if it takes more than is available now. Both name both numbers.
+    Raises DoesNotFitError if one worker needs more than `max_memory_bytes` or the machine's memory.
+    Logs a warning if the conversion needs more than is available now.
     """
     memory = psutil.virtual_memory()
     available, total = within_group(memory.available, memory.total)
     workers = options.max_workers or _processors()
     limit = options.max_memory_bytes
     if limit is None and options.max_workers is None:
-        limit = int(available * _SHARE)
+        limit = int(available * _AVAILABLE_SHARE)
     while limit is not None and workers > 1 and plan.memory_bytes(workers, solver) > limit:
         workers -= 1
     needed = plan.memory_bytes(workers, solver)
     if options.max_memory_bytes is not None and needed > options.max_memory_bytes:
         raise DoesNotFitError(
-            f"--max-memory {options.max_memory_bytes}: one worker takes about {needed} bytes",
-            "allow that much",
+            f"--max-memory {options.max_memory_bytes}: one worker needs about {needed} bytes",
+            f"use --max-memory {needed}",
         )
-    what = f"the conversion with {workers} workers takes about {needed} bytes of memory"
+    need = f"the conversion with {workers} workers needs about {needed} bytes of memory"
     if needed > total + psutil.swap_memory().total:
-        raise DoesNotFitError(f"{what}, the machine has {total}", _HINT)
+        raise DoesNotFitError(f"{need}, the machine has {total}", _HINT)
     if needed > available:
         _log.warning(
-            "%s, available are %d: it may swap, or be stopped by the system", what, available
+            "%s, %d are available: it may swap, or the system may kill it", need, available
         )
     return workers
 

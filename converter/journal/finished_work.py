@@ -1,6 +1,4 @@
-"""What of a conversion is done: the records of earlier runs and of this one, by key, over the
-journal.
-"""
+"""Finished work of a conversion: the latest record of each key, kept in the journal."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,10 @@ from converter.journal.records import ExpertRecord, LayerRecord, Record, ShardRe
 
 
 class FinishedWork:
-    """The records of the conversion in folder `out`; close it. Errors as `Journal`."""
+    """Records of the conversion in folder `out`, from earlier runs and this one.
+
+    Close it after use. Raises what `Journal` raises.
+    """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
         self._journal = Journal(out, fingerprint)
@@ -24,35 +25,36 @@ class FinishedWork:
 
     @property
     def records(self) -> list[Record]:
-        """All of them."""
+        """The latest record of each key."""
         return list(self._records.values())
 
     def add(self, record: Record) -> None:
-        """Records a piece of work, durably; its bytes are durable already."""
+        """Record a piece of work durably. Its bytes must be durable already."""
         self._journal.append(record)
         self._records[record.key] = record
 
     def forget(self, key: RecordKey) -> None:
-        """Counts a piece of work as not done; the journal gets another record of it when it is done
-        again.
-        """
+        """Count a piece of work as not done; its next record replaces the one in the journal."""
         del self._records[key]
 
     def shard_sha256(self, name: str) -> str | None:
-        """The sha256 of a file of the source, if it was recorded."""
+        """Return the recorded sha256 of a source shard, None if there is none."""
         record = self._records.get(ShardKey(name))
         return record.sha256 if isinstance(record, ShardRecord) else None
 
     def layer(self, layer: int) -> LayerRecord | None:
-        """The record of a complete layer file."""
+        """Return the record of a complete layer file, None if there is none."""
         record = self._records.get(LayerKey(layer))
         return record if isinstance(record, LayerRecord) else None
 
     def experts(self, layer: int, count: int) -> list[ExpertRecord]:
-        """The records of a layer's experts, ascending; count: how many experts the layer has."""
+        """Return the records of a layer's experts in ascending order.
+
+        count: number of experts of the layer.
+        """
         records = (self._records.get(ExpertKey(layer, expert)) for expert in range(count))
         return [record for record in records if isinstance(record, ExpertRecord)]
 
     def close(self) -> None:
-        """Closes the journal and keeps it."""
+        """Close the journal and keep its file."""
         self._journal.close()

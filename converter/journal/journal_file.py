@@ -1,7 +1,7 @@
-"""The journal of a conversion: what is done, durably, one line each; and what it was done from.
+"""The journal file of a conversion: its fingerprint and the records of finished work.
 
-A line is the xxh3 of its JSON, a space, the JSON, and a line feed. The first is the fingerprint,
-each other a record.
+A line is the xxh3 of its JSON, a space, the JSON, and a line feed. The first line is the
+fingerprint; each other line is a record.
 """
 
 import json
@@ -23,17 +23,17 @@ _log = logging.getLogger(__name__)
 
 
 class Journal:
-    """An append-only file of checked lines.
+    """Append-only file of lines with checksums.
 
-    A torn last line is dropped. A damaged line counts as not written, with a warning: its work is
-    done again. Opening a journal whose fingerprint differs or is damaged raises OutputError naming
-    the field: two sources, recipes or code versions are never mixed in one folder.
+    An incomplete last line is dropped. A damaged line counts as not written and is logged as a
+    warning. A different or damaged fingerprint raises OutputError with the field: one folder never
+    mixes two sources, recipes or code versions.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.path = folder / JOURNAL_NAME
         self.records: list[Record] = []
-        """What earlier runs recorded, oldest first."""
+        """Records of earlier runs, oldest first."""
         self._file = OutputFile(self.path, keep=True)
         try:
             data = self._file.read_at(self._file.size_bytes, 0)
@@ -53,11 +53,11 @@ class Journal:
             raise
 
     def append(self, record: Record) -> None:
-        """Adds a record durably; what it speaks of must be durable before."""
+        """Add a record durably. The bytes that it describes must be durable already."""
         self._append(msgspec.json.encode(record))
 
     def close(self) -> None:
-        """Closes the file and keeps it."""
+        """Close the file and keep it."""
         self._file.close()
 
     def _append(self, text: bytes) -> None:
@@ -74,7 +74,7 @@ class Journal:
 
 
 def check_begun(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Raises what `Journal` would raise for an unfinished conversion in `folder`; changes nothing."""
+    """Raise what `Journal` would raise for the journal in `folder`; change nothing."""
     path = folder / JOURNAL_NAME
     if path.exists():
         with translated(path, "read"):
@@ -86,20 +86,25 @@ def check_begun(folder: Path, fingerprint: dict[str, Any]) -> None:
 def _compare(path: Path, line: bytes, new: dict[str, Any]) -> None:
     old = _fingerprint(line)
     if old is None:
-        raise OutputError(f"{path}: line 1 is damaged", "start again with --no-resume")
+        raise OutputError(
+            f"{path}: line 1 is damaged, so the conversion cannot resume",
+            "start again with --no-resume",
+        )
     new = json.loads(json.dumps(new))
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field):
             raise OutputError(
-                f"{path}: this folder holds an unfinished conversion with another {field}:"
-                f" {_short(old.get(field))} there, {_short(new.get(field))} now",
-                "resume with what it was begun with, choose another --out-dir, or start again with --no-resume",
+                f"{path}: the folder holds an unfinished conversion with another {field}:"
+                f" recorded {_short(old.get(field))}, now {_short(new.get(field))}",
+                "use the recorded settings, choose another --out-dir, or start again with"
+                " --no-resume",
             )
 
 
 class Pin(msgspec.Struct, frozen=True):
-    """The commit of a Hub repository that a conversion is made from. asked: the revision that the
-    user named.
+    """Commit of the Hub repository that a conversion reads.
+
+    asked: the revision that the user named, None for the default.
     """
 
     repo: str
@@ -108,7 +113,7 @@ class Pin(msgspec.Struct, frozen=True):
 
 
 def read_pin(folder: Path) -> Pin | None:
-    """What an unfinished conversion in `folder` was begun from; None if from no Hub."""
+    """Return the pinned commit of an unfinished conversion in `folder`, None without one."""
     try:
         with open(folder / JOURNAL_NAME, "rb") as f:
             first = _fingerprint(f.readline(1 << 20).removesuffix(b"\n"))
@@ -121,13 +126,13 @@ def read_pin(folder: Path) -> Pin | None:
 
 
 def _checked(line: bytes) -> bytes | None:
-    """The JSON of a line, None where it has another checksum."""
+    """Return the JSON of a line, None if its checksum is wrong."""
     checksum, _, text = line.partition(b" ")
     return text if xxh3_of(text).encode() == checksum else None
 
 
 def _fingerprint(line: bytes) -> dict[str, Any] | None:
-    """The fingerprint in the first line, None if the line is damaged."""
+    """Return the fingerprint in the first line, None if the line is damaged."""
     try:
         value = parse(_checked(line) or b"", JOURNAL_NAME, error=ValueError)
     except ValueError:

@@ -1,6 +1,4 @@
-"""What a record of the journal is about: a unit of work, a complete layer file, or a shard of the
-source.
-"""
+"""Keys of records: a unit of work, a complete layer file, or a shard of the source."""
 
 from msgspec import Struct
 
@@ -16,7 +14,7 @@ class ExpertKey(Struct, frozen=True):
 
 
 class LinearKey(Struct, frozen=True):
-    """One matrix of the trunk that is packed, by its module."""
+    """One packed matrix of the trunk, by the path of its module."""
 
     module: str
 
@@ -25,7 +23,7 @@ class LinearKey(Struct, frozen=True):
 
 
 class TensorKey(Struct, frozen=True):
-    """One tensor of the trunk that is copied as it is."""
+    """One tensor of the trunk that is copied unchanged."""
 
     name: str
 
@@ -40,7 +38,7 @@ class LayerKey(Struct, frozen=True):
 
 
 class ShardKey(Struct, frozen=True):
-    """One file of the source."""
+    """One shard of the source, by its file name."""
 
     name: str
 

@@ -1,6 +1,4 @@
-"""What a conversion records of each finished piece of work: one class a kind, tagged by the field
-`unit`.
-"""
+"""Records of finished work: one class for each kind; the JSON field `unit` names the kind."""
 
 from typing import Annotated
 
@@ -21,7 +19,7 @@ class _Record(
 
 
 class ProjectionErrors(Struct, frozen=True, forbid_unknown_fields=True):
-    """What quantizing changed in an expert's three matrices."""
+    """Errors of an expert's three matrices."""
 
     gate: SquaredError
     up: SquaredError
@@ -29,10 +27,10 @@ class ProjectionErrors(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExpertRecord(_Record, frozen=True, tag="expert"):
-    """One expert: its bytes are durable in the layer's partial file; the checksums are of its bytes
-    before compression.
+    """One expert, durable in the layer's partial file.
 
-    uncalibrated: the projections that were quantized without calibration although there was one.
+    sha256, xxh3: of its bytes before compression. calibration_tokens: number of tokens that reached
+    it. uncalibrated: projections that a calibrated conversion quantized without calibration.
     """
 
     layer: Natural
@@ -49,7 +47,11 @@ class ExpertRecord(_Record, frozen=True, tag="expert"):
 
 
 class LinearRecord(_Record, frozen=True, tag="linear"):
-    """One packed matrix of the trunk. xxh3: of its stored bytes."""
+    """One packed matrix of the trunk.
+
+    xxh3: of its stored bytes. uncalibrated: True if a calibrated conversion quantized it without
+    calibration.
+    """
 
     module: Label
     xxh3: Xxh3
@@ -62,7 +64,7 @@ class LinearRecord(_Record, frozen=True, tag="linear"):
 
 
 class TensorRecord(_Record, frozen=True, tag="tensor"):
-    """One tensor of the trunk that is copied as it is. xxh3: of its stored bytes."""
+    """One tensor of the trunk that is copied unchanged. xxh3: of its stored bytes."""
 
     name: Label
     xxh3: Xxh3
@@ -73,7 +75,7 @@ class TensorRecord(_Record, frozen=True, tag="tensor"):
 
 
 class LayerRecord(_Record, frozen=True, tag="layer"):
-    """A layer's file that is complete and has its name. places: of its experts, in order."""
+    """A layer file that is complete and has its final name. places: of its experts, in order."""
 
     layer: Natural
     size_bytes: Natural
@@ -86,7 +88,7 @@ class LayerRecord(_Record, frozen=True, tag="layer"):
 
 
 class ShardRecord(_Record, frozen=True, tag="shard"):
-    """The sha256 of a whole file of the source."""
+    """One shard of the source. sha256: of the whole file."""
 
     name: Label
     sha256: Sha256

@@ -503,7 +503,7 @@ def test_complete_folder_of_another_config_is_named(source: Path, tmp_path: Path
     config = json.loads((mine / "config.json").read_text())
     (mine / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     with pytest.raises(
-        OutputError, match=r"another config\.json \(rms_norm_eps\): 1e-05 there, 0\.001 now"
+        OutputError, match=r"another config\.json \(rms_norm_eps\): recorded 1e-05, now 0\.001"
     ):
         convert(mine, tmp_path / "out")
 

@@ -103,7 +103,7 @@ BROKEN = [
     (out_below_a_file, 1, ("a file", "another --out-dir")),
     (full_disk, 4, ("free are 1000", "free some space")),
     (little_memory, 4, ("the machine has 2097152", "--calibrate none")),
-    (little_memory_allowed, 4, ("--max-memory 1048576", "allow that much")),
+    (little_memory_allowed, 4, ("--max-memory 1048576", "use --max-memory")),
     (no_licence, 1, ("licence", "--license")),
 ]
 
@@ -205,7 +205,7 @@ def test_memory_that_is_short_now_is_a_warning_with_both_numbers(
             opened, make_recipe("2bit"), ConvertOptions(max_workers=2), checkpoint.parent / "out"
         )
     assert checked.workers == 2
-    assert f"about {checked.memory_bytes} bytes of memory, available are 1048576" in caplog.text
+    assert f"about {checked.memory_bytes} bytes of memory, 1048576 are available" in caplog.text
 
 
 def test_workers_are_as_many_as_processors_and_fewer_where_memory_is_short(
