@@ -12,7 +12,7 @@ from project_paths import ROOT
 PACKAGES = ("formats", "converter", "loader")
 OUTSIDE_FOR_FORMATS = {"numpy", "safetensors", "torch", "msgspec", "zstandard", "xxhash"}
 # Converter and loader both read repositories: tokens, retries and errors stand in one place.
-FOR_THE_HUB = {"formats.hub.repo": {"huggingface_hub"}}
+FOR_THE_HUB = dict.fromkeys(("formats.hub.repo", "formats.hub.repo_writer"), {"huggingface_hub"})
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -38,7 +38,9 @@ def shard_names(folder: Path, there: Collection[str]) -> tuple[list[str], dict[s
         read = (
             f"the shards that {INDEX_NAME} names" if weight_map else f"the weights in {SINGLE_NAME}"
         )
-        warn_once(f"{folder}: {read} count, as in transformers; not read: {', '.join(sorted(others))}")
+        warn_once(
+            f"{folder}: {read} count, as in transformers; not read: {', '.join(sorted(others))}"
+        )
     return names, weight_map
 
 
