@@ -14,7 +14,8 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
 
-from converter.publish.model_card import CardOptions, card_text, parameter_count
+from converter.publish.card_sections import model_parameters
+from converter.publish.model_card import CardOptions, card_text
 from formats.artifact import Artifact
 from formats.quality import Comparison, Evaluation, read_quality, save_evaluation
 
@@ -230,7 +231,7 @@ def test_the_card_counts_the_models_parameters(
     for shard in example_folder.glob("*.safetensors"):
         with safe_open(shard, "pt") as file:
             count += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    assert parameter_count(index) == count
+    assert model_parameters(index) == count
     assert f"{count:,}" in card_text(index, None, CardOptions("a/b"))
 
 
