@@ -1,4 +1,4 @@
-"""transformers' own word on a source's configuration, before the first weight is read."""
+"""Lets transformers judge a source's configuration before the first weight is read."""
 
 import copy
 from typing import Any
@@ -14,28 +14,26 @@ from formats.errors import SourceError
 def check_with_transformers(
     shape: ModelShape, config: dict[str, Any], generation: dict[str, Any] | None, where: str
 ) -> None:
-    """Computes the first and the last position's rotary embedding, and builds the generation
-    config.
+    """Compute the rotary embedding of the first and last position; build the generation config.
 
-    config, generation: gated. `where` is config.json's path. SourceError naming the file and
-    transformers' reason: what it cannot build here it could not load after the conversion either.
+    SourceError with the file and transformers' reason: what it cannot build now it could not load
+    after the conversion. config, generation: already checked fields. where: path of config.json.
     """
     from transformers import GenerationConfig
 
     try:
-        built = type(shape.model.base_model.rotary_emb)(copy.deepcopy(shape.model.config))
+        rotary = type(shape.model.base_model.rotary_emb)(copy.deepcopy(shape.model.config))
         last = config["max_position_embeddings"] - 1
-        cos, sin = built(torch.empty(1), torch.tensor([[0, last]]))
-    # Whatever a foreign library raises for a stranger's values: TypeError, KeyError,
-    # ZeroDivisionError and its own.
+        cos, sin = rotary(torch.empty(1), torch.tensor([[0, last]]))
+    # A foreign library raises anything for a stranger's values: TypeError, KeyError,
+    # ZeroDivisionError and its own errors.
     except Exception as e:
         raise _refused(where, e) from e
-    if cos.shape[-1] != config["head_dim"] or not bool(
-        torch.isfinite(cos).all() and torch.isfinite(sin).all()
-    ):
+    is_finite = bool(torch.isfinite(cos).all() and torch.isfinite(sin).all())
+    if cos.shape[-1] != config["head_dim"] or not is_finite:
         raise SourceError(
-            f"{where}: rope_parameters {short(config['rope_parameters'])} give no finite rotation of head_dim,"
-            f" {config['head_dim']}, values at every position",
+            f"{where}: rope_parameters {short(config['rope_parameters'])} must give"
+            f" {config['head_dim']} (head_dim) finite values at every position",
             "correct rope_parameters (or rope_scaling and rope_theta) in config.json",
         )
     try:

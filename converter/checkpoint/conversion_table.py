@@ -1,5 +1,6 @@
-"""transformers' table of conversions: which tensor of the model a checkpoint's tensor becomes.
-Private there, and used only here.
+"""transformers' conversion table: the model's tensor for each tensor of a checkpoint.
+
+The table is private in transformers; no other file uses it.
 """
 
 import re
@@ -15,11 +16,10 @@ _COMPUTED = re.compile(r"rotary_emb\.inv_freq")
 
 @dataclass(frozen=True)
 class Target:
-    """The tensor of the model that a checkpoint's tensor goes to, and the part of it, if it is a
-    part.
+    """The tensor of the model that a checkpoint's tensor becomes, or a part of.
 
-    part: its number among the `parts` tensors that an expert of the model's tensor is made of;
-    expert: which one.
+    expert: the expert whose part it is, None for a whole tensor. part: its number among the
+    `parts` tensors that make up one expert of the model's tensor.
     """
 
     name: str
@@ -29,8 +29,10 @@ class Target:
 
 
 class ConversionTable:
-    """The conversions of one model, whose config.json is `where`. SourceError if the installed
-    transformers has no such table.
+    """The conversions of one model.
+
+    where: path of its config.json, for errors. SourceError if the installed transformers has no
+    such table.
     """
 
     def __init__(self, model: Any, where: str) -> None:
@@ -51,10 +53,10 @@ class ConversionTable:
         ]
 
     def target(self, name: str) -> Target | None:
-        """Where the tensor `name` goes; None for what transformers does not load.
+        """Return the target of tensor `name`; None if transformers does not load it.
 
-        A name that the table does not know is its own target. SourceError for a conversion that is
-        not a selection of experts and their projections.
+        A name that the table does not know is its own target. SourceError for a conversion other
+        than a selection of experts and their projections.
         """
         if _COMPUTED.search(name):
             return None
@@ -65,10 +67,7 @@ class ConversionTable:
         except (TypeError, ValueError) as e:
             raise _unknown_release(e) from e
         if pattern is None:
-            dropped = target not in self._tensors and any(
-                ignored.search(name) for ignored in self._ignored
-            )
-            return None if dropped else Target(target)
+            return None if self._is_ignored(target) else Target(target)
         patterns = next(c.source_patterns for c in self._converters if pattern in c.source_patterns)
         expert = _EXPERT.search(name)
         if expert is None or len(patterns) > 2:
@@ -78,11 +77,17 @@ class ConversionTable:
             )
         return Target(target, int(expert[1]), patterns.index(pattern), len(patterns))
 
+    def _is_ignored(self, target: str) -> bool:
+        """True if transformers ignores the tensor when it loads a checkpoint."""
+        if target in self._tensors:
+            return False
+        return any(pattern.search(target) for pattern in self._ignored)
+
 
 def _unknown_release(error: Exception) -> SourceError:
     from transformers import __version__
 
     return SourceError(
-        f"transformers {__version__} has no table of conversions as this release reads it: {error}",
+        f"transformers {__version__} has no conversion table in the expected form: {error}",
         "install a tested version: pip install 'transformers>=5.3,<6'",
     )

@@ -1,33 +1,27 @@
-"""Tensor names that other programs write around transformers' own: wrappers, a missing prefix,
-mlx-lm's stacks.
-"""
+"""Tensor names of other programs: wrappers' prefixes, a missing prefix, mlx-lm's stacks."""
 
 import re
 
 from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.names import ExpertTensor, FusedTensor
 
-# torch.compile, FSDP and activation checkpointing put the name of their wrapper before that of what
-# they wrap.
+# torch.compile, FSDP and activation checkpointing insert the wrapper's name before the module's.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-# DataParallel and DeepSpeed write "module.", PEFT "base_model.model."; they may stand inside each
-# other.
+# DataParallel and DeepSpeed write "module.", PEFT "base_model.model."; these may be nested.
 _OUTER = re.compile(r"^(?:module\.|base_model\.model\.)+")
 _NO_MODEL = re.compile(r"^(?:layers\.\d+|embed_tokens|norm)\.")
+# mlx-lm, models/mixtral.py: one tensor [experts, rows, columns] per projection.
 _SWITCH = re.compile(
     r"model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.switch_mlp\.(gate|up|down)_proj\.weight"
-)  # mlx-lm, models/mixtral.py: [experts, rows, columns]
-
-# Some programs write the fused parameters as if each were a module.
+)
+# Some programs write a fused parameter as if it were a module.
 _FUSED_MODULE = re.compile(r"(.+\.experts\.(?:gate_up_proj|down_proj))\.weight")
 
 
 def plain_name(name: str) -> str:
-    """`name` without the wrappers' prefixes, and with `model.` where it lacks that, as transformers
-    reads it.
-    """
+    """Return `name` without wrappers' prefixes, and with `model.` where that is missing."""
     name = _OUTER.sub("", _WRAPPERS.sub("", name))
     if name == "model.lm_head.weight":
         return "lm_head.weight"
@@ -35,7 +29,7 @@ def plain_name(name: str) -> str:
 
 
 def foreign_role(name: str, shape: ModelShape) -> ExpertTensor | FusedTensor | str | None:
-    """`ModelShape.role` of a name in any of these layouts."""
+    """Return `shape.role` of a tensor name in any of these layouts."""
     name = plain_name(name)
     if match := _SWITCH.fullmatch(name):
         layer = shape.experts_layer(f"model.layers.{match[1]}.mlp.experts")

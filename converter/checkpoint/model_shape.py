@@ -1,6 +1,4 @@
-"""What a checkpoint's model is made of: layers, experts, tensors and shapes, as transformers' class
-says them.
-"""
+"""A model's shape: layers, experts and tensors, as transformers' class defines them."""
 
 import copy
 import re
@@ -23,14 +21,12 @@ from formats.trunk import ATTENTION
 HEAD = "lm_head"
 _PROJECTIONS = {("gate_up_proj", 0): "gate", ("gate_up_proj", 1): "up", ("down_proj", 0): "down"}
 _SPELLED_OUT = {("gate_up_proj", 2), ("down_proj", 1)}
-"""Of how many tensors of a checkpoint an expert's part of a fused parameter is made, where each
-expert has its own.
-"""
+"""(fused parameter, tensors per expert) in a checkpoint that stores each expert by itself."""
 
 
 @dataclass(frozen=True)
 class ExpertsModule:
-    """The experts of one decoder layer: the module's path, and their number and sizes."""
+    """The experts of one decoder layer: module path, number of experts, sizes."""
 
     path: str
     decoder_layer: int
@@ -40,10 +36,10 @@ class ExpertsModule:
 
 
 class ModelShape:
-    """The model of a gated config.json (formats/config/model_config.py), on the meta device.
+    """The model of a checked config.json (formats/config/model_config.py), on the meta device.
 
-    `where` is config.json's path, for errors. SourceError for what transformers refuses, and for
-    experts that compute something else than packed ones.
+    where: path of config.json, for errors. SourceError if transformers refuses the config, or if
+    the experts compute something else than packed experts.
     """
 
     def __init__(self, config: dict[str, Any], where: str) -> None:
@@ -52,7 +48,7 @@ class ModelShape:
         """transformers' causal language model of float32 tensors without memory."""
         self.model_type: str = self.model.config.model_type
         self.experts = tuple(self._find_experts())
-        """The experts modules; an expert's layer is the place here."""
+        """The experts modules, by expert layer."""
         if not self.experts:
             raise SourceError(
                 f"{where}: no layer of {type(self.model).__name__} has experts",
@@ -62,38 +58,35 @@ class ModelShape:
         self.decoder_layers = tuple(
             f"{layers_path}.{n}" for n in range(len(self.model.get_submodule(layers_path)))
         )
-        """The module path of each decoder layer."""
-        self.activation = "silu"
-        """Of gate, in every expert."""
-        self.top_k: int = self.model.config.num_experts_per_tok
-        """How many experts a token chooses."""
+        """Module path of each decoder layer."""
         self.embedding = self._embedding()
-        """The name of the input embedding's weight."""
+        """Name of the input embedding's weight."""
         self.tied = bool(self.model.config.tie_word_embeddings)
         """True if the head is the embedding."""
-        left_out = {f"{module.path}.{name}" for module in self.experts for name in FUSED}
-        left_out |= {f"{HEAD}.weight"} if self.tied else set()
+        not_trunk = {f"{module.path}.{name}" for module in self.experts for name in FUSED}
+        if self.tied:
+            not_trunk.add(f"{HEAD}.weight")
         self.trunk: dict[str, tuple[int, ...]] = {
             name: tuple(tensor.shape)
             for name, tensor in self.model.state_dict().items()
-            if name not in left_out
+            if name not in not_trunk
         }
-        """Name -> shape of every tensor that is not an expert's, without a tied head."""
+        """Name -> shape of each of the trunk's tensors, without a tied head."""
         self.linears: dict[str, tuple[int, int]] = {
             name: (module.out_features, module.in_features)
             for name, module in self.model.named_modules()
             if type(module) is nn.Linear and module.bias is None and self._is_packable(name)
         }
-        """Module path -> (rows, columns) of the matrices that may be packed."""
+        """Module path -> (rows, columns) of each matrix that may be packed."""
         self.architecture = self._architecture(config)
-        """As the index has it."""
+        """The sizes and counts that the index records."""
         self._ordinals = {module.path: layer for layer, module in enumerate(self.experts)}
 
     def role(self, name: str) -> ExpertTensor | FusedTensor | str | None:
-        """What a tensor of the checkpoint is: an expert's, all experts' of a layer, the trunk's
-        (its name there); None for what transformers does not load.
+        """Return the role of a checkpoint's tensor; None if transformers does not load it.
 
-        A tensor that the model does not have keeps its name, which is not in `trunk`.
+        A tensor of the trunk becomes its name there. A tensor that the model lacks keeps its name,
+        which is not in `trunk`.
         """
         target = self._table.target(name)
         if target is None:
@@ -101,26 +94,25 @@ class ModelShape:
         path, _, parameter = target.name.rpartition(".")
         layer = self._ordinals.get(path) if parameter in FUSED else None
         if target.expert is None:
-            return (
-                target.name
-                if layer is None
-                else FusedTensor(layer, parameter.removesuffix("_proj"))
-            )
+            if layer is None:
+                return target.name
+            return FusedTensor(layer, parameter.removesuffix("_proj"))
         if layer is None:
             return name
         if (parameter, target.parts) not in _SPELLED_OUT:
             raise SourceError(
-                f"{self._where}: tensor {name} becomes {target.name} by a conversion that is not read",
+                f"{self._where}: tensor {name} becomes {target.name} by a conversion that is not"
+                " read",
                 "use the original checkpoint",
             )
         return ExpertTensor(layer, target.expert, _PROJECTIONS[parameter, target.part])
 
     def experts_layer(self, path: str) -> int | None:
-        """The layer whose experts module is `path`."""
+        """Return the expert layer whose experts module is `path`; None for another module."""
         return self._ordinals.get(path)
 
     def decoder_layer(self, name: str) -> int | None:
-        """The decoder layer that a tensor or module is in; None for what is in none."""
+        """Return the decoder layer of a tensor or module; None outside of all layers."""
         layers_path = self.decoder_layers[0].rpartition(".")[0]
         match = re.match(re.escape(layers_path) + r"\.([0-9]{1,9})(?:\.|$)", name)
         return int(match[1]) if match else None
@@ -141,23 +133,24 @@ class ModelShape:
         )
 
     def _architecture(self, config: dict[str, Any]) -> Architecture:
+        """Return the model's sizes; SourceError if the layers' experts differ in size or number."""
         architecture = Architecture.of_config(config, [module.path for module in self.experts])
-        expected = (
-            architecture.num_local_experts,
-            architecture.hidden_size,
-            architecture.intermediate_size,
-        )
+        experts = architecture.num_local_experts
+        hidden = architecture.hidden_size
+        intermediate = architecture.intermediate_size
         for module in self.experts:
-            found = (module.experts, module.hidden, module.intermediate)
-            if found != expected:
+            sizes = (module.experts, module.hidden, module.intermediate)
+            if sizes != (experts, hidden, intermediate):
                 raise SourceError(
-                    f"{self._where}: {module.path} has {found[0]} experts of {found[1]} and {found[2]}, expected are"
-                    f" {expected[0]} of {expected[1]} and {expected[2]}",
+                    f"{self._where}: {module.path} has {module.experts} experts of"
+                    f" {module.hidden} and {module.intermediate}, expected are {experts} of"
+                    f" {hidden} and {intermediate}",
                     "use a checkpoint whose layers have experts of one size",
                 )
         return architecture
 
     def _find_experts(self) -> Iterator[ExpertsModule]:
+        """Yield the experts modules in order; SourceError for one that packing cannot replace."""
         probed: set[type] = set()
         for path, module in self.model.named_modules():
             gate_up, down = (getattr(module, name, None) for name in FUSED)
@@ -166,13 +159,11 @@ class ModelShape:
             if gate_up.dim() != 3 or down.dim() != 3:
                 continue
             experts, hidden, intermediate = down.shape
-            expected = (experts, 2 * intermediate, hidden)
-            if (
-                type(module) not in probed and not computes_gated_silu(module)
-            ) or gate_up.shape != expected:
+            is_known = type(module) in probed or computes_gated_silu(module)
+            if not is_known or gate_up.shape != (experts, 2 * intermediate, hidden):
                 raise SourceError(
-                    f"{self._where}: {path} ({type(module).__name__}) computes something else than silu(gate) * up,"
-                    " then down, for each expert: packed experts cannot stand for it",
+                    f"{self._where}: each expert of {path} ({type(module).__name__}) must compute"
+                    " down(silu(gate) * up), as packed experts do; it computes something else",
                     "use a checkpoint of one of the model types that README.md lists",
                 )
             probed.add(type(module))
@@ -190,13 +181,13 @@ def _meta_model(config: dict[str, Any], where: str) -> Any:
             model = AutoModelForCausalLM.from_config(
                 built, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
             )
-    # Whatever a foreign library raises for a stranger's values: TypeError, KeyError,
-    # ZeroDivisionError and its own.
+    # A foreign library raises anything for a stranger's values: TypeError, KeyError,
+    # ZeroDivisionError and its own errors.
     except Exception as e:
         raise SourceError(
             f"{where}: transformers refuses it: {type(e).__name__}: {short(str(e))}",
             f"correct {where}",
         ) from e
-    # The experts' own forward is what the probe asks, not a kernel for them.
+    # The probe must run the experts' own forward, not a fused kernel.
     model.config._experts_implementation = "eager"
     return model.eval()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.shards.source_kinds import check_folder
-from converter.checkpoint.source_tensors import Weight
+from converter.checkpoint.weight import Weight
 from formats.config.checkpoint_config import read_config
 from formats.index import Architecture
 
@@ -35,8 +35,5 @@ class Outline:
         config = read_config(folder)
         shape = ModelShape(config, str(folder / "config.json"))
         dtype = _DTYPES[config.get("dtype") or "bfloat16"]
-        return cls(
-            shape,
-            {name: Weight(name, "", dtype, size, 0) for name, size in shape.trunk.items()},
-            {dtype},
-        )
+        trunk = {name: Weight(name, "", dtype, size, 0) for name, size in shape.trunk.items()}
+        return cls(shape, trunk, {dtype})

@@ -1,52 +1,41 @@
-"""A source checkpoint: its config and shards, opened strictly, and its weights by (layer, expert,
-projection).
-"""
+"""A source checkpoint: its config and shards, opened strictly, and reads of its weights."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from converter.checkpoint.config_check import check_with_transformers
-from converter.checkpoint.foreign_layouts import foreign_role
 from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.shards.hub_shards import HubShards
-from converter.checkpoint.shards.shard_index import shard_names
 from converter.checkpoint.shards.shard_source import FolderShards, ShardNeed, Shards, cut_off
-from converter.checkpoint.shards.source_kinds import INDEX_NAME, check_folder
-from converter.checkpoint.source_tensors import (
-    HEAD,
-    TORCH_DTYPES,
-    SourceTensors,
-    Weight,
-    stored_tensors,
-)
+from converter.checkpoint.shards.source_kinds import check_folder
+from converter.checkpoint.source_tensors import HEAD_WEIGHT, SourceTensors
+from converter.checkpoint.stored_weights import StoredWeights
+from converter.checkpoint.weight import TORCH_DTYPES, Weight
 from converter.journal.keys import UnitKey
 from converter.solver_errors import DAMAGED_HINT
 from formats.config.checkpoint_config import read_config
 from formats.config.generation_config import read_generation_config
-from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
+from formats.errors import MoeConvertError, SourceError
 from formats.files.log_once import warn_once
 from formats.index import Architecture
 from formats.labels import to_label
-from formats.safetensors_header import Header, max_header_bytes
 
-_OTHER_HEADER_BYTES = 1 << 20
-"""Of a shard's header: metadata of other programs, and tensors that are named in errors."""
 _COMPARED_BYTES = 16 << 20
-"""How much of two tensors is compared at once, as float32."""
+"""Slice of two tensors that is compared at once, in float32."""
 
 
 class Checkpoint:
     """A checkpoint in a local folder or a Hub repository. Close it, or use it as a context.
 
     Raises SourceError for anything that this release does not convert: another model type, no
-    safetensors, missing, extra, misshapen or cut tensors; PathError for unsafe names; HubError.
-    Nothing is written, and no weight is read but a head that is stored beside an embedding that
-    config.json ties it to.
+    safetensors, missing, surplus, misshapen or cut tensors; PathError for unsafe names; HubError.
+    Nothing is written. No weight is read, with one exception: a stored head that config.json ties
+    to the embedding is compared with it.
     """
 
     def __init__(self, source: Path | HubModel) -> None:
@@ -57,11 +46,10 @@ class Checkpoint:
             check_folder(self.folder)
         where = str(self.folder / "config.json")
         self.config = read_config(self.folder)
-        """What transformers may get, and what is written (docs/security.md), with what the tensors
-        decide.
+        """The fields that transformers may get (docs/security.md) and the conversion writes. The
+        stored tensors decide tie_word_embeddings.
         """
         self.shape = ModelShape(self.config, where)
-        """What the model is made of, as transformers says it."""
         generation = read_generation_config(
             self.folder, self.config["vocab_size"], error=SourceError
         )
@@ -69,13 +57,16 @@ class Checkpoint:
         self._shards: Shards = (
             HubShards(source) if isinstance(source, HubModel) else FolderShards(source)
         )
-        self.overlaid: dict[str, str] = {}
-        """Of the tensors that are in several shards, the shard that counts."""
         try:
-            self._headers, self._weight_map = self._open_shards()
+            listed = self.hub.repo.files if self.hub else [p.name for p in self.folder.iterdir()]
+            stored = StoredWeights.open(self._shards, self.folder, listed, self.shape)
+            self._headers = stored.headers
+            self.overlaid = stored.overlaid
+            """Tensor that several shards store -> shard that counts."""
             tensors = SourceTensors(self._shards.where, self.shape)
-            tensors.assign(self._weights())
-            self.experts, self.trunk = tensors.experts, tensors.trunk
+            tensors.assign(stored.weights)
+            self.experts = tensors.experts
+            self.trunk = tensors.trunk
             self._settle_head()
             tensors.check_complete(self.shape)
         except BaseException:
@@ -90,7 +81,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> Architecture:
-        """The model's numbers."""
+        """The model's sizes and counts."""
         return self.shape.architecture
 
     def close(self) -> None:
@@ -98,12 +89,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What the source is called, as a label: its folder's name, or owner/model."""
+        """The source's label: the name of its folder, or owner/model."""
         return self.hub.repo.repo if self.hub else to_label(self.folder.resolve().name)
 
     @property
     def revision(self) -> str | None:
-        """The commit that it is pinned to, if it is in a Hub repository."""
+        """The commit of a Hub repository; None for a local folder."""
         return self.hub.repo.commit if self.hub else None
 
     @property
@@ -113,32 +104,33 @@ class Checkpoint:
 
     @property
     def shards(self) -> dict[str, int]:
-        """Name -> size in bytes, in the order of their names."""
+        """Shard name -> size in bytes, by name."""
         return {name: self._shards.size(name) for name in sorted(self._headers)}
 
     @property
     def fetch_bytes(self) -> int:
-        """How much disk shards may take that are fetched for a conversion."""
+        """Upper bound of the disk that fetched shards take during a conversion."""
         return self._shards.disk_bytes() if isinstance(self._shards, HubShards) else 0
 
     def fetch_into(self, folder: Path) -> None:
-        """Shards of a Hub repository are kept in `folder` from here on, while they are needed."""
+        """From now on keep the shards of a Hub repository in `folder` while they are needed."""
         if isinstance(self._shards, HubShards):
             self._shards.fetch_into(folder)
 
     def expect(self, needs: Iterable[ShardNeed]) -> None:
-        """The work that will be done, in order. DoesNotFitError if one piece needs more than may be
-        on disk at once.
+        """Announce the work to come, in order.
+
+        DoesNotFitError if one unit of work needs more shards than may be on disk at once.
         """
         self._shards.expect(needs)
 
     def done(self, key: UnitKey) -> None:
-        """A piece of work that was expected is done."""
+        """Report that an expected unit of work is done."""
         self._shards.done(key)
 
     @property
     def expert_dtypes(self) -> set[str]:
-        """In what the experts are stored, as safetensors calls it."""
+        """The dtypes of the stored experts, by safetensors' names."""
         return {weight.dtype for weight in self.experts.values()}
 
     @property
@@ -147,26 +139,26 @@ class Checkpoint:
         return sum(w.n_bytes for w in (*self.experts.values(), *self.trunk.values()))
 
     def read_rows(self, weight: Weight, begin: int, end: int) -> Tensor:
-        """Rows begin..end (exclusive) of `weight` in its own dtype, [rows, ...].
+        """Return rows begin..end (exclusive) of `weight` in its stored dtype, [rows, ...].
 
-        Raises SourceError naming the tensor if its shard has become shorter.
+        SourceError with the tensor's name if the shard has become shorter.
         """
         row_bytes = weight.n_bytes // weight.shape[0]
         data = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
         view = memoryview(data.numpy())  # type: ignore[arg-type]
-        if self._shards.read_into(weight.shard, weight.offset + begin * row_bytes, view) < len(
-            view
-        ):
+        offset = weight.offset + begin * row_bytes
+        if self._shards.read_into(weight.shard, offset, view) < len(view):
             raise cut_off(self._shards.where, weight.shard, weight.name)
         return data.view(TORCH_DTYPES[weight.dtype]).view(end - begin, *weight.shape[1:])
 
     def place_of(self, weight: Weight) -> str:
-        """The file and the name of `weight`, for messages."""
+        """Return the weight's file and tensor name, for messages."""
         return f"{self._shards.where}/{weight.shard}: tensor {weight.name}"
 
     def check_finite(self, weight: Weight, begin: int, rows: Tensor) -> None:
-        """SourceError naming the tensor and the first place if `rows`, read from row `begin` on,
-        are not finite.
+        """Raise SourceError with tensor and position if `rows` have infinite or NaN values.
+
+        begin: the first of these rows in `weight`.
         """
         bad = ~torch.isfinite(rows)
         if bool(bad.any()):
@@ -180,8 +172,9 @@ class Checkpoint:
     def too_large(
         self, weight: Weight, begin: int, rows: Tensor, error: MoeConvertError
     ) -> SourceError:
-        """`error` of a matrix's `rows`, read from row `begin` on, with file, tensor and the largest
-        weight's place.
+        """Return a solver's `error` with file, tensor and the position of the largest weight.
+
+        rows: the rows that the solver got, [n, columns]. begin: the first of them in `weight`.
         """
         magnitude = rows.float().abs()
         row, column = divmod(int(magnitude.argmax()), rows.shape[1])
@@ -192,112 +185,58 @@ class Checkpoint:
         )
 
     def shard_sha256(self, name: str, stop: threading.Event | None = None) -> str:
-        """The sha256 of a whole shard, in hex: what the Hub calls its LFS object id; worthless once
-        `stop` is set.
+        """Return the sha256 of a whole shard in hex, the Hub's LFS object id.
+
+        The result is worthless once `stop` is set.
         """
         return self._shards.sha256(name, stop)
 
     def shard_sample(self, name: str) -> str:
-        """What another model's shard of that name does not have; cheap."""
+        """Return a cheap text that differs for the same shard of another model."""
         return self._shards.identity(name, self._headers[name])
 
     def layer_of(self, name: str) -> int | None:
-        """The decoder layer of a tensor or module of the trunk: the first for the embeddings; None
-        for what comes after the layers.
+        """Return the decoder layer with which a tensor or module of the trunk is converted.
+
+        The embeddings come with layer 0; None for everything after the last layer.
         """
         return 0 if name == self.shape.embedding else self.shape.decoder_layer(name)
 
-    def _open_shards(self) -> tuple[dict[str, Header], dict[str, str]]:
-        """(name -> header of each shard, the index's weight map)."""
-        headers = {}
-        there = self.hub.repo.files if self.hub else [p.name for p in self.folder.iterdir()]
-        names, weight_map = shard_names(self.folder, there)
-        n_tensors = stored_tensors(self.shape)
-        if len(names) > n_tensors:
-            raise SourceError(
-                f"{self.folder / INDEX_NAME}: {len(names)} shards, of a model with {n_tensors} tensors",
-                "get index and config.json of the same checkpoint",
-            )
-        for name in names:
-            try:
-                self._shards.open(name)
-                headers[name] = self._shards.header(
-                    name, max_header_bytes(n_tensors, _OTHER_HEADER_BYTES)
-                )
-            except DamageError as e:
-                raise SourceError(e.message, "get the shard again") from None
-            except FormatError as e:
-                raise SourceError(e.message, e.hint) from None
-        stored = {tensor for header in headers.values() for tensor in header.entries}
-        for tensor, shard in weight_map.items():
-            # A head that is missing is the business of tie_word_embeddings.
-            if tensor not in stored and foreign_role(tensor, self.shape) not in (None, HEAD):
-                raise SourceError(
-                    f"{self.folder / INDEX_NAME}: tensor {tensor} is not in {shard}",
-                    "get the checkpoint again",
-                )
-        return headers, weight_map
-
-    def _weights(self) -> Iterator[Weight]:
-        """Every stored tensor once. Of copies in several shards, the one that the index names
-        counts.
-        """
-        shards: dict[str, list[str]] = {}
-        for shard, header in sorted(self._headers.items()):
-            for name in header.entries:
-                shards.setdefault(name, []).append(shard)
-        for name, places in shards.items():
-            if len(places) > 1:
-                named = self._weight_map.get(name)
-                if named not in places:
-                    raise SourceError(
-                        f"{self._shards.where}: tensor {name} is in {' and in '.join(places)}, and {INDEX_NAME} does"
-                        " not say which counts",
-                        f"name the right shard in the weight_map of {INDEX_NAME}, or remove the other copy",
-                    )
-                self.overlaid[name] = named
-            shard = self.overlaid.get(name, places[0])
-            header = self._headers[shard]
-            entry = header.entries[name]
-            yield Weight(name, shard, entry.dtype, entry.shape, header.data_offset + entry.begin)
-        if self.overlaid:
-            first, shard = next(iter(self.overlaid.items()))
-            warn_once(
-                f"{self._shards.where}: {len(self.overlaid)} tensors are in several shards; the copy that {INDEX_NAME}"
-                f" names counts: {first} in {shard}"
-            )
-
     def _settle_head(self) -> None:
-        """Decides by the tensors, as transformers does, whether the head is the embedding; config
-        follows.
+        """Decide by the stored tensors, as transformers does, whether the head is the embedding.
+
+        config and shape follow.
         """
         name = self.shape.embedding
-        head, embedding = self.trunk.get(HEAD), self.trunk.get(name)
+        head = self.trunk.get(HEAD_WEIGHT)
+        embedding = self.trunk.get(name)
         if not self.architecture.tie_word_embeddings or head is None:
             return
+        where = self._shards.where
         if embedding is None:
             warn_once(
-                f"{self._shards.where}: {name} is not stored; {HEAD} is both, since they are tied"
+                f"{where}: {name} is not stored; {HEAD_WEIGHT} is used for both, since config.json"
+                " says that they are tied"
             )
-            self.trunk[name] = self.trunk.pop(HEAD)
+            self.trunk[name] = self.trunk.pop(HEAD_WEIGHT)
         elif self._equal(head, embedding):
-            del self.trunk[HEAD]
+            del self.trunk[HEAD_WEIGHT]
         else:
             warn_once(
-                f"{self._shards.where}: tie_word_embeddings in config.json is true, but {HEAD} in {head.shard} differs"
-                f" from {name} in {embedding.shard}: both are kept, not tied, as transformers does"
+                f"{where}: tie_word_embeddings in config.json is true, but {HEAD_WEIGHT} in"
+                f" {head.shard} differs from {name} in {embedding.shard}: both are kept, not tied,"
+                " as in transformers"
             )
             self.config = {**self.config, "tie_word_embeddings": False}
             self.shape = ModelShape(self.config, str(self.folder / "config.json"))
 
     def _equal(self, one: Weight, other: Weight) -> bool:
-        """Whether two matrices of the same shape have the same values."""
+        """True if two matrices of the same shape have the same values."""
         step = max(1, _COMPARED_BYTES // (4 * one.shape[1]))
         for begin in range(0, one.shape[0], step):
-            rows = [
-                self.read_rows(w, begin, min(begin + step, w.shape[0])).float()
-                for w in (one, other)
-            ]
-            if not torch.equal(*rows):
+            end = min(begin + step, one.shape[0])
+            one_rows = self.read_rows(one, begin, end).float()
+            other_rows = self.read_rows(other, begin, end).float()
+            if not torch.equal(one_rows, other_rows):
                 return False
         return True

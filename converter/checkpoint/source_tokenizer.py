@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer: opened for calibration, and checked before a conversion begins."""
+"""The checkpoint's tokenizer: opened for calibration, checked before a conversion begins."""
 
 import logging
 from pathlib import Path
@@ -10,45 +10,49 @@ from formats.config.tokenizer_files import open_tokenizer_by
 from formats.errors import MoeConvertError, SourceError
 
 _log = logging.getLogger(__name__)
-_WITHOUT = "--calibrate random (or none) needs no tokenizer"
+_NO_TOKENIZER_HINT = "--calibrate random (or none) needs no tokenizer"
 
 
 def open_source_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`, without code from there. TokenizerError."""
+    """Return the tokenizer in `folder`; no code from there runs. Raises TokenizerError."""
     from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-    # Without a config transformers would parse the folder's config.json, past our gate.
-    kind = model_type_in(folder)
-    config = AutoConfig.for_model(kind) if kind else PreTrainedConfig()
+    # Without a config transformers would parse the folder's config.json without our checks.
+    model_type = model_type_in(folder)
+    config = AutoConfig.for_model(model_type) if model_type else PreTrainedConfig()
     options = {"config": config, "trust_remote_code": False, "local_files_only": True}
     return open_tokenizer_by(lambda path: AutoTokenizer.from_pretrained(path, **options), folder)
 
 
 def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> Any:
-    """Loads the tokenizer, and compares its vocabulary with the rows of the embeddings; None if it
-    cannot be loaded.
+    """Load the tokenizer and compare its vocabulary with the embeddings; None if it cannot load.
 
-    needed: by the calibration. SourceError then where it cannot be loaded; else a warning. Tokens
-    without a row are only warned of: many a vocabulary has more than its model, and a text need not
-    use them.
+    needed: by the calibration; a tokenizer that cannot load is then a SourceError, else a warning.
+    Tokens without an embedding only give a warning: many vocabularies have more tokens than the
+    model, and a text may not use them.
     """
-    folder, rows = checkpoint.folder, checkpoint.architecture.vocab_size
+    folder = checkpoint.folder
+    embeddings = checkpoint.architecture.vocab_size
     try:
         tokenizer = open_source_tokenizer(folder)
         vocabulary: dict[str, int] = tokenizer.get_vocab()
     except MoeConvertError as e:
         if needed:
-            raise SourceError(e.message, "; or ".join(filter(None, (e.hint, _WITHOUT)))) from e
-        _log.warning(
-            "the converted model has no usable tokenizer: %s",
-            "; ".join(filter(None, (e.message, e.hint))),
-        )
+            hints = [hint for hint in (e.hint, _NO_TOKENIZER_HINT) if hint]
+            raise SourceError(e.message, "; or ".join(hints)) from e
+        reason = f"{e.message}; {e.hint}" if e.hint else e.message
+        _log.warning("the converted model has no usable tokenizer: %s", reason)
         return None
-    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= embeddings)
     if beyond:
         number, token = beyond[-1]
         _log.warning(
-            "%s: the tokenizer has %d tokens beyond the model's %d embeddings, the last is %d (%r): a text with one of"
-            " them is refused", folder, len(beyond), rows, number, token,
-        )  # fmt: skip
+            "%s: the tokenizer has %d tokens beyond the model's %d embeddings, the last is %d (%r):"
+            " a text with one of them is refused",
+            folder,
+            len(beyond),
+            embeddings,
+            number,
+            token,
+        )
     return tokenizer

@@ -7,7 +7,7 @@ from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.names import EXPERT_MATRICES, ExpertTensor
 from converter.checkpoint.shards.shard_source import ShardNeed
 from converter.checkpoint.source import Checkpoint
-from converter.checkpoint.source_tensors import Weight
+from converter.checkpoint.weight import Weight
 from converter.journal.keys import ExpertKey, LinearKey, TensorKey, UnitKey
 from converter.output.conversion_sizes import OutputPlan
 

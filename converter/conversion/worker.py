@@ -13,8 +13,7 @@ from converter.calibration.layer_statistics import LayerStatistics
 from converter.checkpoint.names import EXPERT_MATRICES, ExpertTensor
 from converter.checkpoint.shards.shard_source import Stopped
 from converter.checkpoint.source import Checkpoint
-from converter.checkpoint.source_tensors import Weight
-from converter.input_statistics import InputStatistics
+from converter.checkpoint.weight import Weight
 from converter.journal.keys import ExpertKey, LinearKey, TensorKey
 from converter.journal.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.output.conversion_sizes import OutputPlan, chunk_rows

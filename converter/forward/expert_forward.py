@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from converter.checkpoint.names import ExpertTensor
 from converter.checkpoint.source import Checkpoint
-from converter.checkpoint.source_tensors import Weight
+from converter.checkpoint.weight import Weight
 
 ROWS_AT_ONCE = 1024
 """Of an expert's matrix."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from converter.calibration.pass_memory import calibration_memory_bytes
 from converter.checkpoint.model_shape import HEAD, ModelShape
-from converter.checkpoint.source_tensors import Weight
+from converter.checkpoint.weight import Weight
 from converter.recipe.bit_budget import likely_bits
 from converter.recipe.bit_rules import UNPACKED
 from converter.recipe.conversion_recipe import ConversionRecipe, packings_by_expert

@@ -143,7 +143,7 @@ def test_a_release_without_the_table_is_named(monkeypatch: pytest.MonkeyPatch) -
     table = ConversionTable(model, "config.json")
     monkeypatch.setattr(table, "_rename", changed)
     with pytest.raises(
-        SourceError, match=f"transformers {transformers.__version__} has no table of conversions"
+        SourceError, match=f"transformers {transformers.__version__} has no conversion table"
     ):
         table.target("model.norm.weight")
 
