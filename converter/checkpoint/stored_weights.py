@@ -8,7 +8,7 @@ from converter.checkpoint.foreign_layouts import foreign_role
 from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.shards.shard_index import shard_names
 from converter.checkpoint.shards.shard_source import Shards
-from converter.checkpoint.shards.source_kinds import INDEX_NAME
+from converter.checkpoint.shards.source_kinds import SHARD_INDEX_NAME
 from converter.checkpoint.source_tensors import HEAD_WEIGHT, stored_tensors
 from converter.checkpoint.weight import Weight
 from formats.errors import DamageError, FormatError, SourceError
@@ -45,12 +45,13 @@ class StoredWeights:
         n_tensors = stored_tensors(shape)
         if len(names) > n_tensors:
             raise SourceError(
-                f"{folder / INDEX_NAME}: {len(names)} shards, of a model with {n_tensors} tensors",
+                f"{folder / SHARD_INDEX_NAME}: {len(names)} shards, of a model with {n_tensors}"
+                " tensors",
                 "get index and config.json of the same checkpoint",
             )
         max_bytes = max_header_bytes(n_tensors, _OTHER_HEADER_BYTES)
         headers = {name: _open_shard(shards, name, max_bytes) for name in names}
-        _check_weight_map(folder / INDEX_NAME, weight_map, headers, shape)
+        _check_weight_map(folder / SHARD_INDEX_NAME, weight_map, headers, shape)
         overlaid = _overlaid(shards.where, weight_map, headers)
         return cls(headers, list(_weights(headers, overlaid)), overlaid)
 
@@ -90,16 +91,17 @@ def _overlaid(where: str, weight_map: dict[str, str], headers: dict[str, Header]
         named = weight_map.get(tensor)
         if named not in shards:
             raise SourceError(
-                f"{where}: tensor {tensor} is in {' and in '.join(shards)}, and {INDEX_NAME} does"
-                " not name the one that counts",
-                f"name the right shard in the weight_map of {INDEX_NAME}, or remove the other copy",
+                f"{where}: tensor {tensor} is in {' and in '.join(shards)}, and"
+                f" {SHARD_INDEX_NAME} does not name the one that counts",
+                f"name the right shard in the weight_map of {SHARD_INDEX_NAME}, or remove the"
+                " other copy",
             )
         overlaid[tensor] = named
     if overlaid:
         first, shard = next(iter(overlaid.items()))
         warn_once(
-            f"{where}: {len(overlaid)} tensors are in several shards; the copy that {INDEX_NAME}"
-            f" names counts: {first} in {shard}"
+            f"{where}: {len(overlaid)} tensors are in several shards; the copy that"
+            f" {SHARD_INDEX_NAME} names counts: {first} in {shard}"
         )
     return overlaid
 

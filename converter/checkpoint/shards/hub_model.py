@@ -4,7 +4,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.checkpoint.shards.source_kinds import INDEX_NAME, check_names
+from converter.checkpoint.shards.shard_index import MAX_INDEX_BYTES
+from converter.checkpoint.shards.source_kinds import SHARD_INDEX_NAME, check_names
 from converter.journal.journal_file import Pin, read_pin
 from formats.config.generation_config import GENERATION_NAME
 from formats.config.side_files import MAX_BYTES, MAX_FILES, is_side_file
@@ -13,25 +14,31 @@ from formats.hub.ranges import Retries
 from formats.hub.repo import HubRepo
 from formats.hub.repo_files import MAX_SMALL_BYTES
 
-_MAX_SMALL_BYTES = 1 << 30
-_LIMITS = {"config.json": MAX_SMALL_BYTES, GENERATION_NAME: MAX_SMALL_BYTES, INDEX_NAME: 64 << 20}
+_MAX_TOTAL_BYTES = 1 << 30
+"""Upper bound of all small files together."""
+_MAX_BYTES = {
+    "config.json": MAX_SMALL_BYTES,
+    GENERATION_NAME: MAX_SMALL_BYTES,
+    SHARD_INDEX_NAME: MAX_INDEX_BYTES,
+}
 _HINT = "name the repository of an ordinary checkpoint"
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model in a repository. `folder` has its small files: the cache's folder of the commit."""
+    """A model in a repository at one commit.
+
+    folder: the commit's folder in the user's cache, with the small files. asked: the revision that
+    the user named. stop: once set, waits between attempts end. keep: keep shards on disk while they
+    are needed; else they are read by ranges and not compared with their hashes. max_disk_bytes:
+    limit of these shards, None for the default.
+    """
 
     repo: HubRepo
     folder: Path
     asked: str | None
-    """The revision that the user named."""
     stop: threading.Event
-    """Once set, waits between attempts end."""
     keep: bool = True
-    """Whether shards are kept on disk while they are needed; else they are read by ranges, and
-    cannot be hashed.
-    """
     max_disk_bytes: int | None = None
 
     @classmethod
@@ -45,11 +52,10 @@ class HubModel:
         max_disk_bytes: int | None = None,
         resume: Path | None = None,
     ) -> "HubModel":
-        """Resolves the revision, or takes the commit at which an unfinished conversion in folder
-        `resume` was begun.
+        """Resolve the revision to a commit, and fetch the small files into the user's cache.
 
-        Fetches config, tokenizer, licence and the like into the user's cache. Raises HubError,
-        SourceError.
+        resume: folder of an unfinished conversion; the commit of its journal is used if repository
+        and revision are the same. Raises HubError, SourceError.
         """
         stop = threading.Event()
         pin = read_pin(resume) if resume else None
@@ -59,29 +65,28 @@ class HubModel:
 
     @property
     def pin(self) -> Pin:
-        """What a journal records, by which a resume finds the same commit."""
+        """The commit as a journal records it, for a resume."""
         return Pin(self.repo.repo, self.asked, self.repo.commit)
 
 
 def _small_files(repo: HubRepo) -> Path:
-    """The cache's folder of the commit, with everything in it that a conversion reads besides the
-    shards.
-    """
-    check_names(repo.files, repo.repo, f"{repo.repo}@{repo.commit[:12]}")
-    # Names of side files have no character that means something in a pattern.
-    patterns = ["config.json", INDEX_NAME, *filter(is_side_file, repo.files)]
+    """Fetch all files but the shards that a conversion reads; return their folder in the cache."""
+    where = f"{repo.repo}@{repo.commit[:12]}"
+    check_names(repo.files, repo.repo, where)
+    # The name of a side file has no character with a meaning in a pattern.
+    patterns = ["config.json", SHARD_INDEX_NAME, *filter(is_side_file, repo.files)]
     if "config.json" not in repo.files:
-        raise SourceError(
-            f"{repo.repo}@{repo.commit[:12]}: file config.json is missing",
-            "name a model's repository",
-        )
+        raise SourceError(f"{where}: file config.json is missing", "name the repository of a model")
     files = repo.matching(patterns)
     for file in files:
-        if file.size > (limit := _LIMITS.get(file.name, MAX_BYTES)):
-            raise SourceError(f"{file} has {file.size} bytes, allowed are {limit}", _HINT)
-    if (size := sum(file.size for file in files)) > _MAX_SMALL_BYTES or len(files) > MAX_FILES:
-        found = f"{len(files)} tokenizer, licence and other small files of {size} bytes"
+        max_bytes = _MAX_BYTES.get(file.name, MAX_BYTES)
+        if file.size > max_bytes:
+            raise SourceError(f"{file} has {file.size} bytes, allowed are {max_bytes}", _HINT)
+    total_bytes = sum(file.size for file in files)
+    if total_bytes > _MAX_TOTAL_BYTES or len(files) > MAX_FILES:
         raise SourceError(
-            f"{repo.repo}: {found}; allowed are {MAX_FILES} of {_MAX_SMALL_BYTES}", _HINT
+            f"{repo.repo}: {len(files)} tokenizer, licence and other small files of {total_bytes}"
+            f" bytes; allowed are {MAX_FILES} of {_MAX_TOTAL_BYTES}",
+            _HINT,
         )
     return repo.snapshot(patterns)

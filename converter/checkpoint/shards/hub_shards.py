@@ -1,6 +1,4 @@
-"""The shards of a checkpoint in a Hub repository: in the user's cache, on disk for a while, or only
-as ranges.
-"""
+"""The shards of a checkpoint in a Hub repository: cached, fetched, or read by ranges."""
 
 import hashlib
 import os
@@ -18,16 +16,17 @@ from formats.files.paths import open_regular
 from formats.safetensors_header import Header, header_from, read_header
 
 _HEADER_BYTES = 64 << 10
-_SHARDS_AT_ONCE = 4
+_SHARDS_ON_DISK = 4
 
 
 class HubShards(Shards):
-    """The shards of a `HubModel`. Those in the user's cache are used in place, and never deleted."""
+    """The shards of a `HubModel`; those in the user's cache are used there and never deleted."""
 
     def __init__(self, model: HubModel) -> None:
         self.stop = model.stop
         self.where = f"{model.repo.repo}@{model.repo.commit[:12]}"
-        self._model, self._repo = model, model.repo
+        self._model = model
+        self._repo = model.repo
         self._cached: dict[str, int] = {}
         self._paths: dict[str, Path] = {}
         self._names: list[str] = []
@@ -35,11 +34,9 @@ class HubShards(Shards):
 
     def open(self, name: str) -> None:
         if name not in self._repo.files:
-            hint = (
-                "go online: HF_HUB_OFFLINE is set"
-                if self._repo.offline
-                else "the repository is not complete"
-            )
+            hint = "the repository is not complete"
+            if self._repo.offline:
+                hint = "go online: HF_HUB_OFFLINE is set"
             raise SourceError(f"{self.where}: file {name} is missing", hint)
         if path := self._repo.cached(name):
             self._paths[name] = path
@@ -77,41 +74,38 @@ class HubShards(Shards):
         return len(view)
 
     def sha256(self, name: str, stop: threading.Event | None) -> str:
-        """What the Hub says, which what is fetched is compared with, and here what was in the
-        cache.
+        """Return the Hub's sha256, with which fetched bytes are compared; a cached file is hashed.
+
+        SourceError if the cached file has another hash.
         """
         file = self._repo.file(name)
         if name not in self._cached:
             return file.sha256 or self._hash_remote(name)
         with translated(self._paths[name], "read", SourceError):
-            found = file_sha256(self._cached[name], stop)
-        if file.sha256 and found != file.sha256 and not (stop and stop.is_set()):
+            sha256 = file_sha256(self._cached[name], stop)
+        is_stopped = stop is not None and stop.is_set()
+        if file.sha256 and sha256 != file.sha256 and not is_stopped:
             raise SourceError(
-                f"{self._paths[name]}: the cache is damaged: sha256 {found}, the Hub says {file.sha256}",
+                f"{self._paths[name]}: the cache is damaged: sha256 {sha256}, the Hub says"
+                f" {file.sha256}",
                 f"delete {os.path.realpath(self._paths[name])}, and run the same command again",
             )
-        return found
+        return sha256
 
     def identity(self, name: str, header: Header) -> str:
         return f"{self.size(name)} {self._repo.file(name).etag}"
 
     def disk_bytes(self) -> int:
-        """How much disk fetched shards may take."""
+        """Return the limit of fetched shards on disk; by default the largest four fit."""
         if not self._model.keep:
             return 0
-        sizes = sorted(
-            (self.size(name) for name in self._names if name not in self._cached), reverse=True
-        )
-        return (
-            sum(sizes[:_SHARDS_AT_ONCE])
-            if self._model.max_disk_bytes is None
-            else self._model.max_disk_bytes
-        )
+        if self._model.max_disk_bytes is not None:
+            return self._model.max_disk_bytes
+        sizes = (self.size(name) for name in self._names if name not in self._cached)
+        return sum(sorted(sizes, reverse=True)[:_SHARDS_ON_DISK])
 
     def fetch_into(self, folder: Path) -> None:
-        """From here on, shards are kept in `folder` while they are needed (unless the model is not
-        to be kept).
-        """
+        """From now on keep shards in `folder` while they are needed, if the model asks for it."""
         if self._model.keep:
             self._fetched = FetchedShards(self._repo, folder, self.disk_bytes(), self.stop)
 
@@ -133,7 +127,7 @@ class HubShards(Shards):
         self._cached.clear()
 
     def _hash_remote(self, name: str) -> str:
-        """Of a shard that is no LFS file, whose sha256 the Hub does not know."""
+        """Return the sha256 of a shard outside LFS, for which the Hub has none."""
         digest = hashlib.sha256()
         for chunk in self._repo.chunks(name, 0, self.size(name)):
             digest.update(chunk)

@@ -1,6 +1,4 @@
-"""Where the bytes of a source's shards come from: a folder here, a Hub repository in
-converter/checkpoint/shards/hub_shards.py.
-"""
+"""The interface of a source of shards, and the one for a local folder."""
 
 import hashlib
 import os
@@ -19,68 +17,71 @@ from formats.safetensors_header import Header, read_header
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
+_READ_BYTES = 4 << 20
 
 
 class Stopped(Exception):
-    """The conversion is being stopped; the work was given up."""
+    """The conversion is being stopped; the work is given up."""
 
 
 @dataclass(frozen=True)
 class ShardNeed:
-    """The shards that a piece of work reads, by their names."""
+    """The names of the shards that a unit of work reads."""
 
     key: UnitKey
     shards: frozenset[str]
 
 
 class Shards(ABC):
-    """A checkpoint's shards by name; several threads may read at once. Close it."""
+    """A checkpoint's shards by name; several threads may read at once. Close it.
+
+    where: the checkpoint, for messages. stop: once set, reads that would wait raise Stopped.
+    """
 
     where: str
-    """Of the checkpoint, for messages."""
     stop: threading.Event
-    """Once set, reads that would wait raise Stopped."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
 
     @abstractmethod
     def open(self, name: str) -> None:
-        """Takes a shard in; before anything else is asked of it. PathError, DamageError."""
+        """Open a shard, before any other call about it. Raises PathError, DamageError."""
 
     @abstractmethod
     def header(self, name: str, max_bytes: int) -> Header:
-        """The shard's header. FormatError, DamageError."""
+        """Return the shard's header. Raises FormatError, DamageError."""
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """In bytes."""
+        """Return the shard's size in bytes."""
 
     @abstractmethod
     def read_into(self, name: str, offset: int, view: memoryview) -> int:
-        """Fills `view` from `offset` on; how many bytes, fewer than its length only where the shard
-        ends.
+        """Fill `view` from byte `offset` on; return the number of bytes read.
+
+        It is less than the length of `view` only at the shard's end.
         """
 
     @abstractmethod
     def sha256(self, name: str, stop: threading.Event | None) -> str:
-        """Of the whole shard, in hex; worthless once `stop` is set."""
+        """Return the sha256 of the whole shard in hex; worthless once `stop` is set."""
 
     @abstractmethod
     def identity(self, name: str, header: Header) -> str:
-        """A text that another model's shard does not have; cheap to get."""
+        """Return a cheap text that differs for the same shard of another model."""
 
     def expect(self, needs: Iterable[ShardNeed]) -> None:
-        """What will be read, in the order in which the work will be done."""
+        """Announce the shards of the work to come, in its order."""
         return None
 
     def done(self, key: UnitKey) -> None:
-        """The piece of work was done."""
+        """Report that an expected unit of work is done."""
         return None
 
     @abstractmethod
     def close(self) -> None:
-        """Gives up files and threads."""
+        """Close files and end threads."""
 
 
 class FolderShards(Shards):
@@ -113,8 +114,9 @@ class FolderShards(Shards):
             return file_sha256(self._descriptors[name], stop)
 
     def identity(self, name: str, header: Header) -> str:
-        """A hash of the header, the size, and samples of the data."""
-        descriptor, size = self._descriptors[name], self.size(name)
+        """Return a hash of the size, the header, and samples of the data."""
+        descriptor = self._descriptors[name]
+        size = self.size(name)
         digest = hashlib.sha256(f"{size} {header.sha256}".encode())
         with self._reading(name):
             for i in range(_SAMPLES):
@@ -131,7 +133,7 @@ class FolderShards(Shards):
 
 
 def pread_into(descriptor: int, offset: int, view: memoryview) -> int:
-    """Fills `view` from an open file; how many bytes there were."""
+    """Fill `view` from an open file; return the number of bytes read."""
     done = 0
     while done < len(view) and (count := os.preadv(descriptor, [view[done:]], offset + done)):
         done += count
@@ -139,15 +141,15 @@ def pread_into(descriptor: int, offset: int, view: memoryview) -> int:
 
 
 def file_sha256(descriptor: int, stop: threading.Event | None = None) -> str:
-    """The sha256 of an open file in hex; worthless once `stop` is set."""
+    """Return the sha256 of an open file in hex; worthless once `stop` is set."""
     digest = hashlib.sha256()
     position = 0
-    while (chunk := os.pread(descriptor, 4 << 20, position)) and not (stop and stop.is_set()):
+    while (chunk := os.pread(descriptor, _READ_BYTES, position)) and not (stop and stop.is_set()):
         digest.update(chunk)
         position += len(chunk)
     return digest.hexdigest()
 
 
 def cut_off(where: str, name: str, tensor: str) -> SourceError:
-    """What is raised where a shard ends inside a tensor."""
+    """Return the error of a shard that ends inside a tensor."""
     return SourceError(f"{where}/{name}: cut off inside tensor {tensor}", "get the shard again")
