@@ -1,4 +1,4 @@
-"""One expert's output, from slices of its matrices that are read when they are used."""
+"""The output of one expert, from slices of its matrices that are read on use."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,27 +11,27 @@ from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.weight import Weight
 
 ROWS_AT_ONCE = 1024
-"""Of an expert's matrix."""
+"""Rows of an expert's matrix in one slice."""
+
+DownVisitor = Callable[[int, Tensor], None]
+"""Receives (begin, rows of down from `begin` on, in the stored dtype)."""
 
 
 class SliceVisitor:
-    """Sees the slices of an expert's matrices as they are used. This one ignores them."""
+    """Receives the slices of an expert's matrices as they are used. This one ignores them."""
 
     rows_at_once: int | None = None
     """Rows of gate and up in a slice; None for ROWS_AT_ONCE."""
 
     def gate_up(self, begin: int, gate: Tensor, up: Tensor, inner: Tensor) -> None:
-        """Takes rows of gate and up from row `begin` on, as stored, and what they give: these
-        columns of down's inputs, float32 [n, rows].
+        """Receive rows of gate and up from row `begin` on, in the stored dtype.
+
+        inner: their result, which is these columns of down's inputs, float32 [n, rows].
         """
 
-    def start_down(self, inner: Tensor) -> "DownVisitor":
-        """Takes all of down's inputs, [n, intermediate]; returns what takes down's slices."""
+    def start_down(self, inner: Tensor) -> DownVisitor:
+        """Receive all of down's inputs, [n, intermediate]; return the visitor of down's slices."""
         return _ignore
-
-
-DownVisitor = Callable[[int, Tensor], None]
-"""Takes rows of down, as stored, from a first row on."""
 
 
 def _ignore(_begin: int, _rows: Tensor) -> None:
@@ -39,9 +39,7 @@ def _ignore(_begin: int, _rows: Tensor) -> None:
 
 
 class ExpertForward:
-    """Computes the experts of `checkpoint`, multiplying in the dtype `products`. Safe to use from
-    several threads.
-    """
+    """Computes the experts of `checkpoint` with products in one dtype. Thread-safe."""
 
     def __init__(self, checkpoint: Checkpoint, products: torch.dtype) -> None:
         self._checkpoint = checkpoint
@@ -50,11 +48,10 @@ class ExpertForward:
     def output(
         self, layer: int, expert: int, x: Tensor, visitor: SliceVisitor | None = None
     ) -> Tensor:
-        """Return the expert's output, float32 [n, hidden], for its inputs x (float32 [n, hidden]),
-        not yet weighted.
+        """Return the expert's output before weighting, float32 [n, hidden].
 
-        A slice of gate and one of up, or one of down, is in memory. layer: ordinal among the layers
-        with experts.
+        x: its inputs, float32 [n, hidden]. layer: ordinal among the layers with experts. Memory
+        holds one slice of gate and one of up, or one of down.
         """
         visitor = visitor or SliceVisitor()
         gate, up, down = (
@@ -72,14 +69,16 @@ class ExpertForward:
 
     def _gate_up(
         self,
-        both: tuple[Weight, Weight],
+        matrices: tuple[Weight, Weight],
         begin: int,
         end: int,
         x: Tensor,
         inner: Tensor,
         visitor: SliceVisitor,
     ) -> None:
-        gate_rows, up_rows = (read_finite(self._checkpoint, weight, begin, end) for weight in both)
+        gate, up = matrices
+        gate_rows = read_finite(self._checkpoint, gate, begin, end)
+        up_rows = read_finite(self._checkpoint, up, begin, end)
         part = inner_activations(x, gate_rows.to(self._products), up_rows.to(self._products))
         inner[:, begin:end] = part
         visitor.gate_up(begin, gate_rows, up_rows, part)
@@ -93,23 +92,23 @@ class ExpertForward:
 
 
 def inner_activations(x: Tensor, gate_rows: Tensor, up_rows: Tensor) -> Tensor:
-    """Return some of down's inputs, float32 [n, rows], for an expert's inputs x [n, hidden] and
-    rows of gate and up.
+    """Return silu(x · gateᵀ) * (x · upᵀ), these columns of down's inputs, float32 [n, rows].
 
-    All three have one dtype.
+    x: an expert's inputs [n, hidden], in the dtype of the rows [rows, hidden].
     """
     return functional.silu((x @ gate_rows.T).float()).mul_(x @ up_rows.T)
 
 
 def ranges(rows: int, step: int) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of slices of `step` rows, the last perhaps shorter."""
+    """Yield (begin, end) of slices of `step` rows; the last may be shorter."""
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
 
 
 def read_finite(checkpoint: Checkpoint, weight: Weight, begin: int, end: int) -> Tensor:
-    """Return rows begin..end (exclusive) of `weight` as stored; SourceError naming the place of a
-    value that is not finite.
+    """Return rows begin..end (exclusive) of `weight` in the stored dtype.
+
+    SourceError with the position of a value that is infinite or NaN.
     """
     rows = checkpoint.read_rows(weight, begin, end)
     checkpoint.check_finite(weight, begin, rows)
@@ -117,8 +116,9 @@ def read_finite(checkpoint: Checkpoint, weight: Weight, begin: int, end: int) ->
 
 
 def fast_products(checkpoint: Checkpoint) -> torch.dtype:
-    """Return bfloat16 where the experts are stored so and the processor multiplies it (twice as
-    fast); else float32.
+    """Return bfloat16 if the experts are stored in it and the CPU multiplies it, else float32.
+
+    It is twice as fast there.
     """
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if checkpoint.expert_dtypes == {"BF16"} and supported() else torch.float32

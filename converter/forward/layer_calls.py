@@ -1,8 +1,8 @@
-"""How the model calls its decoder layers, recorded by dry runs over layers that do nothing.
+"""The model's calls of its decoder layers, recorded by dry runs over stand-ins.
 
-A layer can run alone, on any windows, only if nothing but the stream tells them apart. So two dry
-runs with other tokens and other hidden states must give the same calls, and each layer must get
-what the layer before it returned.
+A layer can run alone on any windows only if the windows differ in nothing but the stream. So two
+dry runs with different tokens and hidden states must give the same calls, and each layer must get
+the output of the layer before it.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Visit = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 class LayerCall:
     """The arguments of a decoder layer after the stream.
 
-    Where they have a dimension for windows, there is one window, which stands for all.
+    A dimension for windows has size 1: one window stands for all.
     """
 
     arguments: tuple[Any, ...]
@@ -43,8 +43,10 @@ class CallRecorder:
     def visit(
         self, number: int, stream: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Tensor:
-        """Record a call, and return random hidden states. SourceError if another layer was
-        expected, or if the model changed what the layer before returned.
+        """Record a call and return random hidden states.
+
+        SourceError if another layer is expected, or if the model changed the output of the layer
+        before.
         """
         if number != len(self.calls):
             raise cannot_run_alone(
@@ -57,46 +59,48 @@ class CallRecorder:
                 f"the model changes the hidden states between layers {number - 1} and {number}",
             )
         self.calls.append(LayerCall(arguments, keywords))
-        # One random number a token, seen along the hidden dimension: nothing of that size is in
-        # memory.
+        # One random number per token, expanded along the hidden dimension: it takes no memory.
         drawn = torch.randn(*stream.shape[:-1], 1, generator=self._random).expand(stream.shape)
         self._returned = [drawn]
         return drawn
 
 
 def compare_calls(calls: list[LayerCall], others: list[LayerCall], where: str) -> None:
-    """SourceError unless two dry runs called the layers with the same arguments."""
+    """Raise SourceError unless two dry runs called the layers with the same arguments."""
     for number, (one, other) in enumerate(zip(calls, others, strict=True)):
         _compare(one.arguments, other.arguments, f"decoder layer {number}: an argument", where)
         _compare(one.keywords, other.keywords, f"decoder layer {number}: argument", where)
 
 
 def _compare(one: Any, other: Any, what: str, where: str) -> None:
+    """Raise SourceError if two values of argument `what` differ."""
+    depends = f"{what} depends on tokens or hidden states"
     if type(one) is not type(other):
         types = f"{type(one).__name__} for some tokens, {type(other).__name__} for others"
         raise cannot_run_alone(where, f"{what} is of type {types}")
     if isinstance(one, Tensor):
         if one.shape != other.shape or not torch.equal(one, other):
-            raise cannot_run_alone(where, f"{what} depends on tokens or hidden states")
+            raise cannot_run_alone(where, depends)
     elif isinstance(one, dict):
         if one.keys() != other.keys():
-            raise cannot_run_alone(where, f"{what} depends on tokens or hidden states")
+            raise cannot_run_alone(where, depends)
         for key in one:
             _compare(one[key], other[key], f"{what} {key}", where)
     elif isinstance(one, (tuple, list)):
         if len(one) != len(other):
-            raise cannot_run_alone(where, f"{what} depends on tokens or hidden states")
+            raise cannot_run_alone(where, depends)
         for pair in zip(one, other, strict=True):
             _compare(*pair, what, where)
     elif not isinstance(one, _PLAIN):
         raise cannot_run_alone(where, f"{what} is a {type(one).__name__}, which layers may change")
     elif one != other:
-        raise cannot_run_alone(where, f"{what} depends on tokens or hidden states")
+        raise cannot_run_alone(where, depends)
 
 
 def cannot_run_alone(where: str, reason: str) -> SourceError:
-    """Return the error of a model, whose config.json is `where`, that this room cannot take apart."""
+    """Return the error of a model whose layers cannot run alone. where: path of config.json."""
     return SourceError(
         f"{where}: its layers cannot run one at a time: {reason}",
-        "convert with --calibrate none, which runs no layer; eval needs a model whose layers can run alone",
+        "convert with --calibrate none, which runs no layer; eval needs a model whose layers can"
+        " run alone",
     )

@@ -1,6 +1,4 @@
-"""The forward pass of a checkpoint's model in parts: embeddings, single decoder layers, single
-experts, head.
-"""
+"""The forward pass in parts: embeddings, single decoder layers, single experts, head."""
 
 import copy
 from collections.abc import Iterator
@@ -19,11 +17,10 @@ from converter.forward.trunk_weights import TrunkWeights, compute_buffers
 
 
 class LayerForward:
-    """Gives the parts of the model in `checkpoint`. Each reads its weights and keeps none of them
-    afterwards.
+    """Runs the parts of the model in `checkpoint`; each part reads its weights and drops them.
 
-    products: the dtype in which the inputs of large matrices, and these, are multiplied.
-    SourceError for a model whose layers cannot run one at a time.
+    products: dtype of products with large matrices. SourceError for a model whose layers cannot run
+    one at a time.
     """
 
     def __init__(self, checkpoint: Checkpoint, products: torch.dtype = torch.float32) -> None:
@@ -43,8 +40,10 @@ class LayerForward:
         compute_buffers(model, self._where)
         self._layers = [model.get_submodule(path) for path in self._paths]
         for path, layer in zip(self._paths, self._layers, strict=True):
-            for name, linear in [(n, m) for n, m in layer.named_modules() if type(m) is nn.Linear]:
-                layer.set_submodule(name, HeardLinear(linear, f"{path}.{name}", self._current))
+            # A list: set_submodule changes the modules that named_modules walks over.
+            for name, linear in list(layer.named_modules()):
+                if type(linear) is nn.Linear:
+                    layer.set_submodule(name, HeardLinear(linear, f"{path}.{name}", self._current))
         self._weights = TrunkWeights(checkpoint, products)
         self._outer = OuterModel(
             model, self._paths[0].rpartition(".")[0], checkpoint, self._weights
@@ -71,20 +70,19 @@ class LayerForward:
         return frozenset(path for path, number in self._linears.items() if number == layer)
 
     def embed(self, windows: Tensor, stream: Tensor, windows_at_once: int) -> None:
-        """Write what the first layer is given for windows (int64 [n, window]) to `stream`, float32
-        [n, window, hidden].
+        """Write the first layer's inputs for windows (int64 [n, window]) to `stream`.
+
+        stream: float32 [n, window, hidden].
         """
         self._outer.embed(windows.flatten(), stream.flatten(0, 1))
-        for tokens, part in zip(
-            *(torch.split(t, windows_at_once) for t in (windows, stream)), strict=True
-        ):
+        token_parts = torch.split(windows, windows_at_once)
+        stream_parts = torch.split(stream, windows_at_once)
+        for tokens, part in zip(token_parts, stream_parts, strict=True):
             part.copy_(self._outer.first_inputs(tokens, part))
 
     @contextmanager
     def layer(self, number: int, window: int) -> Iterator[LoadedLayer]:
-        """Load decoder layer `number` for windows of `window` tokens; its weights are in memory in
-        this context.
-        """
+        """Load decoder layer `number` for windows of `window` tokens, for this context."""
         if window not in self._calls:
             self._calls[window] = self._outer.calls(window)
         layer = self._layers[number]
@@ -98,13 +96,15 @@ class LayerForward:
             )
 
     def head_inputs(self, window: Tensor) -> Tensor:
-        """Return what the head is given for a window's stream after the last layer, float32 [n,
-        hidden].
+        """Return the head's inputs, float32 [n, hidden].
+
+        window: the stream of one window after the last layer, float32 [n, hidden].
         """
         return self._outer.head_inputs(window[None])[0]
 
     def logits(self, window: Tensor) -> Tensor:
-        """Return float32 [n, vocabulary] for a window's stream after the last layer, float32 [n,
-        hidden].
+        """Return the logits, float32 [n, vocabulary].
+
+        window: the stream of one window after the last layer, float32 [n, hidden].
         """
         return self._outer.logits(window[None])[0]

@@ -1,6 +1,4 @@
-"""The one loop that takes tokens through a decoder layer: up to the experts, through them, and on
-to the end.
-"""
+"""The loop over the tokens of one decoder layer: up to the experts, the experts, to the end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,24 +18,25 @@ from converter.forward.ordered_tasks import RunAll
 
 @dataclass(frozen=True)
 class Steps:
-    """How much goes through at once. The numbers decide the order of sums, and so the last bits."""
+    """Sizes of the parts; they decide the order of sums, and so the last bits of the results.
+
+    windows: windows in one run of the layer. tokens: tokens in a piece of one expert. experts:
+    experts whose outputs are in memory until they are added.
+    """
 
     windows: int
-    """In one run of the layer."""
     tokens: int
-    """In a piece of one expert."""
     experts: int
-    """Whose outputs are in memory until they are added."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some of the tokens that chose an expert, from the `begin`-th on: tokens, int64 [n]; their
-    scores, float32 [n].
+    """Some of the tokens that chose an expert, from number `begin` of them on.
+
+    layer: ordinal among the layers with experts. tokens: positions, int64 [n]. scores: float32 [n].
     """
 
     layer: int
-    """Ordinal among the layers with experts."""
     expert: int
     begin: int
     tokens: Tensor
@@ -45,46 +44,47 @@ class Piece:
 
 
 class LayerWork:
-    """What is done with a layer's tokens on their way. This one computes the experts and looks at
-    nothing.
+    """Observes a layer's tokens and computes its experts. This one observes nothing.
 
-    Only `expert` runs on workers; the other methods are called by the loop's thread, in one order.
+    Only `expert` runs on workers; the loop's thread calls the other methods, always in one order.
     """
 
     wanted: frozenset[str] = frozenset()
-    """Module paths of the linears whose inputs are taken."""
+    """Module paths of the linears whose inputs `take_linears` receives."""
 
     def __init__(self, experts: ExpertForward) -> None:
         self._experts = experts
 
     def take_linears(self, inputs: list[Inputs]) -> None:
-        """Take the inputs of wanted linears: of each part of the windows, in order."""
+        """Receive the inputs of wanted linears, one entry per part of the windows, in order."""
 
     def take_routed(self, routed: Routed) -> None:
-        """Take what the experts are given."""
+        """Receive the experts' inputs and the router's choice."""
 
     def start_expert(self, expert: int, tokens: Tensor) -> None:
-        """Take the tokens (int64 [n]) that chose an expert, before it is computed. Experts come in
-        ascending order.
+        """Receive the tokens (int64 [n]) that chose an expert, before it is computed.
+
+        Experts come in ascending order.
         """
 
     def expert(self, piece: Piece, x: Tensor) -> tuple[Tensor, Any]:
-        """Return the outputs, float32 [n, hidden], for a piece's inputs x, and what `take_expert`
-        is to get.
+        """Return a piece's outputs, float32 [n, hidden], and a value for `take_expert`.
+
+        x: the piece's inputs, float32 [n, hidden].
         """
         return self._experts.output(piece.layer, piece.expert, x), None
 
-    def take_expert(self, piece: Piece, found: Any) -> None:
-        """Take what `expert` found. Pieces come in order."""
+    def take_expert(self, piece: Piece, value: Any) -> None:
+        """Receive the second result of `expert`. Pieces come in order."""
 
 
 class LayerLoop:
     """Takes the stream through decoder layers of `forward`.
 
-    In memory are, of the layer: its weights but for the experts'; for each worker, a slice of an
-    expert's matrices, or the activations of `steps.windows` windows; for all tokens, the experts'
-    inputs and the sum of their outputs, float32 [tokens, hidden] each, which `allocate` gives; and
-    the outputs of `steps.experts` experts.
+    Memory holds for the current layer: its weights without the experts'; per worker, a slice of an
+    expert's matrices or the activations of `steps.windows` windows; for all tokens, the experts'
+    inputs and the sum of their outputs, float32 [tokens, hidden] each, from `allocate`; and the
+    outputs of `steps.experts` experts.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LayerLoop:
         run_all: RunAll,
         allocate: Callable[[tuple[int, ...]], Tensor] = torch.zeros,
     ) -> None:
-        """allocate: shape -> zeros, float32."""
+        """allocate: returns float32 zeros of a shape."""
         self._checkpoint = checkpoint
         self._forward = forward
         self._steps = steps
@@ -103,10 +103,9 @@ class LayerLoop:
         self._allocate = allocate
 
     def pass_layer(self, number: int, stream: Tensor, work: LayerWork) -> None:
-        """Take the stream, float32 [windows, window, hidden], through decoder layer `number`, in
-        place.
+        """Take the stream, float32 [windows, window, hidden], through a decoder layer in place.
 
-        SourceError naming the layer if activations are infinite or NaN.
+        SourceError with the layer if activations are infinite or NaN.
         """
         parts = torch.split(stream, self._steps.windows)
         with self._forward.layer(number, stream.shape[1]) as layer:
@@ -134,15 +133,17 @@ class LayerLoop:
             out.copy_(routed.inputs)
             return routed.chosen, routed.scores, _is_finite(out), heard
 
-        found = self._run_all(
-            [partial(begin, *pair) for pair in zip(parts, torch.split(inputs, rows), strict=True)]
+        input_parts = torch.split(inputs, rows)
+        results = self._run_all(
+            [partial(begin, *pair) for pair in zip(parts, input_parts, strict=True)]
         )
-        self._check(all(finite for *_, finite, _ in found), number, "after attention")
-        chosen, scores = (torch.cat([part[i] for part in found]) for i in (0, 1))
-        return Routed(inputs, chosen, scores), [heard for *_, heard in found]
+        self._check(all(finite for *_, finite, _ in results), number, "after attention")
+        chosen = torch.cat([chosen for chosen, *_ in results])
+        scores = torch.cat([scores for _, scores, *_ in results])
+        return Routed(inputs, chosen, scores), [heard for *_, heard in results]
 
     def _through_experts(self, layer: int, routed: Routed, work: LayerWork) -> Tensor:
-        """The weighted sum of the experts' outputs, float32 [tokens, hidden]."""
+        """Return the weighted sum of the experts' outputs, float32 [tokens, hidden]."""
         summed = self._allocate(tuple(routed.inputs.shape))
         experts = range(self._checkpoint.shape.experts[layer].experts)
         for begin in experts[:: self._steps.experts]:
@@ -155,9 +156,9 @@ class LayerLoop:
                     part = slice(first, first + self._steps.tokens)
                     pieces.append(Piece(layer, expert, first, tokens[part], scores[part]))
             tasks = [partial(_compute, work, piece, routed.inputs) for piece in pieces]
-            for piece, (output, found) in zip(pieces, self._run_all(tasks), strict=True):
+            for piece, (output, value) in zip(pieces, self._run_all(tasks), strict=True):
                 summed.index_add_(0, piece.tokens, output.mul_(piece.scores[:, None]))
-                work.take_expert(piece, found)
+                work.take_expert(piece, value)
         return summed
 
     def _end(
@@ -173,10 +174,10 @@ class LayerLoop:
             part.copy_(out)
             return _is_finite(part), heard
 
-        found = self._run_all([partial(end, *pair) for pair in pairs])
-        self._check(all(finite for finite, _ in found), number, "after its experts")
+        results = self._run_all([partial(end, *pair) for pair in pairs])
+        self._check(all(finite for finite, _ in results), number, "after its experts")
         if wanted:
-            work.take_linears([heard for _, heard in found])
+            work.take_linears([heard for _, heard in results])
 
     def _check(self, finite: bool, number: int, where: str) -> None:
         if not finite:

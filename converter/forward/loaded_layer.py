@@ -1,8 +1,8 @@
-"""One decoder layer of transformers with its weights, its experts computed by the caller.
+"""One decoder layer of transformers with its weights; the caller computes the experts.
 
-The layer runs twice. The first run ends where the experts begin, by an exception, and says what
-they are given. The second run goes through to the end, with the sum of their outputs. So everything
-around the experts is the layer's own: norms, residuals, multipliers, shared experts.
+The layer runs twice. The first run ends at the experts, by an exception that carries their inputs.
+The second run gets the sum of the experts' outputs and goes through to the end. So transformers'
+own code computes everything around the experts: norms, residuals, multipliers, shared experts.
 """
 
 import threading
@@ -16,13 +16,15 @@ from torch.nn import functional
 from converter.forward.layer_calls import LayerCall, cannot_run_alone
 
 Inputs = dict[str, Tensor]
-"""Module path -> the inputs of a linear, [..., columns]."""
+"""Module path of a linear -> its inputs, [..., columns]."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What a layer gives its experts: inputs, float32 [tokens, hidden]; the experts that each token
-    chose, int64 [tokens, k]; and their scores, float32 [tokens, k].
+    """The arguments of a layer's experts.
+
+    inputs: float32 [tokens, hidden]. chosen: each token's experts, int64 [tokens, k]. scores: their
+    weights, float32 [tokens, k].
     """
 
     inputs: Tensor
@@ -32,8 +34,10 @@ class Routed:
 
 @dataclass(frozen=True)
 class LayerRun:
-    """One run of a layer in one thread: the linears to listen to, what these were given, and the
-    sum of the experts' outputs, if it is known.
+    """One run of a layer in one thread.
+
+    wanted: module paths of the linears to record. inputs: their recorded inputs. sums: the sum of
+    the experts' outputs, empty in the first run.
     """
 
     wanted: frozenset[str] = frozenset()
@@ -42,24 +46,24 @@ class LayerRun:
 
 
 class CurrentRun(threading.local):
-    """The run that this thread is in."""
+    """The current run of each thread."""
 
     run = LayerRun()
 
 
 class ExpertsReached(Exception):
-    """Ends a run at the experts; its arguments are theirs."""
+    """Ends a run at the experts; carries the experts' arguments."""
 
 
 class AbsentExperts(nn.Module):
-    """Stands in the place of an experts module."""
+    """Replaces an experts module."""
 
     def __init__(self, current: CurrentRun) -> None:
         super().__init__()
         self._current = current
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Return the experts' sum where it is known; else end the run."""
+        """Return the sum of the experts' outputs if the run has it; else end the run."""
         sums = self._current.run.sums
         if not sums:
             raise ExpertsReached(hidden, index, weights)
@@ -67,9 +71,7 @@ class AbsentExperts(nn.Module):
 
 
 class HeardLinear(nn.Module):
-    """Stands in the place of a linear: multiplies in its weight's dtype, returns float32, and notes
-    its inputs.
-    """
+    """Replaces a linear: multiplies in the weight's dtype, returns float32, records its inputs."""
 
     def __init__(self, linear: nn.Linear, path: str, current: CurrentRun) -> None:
         super().__init__()
@@ -90,9 +92,9 @@ class HeardLinear(nn.Module):
 
 
 class LoadedLayer:
-    """A decoder layer whose weights are in memory. Its methods may be called from several threads.
+    """A decoder layer whose weights are in memory. Thread-safe.
 
-    experts: its ordinal among the layers with experts, None for a layer without. where:
+    experts: ordinal among the layers with experts, None for a layer without. where: path of
     config.json, for errors.
     """
 
@@ -113,7 +115,7 @@ class LoadedLayer:
     def begin(self, stream: Tensor, wanted: frozenset[str] = frozenset()) -> tuple[Routed, Inputs]:
         """Run the layer on windows, float32 [n, window, hidden], up to its experts.
 
-        Return what these are given, and the inputs of the `wanted` linears that were called.
+        Return the experts' arguments, and the inputs of the `wanted` linears that were called.
         """
         run = LayerRun(wanted)
         try:
@@ -128,9 +130,10 @@ class LoadedLayer:
     def end(
         self, stream: Tensor, summed: Tensor | None, wanted: frozenset[str] = frozenset()
     ) -> tuple[Tensor, Inputs]:
-        """Run the whole layer on the same windows, with the weighted sum of its experts' outputs,
-        float32 [tokens, hidden], if it has experts. Return the stream after it, and the inputs of
-        the `wanted` linears.
+        """Run the whole layer on the same windows.
+
+        summed: weighted sum of the experts' outputs, float32 [tokens, hidden]; None for a layer
+        without experts. Return the stream after the layer, and the inputs of the `wanted` linears.
         """
         run = LayerRun(wanted, sums=[] if summed is None else [summed])
         try:
@@ -147,5 +150,5 @@ class LoadedLayer:
             out: Any = self._layer(stream, *self._call.arguments, **self._call.keywords)
         finally:
             self._current.run = LayerRun()
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
+        stream_after: Tensor = out[0] if isinstance(out, tuple) else out
+        return stream_after

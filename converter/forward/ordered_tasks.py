@@ -1,10 +1,10 @@
-"""Tasks whose results are taken in their order, whoever runs them."""
+"""Tasks whose results come in the order of the tasks, whoever runs them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 RunAll = Callable[[Iterable[Callable[[], Any]]], list[Any]]
-"""Runs tasks, possibly side by side, and returns their results in the tasks' order."""
+"""Runs tasks, possibly in parallel, and returns their results in the order of the tasks."""
 
 
 def one_by_one(tasks: Iterable[Callable[[], Any]]) -> list[Any]:

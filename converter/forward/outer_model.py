@@ -1,6 +1,4 @@
-"""The model without its decoder layers: what it does before the first and after the last, and how
-it calls them.
-"""
+"""The model without its decoder layers: before the first, after the last, and their calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,10 +22,10 @@ VOCABULARY_AT_ONCE = 4096
 
 
 class OuterModel:
-    """Runs transformers' `model` with stand-ins for its decoder layers, embeddings and head; for
-    one thread at a time.
+    """Runs transformers' `model` with stand-ins for decoder layers, embeddings and head.
 
-    Embeddings and head are read in slices, the other weights when a run reaches them.
+    Embeddings and head are read in slices, the other weights when a run reaches them. For one
+    thread at a time.
     """
 
     def __init__(
@@ -36,12 +34,10 @@ class OuterModel:
         self._checkpoint = checkpoint
         self._weights = weights
         self._where = str(checkpoint.folder / "config.json")
-        embeddings, head = (
-            _path_of(model, m)
-            for m in (model.get_input_embeddings(), model.get_output_embeddings())
-        )
+        embeddings = _path_of(model, model.get_input_embeddings())
+        head = _path_of(model, model.get_output_embeddings())
         self.head = head
-        """The head's module path."""
+        """Module path of the head."""
         trunk = checkpoint.trunk
         self._embeddings = trunk[f"{embeddings}.weight"]
         self._head_weight = trunk.get(f"{head}.weight", self._embeddings)
@@ -56,21 +52,20 @@ class OuterModel:
 
     @property
     def hidden_size(self) -> int:
-        """Columns of the embeddings."""
+        """Columns of the embeddings, which are the stream's."""
         return self._embeddings.shape[1]
 
     def embed(self, tokens: Tensor, out: Tensor) -> None:
-        """Write the embeddings of `tokens` (int64 [n]) to `out`, float32 [n, hidden], as they are
-        stored.
-        """
+        """Write the stored embeddings of `tokens` (int64 [n]) to `out`, float32 [n, hidden]."""
         for begin, end in ranges(self._embeddings.shape[0], VOCABULARY_AT_ONCE):
             rows = read_finite(self._checkpoint, self._embeddings, begin, end)
-            here = ((tokens >= begin) & (tokens < end)).nonzero()[:, 0]
-            out[here] = rows[tokens[here] - begin].float()
+            positions = ((tokens >= begin) & (tokens < end)).nonzero()[:, 0]
+            out[positions] = rows[tokens[positions] - begin].float()
 
     def first_inputs(self, windows: Tensor, embedded: Tensor) -> Tensor:
-        """Return what the first layer is given for windows (int64 [n, window]) and their
-        embeddings, [n, window, hidden].
+        """Return the first layer's inputs, [n, window, hidden].
+
+        windows: tokens, int64 [n, window]. embedded: their embeddings, [n, window, hidden].
         """
 
         def stop(_number: int, stream: Tensor, *_: Any) -> Tensor:
@@ -81,25 +76,26 @@ class OuterModel:
         return self._stopped(input_ids=windows)
 
     def calls(self, window: int) -> list[LayerCall]:
-        """Return the calls of all layers for windows of `window` tokens. SourceError if they depend
-        on more.
+        """Return the calls of all layers for windows of `window` tokens.
+
+        SourceError if the calls depend on anything but the length of the windows.
         """
         recorders = [CallRecorder(seed, self._where) for seed in (0, 1)]
         for seed, recorder in enumerate(recorders):
             random = torch.Generator().manual_seed(seed)
             tokens = torch.randint(self._embeddings.shape[0], (1, window), generator=random)
             self._stand_ins.visit = self._until_last(recorder.visit)
-            self._stand_ins.embedded = torch.randn(1, window, 1, generator=random).expand(
-                -1, -1, self.hidden_size
-            )
+            embedded = torch.randn(1, window, 1, generator=random)
+            self._stand_ins.embedded = embedded.expand(-1, -1, self.hidden_size)
             self._stopped(input_ids=tokens)
         first, second = (recorder.calls for recorder in recorders)
         compare_calls(first, second, self._where)
         return first
 
     def head_inputs(self, stream: Tensor) -> Tensor:
-        """Return what the head is given for the stream after the last layer, float32 [1, n,
-        hidden]: of that shape.
+        """Return the head's inputs, float32 [1, n, hidden].
+
+        stream: the stream after the last layer, float32 [1, n, hidden].
         """
 
         def stop(x: Tensor) -> Tensor:
@@ -109,8 +105,9 @@ class OuterModel:
         return self._stopped(inputs_embeds=torch.zeros(stream.shape))
 
     def logits(self, stream: Tensor) -> Tensor:
-        """Return float32 [1, n, vocabulary] for the stream after the last layer, float32 [1, n,
-        hidden].
+        """Return the logits, float32 [1, n, vocabulary].
+
+        stream: the stream after the last layer, float32 [1, n, hidden].
         """
         self._inject(stream, self._multiply_head)
         with self._weights.filled_when_called(self._model), torch.no_grad():
@@ -138,26 +135,25 @@ class OuterModel:
         self._stand_ins.head = head
 
     def _stopped(self, **inputs: Tensor) -> Tensor:
-        """What a stand-in was given that ends the run."""
+        """Run the model until a stand-in ends the run; return the tensor that it got."""
         try:
             with self._weights.filled_when_called(self._model), torch.no_grad():
                 self._model(**inputs, use_cache=False)
         except _Stopped as stopped:
-            found: Tensor = stopped.args[0]
-            return found
+            tensor: Tensor = stopped.args[0]
+            return tensor
         raise cannot_run_alone(self._where, "the model does not call its last layer or its head")
 
     def _multiply_head(self, x: Tensor) -> Tensor:
         result = torch.empty(*x.shape[:-1], self._head_weight.shape[0])
         for begin, end in ranges(self._head_weight.shape[0], VOCABULARY_AT_ONCE):
-            result[..., begin:end] = (
-                x @ read_finite(self._checkpoint, self._head_weight, begin, end).float().T
-            )
+            rows = read_finite(self._checkpoint, self._head_weight, begin, end)
+            result[..., begin:end] = x @ rows.float().T
         return result
 
 
 class _Stopped(Exception):
-    """Ends a run; its argument is what it was made for."""
+    """Ends a run; carries the result."""
 
 
 def _pass(_number: int, stream: Tensor, *_: Any) -> Tensor:
@@ -165,7 +161,7 @@ def _pass(_number: int, stream: Tensor, *_: Any) -> Tensor:
 
 
 class _StandIns:
-    """What the stand-ins of the present run do."""
+    """The behaviour of the stand-ins in the current run."""
 
     def __init__(self) -> None:
         self.visit: Visit = _pass
@@ -174,7 +170,7 @@ class _StandIns:
 
 
 class _Station(nn.Module):
-    """Stands in the place of a decoder layer, whose attributes it shows."""
+    """Replaces a decoder layer and shows its attributes."""
 
     def __init__(self, number: int, layer: nn.Module, stand_ins: _StandIns) -> None:
         super().__init__()

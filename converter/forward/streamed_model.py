@@ -1,9 +1,8 @@
-"""An original's predictions, computed layer by layer, for comparison with its conversion on a
-smaller machine.
+"""An original model's predictions, computed layer by layer on a machine that cannot hold it.
 
-In memory are one layer's weights but for its experts', slices of one expert, and the activations of
-a part of the windows. The activations of all windows stand in three temporary files, 12 ·
-hidden_size bytes a token, which the system may keep in memory or not.
+Memory holds one layer's weights without its experts', slices of one expert, and the activations of
+a part of the windows. Three temporary files hold the activations of all windows, 12 · hidden_size
+bytes per token; the kernel may keep them in its page cache.
 """
 
 import errno
@@ -29,24 +28,23 @@ from formats.files.io_errors import io_error
 from formats.prediction import Prediction
 
 TOKENS_AT_ONCE = 4096
-"""That go through an expert together; as many windows as are in them, but at least one, through a
-layer.
-"""
+"""Tokens that go through an expert together, or through a layer; at least one window."""
 
 
 class StreamedModel:
-    """Predictions of the model in `checkpoint` for `windows` (int64 [n, window]), in float32.
+    """Float32 predictions of the model in `checkpoint` for `windows`, int64 [n, window].
 
-    Raises SourceError naming the layer if activations are not finite, or if the windows have tokens
-    that the model has no embedding for; DoesNotFitError if there is no room for the activations.
+    Raises SourceError with the layer if activations are infinite or NaN, and for a token without an
+    embedding; DoesNotFitError if the disk has no room for the activations.
     """
 
     def __init__(self, checkpoint: Checkpoint, windows: Tensor) -> None:
         vocabulary = checkpoint.architecture.vocab_size
-        if int(windows.max()) >= vocabulary:
+        largest = int(windows.max())
+        if largest >= vocabulary:
             raise SourceError(
-                f"{checkpoint.folder}: the tokenizer gives token {int(windows.max())}, the model has a vocabulary of"
-                f" {vocabulary}",
+                f"{checkpoint.folder}: the tokenizer gives token {largest}, the model has a"
+                f" vocabulary of {vocabulary}",
                 "use the checkpoint with its own tokenizer",
             )
         self._windows = windows
@@ -61,9 +59,7 @@ class StreamedModel:
         self._work = _Choices(self._forward.experts)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Takes the windows through all layers; `progress` is called with (done layers, all
-        layers).
-        """
+        """Take the windows through all layers. progress: called with (layers done, all layers)."""
         self._forward.embed(self._windows, self._stream, self._steps.windows)
         for layer in range(self._forward.layers):
             self._loop.pass_layer(layer, self._stream, self._work)
@@ -71,9 +67,10 @@ class StreamedModel:
                 progress(layer + 1, self._forward.layers)
 
     def predictions(self) -> Iterator[Prediction]:
-        """Of each window, after `run`: a function (begin, end) → logits, float32 [end - begin,
-        vocabulary], of these positions; and the experts that the tokens chose, int64 [layers with
-        experts, window, k].
+        """Yield the prediction of each window, after `run`.
+
+        logits(begin, end): of these positions, float32 [end - begin, vocabulary]. The experts that
+        the tokens chose: int64 [layers with experts, window, k].
         """
         window = self._windows.shape[1]
         chosen = torch.stack(self._work.chosen)
@@ -86,7 +83,7 @@ class StreamedModel:
 
 
 class _Choices(LayerWork):
-    """Keeps which experts the tokens chose: of each layer with experts, int64 [tokens, k]."""
+    """Records the tokens' experts: per layer with experts, int64 [tokens, k]."""
 
     def __init__(self, experts: ExpertForward) -> None:
         super().__init__(experts)
@@ -97,23 +94,23 @@ class _Choices(LayerWork):
 
 
 class _ReusedFiles:
-    """Activations in files, given in turn: the loop asks for as many in each layer as there are."""
+    """Tensors in files, handed out in turn: in each layer the loop allocates each of them once."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
         self._turns = itertools.cycle(tensors)
 
     def allocate(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the next one, zeroed."""
+        """Return the next tensor, zeroed."""
         return next(self._turns).view(shape).zero_()
 
 
 def _in_a_file(shape: tuple[int, ...]) -> Tensor:
-    """float32 zeros in a temporary file that has no name."""
+    """Return float32 zeros in a temporary file without a name."""
     n_bytes = 4 * math.prod(shape)
     with tempfile.TemporaryFile() as file:
         try:
-            # All of it now: a full disk met later, through the mapping, would kill the process.
+            # Allocate now: a full disk met later, through the mapping, would kill the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, n_bytes)
         except OSError as e:

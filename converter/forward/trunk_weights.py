@@ -1,6 +1,4 @@
-"""Gives modules of the model on the meta device their tensors: those of the checkpoint, and those
-that no file has.
-"""
+"""Gives modules on the meta device their tensors: the checkpoint's, and buffers of no file."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,13 +14,11 @@ from converter.forward.loaded_layer import HeardLinear
 from formats.errors import SourceError
 
 _NARROW = 64
-"""Rows or columns below which a linear is a gate of some kind, multiplied in float32."""
+"""A linear with fewer rows or columns is a gate of some kind; its products stay float32."""
 
 
 class TrunkWeights:
-    """Reads the trunk of `checkpoint`. Large linears become `products`, everything else of floating
-    point float32.
-    """
+    """Reads the trunk of `checkpoint`: large linears in dtype `products`, the rest in float32."""
 
     def __init__(self, checkpoint: Checkpoint, products: torch.dtype) -> None:
         self._checkpoint = checkpoint
@@ -31,8 +27,9 @@ class TrunkWeights:
 
     @contextmanager
     def filled(self, root: nn.Module, path: str) -> Iterator[None]:
-        """Give every module in `root`, which is `path` in the model, its tensors while the context
-        is open.
+        """Give every module in `root` its tensors for this context.
+
+        path: module path of `root` in the model.
         """
         with _Replaced() as replaced:
             for name, module in root.named_modules(prefix=path):
@@ -41,10 +38,9 @@ class TrunkWeights:
 
     @contextmanager
     def filled_when_called(self, model: nn.Module) -> Iterator[None]:
-        """Give every module of `model` its tensors from its first call on, until the context is
-        closed.
+        """Give every module of `model` its tensors from its first call to the context's end.
 
-        So nothing is read that a run does not reach: its shard may not be there.
+        A module that no run reaches reads nothing: its shard may not be on disk.
         """
 
         def fill(name: str, module: nn.Module, _inputs: Any) -> None:
@@ -74,13 +70,13 @@ class TrunkWeights:
 
 
 class _Replaced:
-    """Tensors of modules that others stand in for, until the context is closed."""
+    """Tensors of modules that are replaced for a context."""
 
     def __init__(self) -> None:
         self._absent: list[tuple[dict[str, Any], str, Any]] = []
 
     def put(self, tensors: dict[str, Any], part: str, value: Tensor) -> None:
-        """Let `value` stand for tensors[part]."""
+        """Replace tensors[part] by `value`."""
         self._absent.append((tensors, part, tensors[part]))
         tensors[part] = value
 
@@ -93,26 +89,27 @@ class _Replaced:
 
 
 def compute_buffers(model: Any, where: str) -> None:
-    """Compute the buffers that no file has, such as rotary frequencies, as transformers does for a
-    model that it loads.
+    """Compute the buffers of no file, such as rotary frequencies, as transformers does on loading.
 
-    `_init_weights` is private there: it is used here only. SourceError for a buffer that it leaves
-    as it was.
+    `_init_weights` is private in transformers; no other function uses it. SourceError for a buffer
+    that it does not set.
     """
     for path, module in model.named_modules():
         absent = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
         absent = {n: b for n, b in absent.items() if n in module._non_persistent_buffers_set}
         if not absent:
             continue
-        found: list[dict[str, Tensor]] = []
+        # A buffer that _init_weights does not set keeps its start value.
+        computed: list[dict[str, Tensor]] = []
         for start in (0, 1):
             for name, buffer in absent.items():
                 module._buffers[name] = torch.full(buffer.shape, start, dtype=buffer.dtype)
             model._init_weights(module)
-            found.append({name: module._buffers[name] for name in absent})
+            computed.append({name: module._buffers[name] for name in absent})
         for name in absent:
-            if not torch.equal(found[0][name], found[1][name]):
+            if not torch.equal(computed[0][name], computed[1][name]):
                 raise SourceError(
-                    f"{where}: transformers does not say what {path}.{name} is; no file has it",
+                    f"{where}: buffer {path}.{name} is in no file, and transformers does not"
+                    " compute it",
                     "use a checkpoint of one of the model types that README.md lists",
                 )
