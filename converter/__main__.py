@@ -1,4 +1,4 @@
-"""python -m converter: the command moe-convert."""
+"""Runs the command moe-convert as `python -m converter`."""
 
 from converter.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Converting a checkpoint in one call: opened, planned, converted."""
+"""Converts a checkpoint in one call: open, plan, convert."""
 
 from pathlib import Path
 
@@ -20,15 +20,13 @@ def convert_checkpoint(
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
 ) -> Converted:
-    """Converts the checkpoint in a folder or Hub repository into folder `out`; goes on where an
-    earlier run stopped.
+    """Convert the checkpoint in a folder or Hub repository into folder `out`.
 
-    Memory stays bounded by workers × one expert, and with calibration by the activations of its
-    tokens. The result depends on weights, recipe, calibration text, codec and code version only.
-    Raises SourceError, HubError, OutputError, PathError, DoesNotFitError; after any of them nothing
-    that was converted is lost.
+    Continues an earlier run that stopped. Memory is bounded by workers × one expert, and with
+    calibration by its tokens' activations. The result depends only on weights, recipe, calibration
+    text, codec and code version. Raises SourceError, HubError, OutputError, PathError,
+    DoesNotFitError; no finished work is lost.
     """
     with Checkpoint(source) as checkpoint:
-        return convert(
-            plan_conversion(checkpoint, recipe, options or ConvertOptions(), out), progress
-        )
+        plan = plan_conversion(checkpoint, recipe, options or ConvertOptions(), out)
+        return convert(plan, progress)

@@ -1,4 +1,4 @@
-"""How to convert; none of it changes a byte of a complete result but the codec."""
+"""The settings of a conversion; only the codec changes bytes of a complete result."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +9,22 @@ from formats.index import CODECS
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """The settings of `convert_checkpoint`, checked."""
+    """The validated settings of `convert_checkpoint`.
+
+    max_workers: None for one per processor, fewer if memory is short. codec: "none" or "zstd".
+    resume: continue an unfinished conversion. force: replace the files of another one.
+    calibration_file: the text for a recipe whose option `calibrate` is "file". part: (i, n)
+    converts only part i of n equal parts of the layers, counted from 1; the folder stays
+    unfinished. max_memory_bytes: limit for the process; it lowers the number of workers.
+    """
 
     max_workers: int | None = 1
-    """None: as many as processors, fewer where memory is short."""
     codec: str = "none"
     resume: bool = True
     force: bool = False
     calibration_file: Path | None = None
-    """The text for a recipe whose option `calibrate` is "file"."""
     part: tuple[int, int] | None = None
-    """(i, n): only the i-th of n equal parts of the layers, counted from 1; the folder stays
-    unfinished.
-    """
     max_memory_bytes: int | None = None
-    """Upper limit for the process; lowers the number of workers."""
 
     def __post_init__(self) -> None:
         if self.max_workers is not None and self.max_workers < 1:

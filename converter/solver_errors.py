@@ -1,4 +1,4 @@
-"""Errors that a solver raises. The caller adds file, tensor and position."""
+"""Errors of a solver; the caller adds file, tensor and position."""
 
 from formats.errors import SourceError
 
@@ -8,13 +8,13 @@ DAMAGED_HINT = (
 
 
 class UnfitWeightsError(SourceError, ValueError):
-    """The packing cannot hold these weights. The message names no file: the caller adds it."""
+    """Weights that the packing cannot hold."""
 
     default_hint = DAMAGED_HINT
 
 
 class NonFiniteWeightsError(UnfitWeightsError):
-    """`count` weights are infinite or NaN."""
+    """Infinite or NaN weights. count: their number."""
 
     def __init__(self, count: int) -> None:
         super().__init__(f"{count} weights are infinite or NaN")
@@ -22,7 +22,7 @@ class NonFiniteWeightsError(UnfitWeightsError):
 
 
 class SingularStatisticsError(SourceError, ValueError):
-    """The input statistics have no factorization: not finite, zero, or not positive definite.
+    """Input statistics without a factorization: not finite, zero, or not positive definite.
 
     block: number of the first such block of columns, None if unknown.
     """

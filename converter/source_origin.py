@@ -1,6 +1,4 @@
-"""The source checkpoint as the origin of repairs: an expert is converted again, and taken if its
-hash is right.
-"""
+"""The source checkpoint as the origin of repairs: it converts experts again by the same recipe."""
 
 import hashlib
 import tempfile
@@ -35,12 +33,11 @@ from formats.writer import ZSTD_LEVEL, PlacedFile, write_file
 
 
 class SourceOrigin(Origin):
-    """The checkpoint that the folder of `index` was converted from, by the index's recipe. Use it
-    as a context.
+    """The checkpoint from which the folder of `index` was converted. Use it as a context.
 
-    Experts must be asked for layer by layer, ascending: with calibration, tokens go through the
-    layers before. Raises SourceError, RecipeError, HubError. calibration_file: the text, if it was
-    one of the user's.
+    It converts by the index's recipe. Ask for experts layer by layer, ascending: with calibration,
+    the tokens go through the earlier layers first. calibration_file: the user's text, if the folder
+    was calibrated with one. Raises SourceError, RecipeError, HubError.
     """
 
     def __init__(
@@ -62,7 +59,7 @@ class SourceOrigin(Origin):
         self._calibration = self._calibration_pass(recipe.options, calibration_file)
 
     def __enter__(self) -> "SourceOrigin":
-        # As in a conversion: sums over a tensor depend on torch's threads.
+        # As in a conversion: sums over a tensor depend on torch's number of threads.
         torch.set_num_threads(1)
         return self
 
@@ -73,13 +70,14 @@ class SourceOrigin(Origin):
 
     def expert(self, entry: ExpertEntry) -> bytes:
         key = ExpertKey(entry.layer, entry.expert)
-        _, blob = self._worker.expert(key, self._statistics_of(self._units[key]))
+        _, blob = self._worker.expert(key, self._statistics(self._units[key]))
         data = blob.numpy().tobytes()
         if entry.codec == "zstd":
             data = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(data)
-        found = hashlib.sha256(data).hexdigest()
-        if found != entry.sha256:
-            raise self._other(f"layer {entry.layer} expert {entry.expert}", found, entry.sha256)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != entry.sha256:
+            name = f"layer {entry.layer} expert {entry.expert}"
+            raise self._mismatch(name, sha256, entry.sha256)
         return data
 
     def file(self, name: str, sha256: str, path: Path) -> None:
@@ -88,32 +86,35 @@ class SourceOrigin(Origin):
             return
         if name == "config.json":
             raise MoeConvertError(
-                f"{path} is damaged, and not a file of the source",
+                f"{path} is damaged, and the source does not hold the converted config.json",
                 "--from OWNER/MODEL, or convert again",
             )
         data = copied_bytes(self._checkpoint.folder, name)
-        if (found := hashlib.sha256(data).hexdigest()) != sha256:
-            raise self._other(name, found, sha256)
+        copied_sha256 = hashlib.sha256(data).hexdigest()
+        if copied_sha256 != sha256:
+            raise self._mismatch(name, copied_sha256, sha256)
         write_file(path, data)
 
     def _trunk(self, sha256: str, path: Path) -> None:
         with PlacedFile(path, self._plan.trunk_entries, self._plan.trunk_metadata) as trunk:
-            for key, unit in self._units.items():
-                if isinstance(key, LinearKey):
-                    statistics = self._statistics_of(unit)
-                    _, tiles = self._worker.linear(
-                        key, statistics.linears[key.module] if statistics else None
-                    )
-                    write_linear(trunk, key, tiles)
-                elif isinstance(key, TensorKey):
-                    write_tensor(trunk, key, self._worker.tensor(key))
+            self._write_trunk(trunk)
             with open(partial_path(path), "rb") as f:
-                found = hashlib.file_digest(f, "sha256").hexdigest()
-            if found == sha256:
+                written_sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+            if written_sha256 == sha256:
                 trunk.finish()
                 return
         remove(partial_path(path))
-        raise self._other(TRUNK_NAME, found, sha256)
+        raise self._mismatch(TRUNK_NAME, written_sha256, sha256)
+
+    def _write_trunk(self, trunk: PlacedFile) -> None:
+        for key, unit in self._units.items():
+            if isinstance(key, LinearKey):
+                statistics = self._statistics(unit)
+                inputs = statistics.linears[key.module] if statistics else None
+                _, tiles = self._worker.linear(key, inputs)
+                write_linear(trunk, key, tiles)
+            elif isinstance(key, TensorKey):
+                write_tensor(trunk, key, self._worker.tensor(key))
 
     def _calibration_pass(
         self, options: RecipeOptions, file: Path | None
@@ -121,15 +122,16 @@ class SourceOrigin(Origin):
         calibration = options.calibration
         if calibration is None or self._plan.last_quantized_layer < 0:
             return None
-        drawn = calibration_tokens(self._checkpoint, calibration.kind, calibration.tokens, file)
+        tokens = calibration_tokens(self._checkpoint, calibration.kind, calibration.tokens, file)
         width = options.down_block(self._checkpoint.architecture.intermediate_size)
         return CalibrationPass(
-            self._checkpoint, drawn, Path(self._scratch.name), None, one_by_one, width
+            self._checkpoint, tokens, Path(self._scratch.name), None, one_by_one, width
         )
 
-    def _statistics_of(self, unit: Unit) -> LayerStatistics | None:
-        """The statistics of the decoder layer of a unit, or of the head; None where nothing is
-        calibrated.
+    def _statistics(self, unit: Unit) -> LayerStatistics | None:
+        """Return the statistics of a unit's decoder layer, or of the head.
+
+        None if the recipe has no calibration, or if the layer is not quantized.
         """
         if self._calibration is None:
             return None
@@ -139,16 +141,17 @@ class SourceOrigin(Origin):
         if not self._plan.quantizes(unit.layer):
             return None
         if self._prepared is None or self._prepared[0] != unit.layer:
-            # Before the next layer's: they are large.
+            # Statistics are large: those of the layer before are freed first.
             self._prepared = None
             self._prepared = unit.layer, self._calibration.prepare(unit.layer)
         return self._prepared[1]
 
-    def _other(self, what: str, found: str, expected: str) -> MoeConvertError:
+    def _mismatch(self, name: str, sha256: str, expected: str) -> MoeConvertError:
         producer = self._index.producer
         versions = ", ".join(f"{name} {version}" for name, version in producer.versions.items())
         return MoeConvertError(
-            f"{what} of {self._checkpoint.name} has sha256 {found} converted now, the index says {expected}: another"
-            f" checkpoint, or other versions or another machine than {producer.name} {producer.version} ({versions})",
+            f"{name} of {self._checkpoint.name} has sha256 {sha256} when converted now, the index"
+            f" says {expected}: it is another checkpoint, or versions or machine differ from those"
+            f" of {producer.name} {producer.version} ({versions})",
             "--from OWNER/MODEL, where the folder was published, or convert again",
         )

@@ -1,4 +1,4 @@
-"""The error of quantized weights: one pair of sums that solvers return and the journal records."""
+"""The error of quantized weights, which solvers return and the journal records."""
 
 from dataclasses import dataclass
 
@@ -15,8 +15,10 @@ class SquaredError:
 
     @property
     def relative(self) -> float:
-        """norm(quantized - weight) / norm(weight), rounded to six digits; 0 for zero weights.
+        """norm(quantized - weight) / norm(weight); 0 for zero weights.
 
-        The rounding gives the same number on every machine.
+        Rounded to six digits, so that every machine gives the same number.
         """
-        return float(f"{(self.error / self.total) ** 0.5:.6g}") if self.total else 0.0
+        if not self.total:
+            return 0.0
+        return float(f"{(self.error / self.total) ** 0.5:.6g}")

@@ -78,7 +78,7 @@ def plan_conversion(
         calibration = recipe.options.calibration if output.last_quantized_layer >= 0 else None
         by_text = calibration is not None and calibration.kind != "random"
         tokenizer = check_source_tokenizer(checkpoint, needed=by_text)
-        needs = OutputNeeds.of(checkpoint, output, side_files, [options.calibration_file])
+        needs = OutputNeeds.for_plan(checkpoint, output, side_files, [options.calibration_file])
         probe_output(out, needs, force=options.force)
         free_disk_bytes = check_disk(output, out, options.codec, checkpoint.fetch_bytes)
         solver = choose_solver(recipe.solver)

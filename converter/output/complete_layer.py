@@ -1,4 +1,4 @@
-"""A complete layer file, compared with its record in the journal before a resume keeps it."""
+"""Compares a complete layer file with its record in the journal, before a resume keeps it."""
 
 import os
 from pathlib import Path
@@ -14,18 +14,17 @@ _READ_BYTES = 16 << 20
 
 
 def difference(path: Path, record: LayerRecord) -> str | None:
-    """The first difference between the file and its record, in words; None if its bytes are those
-    of the record.
+    """Return the first difference between a file and its record, in words; None if there is none.
 
-    Compared are the size, the header's sha256, the xxh3 of every expert's stored bytes, and the
-    zero bytes between experts. OutputError if the file cannot be read.
+    Compares the size, the header's sha256, the xxh3 of every expert's stored bytes, and the zero
+    bytes between experts. OutputError if the file cannot be read.
     """
     with translated(path, "read"), os.fdopen(open_regular(path), "rb", buffering=0) as file:
         descriptor = file.fileno()
         size_bytes = os.fstat(descriptor).st_size
         if size_bytes != record.size_bytes:
             return f"it has {size_bytes} bytes instead of {record.size_bytes}"
-        # The header is padded: the first expert begins where it ends.
+        # The header is padded up to the first expert.
         if sha256_of(os.pread(descriptor, record.places[0].offset, 0)) != record.header_sha256:
             return "the bytes of its header changed"
         begins = [*(place.offset for place in record.places), size_bytes]

@@ -1,6 +1,4 @@
-"""What a conversion will write, known before the first weight is read: layouts, sizes, memory,
-disk.
-"""
+"""Layouts, sizes, memory and disk of a conversion, before its first weight is read."""
 
 import os
 import shutil
@@ -28,39 +26,43 @@ from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.trunk import trunk_metadata
 
 CHUNK_WEIGHTS = 4 << 20
-"""Weights that a worker solves at once. It decides where the hqq package stops iterating, and so
-the bytes.
+"""Weights that a worker solves at once. The number decides when the hqq package stops iterating,
+and so the bytes of a result.
 """
 
 _BASE_MEMORY_BYTES = 300 << 20
-"""Measured: the process after its imports, generously."""
+"""Measured after the process's imports, rounded up."""
 
 _SMALL_FILES_BYTES = 16 << 20
-"""Tokenizer, index, quality.json and so on, generously."""
+"""Upper estimate of tokenizer, index, quality.json and the like."""
 
 
 class Sized(Protocol):
-    """A `Checkpoint`, or an `Outline` of one."""
+    """A `Checkpoint` or an `Outline`: all that the sizes of a conversion depend on."""
 
     @property
     def shape(self) -> ModelShape:
-        """What the model is made of."""
+        """The model's shape."""
 
     @property
     def trunk(self) -> dict[str, Weight]:
-        """Every tensor that is not an expert."""
+        """Name -> tensor of the trunk."""
 
     @property
     def expert_dtypes(self) -> set[str]:
-        """In what the experts are stored, as safetensors calls it."""
+        """The dtypes of the stored experts, by safetensors' names."""
 
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """Sizes in bytes of everything that a conversion of one checkpoint by one recipe writes."""
+    """The sizes of all that a conversion of one checkpoint by one recipe writes.
+
+    layouts: layouts[layer][expert], of the layers with experts. packed: module -> matrix of the
+    trunk that is packed. layer_bytes: of each layer's file. calibration_bytes: memory of the
+    calibration, and more for each worker.
+    """
 
     layouts: list[list[ExpertLayout]]
-    """layouts[layer][expert]: of the layers that have experts."""
     shape: ModelShape
     trunk_entries: list[TensorEntry]
     packed: dict[str, PackedLinear]
@@ -69,45 +71,43 @@ class OutputPlan:
     attention_bytes: int
     trunk_bytes: int
     layer_bytes: list[int]
+    calibration_bytes: tuple[int, int]
 
     @property
     def packings(self) -> list[str]:
-        """All that entries of the index use, ascending, each once."""
-        used = {
-            p.name
-            for layer in self.layouts
-            for layout in layer
-            for p in (layout.gate_up, layout.down)
-        }
-        return sorted(used | {linear.packing for linear in self.packed.values()})
+        """The names of all packings in use, ascending."""
+        layouts = [layout for layer in self.layouts for layout in layer]
+        names = {layout.gate_up.name for layout in layouts}
+        names |= {layout.down.name for layout in layouts}
+        names |= {linear.packing for linear in self.packed.values()}
+        return sorted(names)
 
     @property
     def trunk_metadata(self) -> dict[str, str]:
-        """Of the trunk's header."""
+        """The metadata of the trunk's header."""
         return trunk_metadata(self.shape.architecture, self.packed)
 
     @property
     def last_quantized_layer(self) -> int:
-        """The last decoder layer of which something is quantized, their number if the head is; -1
-        if nothing is.
+        """The last decoder layer with a quantized matrix; -1 if there is none.
+
+        A quantized head counts as one more layer.
         """
-        n = len(self.shape.decoder_layers)
-        return n if HEAD in self.packed else max(filter(self.quantizes, range(n)), default=-1)
+        count = len(self.shape.decoder_layers)
+        if HEAD in self.packed:
+            return count
+        return max(filter(self.quantizes, range(count)), default=-1)
 
     def quantizes(self, layer: int) -> bool:
-        """Whether something of a decoder layer is quantized."""
-        sites = zip(self.shape.experts, self.layouts, strict=True)
-        layouts = [
-            layout for site, of_layer in sites if site.decoder_layer == layer for layout in of_layer
-        ]
-        experts = (p.name in PACKINGS for layout in layouts for p in (layout.gate_up, layout.down))
-        return any(experts) or any(
-            self.shape.decoder_layer(module) == layer for module in self.packed
-        )
+        """True if a matrix of decoder layer `layer` is quantized."""
+        for module, layouts in zip(self.shape.experts, self.layouts, strict=True):
+            if module.decoder_layer == layer and any(map(_is_quantized, layouts)):
+                return True
+        return any(self.shape.decoder_layer(module) == layer for module in self.packed)
 
     @property
     def expert_bytes(self) -> int:
-        """Of all experts, without fillers and headers."""
+        """Bytes of all experts, without fillers and headers."""
         return sum(layout.n_bytes for layer in self.layouts for layout in layer)
 
     @property
@@ -128,22 +128,19 @@ class OutputPlan:
         """Bits per weight of the attention projections."""
         return 8 * self.attention_bytes / max(1, self.attention_weights)
 
-    calibration_bytes: tuple[int, int]
-    """Of the calibration, and of each worker for it."""
-
     def memory_bytes(self, workers: int, solver: Solver) -> int:
-        """Peak anonymous memory with `workers` workers, estimated."""
-        whole, each = self.calibration_bytes
-        return (
-            _BASE_MEMORY_BYTES
-            + whole
-            + workers * (each + solver.bytes_a_weight * CHUNK_WEIGHTS + self.largest_expert_bytes)
-        )
+        """Return an estimate of peak anonymous memory with `workers` workers."""
+        calibration, calibration_per_worker = self.calibration_bytes
+        solved = solver.bytes_a_weight * CHUNK_WEIGHTS
+        per_worker = calibration_per_worker + solved + self.largest_expert_bytes
+        return _BASE_MEMORY_BYTES + calibration + workers * per_worker
 
 
 def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
-    """The plan for `checkpoint` by `recipe`; where its rules of bits are not chosen yet, for likely
-    ones.
+    """Return the plan for `checkpoint` by `recipe`.
+
+    For a recipe whose bit rules are not chosen yet, it assumes likely ones. RecipeError if the
+    recipe packs a head that is the embedding.
     """
     shape = checkpoint.shape
     a = shape.architecture
@@ -167,7 +164,8 @@ def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
     if recipe.head != UNPACKED:
         if a.tie_word_embeddings:
             raise RecipeError(
-                "the head is the embedding (tie_word_embeddings) and cannot have bits of its own"
+                "the head is the embedding (tie_word_embeddings) and cannot have bits of its own",
+                "use --head-bits 16",
             )
         packed[HEAD] = PackedLinear(recipe.head, *shape.linears[HEAD])
     entries = _trunk_entries(checkpoint, packed)
@@ -183,8 +181,8 @@ def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
         attention_bytes=sum(e.n_bytes for e in attention),
         trunk_bytes=entries[-1].end,
         layer_bytes=[
-            raw_entries(site.path, layer)[-1].end
-            for site, layer in zip(shape.experts, layouts, strict=True)
+            raw_entries(module.path, layer)[-1].end
+            for module, layer in zip(shape.experts, layouts, strict=True)
         ],
         calibration_bytes=calibration_memory_bytes(
             a, recipe.options.calibration_tokens, recipe.options.down_block(a.intermediate_size)
@@ -193,42 +191,51 @@ def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
 
 
 def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) -> int:
-    """The free bytes of the disk of `out`. DoesNotFitError, with both numbers, if what is still to
-    be written is more.
+    """Return the free bytes of the disk of `out`; DoesNotFitError if the conversion needs more.
 
-    fetch_bytes: what shards may take that are fetched for the conversion, unless it is complete.
+    fetch_bytes: disk that fetched shards may take until the conversion is complete.
     """
-    parent = next(p for p in (out, *out.absolute().parents) if os.path.exists(p))
-    written = (
-        out / name
-        for name in (TRUNK_NAME, *(layer_file_name(n) for n in range(len(plan.layer_bytes))))
-    )
-    files = [path for file in written for path in (file, partial_path(file))]
-    with translated(out, "used"):
-        free = shutil.disk_usage(parent).free
-        present = sum(f.stat().st_blocks * 512 for f in files if f.is_file())
-    needed = (
-        plan.total_bytes + _SMALL_FILES_BYTES + (0 if (out / INDEX_NAME).exists() else fetch_bytes)
-    )
+    folder = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
+    needed_bytes = plan.total_bytes + _SMALL_FILES_BYTES
+    if not (out / INDEX_NAME).exists():
+        needed_bytes += fetch_bytes
     if codec == "zstd":
-        needed += 2 * max(plan.layer_bytes)
-    if needed - present > free:
+        # Beside a layer's raw file: its compressed frames, and the file assembled from them.
+        needed_bytes += 2 * max(plan.layer_bytes)
+    with translated(out, "used"):
+        free_bytes = shutil.disk_usage(folder).free
+        needed_bytes -= _written_bytes(plan, out)
+    if needed_bytes > free_bytes:
+        hint = "free some space, or choose another disk"
+        if fetch_bytes:
+            hint += "; or lower --max-disk, or add --no-keep"
         raise DoesNotFitError(
-            f"{out}: the conversion needs {needed - present} bytes more, free are {free}",
-            "free some space, or choose another disk"
-            + ("; or lower --max-disk, or add --no-keep" if fetch_bytes else ""),
+            f"{out}: the conversion needs {needed_bytes} bytes more, free are {free_bytes}", hint
         )
-    return free
+    return free_bytes
 
 
 def chunk_rows(columns: int) -> int:
-    """Rows that a worker solves at once: a multiple of 32."""
+    """Return the number of rows that a worker solves at once, a multiple of 32."""
     return max(32, CHUNK_WEIGHTS // columns // 32 * 32)
 
 
+def _is_quantized(layout: ExpertLayout) -> bool:
+    return layout.gate_up.name in PACKINGS or layout.down.name in PACKINGS
+
+
+def _written_bytes(plan: OutputPlan, out: Path) -> int:
+    """Return the disk that trunk and layer files in `out` take, complete and partial ones."""
+    layer_names = [layer_file_name(layer) for layer in range(len(plan.layer_bytes))]
+    complete = [out / name for name in (TRUNK_NAME, *layer_names)]
+    files = [*complete, *map(partial_path, complete)]
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
+
+
 def _trunk_entries(checkpoint: Sized, packed: dict[str, PackedLinear]) -> list[TensorEntry]:
-    """Packed matrices first, whose sizes are multiples of 128, then everything else, by dtype size
-    and name.
+    """Return the trunk's entries: packed matrices, then other tensors by dtype size and name.
+
+    Sizes of packed matrices are multiples of 128, so every tensor is aligned to its dtype.
     """
     shapes: list[tuple[str, str, tuple[int, ...]]] = []
     for module, linear in packed.items():

@@ -1,6 +1,4 @@
-"""The trunk and the layer files of a conversion while they are under construction; reopened, they
-are compared.
-"""
+"""The trunk and layer files under construction; a resume compares them with the journal."""
 
 import hashlib
 import logging
@@ -24,12 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 class OutputFiles:
-    """Files in folder `out`; several threads may write. Close them, or use them as a context:
-    partial files stay.
+    """The files in folder `out`. Thread-safe. Close them, or use them as a context.
 
-    A record counts only while its bytes have its checksum: where a file lost or changed them,
-    `work` forgets the record, with a warning, and the unit is done again. A complete layer file
-    that changed becomes partial again.
+    Closing keeps partial files. A record counts only while its bytes have its checksum: if a file
+    lost or changed them, `work` forgets the record, with a warning, and the unit is converted
+    again. A complete layer file that changed becomes partial again.
     """
 
     def __init__(
@@ -58,19 +55,19 @@ class OutputFiles:
         self.close()
 
     def write_expert(self, key: ExpertKey, data: torch.Tensor) -> None:
-        """Writes an expert's bytes (uint8) durably."""
+        """Write an expert's bytes (uint8) durably."""
         self._layers[key.layer].place_expert(key.expert, data)
 
     def write_linear(self, key: LinearKey, tiles: torch.Tensor) -> None:
-        """Writes a packed matrix of the trunk durably."""
+        """Write a packed matrix of the trunk durably."""
         write_linear(self.trunk, key, tiles)
 
     def write_tensor(self, key: TensorKey, blocks: Iterator[torch.Tensor]) -> TensorRecord:
-        """Writes a tensor of the trunk durably; as the function `write_tensor`."""
+        """Write a tensor of the trunk durably; see the function `write_tensor`."""
         return write_tensor(self.trunk, key, blocks)
 
     def finish_layer(self, layer: int) -> None:
-        """Gives a layer's file its name and records it, once all of its experts are recorded."""
+        """Complete a layer's file once all of its experts are recorded, and record the file."""
         if layer not in self._layers or not self._has_experts(layer):
             return
         writer = self._layers.pop(layer)
@@ -80,38 +77,42 @@ class OutputFiles:
         self._work.add(LayerRecord(layer, size_bytes, hashlib.sha256(header).hexdigest(), places))
 
     def close(self) -> None:
-        """Closes what is still open."""
+        """Close all open files."""
         for writer in self._layers.values():
             writer.close()
         self.trunk.close()
 
     def _finish(self, writer: LayerWriter, layer: int) -> tuple[bytes, list[Place]]:
-        """The header of the finished file, and where each expert lies."""
+        """Complete the file; return its header and the place of each expert."""
         records = self._experts(layer)
         if self._codec == "zstd":
             return writer.finish_zstd([record.xxh3 for record in records])
         writer.finish()
-        parts = zip(writer.offsets, self._plan.layouts[layer], records, strict=True)
-        return writer.header, [
-            Place(offset, layout.n_bytes, r.sha256, r.xxh3) for offset, layout, r in parts
+        layouts = self._plan.layouts[layer]
+        places = [
+            Place(offset, layout.n_bytes, record.sha256, record.xxh3)
+            for offset, layout, record in zip(writer.offsets, layouts, records, strict=True)
         ]
+        return writer.header, places
 
     def _is_complete(self, layer: int) -> bool:
-        """True if a layer's file has its name and the bytes of its record; stale partial files are
-        removed then.
+        """True if a layer's file is complete and has the bytes of its record.
+
+        Then stale partial files are removed.
         """
-        path, record = self._out / layer_file_name(layer), self._work.layer(layer)
-        # Without an expert's record its errors are unknown, and quality.json needs them.
+        path = self._out / layer_file_name(layer)
+        record = self._work.layer(layer)
+        # quality.json needs the errors that only the experts' records hold.
         if record is None or not self._has_experts(layer) or not path.exists():
             return False
-        if found := difference(path, record):
+        if reason := difference(path, record):
             _log.warning(
                 "%s: %s: the file is partial again, and its lost experts are converted again",
                 path,
-                found,
+                reason,
             )
             return False
-        # A power loss may bring back what was removed.
+        # A power loss may bring removed files back.
         for stale in (partial_path(path), *compression_paths(path)):
             remove(stale)
         return True
@@ -119,9 +120,8 @@ class OutputFiles:
     def _open_layer(self, layer: int) -> LayerWriter:
         path = self._out / layer_file_name(layer)
         _reopen(path)
-        writer = LayerWriter(
-            path, layer, self._plan.shape.experts[layer].path, self._plan.layouts[layer]
-        )
+        module = self._plan.shape.experts[layer].path
+        writer = LayerWriter(path, layer, module, self._plan.layouts[layer])
         for record in self._experts(layer):
             if writer.fresh or writer.expert_xxh3(record.expert) != record.xxh3:
                 self._forget(record, writer)
@@ -147,29 +147,30 @@ class OutputFiles:
     def _forget(self, record: ExpertRecord | LinearRecord | TensorRecord, file: PlacedFile) -> None:
         self._work.forget(record.key)
         if not file.fresh:
-            path = partial_path(file.path)
             _log.warning(
                 "%s: the bytes of %s changed since they were written: converting it again",
-                path,
+                partial_path(file.path),
                 record.key,
             )
 
 
 def write_linear(trunk: PlacedFile, key: LinearKey, tiles: torch.Tensor) -> None:
-    """Writes a packed matrix into the trunk's file, durably."""
+    """Write a packed matrix into the trunk's file durably."""
     trunk.write(_packed_name(key), tiles)
     trunk.sync()
 
 
 def write_tensor(trunk: PlacedFile, key: TensorKey, blocks: Iterator[torch.Tensor]) -> TensorRecord:
-    """Writes a tensor, whose bytes are `blocks` (uint8) one behind the other, into the trunk's
-    file, durably.
+    """Write a tensor into the trunk's file durably; return its record.
+
+    blocks: the tensor's bytes in order, uint8.
     """
-    checksum, written = xxhash.xxh3_128(), 0
+    checksum = xxhash.xxh3_128()
+    written_bytes = 0
     for block in blocks:
-        trunk.write(key.name, block, written)
+        trunk.write(key.name, block, written_bytes)
         checksum.update(block.numpy().data)
-        written += block.numel()
+        written_bytes += block.numel()
     trunk.sync()
     return TensorRecord(key.name, checksum.hexdigest())
 
@@ -179,6 +180,6 @@ def _packed_name(key: LinearKey) -> str:
 
 
 def _reopen(path: Path) -> None:
-    """Makes a file that has its final name but no record of being complete partial again."""
+    """Rename a file without a record of being complete back to its partial name."""
     if path.exists() and not partial_path(path).exists():
         rename(path, partial_path(path))

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes to: whose it is, and that only one process writes."""
+"""The folder that a conversion writes to: its owner, its lock, and the files to replace."""
 
 import logging
 import os
@@ -23,15 +23,15 @@ from formats.files.output_file import (
 from formats.files.overlap import refuse_inputs, refuse_overlap
 
 SOURCE_FOLDER = ".moe-convert.source"
-"""Holds a Hub repository's shards while they are needed."""
+"""Subfolder with a Hub repository's shards while they are needed."""
 
 _log = logging.getLogger(__name__)
 
 
 class OutputFolder:
-    """`path`, created if need be and locked until `close`.
+    """The folder `path`, created if it does not exist, and locked until `close`.
 
-    Raises what `check_output` raises, and OutputError if another process has the lock.
+    Raises what `check_output` raises, and OutputError if another process holds the lock.
     """
 
     def __init__(self, path: Path, needs: OutputNeeds, *, force: bool = False) -> None:
@@ -39,7 +39,7 @@ class OutputFolder:
         self.path = path
         self._needs = needs
         make_folders(path)
-        # The lock says whose folder it is, so its name is durable before any other.
+        # The lock file marks the folder as ours, so it is durable before any other file.
         self._lock = _lock(path)
         try:
             fsync_folder(path)
@@ -50,33 +50,32 @@ class OutputFolder:
 
     @property
     def complete(self) -> bool:
-        """Whether the index is there, and so the conversion complete."""
+        """True if the index exists: the conversion is complete."""
         return (self.path / INDEX_NAME).exists()
 
     def discard(self) -> None:
-        """Removes the files that this conversion will write, under their names and partial ones:
-        the index first.
+        """Remove the files that this conversion will write, complete and partial, the index first.
 
-        Everything else stays; a line in the log names files that stay beside the experts.
+        Everything else stays; the log warns of files that stay beside the experts.
         """
         remove(self.path / INDEX_NAME)
-        # Without the index nobody takes what is left for complete, also after a power loss.
+        # Without the index nobody takes the rest for a complete folder, also after a power loss.
         fsync_folder(self.path)
         remove(self.path / JOURNAL_NAME)
         self._discard_state()
         for name in sorted(self._needs.names | self._needs.partial_names):
             remove(self.path / name)
-        if others := sorted(p.name for p in (self.path / EXPERTS_FOLDER).iterdir()):
-            place = self.path / EXPERTS_FOLDER
+        experts = self.path / EXPERTS_FOLDER
+        if others := sorted(path.name for path in experts.iterdir()):
             _log.warning(
                 "%s: %d files are not of this conversion and stay: %s",
-                place,
+                experts,
                 len(others),
                 others[0],
             )
 
     def close(self) -> None:
-        """Gives the lock up; a complete conversion has neither journal nor lock beside it."""
+        """Release the lock; remove journal and lock file if the conversion is complete."""
         try:
             if self.complete:
                 self._discard_state()
@@ -87,41 +86,41 @@ class OutputFolder:
 
     def _discard_state(self) -> None:
         for name in (STATE_FOLDER, SOURCE_FOLDER):
-            # rmtree opens what it is given, and a FIFO blocks.
+            # rmtree would open a FIFO of that name, and block.
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
 
 def check_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None:
-    """Refuses an out folder before anything is written.
+    """Raise OutputError if the conversion must not write to `path`; nothing is written.
 
-    OutputError if `path` is no folder; if it and the source are one folder or one lies in the
-    other, or if an input would be replaced, whatever `force` says; if something in it that would be
-    written to is a symbolic link; and without `force`, if it has files and none of them says that
-    moe-convert wrote it.
+    - `path` is not a folder.
+    - `path` and the source overlap, or an input would be replaced, even with `force`.
+    - A file or folder to write to is a symbolic link.
+    - Without `force`: it has files, and none shows that moe-convert wrote the folder.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file", "choose another --out-dir")
     refuse_overlap(path, needs.source, "the source")
     refuse_inputs((path / name for name in needs.names | needs.partial_names), needs.inputs)
     with translated(path, "read"):
-        # A link with the name of a complete file is replaced itself.
+        # A complete file is renamed into place, which replaces a link of its name.
         refuse_links(
             path, {LOCK_NAME, JOURNAL_NAME, STATE_FOLDER, SOURCE_FOLDER} | needs.partial_names
         )
         if path.exists() and not force and not _is_ours(path, needs):
             raise OutputError(
                 f"{path} has files that moe-convert did not write",
-                "choose another --out-dir, or add --force: it replaces files of the names that are written, no others",
+                "choose another --out-dir, or add --force: it replaces files of the names that are"
+                " written, no others",
             )
 
 
 def _is_ours(path: Path, needs: OutputNeeds) -> bool:
-    """True if moe-convert wrote there, or nobody did. A power loss may leave partial files without
-    lock and journal.
-    """
+    """True if moe-convert wrote the folder, or if it is empty."""
     if any((path / name).exists() for name in (INDEX_NAME, JOURNAL_NAME, LOCK_NAME)):
         return True
+    # A power loss may leave partial files without lock and journal.
     return all(_is_begun(entry.name, path, needs) for entry in path.iterdir())
 
 
@@ -136,7 +135,7 @@ def _names_in(path: Path) -> Iterable[str]:
 
 
 def _lock(path: Path) -> OutputFile:
-    """The locked lock file; OutputError if another process has it."""
+    """Return the locked lock file; OutputError if another process holds it."""
     while True:
         lock = OutputFile(path / LOCK_NAME, keep=True)
         try:
@@ -153,7 +152,7 @@ def _lock(path: Path) -> OutputFile:
 
 
 def _has_name(lock: OutputFile) -> bool:
-    """False if a writer that ended in between removed the file that was just locked."""
+    """True if the locked file still has its name: a writer that ended may have removed it."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), os.lstat(lock.path))
     except FileNotFoundError:

@@ -1,6 +1,4 @@
-"""What a conversion writes and reads: the names of its files, and the inputs that they must not
-touch.
-"""
+"""The names of all files that a conversion writes, and the inputs that they must not replace."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,50 +14,53 @@ from formats.layer_file import compression_paths, layer_file_name, partial_path
 from formats.quality import QUALITY_NAME
 
 _HEADER_BYTES = 1 << 20
-"""Header of the largest file, generously."""
+"""Upper estimate of the largest file's header."""
 
 
 @dataclass(frozen=True)
 class OutputNeeds:
-    """One conversion's files in its out folder, and what it reads."""
+    """The files of one conversion.
+
+    names: every file of the complete folder, relative to it. source: the source's folder, which is
+    only read. inputs: files that are only read.
+    """
 
     names: frozenset[str]
-    """Of every file of the complete folder, relative to it."""
     largest_file_bytes: int
     source: Path
-    """The folder that is only read."""
     inputs: tuple[Path, ...] = ()
-    """Further files that are only read."""
 
     @classmethod
-    def of(
+    def for_plan(
         cls,
         checkpoint: Checkpoint,
         plan: OutputPlan,
         copied: Iterable[str],
         inputs: Iterable[Path | None] = (),
     ) -> "OutputNeeds":
-        """The needs of converting `checkpoint` by `plan`. copied: names of the files that are
-        copied. inputs: further files that are read, None for none.
+        """Return the needs of converting `checkpoint` by `plan`.
+
+        copied: names of the side files to copy. inputs: further files that are read; None is
+        skipped.
         """
         layers = (layer_file_name(layer) for layer in range(len(plan.layouts)))
         fixed = (INDEX_NAME, TRUNK_NAME, QUALITY_NAME, CARD_NAME, "config.json")
         folder = checkpoint.folder.resolve()
-        # The shards of a Hub cache's snapshot are links into the folder that it lies in.
+        # The shards of a snapshot in a Hub cache are links into the repository's folder around it.
         source = folder.parent.parent if folder.parent.name == "snapshots" else checkpoint.folder
         with translated(checkpoint.folder, "read", SourceError):
-            read = [*checkpoint.folder.iterdir()]
+            source_files = list(checkpoint.folder.iterdir())
         return cls(
             names=frozenset((*fixed, *layers, *copied)),
             largest_file_bytes=max(plan.trunk_bytes, *plan.layer_bytes) + _HEADER_BYTES,
             source=source,
-            inputs=(*read, *(path for path in inputs if path)),
+            inputs=(*source_files, *(path for path in inputs if path)),
         )
 
     @property
     def partial_names(self) -> frozenset[str]:
-        """The names of its files while they are being written."""
-        names = [Path(name) for name in self.names]
-        return frozenset(
-            str(path) for name in names for path in (partial_path(name), *compression_paths(name))
-        )
+        """The names of the files while they are being written."""
+        paths: list[Path] = []
+        for name in map(Path, self.names):
+            paths += (partial_path(name), *compression_paths(name))
+        return frozenset(map(str, paths))

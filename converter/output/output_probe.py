@@ -1,4 +1,4 @@
-"""What an out folder's file system must be able to do, tried before the first weight is read."""
+"""Probes the file system of an out folder before the first weight is read."""
 
 import errno
 import os
@@ -12,17 +12,15 @@ from formats.files.file_lock import lock_file
 from formats.files.io_errors import translated
 
 _SPARE_INODES = 8
-"""Lock, journal, the folders, and files of the conversion's state."""
+"""Upper estimate for lock, journal, folders, and the conversion's state."""
 
 
 def probe_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None:
-    """Raises what would stop a conversion to `path` at its beginning or later; leaves nothing
-    behind.
+    """Raise the errors that would stop a conversion to `path` later; leave nothing behind.
 
-    Checks what `check_output` checks, lengths of names, free inodes, and with a temporary file,
-    which is removed at
-    once: permission to write, the largest file's size, locks. DoesNotFitError, OutputError. Without
-    locks it warns.
+    Checks what `check_output` checks, lengths of names and free inodes. With a temporary file,
+    removed at once, it checks permission to write, the largest file's size, and locks. Raises
+    DoesNotFitError, OutputError; a file system without locks only gives a warning.
     """
     # os.path.exists is also False where a name is too long.
     folder = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
@@ -32,7 +30,7 @@ def probe_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None
     check_output(path, needs, force=force)
     with translated(path, "written"):
         _check_inodes(path, folder, needs)
-        # Without a name where the system can: a kill leaves nothing behind.
+        # TemporaryFile has no name where the system allows it: a kill leaves nothing behind.
         with tempfile.TemporaryFile(dir=folder, prefix=".moe-convert.probe-", buffering=0) as file:
             _check_size(path, file.fileno(), needs.largest_file_bytes)
             if not lock_file(file.fileno(), folder / ".moe-convert.probe"):
@@ -43,46 +41,51 @@ def probe_output(path: Path, needs: OutputNeeds, *, force: bool = False) -> None
 
 
 def _check_names(path: Path, folder: Path, needs: OutputNeeds) -> None:
+    """Raise OutputError if a file's name or path is too long for the file system."""
     try:
-        longest_name, longest_path = (
-            os.pathconf(folder, "PC_NAME_MAX"),
-            os.pathconf(folder, "PC_PATH_MAX"),
-        )
+        max_name_bytes = os.pathconf(folder, "PC_NAME_MAX")
+        max_path_bytes = os.pathconf(folder, "PC_PATH_MAX")
     except (OSError, ValueError):
         return
     for name in needs.names | needs.partial_names:
-        whole = path.absolute() / name
-        part = max(whole.parts, key=lambda part: len(os.fsencode(part)))
-        if 0 < longest_name < len(os.fsencode(part)):
+        full_path = path.absolute() / name
+        longest = max(full_path.parts, key=lambda part: len(os.fsencode(part)))
+        if 0 < max_name_bytes < len(os.fsencode(longest)):
             raise OutputError(
-                f"{path}: the file system allows names of {longest_name} bytes: {part}",
+                f"{path}: the file system allows names of {max_name_bytes} bytes: {longest}",
                 "shorten it",
             )
-        # The system counts the zero behind the path.
-        if 0 < longest_path <= len(os.fsencode(whole)):
-            what = f"{whole}: the system allows paths of {longest_path - 1} bytes"
-            raise OutputError(what, "choose an --out-dir with a shorter path")
+        # The system's limit includes the zero after the path.
+        if 0 < max_path_bytes <= len(os.fsencode(full_path)):
+            raise OutputError(
+                f"{full_path}: the system allows paths of {max_path_bytes - 1} bytes",
+                "choose an --out-dir with a shorter path",
+            )
 
 
 def _check_inodes(path: Path, folder: Path, needs: OutputNeeds) -> None:
+    """Raise DoesNotFitError if the file system has too few free inodes."""
     status = os.statvfs(folder)
-    wanted = _SPARE_INODES + sum(not (path / name).exists() for name in needs.names)
-    # Some file systems make inodes as they need them, and count none.
-    if status.f_files and status.f_favail < wanted:
+    new_files = _SPARE_INODES + sum(not (path / name).exists() for name in needs.names)
+    # A file system that allocates inodes on demand reports a total of 0.
+    if status.f_files and status.f_favail < new_files:
         raise DoesNotFitError(
-            f"{path}: the conversion makes {wanted} files, and the file system has room for {status.f_favail} (inodes)",
+            f"{path}: the conversion makes {new_files} files, and the file system has room for"
+            f" {status.f_favail} (inodes)",
             "remove files there, or choose another disk",
         )
 
 
 def _check_size(path: Path, descriptor: int, n_bytes: int) -> None:
-    """Positions behind the file system's largest size are refused; FAT ends at 4 GiB."""
+    """Raise DoesNotFitError if the file system allows no file of `n_bytes`; FAT ends at 4 GiB."""
     try:
+        # lseek refuses positions beyond the file system's largest size.
         os.lseek(descriptor, n_bytes, os.SEEK_SET)
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.EFBIG, errno.EOVERFLOW):
             raise
         raise DoesNotFitError(
-            f"{path}: the file system has no files of {n_bytes} bytes, the largest of the conversion",
+            f"{path}: the file system allows no file of {n_bytes} bytes, the largest of the"
+            " conversion",
             "choose a disk with another file system",
         ) from None

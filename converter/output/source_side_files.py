@@ -1,4 +1,4 @@
-"""Everything in the output that is the source's and holds no weights: config.json, copied files."""
+"""The output's files that come from the source and hold no weights: config.json, copied files."""
 
 import hashlib
 import json
@@ -29,8 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFile:
-    """config.json: the source's fields that may reach transformers, and the quantization_config by
-    which it finds the loader's plugin.
+    """Write config.json: the source's fields that may reach transformers, and one of ours.
+
+    Transformers finds the loader's plugin by quantization_config.
     """
     quantization = {
         "quant_method": METHOD,
@@ -38,28 +39,26 @@ def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFil
         "recipe": recipe.name,
     }
     config = {**checkpoint.config, "quantization_config": quantization}
-    return _write(
-        out, CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
-    )
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return _write(out, CONFIG_NAME, text.encode())
 
 
 def check_side_files(source: Path) -> list[str]:
-    """The names of the files in folder `source` that `copy_files` copies.
+    """Return the names of the files in folder `source` that `copy_files` copies.
 
-    SourceError for one that transformers would read and that cannot be copied; others are left out
-    with a warning.
+    SourceError for a file that transformers would read and that cannot be copied; other such files
+    are left out with a warning.
     """
     names = []
     try:
-        found = list(names_beside_weights(source))
+        candidates = list(names_beside_weights(source))
     except OSError as e:
         raise SourceError(
             f"{e.filename}: cannot be read: {e.strerror}", "make the folder readable"
         ) from None
-    for name in found:
+    for name in candidates:
         if name == TEMPLATES_FOLDER:
-            # With this name in the way, transformers would read the default template alone, without
-            # a word.
+            # A file of this name makes transformers silently read the default template alone.
             raise SourceError(
                 f"{source / name}: is not a folder",
                 "get the folder of chat templates, or remove it",
@@ -87,22 +86,19 @@ def check_side_files(source: Path) -> list[str]:
 
 
 def copy_files(source: Path, names: list[str], out: Path) -> list[CopiedFile]:
-    """Copies the files `names`: tokenizer, chat templates, generation config, licence and the like
-    (`copied_bytes`).
-    """
+    """Copy the side files `names`: tokenizer, chat templates, generation config, licence."""
     return [_write(out, name, copied_bytes(source, name)) for name in sorted(names)]
 
 
 def copied_bytes(source: Path, name: str) -> bytes:
-    """A file of the source as the output has it: generation_config.json without what transformers
-    must not get.
+    """Return the bytes of a side file as the output has them.
+
+    generation_config.json loses the fields that transformers must not get.
     """
     data = read_small_source(source, name, str(source), max_bytes=MAX_BYTES)
-    return (
-        clean_generation_config(data, str(source / name), error=SourceError)
-        if name == GENERATION_NAME
-        else data
-    )
+    if name == GENERATION_NAME:
+        return clean_generation_config(data, str(source / name), error=SourceError)
+    return data
 
 
 def _write(out: Path, name: str, data: bytes) -> CopiedFile:

@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, str]:
 def needs(source: Path) -> OutputNeeds:
     with Checkpoint(source) as checkpoint:
         plan = plan_output(checkpoint, make_recipe("2bit", solver="hqq"))
-        return OutputNeeds.of(checkpoint, plan, check_side_files(source))
+        return OutputNeeds.for_plan(checkpoint, plan, check_side_files(source))
 
 
 @pytest.mark.parametrize("force", [False, True])
