@@ -63,7 +63,7 @@ def test_a_recipe_may_be_a_file_that_options_change(run: Any, source: Path, tmp_
     [
         (("--layer-bits", "7=3bit"), "there is no layer 7, the last is 1"),
         (("--layer-bits", "0=5bit"), "'5bit' is unknown"),
-        (("--target-bpw", "2.7", "--solver", "feedback"), "bits a weight"),
+        (("--target-bpw", "2.7", "--solver", "feedback"), "bits per weight"),
         (("--target-bpw", "11", "--layer-bits", "0=3bit"), "one of them"),
         (("--recipe", "none.json"), "none.json"),
         (("--down-width", "100", "--solver", "feedback"), "down-width 100"),
