@@ -83,7 +83,8 @@ def calibration_tokens(
     generator = torch.Generator().manual_seed(SEED)
     drawn = torch.randint(vocabulary, (n_random, window), generator=generator)
     if kind == "random":
-        windows, weights = drawn, torch.ones(n_random)
+        windows = drawn
+        weights = torch.ones(n_random)
     else:
         where, text = _read(kind, file)
         ids = _encode(checkpoint, where, text, tokenizer)

@@ -42,8 +42,11 @@ def calibration_memory_bytes(
     if not tokens:
         return 0, 0
     a = architecture
-    hidden, heads = a.hidden_size, a.num_attention_heads * a.head_dim
-    inner, chosen, experts = a.intermediate_size, a.num_experts_per_tok, a.num_local_experts
+    hidden = a.hidden_size
+    heads = a.num_attention_heads * a.head_dim
+    inner = a.intermediate_size
+    chosen = a.num_experts_per_tok
+    experts = a.num_local_experts
     at_once = min(experts_at_once(width), experts)
     pieces = at_once + at_once * chosen * tokens // (experts * TOKENS_AT_ONCE)
     linears = 4 * tokens * (hidden + heads)

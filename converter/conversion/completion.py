@@ -24,7 +24,9 @@ def complete(
 
     shard_sha256: shard name -> sha256 in hex, for each shard of the source.
     """
-    checkpoint, out, recipe = plan.checkpoint, plan.out, plan.recipe.recorded
+    checkpoint = plan.checkpoint
+    out = plan.out
+    recipe = plan.recipe.recorded
     for name, sha256 in shard_sha256.items():
         if ShardKey(name) not in work:
             work.add(ShardRecord(name, sha256))

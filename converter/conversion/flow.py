@@ -40,7 +40,8 @@ def convert(plan: ConversionPlan, progress: Progress | None = None) -> Converted
 
 
 def _convert(plan: ConversionPlan, progress: Progress) -> Converted:
-    checkpoint, options = plan.checkpoint, plan.options
+    checkpoint = plan.checkpoint
+    options = plan.options
     folder = OutputFolder(plan.out, plan.needs, force=options.force)
     try:
         if options.force or not (options.resume or folder.complete):

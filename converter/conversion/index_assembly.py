@@ -69,7 +69,8 @@ def _versions(plan: ConversionPlan) -> dict[str, str]:
 
 
 def _trunk(plan: ConversionPlan, trunk: PlacedFile) -> Trunk:
-    entries, packed = plan.output.trunk_entries, plan.output.packed
+    entries = plan.output.trunk_entries
+    packed = plan.output.packed
     with open(trunk.path, "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return Trunk(

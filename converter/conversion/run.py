@@ -28,7 +28,8 @@ from converter.output.output_files import OutputFiles
 
 def run_conversion(plan: ConversionPlan, progress: Progress) -> dict[str, Any] | None:
     """Do the remaining work and return the value of quality.json, or None for a part."""
-    checkpoint, options = plan.checkpoint, plan.options
+    checkpoint = plan.checkpoint
+    options = plan.options
     with ExitStack() as stack:
         work = stack.enter_context(closing(FinishedWork(plan.out, plan.fingerprint)))
         hashes = stack.enter_context(ShardHashes(checkpoint, work))
@@ -85,7 +86,8 @@ class _UnitRun:
 
     def _do_calibrated(self, todo: list[Unit], tokens: CalibrationTokens) -> None:
         """Do the units layer by layer, with the statistics of one layer at a time in memory."""
-        plan, output = self._plan, self._plan.output
+        plan = self._plan
+        output = plan.output
         width = plan.recipe.options.down_block(plan.checkpoint.architecture.intermediate_size)
         in_pool = partial(run_all, self._pool)
         calibration = CalibrationPass(

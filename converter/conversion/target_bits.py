@@ -26,7 +26,8 @@ def with_chosen_bits(
     The measured errors stay in the output folder until the conversion is complete, for a resume.
     The number of workers does not change them. Raises what BitSensitivity and choose_bits raise.
     """
-    checkpoint, recipe = plan.checkpoint, plan.recipe
+    checkpoint = plan.checkpoint
+    recipe = plan.recipe
     layers = [list(expert_units(checkpoint, layer)) for layer in range(len(plan.output.layouts))]
 
     def report(done: int) -> None:

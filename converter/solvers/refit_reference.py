@@ -80,15 +80,18 @@ def row_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tensor]:
     if packing.scale_bits == 8:
         return ds, dm
     best = torch.full_like(ds, torch.inf)
-    whole_ds, whole_dm = ds, dm
+    largest_ds = ds
+    largest_dm = dm
     for part in _DS_PARTS:
-        tried = (whole_ds * part).half().float()
-        *_, error = under_row_scales(groups, scale, minimum, tried, whole_dm, packing)
-        ds, best = torch.where(error < best, tried, ds), torch.minimum(error, best)
+        candidate = (largest_ds * part).half().float()
+        *_, error = under_row_scales(groups, scale, minimum, candidate, largest_dm, packing)
+        ds = torch.where(error < best, candidate, ds)
+        best = torch.minimum(error, best)
     for part in _DM_PARTS:
-        tried = (whole_dm * part).half().float()
-        *_, error = under_row_scales(groups, scale, minimum, ds, tried, packing)
-        dm, best = torch.where(error < best, tried, dm), torch.minimum(error, best)
+        candidate = (largest_dm * part).half().float()
+        *_, error = under_row_scales(groups, scale, minimum, ds, candidate, packing)
+        dm = torch.where(error < best, candidate, dm)
+        best = torch.minimum(error, best)
     return ds, dm
 
 
@@ -146,7 +149,8 @@ def search_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tenso
                 negative = (offset < 0) & (through > 0) & torch.isfinite(through)
                 slope = torch.where(negative, through, slope)
                 offset = torch.where(offset < 0, 0.0, offset)
-            scale, minimum = slope, offset
+            scale = slope
+            minimum = offset
         codes = _codes(w, scale, minimum, packing.max_code)
         error = (count * (codes * scale[:, :, None] - minimum[:, :, None] - w).square()).sum(2)
         better = error < best_error
