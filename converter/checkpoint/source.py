@@ -113,7 +113,7 @@ class Checkpoint:
         return self._shards.disk_bytes() if isinstance(self._shards, HubShards) else 0
 
     def fetch_into(self, folder: Path) -> None:
-        """From now on keep the shards of a Hub repository in `folder` while they are needed."""
+        """Keep the shards of a Hub repository in `folder` from now on, while they are needed."""
         if isinstance(self._shards, HubShards):
             self._shards.fetch_into(folder)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from converter.checkpoint.names import ExpertTensor
+from converter.checkpoint.names import EXPERT_MATRICES, ExpertTensor
 from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.weight import Weight
 
@@ -55,7 +55,7 @@ class ExpertForward:
         """
         visitor = visitor or SliceVisitor()
         gate, up, down = (
-            self._checkpoint.experts[ExpertTensor(layer, expert, p)] for p in ("gate", "up", "down")
+            self._checkpoint.experts[ExpertTensor(layer, expert, p)] for p in EXPERT_MATRICES
         )
         x = x.to(self._products)
         inner = torch.empty(len(x), gate.shape[0], dtype=self._products)

@@ -17,7 +17,7 @@ from formats.errors import SourceError
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 Visit = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
-"""Stands for decoder layers: (number, stream, further arguments) → the stream after the layer."""
+"""Replaces decoder layers: (number, stream, arguments, keywords) → the stream after the layer."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LayerCall:
 
 
 class CallRecorder:
-    """Stands for all decoder layers of a model and records their calls."""
+    """Replaces all decoder layers of a model and records their calls."""
 
     def __init__(self, seed: int, where: str) -> None:
         self.calls: list[LayerCall] = []

@@ -23,7 +23,7 @@ _TRANSFORMERS_WEIGHTS = re.compile(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\.
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """Where and how to publish.
+    """The repository and the settings of an upload.
 
     revision: the branch, None for main. license: one of the Hub's identifiers, such as apache-2.0;
     None to use the folder's licence file. base_model: None for the index's source.
@@ -133,7 +133,8 @@ def _check_card(card: str, options: PublishOptions) -> None:
 
 def _contents(artifact: Artifact, card: str) -> dict[str, Path | bytes]:
     """Return the content of every file to publish, by name, ascending."""
-    folder, index = artifact.folder, artifact.index
+    folder = artifact.folder
+    index = artifact.index
     names = {
         INDEX_NAME,
         index.trunk.file,

@@ -78,7 +78,8 @@ class RepoWriter:
 
     def state(self) -> BranchState:
         """Return the branch's head; main's where the branch does not exist. Changes nothing."""
-        api, branch = self._api(), self.revision
+        api = self._api()
+        branch = self.revision
         if not self._call(lambda: api.repo_exists(self.repo)):
             return BranchState()
         if branch and not self._call(lambda: api.revision_exists(self.repo, branch)):

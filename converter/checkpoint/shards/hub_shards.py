@@ -8,7 +8,12 @@ from pathlib import Path
 
 from converter.checkpoint.shards.fetched_shards import FetchedShards
 from converter.checkpoint.shards.hub_model import HubModel
-from converter.checkpoint.shards.shard_source import ShardNeed, Shards, file_sha256, pread_into
+from converter.checkpoint.shards.shard_source import (
+    ShardNeed,
+    Shards,
+    descriptor_sha256,
+    pread_into,
+)
 from converter.journal.keys import UnitKey
 from formats.errors import SourceError
 from formats.files.io_errors import translated
@@ -82,7 +87,7 @@ class HubShards(Shards):
         if name not in self._cached:
             return file.sha256 or self._hash_remote(name)
         with translated(self._paths[name], "read", SourceError):
-            sha256 = file_sha256(self._cached[name], stop)
+            sha256 = descriptor_sha256(self._cached[name], stop)
         is_stopped = stop is not None and stop.is_set()
         if file.sha256 and sha256 != file.sha256 and not is_stopped:
             raise SourceError(
@@ -105,7 +110,7 @@ class HubShards(Shards):
         return sum(sorted(sizes, reverse=True)[:_SHARDS_ON_DISK])
 
     def fetch_into(self, folder: Path) -> None:
-        """From now on keep shards in `folder` while they are needed, if the model asks for it."""
+        """Keep shards in `folder` from now on, while they are needed, if the model asks for it."""
         if self._model.keep:
             self._fetched = FetchedShards(self._repo, folder, self.disk_bytes(), self.stop)
 

@@ -111,7 +111,7 @@ class FolderShards(Shards):
 
     def sha256(self, name: str, stop: threading.Event | None) -> str:
         with self._reading(name):
-            return file_sha256(self._descriptors[name], stop)
+            return descriptor_sha256(self._descriptors[name], stop)
 
     def identity(self, name: str, header: Header) -> str:
         """Return a hash of the size, the header, and samples of the data."""
@@ -140,7 +140,7 @@ def pread_into(descriptor: int, offset: int, view: memoryview) -> int:
     return done
 
 
-def file_sha256(descriptor: int, stop: threading.Event | None = None) -> str:
+def descriptor_sha256(descriptor: int, stop: threading.Event | None = None) -> str:
     """Return the sha256 of an open file in hex; worthless once `stop` is set."""
     digest = hashlib.sha256()
     position = 0
