@@ -19,7 +19,6 @@ from bad_folders import BAD_FOLDERS, VECTORS, copy_of_good, spoil
 from made_traces import random_experts, trace_of
 from make_checkpoint import SHAPES, make_checkpoint
 
-from converter.output.planned_folder import PlannedFolder
 from converter.checkpoint.source import Checkpoint
 from converter.journal.journal_file import JOURNAL_NAME, Journal, read_pin
 from converter.journal.records import (
@@ -30,6 +29,7 @@ from converter.journal.records import (
     ShardRecord,
     TensorRecord,
 )
+from converter.output.planned_folder import PlannedFolder
 from converter.recipe.bit_rules import parse_rules
 from converter.recipe.recipe_file import recipe_settings
 from converter.recipe.recipes import make_recipe

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from make_checkpoint import SHAPES, make_checkpoint
 
 from converter.cli.show.terminal import printable
-from converter.journal.records import Record
 from converter.convert import convert_checkpoint
+from converter.journal.records import Record
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.config.strict_json import typed

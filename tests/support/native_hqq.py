@@ -1,4 +1,4 @@
-"""HQQ alone by the native library, with float32 scale and zero, for comparisons with the package."""
+"""HQQ alone by the native library, with float32 scale and zero; tests compare it to the package."""
 
 from ctypes import byref
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _ROUND_ZERO = 1
 
 @dataclass(frozen=True)
 class HqqGroups:
-    """HQQ's own result: `w = (codes - zero)·scale`.
+    """Result of HQQ: `w = (codes - zero)·scale`.
 
     codes: uint8 [rows, columns]; scale, zero: float32 [rows, groups].
     """
@@ -28,22 +28,21 @@ class HqqGroups:
 def hqq(
     weight: Tensor, nbits: int, group_size: int, *, round_zero: bool = False, isa: str = "auto"
 ) -> HqqGroups:
-    """HQQ alone, with float32 scale and zero: what the hqq package gives for axis=1.
+    """Return HQQ's codes with float32 scale and zero, as the hqq package does for axis=1.
 
-    weight: as in `quantize_tiles`; groups run along the columns, the last one may be short.
-    nbits: 2, 3 or 4; group_size: 16, 32 or 64. round_zero: start from a rounded zero, as hqq's
-    BaseQuantizeConfig does for 4 bits, at 1-2 % more error. Values that are not finite give
-    undefined codes.
+    weight: as in `quantize_tiles`. Groups run along the columns; the last one may be short. nbits:
+    2, 3 or 4. group_size: 16, 32 or 64. round_zero: start from a rounded zero, as hqq's
+    BaseQuantizeConfig does for 4 bits, at 1-2 % more error. Infinite or NaN weights give undefined
+    codes.
     """
     check_weight(weight)
     rows, columns = weight.shape
     groups = -(-columns // group_size)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    scale, zero = torch.empty(rows, groups), torch.empty(rows, groups)
-    flags, addresses = (
-        _ROUND_ZERO if round_zero else 0,
-        (scale.data_ptr(), zero.data_ptr(), codes.data_ptr()),
-    )
+    scale = torch.empty(rows, groups)
+    zero = torch.empty(rows, groups)
+    flags = _ROUND_ZERO if round_zero else 0
+    addresses = scale.data_ptr(), zero.data_ptr(), codes.data_ptr()
     status = library().moe_hqq(
         byref(weights_structure(weight)), nbits, group_size, flags, ISAS[isa], *addresses
     )

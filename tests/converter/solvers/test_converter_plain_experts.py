@@ -312,7 +312,8 @@ def test_zstd_holds_the_same_weights_in_fewer_bytes(source: Path, tmp_path: Path
 def test_model_card_says_that_experts_are_as_in_the_source(source: Path, tmp_path: Path) -> None:
     card = (convert(source, tmp_path / "out") / "README.md").read_text()
     assert (
-        "its experts as in the source (`rows-bf16` for gate and up, `rows-bf16` for down)" in card
+        "Its experts are as in the source (`rows-bf16` for gate and up, `rows-bf16` for down)"
+        in card
     )
     assert "quantized" not in card
 

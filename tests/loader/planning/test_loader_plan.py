@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from made_traces import random_experts, trace_of
 
-from converter.output.planned_folder import PlannedFolder
 from converter.convert import ConvertOptions, convert_checkpoint
+from converter.output.planned_folder import PlannedFolder
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
