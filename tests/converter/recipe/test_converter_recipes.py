@@ -8,6 +8,7 @@ from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipe_options import RecipeOptions
 from converter.recipe.recipes import RECIPES, make_recipe
 from converter.solvers.native import solver_library
+from converter.solvers.registry import SOLVERS, SolverEntry, choose_solver
 from formats.errors import RecipeError
 from formats.files.log_once import warn_once
 
@@ -64,6 +65,17 @@ def test_without_the_native_library_the_default_is_hqq_and_says_so(
     assert [(recipe.solver, recipe.recorded.options) for recipe in chosen] == [("hqq", {})] * 2
     assert caplog.text.count("without calibration") == 1
     assert make_recipe("2bit", solver="feedback").solver == "feedback"
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_an_entry_in_the_registry_is_all_that_a_new_solver_needs(
+    monkeypatch: pytest.MonkeyPatch, calibrated: bool
+) -> None:
+    entry = SolverEntry("new", "converter.solvers.plain_rows:NoSolver", calibrated)
+    monkeypatch.setitem(SOLVERS, "new", entry)
+    recipe = make_recipe("2bit", solver="new")
+    assert (recipe.solver, recipe.options.calibration is not None) == ("new", calibrated)
+    assert choose_solver("new").version == "none"
 
 
 def test_name_of_a_recipe_is_that_of_its_packings() -> None:
