@@ -30,7 +30,7 @@ def calibration_version(tokens: CalibrationTokens) -> str:
 
 
 def overlay_version(checkpoint: Checkpoint) -> str | None:
-    """Return a hash of the shard chosen for each tensor that several shards hold; None without."""
+    """Return a hash of the shards chosen for duplicate tensors; None without duplicates."""
     if not checkpoint.overlaid:
         return None
     return hashlib.sha256(repr(sorted(checkpoint.overlaid.items())).encode()).hexdigest()

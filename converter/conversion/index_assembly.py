@@ -59,7 +59,7 @@ def assemble_index(
 
 
 def _versions(plan: ConversionPlan) -> dict[str, str]:
-    """Return the versions of all that decides the folder's bytes beside shards and recipe."""
+    """Return the versions that decide the folder's bytes, beside shards and recipe."""
     versions = {"solver": plan.solver.version}
     if plan.tokens:
         versions["calibration"] = calibration_version(plan.tokens)

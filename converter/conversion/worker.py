@@ -14,6 +14,7 @@ from converter.checkpoint.names import EXPERT_MATRICES, ExpertTensor
 from converter.checkpoint.shards.shard_source import Stopped
 from converter.checkpoint.source import Checkpoint
 from converter.checkpoint.weight import Weight
+from converter.input_statistics import InputStatistics
 from converter.journal.keys import ExpertKey, LinearKey, TensorKey
 from converter.journal.records import ExpertRecord, LinearRecord, ProjectionErrors
 from converter.output.conversion_sizes import OutputPlan, chunk_rows
@@ -57,7 +58,7 @@ class Worker:
     def expert(
         self, key: ExpertKey, calibrated: LayerStatistics | None
     ) -> tuple[ExpertRecord, torch.Tensor]:
-        """Return the record and the bytes (uint8) of an expert.
+        """Quantize an expert, or copy its unquantized projections; return record and bytes (uint8).
 
         calibrated: statistics of its layer; None without calibration.
         """
@@ -100,7 +101,7 @@ class Worker:
     def linear(
         self, key: LinearKey, statistics: InputStatistics | None
     ) -> tuple[LinearRecord, torch.Tensor]:
-        """Return the record and the bytes (uint8) of a packed trunk matrix.
+        """Quantize a trunk matrix; return its record and its bytes (uint8).
 
         statistics: of its inputs; None without calibration.
         """

@@ -8,8 +8,8 @@
 
 extern "C" {
 
-// Raised by one with every change of a signature or of a result (of a result: RESULT_VERSION in
-// converter/solvers/native/solver_library.py, too).
+// Add one for each change of a signature or of a result; for a result also RESULT_VERSION in
+// converter/solvers/native/solver_library.py.
 #define MOE_SOLVER_ABI_VERSION 4
 
 enum {

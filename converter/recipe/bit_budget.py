@@ -41,7 +41,7 @@ def ladder(recipe: ConversionRecipe) -> dict[str, list[str]]:
 def choose_bits(
     recipe: ConversionRecipe, architecture: Architecture, errors: Errors
 ) -> ConversionRecipe:
-    """Return `recipe` with the rules that reduce `errors` most within its option target_bpw.
+    """Return `recipe` with rules that reduce `errors` within the budget of its option target_bpw.
 
     Greedy: starting from the recipe's packings, apply the change with the largest error reduction
     per byte that still fits. Ties go to the lowest layer, gate_up before down. Raises RecipeError

@@ -1,7 +1,7 @@
 """Solvers: from a weight matrix to packed tiles with a small error.
 
 - *Solver*: the interface of all solvers (`interface.py`). `registry.py` lists them by name: hqq,
-  hqq-package, refit, feedback. Each name has one module with the same name.
+  hqq-package, refit, feedback. The module of a solver has its name.
 - *HQQ*: half-quadratic quantization of each group (`hqq.py`, `hqq_package.py`).
 - *Refit*: scales by range search and least squares (`refit.py`). *Feedback*: refit that carries
   each column's rounding error to the columns after it, as GPTQ does (`feedback.py`).

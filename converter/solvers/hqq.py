@@ -12,7 +12,7 @@ from formats.packing import Packing
 
 
 class NativeHqq:
-    """`hqq` by the native library: hundreds of millions of weights a second and core.
+    """`hqq` by the native library: hundreds of millions of weights per second and core.
 
     Every ISA gives the same bytes.
     """

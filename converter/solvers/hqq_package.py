@@ -14,7 +14,7 @@ from formats.packing import Packing, QuantizedMatrix, pack
 
 
 class PackageHqq:
-    """`hqq` by the hqq package: 2 to 7 million weights a second and core."""
+    """`hqq` by the hqq package: 2 to 7 million weights per second and core."""
 
     # Measured: hqq keeps a dozen float32 copies.
     bytes_a_weight = 48

@@ -18,7 +18,7 @@ def check_finite(weight: Tensor) -> None:
 
 
 def fp16_row_scales(largest: Tensor, max_integer: int) -> Tensor:
-    """Row scales, fp16 [rows], that give each row's largest value the integer `max_integer`.
+    """Return the row scales, fp16 [rows], under which each row's largest value is `max_integer`.
 
     largest: float32 [rows], 0 or more. A positive scale stays positive in fp16. Raises
     UnfitWeightsError for a scale that exceeds fp16.
@@ -32,7 +32,7 @@ def fp16_row_scales(largest: Tensor, max_integer: int) -> Tensor:
 
 
 def quantization_error(weight: Tensor, matrix: QuantizedMatrix, packing: Packing) -> SquaredError:
-    """Error of a quantized matrix against its float32 weights [rows, columns]."""
+    """Return the error of a quantized matrix against its float32 weights [rows, columns]."""
     deviation = (dequantize(matrix, packing.group_size) - weight).double()
     squares = weight.double()
     return SquaredError(float(deviation.square_().sum()), float(squares.square_().sum()))

@@ -67,7 +67,7 @@ class WeightGroups:
 
 
 def row_scales(groups: WeightGroups, packing: Packing) -> tuple[Tensor, Tensor]:
-    """Return the row scales ds and dm with the smallest error among the candidates tried.
+    """Return the row scales ds and dm with the smallest error among the candidates.
 
     float32 [rows] each, exact in fp16. A smaller row scale clips a few groups and rounds the others
     more finely. 8-bit packings take the largest.
