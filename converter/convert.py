@@ -5,10 +5,10 @@ from pathlib import Path
 from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.source import Checkpoint
 from converter.conversion.flow import Converted, convert
-from converter.conversion.identity import Progress
 from converter.conversion.plan import plan_conversion
 from converter.convert_options import ConvertOptions
 from converter.recipe.conversion_recipe import ConversionRecipe
+from formats.progress import Progress
 
 __all__ = ["ConvertOptions", "Converted", "convert_checkpoint"]
 

@@ -26,10 +26,10 @@ from converter.solvers.registry import choose_solver
 from formats import TRUNK_NAME
 from formats.errors import MoeConvertError
 from formats.files.output_file import remove
+from formats.files.partial_file import partial_path, write_file
 from formats.index import ExpertEntry, Index
-from formats.layer_file import partial_path
 from formats.repair.repairs import Origin
-from formats.writer import ZSTD_LEVEL, PlacedFile, write_file
+from formats.writer import ZSTD_LEVEL, PlacedFile
 
 
 class SourceOrigin(Origin):

@@ -86,11 +86,6 @@ def layer_metadata(
     }
 
 
-def partial_path(path: Path) -> Path:
-    """Where a file is written until it is complete."""
-    return path.with_name(path.name + ".partial")
-
-
 def compression_paths(path: Path) -> tuple[Path, Path]:
     """Return the paths of the compressed layer file, until complete, and of its zstd frames."""
     compressed = path.with_name(path.name + ".zstd.partial")

@@ -8,9 +8,9 @@ from msgspec import Meta, Struct, to_builtins
 from formats.config.strict_json import dump, parse, typed
 from formats.errors import DamageError
 from formats.files.io_errors import translated
+from formats.files.partial_file import write_file
 from formats.files.paths import read_small
 from formats.index import Label, Natural, Positive, Sha256
-from formats.writer import write_file
 
 QUALITY_NAME = "quality.json"
 

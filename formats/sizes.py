@@ -42,3 +42,11 @@ def parse_size(value: int | str, name: str = "size") -> int:
             "write bytes, or a size such as 6GiB or 500MB",
         )
     return n_bytes
+
+
+def format_size(n_bytes: int) -> str:
+    """Return a size in decimal units with one digit after the point: 15.3 GB, 33.1 MB, 512 B."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n_bytes >= factor:
+            return f"{n_bytes / factor:.1f} {unit}"
+    return f"{n_bytes} B"

@@ -12,12 +12,12 @@ from formats.checksums import Checksums, xxh3_of
 from formats.errors import OutputError
 from formats.expert import ExpertLayout
 from formats.files.output_file import OutputFile, remove
+from formats.files.partial_file import partial_path
 from formats.layer_file import (
     FILLER_PREFIX,
     compression_paths,
     expert_prefix,
     layer_metadata,
-    partial_path,
     raw_entries,
     zstd_entries,
 )
@@ -38,13 +38,6 @@ class Place(NamedTuple):
     """Size in bytes, without filler."""
     sha256: str
     xxh3: str
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes `data` under a temporary name, then fsync, rename, fsync of the folder."""
-    with OutputFile(partial_path(path)) as file:
-        file.write_at(data, 0)
-        file.finish(path)
 
 
 class PlacedFile:

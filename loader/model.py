@@ -12,6 +12,7 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, FormatError, RecipeError
 from formats.files.log_once import warn_once
 from formats.index import Architecture
+from formats.progress import Progress
 from formats.reading.whole_files import check_files, generation_note
 from loader.cuda.device.device import Device
 from loader.cuda.device_choice import Devices, choose_devices
@@ -24,7 +25,7 @@ from loader.hf.modules.expert_layers import routed_layers
 from loader.hf.served_model import Serving
 from loader.option_values import check_options
 from loader.placement import CacheOptions, Placement, place
-from loader.repository import Folder, OpenModel, Progress, open_model, small_files
+from loader.repository import Folder, OpenModel, open_model, small_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

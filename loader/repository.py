@@ -1,7 +1,6 @@
 """Opens the model to load: a local folder, or a repository on the Hub, whole or lazily."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +9,14 @@ from formats.config.side_files import is_read_by_transformers
 from formats.errors import MoeConvertError, RecipeError
 from formats.hub.lazy_folder import LazyFolder
 from formats.hub.lazy_reader import HubReader
-from formats.hub.repo import HubRepo, is_repo_name
+from formats.hub.repo import HubRepo
 from formats.hub.repo_listing import fetch_listed
+from formats.hub.repo_names import is_repo_name
+from formats.progress import Progress, no_progress
 from formats.reading.reader import ExpertReader
 from formats.reading.readers import READERS
 
 Folder = str | os.PathLike[str]
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, bytes there, bytes of all), from any thread."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class OpenModel:
 
     artifact: Artifact
     lazy: LazyFolder | None = None
-    progress: Progress | None = None
+    progress: Progress = no_progress
 
     def io(self, option: str) -> str:
         """Return how to read for the option `io`. RecipeError: missing experts cannot be mapped."""
@@ -69,8 +68,8 @@ def open_model(
     if not lazy:
         repo = HubRepo.open(os.fspath(folder), revision, token)
         return OpenModel(Artifact.open(fetch_listed(repo, bars=True)[0]))
-    opened = LazyFolder.open(os.fspath(folder), revision, token, progress=progress)
-    return OpenModel(opened.artifact, None if opened.complete else opened, progress)
+    opened = LazyFolder.open(os.fspath(folder), revision, token, progress=progress or no_progress)
+    return OpenModel(opened.artifact, None if opened.complete else opened, progress or no_progress)
 
 
 def small_files(folder: Folder, revision: str | None, token: str | None) -> Path:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from formats.checksums import sha256_of
 from formats.files.output_file import make_folder
-from formats.writer import write_file
+from formats.files.partial_file import write_file
 
 _log = logging.getLogger(__name__)
 

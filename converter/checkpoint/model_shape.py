@@ -19,7 +19,11 @@ from formats.index import Architecture
 from formats.trunk import ATTENTION
 
 HEAD = "lm_head"
-_PROJECTIONS = {("gate_up_proj", 0): "gate", ("gate_up_proj", 1): "up", ("down_proj", 0): "down"}
+_PROJECTION_OF_PART = {
+    ("gate_up_proj", 0): "gate",
+    ("gate_up_proj", 1): "up",
+    ("down_proj", 0): "down",
+}
 _SPELLED_OUT = {("gate_up_proj", 2), ("down_proj", 1)}
 """(fused parameter, tensors per expert) in a checkpoint that stores each expert by itself."""
 
@@ -105,7 +109,7 @@ class ModelShape:
                 " read",
                 "use the original checkpoint",
             )
-        return ExpertTensor(layer, target.expert, _PROJECTIONS[parameter, target.part])
+        return ExpertTensor(layer, target.expert, _PROJECTION_OF_PART[parameter, target.part])
 
     def experts_layer(self, path: str) -> int | None:
         """Return the expert layer whose experts module is `path`; None for another module."""

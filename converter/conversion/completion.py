@@ -13,8 +13,8 @@ from converter.output.weight_errors import write_quality
 from converter.publish.model_card import write_card
 from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.files.output_file import fsync_folder
+from formats.files.partial_file import write_file
 from formats.index import dump_index
-from formats.writer import write_file
 
 
 def complete(

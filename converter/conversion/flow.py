@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from converter.conversion.identity import Progress, check_contents, check_same
+from converter.conversion.identity import check_contents, check_same
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.run import one_torch_thread, run_conversion
 from converter.conversion.target_bits import with_chosen_bits
@@ -12,6 +12,7 @@ from converter.output.output_folder import SOURCE_FOLDER, OutputFolder
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.solvers.interface import CalibratedSolver
 from formats.files.io_errors import translated
+from formats.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def convert(plan: ConversionPlan, progress: Progress | None = None) -> Converted
     all of them.
     """
     with translated(plan.out, "used"):
-        return _convert(plan, progress or (lambda stage, done, total: None))
+        return _convert(plan, progress or no_progress)
 
 
 def _convert(plan: ConversionPlan, progress: Progress) -> Converted:

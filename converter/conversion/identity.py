@@ -1,7 +1,6 @@
 """Identity of a conversion, compared before it resumes or counts as complete."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +18,7 @@ from converter.solvers.interface import Solver
 from formats.config.recorded_config import changed_fields
 from formats.errors import OutputError
 from formats.index import Index, read_index
-
-Progress = Callable[[str, int, int], None]
-"""Called with stage, done and total; both in bytes of the source."""
+from formats.progress import Progress
 
 
 def calibration_version(tokens: CalibrationTokens) -> str:

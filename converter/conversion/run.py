@@ -15,7 +15,6 @@ from converter.calibration.calibration_text import CalibrationTokens
 from converter.calibration.layer_statistics import LayerStatistics
 from converter.checkpoint.shards.shard_source import Stopped
 from converter.conversion.completion import complete
-from converter.conversion.identity import Progress
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.shard_hashes import ShardHashes
 from converter.conversion.units import Unit, shard_needs, units_of
@@ -24,6 +23,7 @@ from converter.journal.finished_work import FinishedWork
 from converter.journal.keys import ExpertKey, LinearKey
 from converter.journal.records import ExpertRecord, UnitRecord
 from converter.output.output_files import OutputFiles
+from formats.progress import Progress
 
 
 def run_conversion(plan: ConversionPlan, progress: Progress) -> dict[str, Any] | None:

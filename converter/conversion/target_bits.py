@@ -8,12 +8,12 @@ import torch
 
 from converter.calibration.bit_sensitivity import BitSensitivity
 from converter.calibration.calibration_text import CalibrationTokens
-from converter.conversion.identity import Progress
 from converter.conversion.plan import ConversionPlan
 from converter.conversion.units import expert_units, shard_needs
 from converter.conversion.worker import run_all
 from converter.recipe.bit_budget import choose_bits, ladder
 from converter.solvers.interface import CalibratedSolver
+from formats.progress import Progress
 
 _log = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
 from formats.files.io_errors import translated
+from formats.files.partial_file import partial_path
 from formats.index import PackedLinear
-from formats.layer_file import layer_file_name, partial_path, raw_entries
+from formats.layer_file import layer_file_name, raw_entries
 from formats.packing import PACKINGS, tile_packing_named
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.trunk import trunk_metadata

@@ -15,7 +15,8 @@ from converter.output.complete_layer import difference
 from converter.output.conversion_sizes import OutputPlan
 from formats import TRUNK_NAME
 from formats.files.output_file import remove, rename
-from formats.layer_file import compression_paths, layer_file_name, partial_path
+from formats.files.partial_file import partial_path
+from formats.layer_file import compression_paths, layer_file_name
 from formats.writer import LayerWriter, Place, PlacedFile
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from converter.publish.model_card import CARD_NAME
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import SourceError
 from formats.files.io_errors import translated
-from formats.layer_file import compression_paths, layer_file_name, partial_path
+from formats.files.partial_file import partial_path
+from formats.layer_file import compression_paths, layer_file_name
 from formats.quality import QUALITY_NAME
 
 _HEADER_BYTES = 1 << 20

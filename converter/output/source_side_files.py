@@ -21,9 +21,9 @@ from formats.config.side_files import (
 )
 from formats.errors import SourceError
 from formats.files.output_file import make_folder
+from formats.files.partial_file import write_file
 from formats.files.paths import locate_source, read_small_source
 from formats.index import CopiedFile, Recipe
-from formats.writer import write_file
 
 _log = logging.getLogger(__name__)
 

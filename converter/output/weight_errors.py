@@ -9,8 +9,8 @@ from converter.checkpoint.model_shape import HEAD
 from converter.checkpoint.names import EXPERT_MATRICES
 from converter.journal.records import ExpertRecord, LinearRecord, Record
 from converter.squared_error import SquaredError
+from formats.files.partial_file import write_file
 from formats.quality import QUALITY_NAME
-from formats.writer import write_file
 
 
 def write_quality(records: Iterable[Record], out: Path) -> dict[str, Any]:

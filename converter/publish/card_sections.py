@@ -7,6 +7,7 @@ from formats.errors import RecipeError
 from formats.index import ExpertEntry, Index, Recipe
 from formats.labels import to_label
 from formats.quality import Comparison, Quality
+from formats.sizes import format_size
 
 KV_CONTEXT = 4096
 """Positions for which the memory table counts keys and values."""
@@ -45,10 +46,10 @@ def size_lines(index: Index) -> Iterator[str]:
     yield f"| bits per parameter, whole model | {8 * total_bytes / parameters:.3f} |"
     yield f"| layers with experts | {a.expert_layers} |"
     yield f"| experts per layer | {a.num_local_experts}, each token uses {a.num_experts_per_tok} |"
-    yield f"| one expert | {_size(entries[0].length)} |"
-    yield f"| all experts | {_size(sum(entry.length for entry in entries))} |"
-    yield f"| trunk | {_size(index.trunk.size_bytes)} |"
-    yield f"| total | {_size(total_bytes)} |"
+    yield f"| one expert | {format_size(entries[0].length)} |"
+    yield f"| all experts | {format_size(sum(entry.length for entry in entries))} |"
+    yield f"| trunk | {format_size(index.trunk.size_bytes)} |"
+    yield f"| total | {format_size(total_bytes)} |"
 
 
 def memory_lines(index: Index) -> Iterator[str]:
@@ -68,7 +69,8 @@ def memory_lines(index: Index) -> Iterator[str]:
     for cached in range(used, experts + 1, max(1, experts // _MEMORY_ROWS)):
         read_bytes = slot_bytes * used * (1 - cached / experts)
         memory_bytes = index.trunk.size_bytes + kv_bytes + cached * slot_bytes
-        yield f"| {cached} of {experts} | {_size(memory_bytes)} | {_size(int(read_bytes))} |"
+        sizes = f"{format_size(memory_bytes)} | {format_size(int(read_bytes))}"
+        yield f"| {cached} of {experts} | {sizes} |"
 
 
 def quality_lines(quality: Quality | None) -> Iterator[str]:
@@ -139,10 +141,3 @@ def _calibration(recipe: Recipe) -> str:
     if calibration is None:
         return "none"
     return f"{calibration.tokens} tokens, {_CALIBRATION[calibration.kind]}"
-
-
-def _size(n_bytes: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:.1f} {unit}"
-    return f"{n_bytes} B"

@@ -19,12 +19,12 @@ from converter.publish.card_sections import (
     size_lines,
 )
 from formats.files.io_errors import translated
-from formats.hub.repo import is_repo_name
+from formats.files.partial_file import write_file
+from formats.hub.repo_names import is_repo_name
 from formats.index import Index
 from formats.packing import PACKINGS, tile_packing_named
 from formats.quality import Quality, read_quality
 from formats.trunk import ATTENTION
-from formats.writer import write_file
 
 CARD_NAME = "README.md"
 MARK = "<!-- made by moe-convert: without this line the card is kept as it is -->"

@@ -1,21 +1,25 @@
-"""The memory limit of the control group (a container's) that this process runs in."""
+"""Memory limit of the control group (a container's) in which this process runs."""
 
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Names of limit and use in versions 2 and 1 of control groups."""
 
 
 def within_group(available: int, total: int) -> tuple[int, int]:
-    """(available, total) bytes of the machine, lowered to the control group's where it allows less."""
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, used = _number(_ROOT / limit_name), _number(_ROOT / used_name)
-        # Without a limit, version 1 reports nearly 2^63. Page cache counts as used: too careful,
-        # never too bold.
+    """Return (available, total) memory in bytes, reduced to the control group's limit."""
+    for limit_name, used_name in _FILES:
+        limit = _number(_ROOT / limit_name)
+        used = _number(_ROOT / used_name)
+        # Without a limit, version 1 reports nearly 2^63. The page cache counts as used, although
+        # the kernel would free it: the result is a lower bound.
         if limit is not None and used is not None and limit < total:
-            available, total = min(available, max(0, limit - used)), limit
+            available = min(available, max(0, limit - used))
+            total = limit
     return available, total
 
 

@@ -1,6 +1,4 @@
-"""Errors of the operating system as ours: the file, what failed, the system's words, and the next
-step.
-"""
+"""Translation of operating system errors: file, failed operation, cause, and the next step."""
 
 import contextlib
 import errno
@@ -11,8 +9,8 @@ from pathlib import Path
 from formats.errors import DoesNotFitError, MoeConvertError, OutputError
 
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, 524})
-"""What a file system answers to a call that it lacks. 524 is the kernel's ENOTSUPP, which some let
-out to programs.
+"""Errors of a call that the file system does not support. 524 is the kernel's internal ENOTSUPP,
+which some file systems return to programs.
 """
 
 _NO_SPACE = {errno.ENOSPC: "no space left", errno.EDQUOT: "the disk quota is used up"}
@@ -36,8 +34,10 @@ _HINTS = {
 def io_error(
     error: OSError, path: Path | str, done: str, kind: type[MoeConvertError] = OutputError
 ) -> MoeConvertError:
-    """`error` as ours: DoesNotFitError where the disk is full, else `kind`. The error's own file
-    name goes before `path`. done: "read", "written" or the like.
+    """Return `error` as a DoesNotFitError if the disk is full, else as `kind`.
+
+    path: the file to name, unless `error` names one. done: the failed operation as a participle,
+    such as "read" or "written".
     """
     code = error.errno or 0
     path = error.filename if isinstance(error.filename, str) else path
@@ -45,10 +45,12 @@ def io_error(
         folder = path if os.path.isdir(path) else Path(path).parent
         return DoesNotFitError(f"{path}: {_NO_SPACE[code]} in {folder}", f"free space and {AGAIN}")
     if code == errno.EFBIG:
-        what = f"{path}: the file system or a limit (ulimit -f) allows no file of this size"
-        return DoesNotFitError(what, "choose a place on another file system")
+        return DoesNotFitError(
+            f"{path}: the file system or a limit (ulimit -f) allows no file of this size",
+            "choose a place on another file system",
+        )
     if code == errno.ELOOP:
-        return kind(f"{path} is a symbolic link, which is never followed there", "remove the link")
+        return kind(f"{path} is a symbolic link, which is never followed here", "remove the link")
     name = errno.errorcode.get(code, "")
     cause = os.strerror(code) if code else str(error)
     return kind(
@@ -61,7 +63,7 @@ def io_error(
 def translated(
     path: Path | str, done: str, kind: type[MoeConvertError] = OutputError
 ) -> Iterator[None]:
-    """Raises every OSError of the block as `io_error`."""
+    """Raise every OSError of the block as `io_error` returns it."""
     try:
         yield
     except OSError as e:

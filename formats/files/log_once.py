@@ -1,4 +1,4 @@
-"""Warnings that are said once a process, however often a folder is opened."""
+"""Log messages that appear once per process, however often a folder is opened."""
 
 import logging
 from functools import lru_cache
@@ -8,5 +8,11 @@ _log = logging.getLogger(__name__)
 
 @lru_cache(1024)
 def warn_once(message: str) -> None:
-    """Logs `message` as a warning, unless this process did so before."""
+    """Log `message` as a warning, unless this process already did."""
     _log.warning("%s", message)
+
+
+@lru_cache(1024)
+def info_once(message: str) -> None:
+    """Log `message` at level info, unless this process already did."""
+    _log.info("%s", message)

@@ -1,5 +1,6 @@
-"""Outputs that would damage an input: compared by device and inode, so that links, mounts and case
-hide nothing.
+"""Refusal of outputs that would overwrite an input.
+
+Paths are compared by device and inode: links, mounts and case-insensitive names hide nothing.
 """
 
 import os
@@ -12,19 +13,20 @@ _Identity = tuple[int, int]
 
 
 def refuse_overlap(out: Path, folder: Path, what: str) -> None:
-    """OutputError if the folder `out`, which need not exist, is `folder`, lies in it, or has it
-    inside. what: what `folder` is, for the message.
+    """Raise OutputError if the folder `out` is `folder`, lies in it, or contains it.
+
+    `out` need not exist. what: the role of `folder` in the message, such as "the source".
     """
     hint = "choose another folder, beside it"
     if lies_in(out, folder):
         how = "is" if lies_in(folder, out) else "lies in"
         raise OutputError(f"{out} {how} {what} {folder}, which is only read", hint)
     if lies_in(folder, out):
-        raise OutputError(f"{out} has {what} {folder} inside, which is only read", hint)
+        raise OutputError(f"{out} contains {what} {folder}, which is only read", hint)
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """True if `path`, which need not exist, is `folder` or lies somewhere in it."""
+    """True if `path` is `folder` or lies anywhere in it. `path` need not exist."""
     identity = _identity(folder)
     real = Path(os.path.realpath(path))
     return identity is not None and identity in map(_identity, (real, *real.parents))
@@ -33,12 +35,12 @@ def lies_in(path: Path, folder: Path) -> bool:
 def refuse_inputs(
     outputs: Iterable[Path], inputs: Iterable[Path], kind: type[MoeConvertError] = OutputError
 ) -> None:
-    """`kind` if one of the files `outputs`, which need not exist, is one of the files `inputs`."""
-    read = {identity: path for path in inputs if (identity := _identity(path))}
+    """Raise `kind` if one of the files `outputs` is one of `inputs`. `outputs` need not exist."""
+    input_by_identity = {identity: path for path in inputs if (identity := _identity(path))}
     for path in outputs:
-        if (identity := _identity(path)) in read:
+        if (identity := _identity(path)) in input_by_identity:
             raise kind(
-                f"{path} is also read: it is the input {read[identity]}",
+                f"{path} is also read: it is the input {input_by_identity[identity]}",
                 "choose another name for the output",
             )
 

@@ -1,4 +1,4 @@
-"""File names from strangers: which ones are taken, and how their files are opened."""
+"""Checks of untrusted file names, and safe opening of their files."""
 
 import difflib
 import os
@@ -15,10 +15,10 @@ _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@ -]*")
 
 
 def check_name(name: str, where: str) -> str:
-    """`name` if it is a plain relative path inside a folder, else PathError naming `where`.
+    """Return `name` if it is a plain relative path, else raise PathError with `where`.
 
     Components consist of letters, digits and `._+=@ -`, do not begin with a dot, and are joined by
-    `/`. So there is no `..`, no absolute path, no backslash, no drive, no `%2e`, no NUL.
+    `/`. This excludes `..`, absolute paths, backslashes, drives, `%2e` and NUL.
     """
     good = 0 < len(name) <= 512 and all(_COMPONENT.fullmatch(part) for part in name.split("/"))
     if not good:
@@ -30,11 +30,11 @@ def check_name(name: str, where: str) -> str:
 
 
 def locate(folder: Path, name: str, where: str) -> Path:
-    """The real path of the regular file `name` in `folder`.
+    """Return the real path of the regular file `name` in `folder`.
 
-    Raises PathError for an unsafe name, for a symbolic link that leaves the folder (links of a Hub
-    cache from `snapshots/<revision>` into its `blobs`, its own or those that repositories share,
-    are taken), and for anything but a regular file; DamageError if there is no such file.
+    Raises DamageError if the file is missing; PathError for an unsafe name, a symbolic link that
+    leaves the folder, and anything but a regular file. In a snapshot of a Hub cache, links into the
+    cache's `blobs` are allowed.
     """
     check_name(name, where)
     root = Path(os.path.realpath(folder))
@@ -48,10 +48,10 @@ def locate(folder: Path, name: str, where: str) -> Path:
 
 
 def locate_source(folder: Path, name: str, where: str) -> Path:
-    """The real path of the regular file `name` in the checkpoint `folder`, which the user named:
-    his own links are followed wherever they lead.
+    """Return the real path of the regular file `name` in the checkpoint `folder`.
 
-    In a Hub cache's snapshot, which has a stranger's files, it is `locate`. Errors as there.
+    The user's own links are followed to any place. A snapshot of a Hub cache has a stranger's
+    files: there the rules of `locate` apply. Raises the errors of `locate`.
     """
     if _hub_cache_entry(Path(os.path.realpath(folder))):
         return locate(folder, name, where)
@@ -60,7 +60,7 @@ def locate_source(folder: Path, name: str, where: str) -> Path:
 
 
 def _regular(path: Path, folder: Path, name: str, where: str) -> Path:
-    """`path`, which `name` in `folder` leads to, if it is a regular file."""
+    """Return `path`, the resolved `name` in `folder`, if it is a regular file."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def _regular(path: Path, folder: Path, name: str, where: str) -> Path:
 
 
 def similar_folders(path: Path) -> list[str]:
-    """Existing folders whose names are like the first part of `path` that does not exist."""
+    """Return existing folders with names similar to the first missing part of `path`."""
     while not path.parent.is_dir():
         path = path.parent
     try:
@@ -88,8 +88,9 @@ def similar_folders(path: Path) -> list[str]:
 
 
 def open_regular(path: Path) -> int:
-    """A read-only file descriptor of `path`, which the caller closes; PathError (without blocking)
-    for a FIFO.
+    """Open `path` for reading and return its descriptor, which the caller closes.
+
+    Raises PathError for anything but a regular file; a FIFO does not block.
     """
     try:
         descriptor = os.open(
@@ -104,13 +105,14 @@ def open_regular(path: Path) -> int:
 
 
 def read_small(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20) -> bytes:
-    """The bytes of a file of at most `max_bytes` in `folder`; DamageError if it is larger."""
+    """Return the bytes of a file in `folder`. Raises DamageError if it exceeds `max_bytes`."""
     return _read_at_most(locate(folder, name, where), name, where, max_bytes)
 
 
 def read_small_source(folder: Path, name: str, where: str, *, max_bytes: int = 16 << 20) -> bytes:
-    """As `read_small`, of a file of a checkpoint: `locate_source`. SourceError if it is a pointer
-    of git-lfs.
+    """Return the bytes of a file in the checkpoint `folder`, found by `locate_source`.
+
+    Raises DamageError if it exceeds `max_bytes`, and SourceError if it is a git-lfs pointer.
     """
     path = locate_source(folder, name, where)
     data = _read_at_most(path, name, where, max_bytes)
@@ -119,14 +121,15 @@ def read_small_source(folder: Path, name: str, where: str, *, max_bytes: int = 1
 
 
 def check_no_pointer(beginning: bytes, path: Path) -> None:
-    """SourceError if the file at `path`, which begins so, is what git has instead of a large file."""
+    """Raise SourceError if `beginning`, the first bytes of `path`, is that of a git-lfs pointer."""
     if problem := lfs_problem(beginning, path):
         raise SourceError(f"{path} {problem[0]}", problem[1])
 
 
 def lfs_problem(beginning: bytes, path: Path) -> tuple[str, str] | None:
-    """(what is wrong, next step) with the file at `path`, which begins so, if it is what git has
-    instead of a large file.
+    """Return (problem, next step) if the file at `path` is a git-lfs pointer, else None.
+
+    beginning: the first bytes of the file.
     """
     if not beginning.startswith(LFS_POINTER):
         return None
@@ -146,17 +149,16 @@ def _read_at_most(path: Path, name: str, where: str, max_bytes: int) -> bytes:
 
 
 def _hub_cache_entry(root: Path) -> Path | None:
-    """The cache's folder of the repository that `root` is a snapshot of, None for any other folder."""
+    """Return the cache's folder of a repository if `root` is a snapshot in it, else None."""
     entry = root.parent.parent
     return entry if root.parent.name == "snapshots" and "--" in entry.name else None
 
 
 def _in_blobs_of_cache(root: Path, path: Path) -> bool:
-    """Whether `root` is a snapshot of a Hub cache and `path` lies in that cache entry's blobs, or
-    in the cache's.
+    """True if `root` is a snapshot of a Hub cache, and `path` is a blob of its repository or cache.
 
-    huggingface_hub 2 keeps what several repositories have as `<cache>/blobs/<2 digits>/<64
-    digits>`. Either blobs folder may be a link to another disk.
+    huggingface_hub 2 stores blobs of several repositories as `<cache>/blobs/<2 digits>/<64
+    digits>`. Both blobs folders may be links to another disk.
     """
     entry = _hub_cache_entry(root)
     if entry is None:

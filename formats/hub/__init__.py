@@ -1,10 +1,13 @@
 """Model repositories on the Hub: files, byte ranges, experts fetched on demand.
 
-- *Repo*: a repository pinned to a commit (`repo.py`).
-- *Range*: bytes [begin, end) of one of its files (`ranges.py`).
-- *Lazy folder*: a converted folder of which only some experts are on disk (`lazy_folder.py`),
-  filled by its reader (`lazy_reader.py`).
+- *Repo*: a repository pinned to a commit (`repo.py`, with the commit's files from
+  `revision_files.py`).
+- *Writer*: commits to a branch of a repository (`repo_writer.py`).
+- *Range*: bytes [begin, end) of a file (`ranges.py`).
+- *Download*: a whole file, resumed and checked (`download.py`).
+- *Lazy folder*: a converted folder that has only some of its experts (`lazy_folder.py`), filled by
+  its reader (`lazy_reader.py`).
 
-Invariants: only this room talks to huggingface_hub. A byte is fetched once, and compared with the
-index before use.
+Invariants: only this room imports huggingface_hub. Each byte is fetched once, and compared with the
+index before use. Errors carry neither tokens nor requests.
 """

@@ -1,6 +1,4 @@
-"""Experts that come from the Hub when they are needed, and meanwhile one after the other; each byte
-once.
-"""
+"""Reader that fetches experts from the Hub on demand, and the others in the background."""
 
 import logging
 import threading
@@ -14,27 +12,28 @@ from formats.checksums import sha256_of
 from formats.errors import DamageError, HubError, MoeConvertError
 from formats.files.io_errors import translated
 from formats.files.output_file import OutputFile
-from formats.hub.lazy_folder import LazyFolder, Progress
+from formats.hub.lazy_folder import LazyFolder
 from formats.hub.repo import HubRepo
+from formats.progress import Progress, no_progress
 from formats.reading.direct_reader import DirectReader
 from formats.reading.reader import aligned_bytes
 
 _log = logging.getLogger(__name__)
 
 _CLOSE_WAIT_S = 5.0
+"""Longest wait of `close` for the background thread."""
 
 Key = tuple[int, int]
 """(layer, expert)"""
 
 
 class HubReader(DirectReader):
-    """Reads experts that are in `folder` from there, and fetches the others, which it writes there.
+    """Reads the experts in `folder`, and fetches missing ones into it.
 
-    Fetched bytes are compared with the index's sha256 before they are used, and recorded once they
-    are durable; a guess that was given up goes on where it stopped. With `fill`, a thread fetches
-    what is missing while no read of the engine is under way, the layers that come next first. Once
-    all is there the folder is a converted one. progress gets ("experts", bytes there, bytes of
-    all).
+    Fetched bytes are compared with the index's sha256 before use, and recorded once they are
+    durable. An expert that was fetched in part is resumed. fill: a thread fetches missing experts
+    while the engine reads nothing, those of the next layers first. progress is called with
+    ("experts", bytes on disk, bytes of all experts).
     """
 
     def __init__(
@@ -43,24 +42,32 @@ class HubReader(DirectReader):
         *,
         check: str = "fast",
         fill: bool = True,
-        progress: Progress | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         super().__init__(folder.artifact, check=check)
         self.fetched_bytes = 0
-        """From the Hub, of experts."""
-        self._folder, self._progress = folder, progress
+        """Bytes of experts fetched from the Hub by this reader."""
+        self._folder = folder
+        self._progress = progress
         self._entries = {
             (e.layer, e.expert): e for file in self.artifact.index.layers for e in file.experts
         }
-        self._good = {key for key in self._entries if folder.has(*key)}
-        self._have = {key: self._entries[key].length for key in self._good}
-        """How many of an expert's bytes, from its first, are in the file; compared or not."""
+        self._checked = {key for key in self._entries if folder.has(*key)}
+        """Experts whose bytes are in the file and match the index."""
+        self._written = {key: self._entries[key].length for key in self._checked}
+        """Number of an expert's first bytes that are in the file, checked or not."""
         self._expert_locks: defaultdict[Key, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Condition()
         self._unrecorded: list[Key] = []
-        self._reads, self._last_layer = 0, -1
+        self._reads = 0
+        """Reads of the engine that are running."""
+        self._last_layer = -1
+        self._fills = fill
         self._filling: Key | None = None
-        self._fills, self._awaited, self._stopped = fill, False, False
+        """The expert that the background thread fetches."""
+        self._awaited = False
+        """True if the engine waits for that expert."""
+        self._stopped = False
         self._writers = [
             OutputFile(self.artifact.layer_path(n), keep=True) for n in range(len(self._files))
         ]
@@ -70,56 +77,46 @@ class HubReader(DirectReader):
         self._thread.start()
 
     def status(self) -> tuple[int, int]:
-        """(bytes of the experts that are there, bytes of all experts)."""
+        """Return (bytes of the experts on disk, bytes of all experts)."""
         with self._lock:
-            there = sum(self._entries[key].length for key in self._good)
-        return there, sum(entry.length for entry in self._entries.values())
+            on_disk = sum(self._entries[key].length for key in self._checked)
+        return on_disk, sum(entry.length for entry in self._entries.values())
 
     def fetch(self, layer: int, expert: int, place: Tensor, begin: int, end: int) -> None:
         with self._engine_read((layer, expert)):
-            self._bring((layer, expert), place, begin, end)
+            self._read_or_fetch((layer, expert), place, begin, end)
 
     def check(self, layer: int, expert: int, stored: Tensor) -> None:
-        key, expected = (layer, expert), self._entries[layer, expert].sha256
-        if key in self._good:
+        key = (layer, expert)
+        if key in self._checked:
             super().check(layer, expert, stored)
             return
         with self._expert_locks[key]:
-            found = sha256_of(stored.numpy().data)
-            if found != expected:
-                # Not by the line, whose breaks are seen: by a damaged answer, or a damaged file of
-                # ours.
-                self._have[key] = 0
-                self._read_hub(key, stored, 0, len(stored), from_cache=False)
-                found = sha256_of(stored.numpy().data)
-            if found != expected:
-                place = self.name(layer, expert)
-                raise DamageError(
-                    f"{place}: the sha256 of what the Hub gives is {found}, the index says {expected}",
-                    "the repository is damaged: tell its owner, or give another --revision",
-                )
-            if self._have.get(key, 0) < len(stored):
-                self._write(key, stored, 0)
+            self._check_or_fetch_again(key, stored)
         with self._lock:
-            if key not in self._good:
-                self._good.add(key)
+            if key not in self._checked:
+                self._checked.add(key)
                 self._unrecorded.append(key)
                 self._lock.notify_all()
-        if self._progress:
-            self._progress("experts", *self.status())
+        self._progress("experts", *self.status())
 
     def start_anew(self) -> None:
-        """For a forked child: it fetches what it needs, into the same files; only the parent goes
-        on with the others, and records what it fetched itself.
+        """Prepare for use in a forked child.
+
+        The child fetches the experts that it needs into the same files. Only the parent continues
+        in the background and records experts.
         """
         self._expert_locks.clear()
         self._lock = threading.Condition()
-        self._reads, self._filling, self._awaited = 0, None, False
-        self._fills, self._thread = False, None
+        self._reads = 0
+        self._filling = None
+        self._awaited = False
+        self._fills = False
+        self._thread = None
         self._folder.start_anew()
 
     def stop(self) -> None:
-        # Nothing else: the files stay open until no read is under way.
+        # The files stay open until no read is running.
         self._folder.stop.set()
 
     def close(self) -> None:
@@ -127,34 +124,55 @@ class HubReader(DirectReader):
         with self._lock:
             self._stopped = True
             self._lock.notify_all()
-        # It closes the files itself, also where a line keeps it from ending soon; and the last
-        # reference to the model may have been dropped in it.
+        # The thread closes the files itself, even if a slow connection delays its end. `close` may
+        # also be called in it, when it drops the last reference to the model.
         if self._thread is None:
             self._close_files()
         elif self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_WAIT_S)
 
-    def _bring(self, key: Key, place: Tensor, begin: int, end: int) -> None:
-        """Bytes [begin, end) of an expert, from the file as far as they are there; the others get
-        there.
+    def _check_or_fetch_again(self, key: Key, stored: Tensor) -> None:
+        """Compare an expert's bytes with the sha256; fetch them once more if they differ.
+
+        Then the bytes in the file are right, too. Raises DamageError.
         """
+        expected = self._entries[key].sha256
+        sha256 = sha256_of(stored.numpy().data)
+        if sha256 != expected:
+            # A broken connection raises: the answer was damaged, or our file.
+            self._written[key] = 0
+            self._read_hub(key, stored, 0, len(stored), from_cache=False)
+            sha256 = sha256_of(stored.numpy().data)
+        if sha256 != expected:
+            raise DamageError(
+                f"{self.name(*key)}: the sha256 of the Hub's bytes is {sha256}, the index says"
+                f" {expected}",
+                "the repository is damaged: tell its owner, or give another --revision",
+            )
+        if self._written.get(key, 0) < len(stored):
+            self._write(key, stored, 0)
+
+    def _read_or_fetch(self, key: Key, place: Tensor, begin: int, end: int) -> None:
+        """Read bytes [begin, end) of an expert from the file; fetch and write missing ones."""
         with self._expert_locks[key]:
-            have = self._have.get(key, 0)
-            if begin < have:
-                super().fetch(*key, place, begin, min(have, end))
-            if (begin := max(begin, have)) < end:
+            written = self._written.get(key, 0)
+            if begin < written:
+                super().fetch(*key, place, begin, min(written, end))
+            if (begin := max(begin, written)) < end:
                 self._read_hub(key, place, begin, end)
-                if begin == have:
+                if begin == written:
                     self._write(key, place[:end], begin)
 
     def _read_hub(
         self, key: Key, place: Tensor, begin: int, end: int, *, from_cache: bool = True
     ) -> None:
+        """Read bytes [begin, end) of an expert from the user's cache or the Hub into `place`."""
         if (repo := self._folder.repo) is None:
             raise HubError(
                 f"{self.name(*key)}: not fetched yet, and offline (HF_HUB_OFFLINE)", "go online"
             )
-        file, offset = self.artifact.index.layers[key[0]].file, self._entries[key].offset + begin
+        file = self.artifact.index.layers[key[0]].file
+        offset = self._entries[key].offset + begin
         view = place.numpy().data[begin:end]
         if from_cache and (cached := repo.cached(file)):
             with translated(cached, "read", HubError), open(cached, "rb") as f:
@@ -164,21 +182,22 @@ class HubReader(DirectReader):
         position = 0
         for chunk in repo.chunks(file, offset, offset + len(view)):
             if self._folder.stop.is_set():
-                raise HubError(f"{self.name(*key)}: the model was closed while it was fetched")
+                raise HubError(f"{self.name(*key)}: the model was closed during the download")
             view[position : position + len(chunk)] = chunk
             position += len(chunk)
         with self._lock:
             self.fetched_bytes += end - begin
 
     def _write(self, key: Key, place: Tensor, begin: int) -> None:
-        """Writes place[begin:] where it belongs, not durably yet."""
+        """Write place[begin:] to the expert's place in its file, not yet durably."""
         self._writers[key[0]].write_at(
             place.numpy().data[begin:], self._entries[key].offset + begin
         )
-        self._have[key] = len(place)
+        self._written[key] = len(place)
 
     @contextmanager
     def _engine_read(self, key: Key) -> Iterator[None]:
+        """Hold off the background thread during the block, unless it fetches the same expert."""
         with self._lock:
             self._reads += 1
             self._last_layer = key[0]
@@ -193,9 +212,7 @@ class HubReader(DirectReader):
                 self._lock.notify_all()
 
     def _work(self) -> None:
-        """The thread: records what was compared, fetches what is missing, and closes the files at
-        the end.
-        """
+        """Run the background thread: record checked experts, fetch missing ones, then close."""
         try:
             while True:
                 with self._lock:
@@ -203,7 +220,8 @@ class HubReader(DirectReader):
                         self._unrecorded or self._stopped or (self._fills and not self._reads)
                     ):
                         self._lock.wait()
-                    unrecorded, self._unrecorded = self._unrecorded, []
+                    unrecorded = self._unrecorded
+                    self._unrecorded = []
                 try:
                     if unrecorded:
                         self._make_durable(unrecorded)
@@ -212,12 +230,12 @@ class HubReader(DirectReader):
                     else:
                         self._fill()
                 except Exception as e:
-                    # Whatever it is: the engine goes on with the files, which close where this
-                    # thread ends.
+                    # Any exception ends only the filling: the engine goes on using the files,
+                    # which this thread closes at its end.
                     self._fills = False
                     if not self._folder.stop.is_set():
                         _log.warning(
-                            "fetching ahead ended: %s",
+                            "the download in the background ended: %s",
                             e if isinstance(e, MoeConvertError) else repr(e),
                         )
         finally:
@@ -236,10 +254,12 @@ class HubReader(DirectReader):
         self._folder.record(keys)
 
     def _fill(self) -> None:
-        """Fetches one expert in one answer, which is not read on while the engine reads: the line
-        is the engine's.
+        """Fetch the next missing expert in one request.
+
+        The answer is not read while the engine reads, so that the engine has the full bandwidth.
         """
-        key, repo = self._next(), self._folder.repo
+        key = self._next()
+        repo = self._folder.repo
         if key is None or repo is None:
             self._fills = False
             return
@@ -251,36 +271,39 @@ class HubReader(DirectReader):
                 self._stream(key, repo, place)
         finally:
             with self._lock:
-                self._filling, self._awaited = None, False
+                self._filling = None
+                self._awaited = False
         if not self._stopped:
             self.check(*key, place[: self._entries[key].length])
 
     def _stream(self, key: Key, repo: HubRepo, place: Tensor) -> None:
-        entry, file = self._entries[key], self.artifact.index.layers[key[0]].file
-        have = self._have.get(key, 0)
-        super().fetch(*key, place, 0, have)
+        """Bring an expert's bytes to `place` and to its file, as `_fill` describes."""
+        entry = self._entries[key]
+        file = self.artifact.index.layers[key[0]].file
+        position = self._written.get(key, 0)
+        super().fetch(*key, place, 0, position)
         if repo.cached(file):
-            self._read_hub(key, place, have, entry.length)
-            self._write(key, place[: entry.length], have)
+            self._read_hub(key, place, position, entry.length)
+            self._write(key, place[: entry.length], position)
             return
-        for chunk in repo.chunks(file, entry.offset + have, entry.offset + entry.length):
+        for chunk in repo.chunks(file, entry.offset + position, entry.offset + entry.length):
             with self._lock:
                 self.fetched_bytes += len(chunk)
-                # Not read on, the answer takes nothing of the line; unless it is what the engine
-                # waits for.
+                # Unread, the answer takes no bandwidth. Read on if the engine waits for it.
                 while self._reads and not (self._awaited or self._stopped):
                     self._lock.wait()
                 if self._stopped:
                     return
-            end = have + len(chunk)
-            place.numpy().data[have:end] = chunk
-            self._write(key, place[:end], have)
-            have = end
+            end = position + len(chunk)
+            place.numpy().data[position:end] = chunk
+            self._write(key, place[:end], position)
+            position = end
 
     def _next(self) -> Key | None:
-        """The missing expert whose layer is used soonest after the one of the latest read."""
+        """Return the missing expert whose layer comes soonest after the last layer read."""
         with self._lock:
-            missing, first = self._entries.keys() - self._good, self._last_layer + 1
+            missing = self._entries.keys() - self._checked
+            first = self._last_layer + 1
         return min(
             missing, key=lambda key: ((key[0] - first) % len(self._writers), key[1]), default=None
         )

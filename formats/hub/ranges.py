@@ -1,9 +1,8 @@
-"""Byte ranges of files on a Hub: exactly the bytes that were asked for, or a HubError.
+"""Byte ranges of files on a Hub: exactly the requested bytes, or a HubError.
 
-huggingface_hub's file system object takes what a server sends, also where that ignores the range.
-Here the status must be 206 (200 for a whole file), Content-Range and length must be those asked
-for, and what the first host says of the file (commit, ETag, size) must be what is known of it. The
-bytes' hash is for the caller to check.
+huggingface_hub's file system object accepts any answer, even if the server ignores the range. Here
+the status must be 206 (200 for a whole file), Content-Range and length must be the requested ones,
+and commit, ETag and size sent by the first host must be the known ones. The caller checks the hash.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from formats.errors import HubError
 
 MAX_REDIRECTS = 5
 PROGRESS_BYTES = 1 << 20
-"""An attempt that got so far before the line broke does not count as a failed one."""
+"""An attempt that read this much before the connection broke does not count as a failure."""
 AGAIN_HINT = "run the same command again: it goes on where it stopped"
 
 _log = logging.getLogger(__name__)
@@ -28,13 +27,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository at a commit. `etag` is the sha256 of an LFS file, git's sha1 of
-    another.
+    """A file of a repository at a commit.
+
+    etag: the sha256 of an LFS file, git's sha1 of another file. size: in bytes.
     """
 
     name: str
     url: str
-    """Of the file at the commit, on the host that may have the token."""
+    """Address of the file at the commit, on the host that gets the token."""
     repo: str
     commit: str
     size: int
@@ -42,11 +42,11 @@ class RemoteFile:
 
     @property
     def sha256(self) -> str | None:
-        """The file's sha256 in hex, if the Hub knows it."""
+        """The file's sha256 in hex, or None if the Hub does not state it."""
         return self.etag if re.fullmatch("[0-9a-f]{64}", self.etag) else None
 
     def hasher(self) -> Any:
-        """A new hash object; given the whole file, its hexdigest is `etag`."""
+        """Return a new hash object whose hexdigest over the whole file is `etag`."""
         return hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % self.size)
 
     def __str__(self) -> str:
@@ -55,10 +55,10 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Retries:
-    """How often and how long. Waits double from `first_s`; a server's Retry-After is kept to, up to
-    `longest_s`.
+    """Number of attempts and waits between them.
 
-    wait: gives True if nobody waits any more, as threading.Event.wait: nothing is tried again then.
+    Waits double from `first_s`. A server's Retry-After is obeyed up to `longest_s`. wait: sleeps
+    that many seconds; if it returns True, as a set threading.Event does, attempts end.
     """
 
     attempts: int = 6
@@ -67,8 +67,9 @@ class Retries:
     wait: Callable[[float], object] = time.sleep
 
     def pause(self, failures: int, asked_s: float | None) -> bool:
-        """Waits after the failure of this number, counted from 1; False if nothing is to be tried
-        again.
+        """Wait after failure number `failures` (from 1); return False if attempts must end.
+
+        asked_s: the pause that the server asks for.
         """
         return not self.wait(
             min(self.longest_s, self.first_s * 2 ** (failures - 1)) if asked_s is None else asked_s
@@ -76,21 +77,24 @@ class Retries:
 
 
 class _Failed(Exception):
-    """An answer that may be better next time, unless `is_final`; `asked_s` is how long the server
-    wants to be left alone.
+    """A failed attempt, which may be tried again unless `is_final`.
+
+    asked_s: the pause that the server asks for.
     """
 
     def __init__(self, what: str, asked_s: float | None = None, *, is_final: bool = False) -> None:
         super().__init__(what)
-        self.asked_s, self.is_final = asked_s, is_final
+        self.asked_s = asked_s
+        self.is_final = is_final
 
 
 class RangeReader:
-    """Reads ranges; safe to use from several threads.
+    """Reads ranges. Several threads may use it.
 
-    session() returns the HTTP client (`range_client`: an httpx client, whichever version); `headers` go only to the host of a file's own URL, and so does the token in them;
-    `transport_errors` are what the client raises when the line breaks or times out,
-    `address_errors` when an answer redirects to what it cannot read as an address.
+    session: returns the HTTP client (`range_client`, an httpx client). headers: sent
+    only to the host of a file's own URL, because they contain the token. transport_errors: the
+    client's exceptions for broken connections and timeouts. address_errors: those for a redirect
+    to an invalid address.
     """
 
     def __init__(
@@ -103,33 +107,35 @@ class RangeReader:
         timeout_s: float = 10.0,
         retries: Retries | None = None,
     ) -> None:
-        self._session, self._headers = session, dict(headers)
-        self._transport_errors, self._address_errors = transport_errors, address_errors
-        self._timeout_s, self._retries = timeout_s, retries or Retries()
+        self._session = session
+        self._headers = dict(headers)
+        self._transport_errors = transport_errors
+        self._address_errors = address_errors
+        self._timeout_s = timeout_s
+        self._retries = retries or Retries()
         self._locations: dict[str, str] = {}
+        """The address to which a file's URL was redirected last."""
 
     def read(self, file: RemoteFile, begin: int, end: int) -> bytes:
-        """Bytes begin..end (exclusive) of `file`. Raises HubError; never returns other or fewer
-        bytes.
-        """
+        """Return bytes [begin, end) of `file`, never other or fewer bytes. Raises HubError."""
         return b"".join(self.chunks(file, begin, end))
 
     def read_into(self, file: RemoteFile, begin: int, view: memoryview) -> None:
-        """Fills `view` with the bytes from `begin` on. Errors as `read`; `view` may be filled in
-        part then.
-        """
+        """Fill `view` with the bytes from `begin` on. Raises HubError; `view` is then undefined."""
         position = 0
         for chunk in self.chunks(file, begin, begin + len(view)):
             view[position : position + len(chunk)] = chunk
             position += len(chunk)
 
     def chunks(self, file: RemoteFile, begin: int, end: int) -> Iterator[bytes]:
-        """The bytes begin..end (exclusive) in order, in pieces; after a break it goes on with what
-        is missing.
+        """Yield bytes [begin, end) in order. After a broken connection it requests the rest.
+
+        Raises HubError.
         """
         if not 0 <= begin <= end <= file.size:
             raise HubError(f"{file}: bytes {begin} to {end} asked for, it has {file.size}")
-        position = kept = begin
+        position = begin
+        attempt_begin = begin
         failures = 0
         while position < end:
             failed = None
@@ -147,15 +153,12 @@ class RangeReader:
             except self._transport_errors as e:
                 failed = _Failed(f"{type(e).__name__}: {e}")
             except self._address_errors as e:
-                failed = _Failed(
-                    f"redirected to an address that is not followed: {e}", is_final=True
-                )
+                failed = _Failed(f"redirected to an invalid address: {e}", is_final=True)
             if failed is None:
                 continue
-            # Outside of the except clauses, so that no request with its headers hangs on to the
-            # error.
-            failures = 1 if position - kept >= PROGRESS_BYTES else failures + 1
-            kept = position
+            # Outside of the except clauses: the error's context would hold the request's headers.
+            failures = 1 if position - attempt_begin >= PROGRESS_BYTES else failures + 1
+            attempt_begin = position
             self._after_failure(file, failed, failures)
 
     def _after_failure(self, file: RemoteFile, failed: _Failed, failures: int) -> None:
@@ -174,9 +177,8 @@ class RangeReader:
 
     @contextlib.contextmanager
     def _answer(self, file: RemoteFile, begin: int, end: int) -> Iterator[Any]:
-        """The checked answer to a request for a range, after redirects."""
-        # A whole file is asked for without a range: not every cache in front of small files knows
-        # ranges.
+        """Request a range, follow redirects, and yield the checked answer."""
+        # A whole file is requested without a range: some caches for small files ignore ranges.
         whole = (begin, end) == (0, file.size)
         ranges = {"Accept-Encoding": "identity"} | (
             {} if whole else {"Range": f"bytes={begin}-{end - 1}"}
@@ -199,7 +201,7 @@ class RangeReader:
             scheme = urlsplit(target).scheme
             if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
                 raise HubError(
-                    f"{file}: redirected to a {scheme or 'nameless'} address, which is not followed"
+                    f"{file}: redirected to an address of scheme {scheme!r}, which is not followed"
                 )
             url = target
             if _origin(url) != _origin(file.url):
@@ -211,14 +213,15 @@ class RangeReader:
         if status == expected:
             return
         if not home:
-            # Signed addresses expire: ask the Hub for another one.
+            # Signed addresses expire: the next attempt asks the Hub for a new one.
             self._locations.pop(file.url, None)
         if status in (408, 429) or status >= 500 or not home or status == 200:
             what = "status 200, the range was ignored" if status == 200 else f"status {status}"
             raise _Failed(what, _asked_pause(answer.headers))
+        login = "give a token that may read it: hf auth login, or --token"
         hints = {
-            401: "give a token that may read it: hf auth login, or --token",
-            403: "accept the model's terms on its page, and give a token that may read it: hf auth login, or --token",
+            401: login,
+            403: f"accept the model's terms on its page, and {login}",
             404: "check the names of repository, revision and file",
         }
         raise HubError(
@@ -228,40 +231,41 @@ class RangeReader:
 
 
 def _check_identity(answer: Any, file: RemoteFile) -> None:
-    """HubError if the file's own host speaks of another commit, content or size than the one that
-    is known.
-    """
+    """Raise HubError if the file's own host states another commit, ETag or size than the known."""
     if answer.status_code >= 400:
         return
-    of_content = answer.headers.get("ETag") if answer.status_code in (200, 206) else None
-    etag = answer.headers.get("X-Linked-Etag") or of_content
-    found = {
+    # A redirect's own ETag is not the file's.
+    own_etag = answer.headers.get("ETag") if answer.status_code in (200, 206) else None
+    etag = answer.headers.get("X-Linked-Etag") or own_etag
+    stated_and_known = {
         "commit": (answer.headers.get("X-Repo-Commit"), file.commit),
         "ETag": (etag.removeprefix("W/").strip('"') if etag else None, file.etag),
         "size": (answer.headers.get("X-Linked-Size"), str(file.size)),
     }
-    for what, (there, known) in found.items():
-        if there is not None and there != known:
+    for what, (stated, known) in stated_and_known.items():
+        if stated is not None and stated != known:
             raise HubError(
-                f"{file}: the Hub now says {what} {there}, it said {known} before",
-                "the file was replaced, or the Hub is a faulty mirror; try again, or use another HF_ENDPOINT",
+                f"{file}: the Hub now states {what} {stated}, before it stated {known}",
+                "the file was replaced, or the Hub is a faulty mirror: try again, or use another"
+                " HF_ENDPOINT",
             )
 
 
 def _check_range(answer: Any, file: RemoteFile, begin: int, end: int) -> None:
     headers = answer.headers
-    wanted = f"bytes {begin}-{end - 1}/{file.size}"
-    if answer.status_code == 206 and (found := headers.get("Content-Range")) != wanted:
-        raise _Failed(f"Content-Range {found!r}, expected {wanted!r}")
+    expected = f"bytes {begin}-{end - 1}/{file.size}"
+    if answer.status_code == 206 and (stated := headers.get("Content-Range")) != expected:
+        raise _Failed(f"Content-Range {stated!r}, expected {expected!r}")
     if (length := headers.get("Content-Length")) not in (None, str(end - begin)):
-        raise _Failed(f"{length} bytes announced, {end - begin} asked for")
+        raise _Failed(f"Content-Length {length}, expected {end - begin}")
     if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
-        raise _Failed(f"Content-Encoding {encoding!r}, asked for was identity")
+        raise _Failed(f"Content-Encoding {encoding!r}, expected identity")
 
 
 def _asked_pause(headers: Mapping[str, str]) -> float | None:
-    """Seconds that Retry-After or the Hub's rate limit header ask for; None for neither (or a
-    date).
+    """Return the pause that Retry-After or the Hub's RateLimit header asks for, in seconds.
+
+    None without such a header, or for a date.
     """
     if re.fullmatch(r"\d{1,9}", after := headers.get("Retry-After", "").strip()):
         return float(after)

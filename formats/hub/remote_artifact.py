@@ -1,30 +1,24 @@
-"""A converted model on the Hub, opened by its index and headers: a few hundred kilobytes by ranges,
-no weights.
-"""
+"""Opening of a converted model on the Hub by its index and headers: some 100 kB, no weights."""
 
-import struct
 from pathlib import Path
 
-from formats import INDEX_NAME
+from formats import ALIGNMENT_BYTES, INDEX_NAME
 from formats.artifact import Artifact, read_head
-from formats.errors import DamageError, FormatError
 from formats.files.output_file import OutputFile, make_folders
+from formats.files.partial_file import write_file
+from formats.hub.remote_header import fetch_header
 from formats.hub.repo import HubRepo
 from formats.hub.repo_files import read_small_file
 from formats.hub.repo_listing import fetch_index
 from formats.index_checks import layer_header_limit, trunk_header_limit
-from formats.writer import write_file
-
-_FIRST_BYTES = 4096
 
 
 def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Artifact:
-    """The artifact in `repo`, all of whose structure was checked as `Artifact.open` checks a
-    folder's.
+    """Open the artifact in `repo`, with the checks of `Artifact.open`.
 
-    `folder` gets index, config.json and quality.json, and the weight files with their headers: of
-    the right size, but with holes where the weights would be. Raises what Artifact.open raises, and
-    HubError; DamageError where the Hub's hash or size differs.
+    Writes index, config.json and quality.json to `folder`, and weight files of the right size with
+    their headers, but holes instead of weights. Raises the errors of Artifact.open, HubError, and
+    DamageError if the Hub's hash or size differs.
     """
     data, index = fetch_index(repo)
     make_folders(folder)
@@ -32,7 +26,7 @@ def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Ar
         if name in repo.files:
             write_file(folder / name, read_small_file(repo, name))
     write_file(folder / index_name, data)
-    # Counts before headers: config.json bounds the numbers of layers and experts.
+    # Before the headers: config.json limits the numbers of layers and experts.
     read_head(folder, index_name)
     headers = [(index.trunk.file, index.trunk.size_bytes, trunk_header_limit(index.trunk))]
     headers += [(layer.file, layer.size_bytes, layer_header_limit(layer)) for layer in index.layers]
@@ -40,23 +34,8 @@ def open_remote(repo: HubRepo, folder: Path, index_name: str = INDEX_NAME) -> Ar
         path = folder / name
         make_folders(path.parent)
         with OutputFile(path) as f:
-            f.write_at(read_head_bytes(repo, name, limit), 0)
+            # Our headers are padded to multiples of ALIGNMENT_BYTES.
+            _, start = fetch_header(repo, name, limit, first_bytes=ALIGNMENT_BYTES)
+            f.write_at(start, 0)
             f.truncate(size)
     return Artifact.open(folder, index_name)
-
-
-def read_head_bytes(repo: HubRepo, name: str, max_bytes: int) -> bytes:
-    """Everything before the data of a safetensors file, as it stands there.
-
-    FormatError if that is no such file, or has a header over `max_bytes`.
-    """
-    file = repo.file(name)
-    first = repo.read(name, 0, min(_FIRST_BYTES, file.size))
-    if len(first) < 8:
-        raise DamageError(f"{file}: {file.size} bytes, too short for a safetensors file")
-    end = 8 + struct.unpack("<Q", first[:8])[0]
-    if end > 8 + max_bytes:
-        raise FormatError(f"{file}: header of {end - 8} bytes, allowed are {max_bytes}")
-    if end > file.size:
-        raise FormatError(f"{file}: its header would end at {end}, the file at {file.size}")
-    return first[:end] + repo.read(name, len(first), end) if end > len(first) else first[:end]

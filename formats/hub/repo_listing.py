@@ -1,7 +1,7 @@
-"""What a converted model's repository must have by its index: compared before anything else of it
-is fetched.
+"""The files of a converted model's repository, as its index lists them.
 
-A repository may hold other files, of any number and size: they are never fetched.
+The list is checked before any other file is fetched. Files that the index does not list, of any
+number and size, are never fetched.
 """
 
 import logging
@@ -14,33 +14,34 @@ from formats.config.generation_config import GENERATION_NAME
 from formats.config.side_files import MAX_BYTES
 from formats.errors import DamageError, DoesNotFitError
 from formats.files.io_errors import translated
+from formats.hub.hub_settings import cache_root
 from formats.hub.ranges import RemoteFile
-from formats.hub.repo import HubRepo, cache_root
+from formats.hub.repo import HubRepo
 from formats.hub.repo_files import MAX_SMALL_BYTES, read_small_file
 from formats.index import Index, parse_index
 from formats.index_checks import index_problems
 from formats.repair.unconverted import check_converted_repo
+from formats.sizes import format_size
 
 _log = logging.getLogger(__name__)
-_NAMED = 5
+_MAX_NAMED = 5
+"""Number of unlisted files that a warning names."""
 
 
 def fetch_index(repo: HubRepo) -> tuple[bytes, Index]:
-    """The index of the converted model in `repo`: its bytes, and what they say. Nothing else is
-    fetched.
+    """Fetch the index of the converted model in `repo`: its bytes, and the parsed index.
 
-    Raises NotConvertedError, HubError; FormatError where the index disagrees with itself;
-    DamageError where the Hub lists another size than the index for weights, or more for a small
-    file than one may have.
+    Raises NotConvertedError, HubError; FormatError if the index contradicts itself; DamageError if
+    the Hub lists another size than the index for weights, or a size over the limit for other files.
     """
     check_converted_repo(repo)
-    where = f"{repo.repo}@{repo.commit[:12]}"
     data = read_small_file(repo, INDEX_NAME)
-    index = parse_index(data, f"{where}: {INDEX_NAME}")
-    for _, problem in index_problems(index, f"{where}: {INDEX_NAME}"):
+    where = f"{repo.where}: {INDEX_NAME}"
+    index = parse_index(data, where)
+    for _, problem in index_problems(index, where):
         raise problem
     if not repo.offline:
-        _check_sizes(repo, index, where)
+        _check_sizes(repo, index)
     return data, index
 
 
@@ -52,11 +53,11 @@ def fetch_listed(
     local_dir: Path | None = None,
     bars: bool = False,
 ) -> tuple[Path, list[RemoteFile]]:
-    """The folder (`local_dir`, or the cache's) with these files: the index, what it lists and
-    `wanted` takes, and those of the names `beside` that are there.
+    """Download the index and the files that it lists; return the folder and the files.
 
-    bars: whether huggingface_hub draws its progress. Raises what `fetch_index` and `check_room`
-    raise.
+    wanted: selects names among the listed files. beside: names of further files, if the repository
+    has them. local_dir: the folder, None for the cache's. bars: let huggingface_hub draw progress
+    bars. Raises the errors of `fetch_index`, `check_space` and `HubRepo.snapshot`.
     """
     names = {INDEX_NAME, *filter(wanted, _listed(fetch_index(repo)[1])), *beside}
     files = [file for name, file in repo.files.items() if name in names]
@@ -64,17 +65,18 @@ def fetch_listed(
         for file in files:
             if file.name in beside and file.size > MAX_SMALL_BYTES:
                 raise DamageError(f"{file} has {file.size} bytes, allowed are {MAX_SMALL_BYTES}")
-        check_room(repo, files, local_dir)
-    # Checked names have no character that means something in a pattern.
+        check_space(repo, files, local_dir)
+    # Checked names contain no special characters of patterns.
     return repo.snapshot(sorted(names), local_dir=local_dir, bars=bars), files
 
 
-def check_room(repo: HubRepo, files: list[RemoteFile], local_dir: Path | None) -> None:
-    """DoesNotFitError if those of `files` that are not there yet need more disk than there is; logs
-    what they need.
+def check_space(repo: HubRepo, files: list[RemoteFile], local_dir: Path | None) -> None:
+    """Raise DoesNotFitError if the missing files of `files` exceed the free disk space.
+
+    Logs their number and size. local_dir: as in `fetch_listed`.
     """
-    place = local_dir or cache_root()
-    folder = next(p for p in (place, *place.absolute().parents) if p.exists())
+    target = local_dir or cache_root()
+    folder = next(p for p in (target, *target.absolute().parents) if p.exists())
     missing = [
         file
         for file in files
@@ -85,21 +87,21 @@ def check_room(repo: HubRepo, files: list[RemoteFile], local_dir: Path | None) -
         free = shutil.disk_usage(folder).free
     if needed > free:
         raise DoesNotFitError(
-            f"{place}: the download needs {needed} bytes, free are {free}", "free some space"
+            f"{target}: the download needs {needed} bytes, only {free} are free", "free some space"
         )
     if missing:
-        _log.info("%s: fetching %d files, %d MB", repo.repo, len(missing), needed // 10**6)
+        _log.info("%s: fetching %d files, %s", repo.repo, len(missing), format_size(needed))
 
 
 def note_unlisted(repo: HubRepo, fetched: Collection[str]) -> None:
-    """Logs, once, the repository's files that are none of `fetched`."""
+    """Log a warning that names the repository's files which are not in `fetched`."""
     left = sorted(repo.files.keys() - set(fetched) - {".gitattributes"})
     if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        more = f" and {len(left) - _MAX_NAMED} more" if len(left) > _MAX_NAMED else ""
         _log.warning(
             "%s: not fetched: %s%s: %s does not list them",
             repo.repo,
-            ", ".join(left[:_NAMED]),
+            ", ".join(left[:_MAX_NAMED]),
             more,
             INDEX_NAME,
         )
@@ -114,19 +116,19 @@ def _listed(index: Index) -> list[str]:
     ]
 
 
-def _check_sizes(repo: HubRepo, index: Index, where: str) -> None:
+def _check_sizes(repo: HubRepo, index: Index) -> None:
     for name, size in (
         (index.trunk.file, index.trunk.size_bytes),
         *((f.file, f.size_bytes) for f in index.layers),
     ):
-        if (found := repo.file(name).size) != size:
-            raise DamageError(f"{where}: {name} has {found} bytes, the index says {size}")
+        if (listed := repo.file(name).size) != size:
+            raise DamageError(f"{repo.where}: {name} has {listed} bytes, the index says {size}")
     limits = {file.file: MAX_BYTES for file in index.files}
     limits |= dict.fromkeys(("config.json", GENERATION_NAME), MAX_SMALL_BYTES)
     for name, limit in limits.items():
-        # That one is missing, or was edited, is for those to say who use it.
-        if name in repo.files and (found := repo.files[name].size) > limit:
-            raise DamageError(f"{where}: {name} has {found} bytes, allowed are {limit}")
+        # A missing or edited file is an error only for its users.
+        if name in repo.files and (listed := repo.files[name].size) > limit:
+            raise DamageError(f"{repo.where}: {name} has {listed} bytes, allowed are {limit}")
 
 
 def _has(folder: Path, file: RemoteFile) -> bool:

@@ -1,14 +1,16 @@
 """Writes to a model repository on the Hub: access, the state of a branch, one commit."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from formats.errors import HubError
+from formats.hub.hub_errors import hub_call
+from formats.hub.hub_settings import progress_bars
 from formats.hub.ranges import RemoteFile, Retries
-from formats.hub.repo import HubRepo, hub_call, is_repo_name
+from formats.hub.repo import HubRepo
+from formats.hub.repo_names import check_repo_name
 
 _TOKEN_HINT = "give a token that may write with --token, or log in: hf auth login"
 T = TypeVar("T")
@@ -108,7 +110,7 @@ class RepoWriter:
             *(CommitOperationDelete(name) for name in deleted),
         ]
         # Not upload_folder: it makes several commits where hf_xet is installed.
-        with _progress_bars(bars):
+        with progress_bars(bars):
             info = self._call(
                 lambda: self._api().create_commit(
                     self.repo,
@@ -150,28 +152,3 @@ class RepoWriter:
 
     def _call(self, call: Callable[[], T]) -> T:
         return hub_call(call, self.repo, self.retries)
-
-
-def check_repo_name(repo: str) -> None:
-    """Raise HubError unless `repo` has the form owner/model."""
-    if not is_repo_name(repo):
-        raise HubError(f"{repo!r} is not the name of a repository", "name it as owner/model")
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Hide huggingface_hub's progress bars in this context unless `shown`."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    hide = not shown and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bars()

@@ -1,10 +1,11 @@
-"""Readers of experts' bytes, and the checks of stored bytes.
+"""Readers of experts' bytes, and checks of stored bytes.
 
-- *Reader*: gives an expert's packed bytes, by mmap (`mmap_reader.py`) or by direct reads past the
-  page cache (`direct_reader.py`). `readers.py` lists them by name.
-- *Check*: the comparison of stored bytes with the index: none, fast (xxh3) or full (sha256).
-- *Verification*: the structure of a whole folder, and on request every byte of it (`verify.py`).
+- *Reader*: gives experts' packed bytes, by mmap (`mmap_reader.py`) or by O_DIRECT past the page
+  cache (`direct_reader.py`). `readers.py` lists the readers by name.
+- *Load*: the read of one expert in steps, so that a more urgent read can go first (`reader.py`).
+- *Check*: comparison of an expert's stored bytes with the index: fast (xxh3), sha256 or none.
+- *Verification*: check of a whole folder's structure, optionally of every byte (`verify.py`).
 
-Invariants: no byte of an expert is used before its check. A fork waits for direct reads under way
+Invariants: no byte of an expert is used before its check. A fork waits for running direct reads
 (`fork_gate.py`).
 """

@@ -1,27 +1,24 @@
-"""A file read past the page cache, where the file system can."""
+"""Reads past the page cache (O_DIRECT), on file systems that support them."""
 
 import errno
 import fcntl
-import functools
-import logging
 import os
 from pathlib import Path
 
 from formats import ALIGNMENT_BYTES
 from formats.files.io_errors import UNSUPPORTED
+from formats.files.log_once import info_once
 from formats.files.paths import open_regular
 from formats.reading.fork_gate import shared_gate
 
 _REFUSED = UNSUPPORTED | {errno.EINVAL}
 
-_log = logging.getLogger(__name__)
-
 
 class DirectFile:
-    """O_DIRECT where the file system takes it; elsewhere ordinary reads, after which the page cache
-    is asked to forget.
+    """A file read with O_DIRECT, or with ordinary reads if the file system refuses O_DIRECT.
 
-    Several threads may read at once. PathError if `path` cannot be opened.
+    Ordinary reads are followed by a request to drop the pages from the page cache. Several threads
+    may read at once. Raises PathError if `path` cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,11 +28,12 @@ class DirectFile:
         self._direct = _make_direct(self._descriptor, path)
 
     def read(self, offset: int, view: memoryview, begin: int, end: int) -> int:
-        """Bytes [begin, end) of what starts at `offset`, to the same places in `view`; where the
-        reading stopped: `end` or behind it, less if the file ends before. OSError.
+        """Read the file's bytes [offset + begin, offset + end) into view[begin:end].
 
-        offset and begin are multiples of ALIGNMENT_BYTES, `view` lies on a page and reaches to the
-        next one after `end` (`formats.reading.reader.aligned_bytes`): whole pages are read.
+        Returns the position in `view` at which the read stopped: at least `end`, less only if the
+        file ends earlier. O_DIRECT reads whole pages: `offset` and `begin` are multiples of
+        ALIGNMENT_BYTES, and `view` begins on a page boundary and extends to the one after `end`
+        (`formats.reading.reader.aligned_bytes`). Raises OSError.
         """
         done = begin
         while done < end:
@@ -45,12 +43,12 @@ class DirectFile:
                 with self._gate.read():
                     count = os.preadv(self._descriptor, [view[done:stop]], offset + done)
             except OSError as e:
-                # Not for this file system, or the read before stopped within a page.
+                # The file system refuses O_DIRECT, or the last read stopped within a page.
                 if not direct or e.errno not in _REFUSED:
                     raise
                 _make_buffered(self._descriptor)
                 self._direct = False
-                _note(self.path.parent, e.strerror or str(e))
+                _note_refusal(self.path.parent, e)
                 continue
             if count == 0:
                 break
@@ -60,19 +58,19 @@ class DirectFile:
         return done
 
     def close(self) -> None:
-        """Gives up the file."""
+        """Close the file."""
         os.close(self._descriptor)
 
 
 def _make_direct(descriptor: int, path: Path) -> bool:
-    """Whether reads of `descriptor` now go past the page cache and so must be aligned."""
+    """Set O_DIRECT; return True if reads are now direct, and so must be aligned."""
     flag = getattr(os, "O_DIRECT", 0)
     if not flag:
         return False
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | flag)
     except OSError as e:
-        _note(path.parent, e.strerror or str(e))
+        _note_refusal(path.parent, e)
         return False
     return True
 
@@ -81,6 +79,8 @@ def _make_buffered(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
-@functools.cache
-def _note(folder: Path, cause: str) -> None:
-    _log.info("%s: direct reads are refused (%s): reading through the page cache", folder, cause)
+def _note_refusal(folder: Path, error: OSError) -> None:
+    info_once(
+        f"{folder}: direct reads are refused ({error.strerror or error}):"
+        " reading through the page cache"
+    )

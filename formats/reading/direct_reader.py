@@ -1,17 +1,16 @@
-"""Experts read into buffers past the page cache: the disk's full speed at a fifth of the processor
-time of a map.
-"""
+"""Reader with O_DIRECT: full disk speed, with a fifth of the CPU time of mmap."""
 
 from torch import Tensor
 
 from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.reading.direct_file import DirectFile
-from formats.reading.reader import ExpertReader, Load, aligned_bytes
+from formats.reading.reader import ExpertReader, aligned_bytes
+from formats.repair.repair_hints import repair_command
 
 
 class DirectReader(ExpertReader):
-    """Experts in memory of the caller's."""
+    """Reads experts into the caller's buffers."""
 
     def __init__(self, artifact: Artifact, *, check: str = "fast") -> None:
         super().__init__(artifact, check=check)
@@ -26,20 +25,20 @@ class DirectReader(ExpertReader):
     def in_place(self, layer: int, expert: int) -> bool:
         return False
 
-    def load(self, layer: int, expert: int, buffer: Tensor | None) -> Load:
+    def place(self, layer: int, expert: int, buffer: Tensor | None) -> Tensor:
         entry = self.artifact.entry(layer, expert)
         if buffer is None:
             raise ValueError("a direct read needs a buffer")
-        if entry.codec == "none":
-            return Load(self, layer, expert, buffer, None)
-        return Load(self, layer, expert, aligned_bytes(entry.length), buffer)
+        return buffer if entry.codec == "none" else aligned_bytes(entry.length)
 
     def fetch(self, layer: int, expert: int, place: Tensor, begin: int, end: int) -> None:
         entry = self.artifact.entry(layer, expert)
-        done = self._files[layer].read(entry.offset, place.numpy().data, begin, end)
-        if done < end:
+        position = self._files[layer].read(entry.offset, place.numpy().data, begin, end)
+        if position < end:
             raise DamageError(
-                f"{self.name(layer, expert)}: the file ends after {done} of {entry.length} bytes"
+                f"{self.name(layer, expert)}: the file ends after {position} of {entry.length}"
+                " bytes",
+                repair_command(self.artifact.folder, self.artifact.index),
             )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads that a fork must not come upon: it waits for those under way, and holds up others."""
+"""Separation of forks and direct reads: a fork waits for running reads, and blocks new ones."""
 
 import functools
 import logging
@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WAIT_S = 5.0
+"""Longest wait of a fork for running reads."""
 
 _log = logging.getLogger(__name__)
 
 
 class ForkGate:
-    """Direct reads write to pages that a fork would share: until Linux 6.5 their bytes may then be
-    lost in the parent (open(2), NOTES, "O_DIRECT I/Os should never be run concurrently with the
-    fork(2) system call").
+    """A gate between direct reads and forks.
+
+    A direct read writes to pages that a fork shares. Until Linux 6.5 the parent may then lose its
+    bytes (open(2), NOTES: "O_DIRECT I/Os should never be run concurrently with the fork(2) system
+    call").
     """
 
     def __init__(self) -> None:
@@ -24,7 +27,7 @@ class ForkGate:
 
     @contextmanager
     def read(self) -> Iterator[None]:
-        """Inside, a fork waits."""
+        """Hold off forks during the block."""
         with self._changed:
             self._reads += 1
         try:
@@ -35,27 +38,28 @@ class ForkGate:
                 self._changed.notify_all()
 
     def before_fork(self) -> None:
-        """Waits for the reads under way, and lets no other begin."""
+        """Wait for running reads, at most WAIT_S, and block new ones."""
         self._changed.acquire()
         if not self._changed.wait_for(lambda: not self._reads, timeout=WAIT_S):
             _log.warning(
-                "process %d forks while a file is read, which takes longer than %.0f s",
+                "process %d forks during a file read that takes longer than %.0f s:"
+                " the bytes read may be wrong",
                 os.getpid(),
                 WAIT_S,
             )
 
     def after_in_parent(self) -> None:
-        """Lets reads go on."""
+        """Unblock reads."""
         self._changed.release()
 
     def after_in_child(self) -> None:
-        """Begins anew: the child has none of the reads."""
+        """Reset the gate: the child runs no reads."""
         self.__init__()  # type: ignore[misc]
 
 
 @functools.lru_cache(maxsize=1)
 def shared_gate() -> ForkGate:
-    """The process's gate."""
+    """Return the process's gate, registered for forks on first use."""
     gate = ForkGate()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(

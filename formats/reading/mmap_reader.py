@@ -1,4 +1,4 @@
-"""Experts where they lie in a map: no copy, the page cache is the cache."""
+"""Reader with mmap: experts are used in place, and the page cache is the cache."""
 
 import contextlib
 import mmap
@@ -11,25 +11,22 @@ from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.files.io_errors import translated
 from formats.files.paths import open_regular
-from formats.reading.reader import ExpertReader, Load
+from formats.reading.reader import ExpertReader
 
 _POPULATE_READ = 22
-"""Linux's MADV_POPULATE_READ (5.14), for which the mmap module has no name: reads pages in and maps
-them at once.
-"""
+"""MADV_POPULATE_READ of Linux 5.14, which the mmap module lacks: reads and maps pages at once."""
 
 
 class MmapReader(ExpertReader):
-    """Experts as views of maps.
+    """Gives experts as views of mapped files.
 
-    A file that is cut while it is mapped kills the process with SIGBUS; `DirectReader` raises
-    instead. An expert's checksum is compared when the expert is first used, and again after its
-    memory was given back.
+    If a mapped file is truncated, SIGBUS kills the process; `DirectReader` raises DamageError
+    instead. An expert is checked at its first use, and again after `forget`.
     """
 
     def __init__(self, artifact: Artifact, *, check: str = "fast") -> None:
         super().__init__(artifact, check=check)
-        self._compared: set[tuple[int, int]] = set()
+        self._checked: set[tuple[int, int]] = set()
         self._maps: list[tuple[mmap.mmap, Tensor]] = []
         self._descriptors: list[int] = []
         try:
@@ -39,7 +36,7 @@ class MmapReader(ExpertReader):
                 if os.fstat(self._descriptors[-1]).st_size != file.size_bytes:
                     raise DamageError(f"{path}: its size changed since the folder was opened")
                 # A private writable map: torch has no read-only tensors, and a stray write must not
-                # reach the file.
+                # change the file.
                 with translated(path, "mapped", DamageError):
                     mapped = mmap.mmap(
                         self._descriptors[-1], file.size_bytes, access=mmap.ACCESS_COPY
@@ -52,25 +49,24 @@ class MmapReader(ExpertReader):
     def in_place(self, layer: int, expert: int) -> bool:
         return self.artifact.entry(layer, expert).codec == "none"
 
-    def load(self, layer: int, expert: int, buffer: Tensor | None) -> Load:
+    def place(self, layer: int, expert: int, buffer: Tensor | None) -> Tensor:
         entry = self.artifact.entry(layer, expert)
-        place = self._maps[layer][1][entry.offset : entry.offset + entry.length]
-        return Load(self, layer, expert, place, None if self.in_place(layer, expert) else buffer)
+        return self._maps[layer][1][entry.offset : entry.offset + entry.length]
 
     def fetch(self, layer: int, expert: int, place: Tensor, begin: int, end: int) -> None:
         offset = self.artifact.entry(layer, expert).offset
-        # Where the system doesn't know it, the pages come as they are touched.
+        # Older kernels refuse it and read the pages at their first access.
         with contextlib.suppress(OSError, ValueError):
             self._maps[layer][0].madvise(_POPULATE_READ, offset + begin, end - begin)
 
     def check(self, layer: int, expert: int, stored: Tensor) -> None:
-        # What is decoded from a map is read from it anew each time.
-        if (layer, expert) not in self._compared or not self.in_place(layer, expert):
+        # Compressed bytes are read from the map again for each use.
+        if (layer, expert) not in self._checked or not self.in_place(layer, expert):
             super().check(layer, expert, stored)
-            self._compared.add((layer, expert))
+            self._checked.add((layer, expert))
 
     def forget(self, layer: int, expert: int) -> None:
-        self._compared.discard((layer, expert))
+        self._checked.discard((layer, expert))
         entry = self.artifact.entry(layer, expert)
         if hasattr(mmap, "MADV_DONTNEED"):
             self._maps[layer][0].madvise(mmap.MADV_DONTNEED, entry.offset, entry.length)

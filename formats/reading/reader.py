@@ -1,9 +1,10 @@
-"""Experts' packed bytes from a converted folder, step by step, over maps or by direct reads."""
+"""Loads of experts' packed bytes, step by step, and the readers that begin them."""
 
 import mmap
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -17,16 +18,17 @@ from formats.errors import DamageError
 from formats.files.io_errors import io_error
 from formats.repair.repair_hints import repair_command
 
-PIECE_BYTES = 4 << 20
-"""What is read between two looks at whether something else has become more urgent."""
+STEP_BYTES = 4 << 20
+"""Size of one step of a prefetch. After each step a more urgent read may go first."""
 
 _PAUSES_S = (0.0, 0.1)
-"""Before each repetition of a read that the system refused."""
+"""Pauses before a failed read is tried again."""
 
 
 def aligned_bytes(n_bytes: int) -> Tensor:
-    """Fresh zeros on a page boundary, as direct reads need them: uint8 [n_bytes rounded up to
-    ALIGNMENT_BYTES].
+    """Return zeroed memory on a page boundary, as O_DIRECT needs it.
+
+    uint8, `n_bytes` rounded up to ALIGNMENT_BYTES.
     """
     size = max(1, -(-n_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
     # Private: shared memory gets no huge pages, and a forked child would write into it.
@@ -40,76 +42,64 @@ def aligned_bytes(n_bytes: int) -> Tensor:
 
 
 class Load:
-    """One expert on its way into memory. Call `step` until `remaining` is 0, then `result`. For one
-    thread at a time.
+    """The read of one expert, in steps: call `step` until `remaining` is 0, then `result`.
 
-    `place` is where its stored bytes come to lie: uint8, at least [length].
+    Only one thread at a time may use it. A load knows no reader: it calls two functions.
+
+    fetch: reads the stored bytes [begin, end). finish: checks and decodes them, and returns the
+    expert. length: number of stored bytes.
     """
+
+    at_once = False
+    """A step takes as long as its read; other loads only queue a copy
+    (loader/experts/reader_protocol.py).
+    """
+    queued = False
+    """The result is complete; other loads return bytes whose copy still runs."""
 
     def __init__(
-        self, reader: "ExpertReader", layer: int, expert: int, place: Tensor, buffer: Tensor | None
+        self, length: int, fetch: Callable[[int, int], None], finish: Callable[[], Tensor]
     ) -> None:
-        self._reader = reader
-        self._layer, self._expert = layer, expert
-        self._place, self._buffer = place, buffer
-        self._length = reader.artifact.entry(layer, expert).length
+        self._length = length
+        self._fetch = fetch
+        self._finish = finish
         self.done = 0
-
-    at_once = queued = False
-    """Other loads than these (loader/experts/reader_protocol.py) only queue a copy, and give bytes
-    that are still on their way.
-    """
 
     @property
     def remaining(self) -> int:
-        """Stored bytes that have not been read."""
+        """Number of stored bytes that are not yet read."""
         return self._length - self.done
 
     def step(self, at_most: int | None = None) -> int:
-        """Reads on, at most so many bytes (rounded up to ALIGNMENT_BYTES), by default all. Gives
-        how many were read.
+        """Read at most `at_most` bytes, rounded up to ALIGNMENT_BYTES (None: all); return how many.
 
-        A refused read is tried again; then, and where the file has become shorter, DamageError
-        names file, layer, expert and offset.
+        Raises DamageError with file, layer, expert and offset if reading fails repeatedly, or the
+        file is shorter than its index says.
         """
-        begin, end = self.done, self._length
+        begin = self.done
+        end = self._length
         if at_most is not None:
             end = min(end, begin + -(-at_most // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
-        for pause_s in (*_PAUSES_S, None):
-            try:
-                self._reader.fetch(self._layer, self._expert, self._place, begin, end)
-                break
-            except OSError as e:
-                if pause_s is None:
-                    raise io_error(
-                        e, self._reader.name(self._layer, self._expert), "read", DamageError
-                    ) from e
-                time.sleep(pause_s)
+        self._fetch(begin, end)
         self.done = end
         return end - begin
 
     def result(self) -> Tensor:
-        """The expert's bytes as its packings lay them out: uint8 [n_bytes], read-only by agreement.
+        """Return the expert's packed bytes: uint8 [n_bytes], which the caller must not change.
 
-        Raises DamageError if a frame is broken, or if the checksum that the reader compares is not
-        the index's.
+        Raises DamageError for a wrong checksum or a broken zstd frame.
         """
-        stored = self._place[: self._length]
-        self._reader.check(self._layer, self._expert, stored)
-        if self._buffer is None:
-            return stored
-        return self._reader.decode(self._layer, self._expert, stored, self._buffer)
+        return self._finish()
 
     def close(self) -> None:
-        """Nothing: it holds no more than its memory."""
+        """Do nothing: the load holds only its memory."""
 
 
 class ExpertReader(ABC):
-    """Gives experts' packed bytes; several threads may read at once. Close it, or use it as a
-    context.
+    """Gives experts' packed bytes. Several threads may read at once. Close it after use.
 
-    check: one of `formats.checksums.CHECKS`: which checksum of an expert is compared with the
-    index's whenever its bytes were read.
+    check: the checksum of an expert that is compared with the index after each read, one of
+    `formats.checksums.CHECKS`.
     """
 
     def __init__(self, artifact: Artifact, *, check: str = "fast") -> None:
@@ -118,101 +108,127 @@ class ExpertReader(ABC):
 
     @abstractmethod
     def in_place(self, layer: int, expert: int) -> bool:
-        """Whether the expert needs no buffer: its bytes are used where they lie."""
+        """True if the expert needs no buffer, because it is used where its file is mapped."""
 
     @abstractmethod
-    def load(self, layer: int, expert: int, buffer: Tensor | None) -> Load:
-        """Begins to read an expert; nothing is read before the first step. `buffer`, uint8 from
-        `aligned_bytes` of at least the expert's n_bytes, receives it; None where the expert is
-        `in_place`.
-        """
+    def place(self, layer: int, expert: int, buffer: Tensor | None) -> Tensor:
+        """Return the memory to which `fetch` brings the stored bytes: uint8, at least [length].
 
-    def read(self, layer: int, expert: int) -> Tensor:
-        """The whole expert at once, uint8 [n_bytes], where it lies or in memory of its own. Errors
-        as `Load`.
+        buffer: as in `load`.
         """
-        fits = (
-            None
-            if self.in_place(layer, expert)
-            else aligned_bytes(self.artifact.layout(layer, expert).n_bytes)
-        )
-        load = self.load(layer, expert, fits)
-        load.step()
-        return load.result()
 
     @abstractmethod
     def fetch(self, layer: int, expert: int, place: Tensor, begin: int, end: int) -> None:
-        """Brings the stored bytes [begin, end) of an expert to `place`; OSError or DamageError. For
-        `Load`.
+        """Read the stored bytes [begin, end) of an expert into `place`.
+
+        Raises OSError, after which the read is tried again, or DamageError.
         """
 
+    def load(self, layer: int, expert: int, buffer: Tensor | None) -> Load:
+        """Begin to load an expert; the first step reads the first byte.
+
+        buffer: receives the expert: uint8 from `aligned_bytes`, at least [n_bytes]; None if the
+        expert is `in_place`.
+        """
+        entry = self.artifact.entry(layer, expert)
+        place = self.place(layer, expert, buffer)
+        return Load(
+            entry.length,
+            partial(self._fetch_or_retry, layer, expert, place),
+            partial(
+                self._finish,
+                layer,
+                expert,
+                place[: entry.length],
+                None if entry.codec == "none" else buffer,
+            ),
+        )
+
+    def read(self, layer: int, expert: int) -> Tensor:
+        """Read a whole expert: uint8 [n_bytes], in new memory unless it is `in_place`.
+
+        Raises the errors of `Load`.
+        """
+        buffer = None
+        if not self.in_place(layer, expert):
+            buffer = aligned_bytes(self.artifact.layout(layer, expert).n_bytes)
+        load = self.load(layer, expert, buffer)
+        load.step()
+        return load.result()
+
     def moved_bytes(self, layer: int, expert: int) -> int:
-        """What bringing an expert moves: its stored bytes."""
+        """Return how many bytes a load of the expert moves: its stored bytes."""
         return self.artifact.entry(layer, expert).length
 
     def forget(self, layer: int, expert: int) -> None:  # noqa: B027
-        """Gives back the memory of an expert that was used where it lies; nothing to do for one in
-        a buffer.
-        """
+        """Release the memory of an expert that was used in place; do nothing for others."""
 
     def before_use(self, blobs: Iterable[Tensor]) -> None:  # noqa: B027
-        """Nothing: bytes in RAM are there when they are given (loader/experts/reader_protocol.py)."""
+        """Do nothing: a result in RAM is complete (loader/experts/reader_protocol.py)."""
 
     def after_use(self, blobs: Iterable[Tensor]) -> None:  # noqa: B027
-        """Nothing: what used them is over."""
+        """Do nothing: the use of the bytes has ended."""
 
     def before_free(self, memory: Tensor) -> None:  # noqa: B027
-        """Nothing: no copy is under way."""
+        """Do nothing: no copy is running."""
 
     def check(self, layer: int, expert: int, stored: Tensor) -> None:
-        """DamageError if `stored`, an expert's bytes as they were read, have another checksum than
-        the index says.
+        """Raise DamageError if the checksum of the stored bytes differs from the index.
+
+        stored: all stored bytes of the expert, uint8 [length].
         """
         if self._check == "none":
             return
-        entry, fast = self.artifact.entry(layer, expert), self._check == "fast"
+        entry = self.artifact.entry(layer, expert)
+        fast = self._check == "fast"
         expected = entry.xxh3 if fast else entry.sha256
-        found = (xxh3_of if fast else sha256_of)(stored.numpy().data)
-        if found != expected:
+        checksum = (xxh3_of if fast else sha256_of)(stored.numpy().data)
+        if checksum != expected:
             kind = "xxh3" if fast else "sha256"
             raise DamageError(
-                f"{self.name(layer, expert)}: the {kind} of its bytes is {found}, the index says {expected}",
+                f"{self.name(layer, expert)}: the {kind} of its bytes is {checksum},"
+                f" the index says {expected}",
                 repair_command(self.artifact.folder, self.artifact.index),
             )
 
     def decode(self, layer: int, expert: int, stored: Tensor, buffer: Tensor) -> Tensor:
-        """The expert's bytes of what is stored, in `buffer`."""
+        """Decompress a zstd frame into `buffer`; return the expert, uint8 [n_bytes].
+
+        Raises DamageError for a broken frame or another size than the expert's.
+        """
         n_bytes = self.artifact.layout(layer, expert).n_bytes
-        frame, room = stored.numpy().data, buffer[:n_bytes]
+        frame = stored.numpy().data
+        decoded = buffer[:n_bytes]
         try:
-            # The frame's own word first: a decompressor takes whatever memory it asks for.
+            # Before decompression, which allocates whatever size the frame declares.
             declared = zstandard.get_frame_parameters(frame).content_size
             if declared != n_bytes:
-                place = self.name(layer, expert)
                 raise DamageError(
-                    f"{place}: zstd frame of {declared} bytes, the expert takes {n_bytes}"
+                    f"{self.name(layer, expert)}: zstd frame of {declared} bytes,"
+                    f" the expert takes {n_bytes}"
                 )
-            decoded = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+            decoded.numpy().data[:] = zstandard.ZstdDecompressor().decompress(
+                frame, allow_extra_data=False
+            )
         except zstandard.ZstdError as e:
             raise DamageError(f"{self.name(layer, expert)}: broken zstd frame: {e}") from None
-        room.numpy().data[:] = decoded
-        return room
+        return decoded
 
     def name(self, layer: int, expert: int) -> str:
-        """File, layer, expert and offset, for messages."""
+        """Return file, layer, expert and offset, for messages."""
         entry = self.artifact.entry(layer, expert)
         file = self.artifact.folder / self.artifact.index.layers[layer].file
         return f"{file}: layer {layer} expert {expert} at offset {entry.offset}"
 
     def start_anew(self) -> None:  # noqa: B027
-        """Called in a forked child, which has none of the threads that were reading."""
+        """Prepare for use in a forked child, which has none of the reading threads."""
 
     def stop(self) -> None:  # noqa: B027
-        """Nobody needs what is being read: reads that wait for others end soon."""
+        """Make reads that wait for other machines end soon, with an error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Gives up files and maps; tensors over a map keep it alive."""
+        """Close files and maps. Tensors over a map keep it alive."""
 
     def __enter__(self) -> "ExpertReader":
         return self
@@ -224,3 +240,20 @@ class ExpertReader(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _fetch_or_retry(self, layer: int, expert: int, place: Tensor, begin: int, end: int) -> None:
+        for pause_s in _PAUSES_S:
+            try:
+                self.fetch(layer, expert, place, begin, end)
+                return
+            except OSError:
+                time.sleep(pause_s)
+        try:
+            self.fetch(layer, expert, place, begin, end)
+        except OSError as e:
+            raise io_error(e, self.name(layer, expert), "read", DamageError) from e
+
+    def _finish(self, layer: int, expert: int, stored: Tensor, buffer: Tensor | None) -> Tensor:
+        """Check the stored bytes; return the expert, decompressed into `buffer` if there is one."""
+        self.check(layer, expert, stored)
+        return stored if buffer is None else self.decode(layer, expert, stored, buffer)

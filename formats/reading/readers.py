@@ -1,4 +1,4 @@
-"""The ways to read experts, by name."""
+"""The readers of experts, by name."""
 
 from formats.reading.direct_reader import DirectReader
 from formats.reading.mmap_reader import MmapReader

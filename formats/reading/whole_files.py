@@ -1,4 +1,4 @@
-"""The trunk and the files beside the weights, compared with the index before they are used."""
+"""Checks of the trunk and the side files against the index, before they are used."""
 
 import hashlib
 import os
@@ -15,46 +15,48 @@ from formats.index import Index
 from formats.repair.repair_hints import repair_command
 
 RUN_TIME_FILES = (CONFIG_NAME, GENERATION_NAME)
-"""Files in which a user may change something; of config.json `read_recorded_config` says what."""
+"""Files that a user may edit. `read_recorded_config` lists the editable fields of config.json."""
 
 
 def file_sha256(folder: Path, name: str) -> str:
-    """The sha256 of a file of `folder`, in hex. OSError; DamageError or PathError where there is no
-    such file.
+    """Return the sha256 of a file in `folder`, in hex.
+
+    Raises OSError; DamageError or PathError if there is no such regular file.
     """
     with os.fdopen(open_regular(locate(folder, name, str(folder))), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(folder: Path, index: Index, names: Iterable[str]) -> None:
-    """DamageError naming the first of the files `names`, which the index lists, whose sha256 is not
-    the index's.
+    """Raise DamageError for the first of the listed files `names` with a wrong sha256.
 
-    Of RUN_TIME_FILES none is compared.
+    RUN_TIME_FILES are not compared.
     """
     for name in names:
         if name in RUN_TIME_FILES:
             continue
         expected = index.whole_files[name][1]
         with translated(folder / name, "read", DamageError):
-            found = file_sha256(folder, name)
-        if found != expected:
+            sha256 = file_sha256(folder, name)
+        if sha256 != expected:
             raise DamageError(
-                f"{folder / name}: its sha256 is {found}, the index says {expected}; with check none it would be used",
+                f"{folder / name}: its sha256 is {sha256}, the index says {expected};"
+                " with check none it would be used",
                 repair_command(folder, index),
             )
 
 
 def generation_note(folder: Path, index: Index) -> str | None:
-    """What was done to generation_config.json since the conversion, None for nothing.
-    MoeConvertError if that cannot be read.
+    """Describe a change of generation_config.json since the conversion; None if there is none.
+
+    Raises MoeConvertError if the file cannot be read.
     """
     listed = index.whole_files.get(GENERATION_NAME)
     if not (folder / GENERATION_NAME).exists():
         return f"{folder / GENERATION_NAME} was removed since the conversion" if listed else None
     if listed is None:
-        return f"{folder / GENERATION_NAME} is used, and {INDEX_NAME} does not list it"
+        return f"{folder / GENERATION_NAME} is used, although {INDEX_NAME} does not list it"
     with translated(folder / GENERATION_NAME, "read", DamageError):
         if file_sha256(folder, GENERATION_NAME) == listed[1]:
             return None
-    return f"{folder / GENERATION_NAME} was changed since the conversion, and is used as it is now"
+    return f"{folder / GENERATION_NAME} was changed since the conversion; the new values are used"

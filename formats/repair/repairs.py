@@ -1,6 +1,4 @@
-"""Repair: what differs from the index is replaced, from an origin whose bytes must have the index's
-sha256.
-"""
+"""Repair of a folder: parts that differ from the index are replaced from an origin."""
 
 import hashlib
 import logging
@@ -17,59 +15,54 @@ from formats.config.recorded_config import CONFIG_NAME, read_recorded_config
 from formats.errors import DamageError, FormatError, MoeConvertError
 from formats.expert import ExpertLayout
 from formats.files.io_errors import translated
-from formats.files.output_file import OutputFile, make_folder, refuse_links
+from formats.files.output_file import make_folder, refuse_links
+from formats.files.partial_file import new_file
 from formats.files.paths import check_name, open_regular
 from formats.index import ExpertEntry, Index
-from formats.layer_file import (
-    aligned,
-    expert_prefix,
-    layer_metadata,
-    partial_path,
-    raw_entries,
-    zstd_entries,
-)
+from formats.layer_file import aligned, expert_prefix, layer_metadata, raw_entries, zstd_entries
+from formats.progress import Progress, no_progress
 from formats.safetensors_header import Header, build_header, header_from
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with (done bytes, total bytes)."""
-
 
 class Origin(ABC):
-    """Where good bytes come from. What it gives is compared with the index before it is used."""
+    """Source of the right bytes. They are compared with the index before they are used."""
 
     @abstractmethod
     def expert(self, entry: ExpertEntry) -> bytes:
-        """An expert as it is stored. MoeConvertError where there is none with this sha256."""
+        """Return an expert's stored bytes. Raises MoeConvertError if none have its sha256."""
 
     @abstractmethod
     def file(self, name: str, sha256: str, path: Path) -> None:
-        """Writes a whole file, trunk or copied, to `path`. MoeConvertError likewise; `path` then is
-        as it was.
+        """Write a whole file (the trunk or a copied file) to `path`.
+
+        Raises MoeConvertError if the origin has no file with this sha256; `path` stays unchanged.
         """
 
 
 class NoOrigin(Origin):
-    """For what can be mended by the folder alone: headers, fillers, the layout."""
+    """No origin: only headers, fillers and the layout can be repaired. hint: how to get one."""
 
     def __init__(self, hint: str) -> None:
         self._hint = hint
 
     def expert(self, entry: ExpertEntry) -> bytes:
         raise DamageError(
-            f"layer {entry.layer} expert {entry.expert} is damaged, and there is no origin",
+            f"layer {entry.layer} expert {entry.expert} is damaged, and no origin is given",
             self._hint,
         )
 
     def file(self, name: str, sha256: str, path: Path) -> None:
-        raise DamageError(f"{path} is damaged, and there is no origin", self._hint)
+        raise DamageError(f"{path} is damaged, and no origin is given", self._hint)
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """Files that were written anew, and the experts (layer, expert) that came from the origin;
-    kept: files in which a user changed settings.
+    """Result of a repair.
+
+    files: files that were rewritten. experts: (layer, expert) that came from the origin. kept:
+    files with changed settings of the user.
     """
 
     files: list[str]
@@ -78,35 +71,19 @@ class Repaired:
 
 
 def repair_folder(
-    folder: Path, index: Index, origin: Origin, progress: Progress | None = None
+    folder: Path, index: Index, origin: Origin, progress: Progress = no_progress
 ) -> Repaired:
-    """Mends everything in `folder` that is not as `index` says; reads every byte, and writes what
-    it must. Keeps a config.json or generation_config.json in which nothing is changed but what a
-    user may change.
+    """Repair every part of `folder` that differs from `index`; read all bytes, write only repairs.
 
-    A layer's file is written under another name, with its good experts, and renamed: a failure
-    leaves the old one. Raises what the origin raises, MoeConvertError for a folder of the Hub's
-    cache, and at the end what Artifact.open raises.
+    config.json and generation_config.json stay if a user changed only settings that may change. A
+    failed repair of a layer's file leaves the old file. Raises the errors of the origin,
+    MoeConvertError for a folder of the Hub's cache, and at the end the errors of Artifact.open.
     """
-    linked = [
-        f
-        for f in (index.trunk.file, *(layer.file for layer in index.layers))
-        if (folder / f).is_symlink()
-    ]
-    if linked:
-        raise MoeConvertError(
-            f"{folder / linked[0]} is a link into the Hub's cache, which is never written to",
-            f"delete {shlex.quote(os.path.realpath(folder / linked[0]))}, and download the model again",
-        )
-    names = [
-        check_name(name, str(folder))
-        for name in (*(f.file for f in index.files), *(n.file for n in index.layers))
-    ]
-    parents = {str(Path(name).parent) for name in names}
-    refuse_links(folder, parents)
-    for parent in sorted(parents - {"."}):
-        make_folder(folder / parent)
-    files, experts, kept = [], [], []
+    _refuse_cache(folder, index)
+    _make_folders(folder, index)
+    files = []
+    experts = []
+    kept = []
     whole = index.whole_files
     total = sum(size for size, _ in whole.values()) + sum(
         layer.size_bytes for layer in index.layers
@@ -116,8 +93,7 @@ def repair_folder(
     def advance(n_bytes: int) -> None:
         nonlocal done
         done += n_bytes
-        if progress:
-            progress(done, total)
+        progress("repairing", done, total)
 
     for name, (size, sha256) in whole.items():
         path = folder / check_name(name, str(folder))
@@ -130,17 +106,37 @@ def repair_folder(
             files.append(name)
         advance(size)
     for number, layer in enumerate(index.layers):
-        found = _mend_layer(folder, index, number, origin)
-        if found is not None:
+        replaced = _repair_layer(folder, index, number, origin)
+        if replaced is not None:
             files.append(layer.file)
-            experts += found
+            experts += replaced
         advance(layer.size_bytes)
     Artifact.open(folder)
     return Repaired(files, experts, kept)
 
 
+def _refuse_cache(folder: Path, index: Index) -> None:
+    """Raise MoeConvertError if the weights are links, as in a snapshot of the Hub's cache."""
+    for name in (index.trunk.file, *(layer.file for layer in index.layers)):
+        if (folder / name).is_symlink():
+            target = shlex.quote(os.path.realpath(folder / name))
+            raise MoeConvertError(
+                f"{folder / name} is a link into the Hub's cache, which is never written to",
+                f"delete {target}, and download the model again",
+            )
+
+
+def _make_folders(folder: Path, index: Index) -> None:
+    """Create the folders of the index's files. Raises PathError, and OutputError for links."""
+    files = [file.file for file in index.files] + [layer.file for layer in index.layers]
+    parents = {str(Path(check_name(file, str(folder))).parent) for file in files}
+    refuse_links(folder, parents)
+    for parent in sorted(parents - {"."}):
+        make_folder(folder / parent)
+
+
 def _is_edited(folder: Path, name: str, index: Index) -> bool:
-    """True if the file has other bytes only because of settings that a user may change."""
+    """True if the file differs only in settings that a user may change."""
     try:
         if name == CONFIG_NAME:
             read_recorded_config(folder, index)
@@ -155,9 +151,11 @@ def _is_edited(folder: Path, name: str, index: Index) -> bool:
         return False
 
 
-def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:
-    """The bytes before the data of a layer's file: `own` if they are as the index says, else
-    written again.
+def _layer_header(index: Index, number: int, present: bytes) -> bytes:
+    """Return the bytes before the data of a layer's file.
+
+    They are `present`, those in the file, if the index's sha256 matches, else built again. Raises
+    DamageError if neither matches.
     """
     layer = index.layers[number]
     layouts = [
@@ -169,77 +167,69 @@ def layer_header(index: Index, number: int, own: bytes = b"") -> bytes:
         if codec == "none"
         else zstd_entries(module, [e.length for e in layer.experts])
     )
-    for header in (own, build_header(entries, layer_metadata(number, module, layouts, codec))):
+    for header in (present, build_header(entries, layer_metadata(number, module, layouts, codec))):
         if hashlib.sha256(header).hexdigest() == layer.header_sha256:
             return header
     raise DamageError(
         f"{layer.file}: no header has the sha256 {layer.header_sha256} that the index says",
-        "the index is damaged, or another program wrote the file: give --from OWNER/MODEL, where it was published",
+        "the index is damaged, or another program wrote the file: give --from OWNER/MODEL, where it"
+        " was published",
     )
 
 
-def _mend_layer(
+def _repair_layer(
     folder: Path, index: Index, number: int, origin: Origin
 ) -> list[tuple[int, int]] | None:
-    """Writes a layer's file anew if anything in it is wrong; which experts came from `origin`, None
-    if it was good.
+    """Rewrite a layer's file if any part of it differs from the index.
+
+    Returns the experts that came from `origin`, or None if the file was right.
     """
     layer = index.layers[number]
     path = folder / check_name(layer.file, str(folder))
     size, read = _opened(path)
-    first = layer.experts[0].offset
-    own = read(0, first)
-    good_header = (
-        hashlib.sha256(own).hexdigest() == layer.header_sha256 and size == layer.size_bytes
+    start = read(0, layer.experts[0].offset)
+    header_is_right = (
+        hashlib.sha256(start).hexdigest() == layer.header_sha256 and size == layer.size_bytes
     )
     header = _parsed(read, size, str(path))
     module = index.architecture.expert_modules[number]
     places = {e.expert: _find(read, header, module, e) for e in layer.experts}
-    at_home = all(places[e.expert] == [(e.offset, e.offset + e.length)] for e in layer.experts)
-    if (
-        good_header
-        and at_home
-        and not any(any(read(begin, end)) for begin, end in _fillers(layer.experts))
-    ):
+    all_in_place = all(places[e.expert] == [(e.offset, e.offset + e.length)] for e in layer.experts)
+    fillers_are_zero = not any(any(read(begin, end)) for begin, end in _fillers(layer.experts))
+    if header_is_right and all_in_place and fillers_are_zero:
         return None
-    new, experts = layer_header(index, number, own), []
-    partial = partial_path(path)
-    try:
-        with OutputFile(partial) as out:
-            out.write_at(new, 0)
-            for entry in layer.experts:
-                found = places[entry.expert]
-                data = (
-                    b"".join(read(begin, end) for begin, end in found)
-                    if found
-                    else origin.expert(entry)
+    new = _layer_header(index, number, start)
+    experts = []
+    with new_file(path) as out:
+        out.write_at(new, 0)
+        for entry in layer.experts:
+            if place := places[entry.expert]:
+                data = b"".join(read(begin, end) for begin, end in place)
+            else:
+                data = origin.expert(entry)
+                experts.append((number, entry.expert))
+            sha256 = hashlib.sha256(data).hexdigest()
+            if sha256 != entry.sha256:
+                raise DamageError(
+                    f"{path}: layer {number} expert {entry.expert}: other bytes came, of sha256"
+                    f" {sha256}; the index says {entry.sha256}",
+                    "run the same command again",
                 )
-                if hashlib.sha256(data).hexdigest() != entry.sha256:
-                    place = f"{path}: layer {number} expert {entry.expert}"
-                    raise DamageError(
-                        f"{place}: other bytes came than the index says",
-                        "run the same command again",
-                    )
-                if not found:
-                    experts.append((number, entry.expert))
-                out.write_at(data, entry.offset)
-            out.truncate(layer.size_bytes)
-            out.finish(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            out.write_at(data, entry.offset)
+        out.truncate(layer.size_bytes)
     return experts
 
 
 Places = list[tuple[int, int]]
-"""Where bytes lie in a file, begin and end, in order."""
+"""Ranges (begin, end) of a file that hold an expert's bytes, in order; empty if none do."""
 Read = Callable[[int, int], bytes]
-"""Bytes begin..end of a file; fewer where it ends."""
+"""Returns bytes [begin, end) of a file; fewer at its end."""
 
 
 def _find(read: Read, header: Header | None, module: str, entry: ExpertEntry) -> Places:
-    """Where the expert's good bytes are: where the index says, or where the header has its tensors;
-    else nowhere.
+    """Return the places of the expert's right bytes.
+
+    They are sought where the index places them, and where the header places its tensors.
     """
     candidates: list[Places] = [[(entry.offset, entry.offset + entry.length)]]
     if header:
@@ -266,7 +256,7 @@ def _fillers(experts: list[ExpertEntry]) -> Iterator[tuple[int, int]]:
 
 
 def _opened(path: Path) -> tuple[int, Read]:
-    """(size, how to read it); of a file that is not there, nothing."""
+    """Return a file's size and a function that reads it; for a missing file 0 and no bytes."""
     if not path.is_file():
         return 0, lambda begin, end: b""
 
@@ -276,7 +266,7 @@ def _opened(path: Path) -> tuple[int, Read]:
             with translated(path, "read", DamageError):
                 return os.pread(descriptor, end - begin, begin)
         except DamageError as e:
-            # A bad sector is what a repair is for: its bytes come from the origin.
+            # A bad sector is damage to repair: its bytes come from the origin.
             _log.warning("%s", e.message)
             return b""
         finally:

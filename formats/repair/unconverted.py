@@ -1,5 +1,6 @@
-"""What a folder without an index is: a checkpoint, a conversion or download that has not ended, or
-something else.
+"""Checks that a folder or repository is a complete converted model.
+
+Otherwise it is a checkpoint, an unfinished conversion or download, or something else.
 """
 
 import shlex
@@ -13,15 +14,13 @@ _NAME_HINT = "name a folder that moe-convert wrote"
 
 
 def check_converted(folder: Path, index_name: str = INDEX_NAME) -> None:
-    """NotConvertedError if `folder` is no complete conversion; MoeConvertError if there is no such
-    folder.
+    """Raise NotConvertedError unless `folder` is a complete conversion.
 
-    A folder that has lost its index passes: its reader says that the index is missing.
+    Raises MoeConvertError if it is no folder. A conversion that lost its index passes: opening it
+    reports the missing index.
     """
     if not folder.exists():
-        raise MoeConvertError(
-            f"{folder} is not a folder: there is nothing of that name", _NAME_HINT
-        )
+        raise MoeConvertError(f"{folder} is not a folder: it does not exist", _NAME_HINT)
     if not folder.is_dir():
         raise MoeConvertError(f"{folder} is not a folder but a file", _NAME_HINT)
     if (folder / index_name).exists():
@@ -38,27 +37,28 @@ def check_converted(folder: Path, index_name: str = INDEX_NAME) -> None:
 
 
 def check_finished(folder: Path) -> None:
-    """NotConvertedError if a conversion or a download into `folder` has begun and not ended."""
+    """Raise NotConvertedError if `folder` holds an unfinished conversion or download."""
     if (folder / INDEX_NAME).exists():
         return
     if any((folder / name).exists() for name in (JOURNAL_NAME, LOCK_NAME)):
         raise NotConvertedError(
             f"{folder} holds an unfinished conversion",
-            "run the same convert command again: it goes on",
+            "run the same convert command again: it continues",
         )
     if (folder / PENDING_NAME).exists():
         raise NotConvertedError(
             f"{folder} holds an unfinished download",
-            "load it with --lazy by its name on the Hub, or download it whole",
+            "load it with --lazy by its name on the Hub, or run moe-convert download OWNER/MODEL",
         )
 
 
 def check_converted_repo(repo: HubRepo) -> None:
-    """NotConvertedError if the repository holds no converted model; offline not all files are
-    known, and it passes.
+    """Raise NotConvertedError if the repository holds no converted model.
+
+    Offline it passes, because not all files are known.
     """
     if INDEX_NAME not in repo.files and not repo.offline:
         raise NotConvertedError(
-            f"{repo.repo}@{repo.commit[:12]} on the Hub is not converted: it has no {INDEX_NAME}",
+            f"{repo.where} on the Hub is not converted: it has no {INDEX_NAME}",
             f"moe-convert convert {repo.repo}",
         )

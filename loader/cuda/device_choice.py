@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from formats.errors import MoeConvertError, RecipeError
-from formats.hub.repo import kept_root
+from formats.hub.hub_settings import kept_root
 from loader.cuda.device import nvrtc
 from loader.cuda.device.device import Device
 from loader.cuda.products.self_check import check_products

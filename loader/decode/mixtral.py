@@ -22,7 +22,7 @@ from loader.hf.modules.head import NativeHead
 from loader.hf.modules.packed_modules import CachedExperts, PackedLinear
 
 _FORWARD = MixtralModel.forward
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def check_modules(model: Any) -> None:
@@ -77,7 +77,7 @@ def signature(model: Any) -> Signature:
     values.add_absent(model.lm_head._parameters, "bias")
     for layer in inner.layers:
         attention = layer.self_attn
-        for name in _PROJECTIONS:
+        for name in _ATTENTION_PROJECTIONS:
             projection = getattr(attention, name)
             values.add_tensor(*_matrix_place(projection))
             values.add_absent(projection._parameters, "bias")
@@ -119,7 +119,8 @@ def _layer(layer: Any, name: str, dtype: torch.dtype, device: torch.device) -> L
             Reason.EXPERTS, f"{name}.mlp.gate: top_k {router.top_k} of {len(routing)}"
         )
     projections = [
-        _packed(attention, projection, f"{name}.self_attn", device) for projection in _PROJECTIONS
+        _packed(attention, projection, f"{name}.self_attn", device)
+        for projection in _ATTENTION_PROJECTIONS
     ]
     return LayerWeights(
         attention=AttentionWeights(*projections),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from formats.errors import MoeConvertError
 from formats.prediction import Prediction
+from formats.progress import Progress
 from formats.quality import Comparison
-from loader.evaluation.perplexity import Progress
 from loader.hf.modules.expert_layers import experts_modules
 
 POSITIONS_AT_ONCE = 256

@@ -1,7 +1,7 @@
 """Measures perplexity on text files, by the protocol of examples/tiny-mixtral/README.md."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from formats.errors import MoeConvertError
-
-Progress = Callable[[str, int, int], None]
-"""Callback with (name of the text, finished windows, all windows of the text)."""
+from formats.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from formats.errors import MoeConvertError
-from formats.reading.reader import PIECE_BYTES
+from formats.reading.reader import STEP_BYTES
 from loader.experts.monitor import Monitor, nothing
 from loader.experts.reader_protocol import Load
 
@@ -47,7 +47,7 @@ class Fetcher:
     """Reading threads, started by the first job.
 
     Urgent jobs run at once, in order. Guesses run one at a time, only while no urgent job waits or
-    runs; after each piece of PIECE_BYTES they give way. All methods except `close` are called under
+    runs; after each piece of STEP_BYTES they give way. All methods except `close` are called under
     `monitor`, which notifies whenever a job ends.
     """
 
@@ -199,7 +199,7 @@ class Fetcher:
         blob: Tensor | None = None
         error: BaseException | None = None
         try:
-            job.load.step(None if job.urgent else PIECE_BYTES)
+            job.load.step(None if job.urgent else STEP_BYTES)
             if not job.load.remaining and not job.cancelled:
                 blob = job.load.result()
         except BaseException as e:

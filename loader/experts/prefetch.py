@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from formats.reading.reader import PIECE_BYTES
+from formats.reading.reader import STEP_BYTES
 from loader.experts.stats import LayerStats
 
 TRIAL_GUESSES = 32
@@ -59,7 +59,7 @@ class Prefetcher:
             if 0 <= guesses < TRIAL_GUESSES:
                 continue
             # A demand read meets on average half a piece, and shares the disk with it.
-            loss = (now.delays - before.delays) * PIECE_BYTES // 2
+            loss = (now.delays - before.delays) * STEP_BYTES // 2
             # A negative count means that the counters were reset.
             if guesses > 0 and now.early_bytes - before.early_bytes <= loss:
                 self._rest[number] = REST_TOKENS

@@ -16,7 +16,8 @@ from formats.config.checkpoint_config import read_config
 from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.labels import to_label
-from loader.evaluation.perplexity import Progress, named_windows, read_text
+from formats.progress import Progress
+from loader.evaluation.perplexity import named_windows, read_text
 from loader.hf.loading.plain_checkpoint import check_runnable, checkpoint_architecture, is_converted
 from loader.hf.loading.tokenizer import check_tokens
 from loader.serving.prompts.chat_template import prompt_ids

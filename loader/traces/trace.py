@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from formats.config.strict_json import parse, typed
 from formats.errors import DamageError, FormatError, MoeConvertError, VersionError
 from formats.files.io_errors import translated
+from formats.files.partial_file import write_file
 from formats.index import Architecture, Label, Natural, Positive, Sha256
-from formats.writer import write_file
 
 TRACE_FORMAT = "moe-convert trace"
 TRACE_VERSION = 2

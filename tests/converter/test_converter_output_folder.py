@@ -195,7 +195,7 @@ def test_link_that_a_write_would_follow_is_refused(
     link.unlink(missing_ok=True)
     link.symlink_to(victim)
     before = contents(tmp_path)
-    with pytest.raises(OutputError, match="symbolic link, which is never followed there"):
+    with pytest.raises(OutputError, match="symbolic link, which is never followed here"):
         convert(model, tmp_path / "out", **options)
     assert contents(tmp_path) == before
 

@@ -12,7 +12,7 @@ from hub_server import HubServer
 from huggingface_hub import set_client_factory
 from huggingface_hub.utils import get_session
 
-from formats.hub.range_client import client_factory, range_client
+from formats.hub.http_client import client_factory, range_client
 from formats.hub.repo import HubRepo
 
 DATA = bytes(range(256)) * 4

@@ -94,7 +94,7 @@ def test_filler_that_is_not_zero_is_found(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
     flip(folder / LAYER, 4096 + 8064 + 100)
     (problem,) = problems(folder)
-    assert "layer 0 expert 0 at offset 4096: the filler behind it is not zero" in problem.message
+    assert "layer 0 expert 0 at offset 4096: the filler after it is not zero" in problem.message
     assert (problem.layer, problem.expert, problem.offset) == (0, 0, 4096)
 
 
@@ -184,14 +184,14 @@ def test_folder_that_is_not_there_is_an_error_not_a_report(tmp_path: Path) -> No
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     report = verify_folder(
         copy_of_good(tmp_path),
         read_data=True,
-        progress=lambda done, total: calls.append((done, total)),
+        progress=lambda *call: calls.append(call),
     )
-    assert calls[-1] == (report.checked_bytes, report.checked_bytes)
-    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert calls[-1] == ("verifying", report.checked_bytes, report.checked_bytes)
+    assert [done for _, done, _ in calls] == sorted({done for _, done, _ in calls})
 
 
 def test_experts_behind_a_cut_are_named(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_experts_behind_a_cut_are_named(tmp_path: Path) -> None:
     first, second = problems(folder, read_data=False)
     assert first.expert is None
     assert (second.layer, second.expert, second.offset) == (0, 1, entry.offset)
-    assert f"layer 0 expert 1 at offset {entry.offset}: is not there" in second.message
+    assert f"layer 0 expert 1 at offset {entry.offset}: is missing" in second.message
 
 
 def test_damage_comes_with_the_command_that_mends_it(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from formats.artifact import Artifact
 from formats.expert import ExpertLayout
-from formats.layer_file import aligned, layer_file_name, partial_path
+from formats.files.partial_file import partial_path
+from formats.layer_file import aligned, layer_file_name
 from formats.packing import PACKINGS
-from formats.writer import LayerWriter, write_file
+from formats.writer import LayerWriter
 
 LAYOUTS = [
     ExpertLayout(40, 300, PACKINGS[gate_up], PACKINGS[down])
@@ -163,9 +164,3 @@ def test_compressing_leaves_no_other_file(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", codec="zstd")
     assert [p.name for p in (folder / "experts").iterdir()] == ["layer-000.safetensors"]
     Artifact.open(folder)
-
-
-def test_whole_file_appears_at_once(tmp_path: Path) -> None:
-    write_file(tmp_path / "a", b"old")
-    write_file(tmp_path / "a", b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"new")]

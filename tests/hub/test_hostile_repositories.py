@@ -35,8 +35,9 @@ from formats.hub.hub_origin import HubOrigin
 from formats.hub.lazy_folder import LazyFolder
 from formats.hub.ranges import Retries
 from formats.hub.remote_artifact import open_remote
-from formats.hub.repo import MAX_FILES, HubRepo
+from formats.hub.repo import HubRepo
 from formats.hub.repo_listing import fetch_listed
+from formats.hub.revision_files import MAX_FILES
 from formats.index_checks import index_problems, layer_header_limit
 from formats.layer_file import layer_metadata, raw_entries
 from formats.safetensors_header import MAX_HEADER_BYTES, TensorEntry, build_header, max_header_bytes
@@ -203,7 +204,7 @@ def test_a_header_that_is_longer_than_its_tensors_need_is_not_fetched(
     hub.add(REPO, folder)
     declare_size(hub, name, (folder / name).stat().st_size)
     hub.requests.clear()
-    with pytest.raises(FormatError, match="header of 89000000 bytes, allowed are"):
+    with pytest.raises(FormatError, match="header of 89000000 bytes, the limit is"):
         OPENERS[way](folder.parent / "opened")
     assert hub.served(name) <= 4096
     with pytest.raises(FormatError, match="header of 89000000 bytes, the limit is"):
@@ -229,7 +230,7 @@ def test_a_small_file_of_a_terabyte_is_not_fetched(
     declare_size(hub, name, 1 << 40)
     message = refused(way, DamageError)
     assert name in message
-    assert "1099511627776 bytes, allowed are" in message
+    assert "1099511627776 bytes, the limit is" in message
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_a_large_file_beside_the_index_is_not_fetched(
 ) -> None:
     hub.add(REPO, folder)
     declare_size(hub, name, 1 << 40)
-    assert "1099511627776 bytes, allowed are" in refused(way, DamageError, also=("config.json",))
+    assert "1099511627776 bytes, the limit is" in refused(way, DamageError, also=("config.json",))
 
 
 @every_way
@@ -278,7 +279,7 @@ def test_a_disk_without_room_is_named_before_the_weights_come(
         repo_listing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1)
     )
     needed = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    assert f"needs {needed} bytes, free are 1" in refused(way, DoesNotFitError)
+    assert f"needs {needed} bytes, only 1 are free" in refused(way, DoesNotFitError)
 
 
 def test_a_repository_of_too_many_files_is_refused(
@@ -308,7 +309,7 @@ def test_a_repair_takes_no_more_bytes_than_the_expert_has(hub: HubServer, folder
     declare_size(hub, LAYER, 1 << 40)
     origin = HubOrigin(opened())
     hub.requests.clear()
-    with pytest.raises(DamageError, match="is not the one of the folder"):
+    with pytest.raises(DamageError, match="differs from the folder's"):
         origin.expert(index.layers[0].experts[0])
     declare_size(hub, "trunk.safetensors", 1 << 40)
     with pytest.raises(DamageError, match="its sha256 is"):
@@ -322,7 +323,7 @@ def test_a_small_file_of_a_terabyte_beside_a_checkpoint_is_not_fetched(
 ) -> None:
     hub.add(REPO, source)
     declare_size(hub, name, 1 << 40)
-    with pytest.raises(SourceError, match=f"{name} has 1099511627776 bytes, allowed are"):
+    with pytest.raises(SourceError, match=f"{name} has 1099511627776 bytes, the limit is"):
         HubModel.open(REPO)
     assert hub.served() == 0
 

@@ -7,8 +7,8 @@ from project_paths import ROOT
 
 from formats import TRUNK_NAME
 from formats.config.side_files import MAX_BYTES, MAX_FILES, OPTIONAL, READ_BY_TRANSFORMERS
-from formats.hub.repo import MAX_FILES as MAX_LISTED
 from formats.hub.repo_files import MAX_SMALL_BYTES
+from formats.hub.revision_files import MAX_FILES as MAX_LISTED
 from formats.safetensors_header import max_header_bytes
 
 PAGE = (ROOT / "docs/security.md").read_text()

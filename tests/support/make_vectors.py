@@ -25,6 +25,7 @@ from formats.config.model_config import gate_config
 from formats.config.strict_json import dump
 from formats.errors import FormatError
 from formats.expert import ExpertLayout
+from formats.files.partial_file import write_file
 from formats.index import (
     Architecture,
     CopiedFile,
@@ -51,7 +52,7 @@ from formats.packing import (
 )
 from formats.safetensors_header import TensorEntry
 from formats.trunk import parameter_count, trunk_metadata
-from formats.writer import LayerWriter, PlacedFile, write_file
+from formats.writer import LayerWriter, PlacedFile
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],

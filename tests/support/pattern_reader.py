@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from recording_device import RecordingDevice
 
-from formats.reading.reader import ExpertReader, Load
+from formats.reading.reader import ExpertReader
 from loader.cuda.experts.gpu_reader import GpuReader
 from loader.cuda.experts.pinned_tier import PinnedTier
 from loader.experts.buffers import Memory, buffer_bytes
@@ -59,8 +59,8 @@ class PatternReader(ExpertReader):
     def name(self, layer, expert):
         return f"layer {layer} expert {expert}"
 
-    def load(self, layer, expert, buffer):
-        return Load(self, layer, expert, buffer, None)
+    def place(self, layer, expert, buffer):
+        return buffer
 
     def fetch(self, layer, expert, place, begin, end):
         self.hook(layer, expert)

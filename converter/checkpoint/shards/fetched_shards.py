@@ -17,6 +17,7 @@ from converter.journal.keys import UnitKey
 from formats.errors import DoesNotFitError
 from formats.files.io_errors import io_error, translated
 from formats.files.output_file import make_folder, remove, rename
+from formats.files.partial_file import partial_path
 from formats.hub.repo import HubRepo
 
 _CONNECTIONS = 2
@@ -174,7 +175,7 @@ class FetchedShards:
                     remove(path)
             elif path.suffix == "" and _size_of(path) == self._repo.file(name).size:
                 # Its bytes may have changed: as a partial file it is compared again.
-                rename(path, path.with_suffix(".partial"))
+                rename(path, partial_path(path))
 
     def _first_needed(self) -> list[str]:
         """Return the shards that fit in the limit, in the order of need."""

@@ -18,7 +18,8 @@ from converter.journal.keys import UnitKey
 from formats.errors import SourceError
 from formats.files.io_errors import translated
 from formats.files.paths import open_regular
-from formats.safetensors_header import Header, header_from, read_header
+from formats.hub.remote_header import fetch_header
+from formats.safetensors_header import Header, read_header
 
 _HEADER_BYTES = 64 << 10
 _SHARDS_ON_DISK = 4
@@ -49,18 +50,10 @@ class HubShards(Shards):
         self._names.append(name)
 
     def header(self, name: str, max_bytes: int) -> Header:
-        where = f"{self.where}: {name}"
         if name in self._cached:
             with translated(self._paths[name], "read", SourceError):
-                return read_header(self._cached[name], where, max_bytes)
-        size = self.size(name)
-        first = self._repo.read(name, 0, min(size, _HEADER_BYTES))
-
-        def read(offset: int, length: int) -> bytes:
-            end = min(offset + length, size)
-            return first[offset:end] if end <= len(first) else self._repo.read(name, offset, end)
-
-        return header_from(read, size, where, max_bytes)
+                return read_header(self._cached[name], f"{self.where}: {name}", max_bytes)
+        return fetch_header(self._repo, name, max_bytes, first_bytes=_HEADER_BYTES)[0]
 
     def size(self, name: str) -> int:
         return self._repo.file(name).size

@@ -5,10 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from formats.errors import SourceError
-from formats.files.output_file import OutputFile, remove, rename
+from formats.hub.download import download_file
 from formats.hub.repo import HubRepo
-
-_READ_BYTES = 4 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -20,36 +18,18 @@ def fetch_shard(repo: HubRepo, name: str, path: Path, check_stop: Callable[[], N
     if two downloads have another hash; HubError.
     """
     file = repo.file(name)
-    partial = path.with_suffix(".partial")
-    for _ in range(2):
-        _log.info("fetching %s (%d bytes)", name, file.size)
-        if _fetch(repo, name, partial, check_stop) == file.etag:
-            rename(partial, path)
-            return
-        remove(partial)
-        _log.warning("%s: its hash differs from the Hub's; fetching it again", file)
-    raise SourceError(
-        f"{file}: was fetched twice, and its hash is not {file.etag}, as the Hub says",
-        "the line or a proxy damages it, or the Hub is a faulty mirror: use another one"
-        " (HF_ENDPOINT)",
+    _log.info("fetching %s (%d bytes)", name, file.size)
+    digest = download_file(
+        repo,
+        name,
+        path,
+        hasher=file.hasher,
+        expected=file.etag,
+        advance=lambda done: check_stop(),
     )
-
-
-def _fetch(repo: HubRepo, name: str, partial: Path, check_stop: Callable[[], None]) -> str:
-    """Complete the partial file; return its hash."""
-    file = repo.file(name)
-    hasher = file.hasher()
-    with OutputFile(partial, keep=True) as f:
-        end = 0
-        while chunk := f.read_at(_READ_BYTES, end):
-            hasher.update(chunk)
-            end += len(chunk)
-            check_stop()
-        if end < file.size:
-            for chunk in repo.chunks(name, end, file.size):
-                f.write_at(chunk, end)
-                hasher.update(chunk)
-                end += len(chunk)
-                check_stop()
-        f.sync()
-    return str(hasher.hexdigest())
+    if digest != file.etag:
+        raise SourceError(
+            f"{file}: was fetched twice, and its hash is not {file.etag}, as the Hub says",
+            "the line or a proxy damages it, or the Hub is a faulty mirror: use another one"
+            " (HF_ENDPOINT)",
+        )

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from converter.cli.show.console import gigabytes, table
+from converter.cli.show.console import table
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError, OutputError
+from formats.sizes import format_size
 from loader.serving.conversation import Conversation
 
 HELP = {
@@ -120,7 +121,7 @@ class ChatCommands:
             ]
         if self._model is not None:
             total = self._model.moe_stats().total
-            read = gigabytes(total.bytes_read)
+            read = format_size(total.bytes_read)
             rows.append(("expert cache", f"hit ratio {total.hit_ratio:.3f}, read {read}"))
         return table(rows, left=2)
 

@@ -9,7 +9,8 @@ import click
 
 from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_folder
-from converter.cli.show.console import Output, gigabytes, output_options
+from converter.cli.show.console import Output, output_options
+from formats.sizes import format_size
 
 _BESIDE = ("README.md", "quality.json")
 """Files of a converted folder that the index does not list."""
@@ -75,7 +76,7 @@ def command(
         "ok": not problems,
         "problems": problems,
     }
-    text = f"{folder}\nok: {len(files)} files, {gigabytes(n_bytes)}, all read and compared"
+    text = f"{folder}\nok: {len(files)} files, {format_size(n_bytes)}, all read and compared"
     output.result(facts, "\n".join([*problems, f"{len(problems)} problems"]) if problems else text)
     if problems:
         sys.exit(3)
@@ -83,7 +84,7 @@ def command(
 
 def _check_place(source: Any, local_dir: Path | None) -> None:
     """Raise OutputError before the download if the target cannot be written."""
-    from formats.hub.repo import cache_root
+    from formats.hub.hub_settings import cache_root
 
     if not source.offline:
         place = local_dir or cache_root()
@@ -95,13 +96,13 @@ def _fetch_matching(
 ) -> tuple[Path, list[Any]]:
     """Download the files that match. Return their folder and the files."""
     from formats.errors import HubError
-    from formats.hub.repo_listing import check_room
+    from formats.hub.repo_listing import check_space
 
     files = source.matching(patterns)
     if not files:
         raise HubError(f"{source.repo}@{source.commit[:12]}: no file matches", "check --include")
     if not source.offline:
-        check_room(source, files, local_dir)
+        check_space(source, files, local_dir)
     return source.snapshot(patterns, local_dir=local_dir, bars=not output.quiet), files
 
 
@@ -112,7 +113,7 @@ def _against_index(folder: Path, repair: str | None, output: Output) -> list[str
     """
     from formats.reading.verify import verify_folder
 
-    report = verify_folder(folder, read_data=True, progress=output.stage("verifying"))
+    report = verify_folder(folder, read_data=True, progress=output.progress())
     again = "delete the files that the damaged links point to, and run the same command again"
     return (
         [*(problem.message for problem in report.problems), f"  next: {repair or again}"]
@@ -123,7 +124,7 @@ def _against_index(folder: Path, repair: str | None, output: Output) -> list[str
 
 def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
     """Return a problem for each file whose hash differs from the Hub's."""
-    progress = output.stage("verifying")
+    progress = output.progress()
     total = sum(file.size for file in files)
     done = 0
     problems = []
@@ -138,5 +139,5 @@ def _against_hub(folder: Path, files: list[Any], output: Output) -> list[str]:
                 " delete the file and run the same command again"
             )
         done += file.size
-        progress(done, total)
+        progress("verifying", done, total)
     return problems

@@ -163,7 +163,7 @@ def command(
     if against:
         from converter.cli.steps.against_original import compare_with_original
         from formats.files.overlap import refuse_inputs
-        from formats.layer_file import partial_path
+        from formats.files.partial_file import partial_path
         from formats.quality import QUALITY_NAME, read_quality, save_evaluation
 
         if save and not is_converted(path):

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.show.console import Output, gigabytes, output_options, table
+from converter.cli.show.console import Output, output_options, table
+from formats.sizes import format_size
 
 
 @click.command(
@@ -56,7 +57,8 @@ def _opened(
     """
     from formats.artifact import Artifact
     from formats.hub.remote_artifact import open_remote
-    from formats.hub.repo import HubRepo, is_repo_name
+    from formats.hub.repo import HubRepo
+    from formats.hub.repo_names import is_repo_name
 
     if path.exists() or not is_repo_name(str(path)):
         yield Artifact.open(path), None
@@ -134,10 +136,10 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         ("hidden, intermediate", f"{a.hidden_size}, {a.intermediate_size}"),
         ("bits per expert weight", f"{8 * stored / weights:.3f}"),
         ("bits per attention weight", f"{attention_bits:.3f}"),
-        ("largest expert", gigabytes(max(entry.length for entry in entries))),
-        ("all experts", gigabytes(stored)),
-        ("everything else", gigabytes(index.trunk.size_bytes)),
-        ("total", gigabytes(total)),
+        ("largest expert", format_size(max(entry.length for entry in entries))),
+        ("all experts", format_size(stored)),
+        ("everything else", format_size(index.trunk.size_bytes)),
+        ("total", format_size(total)),
     ]
     quality = read_quality(artifact.folder)
     if quality and (evaluation := quality.evaluation):

@@ -91,7 +91,7 @@ def command(
             path,
             index,
             source or _nothing(repair_command(path, index)),
-            output.stage("repairing"),
+            output.progress(),
         )
     lines = [f"rewritten: {name}" for name in done.files]
     lines += [f"replaced: layer {layer} expert {expert}" for layer, expert in done.experts]
@@ -119,10 +119,11 @@ def _origin(
     from formats import INDEX_NAME
     from formats.errors import FormatError, MoeConvertError
     from formats.files.overlap import refuse_overlap
+    from formats.files.partial_file import write_file
     from formats.hub.hub_origin import HubOrigin
-    from formats.hub.repo import HubRepo, is_repo_name
+    from formats.hub.repo import HubRepo
+    from formats.hub.repo_names import is_repo_name
     from formats.index import read_index
-    from formats.writer import write_file
 
     if name is None:
         yield None

@@ -10,9 +10,10 @@ import click
 from converter.cli.options import shared_options
 from converter.cli.options.api_key import KEY_VARIABLE, read_api_key, with_api_key
 from converter.cli.options.model_options import with_model_options
-from converter.cli.show.console import Output, gigabytes, output_options
+from converter.cli.show.console import Output, output_options
 from converter.cli.steps.model_loading import early_tokenizer, load_model
 from formats.errors import MoeConvertError
+from formats.sizes import format_size
 
 _PACKAGES = ("fastapi", "uvicorn")
 
@@ -129,7 +130,7 @@ def command(
         output.result({"url": url, "model": name, "max_context": limits.max_context}, "")
     output.note(
         f"serving {name!r} on {url}/v1: {limits.max_context} tokens of context,"
-        f" {gigabytes(prefix_cache)} of prefix caches, {'with' if key else 'without'} a key;"
+        f" {format_size(prefix_cache)} of prefix caches, {'with' if key else 'without'} a key;"
         " Ctrl-C stops the server"
     )
     if not (text or has_template(tokenizer)):

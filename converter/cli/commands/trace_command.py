@@ -9,8 +9,9 @@ from converter import __version__
 from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file
 from converter.cli.options.plot_option import check_plot, plot_option
-from converter.cli.show.console import Output, gigabytes, output_options
+from converter.cli.show.console import Output, output_options
 from converter.cli.show.trace_plot import plot_trace
+from formats.sizes import format_size
 
 
 @click.command(
@@ -86,7 +87,7 @@ def command(
 
     import loader
     from formats.files.overlap import refuse_inputs
-    from formats.layer_file import partial_path
+    from formats.files.partial_file import partial_path
     from loader.hf.loading.plain_checkpoint import is_converted, load_checkpoint
     from loader.traces.record_trace import (
         TracedModel,
@@ -145,5 +146,5 @@ def command(
     output.result(
         result,
         f"{trace.header.tokens} tokens in {len(trace.header.sequences)} sequences: {out},"
-        f" {gigabytes(size)}",
+        f" {format_size(size)}",
     )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.show.console import Output, gigabytes, output_options
+from converter.cli.show.console import Output, output_options
+from formats.sizes import format_size
 
 if TYPE_CHECKING:
     from formats.reading.verify import NotRead
@@ -54,7 +55,7 @@ def command(
         path,
         read_data=read_data or sample is not None,
         sample=sample,
-        progress=output.stage("verifying"),
+        progress=output.progress(),
     )
     lines = [p.message for p in report.problems]
     if report.problems:
@@ -65,10 +66,10 @@ def command(
     else:
         how = "structure only"
         if read_data or sample:
-            how = f"{gigabytes(report.checked_bytes)} read and compared"
+            how = f"{format_size(report.checked_bytes)} read and compared"
         lines.append(
             f"ok: {report.files} files, {report.experts} experts,"
-            f" {gigabytes(report.total_bytes)} ({how})"
+            f" {format_size(report.total_bytes)} ({how})"
         )
     lines += [f"note: {note}" for note in report.notes]
     if left := _not_read(report.not_read):
@@ -85,12 +86,12 @@ def command(
 
 def _not_read(left: "NotRead") -> str:
     """Return the part of the folder that was not hashed, as text; empty if all was hashed."""
-    parts = [f"{left.experts} experts ({gigabytes(left.expert_bytes)})"] if left.experts else []
+    parts = [f"{left.experts} experts ({format_size(left.expert_bytes)})"] if left.experts else []
     if left.files:
         shown = ", ".join(left.files[:3]) + (
             f" and {len(left.files) - 3} more" if len(left.files) > 3 else ""
         )
-        parts.append(f"{shown} ({gigabytes(left.file_bytes)})")
+        parts.append(f"{shown} ({format_size(left.file_bytes)})")
     return "the bytes of " + " and of ".join(parts) if parts else ""
 
 

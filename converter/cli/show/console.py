@@ -15,7 +15,6 @@ from converter.cli.show.failures import is_closed_pipe
 from converter.cli.show.progress import (
     NoProgress,
     ShowProgress,
-    in_stage,
     show_progress,
     write_line,
 )
@@ -118,10 +117,6 @@ class Output:
         if not self.quiet:
             write_line(printable(text))
 
-    def stage(self, name: str) -> Callable[[int, int], None]:
-        """Return a callback (done bytes, total bytes) that shows the progress of one stage."""
-        return in_stage(self.progress(), name)
-
     def progress(self, unit: str | None = None) -> ShowProgress:
         """Return a callback (stage, done, total) that shows progress on stderr.
 
@@ -159,11 +154,3 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(
         "  ".join(cell(text, i) for i, text in enumerate(row)).rstrip() for row in rows
     )
-
-
-def gigabytes(n_bytes: int) -> str:
-    """Return a size in decimal units: 15.3 GB, 33.1 MB, 512 B."""
-    for unit, factor in (("GB", GB), ("MB", 10**6), ("kB", 10**3)):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:.1f} {unit}"
-    return f"{n_bytes} B"

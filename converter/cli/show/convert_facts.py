@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.show.console import gigabytes, table
+from converter.cli.show.console import table
+from formats.sizes import format_size
 
 if TYPE_CHECKING:
     from converter.conversion.plan import ConversionPlan
@@ -47,11 +48,11 @@ def needs_of(plan: "ConversionPlan") -> dict[str, Any]:
 
 def summary_of(plan: "ConversionPlan") -> str:
     """Return a plan as one line of text."""
-    source = gigabytes(plan.checkpoint.n_bytes)
-    converted = gigabytes(plan.output.total_bytes)
+    source = format_size(plan.checkpoint.n_bytes)
+    converted = format_size(plan.output.total_bytes)
     return (
         f"plan: {source} to {converted} in {plan.out}; {plan.output.expert_bits:.3f} bits per"
-        f" expert weight; {plan.workers} workers, about {gigabytes(plan.memory_bytes)} of memory"
+        f" expert weight; {plan.workers} workers, about {format_size(plan.memory_bytes)} of memory"
     )
 
 
@@ -68,7 +69,7 @@ def text_of(facts: dict[str, Any]) -> str:
             rows += [(name.replace("_", " "), text) for text in value]
         elif name.endswith("_bytes"):
             rows.append(
-                (name.removesuffix("_bytes").replace("_", " ") + " size", f"{gigabytes(value)}")
+                (name.removesuffix("_bytes").replace("_", " ") + " size", f"{format_size(value)}")
             )
         else:
             rows.append((name.replace("_", " "), str(value)))

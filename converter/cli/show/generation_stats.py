@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from converter.cli.show.console import gigabytes, table
+from converter.cli.show.console import table
+from formats.sizes import format_size
 
 
 def live_line(answer: Any, model: Any) -> str:
@@ -10,7 +11,7 @@ def live_line(answer: Any, model: Any) -> str:
     total = model.moe_stats().total
     rate = f"{answer.tokens_per_s:.2f} tokens/s, " if answer.tokens_per_s else ""
     counted = f"{answer.new_tokens} tokens, {rate}"
-    return f"{counted}hit ratio {total.hit_ratio:.3f}, read {gigabytes(total.bytes_read)}"
+    return f"{counted}hit ratio {total.hit_ratio:.3f}, read {format_size(total.bytes_read)}"
 
 
 def with_shares(cache: dict[str, Any], seconds: float | None) -> dict[str, Any]:
@@ -57,8 +58,8 @@ def stats_table(result: dict[str, Any]) -> str:
                 str(layer["useful_guesses"]),
                 f"{layer['recall']:.3f}",
                 str(layer["evictions"]),
-                gigabytes(layer["bytes_read"]),
-                gigabytes(layer["wasted_bytes"]),
+                format_size(layer["bytes_read"]),
+                format_size(layer["wasted_bytes"]),
             )
         )
     rate = f"{result['tokens_per_s']:.2f} tokens/s" if result["tokens_per_s"] else "one token"
@@ -69,7 +70,7 @@ def stats_table(result: dict[str, Any]) -> str:
         f" {result['new_tokens']} new tokens, {rate}\n"
         f"{cache['wait_share']:.0%} of {result['seconds']:.2f} s waited for reads,"
         f" the disk was busy {cache['busy_share']:.0%};"
-        f" the slots hold {gigabytes(cache['slot_bytes'])}\n"
+        f" the slots hold {format_size(cache['slot_bytes'])}\n"
         f"{_paths_line(cache['tokens'])}{_tier_line(cache)}"
         "recall: share of the misses that were guessed; wasted: bytes read for wrong guesses,"
         " not counted in read"
@@ -90,6 +91,6 @@ def _tier_line(cache: dict[str, Any]) -> str:
     return (
         "slots are on the GPU, read counts copies to the GPU;"
         f" {cache['cpu_experts']} experts computed on the CPU;"
-        f" RAM cache of {gigabytes(ram['buffer_bytes'])}: {ram['hits']} hits,"
-        f" {ram['misses']} misses, {gigabytes(ram['bytes_read'])} from the disk\n"
+        f" RAM cache of {format_size(ram['buffer_bytes'])}: {ram['hits']} hits,"
+        f" {ram['misses']} misses, {format_size(ram['bytes_read'])} from the disk\n"
     )

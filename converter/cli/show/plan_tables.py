@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from converter.cli.show.console import GB, gigabytes, table
+from converter.cli.show.console import GB, table
+from formats.sizes import format_size
 
 
 def text_of(result: dict[str, Any], *, detailed: bool) -> str:
@@ -13,7 +14,7 @@ def text_of(result: dict[str, Any], *, detailed: bool) -> str:
     """
     experts = (
         f"{result['layers']} layers of {result['experts']} experts,"
-        f" {gigabytes(result['expert_bytes'])}"
+        f" {format_size(result['expert_bytes'])}"
     )
     routing = (
         f"hit ratios of {result['trace']}" if result["trace"] else "every expert equally likely"
@@ -99,7 +100,7 @@ def _gpu_parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
         yield "computed, with an efficiency that was measured on no GPU"
     if plan["cache_bytes"] == result["expert_bytes"]:
         yield (
-            f"with all experts in RAM, which takes {gigabytes(plan['ram_bytes'])};"
+            f"with all experts in RAM, which takes {format_size(plan['ram_bytes'])};"
             " --ram SIZE plans with less"
         )
     yield f"run it with --gpu-cache {gpu['cache_bytes']} --ram-cache {plan['cache_bytes']}"
@@ -115,7 +116,9 @@ def _cache_rows(part: dict[str, Any], result: dict[str, Any]) -> list[tuple[str,
 
 
 def _sizes(rows: Sequence[tuple[str, int | None]]) -> str:
-    return table([(name, "" if n_bytes is None else gigabytes(n_bytes)) for name, n_bytes in rows])
+    return table(
+        [(name, "" if n_bytes is None else format_size(n_bytes)) for name, n_bytes in rows]
+    )
 
 
 def _comparison(plans: list[dict[str, Any]], result: dict[str, Any]) -> str:
@@ -132,7 +135,7 @@ def _comparison(plans: list[dict[str, Any]], result: dict[str, Any]) -> str:
     for plan in plans:
         low, high = plan["tokens_per_s"]
         row = [
-            gigabytes(plan["ram_bytes"]),
+            format_size(plan["ram_bytes"]),
             str(plan["cache_bytes"]),
             _slots(plan),
             f"{plan['miss_ratio']:.3f}",

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from formats.writer import write_file
+from formats.files.partial_file import write_file
 
 
 def save_plot(figure: Any, path: Path) -> None:

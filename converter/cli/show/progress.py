@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 LINE_EVERY_S = 30.0
@@ -131,8 +130,3 @@ class _Lines:
             return f"{done} of {total} {self._unit} ({share:.0f} %)"
         speed = f", {rate / 1e6:.0f} MB/s" if rate > 0 else ""
         return f"{done / 1e6:.1f} of {total / 1e6:.1f} MB ({share:.0f} %){speed}"
-
-
-def in_stage(progress: ShowProgress, name: str) -> Callable[[int, int], None]:
-    """Return a callback (done, total) for the stage `name` of `progress`."""
-    return lambda done, total: progress(name, done, total)

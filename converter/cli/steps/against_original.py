@@ -15,6 +15,7 @@ from converter.forward.streamed_model import StreamedModel
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.index import Architecture
+from formats.progress import Progress
 from formats.quality import Evaluation
 from formats.repair.unconverted import check_finished
 
@@ -37,7 +38,7 @@ def compare_with_original(
     versions: dict[str, str],
     check: str,
     output: Output,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Evaluation:
     """Compare the model in `path` with the checkpoint in `against` on (name, text) pairs.
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from converter.cli.show.console import Output, gigabytes
+from converter.cli.show.console import Output
+from formats.sizes import format_size
 
 
 def early_tokenizer(path: Path, check: str) -> Any:
@@ -110,5 +111,5 @@ class ExpertsOnDisk:
         done, total = self._experts
         percent = 100 * done // total
         self._output.note(
-            f"{gigabytes(done)} of {gigabytes(total)} of the experts are there ({percent} %)"
+            f"{format_size(done)} of {format_size(total)} of the experts are there ({percent} %)"
         )

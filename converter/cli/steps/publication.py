@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from converter.cli.show.console import Output, gigabytes
+from converter.cli.show.console import Output
+from formats.sizes import format_size
 
 
 def upload(
@@ -25,7 +26,7 @@ def upload(
     if not report.problems:
         # A refused publication must fail before minutes of reading.
         check_publication(path, target)
-        report = verify_folder(path, read_data=True, progress=output.stage("verifying"))
+        report = verify_folder(path, read_data=True, progress=output.progress())
     if report.problems:
         problems = [problem.message for problem in report.problems]
         lines = [
@@ -45,8 +46,8 @@ def upload(
         "unchanged_files": done.unchanged,
         "deleted_files": done.deleted,
     }
-    sizes = f"{len(done.sent)} files, {gigabytes(sum(done.sent.values()))}"
+    sizes = f"{len(done.sent)} files, {format_size(sum(done.sent.values()))}"
     what = f"would send {sizes}" if dry_run else f"sent {sizes}"
-    lines = [f"{name}  {gigabytes(size)}" for name, size in done.sent.items()] if dry_run else []
+    lines = [f"{name}  {format_size(size)}" for name, size in done.sent.items()] if dry_run else []
     lines.append(f"{what}; {len(done.unchanged)} files unchanged, {len(done.deleted)} deleted")
     return facts, "\n".join([*lines, *([done.url] if done.url else [])])

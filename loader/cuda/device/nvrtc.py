@@ -7,13 +7,12 @@ import ctypes
 import functools
 import hashlib
 import importlib.metadata
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 
 from formats.errors import MoeConvertError
+from formats.files.partial_file import write_file
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 SHARED = Path(__file__).parents[3] / "formats/native/packings.h"
@@ -152,8 +151,6 @@ def _keep(path: Path, cubin: bytes) -> None:
     """Write a cubin for the next start. Without it that start takes some seconds longer."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(cubin).digest() + cubin)
-        os.replace(file.name, path)
-    except OSError:
+        write_file(path, hashlib.sha256(cubin).digest() + cubin)
+    except (OSError, MoeConvertError):
         return

@@ -7,7 +7,7 @@ from typing import Any
 from formats.config.field_rules import short
 from formats.config.recorded_config import METHOD
 from formats.errors import RecipeError
-from formats.hub.repo import is_offline
+from formats.hub.hub_settings import is_offline
 from loader.hf.by_name.device_map import device_of_map
 from loader.hf.private_names import (
     COMMIT_HASH,

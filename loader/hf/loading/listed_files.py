@@ -3,7 +3,6 @@
 Such files (an adapter, a chat template, other weights) are not verified.
 """
 
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,12 +11,11 @@ from pathlib import Path
 
 from formats import INDEX_NAME
 from formats.config.side_files import is_read_by_transformers, names_beside_weights
+from formats.files.log_once import warn_once
 from formats.files.paths import locate
 from formats.index import Index
 
-_log = logging.getLogger(__name__)
 _ADAPTERS = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
-_warned: set[tuple[str, str]] = set()
 
 
 @contextmanager
@@ -39,8 +37,5 @@ def link_listed_files(folder: Path, index: Index, wanted: Callable[[str], bool])
 
 def _warn_of_unlisted(folder: Path, listed: set[str]) -> None:
     for name in names_beside_weights(folder):
-        if name in listed or (str(folder), name) in _warned:
-            continue
-        if name in _ADAPTERS or is_read_by_transformers(name):
-            _log.warning("%s is not used: %s does not list it", folder / name, INDEX_NAME)
-            _warned.add((str(folder), name))
+        if name not in listed and (name in _ADAPTERS or is_read_by_transformers(name)):
+            warn_once(f"{folder / name} is not used: {INDEX_NAME} does not list it")

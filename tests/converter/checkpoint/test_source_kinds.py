@@ -209,7 +209,7 @@ def test_complete_conversion_is_not_taken_for_one_of_another_overlay(
         weight_map=weight_map
         | {W1: "model-00001-of-00001.safetensors", EMBEDDING: "model-overlay-00001.safetensors"},
     )
-    with pytest.raises(MoeConvertError, match="another choice of tensors"):
+    with pytest.raises(MoeConvertError, match="another choice of shards"):
         convert_checkpoint(source, tmp_path / "out", make_recipe("16bit"))
 
 

@@ -34,8 +34,9 @@ from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, NotConvertedError, OutputError, RecipeError, SourceError
 from formats.expert import dequantize_expert
+from formats.files.partial_file import partial_path
 from formats.index import read_index
-from formats.layer_file import compression_paths, partial_path
+from formats.layer_file import compression_paths
 from formats.reading.direct_reader import DirectReader
 from formats.reading.verify import verify_folder
 from formats.writer import LayerWriter

@@ -17,7 +17,7 @@ from loader.hf.modules.packed_modules import PackedLinear
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
 
-PROJECTIONS = "q_proj", "k_proj", "v_proj", "o_proj"
+ATTENTION_PROJECTIONS = "q_proj", "k_proj", "v_proj", "o_proj"
 
 
 class Ours:
@@ -25,7 +25,7 @@ class Ours:
 
     def __init__(self, packed, dtype):
         self.packed, self.config = packed, packed.config
-        matrices = (getattr(packed, name) for name in PROJECTIONS)
+        matrices = (getattr(packed, name) for name in ATTENTION_PROJECTIONS)
         weights = AttentionWeights(
             *(PackedMatrix(m.packed, m.packing.name, m.out_features) for m in matrices)
         )
@@ -51,7 +51,7 @@ def attentions(heads, kv_heads, dim, dtype, hidden=192):
     )
     config._attn_implementation = "sdpa"
     packed, plain = MixtralAttention(config, 0), MixtralAttention(config, 0)
-    for name in PROJECTIONS:
+    for name in ATTENTION_PROJECTIONS:
         linear = getattr(plain, name)
         rows, columns = linear.weight.shape
         ours = PackedLinear(PACKING, rows, columns, NativeBackend())

@@ -22,7 +22,7 @@ ORDERS = ["late", "early", 0, 1]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Make prefetches take four pieces."""
-    monkeypatch.setattr(fetcher, "PIECE_BYTES", EXPERT_BYTES // 4)
+    monkeypatch.setattr(fetcher, "STEP_BYTES", EXPERT_BYTES // 4)
 
 
 def in_ram(gpu, *keys):

@@ -3,7 +3,7 @@ import torch
 from inside import inside
 from slow_reader import EXPERT_BYTES, SlowReader
 
-from formats.reading.reader import PIECE_BYTES
+from formats.reading.reader import STEP_BYTES
 from loader.experts.cache import ExpertCache
 from loader.experts.prefetch import REST_TOKENS, TRIAL_GUESSES, Prefetcher, in_order, ranked
 from loader.experts.stats import LayerStats
@@ -172,10 +172,10 @@ def test_a_weight_of_zero_in_the_norm_is_no_infinity():
 @pytest.mark.parametrize(
     ("early", "delays", "rests"),
     [
-        (PIECE_BYTES * 50, 10, False),
-        (PIECE_BYTES * 4, 10, True),
+        (STEP_BYTES * 50, 10, False),
+        (STEP_BYTES * 4, 10, True),
         (0, 0, True),
-        (PIECE_BYTES, 0, False),
+        (STEP_BYTES, 0, False),
     ],
 )
 def test_a_layer_rests_where_the_loss_is_the_greater_one(early, delays, rests):

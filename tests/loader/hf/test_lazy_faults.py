@@ -181,5 +181,5 @@ def test_no_room_for_the_model_is_said_before_it_is_fetched(
     monkeypatch.setattr(
         lazy_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1)
     )
-    with pytest.raises(DoesNotFitError, match="free are 1"):
+    with pytest.raises(DoesNotFitError, match="only 1 are free"):
         open_lazy()

@@ -84,7 +84,7 @@ def test_the_background_download_fetches_the_remaining_experts(
     # The filling thread ends only when it is told to, so wait until it has all experts.
     with inside(reader, "lock"):
         assert inside(reader, "lock").wait_for(
-            lambda: len(inside(reader, "good")) == len(inside(reader, "entries")), timeout=120
+            lambda: len(inside(reader, "checked")) == len(inside(reader, "entries")), timeout=120
         )
     reader.close()
     assert lazy.complete

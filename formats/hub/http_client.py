@@ -1,6 +1,6 @@
-"""The HTTP client of byte ranges: from huggingface_hub's factory, but not its shared client.
+"""HTTP client for byte ranges, from huggingface_hub's factory, but not its shared client.
 
-Threads of ours read ranges while the program goes on. huggingface_hub closes its shared client in
+Background threads read ranges while the program runs. huggingface_hub closes its shared client in
 each forked child. The child then waits forever for the client's lock if one of these threads held
 it at the fork: 8 of 1000 forks beside two reading threads. Nothing closes this client in a child.
 """
@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 _clients: dict[tuple[int, Any], Any] = {}
-"""(process id, factory) -> client. The parent's client stays in a forked child, unused: its
+"""Client by (process id, factory). The parent's client stays in a forked child, unused: its
 connections belong to the parent.
 """
 
