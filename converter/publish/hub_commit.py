@@ -14,10 +14,10 @@ from formats.artifact import Artifact
 from formats.errors import HubError, MoeConvertError
 from formats.files.paths import locate
 from formats.hub.ranges import RemoteFile, Retries
-from formats.hub.repo_names import check_repo_name
 from formats.hub.repo_writer import RepoWriter
 from formats.index import Index
 from formats.quality import QUALITY_NAME
+from formats.repo_names import check_repo_name
 
 _TRANSFORMERS_WEIGHTS = re.compile(r"(pytorch_)?model[^/]*\.(safetensors|bin)(\..*)?")
 

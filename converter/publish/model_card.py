@@ -20,10 +20,10 @@ from converter.publish.card_sections import (
 )
 from formats.files.io_errors import translated
 from formats.files.partial_file import write_file
-from formats.hub.repo_names import is_repo_name
 from formats.index import Index
 from formats.packing import PACKINGS, tile_packing_named
 from formats.quality import Quality, read_quality
+from formats.repo_names import is_repo_name
 from formats.trunk import ATTENTION
 
 CARD_NAME = "README.md"

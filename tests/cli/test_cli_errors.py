@@ -302,9 +302,7 @@ def test_missing_extra_is_named_before_the_work(
     module: str,
     hint: str,
 ) -> None:
-    monkeypatch.setattr(
-        converter.cli.options.early_checks.importlib.util, "find_spec", lambda name: None
-    )
+    monkeypatch.setattr(converter.cli.options.early_checks, "find_spec", lambda name: None)
     check_refusal(run_command, arguments(line, inputs), 1, module, hint)
 
 

@@ -34,6 +34,19 @@ def command(output):
 command(standalone_mode=False)
 """
 
+BUSY = """
+import logging
+from converter.cli.show import progress
+from converter.cli.show.console import Output
+progress.LINE_EVERY_S = 0.001
+import sys, threading
+output = Output(False, "-q" in sys.argv)
+with output.busy("loading x"):
+    print("a warning", file=sys.stderr)
+    threading.Event().wait(0.05)
+output.note("loaded")
+"""
+
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -90,3 +103,25 @@ def test_a_command_that_draws_nothing_does_not_import_rich() -> None:
     code = "import sys; from converter.cli.main import main; import converter.cli.show.console"
     code += "; assert 'rich' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("busy") / "busy.py"
+    path.write_text(BUSY)
+    return str(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")
+def test_work_of_unknown_length_leaves_no_trace_on_a_terminal(busy: str) -> None:
+    assert screen_of([sys.executable, busy], 80) == ["a warning", "loaded"]
+
+
+def test_work_of_unknown_length_is_a_line_now_and_then(busy: str) -> None:
+    command = [sys.executable, busy]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = set(done.stderr.splitlines())
+    assert lines == {"a warning", "loading x: 0 s so far", "loaded"}
+    command.append("-q")
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == "a warning\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 from formats import INDEX_NAME, JOURNAL_NAME
 from formats.errors import SourceError
 from formats.files.paths import similar_folders
-from formats.hub.repo_names import is_repo_name, repo_of_address
+from formats.repo_names import is_repo_name, repo_of_address
 
 SINGLE_NAME = "model.safetensors"
 SHARD_INDEX_NAME = "model.safetensors.index.json"

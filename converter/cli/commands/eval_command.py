@@ -125,9 +125,10 @@ def command(
     versions: dict[str, str] = {}
 
     def load(folder: Path) -> Any:
-        if not is_converted(folder):
-            return load_checkpoint(folder)
-        model: Any = loader.from_pretrained(folder, **options)
+        with output.busy(f"loading {folder}"):
+            if not is_converted(folder):
+                return load_checkpoint(folder)
+            model: Any = loader.from_pretrained(folder, **options)
         experts: Any = next(iter(experts_modules(model).values()))
         versions["kernels"] = experts.backend_name
         return model

@@ -58,7 +58,7 @@ def _opened(
     from formats.artifact import Artifact
     from formats.hub.remote_artifact import open_remote
     from formats.hub.repo import HubRepo
-    from formats.hub.repo_names import is_repo_name
+    from formats.repo_names import is_repo_name
 
     if path.exists() or not is_repo_name(str(path)):
         yield Artifact.open(path), None

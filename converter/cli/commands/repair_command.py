@@ -68,9 +68,9 @@ def command(
     """
     from formats.index import read_index
     from formats.repair.index_rebuild import rebuild_index
-    from formats.repair.repair_hints import repair_command
     from formats.repair.repairs import repair_folder
-    from formats.repair.unconverted import check_converted
+    from formats.repair_hints import repair_command
+    from formats.unconverted import check_converted
 
     if index_too and origin:
         raise click.UsageError(
@@ -122,8 +122,8 @@ def _origin(
     from formats.files.partial_file import write_file
     from formats.hub.hub_origin import HubOrigin
     from formats.hub.repo import HubRepo
-    from formats.hub.repo_names import is_repo_name
     from formats.index import read_index
+    from formats.repo_names import is_repo_name
 
     if name is None:
         yield None

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.options.plot_option import check_plot, plot_option
+from converter.cli.options.plot_option import check_plot, with_plot_option
 from converter.cli.show.console import GB, Output, output_options
 from converter.cli.show.replay_plot import plot_replay
 from converter.cli.show.replay_tables import tables_of
@@ -109,7 +109,7 @@ Examples:
     help="Computing time of a layer, in milliseconds.",
 )
 @click.option("--by-layer", is_flag=True, help="Show the hit ratio and recall of each layer.")
-@plot_option("hit ratio over slots and recall over guesses")
+@with_plot_option("hit ratio over slots and recall over guesses")
 @output_options(interrupted="nothing was changed")
 def command(
     trace: Path,

@@ -8,7 +8,7 @@ import click
 from converter import __version__
 from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file
-from converter.cli.options.plot_option import check_plot, plot_option
+from converter.cli.options.plot_option import check_plot, with_plot_option
 from converter.cli.show.console import Output, output_options
 from converter.cli.show.trace_plot import plot_trace
 from formats.sizes import format_size
@@ -41,7 +41,7 @@ Examples:
     metavar="FILE",
     help="Trace file to write.",
 )
-@plot_option("how often each layer uses each expert")
+@with_plot_option("how often each layer uses each expert")
 @shared_options.window
 @shared_options.batch
 @click.option(
@@ -109,11 +109,12 @@ def command(
         windows = text_windows(tokenizer, described, texts, window, max_tokens)
     else:
         inputs = read_prompts(tokenizer, described, prompts, raw=raw)
-    model: Any = (
-        loader.from_pretrained(path, ram_cache=ram_cache, check=check, kernels=kernels)
-        if is_converted(path)
-        else load_checkpoint(path)
-    )
+    with output.busy(f"loading {path}"):
+        model: Any = (
+            loader.from_pretrained(path, ram_cache=ram_cache, check=check, kernels=kernels)
+            if is_converted(path)
+            else load_checkpoint(path)
+        )
     producer = f"moe-convert {__version__}"
     progress = output.progress("windows" if texts else "prompts")
 

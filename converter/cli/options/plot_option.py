@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SUFFIXES = (".svg", ".png")
 
 
-def plot_option(what: str) -> Callable[[F], F]:
+def with_plot_option(what: str) -> Callable[[F], F]:
     """Return the option --plot, which draws `what`."""
     return click.option(
         "--plot",

@@ -7,6 +7,7 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import click
@@ -15,6 +16,7 @@ from converter.cli.show.failures import is_closed_pipe
 from converter.cli.show.progress import (
     NoProgress,
     ShowProgress,
+    show_busy,
     show_progress,
     write_line,
 )
@@ -126,6 +128,10 @@ class Output:
         progress = NoProgress() if self.quiet else show_progress(unit)
         self._shown.append(progress)
         return progress
+
+    def busy(self, text: str) -> AbstractContextManager[None]:
+        """Return a context that shows `text` and the time while it lasts, unless --quiet."""
+        return nullcontext() if self.quiet else show_busy(text)
 
     def close(self) -> None:
         """End all bars, so that nothing else is drawn over them."""

@@ -1,7 +1,10 @@
 """Progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 LINE_EVERY_S = 30.0
@@ -130,3 +133,40 @@ class _Lines:
             return f"{done} of {total} {self._unit} ({share:.0f} %)"
         speed = f", {rate / 1e6:.0f} MB/s" if rate > 0 else ""
         return f"{done / 1e6:.1f} of {total / 1e6:.1f} MB ({share:.0f} %){speed}"
+
+
+@contextmanager
+def show_busy(text: str) -> Iterator[None]:
+    """Show that work of unknown length goes on, until the context ends."""
+    with _spinner(text) if sys.stderr.isatty() else _lines_now_and_then(text):
+        yield
+
+
+@contextmanager
+def _spinner(text: str) -> Iterator[None]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, redirect_stdout=False, transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
+
+
+@contextmanager
+def _lines_now_and_then(text: str) -> Iterator[None]:
+    is_over = threading.Event()
+    started_s = time.monotonic()
+
+    def work() -> None:
+        while not is_over.wait(LINE_EVERY_S):
+            write_line(f"{text}: {time.monotonic() - started_s:.0f} s so far")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()

@@ -17,7 +17,7 @@ from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.progress import Progress
 from formats.quality import Evaluation
-from formats.repair.unconverted import check_finished
+from formats.unconverted import check_finished
 
 if TYPE_CHECKING:
     from formats.prediction import Prediction

@@ -63,7 +63,7 @@ def open_source(
     A folder takes precedence over a repository of the same name.
     """
     from converter.checkpoint.shards.hub_model import HubModel
-    from formats.hub.repo_names import is_repo_name
+    from formats.repo_names import is_repo_name
 
     name = str(model)
     hub_options = ["revision", "max_disk", "no_keep"]
@@ -93,7 +93,7 @@ def check_upload(source: Any, options: dict[str, Any]) -> None:
     """Reject before the conversion what the upload would reject after it."""
     from converter.publish.folder_card import find_license
     from converter.publish.hub_commit import PublishOptions, check_target
-    from formats.hub.repo_names import check_repo_name
+    from formats.repo_names import check_repo_name
 
     repo = options["upload_repo"]
     if not repo:

@@ -1,5 +1,6 @@
 """Loads a model and its tokenizer as the options of `with_model_options` say."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ def early_tokenizer(path: Path, check: str) -> Any:
     Return None for a repository: its branch may move before the weights are downloaded.
     """
     import loader
-    from formats.repair.unconverted import check_converted
+    from formats.unconverted import check_converted
 
     if not path.is_dir():
         return None
@@ -59,7 +60,9 @@ def load_model(
     arguments["prefetch"] = 0 if no_prefetch else int(prefetch) if prefetch.isdigit() else prefetch
     if trace:
         arguments["slots"] = _slots(trace, path, options, reserve_bytes)
-    model: Any = loader.from_pretrained(path, progress=experts, **arguments)
+    # A repository's download draws bars of its own.
+    with output.busy(f"loading {path}") if path.is_dir() else nullcontext():
+        model: Any = loader.from_pretrained(path, progress=experts, **arguments)
     # From the folder that was loaded: the repository's branch may have moved since.
     tokenizer = tokenizer or loader.load_tokenizer(model.name_or_path, check=options["check"])
     return LoadedModel(model, tokenizer, experts)

@@ -36,8 +36,8 @@ def open_source(path: Path, recipe: str, revision: str | None, token: str | None
     from formats.artifact import Artifact
     from formats.hub.remote_artifact import open_remote
     from formats.hub.repo import HubRepo
-    from formats.hub.repo_names import is_repo_name
-    from formats.repair.unconverted import check_finished
+    from formats.repo_names import is_repo_name
+    from formats.unconverted import check_finished
     from loader.hf.loading.plain_checkpoint import is_converted
 
     if path.exists() or not is_repo_name(str(path)):
