@@ -20,9 +20,9 @@ from formats.index import Architecture, ExpertEntry, Index, read_index
 from formats.index_checks import index_problems, layer_header_limit, trunk_header_limit
 from formats.labels import has_controls
 from formats.layer_file import layer_metadata, raw_entries, zstd_entries
-from formats.repair.unconverted import check_converted
 from formats.safetensors_header import Header, TensorEntry, read_header
 from formats.trunk import check_trunk, trunk_metadata
+from formats.unconverted import check_converted
 
 _RESAVED_HINT = (
     "it was cut off, or saved again by a general safetensors tool:"

@@ -11,10 +11,10 @@ from formats.hub.lazy_folder import LazyFolder
 from formats.hub.lazy_reader import HubReader
 from formats.hub.repo import HubRepo
 from formats.hub.repo_listing import fetch_listed
-from formats.hub.repo_names import is_repo_name
 from formats.progress import Progress, no_progress
 from formats.reading.reader import ExpertReader
 from formats.reading.readers import READERS
+from formats.repo_names import is_repo_name
 
 Folder = str | os.PathLike[str]
 

@@ -10,7 +10,7 @@ from formats.config.strict_json import parse
 from formats.errors import DamageError, FormatError
 from formats.files.paths import read_small
 from formats.index import Index, check_version
-from formats.repair.repair_hints import repair_command
+from formats.repair_hints import repair_command
 
 CONFIG_NAME = "config.json"
 METHOD = "moe_convert"

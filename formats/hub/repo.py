@@ -11,8 +11,8 @@ from formats.hub.http_client import range_client
 from formats.hub.hub_errors import client_errors, hub_call, transport_errors
 from formats.hub.hub_settings import cache_root, is_offline, progress_bars
 from formats.hub.ranges import RangeReader, RemoteFile, Retries
-from formats.hub.repo_names import check_repo_name
 from formats.hub.revision_files import cached_files, listed_files
+from formats.repo_names import check_repo_name
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from formats import INDEX_NAME
 from formats.config.generation_config import GENERATION_NAME
 from formats.config.side_files import MAX_BYTES
-from formats.errors import DamageError, DoesNotFitError
+from formats.errors import DamageError, DoesNotFitError, NotConvertedError
 from formats.files.io_errors import translated
 from formats.hub.hub_settings import cache_root
 from formats.hub.ranges import RemoteFile
@@ -20,7 +20,6 @@ from formats.hub.repo import HubRepo
 from formats.hub.repo_files import MAX_SMALL_BYTES, read_small_file
 from formats.index import Index, parse_index
 from formats.index_checks import index_problems
-from formats.repair.unconverted import check_converted_repo
 from formats.sizes import format_size
 
 _log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def fetch_index(repo: HubRepo) -> tuple[bytes, Index]:
     Raises NotConvertedError, HubError; FormatError if the index contradicts itself; DamageError if
     the Hub lists another size than the index for weights, or a size over the limit for other files.
     """
-    check_converted_repo(repo)
+    _check_converted(repo)
     data = read_small_file(repo, INDEX_NAME)
     where = f"{repo.where}: {INDEX_NAME}"
     index = parse_index(data, where)
@@ -134,3 +133,15 @@ def _check_sizes(repo: HubRepo, index: Index) -> None:
 def _has(folder: Path, file: RemoteFile) -> bool:
     path = folder / file.name
     return path.is_file() and path.stat().st_size == file.size
+
+
+def _check_converted(repo: HubRepo) -> None:
+    """Raise NotConvertedError if the repository holds no converted model.
+
+    Offline it passes, because not all files are known.
+    """
+    if INDEX_NAME not in repo.files and not repo.offline:
+        raise NotConvertedError(
+            f"{repo.where} on the Hub is not converted: it has no {INDEX_NAME}",
+            f"moe-convert convert {repo.repo}",
+        )

@@ -10,7 +10,7 @@ from formats.hub.hub_errors import hub_call
 from formats.hub.hub_settings import progress_bars
 from formats.hub.ranges import RemoteFile, Retries
 from formats.hub.repo import HubRepo
-from formats.hub.repo_names import check_repo_name
+from formats.repo_names import check_repo_name
 
 _TOKEN_HINT = "give a token that may write with --token, or log in: hf auth login"
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from formats.artifact import Artifact
 from formats.errors import DamageError
 from formats.reading.direct_file import DirectFile
 from formats.reading.reader import ExpertReader, aligned_bytes
-from formats.repair.repair_hints import repair_command
+from formats.repair_hints import repair_command
 
 
 class DirectReader(ExpertReader):

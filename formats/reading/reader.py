@@ -16,7 +16,7 @@ from formats.artifact import Artifact
 from formats.checksums import sha256_of, xxh3_of
 from formats.errors import DamageError
 from formats.files.io_errors import io_error
-from formats.repair.repair_hints import repair_command
+from formats.repair_hints import repair_command
 
 STEP_BYTES = 4 << 20
 """Size of one step of a prefetch. After each step a more urgent read may go first."""

@@ -19,7 +19,7 @@ from formats.files.paths import locate, open_regular
 from formats.index import ExpertEntry, Index
 from formats.progress import Progress, no_progress
 from formats.reading.whole_files import RUN_TIME_FILES, file_sha256, generation_note
-from formats.repair.repair_hints import index_command, repair_command
+from formats.repair_hints import index_command, repair_command
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from formats.errors import DamageError
 from formats.files.io_errors import translated
 from formats.files.paths import locate, open_regular
 from formats.index import Index
-from formats.repair.repair_hints import repair_command
+from formats.repair_hints import repair_command
 
 RUN_TIME_FILES = (CONFIG_NAME, GENERATION_NAME)
 """Files that a user may edit. `read_recorded_config` lists the editable fields of config.json."""

@@ -17,7 +17,7 @@ from formats.errors import HubError
 from formats.hub.hub_errors import hub_call
 from formats.hub.ranges import RemoteFile, Retries
 from formats.hub.repo import HubRepo
-from formats.hub.repo_names import is_repo_name
+from formats.repo_names import is_repo_name
 
 WEIGHTS = bytes(i * i % 251 for i in range(5 << 19))
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": WEIGHTS}

@@ -1,4 +1,4 @@
-"""Who may import whom (formats ← converter, loader), and that everything public says what it is."""
+"""Which room may import which, and that everything public has a docstring."""
 
 import ast
 import sys
@@ -8,11 +8,12 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 from project_paths import ROOT
+from room_arrows import ARROWS
 
 PACKAGES = ("formats", "converter", "loader")
 OUTSIDE_FOR_FORMATS = {"numpy", "safetensors", "torch", "msgspec", "zstandard", "xxhash"}
 # Converter and loader both read repositories: tokens, retries and errors stand in one room.
-HUB_ROOM = "formats.hub."
+HUB_ROOM = "formats.hub"
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -22,8 +23,11 @@ MODULES = {
 every_module = pytest.mark.parametrize("module", MODULES)
 
 
-def imports(module: str) -> set[str]:
-    """Modules that `module` imports anywhere: ours by full name, others by their package."""
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Return every module that `module` imports, at any depth: ours by full name, others by their
+    package.
+    """
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -35,11 +39,27 @@ def imports(module: str) -> set[str]:
                 f"{parent}.{a.name}" if f"{parent}.{a.name}" in MODULES else parent
                 for a in node.names
             }
-    return {name if name in MODULES else name.partition(".")[0] for name in found}
+    return frozenset(name if name in MODULES else name.partition(".")[0] for name in found)
 
 
 def package(module: str) -> str:
     return module.partition(".")[0]
+
+
+def room(module: str) -> str:
+    """Return the room of a module: its folder."""
+    is_room = MODULES[module].name == "__init__.py"
+    return module if is_room else module.rpartition(".")[0]
+
+
+@cache
+def arrows() -> dict[str, set[str]]:
+    """Return room -> other rooms that it imports."""
+    found: dict[str, set[str]] = {room(module): set() for module in MODULES}
+    for module in MODULES:
+        others = {room(other) for other in imports(module) if other in MODULES}
+        found[room(module)] |= others - {room(module)}
+    return found
 
 
 def test_walk_finds_the_modules() -> None:
@@ -47,23 +67,51 @@ def test_walk_finds_the_modules() -> None:
     assert imports("formats.expert") >= {"formats.packing", "torch", "dataclasses"}
 
 
-@every_module
-def test_module_imports_only_along_the_arrows(module: str) -> None:
-    for other in imports(module):
-        if package(other) not in PACKAGES or package(other) == package(module):
-            continue
-        from_command = module.startswith("converter.cli") and package(other) == "loader"
-        assert from_command or package(other) == "formats", f"{module} imports {other}"
+def test_the_table_has_every_room() -> None:
+    assert ARROWS.keys() == arrows().keys()
+
+
+@pytest.mark.parametrize("source", sorted(arrows()))
+def test_rooms_import_along_the_tables_arrows_alone(source: str) -> None:
+    unknown = {
+        f"{module} imports {other}"
+        for module in MODULES
+        if room(module) == source
+        for other in imports(module)
+        if other in MODULES and room(other) not in {source, *ARROWS[source].split()}
+    }
+    assert unknown == set(), "add the arrow to tests/support/room_arrows.py only if it must be"
+
+
+@pytest.mark.parametrize("source", sorted(arrows()))
+def test_the_table_has_no_arrow_too_many(source: str) -> None:
+    assert set(ARROWS[source].split()) - arrows()[source] == set()
+
+
+def test_formats_knows_neither_and_only_commands_use_both() -> None:
+    for source, text in ARROWS.items():
+        for target in text.split():
+            crosses = package(target) != package(source)
+            from_commands = source.startswith("converter.cli") and package(target) == "loader"
+            assert not crosses or package(target) == "formats" or from_commands, (source, target)
+
+
+def test_rooms_import_in_no_circle() -> None:
+    """A package's own modules are its entry: rooms below may use them, and they use the rooms."""
+    inner = {source: set(text.split()) for source, text in ARROWS.items() if "." in source}
+    try:
+        TopologicalSorter({s: targets & inner.keys() for s, targets in inner.items()}).prepare()
+    except CycleError as e:
+        pytest.fail(f"rooms import in a circle: {' → '.join(e.args[1])}")
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if package(m) == "formats"])
 def test_formats_imports_little(module: str) -> None:
-    outside = (
-        {package(other) for other in imports(module)} - {"formats"} - set(sys.stdlib_module_names)
-    )
-    if module.startswith(HUB_ROOM):
-        outside -= {"huggingface_hub"}
-    assert outside <= OUTSIDE_FOR_FORMATS
+    outside = {package(other) for other in imports(module)} - set(sys.stdlib_module_names)
+    allowed = OUTSIDE_FOR_FORMATS | {"formats"}
+    if room(module) == HUB_ROOM:
+        allowed |= {"huggingface_hub"}
+    assert outside <= allowed
 
 
 def test_no_imports_go_in_a_circle() -> None:

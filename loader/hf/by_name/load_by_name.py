@@ -12,7 +12,7 @@ from formats.config.field_rules import short
 from formats.config.generation_config import GENERATION_NAME
 from formats.config.recorded_config import METHOD
 from formats.errors import RecipeError
-from formats.repair.unconverted import check_finished
+from formats.unconverted import check_finished
 from loader.hf.by_name.arguments import loader_options
 
 SETTABLE = (

@@ -15,7 +15,7 @@ from formats.config.strict_json import parse
 from formats.errors import MoeConvertError, SourceError
 from formats.files.paths import read_small
 from formats.index import Architecture
-from formats.repair.unconverted import check_finished
+from formats.unconverted import check_finished
 from loader.hf.loading.configuration import loading_options, model_class
 from loader.hf.modules.expert_layers import experts_modules
 

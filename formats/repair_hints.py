@@ -3,8 +3,8 @@
 import shlex
 from pathlib import Path
 
-from formats.hub.repo_names import is_repo_name
 from formats.index import Index
+from formats.repo_names import is_repo_name
 
 
 def repair_command(folder: Path, index: Index) -> str:

@@ -1,4 +1,4 @@
-"""Checks that a folder or repository is a complete converted model.
+"""Checks that a folder is a complete converted model.
 
 Otherwise it is a checkpoint, an unfinished conversion or download, or something else.
 """
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from formats import EXPERTS_FOLDER, INDEX_NAME, JOURNAL_NAME, LOCK_NAME, PENDING_NAME, TRUNK_NAME
 from formats.errors import MoeConvertError, NotConvertedError
-from formats.hub.repo import HubRepo
 
 _NAME_HINT = "name a folder that moe-convert wrote"
 
@@ -49,16 +48,4 @@ def check_finished(folder: Path) -> None:
         raise NotConvertedError(
             f"{folder} holds an unfinished download",
             "load it with --lazy by its name on the Hub, or run moe-convert download OWNER/MODEL",
-        )
-
-
-def check_converted_repo(repo: HubRepo) -> None:
-    """Raise NotConvertedError if the repository holds no converted model.
-
-    Offline it passes, because not all files are known.
-    """
-    if INDEX_NAME not in repo.files and not repo.offline:
-        raise NotConvertedError(
-            f"{repo.where} on the Hub is not converted: it has no {INDEX_NAME}",
-            f"moe-convert convert {repo.repo}",
         )
