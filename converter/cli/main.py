@@ -34,6 +34,7 @@ COMMANDS = {
     "eval": "Measure perplexity, the difference to the original, or benchmarks.",
     "trace": "Record which experts a text or prompts use.",
     "replay": "Simulate cache policies, sizes and prefetch on a trace.",
+    "cache": "List or remove lazily downloaded models.",
     "env": "Show versions, kernels and GPUs.",
 }
 

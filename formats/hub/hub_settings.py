@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+KERNELS_FOLDER = "gpu-kernels"
+"""Folder of compiled GPU kernels in `kept_root`."""
+
 
 def is_offline() -> bool:
     """True if huggingface_hub must not use the network (HF_HUB_OFFLINE)."""

@@ -26,6 +26,7 @@ from formats.hub.ranges import Retries
 from formats.hub.remote_artifact import open_remote
 from formats.hub.repo import HubRepo
 from formats.hub.repo_files import fetch_file, read_small_file
+from formats.hub.repo_listing import cached_folder
 from formats.index import Index
 from formats.progress import Progress, no_progress
 from formats.reading.whole_files import RUN_TIME_FILES
@@ -63,6 +64,9 @@ class LazyFolder:
     ) -> "LazyFolder":
         """Open the folder of repository `name`; download index, headers, trunk and tokenizer first.
 
+        If huggingface_hub's cache holds the whole model, its folder is used, and nothing is
+        written.
+
         Raises HubError, DamageError for a wrong hash, DoesNotFitError if the disk has no space for
         the whole model, and the errors of Artifact.open.
         """
@@ -73,6 +77,9 @@ class LazyFolder:
             if is_offline()
             else HubRepo.open(name, revision, token, retries or Retries(wait=stop.wait))
         )
+        if cached := _in_hub_cache(name, revision, repo):
+            artifact = Artifact.open(cached)
+            return cls(cached, artifact, repo, stop, _read_record(cached, artifact, complete=True))
         commit = _commit(root, name, revision, repo)
         path = root / commit
         with _locked(root, commit):
@@ -129,6 +136,17 @@ class LazyFolder:
             if (self.path / PENDING_NAME).exists():
                 rename(self.path / PENDING_NAME, self.path / INDEX_NAME)
             remove(self.path / RECORD_NAME)
+
+
+def _in_hub_cache(name: str, revision: str | None, repo: HubRepo | None) -> Path | None:
+    """Return the model's folder in huggingface_hub's cache if the model is complete there."""
+    try:
+        # Offline, opening a repository finds only what is in the cache.
+        return cached_folder(repo or HubRepo.open(name, revision))
+    except HubError:
+        if repo is not None:
+            raise
+        return None
 
 
 def _commit(root: Path, name: str, revision: str | None, repo: HubRepo | None) -> str:

@@ -1,18 +1,22 @@
 """A model repository on the Hub, pinned to a commit: its files, cached or read by ranges."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from formats.errors import HubError, OutputError
-from formats.files.output_file import refuse_links
+from formats.errors import HubError, MoeConvertError, OutputError
+from formats.files.output_file import make_folders, refuse_links
 from formats.files.overlap import lies_in
+from formats.files.partial_file import write_file
 from formats.hub.http_client import range_client
 from formats.hub.hub_errors import client_errors, hub_call, transport_errors
 from formats.hub.hub_settings import cache_root, is_offline, progress_bars
 from formats.hub.ranges import RangeReader, RemoteFile, Retries
 from formats.hub.revision_files import cached_files, listed_files
 from formats.repo_names import check_repo_name
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class HubRepo:
     _reader: RangeReader = field(repr=False)
     _token: str | None = field(repr=False)
     _retries: Retries = field(repr=False)
+    _revision: str = field(repr=False)
 
     @classmethod
     def open(
@@ -62,7 +67,7 @@ class HubRepo:
             commit, files = cached_files(repo, revision)
         else:
             commit, files = listed_files(repo, revision, token, retries)
-        return cls(repo, commit, files, offline, reader, token, retries)
+        return cls(repo, commit, files, offline, reader, token, retries, revision or "main")
 
     @property
     def where(self) -> str:
@@ -137,7 +142,10 @@ class HubRepo:
             )
 
         with progress_bars(bars):
-            return Path(hub_call(fetch, self.repo, self._retries))
+            folder = Path(hub_call(fetch, self.repo, self._retries))
+        if not (local_dir or self.offline):
+            self._record_revision()
+        return folder
 
     def matching(self, patterns: list[str] | None) -> list[RemoteFile]:
         """Return the files that match one of huggingface_hub's patterns (None: all files)."""
@@ -146,6 +154,23 @@ class HubRepo:
         return [
             self.files[name] for name in filter_repo_objects(self.files, allow_patterns=patterns)
         ]
+
+    def _record_revision(self) -> None:
+        """Write the commit of the revision's name into the cache, as huggingface_hub does.
+
+        It writes none for a download by commit, and then finds no model offline by name.
+        """
+        refs = self._cache_folder() / "refs"
+        ref = refs / self._revision
+        if self._revision == self.commit or (ref.is_file() and ref.read_text() == self.commit):
+            return
+        try:
+            make_folders(refs)
+            if lies_in(ref, refs):
+                make_folders(ref.parent)
+                write_file(ref, self.commit.encode())
+        except MoeConvertError as e:
+            _log.info("%s cannot be found offline by %s: %s", self.where, self._revision, e)
 
     def _cache_folder(self) -> Path:
         return cache_root() / f"models--{self.repo.replace('/', '--')}"

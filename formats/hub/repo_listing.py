@@ -63,10 +63,25 @@ def fetch_listed(
     if not repo.offline:
         for file in files:
             if file.name in beside and file.size > MAX_SMALL_BYTES:
-                raise DamageError(f"{file} has {file.size} bytes, allowed are {MAX_SMALL_BYTES}")
+                raise DamageError(f"{file} has {file.size} bytes, the limit is {MAX_SMALL_BYTES}")
         check_space(repo, files, local_dir)
     # Checked names contain no special characters of patterns.
     return repo.snapshot(sorted(names), local_dir=local_dir, bars=bars), files
+
+
+def cached_folder(repo: HubRepo) -> Path | None:
+    """Return the folder in the Hub's cache if all files that the index lists are there, else None.
+
+    Raises the errors of `fetch_index`.
+    """
+    if INDEX_NAME not in repo.files or repo.cached(INDEX_NAME) is None:
+        return None
+    index = fetch_index(repo)[1]
+    weights = {index.trunk.file, *(layer.file for layer in index.layers)}
+    names = [name for name in _listed(index) if name in weights or name in repo.files]
+    if not all(name in repo.files and repo.cached(name) for name in names):
+        return None
+    return fetch_listed(repo)[0]
 
 
 def check_space(repo: HubRepo, files: list[RemoteFile], local_dir: Path | None) -> None:
@@ -127,7 +142,7 @@ def _check_sizes(repo: HubRepo, index: Index) -> None:
     for name, limit in limits.items():
         # A missing or edited file is an error only for its users.
         if name in repo.files and (listed := repo.files[name].size) > limit:
-            raise DamageError(f"{repo.where}: {name} has {listed} bytes, allowed are {limit}")
+            raise DamageError(f"{repo.where}: {name} has {listed} bytes, the limit is {limit}")
 
 
 def _has(folder: Path, file: RemoteFile) -> bool:

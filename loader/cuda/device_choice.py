@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from formats.errors import MoeConvertError, RecipeError
-from formats.hub.hub_settings import kept_root
+from formats.hub.hub_settings import KERNELS_FOLDER, kept_root
 from loader.cuda.device import nvrtc
 from loader.cuda.device.device import Device
 from loader.cuda.products.self_check import check_products
@@ -35,7 +35,7 @@ def choose_devices(requested: Devices, packings: Iterable[str]) -> list[Device]:
     unopened = [name for name in names if isinstance(name, str)]
     from loader.cuda.device.torch_device import cuda_devices
 
-    opened = iter(cuda_devices(unopened, kept_root() / "gpu-kernels") if unopened else [])
+    opened = iter(cuda_devices(unopened, kept_root() / KERNELS_FOLDER) if unopened else [])
     devices: list[Device] = [next(opened) if isinstance(name, str) else name for name in names]
     if not devices or len({device.name for device in devices}) < len(devices):
         raise RecipeError(
