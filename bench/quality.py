@@ -41,9 +41,10 @@ from converter.output.conversion_sizes import plan_output
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
-from formats.expert import ExpertLayout, dequantize_expert
-from formats.packing import dequantize, packing_named, unpack
+from formats.expert import ExpertLayout
+from formats.packing import packing_named
 from formats.reading.direct_reader import DirectReader
+from formats.tiles import dequantize, expert_weights, unpack
 from loader.evaluation.perplexity import windows_of
 from loader.hf.loading.plain_checkpoint import load_checkpoint
 from loader.model import load_tokenizer
@@ -151,7 +152,7 @@ def put_converted(model: Any, folder: Path) -> None:
     with DirectReader(artifact) as reader:
         for layer in range(a.num_hidden_layers):
             for expert in range(a.num_local_experts):
-                gate, up, down = dequantize_expert(
+                gate, up, down = expert_weights(
                     artifact.layout(layer, expert), reader.read(layer, expert)
                 )
                 prefix = f"model.layers.{layer}.mlp.experts"

@@ -20,7 +20,8 @@ from torch import Tensor
 from converter.solvers.native import feedback_native, hqq_native, solver_library
 from converter.squared_error import SquaredError
 from formats.native.abi import ISAS
-from formats.packing import PACKINGS, Packing, dequantize, unpack
+from formats.packing import PACKINGS, Packing
+from formats.tiles import dequantize, unpack
 
 
 def best_of(runs: int, action: Callable[[], object]) -> float:

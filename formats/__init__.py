@@ -18,7 +18,7 @@ Vocabulary, from small to large:
 
 Reading order:
 
-1. `packing.py`, `tile_bits.py`, `plain_packing.py`: the bytes of one matrix.
+1. `packing.py`: sizes of a matrix. `tiles.py`, `tile_bits.py`: its bytes, packed and unpacked.
 2. `expert.py`: the bytes of one expert.
 3. `safetensors_header.py`, `layer_file.py`, `trunk.py`: the files.
 4. `index.py`, `index_checks.py`: the index. `checksums.py`, `labels.py`: types of its fields.

@@ -4,12 +4,14 @@ In tiles, gate and up alternate tile by tile. In rows, all of gate precedes all 
 """
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from formats.errors import FormatError
 from formats.index import Architecture
 from formats.packing import TILE_ROWS, AnyPacking, Packing, packing_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ACTIVATION = "silu"
 """Activation function of gate: an expert computes down · (silu(gate · x) * (up · x))."""
@@ -74,7 +76,7 @@ class ExpertLayout:
         return 3 * self.hidden * self.intermediate
 
 
-def sections(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor]:
+def sections(layout: ExpertLayout, blob: "Tensor") -> "tuple[Tensor, Tensor]":
     """View an expert's bytes (uint8 [n_bytes]) as the tensors `gate_up` and `down`.
 
     They have their packing's dtype and the shapes `gate_up_shape` and `down_shape`. Raises
@@ -90,7 +92,7 @@ def sections(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def split(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split(layout: ExpertLayout, blob: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
     """View an expert's bytes as the stored matrices gate, up and down.
 
     Tiles are uint8 [tiles, tile bytes] and may have a stride between rows; rows are
@@ -104,7 +106,7 @@ def split(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gate, up, down
 
 
-def gate_and_up(layout: ExpertLayout, products: Tensor) -> tuple[Tensor, Tensor]:
+def gate_and_up(layout: ExpertLayout, products: "Tensor") -> "tuple[Tensor, Tensor]":
     """Split products with all rows of the section gate_up, [T, rows], into those of gate and of up.
 
     Returns two tensors [T, intermediate].
@@ -115,16 +117,3 @@ def gate_and_up(layout: ExpertLayout, products: Tensor) -> tuple[Tensor, Tensor]
     pairs = products.view(len(products), products.shape[1] // (2 * TILE_ROWS), 2, TILE_ROWS)
     gate, up = (part.flatten(1)[:, : layout.intermediate] for part in pairs.unbind(2))
     return gate, up
-
-
-def dequantize_expert(layout: ExpertLayout, blob: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Dequantize an expert's bytes to gate, up and down.
-
-    All are float32: gate and up [intermediate, hidden], down [hidden, intermediate].
-    """
-    gate, up, down = split(layout, blob)
-    return (
-        layout.gate_up.weights(gate, layout.intermediate, layout.hidden),
-        layout.gate_up.weights(up, layout.intermediate, layout.hidden),
-        layout.down.weights(down, layout.hidden, layout.intermediate),
-    )

@@ -1,5 +1,6 @@
 """Sizes as people write them."""
 
+import math
 import re
 
 from formats.errors import RecipeError
@@ -50,3 +51,8 @@ def format_size(n_bytes: int) -> str:
         if n_bytes >= factor:
             return f"{n_bytes / factor:.1f} {unit}"
     return f"{n_bytes} B"
+
+
+def size_option(n_bytes: int) -> str:
+    """Return a size as options take it, rounded up to whole MiB: 5MiB."""
+    return f"{math.ceil(n_bytes / 2**20)}MiB"

@@ -8,7 +8,7 @@ has 4 bytes a row ("byte").
 import torch
 from torch import Tensor
 
-HALF_ROWS = 16
+from formats.packing import HALF_ROWS
 
 
 def pack_codes(codes: Tensor, nbits: int) -> Tensor:

@@ -12,6 +12,11 @@ from formats.errors import MoeConvertError, NotConvertedError
 _NAME_HINT = "name a folder that moe-convert wrote"
 
 
+def is_converted(folder: Path) -> bool:
+    """True if `folder` has the index of a converted folder."""
+    return (folder / INDEX_NAME).exists()
+
+
 def check_converted(folder: Path, index_name: str = INDEX_NAME) -> None:
     """Raise NotConvertedError unless `folder` is a complete conversion.
 

@@ -10,6 +10,7 @@ from converter.input_statistics import InputStatistics
 from converter.solver_errors import SingularStatisticsError
 from converter.solvers.interface import CalibratedSolver
 from formats.packing import TILE_ROWS, tile_packing_named
+from formats.tiles import matrix_weights
 
 _SAMPLED_ROWS = 1024
 
@@ -46,7 +47,7 @@ class RowQuantizer:
             self._solver.solve_calibrated(rows.contiguous(), packing, tiles, statistics)
         except SingularStatisticsError:
             self._solver.solve(rows.contiguous(), packing, tiles)
-        return packing.weights(tiles, *rows.shape)
+        return matrix_weights(packing, tiles, *rows.shape)
 
 
 class ExpertCosts(SliceVisitor):

@@ -25,8 +25,8 @@ from converter.solvers.plain_rows import store_rows
 from converter.squared_error import SquaredError
 from formats.checksums import Checksums, xxh3_of
 from formats.expert import split
-from formats.packing import AnyPacking, Packing, tile_packing_named
-from formats.plain_packing import PlainPacking
+from formats.packing import AnyPacking, Packing, PlainPacking, tile_packing_named
+from formats.tiles import matrix_weights
 
 _BLOCK_BYTES = 32 << 20
 
@@ -182,7 +182,9 @@ def _rows(
 
     begin: a multiple of 32.
     """
-    return packing.weights(_part(stored, packing, begin, end).contiguous(), end - begin, columns)
+    return matrix_weights(
+        packing, _part(stored, packing, begin, end).contiguous(), end - begin, columns
+    )
 
 
 def _part(stored: torch.Tensor, packing: AnyPacking, begin: int, end: int) -> torch.Tensor:

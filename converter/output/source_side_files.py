@@ -79,7 +79,7 @@ def check_side_files(source: Path) -> list[str]:
             _log.warning("%s is left out: it %s", source / name, problem[0])
     if len(names) >= MAX_FILES:
         raise SourceError(
-            f"{source}: {len(names)} files beside the weights, allowed are {MAX_FILES - 1}",
+            f"{source}: {len(names)} files beside the weights, the limit is {MAX_FILES - 1}",
             "remove some",
         )
     return names

@@ -17,7 +17,8 @@ from converter.solvers.native import feedback_native, solver_library
 from converter.solvers.native.tile_place import flat_tiles
 from converter.solvers.refit import NativeRefit, ReferenceRefit, warn_slow_reference
 from converter.squared_error import SquaredError
-from formats.packing import Packing, pack
+from formats.packing import Packing
+from formats.tiles import pack
 
 
 class ReferenceFeedback(ReferenceRefit):

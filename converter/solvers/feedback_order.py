@@ -8,7 +8,7 @@ that is chosen when the group's turn comes. The packing stores groups at their o
 import torch
 from torch import Tensor
 
-from formats.packing import QuantizedMatrix
+from formats.tiles import QuantizedMatrix
 
 
 def group_order(hessian: Tensor, columns: int, group_size: int) -> Tensor | None:

@@ -22,7 +22,8 @@ from converter.solvers.refit_reference import (
     with_gain,
 )
 from converter.squared_error import SquaredError
-from formats.packing import Packing, QuantizedMatrix
+from formats.packing import Packing
+from formats.tiles import QuantizedMatrix
 
 _HEADROOM = 1.06
 """Factor on the row scales: they are fitted to the original weights, and carried errors widen a

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from converter.solvers.reference_math import check_finite, fp16_row_scales, quantization_error
 from converter.squared_error import SquaredError
-from formats.packing import Packing, QuantizedMatrix, pack
+from formats.packing import Packing
+from formats.tiles import QuantizedMatrix, pack
 
 
 class PackageHqq:

@@ -6,8 +6,7 @@ from torch import Tensor
 from converter.solver_errors import NonFiniteWeightsError, UnfitWeightsError
 from converter.squared_error import SquaredError
 from formats.errors import RecipeError
-from formats.packing import Packing
-from formats.plain_packing import PlainPacking
+from formats.packing import Packing, PlainPacking
 
 
 class NoSolver:

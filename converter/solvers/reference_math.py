@@ -5,7 +5,8 @@ from torch import Tensor
 
 from converter.solver_errors import NonFiniteWeightsError, UnfitWeightsError
 from converter.squared_error import SquaredError
-from formats.packing import Packing, QuantizedMatrix, dequantize
+from formats.packing import Packing
+from formats.tiles import QuantizedMatrix, dequantize
 
 FP16_MAX = 65504.0
 _FP16_TINY = 2.0**-24

@@ -8,7 +8,8 @@ from converter.solvers.native.tile_place import flat_tiles
 from converter.solvers.refit_reference import refit_rows
 from converter.squared_error import SquaredError
 from formats.files.log_once import warn_once
-from formats.packing import Packing, pack
+from formats.packing import Packing
+from formats.tiles import pack
 
 
 class ReferenceRefit:

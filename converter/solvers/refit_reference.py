@@ -17,7 +17,8 @@ from converter.solvers.reference_math import (
     quantization_error,
 )
 from converter.squared_error import SquaredError
-from formats.packing import Packing, QuantizedMatrix, dequantize
+from formats.packing import Packing
+from formats.tiles import QuantizedMatrix, dequantize
 
 # Candidates of the searches: parts of the group's range, and of the largest row scales.
 _RANGE_PARTS = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65)

@@ -37,7 +37,7 @@ def fetch_file(
     if file.sha256 not in (None, sha256):
         raise DamageError(f"{file}: its sha256 is {file.sha256}, the index says {sha256}")
     if file.sha256 is None and size > MAX_BYTES:
-        raise DamageError(f"{file} has {size} bytes, allowed are {MAX_BYTES}")
+        raise DamageError(f"{file} has {size} bytes, the limit is {MAX_BYTES}")
     make_folders(path.parent)
     # In a stranger's folder, a link could lead to any of the user's files.
     if partial.is_symlink():
@@ -61,7 +61,7 @@ def read_small_file(repo: HubRepo, name: str) -> bytes:
     """
     file = repo.file(name)
     if file.size > MAX_SMALL_BYTES:
-        raise DamageError(f"{file} has {file.size} bytes, allowed are {MAX_SMALL_BYTES}")
+        raise DamageError(f"{file} has {file.size} bytes, the limit is {MAX_SMALL_BYTES}")
     if cached := repo.cached(name):
         with translated(cached, "read", HubError):
             data = cached.read_bytes()

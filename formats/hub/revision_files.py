@@ -33,7 +33,7 @@ def listed_files(
         raise HubError(f"repository {repo}: the Hub sends commit {commit!r}, which is not a hash")
     if len(listing := info.siblings or []) > MAX_FILES:
         raise HubError(
-            f"repository {repo} has {len(listing)} files, allowed are {MAX_FILES}",
+            f"repository {repo} has {len(listing)} files, the limit is {MAX_FILES}",
             _NO_MODEL_HINT,
         )
     files = {}

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from formats.packing import AnyPacking
+from formats.tiles import matrix_weights
 
 CHUNK_WEIGHTS = 1 << 22
 """Weights dequantized at a time: 16 MiB in float32, for tiles about 80 MiB with temporaries."""
@@ -25,7 +26,7 @@ def chunks(
         last = min(first + step * packing.rows_each, rows)
         yield (
             slice(first, last),
-            packing.weights(stored[begin : begin + step], last - first, columns),
+            matrix_weights(packing, stored[begin : begin + step], last - first, columns),
         )
 
 

@@ -1,10 +1,10 @@
 """How many experts a budget holds: slots of each layer, or experts of a shared tier."""
 
-import math
 from collections.abc import Sequence
 
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, RecipeError
+from formats.sizes import size_option
 from loader.budget.expert_sizes import SizedExperts, expert_bytes_by_layer, staging_experts
 
 
@@ -105,7 +105,7 @@ def _checked_staging_bytes(
         raise DoesNotFitError(
             f"{artifact.folder}: the expert cache has {budget_bytes} bytes,"
             f" but a staging area of {staging} experts needs {need} bytes",
-            f"free memory, or give a budget of at least {math.ceil(need / 2**20)}MiB,"
+            f"free memory, or give a budget of at least {size_option(need)},"
             " or convert to fewer bits",
         )
     return need

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
+from formats.sizes import size_option
 from loader.budget.expert_sizes import (
     SizedExperts,
     expert_bytes_by_layer,
@@ -192,6 +193,6 @@ def _does_not_fit(what: str, given: int, parts: dict[str, int]) -> DoesNotFitErr
     named = ", ".join(f"{name} {n_bytes}" for name, n_bytes in parts.items())
     return DoesNotFitError(
         f"{what} of {given} bytes is too small; it must hold {least} bytes: {named}",
-        f"give at least {math.ceil(least / 2**20)}MiB, or a shorter context or prompt,"
+        f"give at least {size_option(least)}, or a shorter context or prompt,"
         " or convert to fewer bits",
     )

@@ -8,6 +8,7 @@ from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from formats.index import Architecture
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
+from formats.sizes import size_option
 from loader.budget.expert_sizes import (
     SizedExperts,
     expert_bytes_by_layer,
@@ -194,7 +195,7 @@ def plan_memory(
             f" {sizes.kv_per_position * context}, prefix caches {sizes.prefix},"
             f" the process {sizes.workspace(prompt)}, experts on their way"
             f" {sizes.staging_bytes}: {fixed + sizes.staging_bytes} in all",
-            f"give at least {math.ceil((fixed + sizes.staging_bytes) / 2**20)}MiB,"
+            f"give at least {size_option(fixed + sizes.staging_bytes)},"
             " or a shorter context or prompt, or convert to fewer bits",
         )
     slots = slots_by_layer(

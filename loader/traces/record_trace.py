@@ -17,8 +17,9 @@ from formats.errors import MoeConvertError
 from formats.index import Architecture
 from formats.labels import to_label
 from formats.progress import Progress
+from formats.unconverted import is_converted
 from loader.evaluation.perplexity import named_windows, read_text
-from loader.hf.loading.plain_checkpoint import check_runnable, checkpoint_architecture, is_converted
+from loader.hf.loading.plain_checkpoint import check_runnable, checkpoint_architecture
 from loader.hf.loading.tokenizer import check_tokens
 from loader.serving.prompts.chat_template import prompt_ids
 from loader.traces.routing_recorder import Routing, RoutingRecorder

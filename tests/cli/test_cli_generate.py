@@ -162,12 +162,12 @@ def test_the_live_line_stays_below_the_text_and_goes_at_the_end(monkeypatch):
     screen = terminal.screen
     total = LayerStats(hits=3, misses=1, bytes_read=2_000_000)
     model = SimpleNamespace(moe_stats=lambda: SimpleNamespace(total=total))
-    answer = SimpleNamespace(token_ids=[], tokens_per_s=None)
+    answer = SimpleNamespace(new_tokens=0, tokens_per_s=None)
     text = LiveText(lambda: live_line(answer, model))
     for number, piece in enumerate(
         ["one ", "two ", "of a line that is longer than ", "it is wide\n", "\nend"], 1
     ):
-        answer.token_ids.append(number)
+        answer.new_tokens = number
         text(piece)
         assert screen.display[screen.cursor.y + 1].startswith(f"{number} tokens, ")
         assert sum("tokens, " in line for line in screen.display) == 1

@@ -1,4 +1,4 @@
-"""Commands that only read index and headers start fast: they do not import transformers."""
+"""Commands that only read index and headers start fast: they import no heavy package."""
 
 import subprocess
 import sys
@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("transformers", "matplotlib", "fastapi")
+HEAVY = ("torch", "transformers", "matplotlib", "fastapi", "rich")
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["inspect"], ["verify"], ["plan", "--ram", "1GiB", "--disk", "1", "--memory", "10"]],
-    ids=lambda arguments: arguments[0],
+    [
+        ["inspect"],
+        ["verify"],
+        ["verify", "--read-data"],
+        ["plan", "--ram", "1GiB", "--disk", "1", "--memory", "10"],
+    ],
+    ids=" ".join,
 )
-def test_light_commands_do_not_import_transformers(
+def test_light_commands_import_no_heavy_package(
     arguments: list[str], converted: Callable[[str], Path]
 ) -> None:
     name, *options = arguments

@@ -10,8 +10,9 @@ from expert_bytes import assemble
 from make_vectors import expert_blob, quantized, random_matrix
 
 from formats.errors import FormatError
-from formats.expert import ExpertLayout, dequantize_expert, split
-from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, packing_named, unpack
+from formats.expert import ExpertLayout, split
+from formats.packing import PACKINGS, packing_named
+from formats.tiles import QuantizedMatrix, dequantize, expert_weights, pack, unpack
 
 SHAPES = [(1, 1), (31, 255), (32, 256), (33, 257), (40, 300), (64, 512), (7, 770), (100, 20)]
 FIELDS = ("codes", "s", "m", "ds", "dm")
@@ -199,9 +200,7 @@ def test_expert_dequantizes_to_its_three_projections() -> None:
         dequantize(m, p.group_size)
         for m, p in zip(matrices, (packing, packing, layout.down), strict=True)
     ]
-    for found, wanted in zip(
-        dequantize_expert(layout, expert_blob(layout, 5)), expected, strict=True
-    ):
+    for found, wanted in zip(expert_weights(layout, expert_blob(layout, 5)), expected, strict=True):
         assert torch.equal(found, wanted)
 
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from formats.artifact import Artifact
 from formats.errors import FormatError, VersionError
-from formats.expert import ExpertLayout, dequantize_expert, gate_and_up, sections, split
+from formats.expert import ExpertLayout, gate_and_up, sections, split
 from formats.index import read_index
 from formats.packing import AnyPacking, packing_named
 from formats.reading.direct_reader import DirectReader
 from formats.reading.verify import verify_folder
 from formats.repair.index_rebuild import rebuild_index
 from formats.repair.repairs import NoOrigin, repair_folder
+from formats.tiles import expert_weights, matrix_weights
 
 Q2, Q4, BF16, F16 = "tile32-q2-g16-s4", "tile32-q4-g64-s8", "rows-bf16", "rows-f16"
 PAIRS = [(BF16, BF16), (F16, F16), (BF16, Q2), (Q4, F16), (Q2, Q4)]
@@ -66,7 +67,7 @@ def test_parts_are_views_of_the_blob_that_assemble_to_it(pair: tuple[str, str]) 
 def test_weights_of_rows_are_the_stored_numbers() -> None:
     layout = layout_of(BF16, F16)
     blob = expert_blob(layout, 1)
-    for weights, stored in zip(dequantize_expert(layout, blob), split(layout, blob), strict=True):
+    for weights, stored in zip(expert_weights(layout, blob), split(layout, blob), strict=True):
         assert weights.dtype is torch.float32
         assert torch.equal(weights, stored.float())
 
@@ -80,8 +81,8 @@ def test_products_with_the_whole_section_are_told_apart(pair: tuple[str, str], t
     stored, _ = sections(layout, blob)
     packing: AnyPacking = layout.gate_up
     rows = len(stored) * packing.rows_each
-    found = gate_and_up(layout, x @ packing.weights(stored, rows, 72).T)
-    for part, weights in zip(found, dequantize_expert(layout, blob), strict=False):
+    found = gate_and_up(layout, x @ matrix_weights(packing, stored, rows, 72).T)
+    for part, weights in zip(found, expert_weights(layout, blob), strict=False):
         torch.testing.assert_close(part, x @ weights.T)
 
 

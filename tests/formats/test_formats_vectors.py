@@ -18,10 +18,11 @@ from project_paths import ROOT
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
-from formats.packing import ALL_PACKINGS, PACKINGS, dequantize, pack, unpack
+from formats.packing import ALL_PACKINGS, PACKINGS
 from formats.reading.readers import READERS
 from formats.reading.verify import verify_folder
 from formats.safetensors_header import read_header
+from formats.tiles import dequantize, pack, unpack
 
 TILES = [*PACKINGS, "example"]
 BAD_HEADERS: dict[str, dict[str, str]] = json.loads(

@@ -288,7 +288,7 @@ def test_a_repository_of_too_many_files_is_refused(
     hub.add(REPO, folder)
     blob = Blob.of(b"", "x")
     hub.head(REPO).files.update({f"x{n}": blob for n in range(MAX_FILES)})
-    assert f"files, allowed are {MAX_FILES}" in refused("inspect and plan", HubError)
+    assert f"files, the limit is {MAX_FILES}" in refused("inspect and plan", HubError)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,10 @@ from converter.recipe.recipes import make_recipe
 from formats.config.strict_json import dump
 from formats.errors import FormatError, MoeConvertError
 from formats.index import parse_index
-from formats.packing import PACKINGS, dequantize, pack, unpack
+from formats.packing import PACKINGS
 from formats.reading.verify import verify_folder
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry, build_header, header_from
+from formats.tiles import dequantize, matrix_weights, pack, unpack
 from loader.arithmetic import kernels
 from loader.arithmetic.backend import TorchBackend
 
@@ -164,7 +165,7 @@ def test_matrix_of_any_shape_is_stored_in_the_stated_bytes_and_comes_back(
     for field in ("codes", "s", "m", "ds", "dm"):
         assert torch.equal(getattr(back, field), getattr(matrix, field))
     assert torch.equal(
-        packing.weights(stored, rows, columns), dequantize(matrix, packing.group_size)
+        matrix_weights(packing, stored, rows, columns), dequantize(matrix, packing.group_size)
     )
 
 
@@ -179,7 +180,7 @@ def test_native_product_of_any_shape_is_the_reference(
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
     expected = TorchBackend().linear(stored, packing, rows, columns, x)
     # docs/numerics.md: activations are rounded to 8 bits for each group of columns.
-    scale = x.abs().amax() * packing.weights(stored, rows, columns).abs().sum(1).amax()
+    scale = x.abs().amax() * matrix_weights(packing, stored, rows, columns).abs().sum(1).amax()
     assert (
         float((kernels.linear(x, stored, name, rows) - expected).abs().max())
         <= float(scale) / 127 + 1e-6

@@ -7,9 +7,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import loader
 from formats.artifact import Artifact
-from formats.expert import dequantize_expert
-from formats.packing import dequantize, packing_named, unpack
+from formats.packing import packing_named
 from formats.reading.direct_reader import DirectReader
+from formats.tiles import dequantize, expert_weights, unpack
 from loader.arithmetic import kernels
 from loader.budget.expert_sizes import expert_bytes_by_layer, staging_bytes
 
@@ -36,7 +36,7 @@ def dequantized(folder):
     with DirectReader(artifact) as reader:
         for layer in range(architecture.num_hidden_layers):
             experts = [
-                dequantize_expert(artifact.layout(layer, e), reader.read(layer, e))
+                expert_weights(artifact.layout(layer, e), reader.read(layer, e))
                 for e in range(architecture.num_local_experts)
             ]
             prefix = f"model.layers.{layer}.mlp.experts"

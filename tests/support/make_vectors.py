@@ -41,16 +41,9 @@ from formats.index import (
     dump_index,
 )
 from formats.layer_file import FILLER_PREFIX, aligned, layer_file_name
-from formats.packing import (
-    PACKINGS,
-    AnyPacking,
-    Packing,
-    QuantizedMatrix,
-    dequantize,
-    pack,
-    tiles_of,
-)
+from formats.packing import PACKINGS, AnyPacking, Packing, tiles_of
 from formats.safetensors_header import TensorEntry
+from formats.tiles import QuantizedMatrix, dequantize, pack
 from formats.trunk import parameter_count, trunk_metadata
 from formats.writer import LayerWriter, PlacedFile
 

@@ -81,7 +81,7 @@ def _small_files(repo: HubRepo) -> Path:
     for file in files:
         max_bytes = _MAX_BYTES.get(file.name, MAX_BYTES)
         if file.size > max_bytes:
-            raise SourceError(f"{file} has {file.size} bytes, allowed are {max_bytes}", _HINT)
+            raise SourceError(f"{file} has {file.size} bytes, the limit is {max_bytes}", _HINT)
     total_bytes = sum(file.size for file in files)
     if total_bytes > _MAX_TOTAL_BYTES or len(files) > MAX_FILES:
         raise SourceError(

@@ -109,13 +109,9 @@ def command(
 
     import loader
     from formats.labels import to_label
+    from formats.unconverted import is_converted
     from loader.evaluation.perplexity import measure_windows, named_windows, read_text
-    from loader.hf.loading.plain_checkpoint import (
-        check_runnable,
-        is_converted,
-        load_checkpoint,
-        vocabulary_size,
-    )
+    from loader.hf.loading.plain_checkpoint import check_runnable, load_checkpoint, vocabulary_size
     from loader.hf.loading.tokenizer import check_tokens
     from loader.hf.modules.expert_layers import experts_modules
 

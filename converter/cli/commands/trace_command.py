@@ -88,7 +88,8 @@ def command(
     import loader
     from formats.files.overlap import refuse_inputs
     from formats.files.partial_file import partial_path
-    from loader.hf.loading.plain_checkpoint import is_converted, load_checkpoint
+    from formats.unconverted import is_converted
+    from loader.hf.loading.plain_checkpoint import load_checkpoint
     from loader.traces.record_trace import (
         TracedModel,
         read_prompts,

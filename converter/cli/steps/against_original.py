@@ -48,8 +48,8 @@ def compare_with_original(
     """
     import transformers
 
+    from formats.unconverted import is_converted
     from loader.evaluation.comparison import compare, model_predictions
-    from loader.hf.loading.plain_checkpoint import is_converted
 
     check_finished(against)
     with ExitStack() as opened:

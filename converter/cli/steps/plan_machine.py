@@ -33,14 +33,15 @@ def ram_machine(sizes: "ModelSizes", files: list[Path], options: dict[str, Any])
 
     files: weights to measure the disk with. UsageError if there are none and --disk is not given.
     """
-    from loader.arithmetic.machine import memory_bytes_per_s
     from loader.planning.memory_plan import Machine
 
     disk = _disk(sizes, files, options)
-    memory = options["memory"]
-    return Machine(
-        memory_bytes_per_s=memory * GB if memory else memory_bytes_per_s(), disk_bytes_per_s=disk
-    )
+    if options["memory"]:
+        return Machine(memory_bytes_per_s=options["memory"] * GB, disk_bytes_per_s=disk)
+    # Measuring needs torch, which takes a second to import.
+    from loader.arithmetic.machine import memory_bytes_per_s
+
+    return Machine(memory_bytes_per_s=memory_bytes_per_s(), disk_bytes_per_s=disk)
 
 
 def gpu_machine(
@@ -82,12 +83,12 @@ def has_gpu() -> bool:
 
 
 def _disk(sizes: "ModelSizes", files: list[Path], options: dict[str, Any]) -> float:
-    from loader.arithmetic.machine import disk_bytes_per_s
-
     if options["disk"]:
         return float(options["disk"]) * GB
     if not files:
         raise click.UsageError(
             "no weights on this machine to measure the disk with: give its speed, --disk GB/s"
         )
+    from loader.arithmetic.machine import disk_bytes_per_s
+
     return disk_bytes_per_s(files, int(max(sizes.stored)))

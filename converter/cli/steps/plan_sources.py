@@ -37,8 +37,7 @@ def open_source(path: Path, recipe: str, revision: str | None, token: str | None
     from formats.hub.remote_artifact import open_remote
     from formats.hub.repo import HubRepo
     from formats.repo_names import is_repo_name
-    from formats.unconverted import check_finished
-    from loader.hf.loading.plain_checkpoint import is_converted
+    from formats.unconverted import check_finished, is_converted
 
     if path.exists() or not is_repo_name(str(path)):
         folder = path.parent if path.name == "config.json" and path.is_file() else path

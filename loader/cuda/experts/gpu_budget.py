@@ -1,11 +1,10 @@
 """GPU memory for experts: the budget of each GPU, and the split of layers between GPUs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
-from formats.sizes import parse_size
+from formats.sizes import parse_size, size_option
 from loader.budget.expert_sizes import SizedExperts, expert_bytes_by_layer
 from loader.budget.slot_counts import slots_by_layer
 from loader.cuda.device.device import Device
@@ -127,9 +126,9 @@ def split_layers(sizes: Sequence[int], budgets: Sequence[int]) -> list[int]:
 
 
 def _hint(gpu_cache: int | str, min_bytes: int, room: int) -> str:
-    min_mib = math.ceil(min_bytes / 2**20)
+    least = size_option(min_bytes)
     if room < min_bytes:
         return "free GPU memory, or use device='cpu', or convert to fewer bits"
     if gpu_cache == "auto":
-        return f"give gpu_cache, {min_mib}MiB at least, for a short context, or free GPU memory"
-    return f"give gpu_cache of {min_mib}MiB to {room // 2**20}MiB, or auto, or free GPU memory"
+        return f"give gpu_cache, {least} at least, for a short context, or free GPU memory"
+    return f"give gpu_cache of {least} to {room // 2**20}MiB, or auto, or free GPU memory"

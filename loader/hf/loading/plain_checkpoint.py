@@ -15,17 +15,12 @@ from formats.config.strict_json import parse
 from formats.errors import MoeConvertError, SourceError
 from formats.files.paths import read_small
 from formats.index import Architecture
-from formats.unconverted import check_finished
+from formats.unconverted import check_finished, is_converted
 from loader.hf.loading.configuration import loading_options, model_class
 from loader.hf.modules.expert_layers import experts_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def is_converted(folder: Path) -> bool:
-    """True if `folder` has the index of a converted folder."""
-    return (folder / INDEX_NAME).exists()
 
 
 def check_runnable(folder: Path) -> None:

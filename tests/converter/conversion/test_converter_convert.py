@@ -33,12 +33,12 @@ from converter.journal.records import LayerRecord, Record, ShardRecord
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError, NotConvertedError, OutputError, RecipeError, SourceError
-from formats.expert import dequantize_expert
 from formats.files.partial_file import partial_path
 from formats.index import read_index
 from formats.layer_file import compression_paths
 from formats.reading.direct_reader import DirectReader
 from formats.reading.verify import verify_folder
+from formats.tiles import expert_weights
 from formats.writer import LayerWriter
 
 
@@ -636,7 +636,7 @@ def test_converted_weights_are_near_the_source_and_quality_says_how_near(
         got = dict(
             zip(
                 ("gate", "up", "down"),
-                dequantize_expert(artifact.layout(2, 3), reader.read(2, 3)),
+                expert_weights(artifact.layout(2, 3), reader.read(2, 3)),
                 strict=True,
             )
         )

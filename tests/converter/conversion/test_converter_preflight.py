@@ -292,6 +292,6 @@ def test_download_into_a_full_disk_is_refused_before_the_first_weight(
     )
     code, _, err = run_command("download", "me/model", "--local-dir", tmp_path / "here")
     assert code == 4
-    assert "free are 1000" in err
+    assert "only 1000 are free" in err
     # The index alone says how much there is.
     assert hub.served() == hub.served("moe_index.json")

@@ -17,7 +17,8 @@ from converter.solvers.native.feedback_native import (
     quantize_feedback,
 )
 from converter.squared_error import SquaredError
-from formats.packing import PACKINGS, Packing, QuantizedMatrix, dequantize, unpack
+from formats.packing import PACKINGS, Packing
+from formats.tiles import QuantizedMatrix, dequantize, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
 

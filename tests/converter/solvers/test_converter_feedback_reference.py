@@ -13,7 +13,8 @@ from converter.solvers.feedback_order import (
 from converter.solvers.feedback_reference import feedback_rows, inverse_factor
 from converter.solvers.hqq_package import quantize_rows
 from converter.solvers.refit_reference import refit_rows
-from formats.packing import PACKINGS, dequantize, pack, unpack
+from formats.packing import PACKINGS
+from formats.tiles import dequantize, pack, unpack
 
 every_packing = pytest.mark.parametrize("packing", PACKINGS.values(), ids=list(PACKINGS))
 

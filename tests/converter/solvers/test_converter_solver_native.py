@@ -12,7 +12,8 @@ from torch import Tensor
 from converter.solvers.hqq_package import quantize_rows, round_scales
 from converter.solvers.native import hqq_native, solver_library
 from converter.squared_error import SquaredError
-from formats.packing import PACKINGS, QuantizedMatrix, dequantize, pack, unpack
+from formats.packing import PACKINGS
+from formats.tiles import QuantizedMatrix, dequantize, pack, unpack
 
 pytestmark = pytest.mark.skipif(not solver_library.available(), reason=solver_library.describe())
 

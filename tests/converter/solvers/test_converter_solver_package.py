@@ -6,7 +6,8 @@ import torch
 from converter.solvers.hqq_package import quantize_rows, round_scales
 from converter.squared_error import SquaredError
 from formats.errors import SourceError
-from formats.packing import PACKINGS, dequantize, packing_named
+from formats.packing import PACKINGS, packing_named
+from formats.tiles import dequantize
 
 ALL = list(PACKINGS)
 

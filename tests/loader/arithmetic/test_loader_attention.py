@@ -7,7 +7,7 @@ from random_weights import PACKING, random_tiles
 from transformers import DynamicCache, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRotaryEmbedding
 
-from formats.packing import dequantize, unpack
+from formats.tiles import dequantize, unpack
 from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
 from loader.arithmetic.native_backend import NativeBackend

@@ -7,8 +7,9 @@ import torch
 from random_weights import blob_of, random_tiles
 from torch.nn import functional
 
-from formats.expert import ExpertLayout, dequantize_expert
+from formats.expert import ExpertLayout
 from formats.packing import PACKINGS, packing_named
+from formats.tiles import expert_weights, matrix_weights
 from loader.arithmetic import kernels
 from loader.arithmetic.backend import choose_backend
 from loader.arithmetic.torch_product import input_gradient, product
@@ -44,7 +45,7 @@ def test_an_experts_gradients_are_those_of_autograd(
     found = torch.autograd.grad(module(x, index, weights), (x, weights), grad)
     total = torch.zeros(11, 192)
     for expert, blob in blobs.items():
-        gate, up, down = dequantize_expert(layout, blob)
+        gate, up, down = expert_weights(layout, blob)
         result = functional.linear(functional.silu(x @ gate.T) * (x @ up.T), down)
         total = total + result * (weights * (index == expert)).sum(1, keepdim=True)
     for ours, exact in zip(found, torch.autograd.grad(total, (x, weights), grad), strict=True):
@@ -95,7 +96,7 @@ def test_the_gradient_of_a_product_is_grad_times_the_matrix(packing: Any, rows: 
     torch.manual_seed(0)
     stored = torch.randint(0, 256, packing.stored_shape(rows, 300), dtype=torch.uint8)
     stored[:, :128] = torch.full((64,), 1e-3, dtype=torch.float16).view(torch.uint8)
-    weights, grad = packing.weights(stored, rows, 300), torch.randn(5, rows)
+    weights, grad = matrix_weights(packing, stored, rows, 300), torch.randn(5, rows)
     torch.testing.assert_close(
         input_gradient(stored, packing, rows, 300, grad), grad @ weights, rtol=1e-4, atol=1e-4
     )
@@ -107,8 +108,10 @@ def test_a_large_matrix_is_dequantized_in_parts(monkeypatch: pytest.MonkeyPatch)
     expected = input_gradient(stored, packing, 256, 64, grad)
     monkeypatch.setattr("loader.arithmetic.torch_product.CHUNK_WEIGHTS", 64 * 64)
     calls = []
-    weights = type(packing).weights
-    monkeypatch.setattr(type(packing), "weights", lambda *a: calls.append(a[2]) or weights(*a))
+    monkeypatch.setattr(
+        "loader.arithmetic.torch_product.matrix_weights",
+        lambda *a: calls.append(a[2]) or matrix_weights(*a),
+    )
     torch.testing.assert_close(input_gradient(stored, packing, 256, 64, grad), expected)
     assert calls == [64] * 4
 

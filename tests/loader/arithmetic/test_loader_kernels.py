@@ -13,6 +13,7 @@ import torch
 from linear_many import products_of
 
 from formats import packing as reference
+from formats import tiles
 from loader.arithmetic import kernels
 from loader.arithmetic.expert_table import ExpertTable
 
@@ -477,17 +478,15 @@ def test_wrong_arguments_are_refused() -> None:
 def test_the_reference_packing_writes_and_means_the_same_bytes(name: str) -> None:
     w = Matrix(name, 40, 300, seed=4)
     packing, groups = reference.packing_named(name), -(-300 // PACKINGS[name][1])
-    matrix = reference.QuantizedMatrix(
+    matrix = tiles.QuantizedMatrix(
         torch.from_numpy(w.codes[:40, :300].astype(np.uint8)),
         torch.from_numpy(w.s[:40, :groups].astype(np.int16)),
         torch.from_numpy(w.m[:40, :groups].astype(np.int16)),
         torch.from_numpy(w.ds[:40]),
         torch.from_numpy(w.dm[:40]),
     )
-    assert torch.equal(reference.pack(matrix, packing).reshape(-1), torch.from_numpy(w.bytes))
-    assert (
-        relative(reference.dequantize(matrix, packing.group_size).double().numpy(), w.values) < 1e-6
-    )
+    assert torch.equal(tiles.pack(matrix, packing).reshape(-1), torch.from_numpy(w.bytes))
+    assert relative(tiles.dequantize(matrix, packing.group_size).double().numpy(), w.values) < 1e-6
 
 
 def test_parts_of_a_routers_answer_add_up_to_the_whole() -> None:

@@ -16,8 +16,9 @@ from transformers import MixtralForCausalLM
 
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
-from formats.expert import ExpertLayout, dequantize_expert
+from formats.expert import ExpertLayout
 from formats.packing import packing_named
+from formats.tiles import expert_weights
 from loader.arithmetic import kernels
 from loader.arithmetic.backend import choose_backend
 from loader.arithmetic.plain_experts import PlainExperts
@@ -131,7 +132,7 @@ def test_experts_are_those_of_float64(packings: tuple[str, str], tokens: int, ba
     choose_backend(backend).experts(blobs, dict.fromkeys(blobs, layout), x, index, weights, out)
     expected = torch.ones_like(x).double()
     for e, blob in blobs.items():
-        gate, up, down = (part.double() for part in dequantize_expert(layout, blob))
+        gate, up, down = (part.double() for part in expert_weights(layout, blob))
         result = (torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
         expected += result * (weights * (index == e)).sum(1, keepdim=True)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6)
@@ -145,7 +146,7 @@ def test_activations_of_a_bfloat16_model_may_be_multiplied_in_it(
     layout = ExpertLayout(64, 96, packing_named("rows-bf16"), packing_named("rows-bf16"))
     blob = blob_of(layout, 0)
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1)).bfloat16().float()
-    gate, up, down = dequantize_expert(layout, blob)
+    gate, up, down = expert_weights(layout, blob)
     exact = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
     off = (PlainExperts().run(layout, blob, x) - exact).norm() / exact.norm()
     assert 1e-4 < off < 6e-3

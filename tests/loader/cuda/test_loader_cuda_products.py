@@ -8,7 +8,8 @@ from cuda_host import COMPILER, launch_on_host
 from project_paths import ROOT
 
 from formats.expert import ExpertLayout
-from formats.packing import BLOCK_COLUMNS, HEAD_BYTES, PACKINGS, TILE_ROWS, QuantizedMatrix, pack
+from formats.packing import BLOCK_COLUMNS, HEAD_BYTES, PACKINGS, TILE_ROWS
+from formats.tiles import QuantizedMatrix, pack
 from loader.arithmetic import kernels
 from loader.arithmetic.native_backend import NativeBackend
 from loader.cuda.products import pairs
