@@ -74,7 +74,7 @@ def table(generated: dict, before: dict, after: dict, index: dict) -> str:
         ("bits per weight, attention", "16", f"{index['attention_bits']:.2f} (4.26 for 8x7B)"),
         ("perplexity, five texts", f"{ppl[0]:.2f}", f"{ppl[1]:.2f} (× {ppl[1] / ppl[0]:.4f})"),
         (
-            "expert cache hits, 4 of 8 a layer",
+            "expert cache hits (4 of 8 experts cached per layer)",
             "",
             f"{stats['hits']} of {uses} ({stats['hits'] / uses:.0%})",
         ),

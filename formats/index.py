@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from formats import FORMAT_VERSION, INDEX_NAME
+from formats.config.config_gate import gate_config
 from formats.config.field_rules import short
-from formats.config.model_config import gate_config
 from formats.config.model_types import MODEL_TYPES
 from formats.config.side_files import MAX_BYTES, MAX_FILES
 from formats.config.strict_json import dump, parse, typed

@@ -40,7 +40,7 @@ class ExpertsModule:
 
 
 class ModelShape:
-    """The model of a checked config.json (formats/config/model_config.py), on the meta device.
+    """The model of a checked config.json (formats/config/config_gate.py), on the meta device.
 
     where: path of config.json, for errors. SourceError if transformers refuses the config, or if
     the experts compute something else than packed experts.

@@ -1,7 +1,7 @@
 """Gates for JSON from strangers: config.json, generation_config.json, tokenizer files.
 
 - *Gate*: takes the fields that a model type declares, each with its rule, and refuses or drops the
-  others (`model_config.py`, `generation_config.py`).
+  others (`config_gate.py`, `generation_config.py`).
 - *Rule*: type and range of one field, and the form that transformers takes (`field_rules.py`).
 - *Model type*: transformers' name of an architecture. `model_types.py` lists the tested ones.
 - *Side file*: a file beside the weights, such as a tokenizer, template or licence

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from formats.config.config_gate import gate_config
 from formats.config.field_rules import short
-from formats.config.model_config import gate_config
 from formats.config.model_types import MODEL_TYPES
 from formats.config.strict_json import parse
 from formats.errors import DamageError, MoeConvertError, SourceError

@@ -7,6 +7,7 @@ caches, compilation, assistants), change the result type of `generate`, or need 
 from pathlib import Path
 from typing import Any, NoReturn
 
+from formats.config.config_gate import check_token, dropped_note
 from formats.config.field_rules import (
     Either,
     Flag,
@@ -19,7 +20,6 @@ from formats.config.field_rules import (
     short,
     take_field,
 )
-from formats.config.model_config import check_token, dropped_note
 from formats.config.model_types import MAX_VOCABULARY
 from formats.config.side_files import unusable
 from formats.config.strict_json import dump, parse

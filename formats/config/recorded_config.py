@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from formats import INDEX_NAME
+from formats.config.config_gate import RUN_TIME, gate_config
 from formats.config.field_rules import short
-from formats.config.model_config import RUN_TIME, gate_config
 from formats.config.strict_json import parse
 from formats.errors import DamageError, FormatError
 from formats.files.paths import read_small

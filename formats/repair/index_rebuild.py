@@ -16,8 +16,8 @@ from msgspec import Meta
 from formats import ALIGNMENT_BYTES, FORMAT_VERSION, INDEX_NAME, TRUNK_NAME
 from formats.artifact import Artifact
 from formats.checksums import Checksums
+from formats.config.config_gate import RUN_TIME, gate_config
 from formats.config.field_rules import short
-from formats.config.model_config import RUN_TIME, gate_config
 from formats.config.recorded_config import CONFIG_NAME
 from formats.config.strict_json import parse, typed
 from formats.errors import DamageError, FormatError, MoeConvertError

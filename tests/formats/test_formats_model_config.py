@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+from formats.config.config_gate import gate_config
 from formats.config.generation_config import GENERATION_FIELDS
-from formats.config.model_config import gate_config
 from formats.config.model_types import MODEL_TYPES
 from formats.config.rope_parameters import TYPES
 from formats.errors import FormatError, MoeConvertError, SourceError

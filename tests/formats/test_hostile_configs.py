@@ -20,7 +20,7 @@ from converter.checkpoint.source import Checkpoint
 from converter.convert import convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
-from formats.config.model_config import RUN_TIME
+from formats.config.config_gate import RUN_TIME
 from formats.errors import DamageError, FormatError, MoeConvertError, SourceError
 from formats.reading.verify import verify_folder
 from loader.hf.loading.configuration import loading_options

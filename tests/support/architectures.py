@@ -3,7 +3,7 @@
 from typing import Any
 
 from converter.checkpoint.model_shape import ModelShape
-from formats.config.model_config import gate_config
+from formats.config.config_gate import gate_config
 from formats.errors import FormatError
 from formats.index import Architecture
 

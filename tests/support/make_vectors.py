@@ -21,7 +21,7 @@ from project_paths import VECTORS
 
 from converter.checkpoint.model_shape import HEAD, ModelShape
 from formats import FORMAT_VERSION
-from formats.config.model_config import gate_config
+from formats.config.config_gate import gate_config
 from formats.config.strict_json import dump
 from formats.errors import FormatError
 from formats.expert import ExpertLayout

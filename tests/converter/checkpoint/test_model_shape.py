@@ -218,7 +218,7 @@ def test_a_model_without_experts_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_hostile_numbers_give_our_error_or_a_model(kind: str) -> None:
-    from formats.config.model_config import gate_config
+    from formats.config.config_gate import gate_config
 
     for name in MODEL_TYPES[kind].fields:
         for value in VALUES:
@@ -326,7 +326,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, str]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_gives_a_model_of_its_published_size(name: str) -> None:
-    from formats.config.model_config import gate_config
+    from formats.config.config_gate import gate_config
 
     config, parameters, left_out = PUBLISHED[name]
     fields, notes = gate_config(config, "config.json", error=SourceError)
