@@ -1,6 +1,7 @@
 """Loading by name: AutoModelForCausalLM, pipeline, AutoTokenizer, lm-eval, transformers' server."""
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
+from random_models import write_checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -219,3 +221,24 @@ def test_a_generation_config_that_is_given_is_used(folder: Path) -> None:
         folder, generation_config=GenerationConfig(max_new_tokens=3)
     )
     assert model.generation_config.max_new_tokens == 3
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe with dense layers", "olmoe"])
+def test_other_model_types_load_by_name(
+    tmp_path: Path,
+    example_folder: Path,
+    run_command: Callable[..., tuple[int, str, str]],
+    name: str,
+) -> None:
+    source = write_checkpoint(tmp_path / "source", name, fused=True, vocab_size=4096)
+    for file in example_folder.glob("*token*"):
+        shutil.copy(file, source)
+    folder = tmp_path / "converted"
+    assert run_command("convert", source, "-o", folder, "--calibrate", "none")[0] == 0
+    expected = logits(loader.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is type(loader.from_pretrained(folder))
+    assert torch.equal(logits(model), expected)
+    assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(source).num_parameters()
+    made = pipeline("text-generation", model=str(folder))
+    assert made(PROMPT, max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith(PROMPT)
