@@ -143,9 +143,11 @@ def command(
             output.note(
                 "documents go through the tokenizer's chat template; --raw leaves them as they are"
             )
-        results = run_tasks(
-            load(path), tokenizer, names, batch=batch, chat=chat, limit=limit, folder=task_folder
-        )
+        model = load(path)
+        with output.muted("lm_eval"), output.busy(f"running {', '.join(names)} by lm-eval"):
+            results = run_tasks(
+                model, tokenizer, names, batch=batch, chat=chat, limit=limit, folder=task_folder
+            )
         lines = [
             (task, name, f"{value:.4f}")
             for task, metrics in results.items()

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 import click
 
+from converter.cli.show.error_stream import libraries_muted, write_line
 from converter.cli.show.failures import is_closed_pipe
 from converter.cli.show.progress import (
     NoProgress,
     ShowProgress,
     show_busy,
     show_progress,
-    write_line,
 )
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError
@@ -65,7 +65,7 @@ def output_options(interrupted: str, *, has_json: bool = True) -> Callable[[F], 
             )
             for room in ("converter", "formats", "loader"):
                 logging.getLogger(room).setLevel(level)
-            output = Output(as_json, quiet, interrupted)
+            output = Output(as_json, quiet, interrupted, verbose=verbose)
             try:
                 return function(*args, output=output, **kwargs)
             except (KeyboardInterrupt, click.Abort):
@@ -103,10 +103,13 @@ def _unchanged(function: F) -> F:
 class Output:
     """The output of one command. interrupted: what Ctrl-C would leave now, and how to resume."""
 
-    def __init__(self, as_json: bool, quiet: bool, interrupted: str = "") -> None:
+    def __init__(
+        self, as_json: bool, quiet: bool, interrupted: str = "", *, verbose: bool = False
+    ) -> None:
         self.as_json = as_json
         self.quiet = quiet
         self.interrupted = interrupted
+        self._verbose = verbose
         self._shown: list[ShowProgress] = []
 
     def result(self, value: Any, text: str) -> None:
@@ -132,6 +135,13 @@ class Output:
     def busy(self, text: str) -> AbstractContextManager[None]:
         """Return a context that shows `text` and the time while it lasts, unless --quiet."""
         return nullcontext() if self.quiet else show_busy(text)
+
+    def muted(self, *loggers: str) -> AbstractContextManager[None]:
+        """Return a context that drops what libraries write to stderr, unless --verbose.
+
+        loggers: names of loggers whose warnings are dropped too.
+        """
+        return nullcontext() if self._verbose else libraries_muted(*loggers)
 
     def close(self) -> None:
         """End all bars, so that nothing else is drawn over them."""

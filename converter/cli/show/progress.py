@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from converter.cli.show.error_stream import error_stream, write_line
+
 LINE_EVERY_S = 30.0
 """Interval of progress lines if stderr is not a terminal."""
 
@@ -21,15 +23,9 @@ class ShowProgress(Protocol):
         """End the present stage, if there is one."""
 
 
-def write_line(text: str) -> None:
-    """Write a line to stderr, above the bar if there is one."""
-    # Not by click.echo: it may write past the object that rich puts in place of sys.stderr.
-    print(text, file=sys.stderr, flush=True)
-
-
 def show_progress(unit: str | None) -> ShowProgress:
     """Return a bar if stderr is a terminal, else lines. unit: what is counted; None is bytes."""
-    return _Bar(unit) if sys.stderr.isatty() else _Lines(unit)
+    return _Bar(unit) if error_stream().isatty() else _Lines(unit)
 
 
 class NoProgress:
@@ -68,18 +64,27 @@ class _Bar:
 
     def _open(self, stage: str, done: int, total: int) -> None:
         # Imported when the first bar is drawn: light commands draw none.
-        from rich.console import Console
         from rich.progress import Progress
 
         self._stage = stage
         # Results on stdout may go to a file: only stderr is redirected.
         self._progress = Progress(
             *_columns(self._unit),
-            console=Console(stderr=True, highlight=False),
+            console=_console(),
             redirect_stdout=False,
         )
         self._task = self._progress.add_task(stage, completed=done, total=total)
         self._progress.start()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    stream = error_stream()
+    # A console on sys.stderr follows it to the object that rich puts in its place.
+    if stream is sys.stderr:
+        return Console(stderr=True, highlight=False)
+    return Console(file=stream, highlight=False)
 
 
 def _columns(unit: str | None) -> list[Any]:
@@ -138,17 +143,16 @@ class _Lines:
 @contextmanager
 def show_busy(text: str) -> Iterator[None]:
     """Show that work of unknown length goes on, until the context ends."""
-    with _spinner(text) if sys.stderr.isatty() else _lines_now_and_then(text):
+    with _spinner(text) if error_stream().isatty() else _lines_now_and_then(text):
         yield
 
 
 @contextmanager
 def _spinner(text: str) -> Iterator[None]:
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    console = Console(stderr=True, highlight=False)
+    console = _console()
     with Progress(*columns, console=console, redirect_stdout=False, transient=True) as progress:
         progress.add_task(text, total=None)
         yield
