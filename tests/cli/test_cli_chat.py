@@ -368,7 +368,7 @@ def test_a_conversation_at_a_terminal(terminal: RealTerminal, tmp_path: Path) ->
         return last == [">"]
 
     lines = terminal.wait_for(is_at_prompt)
-    shown = "".join(line.ljust(80) for line in lines)
+    shown = " ".join(" ".join(lines).split())
     assert "512 tokens of context. /help lists commands, Ctrl-D leaves." in shown
     terminal.type(f"{QUESTION}\r")
     terminal.wait_for(

@@ -184,6 +184,7 @@ OTHERS = [
     ("serve $good --port 0 --max-context 100000", 2, "--max-context", ""),
     ("serve $good --port 0 --prefix-cache lots", 2, "--prefix-cache", ""),
     ("env --nonsense", 2, "--nonsense", ""),
+    ("cache --remove no/model", 1, "has no model no/model", "moe-convert cache"),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from converter.cli.show.console import table
+from converter.cli.show.tables import table
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError, OutputError
 from formats.sizes import format_size

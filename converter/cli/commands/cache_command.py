@@ -4,7 +4,8 @@ import time
 
 import click
 
-from converter.cli.show.console import Output, output_options, table
+from converter.cli.show.console import Output, output_options
+from converter.cli.show.tables import table
 from formats.errors import MoeConvertError
 from formats.sizes import format_size
 

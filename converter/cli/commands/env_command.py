@@ -6,7 +6,8 @@ import platform
 import click
 
 from converter import __version__
-from converter.cli.show.console import Output, output_options, table
+from converter.cli.show.console import Output, output_options
+from converter.cli.show.tables import table
 
 _PACKAGES = (
     "torch",

@@ -9,7 +9,8 @@ import msgspec
 
 from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file, require_extra
-from converter.cli.show.console import Output, output_options, table
+from converter.cli.show.console import Output, output_options
+from converter.cli.show.tables import table
 from formats.quality import Evaluation
 
 

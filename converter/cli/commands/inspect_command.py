@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from converter.cli.options import shared_options
-from converter.cli.show.console import Output, output_options, table
+from converter.cli.show.console import Output, output_options
+from converter.cli.show.tables import table
 from formats.sizes import format_size
 
 

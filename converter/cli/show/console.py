@@ -6,7 +6,7 @@ Results go to stdout, everything else to stderr.
 import json
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from converter.cli.show.progress import (
     show_busy,
     show_progress,
 )
+from converter.cli.show.tables import folded
 from converter.cli.show.terminal import printable
 from formats.errors import MoeConvertError
 from formats.files.io_errors import AGAIN
@@ -115,12 +116,14 @@ class Output:
     def result(self, value: Any, text: str) -> None:
         """Print the result: `value` as JSON with --json, else `text`."""
         self.close()
-        click.echo(json.dumps(value, indent=1, default=str) if self.as_json else printable(text))
+        click.echo(
+            json.dumps(value, indent=1, default=str) if self.as_json else folded(printable(text))
+        )
 
     def note(self, text: str) -> None:
         """Print a line on stderr, unless --quiet is given."""
         if not self.quiet:
-            write_line(printable(text))
+            write_line(folded(printable(text)))
 
     def progress(self, unit: str | None = None) -> ShowProgress:
         """Return a callback (stage, done, total) that shows progress on stderr.
@@ -158,15 +161,3 @@ class _LogLines(logging.Handler):
             write_line(self.format(record))
         except Exception:
             self.handleError(record)
-
-
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return rows as aligned columns: the first `left` to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def cell(text: str, i: int) -> str:
-        return text.ljust(widths[i]) if i < left else text.rjust(widths[i])
-
-    return "\n".join(
-        "  ".join(cell(text, i) for i, text in enumerate(row)).rstrip() for row in rows
-    )

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.cli.show.console import table
+from converter.cli.show.tables import table
 from formats.sizes import format_size
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ class _ErrorStream:
 _STREAM = _ErrorStream()
 
 
-def error_stream() -> TextIO:
+def notes_stream() -> TextIO:
     """Return the stream for notes, log lines and progress."""
     return _STREAM.own or sys.stderr
 
@@ -25,12 +25,12 @@ def error_stream() -> TextIO:
 def write_line(text: str) -> None:
     """Write a line to stderr, above the bar if there is one."""
     # Not by click.echo: it may write past the object that rich puts in place of sys.stderr.
-    print(text, file=error_stream(), flush=True)
+    print(text, file=notes_stream(), flush=True)
 
 
 @contextmanager
 def libraries_muted(*loggers: str) -> Iterator[None]:
-    """Drop what libraries and their child processes write to stderr; `error_stream` still writes.
+    """Drop what libraries and their child processes write to stderr; `notes_stream` still writes.
 
     loggers: names of loggers whose warnings are dropped too.
 

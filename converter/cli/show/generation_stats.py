@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from converter.cli.show.console import table
+from converter.cli.show.tables import table
 from formats.sizes import format_size
 
 

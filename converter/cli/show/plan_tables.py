@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from converter.cli.show.console import GB, table
+from converter.cli.show.console import GB
+from converter.cli.show.tables import table
 from formats.sizes import format_size
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from converter.cli.show.error_stream import error_stream, write_line
+from converter.cli.show.error_stream import notes_stream, write_line
 
 LINE_EVERY_S = 30.0
 """Interval of progress lines if stderr is not a terminal."""
@@ -25,7 +25,7 @@ class ShowProgress(Protocol):
 
 def show_progress(unit: str | None) -> ShowProgress:
     """Return a bar if stderr is a terminal, else lines. unit: what is counted; None is bytes."""
-    return _Bar(unit) if error_stream().isatty() else _Lines(unit)
+    return _Bar(unit) if notes_stream().isatty() else _Lines(unit)
 
 
 class NoProgress:
@@ -80,7 +80,7 @@ class _Bar:
 def _console() -> Any:
     from rich.console import Console
 
-    stream = error_stream()
+    stream = notes_stream()
     # A console on sys.stderr follows it to the object that rich puts in its place.
     if stream is sys.stderr:
         return Console(stderr=True, highlight=False)
@@ -143,7 +143,7 @@ class _Lines:
 @contextmanager
 def show_busy(text: str) -> Iterator[None]:
     """Show that work of unknown length goes on, until the context ends."""
-    with _spinner(text) if error_stream().isatty() else _lines_now_and_then(text):
+    with _spinner(text) if notes_stream().isatty() else _lines_now_and_then(text):
         yield
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from converter.cli.show.console import table
+from converter.cli.show.tables import table
 
 
 def tables_of(report: dict[str, Any], speeds: Sequence[str], *, by_layer: bool) -> str:
