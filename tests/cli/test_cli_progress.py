@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from project_paths import ROOT
@@ -125,3 +126,24 @@ def test_work_of_unknown_length_is_a_line_now_and_then(busy: str) -> None:
     command.append("-q")
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == "a warning\n"
+
+
+TQDM = """
+from tqdm.auto import tqdm
+from converter.cli.show.console import Output
+output = Output(False, False)
+with tqdm(total=3, desc="Fetching", bar_format="{desc} {n}/{total}") as bar:
+    for number in range(3):
+        output.note(f"note {number}")
+        bar.update()
+output.note("after")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminal")
+@pytest.mark.parametrize("columns", [80, 120])
+def test_bars_of_huggingface_hub_do_not_tear_notes(tmp_path: Path, columns: int) -> None:
+    path = tmp_path / "bars.py"
+    path.write_text(TQDM)
+    screen = screen_of([sys.executable, str(path)], columns)
+    assert screen == ["note 0", "note 1", "note 2", "Fetching 3/3", "after"]

@@ -24,8 +24,14 @@ def notes_stream() -> TextIO:
 
 def write_line(text: str) -> None:
     """Write a line to stderr, above the bar if there is one."""
-    # Not by click.echo: it may write past the object that rich puts in place of sys.stderr.
-    print(text, file=notes_stream(), flush=True)
+    stream = notes_stream()
+    if tqdm := sys.modules.get("tqdm"):
+        # huggingface_hub draws its downloads by tqdm, which must clear its bars first.
+        tqdm.tqdm.write(text, file=stream)
+        stream.flush()
+    else:
+        # Not by click.echo: it may write past the object that rich puts in place of sys.stderr.
+        print(text, file=stream, flush=True)
 
 
 @contextmanager
