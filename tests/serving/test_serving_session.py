@@ -1,5 +1,6 @@
 """A conversation: what is in its prompts, what its KV cache keeps, what an interrupt leaves."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from loader.serving.prefixes.prefix_cache import PrefixCache, common_prefix
 from loader.serving.prompts.chat_template import (
     ChatTemplate,
     PlainText,
+    plain_template,
     prompt_ids,
     template_of,
     text_ids,
@@ -194,6 +196,23 @@ def test_a_prompt_never_begins_with_two_bos(tokenizer: Any) -> None:
     assert ChatTemplate(tokenizer, "{{ bos_token }}" + TEMPLATE).ids(messages)[:2].count(BOS) == 1
     assert PlainText(tokenizer).ids(messages) == text_ids(tokenizer, "So Jonah")
     assert with_one_bos([7, BOS, BOS], tokenizer) == [7, BOS, BOS]
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_the_plain_template_gives_the_prompts_of_plain_text(
+    tokenizer: Any, monkeypatch: Any, has_bos: bool
+) -> None:
+    if not has_bos:
+        plain = functools.partial(tokenizer.__class__.__call__, tokenizer, add_special_tokens=False)
+        monkeypatch.setattr(tokenizer.__class__, "__call__", lambda _, text, **__: plain(text))
+    messages = [
+        {"role": "user", "content": "So Jonah"},
+        {"role": "assistant", "content": "  arose {{ x }} <b>"},
+        {"role": "user", "content": "and?"},
+    ]
+    expected = PlainText(tokenizer).ids(messages)
+    assert (expected[0] == BOS) == has_bos
+    assert ChatTemplate(tokenizer, plain_template(tokenizer)).ids(messages) == expected
 
 
 def test_a_prompt_goes_through_the_tokenizers_template(tokenizer: Any, monkeypatch: Any) -> None:

@@ -18,7 +18,10 @@ ARROWS = {
         "converter.journal formats formats.config formats.files formats.hub"
     ),
     "converter.cli": "converter converter.cli.show",
-    "converter.cli.chat": "converter.cli.show formats loader.serving loader.serving.answers",
+    "converter.cli.chat": (
+        "converter.cli.show converter.cli.steps formats loader.serving loader.serving.answers "
+        "loader.serving.http loader.serving.prompts"
+    ),
     "converter.cli.commands": (
         "converter converter.checkpoint converter.checkpoint.shards converter.cli.chat "
         "converter.cli.options converter.cli.show converter.cli.steps "
@@ -38,7 +41,7 @@ ARROWS = {
         "converter.output converter.publish converter.recipe formats formats.hub "
         "formats.reading loader loader.arithmetic loader.budget loader.cuda.device "
         "loader.evaluation loader.experts loader.hf.loading loader.planning "
-        "loader.traces"
+        "loader.serving loader.serving.http loader.traces"
     ),
     "converter.conversion": (
         "converter converter.calibration converter.checkpoint "

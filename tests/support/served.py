@@ -1,6 +1,7 @@
 """Servers on the loopback interface for tests, and models that wait or answer as a test wants."""
 
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -37,11 +38,15 @@ class PausedModel(_Over):
         self._open = threading.Event()
         self._open.set()
         self._entered = threading.Event()
+        self._last_pass: int | None = None
         self.passes = 0
 
     def __call__(self, **arguments: Any) -> Any:
+        if self.passes == self._last_pass:
+            self.pause()
         self.passes += 1
-        self._entered.set()
+        if not self._open.is_set():
+            self._entered.set()
         assert self._open.wait(WAIT_S)
         return self._model(**arguments)
 
@@ -49,11 +54,17 @@ class PausedModel(_Over):
         self._entered.clear()
         self._open.clear()
 
+    def pause_after(self, passes: int) -> None:
+        """Pause as soon as so many more passes have ended."""
+        self._entered.clear()
+        self._last_pass = self.passes + passes
+
     def wait_for_pass(self) -> None:
         """Until a pass waits."""
         assert self._entered.wait(WAIT_S)
 
     def resume(self) -> None:
+        self._last_pass = None
         self._open.set()
 
 
@@ -126,11 +137,18 @@ def served(engine: Engine, tokenizer: Any, **options: Any) -> Iterator[str]:
     """The URL of a server of the model "tiny", which is ended afterwards."""
     options = {"template": TEMPLATE, **options}
     listening = bound_socket("127.0.0.1", 0)
-    server = Server(build_app(engine, tokenizer, AppOptions("tiny", **options)), engine)
+    app = build_app(engine, tokenizer, AppOptions("tiny", **options))
+    with running(Server(app, engine), listening):
+        yield url_of(listening)
+
+
+@contextlib.contextmanager
+def running(server: Server, listening: socket.socket) -> Iterator[None]:
+    """Runs a server in a thread and ends it afterwards."""
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        yield url_of(listening)
+        yield
     finally:
         server.should_exit = True
         thread.join(WAIT_S)

@@ -1,14 +1,16 @@
 """An OpenAI-compatible server, as `moe-convert chat --url` uses it."""
 
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from formats.errors import MoeConvertError
 from loader.serving.conversation import ContextFullError
+from loader.serving.http.access import is_loopback
 
 _CONNECT_S = 10.0
 _LONGEST_ERROR = 500
@@ -24,10 +26,14 @@ class ChatServer:
     def __init__(self, url: str, key: str | None = None) -> None:
         url = url.rstrip("/")
         self.url = url if url.endswith("/v1") else f"{url}/v1"
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # An answer's first token may take minutes.
-        timeout = httpx.Timeout(None, connect=_CONNECT_S)
-        self._client = httpx.Client(headers=headers, timeout=timeout)
+        self._options: dict[str, Any] = {
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            # An answer's first token may take minutes.
+            "timeout": httpx.Timeout(None, connect=_CONNECT_S),
+            # A proxy of the environment cannot reach this machine's loopback interface.
+            "trust_env": not is_loopback(_host_of(url)),
+        }
+        self._client = httpx.Client(**self._options)
 
     def models(self) -> list[dict[str, Any]]:
         """Return the entries of /v1/models. ServerError."""
@@ -45,25 +51,55 @@ class ChatServer:
         """
         with self._response("POST", "/chat/completions", body) as response:
             for line in response.iter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line.removeprefix("data:").strip()
-                if data == "[DONE]":
+                if _is_end(line):
                     return
-                chunk = _parsed(data)
-                if "error" in chunk:
-                    raise self._error(_message(chunk))
-                yield chunk
+                if chunk := self._chunk(line):
+                    yield chunk
+
+    async def stream_async(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield what `stream` yields. Cancelling the task ends the connection at once, also while
+        the server computes the prompt.
+        """
+        address = f"{self.url}/chat/completions"
+        with self._named_errors():
+            async with (
+                httpx.AsyncClient(**self._options) as client,
+                client.stream("POST", address, json=body) as response,
+            ):
+                if response.status_code != 200:
+                    raise self._refusal(response, await response.aread())
+                async for line in response.aiter_lines():
+                    if _is_end(line):
+                        return
+                    if chunk := self._chunk(line):
+                        yield chunk
+
+    def _chunk(self, line: str) -> dict[str, Any] | None:
+        """Return the chunk in a line of the stream, if any. ServerError if it is an error."""
+        if not line.startswith("data:"):
+            return None
+        chunk = _parsed(line.removeprefix("data:").strip())
+        if "error" in chunk:
+            raise self._error(_message(chunk))
+        return chunk
 
     @contextmanager
     def _response(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> Iterator[httpx.Response]:
+        with (
+            self._named_errors(),
+            self._client.stream(method, self.url + path, json=body) as response,
+        ):
+            if response.status_code != 200:
+                raise self._refusal(response, response.read())
+            yield response
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Turn errors of httpx into ServerError."""
         try:
-            with self._client.stream(method, self.url + path, json=body) as response:
-                if response.status_code != 200:
-                    raise self._refusal(response, response.read())
-                yield response
+            yield
         except httpx.ConnectError as e:
             raise self._error(f"cannot connect: {e}", "moe-convert serve PATH starts one") from None
         except (httpx.HTTPError, httpx.InvalidURL) as e:
@@ -84,6 +120,17 @@ class ChatServer:
 
     def _error(self, message: str, hint: str = "") -> ServerError:
         return ServerError(f"{self.url}: {message}", hint)
+
+
+def _is_end(line: str) -> bool:
+    return line.removeprefix("data:").strip() == "[DONE]"
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _parsed(data: bytes | str) -> dict[str, Any]:

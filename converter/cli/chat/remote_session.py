@@ -1,7 +1,6 @@
 """A conversation whose answers a server computes."""
 
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from converter.cli.chat.chat_server import ChatServer
 from loader.serving.answers.settings import GenerationSettings
 from loader.serving.conversation import Conversation, OnText
+from loader.serving.prompts.chat_template import Message
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
@@ -27,6 +27,23 @@ class RemoteAnswer:
     new_tokens: int = 0
     first_token_s: float | None = None
     tokens_per_s: float | None = None
+
+    def add(self, chunk: dict[str, Any]) -> str:
+        """Add a chunk of the stream and return its text, which may be empty."""
+        if usage := chunk.get("usage"):
+            details = usage.get("prompt_tokens_details") or {}
+            self.prompt_tokens = usage.get("prompt_tokens", 0)
+            self.new_tokens = usage.get("completion_tokens", self.new_tokens)
+            self.reused_tokens = details.get("cached_tokens", 0) or 0
+        added = ""
+        for choice in chunk.get("choices") or ():
+            if reason := choice.get("finish_reason"):
+                self.finish_reason = reason
+            if piece := (choice.get("delta") or {}).get("content"):
+                self.new_tokens += 1
+                added += piece
+        self.text += added
+        return added
 
 
 class RemoteSession(Conversation):
@@ -57,10 +74,11 @@ class RemoteSession(Conversation):
         begin_s = time.perf_counter()
         try:
             with closing(self._server.stream(self._body(text))) as chunks:
-                for piece in _pieces(chunks, answer):
+                for chunk in chunks:
+                    if not (piece := answer.add(chunk)):
+                        continue
                     if answer.first_token_s is None:
                         answer.first_token_s = time.perf_counter() - begin_s
-                    answer.text += piece
                     on_text(piece)
         finally:
             if answer.text:
@@ -73,34 +91,27 @@ class RemoteSession(Conversation):
         return (len(self._turns) + 1) // 2 or None
 
     def _body(self, text: str) -> dict[str, Any]:
-        settings = {
-            name: value for name in _SAMPLING if (value := getattr(self.settings, name)) is not None
-        }
-        if self._max_new_tokens is not None:
-            settings["max_tokens"] = self._max_new_tokens
-        return {
-            "model": self._model,
-            "messages": self._with_question(text),
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **settings,
-        }
+        messages = self._with_question(text)
+        return request_body(self._model, messages, self.settings, self._max_new_tokens)
 
 
-def _pieces(chunks: Iterator[dict[str, Any]], answer: RemoteAnswer) -> Iterator[str]:
-    """Yield the pieces of text in `chunks`. Record finish reason and token counts in `answer`."""
-    for chunk in chunks:
-        if usage := chunk.get("usage"):
-            details = usage.get("prompt_tokens_details") or {}
-            answer.prompt_tokens = usage.get("prompt_tokens", 0)
-            answer.new_tokens = usage.get("completion_tokens", answer.new_tokens)
-            answer.reused_tokens = details.get("cached_tokens", 0) or 0
-        for choice in chunk.get("choices") or ():
-            if reason := choice.get("finish_reason"):
-                answer.finish_reason = reason
-            if piece := (choice.get("delta") or {}).get("content"):
-                answer.new_tokens += 1
-                yield piece
+def request_body(
+    model: str,
+    messages: list[Message],
+    settings: GenerationSettings,
+    max_new_tokens: int | None,
+) -> dict[str, Any]:
+    """Return the body of a streamed chat completion. Arguments as in `RemoteSession`."""
+    sampling = {name: value for name in _SAMPLING if (value := getattr(settings, name)) is not None}
+    limit = {} if max_new_tokens is None else {"max_tokens": max_new_tokens}
+    return {
+        "model": model,
+        "messages": messages,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **sampling,
+        **limit,
+    }
 
 
 def _set_speed(answer: RemoteAnswer, seconds: float) -> None:

@@ -1,7 +1,6 @@
 """`moe-convert serve`: serves a converted model over HTTP with OpenAI's API."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from converter.cli.options import shared_options
 from converter.cli.options.api_key import KEY_VARIABLE, read_api_key, with_api_key
 from converter.cli.options.model_options import with_model_options
 from converter.cli.show.console import Output, output_options
-from converter.cli.steps.model_loading import early_tokenizer, load_model
+from converter.cli.steps.model_loading import early_tokenizer
+from converter.cli.steps.model_server import ModelServerOptions, open_server, run_server
 from formats.errors import MoeConvertError
 from formats.sizes import format_size
 
@@ -106,30 +106,21 @@ def command(
             f"--host {host} needs a key: set {KEY_VARIABLE}, or give --api-key-file FILE"
         )
     from loader.evaluation.perplexity import read_text
-    from loader.repository import small_files
-    from loader.serving.context import ContextSize
-    from loader.serving.engine import Engine, Limits
     from loader.serving.http.app import AppOptions, build_app
-    from loader.serving.http.server import Server, bound_socket, url_of
     from loader.serving.prompts.chat_template import has_template
 
     text = read_text(template) if template else None
     tokenizer = early_tokenizer(path, options["check"])
-    size = ContextSize(small_files(path, options["revision"], options["token"]))
-    limits = Limits(size.chosen(max_context), max_queue, prefix_cache)
-    # A port that is taken must fail before the weights are read.
-    listening = bound_socket(host, port)
-    reserve_bytes = prefix_cache + limits.max_context * size.position_bytes
-    loaded = load_model(path, options, output, tokenizer, reserve_bytes=reserve_bytes)
-    tokenizer = loaded.tokenizer
+    address = ModelServerOptions(host, port, max_context, max_queue, prefix_cache)
+    server = open_server(path, tokenizer, address, options, output)
+    tokenizer = server.loaded.tokenizer
     name = model_name or path.resolve().name
-    engine = Engine(loaded.model, tokenizer, limits)
-    server = Server(build_app(engine, tokenizer, AppOptions(name, key, cors, text)), engine)
-    url = url_of(listening)
+    app = build_app(server.engine, tokenizer, AppOptions(name, key, cors, text))
+    context = server.limits.max_context
     if output.as_json:
-        output.result({"url": url, "model": name, "max_context": limits.max_context}, "")
+        output.result({"url": server.url, "model": name, "max_context": context}, "")
     output.note(
-        f"serving {name!r} on {url}/v1: {limits.max_context} tokens of context,"
+        f"serving {name!r} on {server.url}/v1: {context} tokens of context,"
         f" {format_size(prefix_cache)} of prefix caches, {'with' if key else 'without'} a key;"
         " Ctrl-C stops the server"
     )
@@ -138,18 +129,8 @@ def command(
             "The tokenizer has no chat template: only /v1/completions works."
             " --template FILE gives one."
         )
-    _run(server, listening, output)
-    loaded.experts.report()
-
-
-def _run(server: Any, listening: Any, output: Output) -> None:
-    """Serve until a signal."""
-    is_over = server.serve_on(listening)
-    output.note("the server has stopped")
-    if not is_over:
-        # The model's forward pass hangs, and the interpreter would wait for its threads.
-        output.note("a generation did not stop in time and was abandoned")
-        os._exit(0)
+    run_server(app, server.engine, server.listening, output)
+    server.loaded.experts.report()
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -17,11 +18,18 @@ CANCEL_S = 2.0
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server over one engine. The first signal closes the engine; a second one stops at
-    once.
+    """uvicorn's server. The first signal closes the engine; a second one stops at once.
+
+    engine: the engine that `app` serves, if it has one. on_signal: called at the first signal in
+    the event loop's thread.
     """
 
-    def __init__(self, app: FastAPI, engine: Engine) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        engine: Engine | None,
+        on_signal: Callable[[], None] = lambda: None,
+    ) -> None:
         total_s = int(FINISH_S + CANCEL_S)
         # The engine ends all streams within total_s; uvicorn must not wait longer.
         config = uvicorn.Config(
@@ -29,10 +37,13 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine = engine
+        self._on_signal = on_signal
 
     def serve_on(self, listening: socket.socket) -> bool:
         """Serve until a signal. Return False if a cancelled generation did not end."""
         self.run(sockets=[listening])
+        if self._engine is None:
+            return True
         self._engine.close(0, CANCEL_S)
         return not self._engine.is_working
 
@@ -41,6 +52,9 @@ class Server(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
+        self._on_signal()
+        if self._engine is None:
+            return
         # In a thread: this handler runs in the event loop's thread, which must end the streams.
         threading.Thread(target=self._engine.close, args=(FINISH_S, CANCEL_S), daemon=True).start()
 

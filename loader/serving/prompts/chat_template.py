@@ -65,6 +65,13 @@ class PlainText:
         return text_ids(self._tokenizer, "\n".join(message["content"] for message in messages))
 
 
+def plain_template(tokenizer: Any) -> str:
+    """Return a Jinja template that makes the same prompts as `PlainText`."""
+    starts_with_bos = text_ids(tokenizer, "a")[0] == tokenizer.bos_token_id
+    bos = "{{ bos_token }}" if starts_with_bos else ""
+    return bos + r"{{ messages | map(attribute='content') | join('\n') }}"
+
+
 def has_template(tokenizer: Any) -> bool:
     """True if the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
