@@ -36,7 +36,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model are, and what computes them.
+    """The devices of a model's parts, and the backends that compute them.
 
     backend: computes the trunk's products, on `device`. experts: backend of each layer's experts.
     decoders: makes the decoder of single tokens, or says why there is none. retry: repeats a pass

@@ -1,4 +1,4 @@
-"""What lies in HF_HOME/moe-convert: lazily loaded models, and compiled GPU kernels."""
+"""The folders in HF_HOME/moe-convert: lazily loaded models, and compiled GPU kernels."""
 
 import os
 import re

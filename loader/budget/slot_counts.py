@@ -1,4 +1,4 @@
-"""How many experts a budget holds: slots of each layer, or experts of a shared tier."""
+"""The number of experts that a budget holds: slots of each layer, or experts of a shared tier."""
 
 from collections.abc import Sequence
 

@@ -11,7 +11,7 @@ from loader.experts.cache import ExpertSource
 
 
 class Spec(Protocol):
-    """Where a model type keeps weights and settings (`loader/decode/mixtral.py` is one)."""
+    """The places of a model type's weights and settings. `loader/decode/mixtral.py` is one spec."""
 
     def check_modules(self, model: Any) -> None:
         """Raise LeaveDecoder unless `model` has unchanged modules over one cache."""

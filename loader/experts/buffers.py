@@ -16,7 +16,7 @@ def buffer_bytes(n_bytes: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Where buffers come from.
+    """An allocator for the buffers of a pool.
 
     allocate: returns uint8 [n_bytes] on a page boundary.
     piece_bytes: largest allocation, at least one buffer; None: one allocation for all buffers.

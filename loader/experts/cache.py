@@ -26,7 +26,7 @@ from loader.lifetime.forks import keep_over_forks
 
 
 class ExpertSource(Protocol):
-    """Where a model's layers get their experts; `ExpertCache` implements it."""
+    """The source of a model's experts, by layer. `ExpertCache` implements it."""
 
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
         """Return a lease of one token's different `experts` of `layer`, by rank."""

@@ -65,7 +65,7 @@ class SlotTable:
 
     @property
     def removable_slots(self) -> int:
-        """How many times `remove_slot` can succeed now."""
+        """Number of slots that `remove_slot` can remove now."""
         return self.slots - len(self._fixed())
 
     def has_room_for(self, experts: Collection[int]) -> bool:

@@ -19,7 +19,7 @@ class ContextFullError(MoeConvertError):
 
 
 class ChatAnswer(Protocol):
-    """What a chat shows of an answer: `loader.serving.answers.generation.Answer` has it."""
+    """An answer as a chat shows it: `loader.serving.answers.generation.Answer` implements this."""
 
     @property
     def text(self) -> str:
@@ -27,7 +27,7 @@ class ChatAnswer(Protocol):
 
     @property
     def finish_reason(self) -> str:
-        """Why the answer ended; "length" if it was cut."""
+        """Reason for the end of the answer; "length" if it was cut."""
 
     @property
     def prompt_tokens(self) -> int:

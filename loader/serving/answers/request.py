@@ -20,7 +20,7 @@ class RefusedError(MoeConvertError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled.
+    """Settings of sampling.
 
     temperature 0 is greedy. These values are neutral: top_k 0, top_p 1, min_p 0, presence and
     frequency penalty 0, repetition_penalty 1. bias: token → number added to its logit. seed None:
