@@ -1,11 +1,11 @@
-"""The calibration pass alone: time of each layer, and peak anonymous memory above what the process
-had before.
+"""Measure a calibration pass alone: time of each layer, and peak anonymous memory above the amount
+before it.
 
     python bench/make_checkpoint.py /tmp/mixtral-2 --shape 8x7b --layers 2
     python bench/calibration.py /tmp/mixtral-2 --workers 2
 
-Nothing is quantized: statistics of each layer are gathered and dropped. "estimated" is what a
-conversion's plan counts.
+Nothing is quantized: the statistics of each layer are gathered and dropped. "estimated" is the
+memory that a conversion's plan counts.
 """
 
 import argparse
@@ -50,8 +50,9 @@ class PeakMemory:
 
 
 def measure(model: Path, tokens: int, workers: int, width: int | None) -> dict[str, Any]:
-    """Gathers the statistics of all layers: seconds of each, bytes of memory, and what the plan
-    estimates for them.
+    """Gather the statistics of all layers.
+
+    Return seconds of each layer, peak memory in bytes, and the plan's estimate of it.
     """
     recipe = make_recipe(solver="feedback", down_width=width)
     seconds, cpu_seconds = [], []
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--down-width", type=int, help="as of convert")
+    parser.add_argument("--down-width", type=int, help="--down-width of convert")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     torch.set_num_threads(1)

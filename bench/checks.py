@@ -1,10 +1,9 @@
-"""What comparing bytes costs: decoding with check="fast" beside check="none", and the sha256 of the
+"""Measure the cost of checksums: decoding with check="fast" and check="none", and the sha256 of the
 trunk at loading.
 
-Both models are in one process, with the same tokens and `share` of the experts in RAM, so that they
-miss the same experts; they decode in turn (A B B A ...), and each pair of passes gives a ratio of
-times. Then one more pass counts: bytes that were hashed a token, and the seconds that this took in
-the reading threads.
+Both models are in one process and decode the same tokens, with `share` of the experts in RAM, so
+they have the same misses. They decode in turn (A B B A ...); each pair of passes gives a ratio of
+times. A last pass counts the hashed bytes per token and the reading threads' seconds for them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ CHECKS = ("none", "fast")
 
 
 def main() -> None:
-    """Measures, and prints a table, or with --json one object."""
+    """Measure, and print a table, or one JSON object with --json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=8, help="pairs of passes")
-    parser.add_argument("--prefetch", type=int, help="guesses [default: the loader's]")
+    parser.add_argument("--prefetch", type=int, help="experts to prefetch [default: the loader's]")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     result = measure(options)
@@ -46,7 +45,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, as one object."""
+    """Return all measurements as one object."""
     artifact = Artifact.open(options.folder)
     expert_bytes = sum(entry.length for layer in artifact.index.layers for entry in layer.experts)
     more = {} if options.prefetch is None else {"prefetch": options.prefetch}
@@ -82,8 +81,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode(model: Any, prompt: int, tokens: int) -> dict[str, float]:
-    """Seconds, missed and wasted bytes, and seconds of waiting, a token; the prompt before is not
-    counted.
+    """Return seconds, missed and wasted bytes, and seconds of waiting, each per token.
+
+    The prompt before the tokens is not counted.
     """
     ids = torch.randint(
         5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
@@ -117,8 +117,9 @@ def decode(model: Any, prompt: int, tokens: int) -> dict[str, float]:
 
 
 def counted(model: Any, prompt: int, tokens: int) -> dict[str, float]:
-    """Bytes hashed, and the processor's seconds for it, a token, prompt included: of one pass with
-    a stop watch.
+    """Return hashed bytes and CPU seconds of hashing per token, prompt included.
+
+    It is a pass of its own, because it times each call.
     """
     found = {"bytes": 0.0, "s": 0.0}
     real = formats.reading.reader.xxh3_of
@@ -139,7 +140,7 @@ def counted(model: Any, prompt: int, tokens: int) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as text."""
     lines = [
         f"{result['folder']}: experts {result['experts_bytes'] / 1e9:.2f} GB, "
         f"{result['share']:g} of them in RAM,"

@@ -1,12 +1,13 @@
-"""A whole conversion: weights a second and core, peak anonymous memory; beside it the hqq package
-on one expert.
+"""Measure a whole conversion: weights per second and core, and peak anonymous memory.
+
+The hqq package quantizes one expert for comparison.
 
     python bench/make_checkpoint.py /tmp/mixtral-1 --layers 1
     python bench/convert.py /tmp/mixtral-1 --max-workers 2
     python bench/convert.py /tmp/mixtral-1 --solver feedback --no-package
 
-The conversion is the command itself, seen from outside (/proc); --drop-cache empties the page cache
-before (root).
+The conversion is the command itself, measured from outside (/proc). --drop-cache empties the page
+cache before each conversion and needs root.
 """
 
 import argparse
@@ -108,10 +109,10 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--recipe", default="2bit")
     parser.add_argument(
-        "--solver", default="hqq", help="hqq, refit or feedback (with the builtin text)"
+        "--solver", default="hqq", help="hqq, refit or feedback (calibrated with the builtin text)"
     )
-    parser.add_argument("--no-package", action="store_true", help="leave the hqq package out")
-    parser.add_argument("--packing", default="tile32-q2-g16-s4", help="for the hqq package")
+    parser.add_argument("--no-package", action="store_true", help="do not run the hqq package")
+    parser.add_argument("--packing", default="tile32-q2-g16-s4", help="packing for the hqq package")
     parser.add_argument("--max-workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--drop-cache", action="store_true")

@@ -61,7 +61,7 @@ class Experts:
         return torch.randn((tokens, self.hidden), generator=torch.Generator().manual_seed(1))
 
     def layers(self, tokens: int = 1) -> Callable[[], None]:
-        """One pass over all experts, two a call, each serving all tokens."""
+        """Run all experts once, two in a call, each for all tokens."""
         x = self.inputs(tokens)
         weights = torch.full((tokens, 2), 0.5)
         indices = [torch.tensor([[i, i + 1]]).repeat(tokens, 1) for i in range(0, self.count, 2)]
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="small experts, 0.2 GB, few pairs: a smoke test, no result",
+        help="smoke test: small experts, 0.2 GB, few pairs",
     )
     parser.add_argument("--plot", metavar="FILE.svg", help="draw part tokens (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")

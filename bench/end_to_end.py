@@ -214,7 +214,7 @@ def spinning() -> Iterator[None]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside."""
+    """Set `owner.name` to `value` inside the context."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -225,7 +225,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def transformers_code(*others: Any) -> Iterator[None]:
-    """Inside, transformers' code computes single tokens; and `others`."""
+    """Let transformers' code compute single tokens inside the context; enter `others` too."""
     from loader.decode.path_counters import LeaveDecoder, Reason
     from loader.hf.decoder_path import DecoderPath
 
@@ -258,8 +258,9 @@ MEASURES = _measures()
 
 
 def default_folder(work: Path, layers: int) -> Path:
-    """A converted model of random weights in 8x7B's shape, made where it is not there yet (11.7 GB
-    for 4 layers).
+    """Return a converted model of random weights in 8x7B's shape; make it if it does not exist.
+
+    4 layers take 11.7 GB.
     """
     from make_checkpoint import SHAPES, make_checkpoint
 
@@ -286,13 +287,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folder", type=Path, nargs="?", help="converted folder (default: one is made, 2bit)"
+        "folder", type=Path, nargs="?", help="converted folder (default: make one, 2bit)"
     )
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "moe-convert-bench"
     )
     parser.add_argument(
-        "--layers", type=int, default=4, help="layers of the model that is made (default: 4)"
+        "--layers", type=int, default=4, help="layers of the made model (default: 4)"
     )
     parser.add_argument(
         "--prompt", type=int, default=32, help="tokens before decoding (default: 32)"
@@ -310,11 +311,17 @@ def main() -> None:
         default=0,
         help="threads of the native kernels (default: one per core)",
     )
-    parser.add_argument("--busy", action="store_true", help="also beside a spinning process")
+    parser.add_argument("--busy", action="store_true", help="also decode while a process spins")
     parser.add_argument(
-        "--compare", action="append", choices=sorted(MEASURES), default=[], help="may be repeated"
+        "--compare",
+        action="append",
+        choices=sorted(MEASURES),
+        default=[],
+        help="measure to compare; repeatable",
     )
-    parser.add_argument("--rival", help="shell command to run after each part, its output is shown")
+    parser.add_argument(
+        "--rival", help="shell command to run after each part; its output is printed"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
     kernels.set_threads(options.threads)

@@ -1,10 +1,10 @@
-"""Time to the first token of a model on the Hub: whole download against lazy loading, over a line
-of so many MB/s.
+"""Measure the time to the first token of a model on the Hub: whole download against lazy loading,
+at a given speed of the line.
 
-The Hub is the loopback one of the tests, in a process of its own. Each run is a process with an
-empty cache, timed from `from_pretrained` on. A prompt of several tokens uses most of a layer's
-experts, so its length decides what lazy loading saves; `again` is a lazy start after another that
-was left alone until all was there.
+The Hub is the loopback Hub of the tests, in its own process. Each run is a process with an empty
+cache; its time starts at `from_pretrained`. A prompt of several tokens uses most of a layer's
+experts, so the prompt's length decides how much time lazy loading saves. `again` is a lazy start
+after an earlier one has fetched every expert.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ REPO = "me/model"
 
 
 def main() -> None:
-    """Prints a table; --serve and --measure are the processes that it starts."""
+    """Print a table; --serve and --measure are the processes that it starts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a converted folder")
     parser.add_argument("--mb-per-s", type=float, default=100)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--scratch", type=Path, help="where caches are made")
+    parser.add_argument("--scratch", type=Path, help="folder for the temporary caches")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", metavar="JSON", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -128,7 +128,7 @@ def _measure(lazy: bool, prompt: int, tokens: int, wait: bool = False) -> dict[s
 
 @contextmanager
 def _hub(options: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """Environment variables by which a process uses a Hub that serves the folder."""
+    """Yield the environment variables of a process that uses a Hub with the folder."""
     command = [
         sys.executable,
         __file__,

@@ -1,10 +1,10 @@
-"""Writes a seeded random Mixtral checkpoint with the layer shapes of a real one, for benchmarks and
+"""Write a seeded random Mixtral checkpoint with the layer shapes of a real one, for benchmarks and
 tests.
 
     python bench/make_checkpoint.py /tmp/mixtral-4 --shape 8x7b --layers 4
 
-Weights depend on seed, layer, expert and projection only: the same for every layout and any number
-of shards. Memory stays under 1 GiB whatever the shape.
+Weights depend on seed, layer, expert and projection only: they are the same for every layout and
+number of shards. Memory stays under 1 GiB for every shape.
 """
 
 import argparse
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=["experts", "fused"], default="experts")
     parser.add_argument("--dtype", choices=TORCH, default="BF16")
     parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--tied", action="store_true", help="no lm_head of its own")
+    parser.add_argument("--tied", action="store_true", help="tie lm_head to the embeddings")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     make_checkpoint(

@@ -1,6 +1,4 @@
-"""Control groups that limit the memory of a process, page cache included, where this user may make
-them.
-"""
+"""Control groups that limit a process's memory, page cache included, if this user may make them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,8 +16,9 @@ VERSIONS = (
 
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[Callable[[], None] | None]:
-    """Gives what a child process calls to enter a group of that much memory; None where none can be
-    made.
+    """Yield the function by which a child process enters a group with this limit.
+
+    None if this user cannot make a group.
     """
     for parent, limit, processes in VERSIONS:
         group = parent / f"moe-{uuid4().hex[:8]}"

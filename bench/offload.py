@@ -1,12 +1,16 @@
-"""Decoding with less memory than the experts take: our engine, the same without prefetch, and a map
-left to the kernel.
+"""Measure decoding with less memory than the experts need: the engine, the engine without prefetch,
+and plain mmap.
 
-Each run is a process of its own in a memory control group (page cache included) of `share` of the
-experts' bytes plus what the rest of the process takes, with the folder's page cache dropped before.
-All three decode the same tokens from the same random prompt. Reported: tokens a second, bytes read
-from the disk per token, that over what the cache's misses alone take (1 without prefetch: what is
-more was guessed wrongly), the share of the time in which a read was under way, and the rate then
-over the disk's limit (direct reads of whole experts for two seconds, in the same run).
+Each run is its own process in a memory control group (page cache included). The limit is `share` of
+the experts' bytes plus the memory for the rest of the process. The folder's page cache is dropped
+before. All modes decode the same tokens after the same random prompt. Reported:
+
+- tokens per second
+- bytes read from the disk per token
+- those bytes over the bytes of the cache's misses (1 without prefetch; wrong guesses add to it)
+- the share of time with a read in flight
+- the read rate in that time over the disk's limit, which direct reads of whole experts measure for
+  two seconds in the same run
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Runs all combinations, prints a table, and with --json one object."""
+    """Run all combinations and print a table, or one JSON object with --json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,7 +49,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--prompt", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=2, help="repetitions of each triple, in turn")
+    parser.add_argument("--rounds", type=int, default=2, help="repetitions of all modes, in turn")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -58,7 +62,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All runs: share -> mode -> list of what `child` measured."""
+    """Measure all runs. Return share -> mode -> list of results of `child`."""
     artifact = Artifact.open(options.folder)
     expert_bytes = sum(e.length for layer in artifact.index.layers for e in layer.experts)
     rest = artifact.index.trunk.size_bytes + PROCESS_BYTES
@@ -92,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def child(folder: Path, options: dict[str, Any], tokens: int, prompt: int) -> dict[str, Any]:
-    """One run in this process: the prompt first, then the decoding that is measured."""
+    """Measure one run in this process: first the prompt, then the measured decoding."""
     model = loader.from_pretrained(folder, **options)
     ids = torch.randint(
         5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)
@@ -131,7 +135,7 @@ def child(folder: Path, options: dict[str, Any], tokens: int, prompt: int) -> di
 
 
 def run(folder: Path, task: dict[str, Any], enter: Any) -> dict[str, Any]:
-    """`child` in a process that has gone through `enter` first."""
+    """Run `child` in a process that calls `enter` first."""
     command = [sys.executable, __file__, os.fspath(folder), "--child", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter, check=False)
     if done.returncode:
@@ -140,7 +144,7 @@ def run(folder: Path, task: dict[str, Any], enter: Any) -> dict[str, Any]:
 
 
 def drop_page_cache(folder: Path) -> None:
-    """Of the folder's files; needs no rights."""
+    """Drop the folder's files from the page cache; this needs no privileges."""
     for file in folder.rglob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -149,19 +153,19 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def disk_bytes() -> int:
-    """What this process has read from disks, maps included."""
+    """Return the bytes that this process has read from disks, page faults of mmap included."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(lines["read_bytes"])
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far, mapped files included."""
+    """Return the peak resident set of this process, mapped files included, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def table(result: dict[str, Any]) -> str:
-    """The runs as a table; medians over the rounds."""
+    """Return the runs as a table of medians over the rounds."""
     lines = [
         f"{result['folder']}: experts {result['expert_bytes'] / 1e9:.2f} GB, disk "
         f"{result['disk_gb_s']:.2f} GB/s"

@@ -1,5 +1,6 @@
-"""KL against bits per expert weight, from what bench/quality.py --json wrote: a panel a model, a
-line a solver; mixed bits have lines of their own.
+"""Plot KL against bits per expert weight, from the JSON of bench/quality.py.
+
+Each model has a panel, each solver a line; mixed bits have their own lines.
 
 pip install 'moe-convert[plots]'
 python bench/quality.py --recipe 2bit --recipe 3bit --recipe 4bit --json plain.json
@@ -19,8 +20,9 @@ MARKERS = "osD^vPX"
 
 
 def plot_quality(records: list[dict[str, Any]], out: Path) -> None:
-    """Writes the figure as SVG, the same bytes for the same records. Bars are two standard errors
-    each way.
+    """Write the figure as SVG: the same bytes for the same records.
+
+    Error bars are two standard errors each way.
     """
     import matplotlib
 

@@ -58,7 +58,7 @@ OUTLIERS = (8.0, 16.0, 32.0, 64.0)
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the ladder."""
+    """A step of the ladder."""
 
     recipe: str
     solver: str
@@ -118,8 +118,9 @@ def expert_bits(layouts: list[list[ExpertLayout]]) -> float:
 def recipe_of(
     name: str, source: Path, solver: str, calibrate: str | None, down_width: str | None = None
 ) -> ConversionRecipe:
-    """The recipe called RECIPE, RECIPE/RULE,RULE (rules for all layers begin at their projection),
-    or NUMBERbpw.
+    """Return the recipe of RECIPE, RECIPE/RULE,RULE or NUMBERbpw.
+
+    Rules for all layers begin with their projection.
     """
     settings: dict[str, Any] = {"solver": solver, "calibrate": calibrate}
     if down_width:
@@ -188,8 +189,9 @@ def compare(original: list[Tensor], model: Any, batches: list[Tensor]) -> dict[s
 
 
 def text_windows(tokenizer: Any, texts: list[Path], options: argparse.Namespace) -> Tensor:
-    """Up to options.windows windows of each text, spread over the chosen half of what --skip
-    leaves.
+    """Return up to options.windows windows of each text, spread evenly.
+
+    --skip removes characters before the text is divided into halves.
     """
     chosen = []
     for path in texts:
@@ -215,17 +217,19 @@ def main() -> None:
     parser.add_argument(
         "--solver", action="append", help=f"solver[:calibration] [default: {', '.join(SOLVERS)}]"
     )
-    parser.add_argument("--calibrate", type=Path, help="a text for one more step, feedback:FILE")
-    parser.add_argument("--down-width", help="as of convert, for feedback")
+    parser.add_argument("--calibrate", type=Path, help="text file; adds the step feedback:FILE")
+    parser.add_argument("--down-width", help="--down-width of convert, for feedback")
     parser.add_argument("--text", type=Path, action="append", help="[default: examples/text]")
     parser.add_argument(
-        "--skip", type=int, default=0, help="characters at the beginning of each text to leave out"
+        "--skip", type=int, default=0, help="characters to skip at the beginning of each text"
     )
     parser.add_argument(
-        "--half", type=int, choices=[1, 2], help="only the first or second half of each text"
+        "--half", type=int, choices=[1, 2], help="use only the first or second half of each text"
     )
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=16, help="at most so many a text")
+    parser.add_argument(
+        "--windows", type=int, default=16, help="maximum number of windows per text [default: 16]"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()

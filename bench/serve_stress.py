@@ -1,12 +1,12 @@
-"""Clients that hold conversations with a server on the loopback interface and often go away in the
-middle of an answer.
+"""Run clients that hold conversations with a server on the loopback interface and often disconnect
+in the middle of an answer.
 
     python bench/serve_stress.py FOLDER --seconds 300 --clients 4
 
-Each answer that comes whole is compared with the one that the model gives to the same conversation
-alone, without prefix caches. In float32: in bfloat16 a prompt and single tokens round differently,
-which decides between tokens that are equally likely. Exits with 1 if an answer differs, a request
-fails, or something is left over at the end.
+Each complete answer is compared with the model's answer to the same conversation alone, without
+prefix caches. The model is float32: in bfloat16 a prompt and single tokens round differently, and
+that decides between equally likely tokens. Exit code 1 if an answer differs, a request fails, or
+the server holds resources at the end.
 """
 
 import argparse
@@ -187,7 +187,7 @@ def main() -> int:
 def stress(
     url: str, engine: Engine, conversations: Conversations, options: argparse.Namespace
 ) -> dict[str, object]:
-    """Return what happened, and whether it was as it must be."""
+    """Return the result of the run; its `is_good` is True if all checks passed."""
     process = psutil.Process()
     clients = Clients(url, conversations, time.monotonic() + options.seconds)
     threads = [

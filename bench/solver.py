@@ -1,9 +1,9 @@
-"""Speed of the native solver against the hqq package: both on one core, the same bf16 tensor, in
-one run.
+"""Measure the native solver against the hqq package: both on one core, the same bf16 tensor, in one
+run.
 
 Native: bf16 in memory to packed tiles. hqq: its Quantizer alone, float32, not packed. Feedback: in
-blocks of 256 columns with the exact gain, and at full width with the gain by low rank;
-factorization not included, stated apart.
+blocks of 256 columns with the exact gain, and at full width with the low-rank gain; factorization
+is not included, but reported separately.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from formats.tiles import dequantize, unpack
 
 
 def best_of(runs: int, action: Callable[[], object]) -> float:
-    """The shortest of some runs, in seconds of this process's CPU time: other jobs on the machine
-    count less so.
+    """Return the shortest of some runs, in CPU seconds of this process.
+
+    CPU time depends less on other jobs on the machine than wall time.
     """
     times = []
     for _ in range(runs):
@@ -56,7 +57,7 @@ def diagonal_blocks(hessian: Tensor, size: int = 256) -> Tensor:
 
 
 class Subject:
-    """One weight, its Hessian and the factors of it."""
+    """A weight, its Hessian, and the Hessian's factors."""
 
     def __init__(self, rows: int, columns: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -71,8 +72,9 @@ class Subject:
         self.metric = feedback_native.gain_metric(self.factor)
 
     def measure(self, packing: Packing, runs: int, isa: str) -> dict[str, float | str]:
-        """Mweights/s of each way, and the relative squared errors, plain and in the Hessian's
-        metric.
+        """Return Mweights/s of each way, and relative squared errors.
+
+        Errors are plain and in the Hessian's metric.
         """
         weight, mweights = self.weight, self.weight.numel() / 1e6
         # Touched, so that no page faults are timed.
@@ -130,12 +132,12 @@ class Subject:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--columns", type=int, default=4096, help="a multiple of 256")
+    parser.add_argument("--columns", type=int, default=4096, help="columns, a multiple of 256")
     parser.add_argument(
-        "--runs", type=int, default=5, help="of the native solver; the hqq package runs once"
+        "--runs", type=int, default=5, help="runs of the native solver; the hqq package runs once"
     )
     parser.add_argument("--isa", choices=list(ISAS), default="auto")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     torch.set_num_threads(1)
     subject = Subject(options.rows, options.columns)

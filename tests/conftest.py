@@ -98,9 +98,9 @@ def converted_copy(converted: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def templated(converted_copy: Path) -> Path:
-    """A copy of the example at 2 bits whose tokenizer has the chat template
-    tests/support/templates/instruct.jinja; to be opened with check="none", as the index does not
-    list it so.
+    """A copy of the example at 2 bits with the chat template templates/instruct.jinja.
+
+    Open it with check="none": its index lists the tokenizer without the template.
     """
     config = converted_copy / "tokenizer_config.json"
     template = (SUPPORT / "templates" / "instruct.jinja").read_text()
@@ -123,8 +123,9 @@ def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, 
 
 @pytest.fixture
 def sigint() -> Iterator[None]:
-    """SIGINT interrupts this process and those that it starts, also where the tests run in the
-    background of a script: a shell has it ignored there, which children inherit.
+    """Let SIGINT interrupt this process and its children.
+
+    A shell ignores SIGINT in background scripts, and children inherit that.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -133,8 +134,8 @@ def sigint() -> Iterator[None]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub on the loopback interface that huggingface_hub in this process talks to, with an empty
-    cache.
+    """A Hub on the loopback interface, with an empty cache; huggingface_hub in this process uses
+    it.
     """
     with HubServer() as server:
         server.connect(tmp_path / "hf-home", monkeypatch)

@@ -1,4 +1,4 @@
-"""How long a GPU takes for what it is given, without the time in which the host gives it."""
+"""Clocks for work on a GPU that exclude the host's time to queue it."""
 
 import statistics
 from collections.abc import Callable
@@ -15,8 +15,10 @@ _TRIES = 4
 
 
 class Time(NamedTuple):
-    """seconds: of the work. queued: whether all of it had been given before it began; if not,
-    seconds may hold pauses in which the GPU waited for the host.
+    """Time of some work.
+
+    queued: True if all the work was queued before it began; otherwise `seconds` may contain pauses
+    in which the GPU waited for the host.
     """
 
     seconds: float
@@ -27,16 +29,17 @@ class Clock(Protocol):
     """Measures work on a device's compute stream."""
 
     def time(self, call: Call, calls: int) -> Time:
-        """Of call(0) ... call(calls - 1)."""
+        """Return the time of call(0) ... call(calls - 1)."""
 
 
 class EventClock:
-    """By CUDA events. The GPU is held up until everything is queued; where the host needs longer,
-    held up longer.
+    """A clock with CUDA events.
+
+    It blocks the GPU until all work is queued, and blocks it longer if the host needs more time.
     """
 
     def __init__(self, index: int) -> None:
-        """index: the GPU's number, which is torch's present one."""
+        """index: number of the GPU, which must be torch's current device."""
         self._index = index
 
     def time(self, call: Call, calls: int) -> Time:
@@ -58,8 +61,9 @@ class EventClock:
 
 
 def median_time(clock: Clock, call: Call, calls: int, repeats: int) -> Time:
-    """Seconds of one call: the median over `repeats`, after one that is not counted; queued if all
-    were.
+    """Return the median time of one call over `repeats`, after a warm-up.
+
+    `queued` is True if all repeats were queued in time.
     """
     clock.time(call, calls)
     times = [clock.time(call, calls) for _ in range(repeats)]

@@ -1,5 +1,5 @@
-"""Tokens a second of a whole model on a GPU, against what its link allows, and where a token's time
-goes.
+"""Measure a whole model on a GPU: tokens per second, also relative to the link's limit, and a
+profile of a token's time.
 """
 
 import gc
@@ -34,8 +34,9 @@ PAIRS: dict[str, tuple[Row, Row]] = {
 
 
 class Stamps:
-    """A streamer for generate: when each token comes; calls `on_first` at the first one, which ends
-    the prompt.
+    """A streamer for generate that notes the time of each token.
+
+    It calls `on_first` at the first token, which ends the prompt.
     """
 
     def __init__(self, on_first: Callable[[], None]) -> None:
@@ -56,13 +57,13 @@ class Stamps:
 
 
 class Decoding:
-    """How a model is measured: `tokens` after the first one, which follows `prompt` random ones."""
+    """A measurement: `prompt` random tokens, one new token, then `tokens` measured ones."""
 
     def __init__(self, tokens: int, prompt: int) -> None:
         self.tokens, self.prompt = tokens, prompt
 
     def run(self, model: Any, on_first: Callable[[], None] = lambda: None) -> Row:
-        """Tokens a second, and what the cache counted, by token."""
+        """Return tokens per second and the cache's counters per token."""
         ids = torch.randint(
             5, model.config.vocab_size, (1, self.prompt), generator=torch.Generator().manual_seed(0)
         ).to(model.device)
@@ -92,9 +93,10 @@ class Decoding:
 
 
 def share_of_link(row: Row, link_bytes_per_s: float, expert_bytes: int) -> float | None:
-    """Tokens a second over what the link allows, `link / (misses a token · bytes of an expert)`;
-    None without misses. With a CPU share it may be above 1: what the CPU computes does not go over
-    the link.
+    """Return tokens per second relative to the link's limit; None without misses.
+
+    The limit is `link / (misses per token · bytes per expert)`. With a CPU share the result may be
+    above 1: experts that the CPU computes do not use the link.
     """
     bytes_per_token = row["misses_per_token"] * expert_bytes
     return row["tokens_per_s"] * bytes_per_token / link_bytes_per_s if bytes_per_token else None
@@ -104,8 +106,9 @@ def compare(
     load: Load, decoding: Decoding, slots: list[int], names: list[str], expert_bytes: int,
     link_bytes_per_s: Callable[[], float], rounds: int,
 ) -> Iterator[Row]:  # fmt: skip
-    """Rows of the pairs called `names` with so many slots: both models loaded, in turn; the link
-    measured before.
+    """Yield a row for each pair in `names`, with `slots` in each layer.
+
+    Both models of a pair are loaded and run in turn; the link is measured before.
     """
     for name in names:
         link = link_bytes_per_s()
@@ -140,9 +143,10 @@ def _in_turn(load: Load, decoding: Decoding, options: list[Row], rounds: int) ->
 def profile(
     model: Any, decoding: Decoding, activity: Any = torch.profiler.ProfilerActivity.CUDA
 ) -> list[Row]:
-    """Rows of gaps by layer while tokens are decoded, under the profiler, which takes time of its
-    own; the row of the whole token has also `idle_share_plain`: what the time without the profiler
-    leaves beside the busy time with it.
+    """Return rows of gaps by layer while tokens are decoded under the profiler.
+
+    The profiler costs time. So the row of the whole token also has `idle_share_plain`: the idle
+    share without the profiler, computed with the busy time under it.
     """
     decoding.run(model)
     plain_us = 1e6 / decoding.run(model)["tokens_per_s"]
@@ -164,7 +168,7 @@ def profile(
 
 
 def token_bytes(model: Any, expert_bytes: int) -> int:
-    """What one token reads of experts, attention and head."""
+    """Return the bytes of experts, attention and head that one token reads."""
     config, head = model.config, model.lm_head
     packed = sum(
         buffer.numel() for name, buffer in model.named_buffers() if name.endswith(".packed")
@@ -178,7 +182,7 @@ def token_bytes(model: Any, expert_bytes: int) -> int:
 def resident(
     model: Any, decoding: Decoding, expert_bytes: int, copy_gb_s: float, rounds: int
 ) -> Row:
-    """Decoding with every expert on the GPU; GB/s are the weights that a token reads."""
+    """Return the speed with every expert on the GPU; GB/s count the weights that a token reads."""
     runs = [decoding.run(model) for _ in range(rounds + 1)][1:]
     tokens_per_s = statistics.median(run["tokens_per_s"] for run in runs)
     rate = tokens_per_s * token_bytes(model, expert_bytes) / 1e9
@@ -194,8 +198,9 @@ def resident(
 
 @contextmanager
 def loaded(load: Load, **options: Any) -> Iterator[Any]:
-    """A model whose page-locked RAM is given back afterwards; what it has on the GPU, when it is
-    collected.
+    """Yield a model, and free its page-locked RAM afterwards.
+
+    Its GPU memory is freed when the model is collected.
     """
     model = load(**options)
     try:

@@ -28,7 +28,10 @@ def intervals_of(trace: dict[str, Any]) -> list[Interval]:
 
 
 def busy_us(intervals: Iterable[Interval], begin: float, end: float) -> float:
-    """µs between begin and end in which at least one of `intervals`, sorted by begin, runs."""
+    """Return the µs between begin and end in which at least one interval runs.
+
+    intervals: sorted by begin.
+    """
     busy, at = 0.0, begin
     for interval in intervals:
         busy += max(0.0, min(interval.end, end) - max(interval.begin, at))
@@ -37,8 +40,9 @@ def busy_us(intervals: Iterable[Interval], begin: float, end: float) -> float:
 
 
 def layer_begins(intervals: Sequence[Interval]) -> list[float]:
-    """When each layer of each token begins: with the norm before its attention
-    (loader/cuda/decode/gpu_layer.py).
+    """Return the begin of each layer of each token, in µs.
+
+    A layer begins with the norm before its attention (loader/cuda/decode/gpu_layer.py).
     """
     begins, norm = [], None
     for interval in intervals:
@@ -55,10 +59,11 @@ def layer_begins(intervals: Sequence[Interval]) -> list[float]:
 
 
 def gaps(intervals: Sequence[Interval], layers: int) -> list[dict[str, Any]]:
-    """A row for each layer and one for a whole token, medians over tokens: µs, of these idle
-    (neither kernel nor copy), and the shares in which nothing, a kernel, a copy to the GPU runs.
-    The last layer's has the head, the choice of the token and the way through Python to the next
-    one. Empty if the trace has not whole tokens of the fused path.
+    """Return a row for each layer and one for a whole token, medians over tokens.
+
+    A row has the µs, the idle µs (neither kernel nor copy), and the shares with nothing, a kernel,
+    or a copy to the GPU. The last layer's row includes the head, the choice of the token, and
+    Python until the next token. Empty if the trace has no whole tokens of the fused path.
     """
     begins = layer_begins(intervals)
     tokens, rest = divmod(len(begins), layers)

@@ -1,8 +1,8 @@
-"""What a GPU's link, memory and kernels give: copies of experts, both at once, products in every
-packing.
+"""Measure a GPU's link, memory and kernels: copies of experts, copies during kernels, and products
+in every packing.
 
-GB/s of a kernel are the packed bytes that it reads, those of a copy within the GPU what it reads
-and what it writes.
+GB/s of a kernel count the packed bytes that it reads. GB/s of a copy within the GPU count the bytes
+read and written.
 """
 
 import statistics
@@ -38,11 +38,11 @@ class PinnedExpert:
         self._around = cycle(self.sources)
 
     def copy(self, _: int, stream: Any = None) -> None:
-        """Queues a copy of the next one."""
+        """Queue a copy of the next expert."""
         self._device.copy(self.target, next(self._around), stream or self._device.compute_stream())
 
     def close(self) -> None:
-        """After the last copy is over."""
+        """Free the memory. Call it after the last copy has ended."""
         while self.pinned:
             self._device.unpin(self.pinned.pop())
 
@@ -66,7 +66,7 @@ def link(device: Device, clock: Clock, n_bytes: int, repeats: int = 20) -> Row:
 
 
 class DeviceCopy:
-    """Copies within the GPU, of more than its caches hold."""
+    """A copy within the GPU that is larger than its caches."""
 
     calls = 4
 
@@ -80,14 +80,15 @@ class DeviceCopy:
 
 
 def ring_bytes(device: Device) -> int:
-    """What distinct weights may take, so that a kernel that walks around them finds none in a
-    cache.
-    """
+    """Return the bytes of distinct weights for a ring: more than the GPU's caches hold."""
     return min(1 << 30, device.memory()[0] // 3)
 
 
 def random_tiles(shape: tuple[int, int]) -> Tensor:
-    """So many tiles of so many bytes, flat: any codes and scales below small super-scales."""
+    """Return random tiles, flat uint8: any codes and scales, small super-scales.
+
+    shape: (number of tiles, bytes of a tile).
+    """
     tiles = torch.randint(
         0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -98,15 +99,16 @@ def random_tiles(shape: tuple[int, int]) -> Tensor:
 
 
 def on_device(device: Device, host: Tensor) -> Tensor:
-    """`host`, uint8, in memory of the device."""
+    """Return a copy of `host`, uint8, in the device's memory."""
     memory = device.empty(host.numel())
     memory.copy_(host)
     return memory
 
 
 class ExpertsRing:
-    """An even number of experts in the GPU's memory; each call is two of them, as one layer of
-    Mixtral.
+    """An even number of experts in the GPU's memory.
+
+    Each call computes two of them, as one layer of Mixtral does.
     """
 
     def __init__(self, device: Device, layout: ExpertLayout, n_bytes: int) -> None:
@@ -177,7 +179,7 @@ class AttentionRing:
         return run
 
     def _prepared(self, acts: Tensor, matrices: Sequence[Tensor]) -> list[Callable[[], None]]:
-        """One launch for q, k and v, one for o."""
+        """Return two launches: q, k and v together, then o."""
         entries = [
             LinearMatrix(
                 tiles, self.packing, rows, torch.empty(rows, device=self.device.torch_device)
@@ -198,8 +200,9 @@ def beside_copy(
     copy: DeviceCopy,
     pairs: int,
 ) -> Row:
-    """A kernel that reads n_bytes at each call and a copy within the GPU, in turn; the first pair
-    is not counted.
+    """Measure a kernel in turn with a copy within the GPU; the first pair is not counted.
+
+    n_bytes: bytes that the kernel reads in a call.
     """
     times = [(clock.time(call, calls), clock.time(copy, copy.calls)) for _ in range(pairs + 1)][1:]
     rates = [(calls * n_bytes / a.seconds, copy.calls * copy.n_bytes / b.seconds) for a, b in times]
@@ -222,10 +225,10 @@ def kernels(
     many: Sequence[int] = (16, 64, 256, 1024),
     pairs: int = 5,
 ) -> Iterator[Row]:
-    """Rows for every packing: a layer's two experts, its attention; `few` tokens beside a copy,
-    `many` by arithmetic.
+    """Yield rows for every packing: a layer's two experts, and its attention.
 
-    weights_tokens_t_s: 10¹² weights times tokens a second, that is multiply-adds.
+    `few` tokens are compared with a copy, `many` tokens by arithmetic. weights_tokens_t_s: 10¹²
+    weights times tokens per second, that is multiply-adds.
     """
     copy = DeviceCopy(device)
     for packing in packings:
@@ -295,10 +298,10 @@ def overlap(
     copies: int = 4,
     most: int = 200,
 ) -> Row:
-    """Copies of experts while experts are computed: the time of both over that of the longer one
-    alone.
+    """Copy experts while others are computed; return the time of both over that of the longer one.
 
-    copies: how many; as many layers' experts beside them, `most` at most, as take the same time.
+    copies: number of copies. The number of layers computed meanwhile, at most `most`, takes about
+    the same time.
     """
     ring, expert = ExpertsRing(device, layout, n_bytes), PinnedExpert(device, layout.n_bytes)
     stream, compute = device.new_stream(), device.compute_stream()

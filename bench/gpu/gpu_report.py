@@ -1,4 +1,4 @@
-"""What bench/gpu/run.py prints: its rows, the machine, and which bars were met."""
+"""The report of bench/gpu/run.py: rows, the machine, and the bars that were met."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ PREFETCH_BAR = 1.0
 
 
 class Bar(NamedTuple):
-    """met: None where nothing was measured."""
+    """A lower bound for a measured value. value, met: None if nothing was measured."""
 
     name: str
     value: float | None
@@ -73,7 +73,7 @@ def _least(values: Iterable[float | None]) -> float | None:
 
 
 def line(section: str, row: Row) -> str:
-    """A row as text, what is nested after a name of its own."""
+    """Return a row as text; nested rows come after their name."""
     return f"{section:9} " + "  ".join(_parts("", row))
 
 
@@ -99,8 +99,9 @@ def _text(value: Any) -> str:
 
 
 def parse_smi(text: str, uuid: str) -> dict[str, str]:
-    """The line of nvidia-smi's CSV (SMI_FIELDS, no header, no units) for the GPU `uuid`, empty if
-    it is not there.
+    """Parse nvidia-smi's CSV (SMI_FIELDS, no header, no units); return the line of the GPU `uuid`.
+
+    Empty if there is no such line.
     """
     for row in text.splitlines():
         values = [value.strip() for value in row.split(",")]

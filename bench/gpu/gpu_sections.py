@@ -77,7 +77,7 @@ class Bench:
         self.decoding = Decoding(options.tokens, options.prompt)
 
     def machine(self) -> Iterator[Row]:
-        """The GPU, its driver, torch; what nvidia-smi says of its link while it is used."""
+        """Return the GPU, its driver, torch, and nvidia-smi's state of the link under load."""
         properties = torch.cuda.get_device_properties(self.device.index)
         self._link()
         yield {
@@ -156,7 +156,7 @@ SECTIONS = ("check", "link", "overlap", "kernels", "decode", "gaps", "resident")
 
 
 def made_model(work: Path, layers: int) -> Path:
-    """A converted model of random weights in 8x7B's shape, made where it is not there yet."""
+    """Return a converted model of random weights in 8x7B's shape; make it if it does not exist."""
     source, folder = work / f"8x7b-{layers}", work / f"8x7b-{layers}-2bit-hqq"
     if not (folder / "moe_index.json").exists():
         print(f"making {folder}", file=sys.stderr, flush=True)
@@ -178,7 +178,7 @@ def made_model(work: Path, layers: int) -> Path:
 
 
 def nvidia_smi(uuid: str) -> dict[str, str]:
-    """SMI_FIELDS of the GPU, empty where nvidia-smi is not there or does not know them."""
+    """Return SMI_FIELDS of the GPU; empty if nvidia-smi is missing or does not know them."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -192,9 +192,9 @@ def run(
     result: Row,
     store: Callable[[], None],
 ) -> bool:
-    """Fills `result` with each section's rows and prints them; stores after each. A section that
-    fails is told of, and the next one begins: a machine may be there only once. Whether all went
-    well.
+    """Print each section's rows and store them in `result`; return True if all sections succeeded.
+
+    A failed section is reported, and the next one begins: the machine may be available only once.
     """
     well = True
     for name, section in sections:
@@ -216,7 +216,7 @@ def run(
 
 
 def cuda_name(text: str) -> str:
-    """`text`, if it is the name of one GPU."""
+    """Return `text` if it is the name of one GPU."""
     if text != "cuda" and not text.removeprefix("cuda:").isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a GPU: cuda, or cuda:0 and so on")
     return text
@@ -228,30 +228,38 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", type=cuda_name, default="cuda:0")
     parser.add_argument(
-        "--layers", type=int, default=4, help="of the model that is made (default: 4)"
+        "--layers", type=int, default=4, help="layers of the made model (default: 4)"
     )
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="(default: all)"
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS,
+        help="sections to run (default: all)",
     )
     parser.add_argument(
-        "--slots", type=int, nargs="+", default=[2, 4, 6], help="of 8, each layer (default: 2 4 6)"
+        "--slots",
+        type=int,
+        nargs="+",
+        default=[2, 4, 6],
+        help="slots of 8 in each layer (default: 2 4 6)",
     )
     parser.add_argument(
-        "--tokens", type=int, default=64, help="to decode in each run (default: 64)"
+        "--tokens", type=int, default=64, help="tokens to decode in each run (default: 64)"
     )
-    parser.add_argument("--prompt", type=int, default=32, help="tokens before them (default: 32)")
-    parser.add_argument("--rounds", type=int, default=4, help="of each pair (default: 4)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt (default: 32)")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each pair (default: 4)")
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "moe-convert-bench"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="all rows, written anew after each section"
+        "--json", type=Path, metavar="FILE", help="write all rows to FILE after each section"
     )
     return parser.parse_args()
 
 
 def main() -> int:
-    """The exit code."""
+    """Run the sections and return the exit code."""
     options = parse()
     try:
         (device,) = choose_devices(options.device, ())

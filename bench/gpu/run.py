@@ -1,4 +1,4 @@
-"""One command that measures a GPU: see --help, and bench/gpu/gpu_sections.py."""
+"""Measure a GPU with one command: see --help, and bench/gpu/gpu_sections.py."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""bench/gpu/run.py: its arithmetic, and its sections on a GPU that there is not."""
+"""bench/gpu/run.py: its arithmetic, and its sections without a GPU."""
 
 import json
 import subprocess
@@ -108,9 +108,7 @@ def test_time_is_busy_while_anything_runs_and_counted_once():
 
 
 def layer(begin, norm, attention, experts, copies=()):
-    """A layer's kernels: from begin on each takes so long, 1 µs between them; copies to the GPU
-    beside them.
-    """
+    """Return a layer's kernels, 1 µs apart from `begin` on, and copies to the GPU during them."""
     names = [
         ("add_norm_bf16", norm),
         ("attend_bf16", attention),

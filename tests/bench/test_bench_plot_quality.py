@@ -1,4 +1,4 @@
-"""The plot of docs/quality.md: what it shows, and the same bytes for the same numbers."""
+"""The plot of docs/quality.md: its content, and the same bytes for the same numbers."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""The test bed of solvers: its outlier model is the same function, and its measure is zero for the
-original.
+"""The test bed of solvers: its outlier model computes the same function, and its measure is zero
+for the original.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`moe-convert chat`: what a user types, and what comes back."""
+"""`moe-convert chat`: a user's input, and the output."""
 
 import io
 import json
@@ -328,8 +328,9 @@ class RealTerminal:
         os.write(self._master, text.encode())
 
     def wait_for(self, shown: Callable[[list[str]], bool]) -> list[str]:
-        """The lines of the screen, once `shown` is true of them; fails after a minute without
-        output.
+        """Wait until `shown` is true of the screen's lines, and return them.
+
+        Fails after a minute without output.
         """
         while not shown(lines := [line.rstrip() for line in self._screen.display]):
             ready, _, _ = select.select([self._master], [], [], 60)
@@ -341,7 +342,7 @@ class RealTerminal:
         return lines
 
     def end(self) -> int:
-        """The exit code; what is written until then is read, so that nothing blocks."""
+        """Return the exit code; read all output until then, so that nothing blocks."""
         while True:
             try:
                 if not os.read(self._master, 1 << 16):

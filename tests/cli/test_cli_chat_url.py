@@ -74,7 +74,7 @@ class Scripted(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def scripted() -> Iterator[tuple[str, type[Scripted]]]:
-    """URL and handler of a server that answers what a test says."""
+    """Yield the URL and the handler of a server with a test's answers."""
     handler = type("Handler", (Scripted,), {"answers": [], "bodies": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,6 +1,4 @@
-"""Bad input to every command: the exit code, the file, and a next step that fits; never a
-traceback.
-"""
+"""Bad input to every command: exit code, file, and a correct next step; never a traceback."""
 
 import errno
 import io
@@ -64,7 +62,7 @@ class Inputs:
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory: pytest.TempPathFactory, example_folder: Path) -> Path:
-    """A folder of which the first half of the layers is converted."""
+    """Return a folder with the first half of the layers converted."""
     from converter.convert import ConvertOptions, convert_checkpoint
     from converter.recipe.recipes import make_recipe
 
@@ -199,7 +197,7 @@ def arguments(line: str, inputs: Inputs) -> list[str]:
 
 
 def check_refusal(run: Run, line: list[str], code: int, message: str, hint: str) -> None:
-    """Runs a command that must fail so; a next step that is a command must parse."""
+    """Run a command that must fail with these texts; a next step that is a command must parse."""
     got, out, err = run(*line)
     assert got == code, err
     assert out == ""

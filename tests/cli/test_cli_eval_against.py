@@ -1,6 +1,4 @@
-"""eval --against: zero against itself, the known order of recipes, what is saved, and what is
-refused.
-"""
+"""eval --against: zero against itself, the known order of recipes, saved results, refusals."""
 
 import json
 import shutil

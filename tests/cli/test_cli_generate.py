@@ -35,7 +35,7 @@ def run(converted, run_command):
 
 @pytest.fixture(scope="module")
 def expected(converted):
-    """What the model itself gives, greedily."""
+    """The text of the model's own greedy generate."""
     model = loader.from_pretrained(converted("2bit"), kernels="torch")
     tokenizer = loader.load_tokenizer(converted("2bit"))
     inputs = tokenizer(PROMPT, return_tensors="pt")
@@ -149,7 +149,7 @@ class Terminal:
         )
 
     def text(self):
-        """Everything that was shown, with the lines that scrolled out."""
+        """Return all text on the terminal, with the lines that scrolled out."""
         above = [
             "".join(row[x].data for x in range(self.screen.columns))
             for row in self.screen.history.top

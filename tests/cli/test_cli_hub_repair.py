@@ -1,4 +1,4 @@
-"""repair as a user calls it: from where a model was published, and from what it was converted."""
+"""repair as a user calls it: from the published model, and from the source checkpoint."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
-"""Commands never write over what they read, nor through links: refused before any work, and nothing
-is changed.
+"""Commands never overwrite their inputs and never write through links: they refuse before any work
+and change nothing.
 """
 
 import errno
@@ -27,7 +27,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def refused(run: Run, folder: Path, *arguments: object) -> str:
-    """What the command says; nothing in `folder` changes."""
+    """Return the error of a command that must fail; check that `folder` does not change."""
     before = contents(folder)
     code, out, err = run(*arguments)
     assert (code, out) == (1, "")

@@ -80,7 +80,7 @@ def test_the_fixed_set_and_the_shares_come_from_another_trace(run, traces):
     for chosen in (fixed, lru):
         assert sum(layer["slots"] for layer in chosen["layers"]) == 9
     assert [layer["slots"] for layer in belady["layers"]] == [3, 3, 3]
-    # Independent draws: what was used most will be, and the last use says nothing.
+    # Independent draws: frequency predicts the next use, recency does not.
     assert fixed["hit_ratio"] > lru["hit_ratio"]
 
 

@@ -122,7 +122,7 @@ def test_plan_counts_prefix_caches(run_command, converted):
 
 
 def test_sigterm_ends_a_server_with_a_stream_under_way(converted):
-    """In a process of its own, with a key from the environment."""
+    """The server is its own process; its key comes from the environment."""
     command = [
         sys.executable,
         "-m",

@@ -1,6 +1,4 @@
-"""The out folder: never the source, never through links, and of a stranger's files only those that
-are written.
-"""
+"""The output folder: never the source, never through links; only files of the converter change."""
 
 import hashlib
 import logging

@@ -1,6 +1,4 @@
-"""The small files beside the weights: what is copied, what is left out with a warning, what is
-refused at once.
-"""
+"""The small files beside the weights: copied, left out with a warning, or refused at once."""
 
 import logging
 import os

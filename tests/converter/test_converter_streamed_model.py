@@ -1,4 +1,4 @@
-"""The original, layer by layer: transformers' numbers, in bounded memory, and what is refused."""
+"""The original, layer by layer: transformers' numbers, in bounded memory, and refusals."""
 
 import errno
 import weakref
@@ -67,8 +67,9 @@ def test_positions_of_a_window_come_as_asked_for(source: Path) -> None:
 
 
 class CountingCheckpoint(Checkpoint):
-    """Counts the bytes of weights that are alive. The source is float32: what is computed with is
-    what was read.
+    """A checkpoint that counts the bytes of weights in memory.
+
+    The source is float32, so computation uses the weights as they were read.
     """
 
     alive = most = 0

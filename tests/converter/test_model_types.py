@@ -1,5 +1,5 @@
-"""Every admitted model type from checkpoint to tokens: as plain transformers, whatever the layout
-of its keys.
+"""Every admitted model type from checkpoint to tokens equals plain transformers, in each key
+layout.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Layers of transformers that run one at a time give what the whole model gives; models that would
-not are refused.
+"""transformers' layers, run one at a time, give the whole model's results; other models are
+refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,8 +42,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 class Heard:
-    """What the modules of a whole model of transformers are given: the arguments of each, flat over
-    tokens.
+    """A whole transformers model that records the inputs of its modules.
+
+    inputs: by module path, each input flattened over tokens.
     """
 
     def __init__(self, folder: Path, paths: list[str]) -> None:
@@ -151,7 +152,7 @@ def test_narrow_products_skip_routers_norms_and_small_linears(checkpoint: Checkp
 
 
 class ChangedRotary(nn.Module):
-    """Position embeddings that are more than that: `change` of the hidden states is added."""
+    """Position embeddings that also add `change` of the hidden states."""
 
     def __init__(self, rotary: nn.Module, change: Callable[[Tensor], Any]) -> None:
         super().__init__()

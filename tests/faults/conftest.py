@@ -1,4 +1,4 @@
-"""One warm interpreter for all tests here."""
+"""Share one warm interpreter between all tests of this folder."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from faults.shim import FaultyCommands
 
 @pytest.fixture(scope="session")
 def lane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lane]:
-    """Where attempts are made, at four kinds of conversions."""
+    """A lane with four kinds of conversions."""
     with Workshop(
         tmp_path_factory.mktemp("faults"), cases=("plain", "zstd", "calibrated", "hub")
     ) as workshop:

@@ -36,9 +36,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "campaigns", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(CAMPAIGNS)} [default: all]"
+        "campaigns",
+        nargs="*",
+        metavar="CAMPAIGN",
+        help=f"one of {', '.join(CAMPAIGNS)} [default: all]",
     )
-    parser.add_argument("--seconds", type=int, default=300, help="in all [default: 300]")
+    parser.add_argument("--seconds", type=int, default=300, help="time in total [default: 300]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, help="try this one state")
     parser.add_argument(
@@ -56,7 +59,7 @@ def main() -> int:
         return 2
 
     def campaign(name: str, lanes: list[Lane], end: float) -> tuple[list[Attempt], float]:
-        """Tries states until the time is over or none is left."""
+        """Try states until the time is over or none is left."""
         begin, numbers, lock, stop = (
             time.monotonic(),
             itertools.count(),
@@ -84,7 +87,7 @@ def main() -> int:
                 raise
         return sorted(results, key=lambda result: result.number), time.monotonic() - begin
 
-    # So that what was made in memory is removed.
+    # SIGTERM must also remove the folders in memory.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = 0
     with (
@@ -125,12 +128,12 @@ def main() -> int:
 
 
 def in_memory() -> str | None:
-    """A file system in memory, where fsync takes no time; None where there is none."""
+    """Return a file system in memory, where fsync takes no time; None if there is none."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def prepare(lanes: list) -> None:
-    """Makes the undisturbed conversions, and imports in each lane what commands import."""
+    """Make the undisturbed conversions, and warm up each lane."""
     for case in lanes[0].workshop.cases:
         lanes[0].workshop.good(case, lanes[0])
     for lane in lanes[1:]:

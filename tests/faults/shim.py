@@ -1,5 +1,5 @@
-"""moe-convert on a system whose calls fail or kill it: compiles shim.c, and runs commands under it
-in one warm interpreter.
+"""moe-convert with system calls that fail or kill it: compile shim.c, and run commands with it in
+one warm interpreter.
 """
 
 import errno
@@ -19,8 +19,9 @@ ROOT = HERE.parent.parent
 
 @dataclass(frozen=True)
 class Fault:
-    """The `first` call (from 1) of `function` on a file whose path contains `path` fails, and
-    `count` - 1 behind it; count 0: all behind it. function: as shim.c has it.
+    """A failing call: the `first` one (from 1) of `function` on a file whose path contains `path`.
+
+    count: number of failing calls from it on; 0: all later ones too. function: a name of shim.c.
     """
 
     function: str
@@ -41,8 +42,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Kill:
-    """The process is killed before or after the `call`-th call (from 1) that changes a file whose
-    path contains `path`, or in the middle of it: half of the bytes of a write are written.
+    """A kill at the `call`-th call (from 1) that changes a file whose path contains `path`.
+
+    It happens before or after the call, or in its middle: then half of a write's bytes are written.
     """
 
     when: Literal["before", "after", "torn"]
@@ -68,8 +70,9 @@ class Ended:
 
 
 class FaultyCommands:
-    """Runs moe-convert under the shim. `folder` is for the library and outputs, `project` the tree
-    whose moe-convert runs. Use it as a context.
+    """Runs moe-convert with the shim. Use it as a context.
+
+    folder: for the library and outputs. project: the tree whose moe-convert runs.
     """
 
     def __init__(
@@ -134,5 +137,5 @@ class FaultyCommands:
 
 
 def compiler() -> str:
-    """The C compiler; empty where there is none or no LD_PRELOAD."""
+    """Return the C compiler; empty if there is none, or no LD_PRELOAD."""
     return (shutil.which("cc") or "") if sys.platform == "linux" else ""

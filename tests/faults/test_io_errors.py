@@ -1,5 +1,5 @@
-"""Conversions whose calls fail: an error that names the file, and the same command goes on to the
-same bytes.
+"""Conversions whose calls fail: an error names the file, and the same command continues to the same
+bytes.
 """
 
 import errno
@@ -58,7 +58,7 @@ def good(
     return hashes(out)
 
 
-# (fault, exit code, what the message names, and what it says)
+# (fault, exit code, file in the message, text of the message)
 STOPPED = [
     (Fault("mkdir", OUT, errno.EROFS), 1, "result", "Read-only file system (EROFS)"),
     (Fault("mkdir", f"{OUT}/experts", FULL), 4, "experts", "no space left in"),

@@ -1,4 +1,4 @@
-"""Pipes in the place of our files: no command waits for somebody to write."""
+"""Pipes in the place of our files: no command waits for a writer."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A few states of each campaign of faults; `make faults` tries as many as its time allows."""
+"""A few states of each campaign of faults; `make faults` tries more."""
 
 import pytest
 from faults.campaigns import CAMPAIGNS, attempt

@@ -302,7 +302,7 @@ def pointers(value: Any, here: str = "") -> Any:
 
 
 def hub_cache(parent: Path) -> Path:
-    """Copy the good folder into a Hub cache: a snapshot of links into blobs."""
+    """Copy the good folder into a Hub cache: a snapshot of links to blobs."""
     entry = parent / "models--me--tiny"
     snapshot = entry / "snapshots" / ("0" * 40)
     (entry / "blobs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Locks: another holder is told from a file system that has none."""
+"""File locks: a lock held by another process differs from a file system without locks."""
 
 import errno
 import fcntl

@@ -1,5 +1,5 @@
-"""Byte ranges over a bad line: the right bytes in the end, or a typed error; and the token stays
-where it belongs.
+"""Byte ranges over a bad line give the right bytes or a typed error; the token goes to no other
+host.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ NAME = "model.safetensors"
 
 
 class Pauses(list[float]):
-    """Waits that are only noted."""
+    """Records the waits instead of waiting."""
 
     def retries(self, attempts: int = 4) -> Retries:
         return Retries(attempts=attempts, wait=self.append)

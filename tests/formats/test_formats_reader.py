@@ -1,4 +1,4 @@
-"""Readers: the suite that every implementation inherits, and what is particular to one."""
+"""Readers: the suite that every implementation inherits, and the tests of single ones."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ LAYER = "experts/layer-000.safetensors"
 
 
 class ReaderSuite:
-    """What holds for every reader."""
+    """Facts that hold for every reader."""
 
     kind: type[ExpertReader]
 
@@ -307,13 +307,13 @@ class TestDirectReader(ReaderSuite):
 
 
 def with_frame(parent: Path, frame: bytes) -> Artifact:
-    """A compressed folder whose expert 1 is `frame`, consistent in every other way."""
+    """Write a compressed folder whose expert 1 is `frame`, and which is otherwise consistent."""
 
     frames = iter([None, frame])
     original = zstandard.ZstdCompressor
 
     class Compressor:
-        """Compresses as zstd does, but the second time into `frame`."""
+        """Compress as zstd does, but return `frame` the second time."""
 
         def __init__(self, **options: object) -> None:
             self._real = original(level=1)

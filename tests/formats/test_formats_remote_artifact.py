@@ -1,4 +1,4 @@
-"""What a converted model on the Hub is, from its index and headers alone."""
+"""A converted model on the Hub, described from its index and headers alone."""
 
 import json
 from collections.abc import Callable

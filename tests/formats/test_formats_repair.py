@@ -1,4 +1,4 @@
-"""Repair: what is damaged comes back, byte for byte, and nothing else is touched or taken."""
+"""Repair restores damaged bytes exactly, and touches and fetches nothing else."""
 
 import json
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def repair(folder: Path, **options: str) -> Repaired:
 
 
 def save_again(path: Path, metadata: dict[str, str] | None = None) -> None:
-    """As a general tool does: another order, no alignment, no metadata unless it is given."""
+    """Save as a general tool does: another order, no alignment, and only the given metadata."""
     save_file(
         {name: t.clone() for name, t in sorted(load_file(path).items(), reverse=True)},
         path,

@@ -1,4 +1,4 @@
-"""Verification: what the quick one sees, what only the full one sees, and with which place."""
+"""Verification: the damage that the quick and the full one report, with its place."""
 
 import os
 from pathlib import Path

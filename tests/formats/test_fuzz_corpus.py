@@ -1,4 +1,6 @@
-"""The corpora of the fuzz targets, some seeded mutations, and all inputs that fuzzing has found."""
+"""The corpora of the fuzz targets, some seeded mutations, and all inputs that fuzzing once
+reported.
+"""
 
 import random
 from pathlib import Path

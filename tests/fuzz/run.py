@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument(
         "targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(TARGETS)} [default: all]"
     )
-    parser.add_argument("--seconds", type=int, default=60, help="in all [default: 60]")
+    parser.add_argument("--seconds", type=int, default=60, help="time in total [default: 60]")
     parser.add_argument("--input", type=Path, help="try this file instead")
     options = parser.parse_args()
     names = options.targets or list(TARGETS)
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def fuzz(name: str, seconds: int) -> bool:
-    """Fuzzes one target; keeps what is found, prints the end of the output where something is."""
+    """Fuzz one target; keep its crashing inputs, and print the end of the output after a crash."""
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as folder:
         kept = Path(folder) / "kept"
         kept.mkdir()

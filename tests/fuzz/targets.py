@@ -52,7 +52,7 @@ LAYER_FILE = "experts/layer-000.safetensors"
 
 @dataclass(frozen=True)
 class Target:
-    """One parser. `parse` takes an input; `corpus` are the inputs from which mutation starts."""
+    """A parser. `parse` takes an input; mutation starts from the inputs of `corpus`."""
 
     corpus: list[bytes]
     parse: Callable[[bytes], object]
@@ -62,7 +62,7 @@ class Target:
     """
 
     def run(self, data: bytes) -> bool:
-        """True if `data` is accepted, False if it is refused as it should be."""
+        """True if `data` is accepted, False if it raises a MoeConvertError; others are faults."""
         try:
             self.parse(data)
         except MoeConvertError as e:
@@ -73,7 +73,7 @@ class Target:
 
 
 def _spoiled(folder: Path, file: str) -> list[bytes]:
-    """`file` of the good folder, and after each edit of the bad-folder vectors that touches it."""
+    """Return `file` of the good folder, and its bytes after each edit of the bad-folder vectors."""
     good = copy_of_good(folder)
     original = (good / file).read_bytes()
     found = [original]
@@ -179,7 +179,7 @@ def _journal(scratch: Path) -> Target:
     path = scratch / JOURNAL_NAME
 
     def run(data: bytes) -> None:
-        # Lines get their checksums, so that mutations reach what decodes them.
+        # Lines get their checksums, so that mutations reach the decoder.
         lines = [line.partition(b" ")[2] for line in data.split(b"\n")[:-1]]
         path.write_bytes(
             b"".join(xxh3_of(line).encode() + b" " + line + b"\n" for line in lines) or data

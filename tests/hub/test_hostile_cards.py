@@ -1,5 +1,5 @@
-"""The model card of a stranger's index: rendered, it has no link, image or tag of theirs, and one
-block of metadata.
+"""The model card of an attacker's index: rendered, it has no link, image or tag from the index, and
+one block of metadata.
 """
 
 import json
@@ -49,8 +49,9 @@ TEXTS = [
 
 
 def hostile(text: str) -> tuple[Index, Quality]:
-    """An index and a quality.json with `text` in every label that the format leaves free; line
-    breaks too, which it does not.
+    """An index and a quality.json with `text` in every label that the format leaves free.
+
+    The text may have line breaks, which the format does not allow.
     """
     index = Artifact.open(VECTORS / "folder").index
     index = replace(

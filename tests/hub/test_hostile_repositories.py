@@ -1,5 +1,5 @@
-"""Repositories that would exhaust disk, bandwidth or memory: refused after the index, before
-anything large.
+"""Repositories that would exhaust disk, bandwidth or memory: refused after the index, before any
+large file.
 """
 
 import json
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(hub: HubServer, folder: Path, tmp_path: Path) -> Callable[..., str]:
-    """Opens the repository, which must be refused after its index alone; the message."""
+    """Open the repository, check that it is refused after its index alone; return the message."""
 
     def refuse(way: str, error: type[MoeConvertError], *, also: tuple[str, ...] = ()) -> str:
         hub.requests.clear()
@@ -90,7 +90,7 @@ def refused(hub: HubServer, folder: Path, tmp_path: Path) -> Callable[..., str]:
 
 
 def set_layers(index: Any, count: int) -> None:
-    """Lets index and config say that there are `count` layers."""
+    """Change index and config.json to `count` layers."""
     index["config"]["num_hidden_layers"] = count
     modules = [f"model.layers.{layer}.mlp.experts" for layer in range(count)]
     index["architecture"] |= {"num_hidden_layers": count, "expert_modules": modules}
@@ -103,7 +103,7 @@ def edit_index(folder: Path, change: Callable[[Any], None], name: str = "moe_ind
 
 
 def declare_size(hub: HubServer, name: str, size: int, repo: str = REPO) -> None:
-    """Makes the Hub list a file with a size that nobody would want to fetch."""
+    """Let the Hub report a size too large to fetch for a file."""
     files = hub.head(repo).files
     content = files[name].content if name in files else b"{}"
     files[name] = replace(Blob.of(content, name), lfs=True, size=size)

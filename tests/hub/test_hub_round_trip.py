@@ -1,4 +1,4 @@
-"""From a checkpoint on the Hub to tokens from what was published there."""
+"""A round trip: checkpoint on the Hub, conversion, upload, tokens from the published model."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def generate(folder: object, **options: object) -> list[int]:
 
 
 def sent_per_expert(hub: HubServer, folder: Path) -> dict[tuple[int, int], int]:
-    """Bytes that were sent of each expert."""
+    """Return the bytes sent for each expert."""
     sent = {}
     for layer in Artifact.open(folder).index.layers:
         ranges = hub.ranges(layer.file)

@@ -1,4 +1,4 @@
-"""The loopback Hub against huggingface_hub: what the other tests rely on."""
+"""The loopback Hub against huggingface_hub: the behaviour that other tests rely on."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The documents say what is true: the page of commands, the README's Python, links.
+"""Documents are correct: the page of commands, the README's Python, links.
 
 PYTHONPATH=tests/support python tests/project/test_docs.py     writes docs/commands.md again
 """
@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "commands.md"
 
 
 def commands_page() -> str:
-    """What docs/commands.md must say: the help of every command."""
+    """Return the expected docs/commands.md: the help of every command."""
     context = click.Context(
         cli, info_name="moe-convert", terminal_width=100, **cli.context_settings
     )

@@ -1,4 +1,4 @@
-"""No file but those named here knows a model type by its names: transformers is asked instead."""
+"""Only the files named here know a model type by its names; all others ask transformers."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which room may import which, and that everything public has a docstring."""
+"""The allowed imports between rooms, and docstrings of everything public."""
 
 import ast
 import sys
@@ -140,10 +140,10 @@ def described_methods() -> set[str]:
 
 
 def undocumented(module: str) -> Iterator[str]:
-    """Public classes, functions and methods without a docstring.
+    """Return public classes, functions and methods without a docstring.
 
-    Properties need none where the name says it all, nor does a method that a base class may
-    describe, or that another class (the interface) does.
+    Exempt are properties whose name says everything, and methods that a base class or an interface
+    may describe.
     """
     tree = ast.parse(MODULES[module].read_text())
     if not ast.get_docstring(tree):

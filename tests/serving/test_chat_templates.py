@@ -1,4 +1,4 @@
-"""Chat templates from a checkpoint to a chat: converted, published, fetched, lazily loaded,
+"""Chat templates from a checkpoint to a chat: converted, published, downloaded, lazily loaded,
 repaired and verified.
 """
 

@@ -1,4 +1,4 @@
-"""Programs that people use, against a server on the loopback interface. docs/clients.md has the
+"""Third-party client programs against a server on the loopback interface; docs/clients.md has the
 table.
 """
 
@@ -58,7 +58,7 @@ def url(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def tool_url(model, tokenizer):
-    """Of a server that answers each prompt by a call of the tool weather."""
+    """URL of a server that answers each prompt with a call of the tool weather."""
     call = '<tool_call>{"name": "weather", "arguments": {"city": "Nineveh"}}</tool_call>'
     script = [*tokenizer(call, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     with (

@@ -38,7 +38,7 @@ def tokens_of(tokenizer, text):
 
 
 def expected_text(model, tokenizer, prompt, tokens):
-    """What transformers' generate gives."""
+    """Return the greedy text of transformers' generate."""
     ids = torch.tensor([prompt])
     new = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False

@@ -43,7 +43,7 @@ def client(model, tokenizer):
 
 
 def lines(response):
-    """The values of a stream's events, and whether it was ended in order."""
+    """Return the values of a stream's events, and True if the stream ends with [DONE]."""
     texts = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     return [json.loads(text) for text in texts if text != "[DONE]"], texts[-1] == "[DONE]"
 

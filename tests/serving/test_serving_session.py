@@ -1,4 +1,4 @@
-"""A conversation: what is in its prompts, what its KV cache keeps, what an interrupt leaves."""
+"""A conversation: its prompts, its KV cache, and its state after an interrupt."""
 
 import functools
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def nothing(_text: str) -> None:
 
 
 def by_generate(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """What the model's own generate gives, greedily, without a cache from before."""
+    """Return the greedy tokens of the model's own generate, without an earlier cache."""
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)
     result = model.generate(

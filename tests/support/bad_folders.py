@@ -1,6 +1,4 @@
-"""Spoiling a converted folder: the edits of tests/vectors/bad-folders.json, and what a refusal must
-look like.
-"""
+"""Edits of a converted folder from tests/vectors/bad-folders.json, and a check of the refusal."""
 
 import json
 import shutil
@@ -61,9 +59,7 @@ def set_json(data: bytes, pointer: str, raw: str | None) -> bytes:
 
 
 def refused(folder: Path, error: str, *parts: str) -> MoeConvertError:
-    """Opens `folder`, which must raise exactly `error` with `parts` in its message; gives the
-    error.
-    """
+    """Open `folder`, which must raise exactly `error` with `parts` in its message; return it."""
     with pytest.raises(MoeConvertError) as caught:
         Artifact.open(folder)
     assert type(caught.value).__name__ == error, caught.value

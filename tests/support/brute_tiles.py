@@ -1,5 +1,5 @@
-"""A second packer, byte by byte from the text of docs/format.md ("Packings"), that shares nothing
-with formats.
+"""A second packer, byte by byte from the text of docs/format.md ("Packings"), without code from
+formats.
 """
 
 import struct
@@ -28,7 +28,7 @@ class Ranges(NamedTuple):
 
 
 def ranges(packing: str) -> Ranges:
-    """What the integers of `packing` can be, read from its name."""
+    """Return the ranges of the integers of `packing`, from its name."""
     code = 2 ** int(packing[len("tile32-q")]) - 1
     return Ranges(code, 15, 0, 15) if packing.endswith("s4") else Ranges(code, 255, -127, 127)
 

@@ -20,8 +20,9 @@ def prompted(model, ids):
 
 
 def token_by_token(model, cache=None, ids=IDS, begin=None, **options):
-    """Outputs of the tokens of `ids` from `begin` on, one by one: after a prompt of those before,
-    or over `cache`.
+    """Return the outputs of the tokens of `ids` from `begin` on, one by one.
+
+    They follow a prompt of the tokens before, or `cache`.
     """
     begin = (ids.shape[1] // 2 if cache is None else 0) if begin is None else begin
     cache = prompted(model, ids[:, :begin]) if cache is None else cache
@@ -36,7 +37,7 @@ def logits(steps):
 
 
 def paths(model, run):
-    """What the model's counters of paths say of `run` alone, without its prompts."""
+    """Return the decoder's count and the reasons' counts for `run`, without its prompts."""
     before = model.moe_stats().paths
     run()
     after = model.moe_stats().paths
@@ -47,7 +48,7 @@ def paths(model, run):
 
 @contextmanager
 def transformers_code(model):
-    """Inside, transformers' code computes single tokens: a hook listens."""
+    """Let transformers' code compute single tokens inside the context; a hook causes that."""
     handle = model.model.norm.register_forward_hook(lambda *_: None)
     try:
         yield

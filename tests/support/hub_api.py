@@ -32,7 +32,7 @@ def reply(value: Any, status: int = 200) -> Reply:
 
 
 def refuse(status: int, code: str, message: str, **headers: str) -> Reply:
-    """An error as the Hub words it: by its headers."""
+    """Return an error as the Hub states it: in headers."""
     return Reply(
         status,
         json.dumps({"error": message}).encode(),
@@ -62,7 +62,7 @@ def lookup(
 
 
 def find(hub: "HubServer", name: str, may: bool | None) -> Repo | Reply:
-    """The repository; as on the Hub, a private one is not there for strangers."""
+    """Return the repository; as on the Hub, a private one does not exist for strangers."""
     repo = hub.repos.get(name)
     if may is False:
         return Reply(401, b'{"error":"Invalid credentials in Authorization header"}')
@@ -72,7 +72,7 @@ def find(hub: "HubServer", name: str, may: bool | None) -> Repo | Reply:
 
 
 def answer_api(hub: "HubServer", method: str, url: str, body: bytes, may: bool | None) -> Reply:
-    """Answers everything but resolve. `may`: whether the right token came, None for none."""
+    """Answer every request but resolve. may: True if the token is right; None without a token."""
     path, _, query = url.partition("?")
     parts = path[1:].split("/")
     if parts[0] != "api":
@@ -196,7 +196,7 @@ def _create(hub: "HubServer", wish: dict[str, Any]) -> Reply:
 
 
 def _validate(content: str) -> Reply:
-    """Of a model card: metadata there, and valid YAML with the fields that the Hub checks."""
+    """Validate a model card: its metadata are valid YAML with the fields that the Hub checks."""
     if not content.startswith("---\n"):
         return reply(
             {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
@@ -247,7 +247,7 @@ def _preupload(commit: Commit, wish: dict[str, Any]) -> Reply:
 
 
 def _lfs(hub: "HubServer", path: str, wish: dict[str, Any], may: bool | None) -> Reply:
-    """The batch call, and what is called after an upload."""
+    """Answer the batch call, and the calls after an upload."""
     name, _, rest = path[1:].partition(".git/info/lfs/")
     repo = find(hub, name, may)
     if isinstance(repo, Reply) or not may:

@@ -1,4 +1,4 @@
-"""What can go wrong between the loopback Hub and its client, on demand."""
+"""Faults between the loopback Hub and its client, on demand."""
 
 import threading
 from collections.abc import Callable
@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Fault:
-    """One thing that goes wrong, for the next `times` requests whose URL path contains `path` (-1:
-    for all).
+    """A fault for the next `times` requests (-1: all) whose URL path contains `path`.
 
-    `body` faults concern answers that carry a file's bytes; the others any request.
+    `body` faults affect answers with a file's bytes; the others affect any request.
     """
 
     kind: str
@@ -23,30 +22,26 @@ class Fault:
 
 
 class Faults:
-    """The faults that are still to come; each method adds one. Paths are parts of URL paths; "" is
-    any.
-    """
+    """The pending faults; each method adds one. path: part of the URL path; "" matches any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
 
     def drop(self, path: str = "", *, after: int = 0, times: int = 1) -> None:
-        """The connection breaks after `after` bytes of the body."""
+        """Break the connection after `after` bytes of the body."""
         self._add(Fault("drop", path, times, after))
 
     def ignore_range(self, path: str = "", *, times: int = 1) -> None:
-        """The whole file with status 200, whatever range was asked for."""
+        """Answer with the whole file and status 200 whatever the requested range."""
         self._add(Fault("ignore_range", path, times))
 
     def short(self, path: str = "", *, missing: int = 1, times: int = 1) -> None:
-        """A complete answer whose Content-Range says what was asked for, with `missing` bytes too
-        few.
-        """
+        """Answer with the requested Content-Range, but `missing` bytes too few."""
         self._add(Fault("short", path, times, missing))
 
     def shift(self, path: str = "", *, by: int = 1, times: int = 1) -> None:
-        """Another range than asked for, and a Content-Range that says so."""
+        """Answer with another range than the requested one; its Content-Range says so."""
         self._add(Fault("shift", path, times, by))
 
     def damage(self, path: str = "", *, at: int = 0, times: int = 1) -> None:
@@ -54,11 +49,11 @@ class Faults:
         self._add(Fault("damage", path, times, at))
 
     def change_etag(self, path: str = "", *, times: int = 1) -> None:
-        """Another ETag than the file's, as if it had been replaced."""
+        """Answer with another ETag than the file's, as if the file had been replaced."""
         self._add(Fault("etag", path, times))
 
     def status(self, code: int, path: str = "", *, times: int = 1, **headers: str) -> None:
-        """An answer with this status; headers as keywords: `Retry_After="7"`."""
+        """Answer with this status; headers are keywords: `Retry_After="7"`."""
         self._add(
             Fault(
                 "status",
@@ -70,7 +65,7 @@ class Faults:
         )
 
     def redirect(self, location: str, path: str = "", *, times: int = 1) -> None:
-        """A redirect (302) to `location`."""
+        """Redirect (302) to `location`."""
         self._add(Fault("status", path, times, status=302, headers={"Location": location}))
 
     def before(self, path: str, action: Callable[[], object], *, times: int = 1) -> None:
@@ -78,7 +73,7 @@ class Faults:
         self._add(Fault("before", path, times, action=action))
 
     def take(self, kind: str, path: str) -> Fault | None:
-        """The first fault of this kind for a request of `path`, used up once."""
+        """Return the first fault of this kind for a request of `path`, and use it up once."""
         with self._lock:
             for fault in self._faults:
                 if fault.kind == kind and fault.path in path and fault.times:
@@ -87,7 +82,7 @@ class Faults:
         return None
 
     def clear(self) -> None:
-        """Nothing goes wrong any more."""
+        """Remove all pending faults."""
         with self._lock:
             self._faults.clear()
 

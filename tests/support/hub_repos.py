@@ -1,4 +1,4 @@
-"""What the loopback Hub of the tests holds: files, commits, branches."""
+"""Repositories of the loopback Hub: files, commits, branches."""
 
 import hashlib
 import os

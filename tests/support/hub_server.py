@@ -87,8 +87,9 @@ class HubServer:
             server.server_close()
 
     def add(self, name: str, files: Path | Mapping[str, bytes | Path], **flags: bool) -> str:
-        """A new repository with these files (or those of a folder); flags are `private` and
-        `gated`. Its commit.
+        """Add a repository with these files (or those of a folder). Return its commit.
+
+        flags: `private`, `gated`.
         """
         self.repos[name] = Repo(name, **flags)
         if isinstance(files, Path):
@@ -96,7 +97,7 @@ class HubServer:
         return self.commit(name, files)
 
     def commit(self, name: str, files: Mapping[str, bytes | Path], ref: str = "main") -> str:
-        """Adds or replaces files; the new commit."""
+        """Add or replace files. Return the new commit."""
         repo = self.repos[name]
         head = repo.at(ref)
         old = head.files if head else {}
@@ -111,21 +112,19 @@ class HubServer:
         return commit
 
     def files(self, name: str, ref: str = "main") -> dict[str, bytes]:
-        """What a branch holds."""
+        """Return the files of a branch: path -> content."""
         return {path: blob.read(0, blob.size) for path, blob in self.head(name, ref).files.items()}
 
     def served(self, path: str = "") -> int:
-        """Bytes of files that were sent for URL paths that contain `path`."""
+        """Return the number of file bytes sent for URL paths that contain `path`."""
         return sum(end - begin for begin, end in self.ranges(path))
 
     def ranges(self, path: str = "") -> list[tuple[int, int]]:
-        """What was sent of them, as (begin, end), in order."""
+        """Return the sent ranges of those files as (begin, end), in order."""
         return [(r.begin, r.end) for r in list(self.requests) if path in r.path and r.end > r.begin]
 
     def wait_for_line(self, n_bytes: int) -> None:
-        """Waits until so many bytes are through at `bytes_per_s`, behind those of other
-        connections.
-        """
+        """Wait until `n_bytes` have passed at `bytes_per_s`, after those of other connections."""
         if self.bytes_per_s:
             with self._line:
                 # What was not used a moment ago is made up for: a client takes its time over each
@@ -136,7 +135,7 @@ class HubServer:
             time.sleep(max(0.0, free_s - time.monotonic()))
 
     def environ(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Environment variables by which a process uses this Hub."""
+        """Return the environment variables of a process that uses this Hub."""
         with_token = {"HF_TOKEN": token} if token else {}
         return with_token | {
             "HF_ENDPOINT": self.url,
@@ -148,9 +147,7 @@ class HubServer:
         }
 
     def connect(self, home: Path, patch: pytest.MonkeyPatch, token: str | None = TOKEN) -> None:
-        """Makes this process use this Hub: huggingface_hub read its environment when it was
-        imported.
-        """
+        """Let this process use this Hub; huggingface_hub read its environment at import."""
         from huggingface_hub import constants, hf_api
         from huggingface_hub.utils import _http
 
@@ -183,7 +180,7 @@ class _Server(ThreadingHTTPServer):
         self.hub, self.name = hub, name
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no error of the server."""
+        """Ignore a client that hangs up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -304,12 +301,12 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _may(self) -> bool | None:
-        """Whether the token is the right one; None without a token."""
+        """True if the token is right; None without a token."""
         token = self.headers.get("Authorization")
         return None if token is None else token == f"Bearer {TOKEN}"
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 def _damaged(data: bytes, damage: Fault | None, position: int) -> bytes:

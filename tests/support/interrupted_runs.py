@@ -13,7 +13,7 @@ from converter.recipe.recipes import make_recipe
 
 
 def convert(source: Path, out: Path, recipe: str = "2bit", **options: Any) -> str:
-    """By the solver that takes no time; test_converter_calibration.py has the other."""
+    """Convert with hqq, the fastest solver. Calibrated tests have their own function."""
     return convert_checkpoint(
         source, out, make_recipe(recipe, solver="hqq"), ConvertOptions(**options)
     ).done
@@ -37,7 +37,7 @@ class Interruption(Exception):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    """Lets a conversion fail when its n-th expert begins."""
+    """Let a conversion fail when its n-th expert begins."""
     original, count = Worker.expert, iter(range(10**6))
 
     def expert(self: Worker, *args: Any) -> Any:

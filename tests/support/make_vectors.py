@@ -1,5 +1,5 @@
-"""Writes tests/vectors again: `python tests/support/make_vectors.py`. Seeded; tests compare what it
-gives with what is there.
+"""Write tests/vectors again: `python tests/support/make_vectors.py`. It is seeded; tests compare
+its output with the files.
 
 Needs the repository's root on PYTHONPATH.
 """

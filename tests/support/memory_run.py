@@ -1,5 +1,4 @@
-"""Run by test_loader_memory.py in a process of its own: loads a folder, generates, says what memory
-that took.
+"""A child process of test_loader_memory.py: load a folder, generate, and print the memory used.
 
 Arguments: folder, options of from_pretrained as JSON, tokens of the prompt, new tokens.
 """

@@ -1,4 +1,4 @@
-"""The next steps that messages name, tried: a command parses, a package's extra exists."""
+"""Checks of hints in messages: a command parses, a package's extra exists."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ _PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def hints_in(text: str) -> list[str]:
-    """What stands behind each "next:" of a command's words."""
+    """Return the texts after each "next:" in a command's output."""
     return re.findall(r"^  next: (.+)$", text, re.M)
 
 

@@ -1,4 +1,4 @@
-"""What a calibration pass takes, measured in a process of its own, against the formula of the
+"""Memory of a calibration pass, measured in its own process, against the formula of the
 conversion's plan.
 """
 
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A layer of random weights: activations take much more than the process's own noise."""
+    """A layer of random weights whose activations need much more memory than the process's own
+    noise.
+    """
     folder = tmp_path_factory.mktemp("source") / "wide"
     make_checkpoint(folder, Shape(1024, 2048, 8, 2, experts=4), 1)
     return folder

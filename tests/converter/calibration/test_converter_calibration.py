@@ -1,5 +1,5 @@
-"""Calibrated conversions: statistics are those of the model, the same bytes by every way, bad input
-is named.
+"""Calibrated conversions: the model's statistics, the same bytes by every way, and errors that name
+bad input.
 """
 
 import gc
@@ -39,7 +39,7 @@ from formats.reading.verify import verify_folder
 
 @pytest.fixture(autouse=True)
 def reference_solver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests are about calibration, whatever the library does."""
+    """Use the reference solver: these tests are about calibration, not the native library."""
     monkeypatch.setattr(feedback, "NativeFeedback", feedback.ReferenceFeedback)
 
 

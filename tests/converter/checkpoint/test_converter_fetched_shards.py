@@ -1,6 +1,4 @@
-"""Which shards are on disk when: those that are needed next, never more than allowed, each
-verified.
-"""
+"""Shards on disk: those needed next, never more than the limit, each verified."""
 
 import contextlib
 import os
@@ -126,7 +124,7 @@ def test_workers_that_need_different_shards_all_get_on(
     for thread in threads:
         thread.join()
     assert errors == []
-    # Work that comes later waits instead of taking away what earlier work still reads.
+    # Later work waits; it does not evict shards that earlier work still reads.
     assert len(served(hub)) <= len("ABCDEAC")
 
 

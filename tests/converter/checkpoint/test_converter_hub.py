@@ -1,6 +1,4 @@
-"""Conversions from the Hub: the bytes of a local one, within the disk that is allowed, whatever the
-line does.
-"""
+"""Conversions from the Hub: the bytes of a local one, within the disk limit, over any bad line."""
 
 import contextlib
 import errno
@@ -95,7 +93,7 @@ def watch_disk(patch: pytest.MonkeyPatch, folder: Path) -> Callable[[], int]:
 
 
 def each_shard_once(hub: HubServer) -> None:
-    """Of every shard, at most its bytes were sent, besides its header (twice, 64 KiB)."""
+    """Check that each shard was sent at most once, except its header (twice, 64 KiB)."""
     for path in {
         r.path for r in hub.requests if r.path.endswith(".safetensors") and r.host == "cdn"
     }:
@@ -355,7 +353,7 @@ def test_a_complete_conversion_is_compared_without_fetching(
 ) -> None:
     convert(tmp_path / "out")
     filled.requests.clear()
-    # Nor is there any room needed for what would be fetched.
+    # It also needs no disk space for shards.
     convert(tmp_path / "out", max_disk_bytes=10**18)
     assert filled.served(".safetensors") <= SHARDS * (64 << 10)
 

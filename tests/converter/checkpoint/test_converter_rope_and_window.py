@@ -1,6 +1,4 @@
-"""Positions and attention masks of the original, as transformers computes them: whatever the config
-says of them.
-"""
+"""Positions and attention masks are those of transformers for every setting in config.json."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Source checkpoints: which ones are taken, and what is said of those that aren't."""
+"""Source checkpoints: the accepted ones, and the errors for the others."""
 
 import json
 import os

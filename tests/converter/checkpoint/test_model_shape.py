@@ -1,5 +1,5 @@
-"""What a model is made of, asked of transformers: layers, experts, tensors, and what a checkpoint's
-tensors become.
+"""A model's shape as transformers reports it: layers, experts, tensors, and the names of a
+checkpoint's tensors.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Kinds of source folders: at 16 bits the logits are plain transformers', or a refusal says what to
-do.
+"""Kinds of source folders: at 16 bits the logits are those of plain transformers, or an error names
+the next step.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""What one command does once: the checkpoint opened, the bytes planned, the text tokenized, the
-rules parsed.
+"""A command does these steps once: open the checkpoint, plan the bytes, tokenize the text, parse
+the rules.
 """
 
 import sys
@@ -32,7 +32,7 @@ ONCE = {"checkpoint opened": 1, "planned": 1, "tokenizer opened": 1}
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often the steps run in this thread, whoever calls them by whichever name."""
+    """Count the calls of the steps in this thread, for any caller and any imported name."""
     found: Counter[str] = Counter()
 
     def count(frame: FrameType, event: str, _: Any) -> None:

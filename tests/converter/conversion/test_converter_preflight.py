@@ -1,6 +1,4 @@
-"""What can be known is known before the first weight: a dry run and a conversion refuse the same,
-and write nothing.
-"""
+"""A dry run and a conversion report the same errors before the first weight, and write nothing."""
 
 import json
 import logging
@@ -93,7 +91,7 @@ def no_licence(checkpoint: Path, _: pytest.MonkeyPatch) -> list[str]:
 
 
 BROKEN = [
-    # what is wrong, exit code, words of the message and the next step
+    # defect, exit code, words of the message and the next step
     (without_tokenizer, 1, ("tokenizer", "--calibrate random")),
     (broken_tokenizer, 1, ("tokenizer.json", "--calibrate random")),
     (remote_code, 1, ("tokenizer", "--calibrate random")),
@@ -293,5 +291,5 @@ def test_download_into_a_full_disk_is_refused_before_the_first_weight(
     code, _, err = run_command("download", "me/model", "--local-dir", tmp_path / "here")
     assert code == 4
     assert "only 1000 are free" in err
-    # The index alone says how much there is.
+    # The index alone gives the sizes.
     assert hub.served() == hub.served("moe_index.json")

@@ -1,5 +1,5 @@
-"""Conversions whose bits differ by layer: the same bytes by every way, the choice recorded, sizes
-those of files.
+"""Conversions whose bits differ by layer: the same bytes by every way, the choice in the index, the
+sizes of the files.
 """
 
 import json
@@ -47,7 +47,7 @@ def to_target(
 def with_changed_tensors(
     source: Path, folder: Path, change: Callable[[str, Tensor], Tensor]
 ) -> Path:
-    """A copy of a checkpoint, each tensor as `change` (of its name and itself) gives it."""
+    """Write a copy of a checkpoint; each tensor is `change(name, tensor)`."""
     folder.mkdir()
     for file in source.iterdir():
         if file.suffix == ".safetensors":
@@ -178,7 +178,7 @@ def test_another_target_is_another_conversion(source: Path, tmp_path: Path) -> N
 
 
 def test_the_layer_whose_error_is_largest_gets_the_bits(source: Path, tmp_path: Path) -> None:
-    """Its output is what is added to a stream that the others hardly change."""
+    """The other layers hardly change the residual stream that this layer's output is added to."""
     loud = with_changed_tensors(
         source,
         tmp_path / "loud",

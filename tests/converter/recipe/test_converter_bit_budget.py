@@ -1,6 +1,4 @@
-"""A target of bits: spent where errors cost most, never exceeded, and refused where there is no
-choice.
-"""
+"""A target of bits: spent where errors are largest, never exceeded, refused without a choice."""
 
 from itertools import product
 from pathlib import Path
@@ -24,7 +22,7 @@ def outline(example_folder: Path) -> Outline:
 
 
 def errors(**largest: float) -> list[dict[str, dict[str, float]]]:
-    """Of eight layers, all 1 at 2 bits but those named: down_3=5 is down of layer 3."""
+    """Return the errors of eight layers: 1 at 2 bits except as named; down_3 is down of layer 3."""
     every = {
         (layer, p): largest.get(f"{p}_{layer}", 1.0)
         for layer, p in product(range(8), ("gate_up", "down"))

@@ -1,4 +1,4 @@
-"""Rules of bits: what they say, which packings come of them, and what is refused."""
+"""Rules of bits: their syntax, the packings that follow from them, and refusals."""
 
 from pathlib import Path
 

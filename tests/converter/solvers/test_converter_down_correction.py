@@ -1,4 +1,4 @@
-"""The correction of down: what it makes up for, and what it leaves alone."""
+"""The correction of down: the error that it removes, and the weights that it does not change."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ WIDTH = 64
 
 
 def activations(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The original's, and others that lack a part of them and have something of their own."""
+    """Return the original activations, and others that lack a part of them and add a part."""
     generator = torch.Generator().manual_seed(0)
     original = torch.randn(3000, 20, generator=generator) @ torch.randn(
         20, columns, generator=generator

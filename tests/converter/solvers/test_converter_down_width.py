@@ -1,5 +1,5 @@
-"""Wider blocks of down's statistics: what they are, what they buy, what they cost, and who may ask
-for them.
+"""Wider blocks of down's statistics: their values, benefit and cost, and the solvers that accept
+them.
 """
 
 from pathlib import Path

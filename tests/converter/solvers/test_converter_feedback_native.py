@@ -29,14 +29,14 @@ SHAPES = [(33, 192), (16, 384), (1, 16), (40, 300), (5, 7), (31, 257), (130, 40)
 
 
 def weights(shape: tuple[int, int], seed: int = 0) -> Tensor:
-    """Student's t with 6 degrees of freedom, as weights of trained models are about."""
+    """Return weights of Student's t with 6 degrees of freedom, similar to trained models."""
     generator = torch.Generator().manual_seed(seed)
     chi = torch.randn((6, *shape), generator=generator).square().mean(0).sqrt()
     return torch.randn(shape, generator=generator) / chi * 0.02
 
 
 def hessian(columns: int, seed: int = 0, tokens: int = 0) -> Tensor:
-    """Of correlated inputs with a mean and with channels of different size."""
+    """Return the Hessian of correlated inputs with a mean and with channels of different size."""
     generator = torch.Generator().manual_seed(seed)
     latent = max(columns // 4, 1)
     tokens = tokens or 4 * columns
@@ -49,7 +49,7 @@ def hessian(columns: int, seed: int = 0, tokens: int = 0) -> Tensor:
 
 
 def blocks_of(whole: Tensor, size: int = 256) -> Tensor:
-    """[blocks, size, size], the diagonal blocks; the last one padded with zeros."""
+    """Return the diagonal blocks, [blocks, size, size]; the last one is padded with zeros."""
     count = -(-len(whole) // size)
     padded = torch.nn.functional.pad(whole, (0, count * size - len(whole)) * 2)
     return torch.stack(
@@ -288,7 +288,7 @@ def test_feedback_is_that_of_the_float64_reference_but_for_ties(name: str, colum
     assert error_in(metric, w, out, name) == pytest.approx(theirs, rel=0.01)
 
 
-# ---- what feedback is for ----
+# ---- benefit of feedback ----
 
 
 @pytest.mark.parametrize("name", PACKING_NAMES)

@@ -1,4 +1,4 @@
-"""The solvers refit and feedback in torch: what they minimize, and what they refuse."""
+"""The solvers refit and feedback in torch: their objectives and refusals."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def weights(rows: int = 64, columns: int = 384, seed: int = 0) -> torch.Tensor:
 
 
 def inputs(columns: int = 384, tokens: int = 2000) -> torch.Tensor:
-    """Correlated, with a few strong channels."""
+    """Return correlated inputs with a few strong channels."""
     generator = torch.Generator().manual_seed(1)
     mixed = torch.randn(tokens, 40, generator=generator) @ torch.randn(
         40, columns, generator=generator

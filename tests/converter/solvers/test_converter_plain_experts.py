@@ -1,5 +1,5 @@
-"""Experts left in 16 bits: the source's weights to the bit, no solver or calibration, mixed with
-quantized ones.
+"""Experts in 16 bits: the source's weights bit for bit, without solver or calibration, also mixed
+with quantized ones.
 """
 
 import json

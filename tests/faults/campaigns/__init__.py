@@ -33,8 +33,9 @@ class Campaign(Protocol):
         """All states; None if they are drawn by a random generator, endlessly."""
 
     def attempt(self, state: Any, lane: Lane) -> str:
-        """Tries one state: how it survived, in a word or two. Raises Failed. state: of `states`, or
-        the generator.
+        """Try one state, one of `states` or the generator. Return the outcome in a word or two.
+
+        Raises Failed.
         """
 
 
@@ -65,7 +66,7 @@ CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of one state. failure: empty if it survived."""
+    """The result of trying one state. failure: empty if the conversion survived."""
 
     number: int
     outcome: str = ""
@@ -73,7 +74,7 @@ class Attempt:
 
 
 def attempt(name: str, seed: int, number: int, lane: Lane) -> Attempt | None:
-    """Tries the state of this number (from 0); None if the campaign has fewer."""
+    """Try the state of this number (from 0). None if the campaign has fewer states."""
     campaign = CAMPAIGNS[name][0]
     states = campaign.states(lane)
     if states is None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Call:
-    """One call. number: flags of create, offset of write, length of truncate and allocate. old: of
-    rename, whose `path` is the new name. data: that was written.
+    """A call. number: flags of create, offset of write, length of truncate and allocate.
+
+    old: old name of a rename, whose `path` is the new name. data: bytes written.
     """
 
     function: str

@@ -1,4 +1,4 @@
-"""Damage to files: what disks, cables and people do to bytes."""
+"""Damage to files, as disks, cables and people cause it."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,7 @@ BLOCK_BYTES = 4096
 
 
 def damage(path: Path, state: random.Random) -> str:
-    """Damages a file, or removes it; the way, in a word."""
+    """Damage or remove a file. Return the kind of damage."""
     data = path.read_bytes()
     kind = state.choice(("bit", "zeros", "other block", "cut", "longer", "removed"))
     if kind == "removed":
@@ -18,8 +18,9 @@ def damage(path: Path, state: random.Random) -> str:
 
 
 def damaged(data: bytes, kind: str, state: random.Random) -> bytes:
-    """`data`, other than it was unless it is empty. kind: bit, digit, zeros, other block, cut,
-    longer, line (one less, one twice, or two swapped).
+    """Return damaged `data`; it differs unless it is empty.
+
+    kind: bit, digit, zeros, other block, cut, longer, line (one less, one twice, or two swapped).
     """
     if not data:
         return b"\0"

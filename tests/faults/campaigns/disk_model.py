@@ -1,5 +1,5 @@
-"""A model of what a disk holds after the power fails: which calls must have taken effect, and which
-may have.
+"""A model of a disk after a power loss: the calls that must have taken effect, and those that may
+have.
 """
 
 import os
@@ -15,7 +15,7 @@ BLOCK_BYTES = 4096
 
 @dataclass
 class File:
-    """A file's bytes as programs see them, as they are durable, and the calls between the two."""
+    """A file: its bytes as programs see them, its durable bytes, and the calls between the two."""
 
     now: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
@@ -24,8 +24,9 @@ class File:
 
 @dataclass(frozen=True)
 class NameChange:
-    """A name in a folder comes (to a file, or None: a folder) or goes; of a rename the old one
-    goes.
+    """A name added to a folder or removed from it; a rename removes the old name.
+
+    file: None for a folder.
     """
 
     come: str = ""
@@ -38,10 +39,10 @@ Names = dict[str, File | None]
 
 
 class Disk:
-    """Takes calls, in order, and says which states a power loss leaves.
+    """A disk that takes calls in order and returns the possible states after a power loss.
 
-    Strict POSIX: the bytes of a file are durable once it was fsynced, names once their folder was.
-    Any of the rest may have reached the disk.
+    Strict POSIX: a file's bytes are durable after its fsync, names after their folder's. Any other
+    change may have reached the disk.
     """
 
     def __init__(self, root: str) -> None:
@@ -78,15 +79,15 @@ class Disk:
             self._write(file, call)
 
     def lost(self) -> dict[str, bytes | None]:
-        """Only what is durable."""
+        """Return the state with durable changes only."""
         return self._state(lambda changes: [], lambda file: file.durable)
 
     def kept(self) -> dict[str, bytes | None]:
-        """Everything that was done."""
+        """Return the state with all changes."""
         return self._state(lambda changes: changes, lambda file: bytes(file.now))
 
     def names_only(self) -> dict[str, bytes | None]:
-        """All names and sizes; bytes that were not fsynced are zeros."""
+        """Return the state with all names and sizes; bytes without fsync are zeros."""
 
         def sized(file: File) -> bytes:
             return file.durable[: len(file.now)].ljust(len(file.now), b"\0")
@@ -94,7 +95,9 @@ class Disk:
         return self._state(lambda changes: changes, sized)
 
     def prefix(self, state: random.Random) -> dict[str, bytes | None]:
-        """In each folder the first few changes of names; of each file the first few calls."""
+        """Return a state with the first changes of names in each folder and the first calls of each
+        file.
+        """
         return self._state(
             lambda changes: changes[: state.randint(0, len(changes))],
             lambda file: _replay(
@@ -103,7 +106,7 @@ class Disk:
         )
 
     def subset(self, state: random.Random) -> dict[str, bytes | None]:
-        """Any changes of names; any blocks of what was written."""
+        """Return a state with a random subset of the changes of names and of the written blocks."""
         return self._state(
             lambda changes: [change for change in changes if state.random() < 0.5],
             lambda file: _replay(file, file.pending, lambda: state.random() < 0.5),
@@ -163,7 +166,7 @@ def _replay(file: File, calls: list[Call], reaches_disk: Callable[[], bool]) -> 
 
 
 def _do(data: bytearray, call: Call, reaches_disk: Callable[[], bool]) -> None:
-    """Makes a call on a file's bytes; each block of a write by itself may not reach the disk."""
+    """Apply a call to a file's bytes; `reaches_disk` decides, for each block of a write."""
     if call.function == "truncate":
         if reaches_disk():
             size = call.number

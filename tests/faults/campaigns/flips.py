@@ -1,4 +1,4 @@
-"""Damaged bytes: in what a resume goes on from, and in a complete folder."""
+"""Damaged bytes: in the files of an unfinished conversion, and in a complete folder."""
 
 import json
 import random
@@ -33,8 +33,10 @@ USERS_OWN = {"config.json", "generation_config.json"}
 
 
 class UnfinishedFlips:
-    """One damaged file of an unfinished conversion. The same command gives the same bytes, or, if
-    `refusable`, an error of ours after which --no-resume does. `chosen` says which files.
+    """Damage to one file of an unfinished conversion.
+
+    The same command gives the same bytes. If `refusable`, it may fail with an error of ours, and
+    --no-resume then gives the same bytes. `chosen` selects the files.
     """
 
     def __init__(
@@ -72,9 +74,7 @@ class UnfinishedFlips:
         return "refused"
 
     def _begun(self, case: Case, moment: float, lane: Lane) -> Path:
-        """A conversion that was killed at a moment (0 its beginning, 1 before its index); made
-        once.
-        """
+        """Return a conversion killed at a moment: 0 its beginning, 1 before its index."""
         calls = lane.workshop.good(case, lane).calls
         index = next(n for n, call in enumerate(calls, 1) if call.path.endswith(f"{INDEX}.partial"))
         begun = lane.folder / f"begun-{case.name}-{moment}"
@@ -86,8 +86,9 @@ class UnfinishedFlips:
 
 
 class CompleteFlips:
-    """One damaged file of a complete folder: verify finds it, but for fields of the index that tell
-    of the origin.
+    """Damage to one file of a complete folder.
+
+    verify reports it, except in the index's fields about the origin.
     """
 
     def states(self, lane: Lane) -> None:
@@ -117,9 +118,7 @@ def without_warnings(output: str) -> str:
 
 
 def is_said(name: str, output: str) -> bool:
-    """True if the damaged file is one that users may change, and a note or warning says that it was
-    changed.
-    """
+    """True if users may change the damaged file, and a note or warning reports the change."""
     return name in USERS_OWN and any(
         name in line for line in output.splitlines() if not line.startswith("ok")
     )
@@ -163,8 +162,9 @@ class TokenFlips:
 
 
 def damage_one(case: Case, state: random.Random, lane: Lane) -> str:
-    """Makes `out` a complete conversion of which one file is damaged; its name. All files are as
-    likely, whatever their size, but those that only people read.
+    """Make `out` a complete conversion with one damaged file; return its name.
+
+    All files are equally likely whatever their size, except those that only people read.
     """
     lane.copy(lane.workshop.good(case, lane).folder)
     names = sorted(hashes_in(lane.out).keys() - READ_BY_PEOPLE)
@@ -175,8 +175,9 @@ def damage_one(case: Case, state: random.Random, lane: Lane) -> str:
 
 
 def damage_layer(case: Case, state: random.Random, lane: Lane) -> str:
-    """Makes `out` a complete conversion with 64 flipped bits in each 4 KiB of a layer's experts;
-    its file's name.
+    """Make `out` a complete conversion with 64 flipped bits in each 4 KiB of a layer's experts.
+
+    Return the name of the layer's file.
     """
     lane.copy(lane.workshop.good(case, lane).folder)
     path = state.choice(sorted((lane.out / "experts").iterdir()))

@@ -1,4 +1,4 @@
-"""Folders that somebody else made: links, pipes and folders where our files should be."""
+"""Folders made by an attacker: links, pipes and folders in the place of our files."""
 
 import os
 import random
@@ -31,9 +31,10 @@ OWN = (
 
 
 class HostileFolders:
-    """Something else stands at one of our names, in a new, an unfinished or a complete folder. The
-    command ends, with an error of ours or with the same bytes, and touches nothing that a link
-    leads to.
+    """Replace one of our names in a new, an unfinished or a complete folder.
+
+    The command ends with an error of ours or with the same bytes, and does not touch the targets of
+    links.
     """
 
     def states(self, lane: Lane) -> None:
@@ -77,7 +78,7 @@ class HostileFolders:
 
 
 def make_victims(folder: Path) -> dict[str, str]:
-    """Makes files that nobody may touch; their hashes."""
+    """Make files that nobody may touch. Return their hashes."""
     if not folder.exists():
         (folder / "experts").mkdir(parents=True)
     for name in ("file", "experts/layer-000.safetensors", "experts/other"):

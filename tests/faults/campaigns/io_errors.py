@@ -1,4 +1,4 @@
-"""Calls that fail: each call of a conversion, with each error that disks and file systems give."""
+"""Failing calls: each call of a conversion, with each error of disks and file systems."""
 
 import errno
 import random
@@ -28,8 +28,9 @@ READING = ("open", "read", "stat", "lock", "seek", "direct")
 
 
 class IoErrors:
-    """One call fails, or it and all behind it: an error of ours or the same bytes, and the same
-    command goes on to the same bytes.
+    """One call fails, or it and all later ones.
+
+    The command gives an error of ours or the same bytes; repeated, it gives the same bytes.
     """
 
     def states(self, lane: Lane) -> None:

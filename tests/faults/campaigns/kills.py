@@ -14,8 +14,9 @@ KillState = tuple[Case, int, Moment]
 
 
 class Kills:
-    """A kill before, in, or after one call, of the `first` ones or of all; the same command then
-    gives the same bytes.
+    """A kill before, in, or after one call: one of the `first` calls, or any.
+
+    The same command then gives the same bytes.
     """
 
     def __init__(self, first: int | None = None) -> None:
@@ -44,9 +45,10 @@ class Kills:
 
 
 class RepeatedKills:
-    """Two to four kills, each at a random call; between them, maybe, a file of the unfinished
-    conversion is lost, cut off, or damaged. The records of what was lost must not be trusted by a
-    later run.
+    """Two to four kills, each at a random call, with damage between them.
+
+    A file of the unfinished conversion may be lost, cut off or damaged. A later run must not trust
+    the records of lost bytes.
     """
 
     def states(self, lane: Lane) -> None:
@@ -59,7 +61,7 @@ class RepeatedKills:
         calls = len(lane.workshop.good(case, lane).calls)
         lane.clear()
         for _ in range(state.randint(2, 4)):
-            # How a resume begins counts as much as what it does then.
+            # Half of the kills hit the first 16 calls: the beginning of a resume needs as many tests.
             call = state.randint(1, state.choice((16, calls)))
             ended = lane.convert(case, faults=[Kill(state.choice(MOMENTS), RESULT, call)])
             if ended.code == 0:
@@ -81,7 +83,7 @@ class RandomKills:
         return None
 
     def attempt(self, state: random.Random, lane: Lane) -> str:
-        """Tries one state; the moments, unlike all else, depend on the machine."""
+        """Try one state; its moments depend on the machine, unlike all other states."""
         case = state.choice(lane.workshop.cases)
         lane.clear()
         for _ in range(state.randint(1, 6)):
@@ -96,7 +98,7 @@ class RandomKills:
 
 
 def check_index(lane: Lane) -> None:
-    """Failed if there is an index and not everything that it speaks of."""
+    """Raise Failed if there is an index, but not everything that it lists."""
     if (lane.out / INDEX).exists():
         report = lane.run("verify", lane.out, "--read-data", "-q")
         if report.code:
@@ -104,7 +106,7 @@ def check_index(lane: Lane) -> None:
 
 
 def unfinished_files(out: Path) -> list[Path]:
-    """Files that a resume goes on from, but the journal, whose damage may be refused."""
+    """Return the files that a resume reads, except the journal: its damage may be refused."""
     return sorted(
         p for p in out.rglob("*") if p.is_file() and (p.suffix == ".partial" or p.name == "state")
     )

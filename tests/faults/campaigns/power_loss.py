@@ -1,4 +1,4 @@
-"""Power losses: after each call of a conversion, the states that the disk may be in."""
+"""Power losses: the possible states of the disk after each call of a conversion."""
 
 import random
 from collections.abc import Callable
@@ -19,8 +19,9 @@ MODELS: dict[str, Callable[[Disk, random.Random], State]] = {
 
 
 class PowerLoss:
-    """A state of the disk, sometimes a kill while the conversion goes on from it; the same command
-    then gives the same bytes, and refuses no folder.
+    """A state of the disk, and sometimes a kill while the conversion continues from it.
+
+    The same command then gives the same bytes; it refuses no folder.
     """
 
     def states(self, lane: Lane) -> None:

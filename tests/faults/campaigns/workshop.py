@@ -1,6 +1,4 @@
-"""What the campaigns share: a small checkpoint, the conversions that are tried, and what each gives
-undisturbed.
-"""
+"""The base of all campaigns: a small checkpoint, the conversions, and their undisturbed results."""
 
 import hashlib
 import random
@@ -23,12 +21,12 @@ PROMPT = ("--prompt", "Once upon a time", "--max-new-tokens", 8, "-q")
 
 
 class Failed(Exception):
-    """What must not be: the message says it in one line."""
+    """A state that the conversion does not survive; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of conversion. hub: of a repository, whose shards are fetched meanwhile."""
+    """A kind of conversion. hub: True if the source is a repository, whose shards are fetched."""
 
     name: str
     options: tuple[str, ...]
@@ -49,9 +47,10 @@ CASES = {
 
 
 class Workshop:
-    """A folder with the source, served by a Hub too, and for each case the undisturbed conversion,
-    made when it is first asked for. `project`: the tree whose moe-convert is tried. `cases`: names.
-    A context.
+    """A folder with the source, also served by a Hub, and the undisturbed conversion of each case.
+
+    project: the tree whose moe-convert is tested. cases: names. A conversion is made when it is
+    first requested. Use it as a context.
     """
 
     def __init__(
@@ -74,15 +73,15 @@ class Workshop:
         self._opened.close()
 
     def lane(self, name: str) -> "Lane":
-        """A place where one attempt at a time is made."""
+        """Open a lane, which makes one attempt at a time."""
         return self._opened.enter_context(Lane(self, self.folder / name))
 
     def choose(self, names: Sequence[str], state: random.Random) -> Case:
-        """One of the cases of these names that are tried here."""
+        """Choose one of this workshop's cases among `names`."""
         return state.choice([case for case in self.cases if case.name in names])
 
     def good(self, case: Case, lane: "Lane") -> "Good":
-        """The undisturbed conversion; `lane` makes it where need be."""
+        """Return the undisturbed conversion; `lane` makes it if it does not exist."""
         with self._lock:
             if case.name not in self._good:
                 self._good[case.name] = lane.make_good(case, self.folder / f"good-{case.name}")
@@ -91,8 +90,9 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Good:
-    """An undisturbed conversion: its folder, its hashes, the calls that changed files, and, once it
-    was asked for, what the model says.
+    """An undisturbed conversion: its folder, its hashes, and the calls that changed files.
+
+    said: the model's output, once it was requested.
     """
 
     folder: Path
@@ -102,7 +102,7 @@ class Good:
 
 
 class Lane:
-    """One warm interpreter and the out folder of its commands. A context."""
+    """A warm interpreter and the output folder of its commands. Use it as a context."""
 
     def __init__(self, workshop: Workshop, folder: Path) -> None:
         self.workshop = workshop
@@ -121,7 +121,7 @@ class Lane:
     def run(
         self, *arguments: object, faults: Sequence[Fault | Kill] = (), warm: bool = False
     ) -> Ended:
-        """One command. Failed if it takes too long."""
+        """Run a command. Raises Failed if it takes too long."""
         ended = self.commands.run(*arguments, faults=faults, warm=warm)
         if ended.too_slow:
             raise Failed(f"{arguments[0]} does not end")
@@ -138,7 +138,7 @@ class Lane:
         return self.commands.run(*self._command(case, workers, self.out), kill_after_s=seconds)
 
     def clear(self) -> None:
-        """Removes `out`, whatever it is, and what was put aside."""
+        """Remove `out`, of any kind, and the folders that were put aside."""
         for path in (self.out, self.out.with_name(f"{self.out.name}-before")):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -151,7 +151,7 @@ class Lane:
         shutil.copytree(folder, self.out)
 
     def check_result(self, case: Case) -> None:
-        """Failed unless `out` has the bytes of the undisturbed conversion, and nothing else."""
+        """Raise Failed unless `out` has exactly the files of the undisturbed conversion."""
         good, found = self.workshop.good(case, self).hashes, hashes_in(self.out)
         if differing := sorted(
             name for name in good.keys() | found.keys() if good.get(name) != found.get(name)
@@ -159,7 +159,7 @@ class Lane:
             raise Failed(f"done with other bytes in {', '.join(differing)}")
 
     def check_resume(self, case: Case, *options: object) -> None:
-        """Failed unless the same command goes on to the same bytes."""
+        """Raise Failed unless the same command continues to the same bytes."""
         self.workshop.good(case, self)
         ended = self.convert(case, *options)
         if ended.code:
@@ -167,7 +167,7 @@ class Lane:
         self.check_result(case)
 
     def warm_up(self) -> None:
-        """Imports what commands import."""
+        """Import the modules that commands import."""
         for case in self.workshop.cases:
             self.commands.run(*self._command(case, 1, self.out), warm=True, seconds=600)
             self.clear()
@@ -175,7 +175,7 @@ class Lane:
         self.commands.run("generate", folder, *PROMPT, warm=True, seconds=600)
 
     def make_good(self, case: Case, folder: Path) -> Good:
-        """Converts into `folder` undisturbed. What that imports, later commands find imported."""
+        """Convert into `folder` undisturbed; later commands then find its imports loaded."""
         folder.mkdir()
         out, log = folder / RESULT[1:], self.folder / "calls"
         ended = self.commands.run(
@@ -186,7 +186,7 @@ class Lane:
         return Good(out, hashes_in(out), read_calls(log))
 
     def said(self, case: Case) -> str:
-        """What the undisturbed conversion generates."""
+        """Return the text that the undisturbed conversion generates."""
         good = self.workshop.good(case, self)
         if not good.said:
             good.said.append(
@@ -208,8 +208,9 @@ def hashes_in(out: Path) -> dict[str, str]:
 
 
 def is_refused(ended: Ended) -> bool:
-    """True if a command ended with an error of ours. Failed if it ended with another one, or was
-    killed.
+    """True if a command ended with an error of ours.
+
+    Raises Failed if it ended with another error or was killed.
     """
     if ended.code == 0:
         return False

@@ -1,4 +1,4 @@
-"""One token through the native attention gives what transformers' attention gives."""
+"""Native attention of one token gives the result of transformers' attention."""
 
 import pytest
 import torch

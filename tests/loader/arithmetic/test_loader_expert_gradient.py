@@ -53,7 +53,7 @@ def test_an_experts_gradients_are_those_of_autograd(
 
 
 class OneLayer:
-    """An expert source over blobs that are all there."""
+    """An expert source with all blobs in memory."""
 
     def __init__(self, blobs: dict[int, torch.Tensor]) -> None:
         self._blobs = blobs

@@ -49,7 +49,7 @@ def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 
 def embedding_gradient(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Of the loss with respect to the embeddings of `ids`; all parameters then have theirs."""
+    """Return the loss's gradient for the embeddings of `ids`; all parameters get theirs too."""
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
     model.zero_grad()
     model(inputs_embeds=embeddings, labels=ids, **options).loss.backward()

@@ -39,9 +39,7 @@ def _automatic_isa_and_two_threads() -> Iterator[None]:
 
 
 def put(codes: np.ndarray, s: np.ndarray, m: np.ndarray, name: str) -> np.ndarray:
-    """One superblock: codes [32, 256], s and m [32, groups] to its bytes, following the tables of
-    docs/format.md.
-    """
+    """Write a superblock: codes [32, 256], s and m [32, groups] (tables of docs/format.md)."""
     nbits, group, scale_bits, size = PACKINGS[name]
     parts: list[np.ndarray] = []
 

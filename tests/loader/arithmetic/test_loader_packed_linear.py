@@ -1,6 +1,4 @@
-"""The packed linear layer as others see it: an nn.Linear whose weight has no values, and perhaps a
-bias.
-"""
+"""The packed linear layer as an nn.Linear: its weight has no values, and it may have a bias."""
 
 from collections.abc import Callable
 from pathlib import Path

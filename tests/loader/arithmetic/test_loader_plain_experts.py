@@ -1,5 +1,5 @@
-"""Experts in 16 bits, loaded: the original's logits, whatever the cache; fast paths step aside
-where they must.
+"""Experts in 16 bits, loaded: the original's logits with any cache; fast paths leave unsupported
+cases.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def folder(example_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """By name: 16bit (everything), attn4 (16-bit experts beside packed attention), mixed, zstd."""
+    """Folders: 16bit (everything), attn4 (16-bit experts, packed attention), mixed, zstd."""
     root = tmp_path_factory.mktemp("plain")
     recipes = {
         "16bit": make_recipe("16bit"),

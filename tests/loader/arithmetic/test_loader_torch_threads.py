@@ -1,4 +1,4 @@
-"""Few tokens run on one torch thread, and torch's number is back afterwards."""
+"""Few tokens run on one torch thread; torch's number of threads is restored afterwards."""
 
 import inspect
 import threading
@@ -14,7 +14,7 @@ from loader.arithmetic.torch_threads import FEW_TOKENS, torch_threads_for
 
 
 class Probe:
-    """A pass of so many tokens: notes torch's threads; does what it is told inside."""
+    """A pass of `tokens` tokens that records torch's threads and calls the test's function."""
 
     def __init__(self, inside=lambda: None):
         self.seen, self.inside = [], inside

@@ -1,5 +1,5 @@
-"""One token through the decoder of the CPU: transformers' logits up to rounding, the same bits
-whatever is cached.
+"""One token through the CPU decoder: transformers' logits up to rounding, and the same bits with
+any cache.
 """
 
 import copy

@@ -1,6 +1,4 @@
-"""Weights and settings that change after the first token: single tokens follow, as in transformers'
-code.
-"""
+"""Weights and settings changed after the first token: later tokens use them, as in transformers."""
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ IDS = torch.arange(7, 31)[None]
 
 
 def logits(model):
-    """Of single tokens after a prompt of twelve."""
+    """Return the logits of single tokens after a prompt of twelve."""
     cache = DynamicCache()
     model(IDS[:, :12], past_key_values=cache, use_cache=True)
     return torch.cat(
@@ -27,7 +25,7 @@ def logits(model):
 
 
 def logits_of_transformers(model):
-    """The same by transformers' code over the same packed modules."""
+    """Return the same from transformers' code over the same packed modules."""
     with transformers_code(model):
         return logits(model)
 
@@ -234,7 +232,7 @@ def check(model, change):
     before = logits(model)
     change(model)
     after = logits(model)
-    # Less than 0.01 is what int8 activations differ by (tests/loader/decode/test_decoder.py).
+    # int8 activations cause differences below 0.01 (tests/loader/decode/test_decoder.py).
     assert distance(after, logits_of_transformers(model)) < 0.02 < distance(after, before)
 
 

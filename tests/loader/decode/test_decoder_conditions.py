@@ -1,5 +1,5 @@
-"""Single tokens under other positions, windows, dtypes and caches: what transformers computes,
-whoever computes it.
+"""Single tokens with other positions, windows, dtypes and caches: transformers' results on every
+path.
 """
 
 import json
@@ -27,9 +27,7 @@ POSITIONS = [
 
 
 def token_by_token(model, cache=None, begin=8, end=40):
-    """Logits of single tokens after a prompt of eight; or of those from `begin` on, over a given
-    cache.
-    """
+    """Return logits of single tokens after a prompt of eight, or from `begin` on over `cache`."""
     if begin == 8:
         output = model(IDS[:, :8], past_key_values=cache, use_cache=True)
         cache = output.past_key_values if cache is None else cache
@@ -103,7 +101,7 @@ def test_native_tokens_follow_positions_and_windows(converted, tmp_path, name):
         factors = {key: 2 * scaling[key] for key in ("short_factor", "long_factor")}
         changes["rope_scaling"] = scaling | factors
     folder = converted_with_config(converted("2bit"), tmp_path / "out", changes)
-    # Two models: on transformers 5.3 a dynamic rotation stays what the longest sequence made of it.
+    # Two models: on transformers 5.3 a dynamic rotation keeps the scale of the longest sequence.
     model, again = (
         loader.from_pretrained(folder, dtype=torch.float32, ram_cache="1GiB") for _ in range(2)
     )

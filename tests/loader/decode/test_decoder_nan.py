@@ -1,4 +1,4 @@
-"""NaN on one token's way through the decoder: it comes out as NaN, and the router still names
+"""NaN in one token's pass through the decoder: the logits are NaN, and the router still chooses
 existing experts.
 """
 
@@ -61,9 +61,7 @@ SPOILERS = [
 
 @torch.no_grad()
 def spoiled_logits(folder, spoil, dtype, asked, **options):
-    """Of one token after a prompt, something in the first layer having been spoiled in between; and
-    the model.
-    """
+    """Spoil the first layer after a prompt. Return the logits of the next token, and the model."""
     model = loader.from_pretrained(folder, kernels="native", dtype=dtype, **options)
     cache = DynamicCache()
     model(PROMPT, past_key_values=cache, use_cache=True)

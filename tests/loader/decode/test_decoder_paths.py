@@ -1,4 +1,4 @@
-"""Which path computes a token, and the reason that the counters and the log give."""
+"""The path that computes a token, and the reason in the counters and the log."""
 
 import logging
 
@@ -237,7 +237,7 @@ def test_a_configuration_for_training_decodes_at_full_speed_and_says_so_once(fre
 @torch.no_grad()
 def test_other_caches_are_left_to_transformers(model):
     class Own(DynamicCache):
-        """A cache with methods of its own, perhaps."""
+        """A cache that may have its own methods."""
 
     static = StaticCache(config=model.config, max_cache_len=64)
     assert left(model, lambda: token_by_token(model, Own(), IDS[:, :2])) == {"kv cache": 2}

@@ -1,4 +1,4 @@
-"""The measures of a comparison, on predictions that are worked out by hand."""
+"""The measures of a comparison, on predictions computed by hand."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,6 +1,4 @@
-"""Benchmarks by lm-eval, on a task of our own over a local file; only the refusals run where it is
-not installed.
-"""
+"""Benchmarks by lm-eval, on a local task; without lm-eval only the refusals run."""
 
 import importlib.util
 import json
@@ -125,7 +123,7 @@ def test_unknown_task_is_named(
 def test_documents_go_through_the_template_with_no_bos_before_it(
     run: Any, templated: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], chat: bool
 ) -> None:
-    """With a stand-in for lm-eval: what it is told."""
+    """A stand-in for lm-eval records its arguments."""
     told: dict[str, Any] = {}
 
     def evaluate(model: Any, **arguments: Any) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Models in forked children and in copies, and waits whose other side is dead: each works, or says
-what to do.
+"""Models in forked children and in copies, and waits for dead threads: each works, or the error
+names the next step.
 """
 
 import copy
@@ -139,7 +139,7 @@ def test_a_model_on_a_gpu_refuses_to_work_in_a_child():
 
 
 class Generated(Dataset):
-    """What the model makes of a prompt, twice."""
+    """A dataset of two equal rows: the model's tokens after a prompt."""
 
     def __init__(self, model):
         self.model = model
@@ -230,8 +230,9 @@ def test_direct_reads_pass_the_gate(load, monkeypatch):
 
 
 def raised_by(call):
-    """The error of `call`, made by a thread so that a wait without end fails the test; None if
-    there is none.
+    """Return the error of `call`, or None.
+
+    A thread makes the call, so that a hang fails the test.
     """
     errors = []
 

@@ -1,5 +1,5 @@
 """A KeyboardInterrupt at any line of the cache: the same model gives the same tokens afterwards,
-and holds no more.
+and leaks nothing.
 """
 
 import contextlib
@@ -180,7 +180,7 @@ def test_an_interrupt_at_every_line_of_the_cache_leaves_it_whole(slots):
     assert wanted == [0, 1, 3, 0, 0, 1, 2, 3, 0, 1, 2, 3]
     with Lines() as lines:
         asked_for(cache)
-    # Each line's first and last time; what lies between differs by the order in which reads end.
+    # Each line's first and last time; the lines between depend on the order in which reads end.
     for number in sorted({*lines.first.values(), *lines.last.values()}):
         with Lines(number) as interrupted:
             try:

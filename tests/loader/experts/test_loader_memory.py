@@ -1,6 +1,4 @@
-"""What a process takes, against what docs and `plan` say, over a checkpoint whose experts would not
-fit.
-"""
+"""Memory of a process against docs and `plan`, with a checkpoint whose experts exceed the limit."""
 
 import json
 import os
@@ -82,7 +80,7 @@ def trunk_shapes():
 
 @pytest.fixture(scope="module")
 def plan(folder):
-    """Of a process whose cache has a quarter of the experts."""
+    """The plan of a process whose cache holds a quarter of the experts."""
     sizes = ModelSizes.of_folder(Artifact.open(folder))
     ram = sizes.fixed(PROMPT + TOKENS, PROMPT) + sizes.all_experts // 4
     return plan_memory(sizes, Machine(1, 1), ram, context=PROMPT + TOKENS, prompt=PROMPT)

@@ -1,5 +1,5 @@
-"""Folders whose bits differ by layer, projection or expert: the logits of their weights, fast where
-layers allow.
+"""Folders whose bits differ by layer, projection or expert: the logits of their weights; supported
+layers use the fast path.
 """
 
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""A model with less memory than its experts take: the same bits whatever the engine does, and typed
-errors.
-"""
+"""A model with less memory than its experts need: the same bits in every setting; typed errors."""
 
 import itertools
 import os

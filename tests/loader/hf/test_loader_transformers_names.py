@@ -1,5 +1,5 @@
-"""transformers' private names that the loader needs: which releases have them, and what a missing
-name costs.
+"""transformers' private names that the loader uses: releases that have them, and the effect of a
+missing name.
 """
 
 import ast

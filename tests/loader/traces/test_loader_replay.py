@@ -33,7 +33,7 @@ def hits_of_a_recency_list(tokens, slots):
 
 
 def fewest_misses(tokens, slots):
-    """Over all choices of what to evict, by trying them all."""
+    """Return the fewest misses over all choices of victims, found by trying them all."""
 
     @lru_cache(None)
     def least(at, present):

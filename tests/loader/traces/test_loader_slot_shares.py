@@ -62,7 +62,7 @@ def test_chosen_slots_read_no_more_than_equal_ones():
 
 
 def folder_of(trace, sizes):
-    """What slots_from_trace looks at, of a folder whose experts have `sizes`, by layer."""
+    """Return a stand-in for a folder in slots_from_trace. sizes: bytes of an expert, by layer."""
     a = trace.header.architecture
     layers = [
         SimpleNamespace(experts=[SimpleNamespace(codec="none")] * a.num_local_experts)
