@@ -61,7 +61,7 @@ class RepeatedKills:
         calls = len(lane.workshop.good(case, lane).calls)
         lane.clear()
         for _ in range(state.randint(2, 4)):
-            # Half of the kills hit the first 16 calls: the beginning of a resume needs as many tests.
+            # Half of the kills hit the first 16 calls, the beginning of a resume.
             call = state.randint(1, state.choice((16, calls)))
             ended = lane.convert(case, faults=[Kill(state.choice(MOMENTS), RESULT, call)])
             if ended.code == 0:
