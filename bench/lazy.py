@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [os.fspath(ROOT / "tests" / "support"), os.fspath(ROOT)]
+sys.path[:0] = [os.fspath(ROOT / "tests" / "support" / "hub"), os.fspath(ROOT)]
 REPO = "me/model"
 
 

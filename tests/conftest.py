@@ -103,7 +103,7 @@ def templated(converted_copy: Path) -> Path:
     Open it with check="none": its index lists the tokenizer without the template.
     """
     config = converted_copy / "tokenizer_config.json"
-    template = (SUPPORT / "templates" / "instruct.jinja").read_text()
+    template = (SUPPORT / "serving" / "templates" / "instruct.jinja").read_text()
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
     return converted_copy
 

@@ -25,7 +25,7 @@ from loader.serving.answers.settings import GenerationSettings
 from loader.serving.prompts.chat_template import template_of
 from loader.serving.session import Session
 
-TEMPLATE = SUPPORT / "templates" / "instruct.jinja"
+TEMPLATE = SUPPORT / "serving" / "templates" / "instruct.jinja"
 QUESTION = "So Jonah arose, and went to Nineveh"
 
 

@@ -25,9 +25,10 @@ SHOWN = 20
 
 
 def main() -> int:
-    sys.path[:0] = [
-        str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "bench")
-    ]
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from project_paths import SEARCH_PATH
+
+    sys.path[:0] = SEARCH_PATH
     from faults.campaigns import CAMPAIGNS, Attempt, attempt
     from faults.campaigns.workshop import Lane, Workshop
     from faults.shim import compiler

@@ -26,9 +26,10 @@ AT_A_TIME = 2
 
 
 def main() -> int:
-    sys.path[:0] = [
-        str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "bench")
-    ]
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from project_paths import SEARCH_PATH
+
+    sys.path[:0] = SEARCH_PATH
     from fuzz.targets import TARGETS
 
     parser = argparse.ArgumentParser(
@@ -70,6 +71,8 @@ def main() -> int:
 
 def fuzz(name: str, seconds: int) -> bool:
     """Fuzz one target; keep its crashing inputs, and print the end of the output after a crash."""
+    from project_paths import SEARCH_PATH
+
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{name}-") as folder:
         kept = Path(folder) / "kept"
         kept.mkdir()
@@ -85,7 +88,7 @@ def fuzz(name: str, seconds: int) -> bool:
             capture_output=True,
             text=True,
             errors="replace",
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:3])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(SEARCH_PATH)},
             timeout=seconds * 3 + 120,
         )
         for file in kept.iterdir():

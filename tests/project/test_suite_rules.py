@@ -1,11 +1,11 @@
-"""Rules for test files: no private attributes of product objects, no sleeps."""
+"""Rules for test files: no private attributes of product objects, no sleeps, rooms for helpers."""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
-from project_paths import ROOT
+from project_paths import ROOT, SEARCH_PATH, SUPPORT
 
 FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 # Attributes of other libraries that have no public name.
@@ -20,7 +20,7 @@ FOREIGN = {
     "_ntuple_diskusage",
     "_update_model_kwargs_for_generation",
 }
-# Two tests set an attribute: a cache on another device, a flag of tests/support/slow_reader.py.
+# Two tests set an attribute: a cache on another device, a flag of slow_reader.py.
 ASSIGNED = {"layer.mlp.experts._cache", "reader._held"}
 
 
@@ -48,3 +48,9 @@ def test_a_private_attribute_and_a_sleep_are_reported() -> None:
         "1: cache._layers",
         "3: time.sleep",
     ]
+
+
+def test_pytest_finds_every_room_of_the_helpers_and_their_names_differ() -> None:
+    helpers = sorted(SUPPORT.rglob("*.py"))
+    assert {str(path.parent) for path in helpers} <= set(SEARCH_PATH)
+    assert len({path.name for path in helpers}) == len(helpers)

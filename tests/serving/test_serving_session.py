@@ -26,7 +26,7 @@ from loader.serving.prompts.chat_template import (
 )
 from loader.serving.session import ContextFullError, Session
 
-TEMPLATE = (SUPPORT / "templates" / "instruct.jinja").read_text()
+TEMPLATE = (SUPPORT / "serving" / "templates" / "instruct.jinja").read_text()
 QUESTIONS = ("So Jonah arose, and went to Nineveh", "And then?", "import os")
 BOS = 1
 

@@ -1,6 +1,6 @@
 // Code that all kernels share: quantized activations, conversions, and the arithmetic of docs/numerics.md.
 // NVRTC compiles it for the user's GPU (--fmad=false, so that only fmaf contracts), a C++ compiler for the tests
-// (tests/support/cuda_host/host.h replaces the GPU). No CUDA headers: NVRTC comes without them.
+// (tests/support/gpu/cuda_host/host.h replaces the GPU). No CUDA headers: NVRTC comes without them.
 #pragma once
 
 // MOE_STRUCT: a structure passed by value. Without __grid_constant__ an index computed at run time copies it to local

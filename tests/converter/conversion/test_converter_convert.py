@@ -366,7 +366,14 @@ def test_kills_at_random_moments_do_not_change_a_byte(
     convert_checkpoint(source, whole, make_recipe("2bit", **recipe))
     seconds = time.monotonic() - started
     server = subprocess.Popen(
-        [sys.executable, SUPPORT / "kill_server.py", source, out, "2", json.dumps(recipe)],
+        [
+            sys.executable,
+            SUPPORT / "conversion" / "kill_server.py",
+            source,
+            out,
+            "2",
+            json.dumps(recipe),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

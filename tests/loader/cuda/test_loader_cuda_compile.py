@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90")
-TEXT = (SUPPORT / "cuda_host/names.inc").read_text()
+TEXT = (SUPPORT / "gpu/cuda_host/names.inc").read_text()
 SUFFIXES = [name.removeprefix("tile32-").replace("-", "_") for name in PACKINGS]
 NAMES = [
     *re.findall(r"X\((\w+)\)", TEXT),

@@ -1,4 +1,4 @@
-"""The CUDA products, run on this CPU (tests/support/cuda_host), give the native kernels' bits."""
+"""The CUDA products, run on the CPU (tests/support/gpu/cuda_host), give the CPU kernels' bits."""
 
 import re
 

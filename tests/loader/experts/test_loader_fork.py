@@ -16,7 +16,7 @@ import torch
 from forked import in_child, needs_fork
 from inside import inside
 from pattern_reader import GpuCache
-from project_paths import ROOT, SUPPORT
+from project_paths import SEARCH_PATH
 from slow_reader import SlowReader
 from torch.utils.data import DataLoader, Dataset
 
@@ -331,7 +331,7 @@ reader.wait_until_asked(0, 1)
 
 
 def test_a_process_that_ends_while_experts_are_read_ends_without_a_traceback():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.fspath, (SUPPORT, ROOT)))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(SEARCH_PATH)}
     done = subprocess.run(
         [sys.executable, "-c", STUCK], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import shape_of
 from memory_groups import memory_group
-from project_paths import SUPPORT
+from project_paths import ROOT, SUPPORT
 from safetensors.torch import save_file
 
 from converter.convert import convert_checkpoint
@@ -87,7 +87,7 @@ def plan(folder):
 
 
 def run(folder, options, enter=None):
-    script = SUPPORT / "memory_run.py"
+    script = SUPPORT / "experts" / "memory_run.py"
     command = [
         sys.executable,
         str(script),
@@ -96,7 +96,7 @@ def run(folder, options, enter=None):
         str(PROMPT),
         str(TOKENS),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, capture_output=True, text=True, preexec_fn=enter, env=environment, check=False
     )

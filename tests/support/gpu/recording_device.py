@@ -2,8 +2,8 @@
 
 Device memory is CPU memory. A copy runs in its stream's order, when somebody waits for it or when
 `order` says so. The compute stream runs its work at once, like torch's operations in between; only
-its copies to the host arrive when the host waits. Vector clocks (tests/support/happens_before.py)
-decide if two accesses are ordered; the order in which they ran does not.
+its copies to the host arrive when the host waits. Vector clocks (happens_before.py) decide if two
+accesses are ordered; the order in which they ran does not.
 """
 
 import random
@@ -54,7 +54,7 @@ class RecordingDevice:
         self.log, self.synchronisations = [], []
         self.copied_bytes = {"to device": 0, "to host": 0}
         self.thread_order = 0
-        """Order of a kernel's threads (tests/support/cuda_host.py)."""
+        """Order of a kernel's threads (tests/support/gpu/cuda_host.py)."""
         self._random = random.Random(order)
         self.machine = beside.machine if beside else Machine()
         self.lock = self.machine.lock

@@ -1,7 +1,6 @@
-"""Write tests/vectors again: `python tests/support/make_vectors.py`. It is seeded; tests compare
-its output with the files.
+"""Write tests/vectors again. The vectors are seeded; tests compare them with the files.
 
-Needs the repository's root on PYTHONPATH.
+PYTHONPATH=tests/support python tests/support/format/make_vectors.py
 """
 
 import hashlib

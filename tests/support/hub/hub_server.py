@@ -7,7 +7,7 @@
         hub.connect(tmp_path / "home", monkeypatch)
         # Or another process.
         subprocess.run(..., env=os.environ | hub.environ(tmp_path / "home"))
-        # See tests/support/hub_faults.py.
+        # See tests/support/hub/hub_faults.py.
         hub.faults.drop("model.safetensors", after=1000)
         # Ask for the requests so far.
         hub.served("model.safetensors"), hub.ranges("model.safetensors"), hub.requests
