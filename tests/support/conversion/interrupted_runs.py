@@ -1,7 +1,8 @@
-"""Conversions that stop half-way, and the hashes of their files."""
+"""Conversions that stop half-way, damage to their files, and the hashes of files."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from converter.conversion.worker import Worker
 from converter.convert import ConvertOptions, convert_checkpoint
+from converter.journal.keys import ExpertKey
 from converter.recipe.recipes import make_recipe
 
 
@@ -55,3 +57,27 @@ def interrupted(
         stop_after(patch, n)
         with pytest.raises(Interruption):
             convert(source, out, **options)
+
+
+def converted_experts(
+    monkeypatch: pytest.MonkeyPatch, conversion: Callable[[], Any]
+) -> list[tuple[int, int]]:
+    """Return the (layer, expert) that a conversion works on, in order."""
+    done: list[tuple[int, int]] = []
+    original = Worker.expert
+
+    def expert(self: Worker, key: ExpertKey, calibrated: Any) -> Any:
+        done.append((key.layer, key.expert))
+        return original(self, key, calibrated)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "expert", expert)
+        conversion()
+    return done
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
