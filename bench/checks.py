@@ -119,7 +119,7 @@ def decode(model: Any, prompt: int, tokens: int) -> dict[str, float]:
 def counted(model: Any, prompt: int, tokens: int) -> dict[str, float]:
     """Return hashed bytes and CPU seconds of hashing per token, prompt included.
 
-    It is a pass of its own, because it times each call.
+    This is a separate pass, because it times each call.
     """
     found = {"bytes": 0.0, "s": 0.0}
     real = formats.reading.reader.xxh3_of

@@ -39,7 +39,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def convert(model: Path, recipe: str, solver: str, workers: int) -> dict[str, float]:
-    """Converts into a temporary folder beside the model."""
+    """Convert into a temporary folder next to the model."""
     with tempfile.TemporaryDirectory(dir=model.parent) as out:
         command = [
             sys.executable,

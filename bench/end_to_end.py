@@ -1,7 +1,7 @@
 """Speed of a converted model through transformers' generate, with everything in RAM.
 
-decode   ms per token and layer of 64 tokens after a prompt of 32, beside a streaming sum over the
-         experts' bytes
+decode   ms per token and layer of 64 tokens after a prompt of 32, compared with a streaming sum
+         over the experts' bytes
 parts    the share of the native call in that time, and the same with a lease of experts per layer
 prompt   tokens per second of one forward pass over 512 tokens that computes the last logits
 busy     (--busy) decode while a process spins on one core: median, p99 and largest ms per layer

@@ -44,7 +44,7 @@ class Bar(NamedTuple):
 
 
 def bars(result: Row) -> list[Bar]:
-    """The project's bars for what was measured: the worst row counts."""
+    """Return the project's bars with the measured values: the worst row of each."""
     kernels = [row for row in result.get("kernels", []) if row["tokens"] == 1]
     found = [
         Bar(

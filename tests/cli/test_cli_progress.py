@@ -1,4 +1,4 @@
-"""Bars, notes and log lines on one terminal, and progress where there is none."""
+"""Bars, notes and log lines on one terminal, and progress without a terminal."""
 
 import re
 import subprocess

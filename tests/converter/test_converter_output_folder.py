@@ -31,7 +31,7 @@ PARTIAL = f"{layer_file_name(0)}.partial"
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A checkpoint of one layer, with a card of its own."""
+    """A checkpoint of one layer that has a model card."""
     folder = tmp_path / "models" / "Mini"
     make_checkpoint(folder, SHAPES["mini"], 1)
     (folder / "README.md").write_text("mine")

@@ -1,4 +1,4 @@
-"""The small files beside the weights: copied, left out with a warning, or refused at once."""
+"""The small files next to the weights: copied, left out with a warning, or refused at once."""
 
 import logging
 import os

@@ -113,7 +113,7 @@ def test_statistics_are_those_of_hooks_in_the_whole_model(
 def check_experts(
     statistics: LayerStatistics, experts: Any, inputs: list[Tensor], weights: Tensor
 ) -> None:
-    """Compares with an experts module of transformers and what it was given."""
+    """Compare with an experts module of transformers and its recorded inputs."""
     x, chosen, _ = inputs
     assert_near(statistics.gate_up.hessian[0], moment(x, weights))
     inner, inner_weights = [], []
@@ -203,7 +203,7 @@ def test_a_model_that_leaves_out_a_layer_is_refused() -> None:
 
 
 class Layer(nn.Module):
-    """Calls its experts so many times."""
+    """A layer that calls its experts `calls` times."""
 
     def __init__(self, calls: int, current: CurrentRun) -> None:
         super().__init__()

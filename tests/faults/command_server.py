@@ -1,9 +1,9 @@
-"""Runs moe-convert in a forked child for each line of standard input, with calls of the C library
+"""Run moe-convert in a forked child for each line of standard input, with calls of the C library
 that fail, kill it, or are logged (shim.c).
 
-A line is JSON: the fields of `Task`. Prints, as JSON, the child's exit code (minus the signal that
-killed it), how many calls were struck, and whether it took too long. Imports what commands import
-once, and never computes in the parent, so a fork is safe.
+A line is JSON: the fields of `Task`. The answer is JSON: the child's exit code (minus the signal
+that killed it), the number of calls with a fault, and true if the child took too long. The parent
+imports the modules of commands once and never computes, so a fork is safe.
 """
 
 import contextlib
@@ -37,10 +37,11 @@ shim.faults_hits.restype = ctypes.c_long
 
 @dataclass(frozen=True)
 class Task:
-    """arguments: of moe-convert. rules: for faults_set. output: the file for what it prints. log,
-    logged: the file and the paths for faults_log; none if empty. kill_after_s: None for no kill.
-    seconds: the limit. modules: the file for the names of the modules that it imported; none if
-    empty.
+    """A command to run.
+
+    arguments: arguments of moe-convert. rules: rules for faults_set. output: file for stdout and
+    stderr. log, logged: file and paths for faults_log; none if empty. kill_after_s: None for no
+    kill. seconds: time limit. modules: file for the names of imported modules; none if empty.
     """
 
     arguments: list[str]
@@ -54,7 +55,7 @@ class Task:
 
 
 def run(task: Task) -> int:
-    """The exit code of moe-convert, in this process."""
+    """Run moe-convert in this process, and return its exit code."""
     descriptor = os.open(task.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -90,7 +91,7 @@ def in_child(task: Task, write_end: int) -> None:
 
 
 def waited(pid: int, task: Task) -> bool:
-    """Waits for a child, or kills it. False if it took too long."""
+    """Wait for a child, or kill it. False if it exceeded its time limit."""
     handle = os.pidfd_open(pid)
     try:
         ended, limit = (

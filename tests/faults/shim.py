@@ -59,8 +59,10 @@ class Kill:
 
 @dataclass(frozen=True)
 class Ended:
-    """A command's exit code (minus the signal that killed it), what it printed, and how many of its
-    calls failed.
+    """The end of a command.
+
+    code: exit code, or minus the signal that killed it. output: stdout and stderr. hits: number of
+    calls that failed. too_slow: True if it exceeded its time limit.
     """
 
     code: int
@@ -104,9 +106,10 @@ class FaultyCommands:
         seconds: float = 60,
         warm: bool = False,
     ) -> Ended:
-        """Runs one command to its end. log: the file for the calls that change files whose path
-        contains `logged`.
-        kill_after_s: from the command's start. warm: what it imports, later commands find imported.
+        """Run one command to its end.
+
+        log: file for the calls that change files whose path contains `logged`. kill_after_s: time
+        from the command's start. warm: True if later commands find its imports loaded.
         """
         assert self._server.stdin and self._server.stdout
         task = {

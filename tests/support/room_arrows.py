@@ -1,4 +1,4 @@
-"""The rooms and their allowed arrows: what tests/project/test_imports.py compares with the code."""
+"""The rooms and their allowed arrows; tests/project/test_imports.py compares them with the code."""
 
 ARROWS = {
     "converter": (

@@ -1,4 +1,4 @@
-"""Runs a command on a terminal of a given size and returns what its screen shows."""
+"""Run a command on a terminal of a given size, and return the text on its screen."""
 
 import os
 import pty

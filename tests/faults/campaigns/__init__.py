@@ -1,9 +1,9 @@
-"""Campaigns of injected faults against conversions and what they leave.
+"""Campaigns of injected faults against conversions and their files.
 
 A campaign is a kind of fault. A state is one instance of it: a call and a moment, a damaged byte,
-what a disk holds after a power loss. An attempt puts a conversion into a state and compares what
-becomes of it with the undisturbed conversion of the same case: it survives, or the attempt fails. A
-campaign, a seed and a number name a state.
+what a disk holds after a power loss. An attempt puts a conversion into a state, continues it,
+and compares the result with the undisturbed conversion of the same case: it survives, or the
+attempt fails. A campaign, a seed and a number name a state.
 """
 
 import random

@@ -1,5 +1,6 @@
-"""A reader without files for tests of the cache: gives one byte, the expert's number, when the test
-lets it.
+"""A reader without files for tests of the cache; the test decides when a read ends.
+
+The bytes of an expert are one byte: its number.
 """
 
 import threading
@@ -11,9 +12,9 @@ EXPERT_BYTES = 8192
 
 
 class SlowReader:
-    """Notes what was asked for. With `held`, each step waits until its turn is given by `let`.
+    """Records reads in `asked`. With `held`, each step waits for `let`.
 
-    `fails` are (layer, expert) whose reads raise DamageError.
+    fails: (layer, expert) whose reads raise DamageError.
     """
 
     def __init__(self, layers=8, experts=8, held=False):
@@ -55,9 +56,7 @@ class SlowReader:
         pass
 
     def let(self, layer, expert, steps=100):
-        """Gives the reads of an expert so many steps more; returns when a waiting one has taken its
-        first.
-        """
+        """Let the reads of an expert take `steps` more steps."""
         with self._lock:
             self._turns[layer, expert] = self._turns.get((layer, expert), 0) + steps
             self._lock.notify_all()

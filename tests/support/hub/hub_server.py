@@ -16,9 +16,9 @@ The fixture `hub` (tests/conftest.py) is such a server, connected. On both hosts
 contains its repository and its name: faults and counts find the file by name. LFS files
 (.safetensors, or 1 MiB and more) are answered with a redirect to `hub.cdn`; `request.token` is true
 if the request had a token. Other files are answered at once. `hub.commit` adds or replaces files of
-a branch; `hub.files` returns a branch's files; `hub.bytes_per_s` limits the speed. It follows what
-huggingface_hub 1 and 2 send and read. Not implemented: Xet, pagination, multipart uploads,
-datasets, spaces.
+a branch; `hub.files` returns a branch's files; `hub.bytes_per_s` limits the speed. It follows the
+requests and answers of huggingface_hub 1 and 2. It does not implement Xet, pagination, multipart
+uploads, datasets and spaces.
 """
 
 import threading

@@ -57,7 +57,7 @@ def transformers_code(model):
 
 
 def rms_difference(ours, expected):
-    """Root mean square of the difference, in standard deviations of what is expected."""
+    """Root mean square of the difference, in standard deviations of `expected`."""
     return float((ours.float() - expected.float()).square().mean().sqrt() / expected.float().std())
 
 

@@ -1,4 +1,4 @@
-"""moe_linear_many, which the native attention calls, for a test of its own."""
+"""moe_linear_many, which the native attention calls, as a function for tests."""
 
 import torch
 

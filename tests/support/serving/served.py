@@ -110,12 +110,12 @@ class Heard:
 
 
 def greedy(prompt: tuple[int, ...], tokens: int, **options: Any) -> Request:
-    """A request for so many of the likeliest tokens."""
+    """Return a greedy request for `tokens` tokens."""
     return Request(tuple(prompt), tokens, Sampling(temperature=0), **options)
 
 
 def ask(engine: Engine, request: Request) -> Heard:
-    """The events of a request, all of them."""
+    """Submit a request, and return all its events."""
     heard = Heard()
     engine.submit(request, heard)
     heard.end()
