@@ -107,7 +107,7 @@ def _columns(unit: str | None) -> list[Any]:
 
 
 class _Lines:
-    """A line at the beginning and the end of each stage, and every LINE_EVERY_S."""
+    """A line at the end of each stage and every LINE_EVERY_S; of bytes one at the beginning too."""
 
     def __init__(self, unit: str | None) -> None:
         self._unit = unit
@@ -121,7 +121,10 @@ class _Lines:
         if stage != self._stage:
             self._stage = stage
             self._started_s = now
+            self._last_s = now
             self._first = done
+            if self._unit is not None and done < total:
+                return
         elif now - self._last_s < LINE_EVERY_S and done < total:
             return
         self._last_s = now
