@@ -152,10 +152,12 @@ class SlotTable:
 
     def _move_in(self, entry: CacheEntry, keep: Collection[int]) -> None:
         """Move a staged entry into a slot; no expert of `keep` makes room for it."""
+        self._free_slot(keep)
+        # An interrupt must not find a running read in neither dict: its buffer would be missing
+        # until the read ends. `repair` removes an entry of both from `staged`.
+        self.cached[entry.expert] = entry
         del self.staged[entry.expert]
         self.staging.used -= 1
-        self._free_slot(keep)
-        self.cached[entry.expert] = entry
 
     def _leave(self, entry: CacheEntry) -> None:
         # Compared by identity: an interrupted entry is in neither dict, and another entry for the

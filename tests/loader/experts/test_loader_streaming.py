@@ -125,3 +125,32 @@ def test_leftover_guesses_do_not_keep_a_prompt_from_its_room():
     for expert in (0, 1):
         reader.wait_until_asked(5, expert, times=2)
     assert sorted(chain(*streamed(cache, 0, [0, 1, 2, 3]))) == [0, 1, 2, 3]
+
+def test_an_interrupt_while_an_expert_gets_its_slot_loses_no_buffer():
+    class InterruptedPolicy(LruPolicy):
+        """Raises KeyboardInterrupt when an expert must leave, once."""
+
+        is_interrupted = False
+
+        def victim(self, fixed):
+            if self.is_interrupted:
+                self.is_interrupted = False
+                raise KeyboardInterrupt
+            return super().victim(fixed)
+
+    policy = InterruptedPolicy()
+    reader = SlowReader(layers=1, held=True)
+    cache = ExpertCache(reader, 1, staging=1, policy=lambda: policy)
+    reader.let(0, 0)
+    with cache.lease(0, [0]) as lease:
+        lease.all()
+    cache.guess(0, [2])
+    reader.wait_until_asked(0, 2)
+    policy.is_interrupted = True
+    with pytest.raises(KeyboardInterrupt), cache.lease(0, [2]):
+        pass
+    # The read is still under way, and its buffer is not free.
+    cache.guess(0, [3])
+    for expert in (2, 3, 4):
+        reader.let(0, expert)
+    assert sorted(chain(*streamed(cache, 0, [3, 4]))) == [3, 4]
