@@ -185,7 +185,9 @@ def test_a_redirect_within_the_host_keeps_the_token(repo: HubRepo, hub: HubServe
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://x/y", "javascript:1"])
 def test_a_redirect_out_of_http_is_refused(repo: HubRepo, hub: HubServer, location: str) -> None:
     hub.faults.redirect(location, NAME)
-    with pytest.raises(HubError, match="not followed"):
+    # Some releases of httpx parse the address before our check, and report it as invalid.
+    refused = "not followed|invalid address" if location == "javascript:1" else "not followed"
+    with pytest.raises(HubError, match=refused):
         repo.read(NAME, 0, 100)
 
 
