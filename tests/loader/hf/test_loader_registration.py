@@ -107,3 +107,24 @@ def test_every_model_type_that_is_admitted_is_registered() -> None:
         assert (
             type(AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]) is RegistryEntry
         )
+
+
+CONFIGURATION_FIRST = """
+import importlib, sys
+import loader
+importlib.import_module(sys.argv[1])
+from transformers import AutoModelForCausalLM
+names = [config.__name__ for config in AutoModelForCausalLM._model_mapping._extra_content]
+print(sorted(names))
+print(hasattr(AutoModelForCausalLM.from_pretrained(sys.argv[2]), "moe_stats"))
+"""
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_configurations_import_may_come_before_the_registries(
+    folder: Path, model_type: str
+) -> None:
+    module = f"transformers.models.{model_type}.configuration_{model_type}"
+    names, loads = run_python(CONFIGURATION_FIRST, module, folder).splitlines()
+    assert names == str(sorted(CONFIG_MAPPING[model_type].__name__ for model_type in MODEL_TYPES))
+    assert loads == "True"
