@@ -24,7 +24,7 @@ import torch
 from converter.checkpoint.names import ExpertTensor
 from converter.checkpoint.source import Checkpoint
 from converter.solvers.hqq_package import PackageHqq
-from formats.packing import packing_named
+from formats.packing import tile_packing_named
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -88,7 +88,7 @@ def package(model: Path, packing_name: str) -> float:
     packing included.
     """
     torch.set_num_threads(1)
-    packing, solver = packing_named(packing_name), PackageHqq()
+    packing, solver = tile_packing_named(packing_name), PackageHqq()
     weights, seconds = 0, 0.0
     with Checkpoint(model) as checkpoint:
         for projection in ("gate", "up", "down"):

@@ -42,7 +42,7 @@ from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.expert import ExpertLayout
-from formats.packing import packing_named
+from formats.packing import tile_packing_named
 from formats.reading.direct_reader import DirectReader
 from formats.tiles import dequantize, expert_weights, unpack
 from loader.evaluation.perplexity import windows_of
@@ -145,7 +145,7 @@ def put_converted(model: Any, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     with safe_open(folder / "trunk.safetensors", "pt") as trunk:
         for module, linear in artifact.index.trunk.packed.items():
-            packing = packing_named(linear.packing)
+            packing = tile_packing_named(linear.packing)
             matrix = unpack(
                 trunk.get_tensor(f"{module}.packed"), packing, linear.rows, linear.columns
             )

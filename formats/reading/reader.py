@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
+from typing import Self
 
 import torch
 import zstandard
@@ -230,7 +231,7 @@ class ExpertReader(ABC):
     def close(self) -> None:
         """Close files and maps. Tensors over a map keep it alive."""
 
-    def __enter__(self) -> "ExpertReader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

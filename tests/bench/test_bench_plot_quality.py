@@ -9,7 +9,7 @@ from plot_quality import main, plot_quality
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    steps = [
+    steps: list[Any] = [
         {
             "recipe": recipe,
             "solver": solver,

@@ -178,7 +178,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(
     monkeypatch.setattr(TextStream, "push", push_two)
     converse(session, model, QUESTION, KeyboardInterrupt(), "And then?")
     shown = capsys.readouterr()
-    assert [len(answer.token_ids) for answer in session.answers] == [3, 6]
+    assert [answer.new_tokens for answer in session.answers] == [3, 6]
     assert shown.out == "".join(f"{answer.text}\n" for answer in session.answers)
     # The first at the end of the answer's line, the second at the prompt.
     assert shown.err.split("(cut")[0] == "(stopped; Ctrl-D leaves)\n\n(stopped; Ctrl-D leaves)\n"

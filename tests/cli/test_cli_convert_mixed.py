@@ -36,8 +36,24 @@ def test_what_a_dry_run_says_is_what_is_written(run: Any, source: Path, tmp_path
 
 
 def test_a_target_is_met_and_its_layers_named(run: Any, source: Path, tmp_path: Path) -> None:
-    options = ("convert", source, "-o", tmp_path / "out", "--target-bpw", "10.5", "--json")
-    options += ("--solver", "feedback", "--calibrate", "random", "--calibration-tokens", "1024")
+    options: list[Any] = [
+        "convert",
+        source,
+        "-o",
+        tmp_path / "out",
+        "--target-bpw",
+        "10.5",
+        "--json",
+    ]
+    options += [
+        "--json",
+        "--solver",
+        "feedback",
+        "--calibrate",
+        "random",
+        "--calibration-tokens",
+        "1024",
+    ]
     assert json.loads(run(*options, "--dry-run")[1])["layer_bits"] == ["chosen by calibration"]
     done = json.loads(run(*options)[1])
     assert done["expert_bits"] <= 10.5

@@ -91,7 +91,8 @@ def test_a_layers_weights_and_two_slices_of_an_expert_are_the_most_in_memory(
     monkeypatch.setattr(expert_forward, "ROWS_AT_ONCE", 32)
     monkeypatch.setattr(outer_model, "VOCABULARY_AT_ONCE", 64)
     windows = some_windows(4, 32)
-    with CountingCheckpoint(source) as checkpoint:
+    checkpoint = CountingCheckpoint(source)
+    with checkpoint:
         model = StreamedModel(checkpoint, windows)
         model.run()
         for logits, _ in model.predictions():

@@ -190,15 +190,15 @@ def test_expert_is_gate_and_up_tile_by_tile_then_down() -> None:
 
 def test_expert_dequantizes_to_its_three_projections() -> None:
     packing = PACKINGS["tile32-q2-g16-s4"]
-    layout = ExpertLayout(40, 70, packing, PACKINGS["tile32-q3-g64-s8"])
+    down = PACKINGS["tile32-q3-g64-s8"]
+    layout = ExpertLayout(40, 70, packing, down)
     matrices = [
         case_of(*shape, seed)[1]
         for seed, shape in ((51, (packing.name, 70, 40)), (52, (packing.name, 70, 40)))
     ]
     matrices.append(case_of(layout.down.name, 40, 70, 53)[1])
     expected = [
-        dequantize(m, p.group_size)
-        for m, p in zip(matrices, (packing, packing, layout.down), strict=True)
+        dequantize(m, p.group_size) for m, p in zip(matrices, (packing, packing, down), strict=True)
     ]
     for found, wanted in zip(expert_weights(layout, expert_blob(layout, 5)), expected, strict=True):
         assert torch.equal(found, wanted)

@@ -33,7 +33,7 @@ def test_a_forked_child_does_not_wait_for_a_thread_that_reads_ranges(
     parent = os.getpid()
     http = importlib.import_module(type(get_session()).__module__.partition(".")[0])
 
-    class Transport(http.HTTPTransport):
+    class Transport(http.HTTPTransport):  # type: ignore[name-defined, misc]
         """A transport whose lock a reading thread holds at the fork."""
 
         has_ranges = False

@@ -42,6 +42,7 @@ from formats.reading.verify import verify_folder
 from formats.repair.index_rebuild import rebuild_index
 from formats.safetensors_header import header_from
 from formats.sizes import parse_size
+from formats.writer import Place
 from loader.traces.trace import read_trace, write_trace
 
 MAX_MESSAGE = 5000
@@ -173,7 +174,7 @@ def _journal(scratch: Path) -> Target:
     )
     journal.append(LinearRecord("model.layers.0.self_attn.q_proj", xxh3, error))
     journal.append(TensorRecord("model.norm.weight", xxh3))
-    journal.append(LayerRecord(0, 8192, sha256, [(4096, 4096, sha256, xxh3)]))
+    journal.append(LayerRecord(0, 8192, sha256, [Place(4096, 4096, sha256, xxh3)]))
     journal.append(ShardRecord("model.safetensors", sha256))
     journal.close()
     path = scratch / JOURNAL_NAME

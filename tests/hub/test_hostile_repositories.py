@@ -352,7 +352,7 @@ def test_more_shards_than_tensors_are_refused(source: Path, tmp_path: Path) -> N
         Checkpoint(folder)
 
 
-LARGE = {
+LARGE: dict[str, Any] = {
     "model_type": "mixtral",
     "hidden_size": 7168,
     "intermediate_size": 2048,

@@ -106,7 +106,7 @@ def test_an_interrupt_keeps_what_came_and_the_session(
     with pytest.raises(KeyboardInterrupt):
         session.ask(QUESTIONS[0], interrupt)
     (answer,) = session.answers
-    assert (answer.finish_reason, len(answer.token_ids)) == ("interrupted", 3)
+    assert (answer.finish_reason, answer.new_tokens) == ("interrupted", 3)
     assert session.messages[-1]["content"] == answer.text == "".join(pieces)
     prompt = ChatTemplate(tokenizer, TEMPLATE).ids(
         [*session.messages, {"role": "user", "content": "More"}]

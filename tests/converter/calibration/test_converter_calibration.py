@@ -179,7 +179,9 @@ def test_interruption_is_resumed_to_the_same_bytes(
 def test_statistics_of_one_layer_at_a_time_are_in_memory(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare, prepared, alive = CalibrationPass.prepare, [], []
+    prepare = CalibrationPass.prepare
+    prepared: list[Any] = []
+    alive: list[Any] = []
 
     def watched(self: CalibrationPass, layer: int, *, gather: bool) -> LayerStatistics:
         gc.collect()

@@ -172,33 +172,34 @@ def test_kills_at_random_moments_do_not_change_a_byte(
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert server.stdin and server.stdout
+    asked, answered = server.stdin, server.stdout
+    assert asked and answered
     moments, kills = random.Random(0), 0
 
     def start() -> int:
-        server.stdin.write("\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+        asked.write("\n")
+        asked.flush()
+        return int(answered.readline())
 
     try:
         while kills < wanted:
             pid = start()
             # Kill it at a random moment, unless it prints its status before.
-            select.select([server.stdout], [], [], moments.uniform(0, seconds / 12))
+            select.select([answered], [], [], moments.uniform(0, seconds / 12))
             with contextlib.suppress(ProcessLookupError):  # it was done before
                 os.kill(pid, signal.SIGKILL)
-            killed = int(server.stdout.readline()) == signal.SIGKILL
+            killed = int(answered.readline()) == signal.SIGKILL
             kills += killed
             if not killed:  # begin anew, the kills go on
                 assert hashes(out) == hashes(whole)
                 for file in sorted(out.rglob("*"), reverse=True):
                     file.rmdir() if file.is_dir() else file.unlink()
         start()
-        assert int(server.stdout.readline()) == 0
+        assert int(answered.readline()) == 0
     finally:
-        server.stdin.close()
+        asked.close()
         server.wait()
-        server.stdout.close()
+        answered.close()
     assert hashes(out) == hashes(whole)
 
 

@@ -9,6 +9,7 @@ from hqq.core.quantize import Quantizer
 from native_hqq import hqq
 from torch import Tensor
 
+from converter.solver_errors import NonFiniteWeightsError
 from converter.solvers.hqq_package import quantize_rows, round_scales
 from converter.solvers.native import hqq_native, solver_library
 from converter.squared_error import SquaredError
@@ -347,7 +348,7 @@ def test_non_finite_weights_are_refused_with_their_number(dtype: torch.dtype, is
         pytest.skip(f"no {isa} here")
     w = weights("gaussian", (70, 300)).to(dtype)
     w[0, 0], w[33, 299], w[69, 5] = torch.nan, torch.inf, -torch.inf
-    with pytest.raises(ValueError, match="3 weights are infinite or NaN") as caught:
+    with pytest.raises(NonFiniteWeightsError, match="3 weights are infinite or NaN") as caught:
         quantize(w, PACKING_NAMES[0], isa=isa)
     assert caught.value.count == 3
 

@@ -170,14 +170,14 @@ def tuned_prompt_loss(model: Any) -> float:
     optimizer = torch.optim.Adam([soft], lr=0.1)
     embeddings = model.get_input_embeddings()(ids).detach()
     labels = torch.cat([torch.full((1, 4), -100), ids], 1)
-    first = None
+    first: float | None = None
     for _ in range(30):
         loss = model(inputs_embeds=torch.cat([soft, embeddings], 1), labels=labels).loss
         first = loss.item() if first is None else first
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < first - 0.1
+    assert first is not None and loss.item() < first - 0.1
     return loss.item()
 
 

@@ -33,7 +33,7 @@ def _automatic_isa_and_two_threads() -> Iterator[None]:
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-300))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -314,7 +314,7 @@ def test_wrong_arguments_are_refused() -> None:
 @pytest.mark.parametrize("name", PACKINGS)
 def test_the_reference_packing_writes_and_means_the_same_bytes(name: str) -> None:
     w = Matrix(name, 40, 300, seed=4)
-    packing, groups = reference.packing_named(name), -(-300 // PACKINGS[name][1])
+    packing, groups = reference.tile_packing_named(name), -(-300 // PACKINGS[name][1])
     matrix = tiles.QuantizedMatrix(
         torch.from_numpy(w.codes[:40, :300].astype(np.uint8)),
         torch.from_numpy(w.s[:40, :groups].astype(np.int16)),

@@ -43,7 +43,8 @@ def test_a_launch_passes_pointers_and_numbers_as_the_kernel_takes_them(module):
 
 @needs_compiler
 def test_a_prepared_launch_passes_what_its_values_hold_at_the_call(module):
-    x, out, other = torch.ones(1, 256), *torch.zeros(2, 1, 4, 80, dtype=torch.uint8)
+    x = torch.ones(1, 256)
+    out, other = torch.zeros(2, 1, 4, 80, dtype=torch.uint8).unbind()
     run, values = quantize(module, x, out)
     values[2].value = other.data_ptr()
     run(7)

@@ -18,7 +18,7 @@ needs_lm_eval = pytest.mark.skipif(
     not importlib.util.find_spec("lm_eval"), reason="needs the extra [eval]"
 )
 
-DOCUMENTS = [
+DOCUMENTS: list[dict[str, Any]] = [
     {"question": "So Jonah arose, and went to", "choices": ["Nineveh", "def"], "label": 0},
     {"question": "import os\nimport", "choices": ["Yahweh", "sys"], "label": 1},
     {"question": "So Jonah arose, and went to", "choices": ["the", "Verzeichnis"], "label": 1},
@@ -131,12 +131,13 @@ def test_documents_go_through_the_template_with_no_bos_before_it(
         return {"results": {"letters": {"acc,none": 0.5}}}
 
     manager = SimpleNamespace(all_tasks=["letters"])
-    for name, members in {
+    modules: dict[str, dict[str, Any]] = {
         "lm_eval": {"simple_evaluate": evaluate, "__spec__": SimpleNamespace()},
         "lm_eval.tasks": {"TaskManager": lambda **_: manager},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": lambda **arguments: told.update(arguments)},
-    }.items():
+    }
+    for name, members in modules.items():
         module = ModuleType(name)
         module.__dict__.update(members)
         monkeypatch.setitem(sys.modules, name, module)

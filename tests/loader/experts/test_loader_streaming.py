@@ -126,6 +126,7 @@ def test_leftover_guesses_do_not_keep_a_prompt_from_its_room():
         reader.wait_until_asked(5, expert, times=2)
     assert sorted(chain(*streamed(cache, 0, [0, 1, 2, 3]))) == [0, 1, 2, 3]
 
+
 def test_an_interrupt_while_an_expert_gets_its_slot_loses_no_buffer():
     class InterruptedPolicy(LruPolicy):
         """Raises KeyboardInterrupt when an expert must leave, once."""

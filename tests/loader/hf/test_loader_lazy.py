@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_server import HubServer
@@ -78,7 +79,7 @@ def test_options_that_cannot_be_are_refused(filled: HubServer, local: Path) -> N
 def test_generate_says_what_is_there(
     filled: HubServer, local: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*args: object) -> dict[str, object]:
+    def run(*args: object) -> dict[str, Any]:
         with pytest.raises(SystemExit) as exit_:
             main(
                 [
@@ -93,7 +94,7 @@ def test_generate_says_what_is_there(
                 ]
             )
         assert exit_.value.code == 0
-        value: dict[str, object] = json.loads(capsys.readouterr().out)
+        value: dict[str, Any] = json.loads(capsys.readouterr().out)
         return value
 
     lazy = run(REPO, "--lazy", "--json")

@@ -254,7 +254,10 @@ def only(*names: str) -> Callable[[Path], None]:
 
 
 def beside(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text("{}") and None
+    def write(folder: Path) -> None:
+        (folder / name).write_text("{}")
+
+    return write
 
 
 def no_config(folder: Path) -> None:
@@ -270,7 +273,11 @@ def one_folder_too_high(folder: Path) -> None:
 
 def lfs_pointer(name: str) -> Callable[[Path], None]:
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 7\n"
-    return lambda folder: (folder / name).write_text(text) and None
+
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
 
 
 def untied_without_a_head(folder: Path) -> None:

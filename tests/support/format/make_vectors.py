@@ -44,7 +44,7 @@ from formats.packing import PACKINGS, AnyPacking, Packing, tiles_of
 from formats.safetensors_header import TensorEntry
 from formats.tiles import QuantizedMatrix, dequantize, pack
 from formats.trunk import parameter_count, trunk_metadata
-from formats.writer import LayerWriter, PlacedFile
+from formats.writer import LayerWriter, Place, PlacedFile
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -217,7 +217,10 @@ def _write_layer(
             writer.finish()
             header, places = (
                 writer.header,
-                [(o, layout.n_bytes, *d) for o, d in zip(writer.offsets, digests, strict=True)],
+                [
+                    Place(o, layout.n_bytes, *d)
+                    for o, d in zip(writer.offsets, digests, strict=True)
+                ],
             )
         else:
             header, places = writer.finish_zstd([d.xxh3 for d in digests])

@@ -105,6 +105,7 @@ class Group:
                 better = coded["error"] < least
                 best_s, best_m = torch.where(better, s, best_s), torch.where(better, m, best_m)
                 least = torch.where(better, coded["error"], least)
+        assert best_s is not None and best_m is not None
         return best_s, best_m
 
 

@@ -120,7 +120,8 @@ class Matrix:
             blocks = [
                 put(
                     codes[row : row + 32, c : c + 256],
-                    *(a[row : row + 32, c // group :][:, : 256 // group] for a in (s, m)),
+                    s[row : row + 32, c // group :][:, : 256 // group],
+                    m[row : row + 32, c // group :][:, : 256 // group],
                     name,
                 )
                 for c in range(0, k, 256)
