@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from formats.errors import HubError, MoeConvertError, OutputError
+from formats.files.io_errors import translated
 from formats.files.output_file import make_folders, refuse_links
 from formats.files.overlap import lies_in
 from formats.files.partial_file import write_file
@@ -162,13 +163,17 @@ class HubRepo:
         """
         refs = self._cache_folder() / "refs"
         ref = refs / self._revision
-        if self._revision == self.commit or (ref.is_file() and ref.read_text() == self.commit):
+        if self._revision == self.commit:
             return
+        commit = self.commit.encode()
         try:
+            with translated(ref, "read"):
+                if ref.is_file() and ref.read_bytes() == commit:
+                    return
             make_folders(refs)
             if lies_in(ref, refs):
                 make_folders(ref.parent)
-                write_file(ref, self.commit.encode())
+                write_file(ref, commit)
         except MoeConvertError as e:
             _log.info("%s cannot be found offline by %s: %s", self.where, self._revision, e)
 
