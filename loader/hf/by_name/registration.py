@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 _MODELING_AUTO = "transformers.models.auto.modeling_auto"
+_PLUGIN = "loader.hf.loading.plugin"
 
 
 def register_with_transformers(import_load: Callable[[], Any]) -> None:
@@ -31,6 +32,7 @@ def register_with_transformers(import_load: Callable[[], Any]) -> None:
         register_model = functools.partial(_register_model, model_type, import_load)
         after_import(_configuration_module(model_type), register_model)
     after_import("transformers.quantizers.auto", _register_plugin)
+    after_import(_PLUGIN, _register_plugin)
 
 
 def _register_models(import_load: Callable[[], Any]) -> None:
@@ -72,6 +74,9 @@ def _configuration_module(model_type: str) -> str:
 
 
 def _register_plugin() -> None:
+    """Register the quantizer, unless the plugin is half imported: the end of its import does it."""
+    if _PLUGIN in sys.modules and not hasattr(sys.modules[_PLUGIN], "register_plugin"):
+        return
     from loader.hf.loading.plugin import register_plugin
 
     register_plugin()

@@ -128,3 +128,15 @@ def test_a_configurations_import_may_come_before_the_registries(
     names, loads = run_python(CONFIGURATION_FIRST, module, folder).splitlines()
     assert names == str(sorted(CONFIG_MAPPING[model_type].__name__ for model_type in MODEL_TYPES))
     assert loads == "True"
+
+
+PLUGIN_FIRST = """
+import importlib
+importlib.import_module("loader.hf.loading.plugin")
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print("moe_convert" in AUTO_QUANTIZER_MAPPING)
+"""
+
+
+def test_the_plugin_may_be_the_first_import_of_a_process() -> None:
+    assert run_python(PLUGIN_FIRST).strip() == "True"
