@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from formats.errors import SourceError
+from formats.install import pip_install
 
 _EXPERT = re.compile(r"\.experts\.([0-9]{1,9})\.")
 # Old checkpoints store this buffer, in each layer or once; transformers computes it.
@@ -89,5 +90,5 @@ def _unknown_release(error: Exception) -> SourceError:
 
     return SourceError(
         f"transformers {__version__} has no conversion table in the expected form: {error}",
-        "install a tested version: pip install 'transformers>=5.3,<6'",
+        f"install a tested version: {pip_install('transformers>=5.3,<6')}",
     )

@@ -12,6 +12,7 @@ from formats.config.side_files import TEMPLATES_FOLDER, VOCABULARIES, unusable
 from formats.config.strict_json import parse
 from formats.errors import PathError, TokenizerError
 from formats.files.paths import check_name
+from formats.install import pip_install
 
 _TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _MAX_CONFIG_BYTES = 16 << 20
@@ -126,7 +127,7 @@ def _failure(folder: Path, error: BaseException) -> TokenizerError:
         ]:
             return TokenizerError(
                 f"{model}: {purpose} needs {' and '.join(missing)}, not installed",
-                f"pip install {' '.join(packages)}",
+                pip_install(*packages),
             )
         return TokenizerError(
             f"{model}: transformers cannot read it: {_short(error)}", "get the file again"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from formats.install import build_native
 from formats.native.abi import DTYPES as ALL_DTYPES
 from formats.native.abi import ISA_NAMES, ISAS
 from loader.arithmetic.kernel_arguments import (
@@ -21,7 +22,7 @@ from loader.arithmetic.kernel_arguments import (
     same_shape,
     vector_length,
 )
-from loader.arithmetic.native_library import FIX, Expert, find, library, packing_id
+from loader.arithmetic.native_library import Expert, find, library, packing_id
 
 DTYPES = {dtype: ALL_DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16)}
 """Dtypes of activations in native decoding -> their numbers in the C ABI."""
@@ -60,7 +61,7 @@ def describe() -> str:
     """Return one line that says which backend runs and why."""
     loaded, reason = find()
     if loaded is None:
-        return f"torch (slow): {reason}; {FIX}"
+        return f"torch (slow): {reason}; {build_native()}"
     return f"native, {loaded.moe_isa_reason().decode()}; {loaded.moe_threads()} threads; {reason}"
 
 

@@ -11,15 +11,12 @@ import logging
 import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 
+from formats.install import build_native
 from formats.native.libraries import Signatures, load_library
 
 _log = logging.getLogger(__name__)
 
 ABI_VERSION = 5
-FIX = (
-    "install a C++20 compiler (gcc 11, clang 14 or newer) and reinstall:"
-    " pip install --force-reinstall moe-convert"
-)
 
 
 class Matrix(ctypes.Structure):
@@ -183,7 +180,9 @@ def find() -> tuple[ctypes.CDLL | None, str]:
     loaded, reason = load_library("loader", name, ("moe_abi_version", ABI_VERSION), _SIGNATURES)
     if loaded is None:
         _log.warning(
-            "%s; the torch path runs instead, which is much slower. To fix it: %s", reason, FIX
+            "%s; the torch path runs instead, which is much slower. To fix it: %s",
+            reason,
+            build_native(),
         )
     return loaded, reason
 
@@ -192,7 +191,7 @@ def library() -> ctypes.CDLL:
     """Return the library. RuntimeError, saying how to get it, if it is missing."""
     loaded, reason = find()
     if loaded is None:
-        raise RuntimeError(f"{reason}; {FIX}")
+        raise RuntimeError(f"{reason}; {build_native()}")
     return loaded
 
 

@@ -48,7 +48,7 @@ _NEXT_STEP = {
     Reason.WEIGHTS: "convert attention to 4 bits (--attn-bits 4),"
     " and keep the dtype of all weights equal",
     Reason.EXPERTS: "give a larger ram_cache or gpu_cache, or use fewer experts per token",
-    Reason.KERNELS: 'load the model with kernels="auto" where a C++20 compiler built them',
+    Reason.KERNELS: 'load the model with kernels="auto"; moe-convert env says which kernels run',
     Reason.DEVICES: "load the model on one GPU",
 }
 

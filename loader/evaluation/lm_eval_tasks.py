@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.errors import MoeConvertError, RecipeError
+from formats.install import install_extra
 
 
 def check_tasks(tasks: list[str], folder: Path | None) -> Any:
@@ -17,9 +18,7 @@ def check_tasks(tasks: list[str], folder: Path | None) -> Any:
         importlib.import_module("lm_eval.models.huggingface")
         from lm_eval.tasks import TaskManager
     except ImportError as e:
-        raise MoeConvertError(
-            f"--tasks needs lm-eval: {e}", "pip install 'moe-convert[eval]'"
-        ) from None
+        raise MoeConvertError(f"--tasks needs lm-eval: {e}", install_extra("eval")) from None
     manager = TaskManager(include_path=folder and str(folder))
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise RecipeError(

@@ -38,6 +38,13 @@ def check_hint(hint: str) -> None:
         _, rest, _ = command.make_parser(child).parse_args(list(arguments))
         assert not rest, hint
     elif hint.startswith("pip install"):
-        *_, package = shlex.split(hint)
-        extra = re.fullmatch(r"moe-convert\[(\w+)\]", package)
-        assert extra and extra[1] in _PROJECT["optional-dependencies"], hint
+        check_pip_line(hint)
+
+
+def check_pip_line(line: str) -> None:
+    """Fails if `line` could replace torch, or names an extra that the package does not have."""
+    words = shlex.split(line)[2:]
+    assert not {"-U", "--upgrade", "--pre"} & set(words), line
+    assert "--force-reinstall" not in words or "--no-deps" in words, line
+    for extra in re.findall(r"moe-convert\[(\w+)\]", line):
+        assert extra in _PROJECT["optional-dependencies"], line

@@ -11,6 +11,7 @@ from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file, require_extra
 from converter.cli.show.console import Output, output_options
 from converter.cli.show.tables import table
+from formats.install import install_extra
 from formats.quality import Evaluation
 
 
@@ -34,7 +35,11 @@ Examples:
     " fit in memory.",
 )
 @click.option("--save", is_flag=True, help="With --against: save the result in PATH/quality.json.")
-@click.option("--tasks", metavar="NAME,...", help="Run these lm-eval tasks instead of texts.")
+@click.option(
+    "--tasks",
+    metavar="NAME,...",
+    help=f"Run these lm-eval tasks instead of texts ({install_extra('eval')}).",
+)
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
@@ -90,9 +95,9 @@ def command(
     the share of tokens for which a router chooses the same experts. Errors are standard errors over
     windows. Checkpoints are computed in float32.
 
-    With --tasks, it runs lm-eval tasks instead (pip install 'moe-convert[eval]'). Documents go
-    through the tokenizer's chat template if it has one, unless --raw is given. Results with and
-    without a template are not comparable.
+    With --tasks, it runs lm-eval tasks instead. Documents go through the tokenizer's chat
+    template if it has one, unless --raw is given. Results with and without a template are not
+    comparable.
     """
     _check_options(
         texts=texts,

@@ -13,6 +13,7 @@ from converter.cli.show.console import Output, output_options
 from converter.cli.steps.model_loading import early_tokenizer
 from converter.cli.steps.model_server import ModelServerOptions, open_server, run_server
 from formats.errors import MoeConvertError
+from formats.install import install_extra
 from formats.sizes import format_size
 
 _PACKAGES = ("fastapi", "uvicorn")
@@ -142,6 +143,4 @@ def _is_loopback(host: str) -> bool:
 def _check_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise MoeConvertError(
-            f"serve needs {' and '.join(missing)}", "pip install 'moe-convert[serve]'"
-        )
+        raise MoeConvertError(f"serve needs {' and '.join(missing)}", install_extra("serve"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from formats.errors import MoeConvertError, OutputError
+from formats.install import install_extra
 
 
 def check_out_file(path: Path) -> None:
@@ -33,9 +34,7 @@ def check_out_folder(folder: Path) -> None:
 def require_extra(module: str, extra: str, option: str) -> None:
     """Raise MoeConvertError, with the install command of `extra`, unless `module` is installed."""
     if find_spec(module) is None:
-        raise MoeConvertError(
-            f"{option} needs the package {module}", f"pip install 'moe-convert[{extra}]'"
-        )
+        raise MoeConvertError(f"{option} needs the package {module}", install_extra(extra))
 
 
 def given_options() -> list[str]:

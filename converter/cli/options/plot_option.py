@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from converter.cli.options.early_checks import check_out_file, require_extra
+from formats.install import install_extra
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,7 +20,7 @@ def with_plot_option(what: str) -> Callable[[F], F]:
         "--plot",
         type=click.Path(path_type=Path, dir_okay=False),
         metavar="FILE.svg|png",
-        help=f"Plot {what} (pip install 'moe-convert[plots]').",
+        help=f"Plot {what} ({install_extra('plots')}).",
     )
 
 

@@ -6,6 +6,7 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_void_p
 
 from converter.solver_errors import NonFiniteWeightsError, UnfitWeightsError
 from formats.errors import MoeConvertError
+from formats.install import build_native, reinstall
 from formats.native.abi import ISA_NAMES, Status
 from formats.native.libraries import Signatures, load_library
 
@@ -92,10 +93,7 @@ def describe() -> str:
     """Return one line: the ISA and path of the library, or why it is missing and what to do."""
     loaded, path_or_reason = _load()
     if loaded is None:
-        return (
-            f"no native solver: {path_or_reason};"
-            " install a C++20 compiler and reinstall moe-convert"
-        )
+        return f"no native solver: {path_or_reason}; {build_native()}"
     return f"native solver, {ISA_NAMES[loaded.moe_solver_isa()]} ({path_or_reason})"
 
 
@@ -103,9 +101,7 @@ def library() -> ctypes.CDLL:
     """Return the library; raise NativeSolverError with the install command if it is missing."""
     loaded, _ = _load()
     if loaded is None:
-        raise NativeSolverError(
-            describe(), "pip install --force-reinstall --no-binary moe-convert moe-convert"
-        )
+        raise NativeSolverError(describe(), reinstall())
     return loaded
 
 

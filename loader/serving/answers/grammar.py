@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from formats.install import install_extra
 from loader.serving.answers.request import RefusedError
 from loader.serving.answers.schema_check import check_schema
 
@@ -47,7 +48,7 @@ class Grammars:
     def _compiled(self, where: str, schema: Any, *, strict: bool) -> Any:
         if importlib.util.find_spec("xgrammar") is None:
             raise RefusedError(
-                "response_format: the server needs xgrammar: pip install 'moe-convert[serve]'",
+                f"response_format: the server needs xgrammar: {install_extra('serve')}",
                 "response_format",
             )
         try:
