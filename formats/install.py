@@ -30,7 +30,7 @@ def install_extra(extra: str) -> str:
 def reinstall() -> str:
     """Return the command that installs moe-convert again from its origin, and nothing else.
 
-    The origin is the checkout or repository that pip installed from, else the package index.
+    The origin is the checkout, repository or sdist that pip installed, else the package index.
     """
     # pip keeps the wheel that it built without a compiler, and would install that again.
     options = "--force-reinstall --no-deps --no-cache-dir"
@@ -52,7 +52,10 @@ def _origin() -> list[str]:
     url = record.get("url", "")
     if vcs := record.get("vcs_info"):
         return [f"{vcs['vcs']}+{url}"]
+    parts = urlparse(url)
+    place = url2pathname(parts.path) if parts.scheme == "file" else url
     if (folder := record.get("dir_info")) is not None:
-        path = url2pathname(urlparse(url).path)
-        return ["-e", path] if folder.get("editable") else [path]
-    return [PACKAGE]
+        return ["-e", place] if folder.get("editable") else [place]
+    # The same wheel would have the same libraries, or none.
+    is_sdist = "archive_info" in record and not place.endswith(".whl")
+    return [place] if is_sdist else [PACKAGE]

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def lines_with_pip(text: str) -> list[int]:
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
-        and any(word in node.value for word in ("pip install", "reinstall", "moe-convert["))
+        and any(word in node.value for word in ("pip install", "-reinstall", "moe-convert["))
     ]
 
 
@@ -70,6 +71,15 @@ def test_repository_is_reinstalled_from_its_address(monkeypatch: pytest.MonkeyPa
     assert with_origin(monkeypatch, record).endswith(" git+https://example.org/r.git")
 
 
+def test_sdist_is_reinstalled_from_its_file_and_a_wheel_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = {"url": "file:///dist/moe_convert-0.1.0.tar.gz", "archive_info": {}}
+    assert with_origin(monkeypatch, record).endswith(" /dist/moe_convert-0.1.0.tar.gz")
+    record["url"] = "https://example.org/moe_convert-0.1.0-py3-none-any.whl"
+    assert with_origin(monkeypatch, record).endswith(" moe-convert")
+
+
 def test_source_tree_that_is_not_installed_has_a_command_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -85,6 +95,24 @@ def test_lines_for_extras_and_torch_are_commands() -> None:
     assert install.install_extra("serve") == "pip install 'moe-convert[serve]'"
     for line in (install.INSTALL, install.INSTALL_TORCH_FOR_CPU, install.install_extra("serve")):
         check_pip_line(line)
+
+
+def test_readme_begins_with_torch_for_the_cpu_then_the_package_then_env() -> None:
+    section = (ROOT / "README.md").read_text().split("\n## Install\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```\n(.*?)```", section, re.S)
+    commands = [line.split("  ")[0] for line in block.splitlines()]
+    assert commands == [install.INSTALL_TORCH_FOR_CPU, "pip install .", "moe-convert env"]
+    assert f": {install.INSTALL}\n" in block
+
+
+def test_pages_state_the_glibc_of_the_wheel_that_make_builds() -> None:
+    (tag,) = re.findall(
+        r"^WHEEL_PLATFORM := manylinux_(\d+_\d+)_", (ROOT / "Makefile").read_text(), re.M
+    )
+    glibc = tag.replace("_", ".")
+    assert f"needs glibc {glibc} or newer" in (ROOT / "README.md").read_text()
+    assert f"| oldest glibc | {glibc} |" in (ROOT / "docs" / "release.md").read_text()
+    assert f"-manylinux_{tag}_x86_64`" in (ROOT / "docs" / "release.md").read_text()
 
 
 @pytest.mark.parametrize(

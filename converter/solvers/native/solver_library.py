@@ -94,7 +94,7 @@ def describe() -> str:
     loaded, path_or_reason = _load()
     if loaded is None:
         return f"no native solver: {path_or_reason}; {build_native()}"
-    return f"native solver, {ISA_NAMES[loaded.moe_solver_isa()]} ({path_or_reason})"
+    return f"native, {ISA_NAMES[loaded.moe_solver_isa()]}; {path_or_reason}"
 
 
 def library() -> ctypes.CDLL:
