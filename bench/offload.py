@@ -30,8 +30,8 @@ from memory_groups import memory_group
 
 import loader
 from formats.artifact import Artifact
+from formats.model_memory import PROCESS_BYTES
 from loader.arithmetic.machine import disk_bytes_per_s
-from loader.planning.memory_plan import PROCESS_BYTES
 
 MODES: dict[str, dict[str, Any]] = {
     "engine": {"io": "direct"},

@@ -24,8 +24,8 @@ Reading order:
 4. `index.py`, `index_checks.py`: the index. `checksums.py`, `labels.py`: types of its fields.
 5. `artifact.py` opens a folder; `writer.py` writes one.
 6. `errors.py`: all error classes. `quality.py`, `prediction.py`, `progress.py`, `sizes.py`,
-   `repo_names.py`: small shared types. `unconverted.py`, `repair_hints.py`, `install.py`: what an
-   error advises.
+   `repo_names.py`, `model_memory.py`: small shared types. `unconverted.py`, `repair_hints.py`,
+   `install.py`: what an error advises.
 
 Rooms: `config` (JSON from strangers), `reading` (readers of experts), `files` (paths, locks,
 durable writes), `hub` (repositories), `repair`, `native` (C++ headers).

@@ -10,7 +10,7 @@ from converter.journal.records import ShardRecord
 from converter.output.output_files import OutputFiles
 from converter.output.source_side_files import copy_files, write_config
 from converter.output.weight_errors import write_quality
-from converter.publish.model_card import write_card
+from converter.publish.folder_card import write_card
 from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.files.output_file import fsync_folder
 from formats.files.partial_file import write_file
@@ -43,7 +43,7 @@ def complete(
         [record for layer in range(len(plan.output.layouts)) if (record := work.layer(layer))],
         copied,
     )
-    write_card(out, index)
+    write_card(out, index, checkpoint.folder)
     # Removed partial files must not come back after a power loss.
     fsync_folder(out / EXPERTS_FOLDER)
     write_file(out / INDEX_NAME, dump_index(index))

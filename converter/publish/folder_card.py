@@ -1,61 +1,181 @@
-"""The card and licence of a folder that is about to be published."""
+"""The card of a converted folder: written at the end of a conversion, and renewed by an upload.
 
+What a user wrote into the card is kept, in the folder and in the repository (`card_parts.py`).
+"""
+
+import logging
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from converter.publish.model_card import CARD_NAME, MARK, CardOptions, card_text
+from converter.publish.card_metadata import Metadata, carried_over, parse_metadata, split_card
+from converter.publish.card_parts import Card
+from converter.publish.model_card import (
+    CARD_NAME,
+    UNKNOWN,
+    CardFacts,
+    base_model,
+    card_metadata,
+    card_part,
+)
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
-from formats.files.paths import locate, read_small
+from formats.files.log_once import warn_once
+from formats.files.partial_file import write_file
+from formats.files.paths import locate, read_small, read_small_source
+from formats.index import Index
 from formats.quality import read_quality
+from formats.repo_names import is_repo_name
 
 _LICENSE_FILE = re.compile(r"LICEN[SC]E([.\-_].*)?", re.IGNORECASE)
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+_HUB = "https://huggingface.co"
+
+_log = logging.getLogger(__name__)
 
 
-def find_license(names: list[str], license_id: str | None, where: Path | str) -> str | None:
-    """Return the licence file among the source's `names`; None if only `license_id` is given.
+@dataclass(frozen=True)
+class CardOptions:
+    """What a user says about a publication.
 
-    MoeConvertError if there is neither. where: the folder, for the message.
+    revision: a branch, None for main. license: one of the Hub's identifiers, None for the source's.
+    base_model: None for the index's source. published: the repository's card, None without one.
     """
-    for name in sorted(names):
-        if _LICENSE_FILE.fullmatch(name):
-            return name
-    if license_id is None:
-        raise MoeConvertError(
-            f"{where}: the source's licence file is missing",
-            "name its licence with --license, such as apache-2.0",
-        )
-    return None
+
+    repo: str
+    revision: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    published: bytes | None = None
 
 
-def make_card(artifact: Artifact, repo: str, license_id: str | None, base_model: str | None) -> str:
-    """Return the card to publish: the folder's if somebody edited it, else a new one.
+def write_card(out: Path, index: Index, source: Path | None = None) -> None:
+    """Write README.md of a folder whose index is not written yet; keep what a user wrote into it.
 
-    license_id, base_model: None for those that the folder names. MoeConvertError if there is no
-    licence, or if the folder's card is not UTF-8.
+    source: the source's folder, whose card gives licence, languages and tags.
+    """
+    facts = _source_facts(index, source)
+    artifact = Artifact(out, index, index.config)
+    path = out / CARD_NAME
+    card = Card("", {})
+    if os.path.lexists(path):
+        try:
+            card = Card.parse(path.read_bytes().decode())
+        except (OSError, ValueError) as e:
+            _log.warning("%s is kept as it is: %s", path, e)
+            return
+    if card.is_kept_whole:
+        _log.info("%s was not made by moe-convert and is kept", path)
+        return
+    part = card_part(artifact, read_quality(out), facts)
+    write_file(path, card.renewed(card_metadata(index, facts), part).encode())
+
+
+def make_card(artifact: Artifact, options: CardOptions) -> str:
+    """Return the card to publish.
+
+    It is the folder's card, or the repository's if only that was edited, with our part and our
+    metadata made anew. MoeConvertError if nobody states a licence, if both cards were edited, or
+    if a card cannot be read.
     """
     folder = artifact.folder
-    path = folder / CARD_NAME
-    if os.path.lexists(path):
-        # read_small refuses a link out of the folder, which must not be published.
-        card = _decode(read_small(folder, CARD_NAME, str(folder)), path)
-        if MARK not in card:
-            return card
-    license_file = find_license([f.file for f in artifact.index.files], license_id, folder)
-    if license_id is None and license_file is not None:
-        license_id = _license_id(locate(folder, license_file, "licence"))
-    options = CardOptions(repo, license_id, license_file, base_model)
-    return card_text(artifact.index, read_quality(folder), options)
+    local = _local_card(folder)
+    published = _published_card(options)
+    card = _card_to_renew(local, published, folder, options.repo)
+    cards = [card, *(other for other in (local, published) if other and other is not card)]
+    facts = _facts(artifact, options, [other.metadata for other in cards])
+    if card.is_kept_whole:
+        warn_once(f"{CARD_NAME} is published as you wrote it, without the lines of moe-convert")
+        return card.text
+    if base_model(artifact.index, facts.base_model) is None:
+        warn_once("the model card names no base model: name it with --base-model OWNER/MODEL")
+    part = card_part(artifact, read_quality(folder), facts)
+    stated: Metadata = {}
+    if options.license:
+        stated |= {name: facts.carried.get(name) for name in _LICENSE_FIELDS}
+    if options.base_model:
+        stated |= {"base_model": card_metadata(artifact.index, facts)["base_model"]}
+    return card.renewed(card_metadata(artifact.index, facts), part, stated)
 
 
-def _decode(data: bytes, path: Path) -> str:
+def check_license(source: Path, license_id: str | None) -> None:
+    """Raise MoeConvertError if neither the source's files nor its card name a licence."""
+    if license_id is None and "license" not in _read_source_card(source):
+        _require_license(_license_file(path.name for path in source.iterdir()), source)
+
+
+def _facts(artifact: Artifact, options: CardOptions, known: list[Metadata]) -> CardFacts:
+    """Return the facts of a publication. known: metadata of cards, the most trusted first."""
+    index = artifact.index
+    license_file = _license_file(file.file for file in index.files)
+    carried: Metadata = {}
+    base = options.base_model
+    for metadata in known:
+        if "license" in carried:
+            metadata = {k: v for k, v in metadata.items() if k not in _LICENSE_FIELDS}
+        carried = carried_over(metadata) | carried
+        bases = metadata.get("base_model")
+        first = bases[0] if isinstance(bases, list) and bases else bases
+        if base_model(index, base) is None and isinstance(first, str):
+            base = first
+    if options.license:
+        carried = {k: v for k, v in carried.items() if k not in _LICENSE_FIELDS}
+        carried["license"] = options.license
+    if "license" not in carried:
+        _require_license(license_file, artifact.folder)
+    carried = _with_license_file(carried, license_file, artifact.folder)
+    return CardFacts(options.repo, options.revision, base, carried, license_file)
+
+
+def _source_facts(index: Index, source: Path | None) -> CardFacts:
+    carried = _read_source_card(source) if source else {}
+    license_file = _license_file(file.file for file in index.files)
+    link = carried.get("license_link")
+    if link and not link.startswith(("http://", "https://")) and link != license_file:
+        # A file that is not copied: name the source's.
+        del carried["license_link"]
+        if index.source.revision and is_repo_name(index.source.name):
+            carried["license_link"] = f"{_HUB}/{index.source.name}/blob/main/{link}"
+    if source:
+        carried = _with_license_file(carried, license_file, source)
+    return CardFacts(carried=carried, license_file=license_file)
+
+
+def _read_source_card(source: Path) -> Metadata:
+    """Return what the card of the source carries over; {} without a card that can be read."""
+    if not os.path.lexists(source / CARD_NAME):
+        return {}
     try:
-        return data.decode()
-    except UnicodeDecodeError as e:
+        text = read_small_source(source, CARD_NAME, str(source)).decode()
+        return carried_over(parse_metadata(split_card(text)[0]))
+    except (MoeConvertError, ValueError) as e:
+        _log.warning("%s: no licence or tag is taken from it: %s", source / CARD_NAME, e)
+        return {}
+
+
+def _with_license_file(carried: Metadata, license_file: str | None, folder: Path) -> Metadata:
+    """Return `carried` with the licence that the licence file shows, and with a link to it."""
+    if license_file is None:
+        return carried
+    if "license" not in carried:
+        carried = {**carried, "license": _license_id(locate(folder, license_file, "licence"))}
+    if carried["license"] == "other":
+        carried = {"license_name": license_file.lower(), **carried}
+    return {"license_link": license_file, **carried}
+
+
+def _license_file(names: Iterable[str]) -> str | None:
+    return next((name for name in sorted(names) if _LICENSE_FILE.fullmatch(name)), None)
+
+
+def _require_license(license_file: str | None, where: Path) -> None:
+    if license_file is None:
         raise MoeConvertError(
-            f"{path}: not UTF-8 at byte {e.start}", "save the card as UTF-8"
-        ) from None
+            f"{where}: the source has no licence file, and its model card names no licence",
+            f"name its licence with --license, such as apache-2.0, or --license {UNKNOWN}",
+        )
 
 
 def _license_id(path: Path) -> str:
@@ -64,3 +184,44 @@ def _license_id(path: Path) -> str:
     if "Apache License Version 2.0" in text:
         return "apache-2.0"
     return "mit" if text.startswith("MIT License") else "other"
+
+
+def _card_to_renew(local: Card | None, published: Card | None, folder: Path, repo: str) -> Card:
+    """Return the card that has the user's text."""
+    if published is None or not published.is_edited:
+        return local or Card("", {})
+    if local is None or not local.is_edited:
+        return published
+    is_newer = local.written == published.written or local.text == published.text
+    if published.is_edited_since and not (is_newer or local.is_kept_whole):
+        raise MoeConvertError(
+            f"{CARD_NAME} was edited in {folder} and in the repository {repo}",
+            f"copy the repository's {CARD_NAME} over the folder's, and edit that",
+        )
+    return local
+
+
+def _local_card(folder: Path) -> Card | None:
+    if not os.path.lexists(folder / CARD_NAME):
+        return None
+    # read_small refuses a link out of the folder, which must not be published.
+    return _parsed(read_small(folder, CARD_NAME, str(folder)), str(folder / CARD_NAME))
+
+
+def _published_card(options: CardOptions) -> Card | None:
+    if options.published is None:
+        return None
+    return _parsed(options.published, f"{CARD_NAME} of the repository {options.repo}")
+
+
+def _parsed(data: bytes, where: str) -> Card:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as e:
+        raise MoeConvertError(
+            f"{where}: not UTF-8 at byte {e.start}", "save the card as UTF-8"
+        ) from None
+    try:
+        return Card.parse(text)
+    except ValueError as e:
+        raise MoeConvertError(f"{where}: {e}", "correct the lines between the dashes") from None

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converter.publish.folder_card import find_license, make_card
+from converter.publish.folder_card import CardOptions, make_card
 from converter.publish.model_card import CARD_NAME
 from formats import EXPERTS_FOLDER, INDEX_NAME
 from formats.artifact import Artifact
 from formats.errors import HubError, MoeConvertError
 from formats.files.paths import locate
 from formats.hub.ranges import RemoteFile, Retries
-from formats.hub.repo_writer import RepoWriter
+from formats.hub.repo_writer import BranchState, RepoWriter
 from formats.index import Index
 from formats.quality import QUALITY_NAME
 from formats.repo_names import check_repo_name
@@ -62,14 +62,16 @@ class Publication:
     url: str | None = None
 
 
-def check_target(options: PublishOptions) -> None:
-    """Raise HubError if the Hub would refuse any upload: bad name, token or files in the way.
+def check_target(options: PublishOptions) -> BranchState:
+    """Return the state of the branch. Changes nothing on the Hub.
 
-    Changes nothing on the Hub.
+    Raises HubError if the Hub would refuse any upload: bad name, token or files in the way.
     """
     writer = options.writer
     writer.check_access()
-    _refuse_weights(writer.state().files, options.repo)
+    branch = writer.state()
+    _refuse_weights(branch.files, options.repo)
+    return branch
 
 
 def check_publication(folder: Path, options: PublishOptions) -> None:
@@ -78,9 +80,8 @@ def check_publication(folder: Path, options: PublishOptions) -> None:
     Checks the licence, the card, the metadata on the Hub, and the target as `check_target` does.
     """
     artifact = Artifact.open(folder)
-    _check_license(artifact, options)
-    check_target(options)
-    _check_card(_card(artifact, options), options)
+    branch = check_target(options)
+    _check_card(_card(artifact, options, branch), options)
 
 
 def publish_folder(
@@ -93,11 +94,10 @@ def publish_folder(
     """
     check_repo_name(options.repo)
     artifact = Artifact.open(folder)
-    _check_license(artifact, options)
-    card = _card(artifact, options)
+    writer = options.writer
+    card = _card(artifact, options, writer.state())
     _check_card(card, options)
     contents = _contents(artifact, card)
-    writer = options.writer
     branch = writer.state() if dry_run else writer.create()
     _refuse_weights(branch.files, options.repo)
     sent = {
@@ -115,13 +115,14 @@ def publish_folder(
     return Publication(sizes, unchanged, deleted, commit.commit_id, commit.url)
 
 
-def _check_license(artifact: Artifact, options: PublishOptions) -> None:
-    names = [file.file for file in artifact.index.files]
-    find_license(names, options.license, artifact.folder)
-
-
-def _card(artifact: Artifact, options: PublishOptions) -> str:
-    return make_card(artifact, options.repo, options.license, options.base_model)
+def _card(artifact: Artifact, options: PublishOptions, branch: BranchState) -> str:
+    revision = None if options.revision == "main" else options.revision
+    return make_card(
+        artifact,
+        CardOptions(
+            options.repo, revision, options.license, options.base_model, branch.read(CARD_NAME)
+        ),
+    )
 
 
 def _check_card(card: str, options: PublishOptions) -> None:

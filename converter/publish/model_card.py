@@ -1,170 +1,163 @@
-"""The model card, README.md, made from a converted folder's index and quality.json alone.
+"""The model card, README.md, made from a converted folder alone.
 
-Their texts may be a stranger's: each goes into the card through `code`, so that it is neither
-Markdown nor HTML.
+The texts of index and quality.json may be a stranger's: each goes into the card through `code`, or
+quoted into a code block, so that it is neither Markdown nor HTML.
 """
 
-import json
-import logging
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from converter.publish.card_sections import (
-    code,
-    expert_entries,
-    memory_lines,
-    origin_lines,
-    quality_lines,
-    size_lines,
+from converter.publish.card_markdown import code
+from converter.publish.card_memory import memory_lines, size_lines
+from converter.publish.card_metadata import Metadata
+from converter.publish.card_quality import quality_lines
+from converter.publish.card_recipe import (
+    attention_bits,
+    expert_bits,
+    has_packed_experts,
+    is_quantized,
+    recipe_lines,
 )
-from formats.files.io_errors import translated
-from formats.files.partial_file import write_file
+from converter.publish.card_usage import (
+    FOLDER,
+    Usage,
+    chat_lines,
+    generate_lines,
+    install_lines,
+    python_lines,
+)
+from formats.artifact import Artifact
+from formats.config.model_types import MODEL_TYPES
 from formats.index import Index
-from formats.packing import PACKINGS, tile_packing_named
-from formats.quality import Quality, read_quality
+from formats.quality import Quality
 from formats.repo_names import is_repo_name
-from formats.trunk import ATTENTION
 
 CARD_NAME = "README.md"
-MARK = "<!-- made by moe-convert: without this line the card is kept as it is -->"
-"""Every upload makes a card with this line again."""
-
-_log = logging.getLogger(__name__)
+UNKNOWN = "unknown"
+"""The Hub's identifier of a licence that nobody stated."""
+_HUB = "https://huggingface.co"
+_FILE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
-class CardOptions:
-    """The facts of a card that the folder does not hold.
+class CardFacts:
+    """The facts of a card that neither index nor quality.json holds.
 
-    repo: the name in the loading example. license: one of the Hub's identifiers, None for no claim.
-    license_file: the folder's licence file. base_model: None for the index's source.
+    repo: the repository, None for a folder that is not published. revision: a branch other than
+    main. base_model: None for the index's source. carried: fields of the source's card, as
+    `carried_over` returns them. license_file: the folder's licence file.
     """
 
-    repo: str
-    license: str | None = None
-    license_file: str | None = None
+    repo: str | None = None
+    revision: str | None = None
     base_model: str | None = None
+    carried: Metadata = field(default_factory=dict)
+    license_file: str | None = None
 
 
-def card_text(index: Index, quality: Quality | None, options: CardOptions) -> str:
-    """Return the card: metadata for the Hub, description, loading, sizes, quality and origin."""
-    base = options.base_model
-    if base is None and is_repo_name(index.source.name):
-        base = index.source.name
-    attention_bits = _attention_bits(index)
-    is_quantized = _has_packed_experts(index) or attention_bits > 0
-    lines = [
-        *_metadata(index.architecture.model_type, base, options, is_quantized),
-        MARK,
-        "",
-        f"# {code(base or index.source.name)}, {code(index.recipe.name)}",
-        "",
-        *_description(index, base, attention_bits),
-        "",
-        "```python",
-        "import loader",
-        f"model = loader.from_pretrained({json.dumps(options.repo)})",
-        f"tokenizer = loader.load_tokenizer({json.dumps(options.repo)})",
-        "```",
-        "",
-        "transformers alone does not load this folder.",
-        "",
-        "## Sizes",
-        "",
-        *size_lines(index),
-        "",
-        "## Memory",
-        "",
-        *memory_lines(index),
-        "",
-        "## Quality",
-        "",
-        *quality_lines(quality),
-        "",
-        "## Origin",
-        "",
-        *origin_lines(index),
-    ]
-    return "\n".join(lines) + "\n"
+def merged_adapters(index: Index) -> list[str]:
+    """Return the names of the adapters that were merged into the source, in order."""
+    return [str(name) for name in getattr(index.source, "adapters", ())]
 
 
-def write_card(out: Path, index: Index) -> None:
-    """Write README.md of a folder whose index is not written yet; keep a card without MARK.
-
-    An upload makes the card again with the repository's name.
-    """
-    path = out / CARD_NAME
-    with translated(path, "read"):
-        if path.is_file() and MARK not in path.read_text(errors="replace"):
-            _log.info("%s was not made by moe-convert and is kept", path)
-            return
-    write_file(path, card_text(index, read_quality(out), CardOptions("PATH")).encode())
+def base_model(index: Index, given: str | None) -> str | None:
+    """Return the model that was converted: `given`, or the source if it is a repository's name."""
+    if given is None and is_repo_name(index.source.name):
+        return index.source.name
+    return given
 
 
-def _metadata(
-    model_type: str, base: str | None, options: CardOptions, is_quantized: bool
-) -> Iterator[str]:
-    yield "---"
-    yield "library_name: moe-convert"
-    yield "pipeline_tag: text-generation"
+def card_metadata(index: Index, facts: CardFacts) -> Metadata:
+    """Return the card's metadata for the Hub."""
+    base = base_model(index, facts.base_model)
+    adapters = [name for name in merged_adapters(index) if is_repo_name(name)]
+    quantized = is_quantized(index)
+    tags = [index.architecture.model_type, "moe", *["quantized"] * quantized, "moe-convert"]
+    metadata: Metadata = {
+        "library_name": "moe-convert",
+        "pipeline_tag": facts.carried.get("pipeline_tag", "text-generation"),
+    }
     if base:
-        yield f"base_model: {json.dumps(base)}"
-        if is_quantized:
-            yield "base_model_relation: quantized"
-    if options.license:
-        yield f"license: {json.dumps(options.license)}"
-        if options.license == "other" and options.license_file:
-            yield f"license_name: {json.dumps(options.license_file.lower())}"
-        if options.license_file:
-            yield f"license_link: {json.dumps(options.license_file)}"
-    yield "tags:"
-    yield f"- {model_type}"
-    yield "- moe"
-    if is_quantized:
-        yield "- quantized"
-    yield "- moe-convert"
-    yield "---"
-    yield ""
+        metadata["base_model"] = [base, *adapters] if adapters else base
+    if base and quantized:
+        metadata["base_model_relation"] = "quantized"
+    for name in ("license", "license_name", "license_link", "language"):
+        if name in facts.carried:
+            metadata[name] = facts.carried[name]
+    own_tags = [tag for tag in facts.carried.get("tags", []) if tag not in tags]
+    return metadata | {"tags": [*tags, *own_tags]}
 
 
-def _description(index: Index, base: str | None, attention_bits: float) -> Iterator[str]:
+def card_part(artifact: Artifact, quality: Quality | None, facts: CardFacts) -> str:
+    """Return the card's text: from installing to the licence."""
+    index = artifact.index
+    usage = Usage.of(artifact, facts.repo or FOLDER, facts.revision)
+    base = base_model(index, facts.base_model)
+    title = facts.repo or base or index.source.name
+    sections = {
+        "Install": install_lines(),
+        "Generate text": generate_lines(usage),
+        "Python": python_lines(usage),
+        "Chat": chat_lines(usage),
+        "Memory": memory_lines(artifact),
+        "Quality": quality_lines(quality, usage),
+        "Recipe": recipe_lines(index, merged_adapters(index)),
+        "Sizes": size_lines(index),
+        "Limits": _limit_lines(),
+        "Licence": _license_lines(facts, base),
+    }
+    lines = ["", f"# {code(title.rpartition('/')[2])}", "", *_description(index, base)]
+    for name, section in sections.items():
+        lines += ["", f"## {name}", "", *section]
+    return "\n".join(lines) + "\n\n"
+
+
+def _description(index: Index, base: str | None) -> Iterator[str]:
+    a = index.architecture
     name = code(base or index.source.name)
     if base and is_repo_name(base):
-        name = f"[{name}](https://huggingface.co/{base})"
-    entries = expert_entries(index)
-    gate_up = " and ".join(map(code, sorted({entry.gate_up for entry in entries})))
-    down = " and ".join(map(code, sorted({entry.down for entry in entries})))
-    experts = "as in the source"
-    if _has_packed_experts(index):
-        experts = f"quantized to {_expert_bits(index):.3f} bits per weight"
-    attention = "as in the source"
-    if attention_bits:
-        attention = f"quantized to {attention_bits:.3f} bits per weight"
-    yield f"{name} in the expert-addressable format of {code(index.producer.name)}."
-    yield f"Its experts are {experts} ({gate_up} for gate and up, {down} for down)."
-    yield f"Its attention is {attention}."
-    yield "It runs in less memory than its size: experts are read from disk through a cache."
+        name = f"[{name}]({_HUB}/{base})"
+    yield f"{name}, converted for moe-convert."
+    if has_packed_experts(index):
+        yield f"Its experts have {expert_bits(index):.2f} bits per weight."
+    else:
+        yield "Its experts are as in the source."
+    if bits := attention_bits(index):
+        yield f"Its attention has {bits:.2f} bits per weight."
+    yield ""
+    yield f"A token uses {a.num_experts_per_tok} of {a.num_local_experts} experts in each layer."
+    yield "moe-convert keeps some experts in RAM and reads the others from the disk."
+    yield "So the model needs less RAM than its size."
+    yield "Other programs cannot load these files."
 
 
-def _has_packed_experts(index: Index) -> bool:
-    return any(e.gate_up in PACKINGS or e.down in PACKINGS for e in expert_entries(index))
+def _limit_lines() -> Iterator[str]:
+    types = ", ".join(f"`{name}`" for name in MODEL_TYPES)
+    yield f"- moe-convert runs these model types: {types}."
+    yield "- It needs transformers 5.3 or newer, before 6, and torch 2.6 or newer."
+    yield "- It is fast on x86-64 with AVX2 or AVX-512, and slow on other processors."
+    yield "- `moe-convert plan` estimates the speed on your machine."
 
 
-def _expert_bits(index: Index) -> float:
-    """Return the bits per weight of the experts."""
-    entries = expert_entries(index)
-    weights = 3 * index.architecture.hidden_size * index.architecture.intermediate_size
-    return 8 * sum(entry.length for entry in entries) / (len(entries) * weights)
+def _license_lines(facts: CardFacts, base: str | None) -> Iterator[str]:
+    license_id = facts.carried.get("license")
+    link = facts.carried.get("license_link") or facts.license_file
+    if not license_id or license_id == UNKNOWN:
+        yield "The licence is not known: the source names none."
+        if base and is_repo_name(base):
+            yield f"Ask the authors of [{code(base)}]({_HUB}/{base}) before you use the model."
+        else:
+            yield "Ask the authors of the source before you use the model."
+        return
+    ids = license_id if isinstance(license_id, list) else [license_id]
+    name = facts.carried.get("license_name")
+    words = ", ".join(map(code, ids)) + (f" ({code(name)})" if name else "")
+    yield f"The licence of the weights is {words}{_see(link)}. It is that of the source."
 
 
-def _attention_bits(index: Index) -> float:
-    """Return the bits per weight of packed attention matrices; 0 if none is packed."""
-    n_bytes = 0
-    weights = 0
-    for module, linear in index.trunk.packed.items():
-        if module.rpartition(".")[2] in ATTENTION:
-            packing = tile_packing_named(linear.packing)
-            n_bytes += packing.matrix_bytes(linear.rows, linear.columns)
-            weights += linear.rows * linear.columns
-    return 8 * n_bytes / max(1, weights)
+def _see(link: str | None) -> str:
+    if not link:
+        return ""
+    is_target = link.startswith(("http://", "https://")) or _FILE_NAME.fullmatch(link)
+    return f", see [{code(link)}]({link})" if is_target else f", see {code(link)}"

@@ -10,6 +10,7 @@ from formats.hub.hub_errors import hub_call
 from formats.hub.hub_settings import progress_bars
 from formats.hub.ranges import RemoteFile, Retries
 from formats.hub.repo import HubRepo
+from formats.hub.repo_files import read_small_file
 from formats.repo_names import check_repo_name
 
 _TOKEN_HINT = "give a token that may write with --token, or log in: hf auth login"
@@ -18,10 +19,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BranchState:
-    """The head of a branch. commit: None if repository or branch does not exist yet."""
+    """The head of a branch. repo: None if the repository does not exist yet."""
 
-    commit: str | None = None
-    files: dict[str, RemoteFile] = field(default_factory=dict)
+    repo: HubRepo | None = None
+
+    @property
+    def commit(self) -> str | None:
+        """The commit; None if the repository does not exist yet."""
+        return self.repo.commit if self.repo else None
+
+    @property
+    def files(self) -> dict[str, RemoteFile]:
+        """Files by name."""
+        return self.repo.files if self.repo else {}
+
+    def read(self, name: str) -> bytes | None:
+        """Return a small file; None if there is none. Raises HubError, DamageError."""
+        return read_small_file(self.repo, name) if self.repo and name in self.files else None
 
 
 @dataclass(frozen=True)
@@ -142,8 +156,7 @@ class RepoWriter:
         return self._call(ask)
 
     def _head(self, branch: str | None) -> BranchState:
-        repo = HubRepo.open(self.repo, branch, self.token, self.retries)
-        return BranchState(repo.commit, repo.files)
+        return BranchState(HubRepo.open(self.repo, branch, self.token, self.retries))
 
     def _api(self) -> Any:
         from huggingface_hub import HfApi

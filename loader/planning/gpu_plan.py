@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from formats.errors import DoesNotFitError
+from formats.model_memory import PROCESS_BYTES
 from formats.sizes import size_option
 from loader.budget.expert_sizes import (
     SizedExperts,
@@ -16,7 +17,7 @@ from loader.budget.expert_sizes import (
 )
 from loader.budget.slot_counts import slots_by_layer, tier_counts
 from loader.cuda.experts.stack import TIER_STAGING
-from loader.planning.memory_plan import PROCESS_BYTES, ModelSizes, Plan
+from loader.planning.memory_plan import ModelSizes, Plan
 from loader.traces.tier_misses import TierMisses
 
 CONTEXT_BYTES = 512 << 20

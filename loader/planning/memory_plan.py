@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from formats.index import Architecture
+from formats.model_memory import PROCESS_BYTES, activation_bytes, kv_position_bytes
 from formats.safetensors_header import DTYPE_BYTES, TensorEntry
 from formats.sizes import size_option
 from loader.budget.expert_sizes import (
@@ -19,11 +20,6 @@ from loader.budget.slot_counts import can_lie_in_place, slots_by_layer
 from loader.experts.policy import Policy
 from loader.traces.slot_shares import miss_bytes
 from loader.traces.trace import Trace
-
-PROCESS_BYTES = 320 << 20
-"""RAM for Python, torch, transformers and one token's activations. Measured: 302 MiB of anonymous
-memory after a prompt of 16 tokens and 16 more (torch 2.13 on CPU, transformers 5.24).
-"""
 
 EFFICIENCY = 0.75
 """Low end of the expected speed, as a share of the speed that disk and memory allow without
@@ -83,11 +79,7 @@ class ModelSizes:
             stored=stored or tuple(map(float, expert_bytes_by_layer(experts))),
             trunk=whole,
             trunk_read=whole if a.tie_word_embeddings else whole - embeddings.n_bytes,
-            kv_per_position=2
-            * a.num_hidden_layers
-            * a.num_key_value_heads
-            * a.head_dim
-            * DTYPE_BYTES[embeddings.dtype],
+            kv_per_position=kv_position_bytes(a, DTYPE_BYTES[embeddings.dtype]),
             in_place=in_place,
         )
 
@@ -103,11 +95,7 @@ class ModelSizes:
 
     def activations(self, prompt: int) -> int:
         """Return the bytes of activations for a prompt of `prompt` tokens, float32."""
-        return (
-            4
-            * prompt
-            * (2 * self.architecture.intermediate_size + 4 * self.architecture.hidden_size)
-        )
+        return activation_bytes(self.architecture, prompt)
 
     def workspace(self, prompt: int) -> int:
         """Return the bytes of the process without weights, expert cache and KV cache."""

@@ -14,10 +14,7 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
 
-from converter.publish.card_sections import model_parameters
-from converter.publish.model_card import CardOptions, card_text
 from formats.artifact import Artifact
-from formats.quality import Comparison, Evaluation, read_quality, save_evaluation
 
 REPO = "me/tiny-2bit"
 Run = Callable[..., tuple[int, dict[str, Any]]]
@@ -221,27 +218,6 @@ def test_a_card_that_is_no_text_is_refused(
     (converted_copy / "README.md").write_bytes(b"\xff\xfe")
     assert upload()[0] == 1
     assert REPO not in hub.repos
-
-
-def test_the_card_counts_the_models_parameters(
-    converted: Callable[[str], Path], example_folder: Path
-) -> None:
-    index = Artifact.open(converted("2bit")).index
-    count = 0
-    for shard in example_folder.glob("*.safetensors"):
-        with safe_open(shard, "pt") as file:
-            count += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    assert model_parameters(index) == count
-    assert f"{count:,}" in card_text(index, None, CardOptions("a/b"))
-
-
-def test_the_card_has_an_evaluation(converted_copy: Path) -> None:
-    row = Comparison("english", 4, 1000, 61.9, 61.0, 1.0147, 0.001, 0.0123, 0.001, 0.95, [0.9])
-    save_evaluation(converted_copy, Evaluation("tiny", 256, {}, [row], row))
-    card = card_text(
-        Artifact.open(converted_copy).index, read_quality(converted_copy), CardOptions("a/b")
-    )
-    assert "| `english` | 1,000 | 61.900 | 61.000 | 1.0147 | 0.01230 | 95.00% |" in card
 
 
 def test_a_licence_file_needs_no_option(

@@ -15,13 +15,15 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from msgspec.structs import replace
 
+from converter.publish.card_parts import Card
 from converter.publish.hub_commit import PublishOptions, publish_folder
-from converter.publish.model_card import CardOptions, card_text
+from converter.publish.model_card import CardFacts, card_metadata, card_part
 from formats.artifact import Artifact
 from formats.index import Index
 from formats.quality import Comparison, Evaluation, Quality
 
 MARK = "ATTACK"
+LICENSED = CardFacts("me/model", carried={"license": "mit"})
 TEXTS = [
     f"# {MARK}",
     f"![{MARK}](https://evil.example/x.png)",
@@ -75,6 +77,12 @@ def hostile(text: str) -> tuple[Index, Quality]:
     )
 
 
+def card_text(index: Index, quality: Quality, facts: CardFacts) -> str:
+    """Return the card of a folder with this index."""
+    artifact = Artifact(VECTORS / "folder", index, index.config)
+    return Card("", {}).renewed(card_metadata(index, facts), card_part(artifact, quality, facts))
+
+
 def tokens_of(card: str) -> Iterator[Token]:
     """All tokens of the rendered card, without its metadata."""
     body = card.split("---\n", 2)[2]
@@ -89,21 +97,21 @@ def shape(card: str) -> list[str]:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_of_an_index_are_code_in_the_card_and_nothing_else(text: str) -> None:
-    card = card_text(*hostile(text), CardOptions("me/model", license="mit"))
+    card = card_text(*hostile(text), LICENSED)
     for token in tokens_of(card):
-        assert token.type not in ("image", "link_open", "html_inline", "hr"), token
+        assert token.type not in ("image", "html_inline", "hr"), token
+        if token.type == "link_open":
+            assert token.attrs["href"] == "#memory"
         if MARK in token.content and token.type != "inline":
-            assert token.type == "code_inline", token
+            assert token.type in ("code_inline", "fence"), token
         if token.type == "html_block":
-            assert re.fullmatch("<!-- made by moe-convert.*-->\n?", token.content)
-    assert shape(card) == shape(
-        card_text(*hostile("plain"), CardOptions("me/model", license="mit"))
-    )
+            assert re.fullmatch("<!-- moe-convert (begin|end)[^<>]*-->\n?", token.content)
+    assert shape(card) == shape(card_text(*hostile("plain"), LICENSED))
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_metadata_are_the_expected_ones_whatever_an_index_says(text: str) -> None:
-    card = card_text(*hostile(text), CardOptions("me/model", license="mit"))
+    card = card_text(*hostile(text), LICENSED)
     assert len(re.findall(r"^---\s*$", card, re.M)) == 2
     assert yaml.safe_load(card.split("---\n")[1]) == {
         "library_name": "moe-convert",
@@ -130,9 +138,10 @@ def test_only_the_name_of_a_repository_becomes_a_link() -> None:
     index = replace(index, source=replace(index.source, name="me/tiny"))
     links = [
         t.attrs["href"]
-        for t in tokens_of(card_text(index, quality, CardOptions("a/b")))
+        for t in tokens_of(card_text(index, quality, CardFacts("a/b")))
         if t.type == "link_open"
     ]
-    assert links == ["https://huggingface.co/me/tiny"]
-    given = card_text(index, quality, CardOptions("a/b", base_model="x](https://evil.example) <b>"))
-    assert not {"link_open", "html_inline"} & set(shape(given))
+    assert set(links) == {"https://huggingface.co/me/tiny", "#memory"}
+    given = card_text(index, quality, CardFacts("a/b", base_model="x](https://evil.example) <b>"))
+    assert [t.attrs["href"] for t in tokens_of(given) if t.type == "link_open"] == ["#memory"]
+    assert "html_inline" not in shape(given)

@@ -56,7 +56,9 @@ ARROWS = {
         "converter.publish converter.recipe converter.solvers formats formats.config "
         "formats.files"
     ),
-    "converter.publish": "converter.recipe formats formats.files formats.hub",
+    "converter.publish": (
+        "converter.recipe converter.solvers formats formats.config formats.files formats.hub"
+    ),
     "converter.recipe": (
         "converter.calibration converter.solvers converter.solvers.native formats "
         "formats.config formats.files"

@@ -91,7 +91,7 @@ def open_source(
 
 def check_upload(source: Any, options: dict[str, Any]) -> None:
     """Reject before the conversion what the upload would reject after it."""
-    from converter.publish.folder_card import find_license
+    from converter.publish.folder_card import check_license
     from converter.publish.hub_commit import PublishOptions, check_target
     from formats.repo_names import check_repo_name
 
@@ -105,7 +105,7 @@ def check_upload(source: Any, options: dict[str, Any]) -> None:
     check_repo_name(repo)
     folder = source if isinstance(source, Path) else source.folder
     if folder.is_dir():
-        find_license([p.name for p in folder.iterdir()], options["license_id"], folder)
+        check_license(folder, options["license_id"])
     check_target(
         PublishOptions(
             repo, options["private"], license=options["license_id"], token=options["token"]

@@ -7,6 +7,7 @@ from project_paths import ROOT
 from converter.output.planned_folder import PlannedFolder
 from converter.recipe.recipes import make_recipe
 from formats.errors import DoesNotFitError
+from formats.model_memory import PROCESS_BYTES
 from loader.budget.expert_sizes import staging_experts
 from loader.budget.slot_counts import slots_by_layer, tier_counts
 from loader.cuda.experts.stack import TIER_STAGING
@@ -18,7 +19,7 @@ from loader.planning.gpu_plan import (
     GpuMachine,
     plan_gpu,
 )
-from loader.planning.memory_plan import PROCESS_BYTES, ModelSizes
+from loader.planning.memory_plan import ModelSizes
 from loader.traces.tier_misses import uniform_tier_misses
 
 ARCHITECTURE = SimpleNamespace(

@@ -9,12 +9,12 @@ from converter.output.planned_folder import PlannedFolder
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
+from formats.model_memory import PROCESS_BYTES
 from loader.budget.expert_sizes import staging_bytes
 from loader.budget.slot_counts import slots_of_folder
 from loader.experts.policy import LruPolicy
 from loader.planning.memory_plan import (
     EFFICIENCY,
-    PROCESS_BYTES,
     Machine,
     ModelSizes,
     plan_memory,
