@@ -61,8 +61,10 @@ def fingerprint(
 
 
 def recorded_recipe(recipe: ConversionRecipe) -> dict[str, Any]:
-    """Return the fingerprint's field for the recipe."""
-    return {"recipe": msgspec.to_builtins(recipe.recorded)}
+    """Return the fingerprint's field for the recipe, without the name: it decides no byte."""
+    fields = msgspec.to_builtins(recipe.recorded)
+    del fields["name"]
+    return {"recipe": fields}
 
 
 def check_same(
@@ -74,8 +76,8 @@ def check_same(
 ) -> Index:
     """Return the index of the complete conversion in `out`.
 
-    Raises OutputError for another source, recipe, codec or calibration. Reads no weights: it
-    compares only names and sizes of the source's shards.
+    Raises OutputError for another source, recipe, codec or calibration. The recipe may have another
+    name. Reads no weights: it compares only names and sizes of the source's shards.
     """
     index = read_index(out)
     old = index.recipe
@@ -85,7 +87,11 @@ def check_same(
         old = replace(old, options=without_rules(old.options))
     versions = index.producer.versions
     compared = [
-        *((f"recipe ({f})", getattr(old, f), getattr(new, f)) for f in new.__struct_fields__),
+        *(
+            (f"recipe ({f})", getattr(old, f), getattr(new, f))
+            for f in new.__struct_fields__
+            if f != "name"
+        ),
         ("codec", index.layers[0].experts[0].codec, codec),
         (
             "calibration",

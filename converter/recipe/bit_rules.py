@@ -2,7 +2,8 @@
 
 As text: `0-3,28/down=3bit`, that is LAYERS[:EXPERTS][/PROJECTION]=BITS. Layers and experts are
 numbers and ranges (both ends included), or `*`. A projection is gate_up or down; without one, the
-rule is for both. Bits are 2bit, 3bit, 4bit, 16bit (as in the source), or the name of a packing.
+rule is for both. Bits are 2bit, 3bit, 4bit, 16bit (as in the source), 2bit-scalar, 3bit-scalar, or
+the name of a packing.
 Commas separate rules. The last matching rule wins. The index stores each rule as an option `rule.N`
 of the recipe (converter/recipe/recipe_options.py).
 """
@@ -15,7 +16,10 @@ from formats.errors import RecipeError
 from formats.packing import ALL_PACKINGS
 
 BY_BITS = {2: "tile32-q2-g16-s4", 3: "tile32-q3-g32-s4", 4: "tile32-q4-g64-s8"}
-"""Default packing for each number of bits."""
+"""Default packing for each number of bits. A later release may choose others."""
+
+SCALAR = {"2bit-scalar": "tile32-q2-g16-s4", "3bit-scalar": "tile32-q3-g32-s4"}
+"""Recipe's name -> the packing that it keeps when BY_BITS changes."""
 
 UNPACKED = "none"
 """Stands for a packing: weights stay as in the source."""
@@ -96,7 +100,7 @@ def _merge(numbers: Sequence[int]) -> Ranges:
 
 def _parse_rule(match: re.Match[str]) -> BitRule:
     layers, experts, projection, bits = match.groups()
-    by_name = {f"{n}bit": name for n, name in BY_BITS.items()} | {"16bit": UNPACKED}
+    by_name = {f"{n}bit": name for n, name in BY_BITS.items()} | {"16bit": UNPACKED} | SCALAR
     known = (*by_name, *ALL_PACKINGS)
     if bits not in known:
         raise RecipeError(f"rule {match[0]}: {bits!r} is unknown; known are {', '.join(known)}")

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from converter.calibration.calibration_text import DEFAULT_TOKENS, KINDS, MIN_TOKENS
 from converter.calibration.layer_statistics import DOWN_BLOCK
-from converter.recipe.bit_rules import BY_BITS, UNPACKED, parse_rules
+from converter.recipe.bit_rules import BY_BITS, SCALAR, UNPACKED, parse_rules
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipe_options import Calibration, DownWidth, RecipeOptions
 from converter.solvers.native import solver_library
@@ -27,17 +27,18 @@ _TRUNK_PACKING = "tile32-q4-g64-s8"
 RECIPES: dict[str, ConversionRecipe] = {
     name: ConversionRecipe(
         name,
-        BY_BITS[gate_up],
-        BY_BITS[down],
+        gate_up,
+        down,
         _TRUNK_PACKING,
         CALIBRATED_SOLVER,
         options=_CALIBRATED,
     )
     for name, gate_up, down in (
-        ("2bit", 2, 2),
-        ("2bit-down3", 2, 3),
-        ("3bit", 3, 3),
-        ("4bit", 4, 4),
+        ("2bit", BY_BITS[2], BY_BITS[2]),
+        ("2bit-down3", BY_BITS[2], BY_BITS[3]),
+        ("3bit", BY_BITS[3], BY_BITS[3]),
+        ("4bit", BY_BITS[4], BY_BITS[4]),
+        *((name, packing, packing) for name, packing in SCALAR.items()),
     )
 } | {
     name: ConversionRecipe(name, experts, experts, _TRUNK_PACKING, "hqq")
@@ -221,13 +222,13 @@ def _with_name(recipe: ConversionRecipe) -> ConversionRecipe:
     """Return the recipe under the name that its contents have.
 
     A target of bits gives the name. Otherwise it is that of a named recipe with the same packings
-    (for a recipe of the paper also the same solver), or custom.
+    (for a recipe of the paper also the same solver), or custom. Of two, the user's own name wins.
     """
     if recipe.options.target_bpw is not None:
         return replace(recipe, name=f"{recipe.options.target_bpw:g}bpw")
     if recipe.options.rules:
         return replace(recipe, name="custom")
-    for known in RECIPES.values():
+    for known in (RECIPES[recipe.name], *RECIPES.values()):
         renamed = replace(recipe, name=known.name)
         fixed_solver = known.solver != CALIBRATED_SOLVER
         if replace(renamed, solver=known.solver, options=known.options) == known and (

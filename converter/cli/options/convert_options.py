@@ -19,7 +19,8 @@ _RECIPE = (
         default="2bit",
         show_default=True,
         help="Bits and solver: 2bit, 2bit-down3 (2 bits, down_proj 3), 3bit, 4bit, 16bit (not"
-        " quantized), paper-2bit, paper-3bit, or a JSON file.",
+        " quantized), paper-2bit, paper-3bit, or a JSON file. 2bit-scalar and 3bit-scalar are the"
+        " packings of 2bit and 3bit, and stay so when these names get others.",
     ),
     click.option(
         "-b",

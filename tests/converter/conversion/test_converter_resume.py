@@ -31,6 +31,7 @@ from converter.journal.journal_file import Journal
 from converter.journal.records import LayerRecord, Record, ShardRecord
 from converter.recipe.recipes import make_recipe
 from formats.errors import NotConvertedError, OutputError
+from formats.index import read_index
 from formats.layer_file import compression_paths
 from formats.reading.verify import verify_folder
 
@@ -253,6 +254,22 @@ def test_resume_by_another_recipe_is_refused(
     with pytest.raises(OutputError, match=r"another recipe(?s:.*)--no-resume"):
         convert(source, out, recipe)
     assert hashes(out) == before
+
+
+def test_a_recipe_resumes_under_its_other_name_to_the_same_weights(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    interrupted(source, out, monkeypatch)
+    seen = converted_experts(monkeypatch, lambda: convert(source, out, "2bit-scalar"))
+    assert len(seen) == 3 * 4 - 5
+    assert read_index(out).recipe.name == "2bit-scalar"
+    named = {"moe_index.json", "config.json", "README.md"}
+    assert {k: v for k, v in hashes(out).items() if k not in named} == {
+        k: v for k, v in reference.items() if k not in named
+    }
+    assert not verify_folder(out).problems
+    assert convert(source, out, "2bit") == "already complete"
 
 
 def test_resume_from_other_weights_is_refused(

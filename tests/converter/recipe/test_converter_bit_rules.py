@@ -35,6 +35,10 @@ def test_a_rule_counts_for_its_layers_experts_and_projection_only(
         assert row == [(base, Q4 if expert in (0, 3, 4) else base) for expert in range(8)]
 
 
+def test_a_rule_takes_the_packing_of_a_scalar_recipe(architecture: Architecture) -> None:
+    assert packings(architecture, "2=3bit-scalar")[2][0] == (Q3, Q3)
+
+
 def test_of_rules_that_fit_the_last_counts(architecture: Architecture) -> None:
     assert packings(architecture, "*=4bit,2/gate_up=3bit", "2/gate_up=2bit")[2][0] == (Q2, Q4)
 

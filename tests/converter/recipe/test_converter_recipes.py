@@ -24,6 +24,8 @@ def test_named_recipes_use_the_packings_of_the_design() -> None:
         "2bit-down3": "tile32-q2-g16-s4",
         "3bit": "tile32-q3-g32-s4",
         "4bit": "tile32-q4-g64-s8",
+        "2bit-scalar": "tile32-q2-g16-s4",
+        "3bit-scalar": "tile32-q3-g32-s4",
         "paper-2bit": "tile32-q2-g16-s8",
         "paper-3bit": "tile32-q3-g64-s8",
         "16bit": "none",
@@ -42,6 +44,8 @@ def test_plain_recipes_calibrate_and_the_papers_do_not() -> None:
         "2bit-down3": ("feedback", "builtin"),
         "3bit": ("feedback", "builtin"),
         "4bit": ("feedback", "builtin"),
+        "2bit-scalar": ("feedback", "builtin"),
+        "3bit-scalar": ("feedback", "builtin"),
         "paper-2bit": ("hqq", None),
         "paper-3bit": ("hqq", None),
         "16bit": ("none", None),
@@ -82,6 +86,12 @@ def test_name_of_a_recipe_is_that_of_its_packings() -> None:
     assert make_recipe("2bit", solver="hqq").name == "2bit"
     assert make_recipe("2bit", calibrate="random").name == "2bit"
     assert make_recipe("paper-2bit", solver="refit").name == "custom"
+
+
+def test_the_name_that_the_user_gave_wins_over_another_name_of_the_same_packings() -> None:
+    assert make_recipe("2bit-scalar", calibrate="none").name == "2bit-scalar"
+    assert make_recipe("2bit-scalar", bits=3).name == "3bit"
+    assert make_recipe("2bit-down3", down="tile32-q2-g16-s4").name == "2bit"
 
 
 def test_bits_choose_the_packing() -> None:
