@@ -32,7 +32,7 @@ def complete(
             work.add(ShardRecord(name, sha256))
     files.trunk.finish()
     copied = [
-        write_config(checkpoint, recipe, out),
+        write_config(checkpoint.config, recipe, out),
         *copy_files(checkpoint.folder, plan.side_files, out),
     ]
     quality = write_quality(work.records, out)

@@ -6,6 +6,7 @@ from converter import __version__
 from converter.conversion.identity import calibration_version, overlay_version
 from converter.conversion.plan import ConversionPlan
 from converter.journal.records import LayerRecord
+from converter.output.conversion_sizes import OutputPlan
 from formats import FORMAT_VERSION, TRUNK_NAME
 from formats.expert import ExpertLayout
 from formats.index import (
@@ -49,9 +50,9 @@ def assemble_index(
         architecture=checkpoint.architecture,
         recipe=plan.recipe.recorded,
         packings=plan.output.packings,
-        trunk=_trunk(plan, trunk),
+        trunk=trunk_part(plan.output, trunk),
         layers=[
-            _layer_file(record, layouts, plan.options.codec)
+            layer_part(record, layouts, plan.options.codec)
             for record, layouts in zip(layers, plan.output.layouts, strict=True)
         ],
         files=files,
@@ -68,9 +69,10 @@ def _versions(plan: ConversionPlan) -> dict[str, str]:
     return versions
 
 
-def _trunk(plan: ConversionPlan, trunk: PlacedFile) -> Trunk:
-    entries = plan.output.trunk_entries
-    packed = plan.output.packed
+def trunk_part(output: OutputPlan, trunk: PlacedFile) -> Trunk:
+    """Return the index's part for the finished trunk file."""
+    entries = output.trunk_entries
+    packed = output.packed
     with open(trunk.path, "rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
     return Trunk(
@@ -84,7 +86,8 @@ def _trunk(plan: ConversionPlan, trunk: PlacedFile) -> Trunk:
     )
 
 
-def _layer_file(record: LayerRecord, layouts: list[ExpertLayout], codec: str) -> LayerFile:
+def layer_part(record: LayerRecord, layouts: list[ExpertLayout], codec: str) -> LayerFile:
+    """Return the index's part for a complete layer file. layouts: of its experts."""
     layer = record.layer
     entries = [
         ExpertEntry(layer, expert, *place, layout.gate_up.name, layout.down.name, codec)

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
-from converter.checkpoint.source import Checkpoint
 from formats import FORMAT_VERSION
 from formats.config.generation_config import GENERATION_NAME, clean_generation_config
 from formats.config.recorded_config import CONFIG_NAME, METHOD
@@ -28,18 +28,18 @@ from formats.index import CopiedFile, Recipe
 _log = logging.getLogger(__name__)
 
 
-def write_config(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> CopiedFile:
+def write_config(config: dict[str, Any], recipe: Recipe, out: Path) -> CopiedFile:
     """Write config.json: the source's fields that may reach transformers, and one of ours.
 
-    Transformers finds the loader's plugin by quantization_config.
+    config: the gated fields. Transformers finds the loader's plugin by quantization_config.
     """
     quantization = {
         "quant_method": METHOD,
         "format_version": FORMAT_VERSION,
         "recipe": recipe.name,
     }
-    config = {**checkpoint.config, "quantization_config": quantization}
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    fields = {**config, "quantization_config": quantization}
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
     return _write(out, CONFIG_NAME, text.encode())
 
 
