@@ -20,7 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from random_matrices import ExpertPool, generator_for
 
+from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
 from loader.arithmetic import kernels
 from loader.arithmetic.expert_table import ExpertTable
@@ -28,9 +30,7 @@ from loader.arithmetic.native_library import library
 
 
 class Experts:
-    """Distinct experts of one packing in anonymous memory with 2 MiB pages: random codes, plausible
-    row scales.
-    """
+    """Copies of a random expert of one packing, in anonymous memory with 2 MiB pages."""
 
     def __init__(self, packing: str, hidden: int, intermediate: int, total_bytes: int) -> None:
         self.packing, self.hidden, self.intermediate = packing, hidden, intermediate
@@ -40,14 +40,8 @@ class Experts:
         self._map = mmap.mmap(-1, self.count * stride)
         self._map.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        generator = torch.Generator().manual_seed(0)
-        one = torch.randint(0, 256, (self.size,), dtype=torch.uint8, generator=generator)
-        head = torch.full((64,), 1e-3, dtype=torch.float16).view(torch.uint8)
-        gate = kernels.packed_bytes(packing, 32, hidden)
-        down = kernels.packed_bytes(packing, 32, intermediate)
-        split = intermediate // 32 * 2 * gate
-        one[:split].view(-1, gate)[:, :128] = head
-        one[split:].view(-1, down)[:, :128] = head
+        layout = ExpertLayout(hidden, intermediate, PACKINGS[packing], PACKINGS[packing])
+        one = ExpertPool(layout, generator_for(0, "pool")).draw(generator_for(0, "expert"))
         self.blobs = [whole[i * stride : i * stride + self.size] for i in range(self.count)]
         for blob in self.blobs:
             blob.copy_(one)

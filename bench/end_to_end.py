@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from make_folder import kept_folder
 
 import loader
+from formats.artifact import Artifact
 from loader.arithmetic import kernels
-
-sys.path.insert(0, os.fspath(Path(__file__).parent))
-ROOT = Path(__file__).parent.parent
 
 
 class Clock:
@@ -63,10 +61,11 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(5, self.model.config.vocab_size, (1, prompt), generator=generator)
         layers = self.model.model.layers
+        count = Artifact.open(folder).architecture.num_local_experts
         # One list of experts of one size each, for the sum; reading them also brings them into RAM.
         self.experts = []
         for number, layer in enumerate(layers):
-            with layer.mlp.experts.cache.lease(number, range(8)) as lease:
+            with layer.mlp.experts.cache.lease(number, range(count)) as lease:
                 self.experts.append(list(lease.all().values()))
         top_k = self.model.config.num_experts_per_tok
         expert_bytes = top_k * sum(experts[0].numel() for experts in self.experts)
@@ -257,30 +256,6 @@ def _measures() -> dict[str, Callable[[], Any]]:
 MEASURES = _measures()
 
 
-def default_folder(work: Path, layers: int) -> Path:
-    """Return a converted model of random weights in 8x7B's shape; make it if it does not exist.
-
-    4 layers take 11.7 GB.
-    """
-    from make_checkpoint import SHAPES, make_checkpoint
-
-    source, folder = work / f"8x7b-{layers}", work / f"8x7b-{layers}-2bit"
-    if not (folder / "moe_index.json").exists():
-        print(f"making {folder}", file=sys.stderr)
-        make_checkpoint(source, SHAPES["8x7b"], layers)
-        command = [
-            sys.executable,
-            "-m",
-            "converter",
-            "convert",
-            os.fspath(source),
-            "-o",
-            os.fspath(folder),
-        ]
-        subprocess.run(command, check=True, cwd=ROOT)
-    return folder
-
-
 def main() -> None:
     """Run the parts and print a table, or one JSON object with --json."""
     parser = argparse.ArgumentParser(
@@ -326,7 +301,7 @@ def main() -> None:
     options = parser.parse_args()
     kernels.set_threads(options.threads)
     bench = Bench(
-        options.folder or default_folder(options.work, options.layers),
+        options.folder or kept_folder(options.work, options.layers),
         options.tokens,
         options.prompt,
     )

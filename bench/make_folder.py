@@ -86,6 +86,20 @@ def make_random_folder(
             raise
 
 
+def kept_folder(work: Path, layers: int, **sizes: int) -> Path:
+    """Return a folder in `work` with 8x7B's layers at 2bit; make it if it does not exist.
+
+    The vocabulary is 4096: with few layers, a real head would take most of a token's time. 4 layers
+    have 2 GB. sizes: others than 8x7B's, for tests.
+    """
+    folder = work / f"8x7b-{layers}-2bit"
+    if not (folder / INDEX_NAME).exists():
+        print(f"making {folder}", file=sys.stderr, flush=True)
+        config = shape_config("mixtral-8x7b", layers=layers, vocab=4096, **sizes)
+        make_random_folder(folder, config)
+    return folder
+
+
 class _RandomFolder:
     """A folder to write. source: has config.json and tokenizer."""
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from gpu_clock import Clock, median_time
 from make_checkpoint import Shape
+from random_matrices import ExpertPool, generator_for, random_matrix
 from torch import Tensor
 
 from formats import ALIGNMENT_BYTES
 from formats.expert import ExpertLayout
-from formats.packing import HEAD_BYTES, Packing
+from formats.packing import Packing
 from formats.reading.reader import aligned_bytes
 from loader.cuda.device.device import Device
 from loader.cuda.products.packed_products import Products
@@ -84,20 +85,6 @@ def ring_bytes(device: Device) -> int:
     return min(1 << 30, device.memory()[0] // 3)
 
 
-def random_tiles(shape: tuple[int, int]) -> Tensor:
-    """Return random tiles, flat uint8: any codes and scales, small super-scales.
-
-    shape: (number of tiles, bytes of a tile).
-    """
-    tiles = torch.randint(
-        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    tiles[:, :HEAD_BYTES] = torch.full((HEAD_BYTES // 2,), 1e-5, dtype=torch.float16).view(
-        torch.uint8
-    )
-    return tiles.view(-1)
-
-
 def on_device(device: Device, host: Tensor) -> Tensor:
     """Return a copy of `host`, uint8, in the device's memory."""
     memory = device.empty(host.numel())
@@ -115,7 +102,7 @@ class ExpertsRing:
         self.device, self.layout, self.products = device, layout, Products(device)
         packing = layout.gate_up
         assert isinstance(packing, Packing) and layout.down == packing
-        host = torch.cat([random_tiles(layout.gate_up_shape), random_tiles(layout.down_shape)])
+        host = ExpertPool(layout, generator_for(0, "pool")).draw(generator_for(0, "expert"))
         pairs = max(1, n_bytes // layout.n_bytes // 2)
         self.pairs = [(on_device(device, host), on_device(device, host)) for _ in range(pairs)]
         self.bytes_each_call = 2 * layout.n_bytes
@@ -154,7 +141,7 @@ class AttentionRing:
         self.hidden = shape.hidden
         narrow = shape.hidden // shape.heads * shape.kv_heads
         self.rows = shape.hidden, narrow, narrow, shape.hidden
-        hosts = [random_tiles(packing.stored_shape(rows, shape.hidden)) for rows in self.rows]
+        hosts = [random_matrix(packing, rows, shape.hidden).view(-1) for rows in self.rows]
         self.bytes_each_call = sum(host.numel() for host in hosts)
         layers = max(1, n_bytes // self.bytes_each_call)
         self.layers = [[on_device(device, host) for host in hosts] for _ in range(layers)]

@@ -17,13 +17,11 @@ resident  all experts on the GPU
 
 Needs Linux, an NVIDIA GPU of compute capability 7.0 or newer with 6 GB free, its driver, this
 repository's requirements, and torch from a CUDA wheel for that driver. It needs no compiler, CUDA
-toolkit or network. Without the native library of `pip install .`, the conversion is slow, and
-decode omits the CPU share.
+toolkit or network. Without the native library of `pip install .`, decode omits the CPU share.
 
-The default is 4 layers of Mixtral-8x7B's shape with random weights: 14 GB of disk while the model
-is made, 2 GB afterwards (--work keeps it for the next run), 12 GB of RAM, 4 of them page-locked.
-Each further layer takes 3.4 GB of disk (0.5 afterwards), 0.9 GB of RAM and 0.7 GB of the GPU.
-Estimated, not measured: 3 to 6 minutes to make the model, 5 to 10 for the rest. Exit code: 0 if
+The default is 4 layers of Mixtral-8x7B's shape with random weights: 2 GB of disk (--work keeps them
+for the next run), 12 GB of RAM, 4 of them page-locked. Each further layer takes 0.5 GB of disk, 0.9
+GB of RAM and 0.7 GB of the GPU. Estimated, not measured: 5 to 10 minutes. Exit code: 0 if
 everything was measured, 1 without a GPU, 2 if a section failed.
 """
 
@@ -33,7 +31,6 @@ import argparse
 import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,10 +46,10 @@ from gpu_clock import EventClock
 from gpu_decode import PAIRS, Decoding, compare, loaded, profile, resident
 from gpu_kernels import DeviceCopy, beside_copy, kernels, link, overlap, ring_bytes
 from gpu_report import SMI_FIELDS, Row, bars, line, parse_smi
-from make_checkpoint import SHAPES, make_checkpoint
+from make_checkpoint import SHAPES
+from make_folder import kept_folder
 
 import loader
-from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 from formats.expert import ExpertLayout
 from formats.packing import PACKINGS
@@ -61,7 +58,6 @@ from loader.cuda.device.torch_device import CudaDevice
 from loader.cuda.device_choice import choose_devices
 from loader.cuda.products.self_check import check_products
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPE = SHAPES["8x7b"]
 LAYOUT = ExpertLayout(SHAPE.hidden, SHAPE.intermediate, *[PACKINGS["tile32-q2-g16-s4"]] * 2)
 """Of an expert of the recipe 2bit."""
@@ -148,33 +144,11 @@ class Bench:
         return link(self.device, self.clock, LAYOUT.n_bytes)
 
     def _load(self) -> Callable[..., Any]:
-        folder = made_model(self.options.work, self.options.layers)
+        folder = kept_folder(self.options.work, self.options.layers)
         return partial(loader.from_pretrained, folder, device=self.device, ram_cache="1TiB")
 
 
 SECTIONS = ("check", "link", "overlap", "kernels", "decode", "gaps", "resident")
-
-
-def made_model(work: Path, layers: int) -> Path:
-    """Return a converted model of random weights in 8x7B's shape; make it if it does not exist."""
-    source, folder = work / f"8x7b-{layers}", work / f"8x7b-{layers}-2bit-hqq"
-    if not (folder / "moe_index.json").exists():
-        print(f"making {folder}", file=sys.stderr, flush=True)
-        make_checkpoint(source, SHAPE, layers)
-        command = [
-            sys.executable,
-            "-m",
-            "converter",
-            "convert",
-            os.fspath(source),
-            "-o",
-            os.fspath(folder),
-        ]
-        chosen = ["--recipe", "2bit", "--solver", "hqq", "--calibrate", "none"]
-        subprocess.run([*command, *chosen], check=True, cwd=ROOT, stdout=sys.stderr)
-        shutil.rmtree(source)
-    Artifact.open(folder)
-    return folder
 
 
 def nvidia_smi(uuid: str) -> dict[str, str]:

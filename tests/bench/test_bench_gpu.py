@@ -26,6 +26,7 @@ from gpu_gaps import Interval, busy_us, gaps, intervals_of
 from gpu_kernels import DeviceCopy, beside_copy, kernels, link, overlap
 from gpu_report import SMI_FIELDS, bars, line, parse_smi
 from make_checkpoint import SHAPES
+from make_folder import kept_folder
 from recording_device import RecordingDevice
 
 import loader
@@ -348,6 +349,10 @@ def test_the_whole_command_makes_its_model_and_fills_every_section(monkeypatch, 
         "SHAPE": MINI, "LAYOUT": LAYOUT, "EventClock": lambda index: CountingClock(device),
         "ring_bytes": lambda device: 4 * LAYOUT.n_bytes, "profile": lambda model, decoding: [gap],
         "kernels": partial(kernels, few=(1,), many=(16,), pairs=1),
+        "kept_folder": partial(
+            kept_folder, hidden=MINI.hidden, intermediate=MINI.intermediate, heads=MINI.heads,
+            kv_heads=MINI.kv_heads, head_dim=16, experts=MINI.experts,
+        ),
     }.items():  # fmt: skip
         monkeypatch.setattr(gpu_sections, name, value)
     monkeypatch.setattr(Speeds, "measured", lambda device, expert_bytes: Speeds(1e9, 1e9))
@@ -367,7 +372,7 @@ def test_the_whole_command_makes_its_model_and_fills_every_section(monkeypatch, 
     }
     assert json.loads(json.dumps(result)) == result
     assert [bar.met for bar in bars(result)].count(None) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["8x7b-2-2bit-hqq"]
+    assert [path.name for path in tmp_path.iterdir()] == ["8x7b-2-2bit"]
     assert not device.races
 
 
