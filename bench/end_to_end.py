@@ -28,6 +28,7 @@ from make_folder import kept_folder
 import loader
 from formats.artifact import Artifact
 from loader.arithmetic import kernels
+from loader.planning.memory_plan import ModelSizes
 
 
 class Clock:
@@ -51,6 +52,13 @@ class Clock:
         return [1e3 * (b - a) for a, b in zip(self.times[1:], self.times[2:], strict=False)]
 
 
+def token_bytes(artifact: Artifact) -> int:
+    """Return the bytes of weights that one token needs: its experts, attention and head."""
+    sizes = ModelSizes.of_folder(artifact)
+    a = artifact.architecture
+    return sizes.trunk_read + sizes.all_experts * a.num_experts_per_tok // a.num_local_experts
+
+
 class Bench:
     """A loaded model with its experts in RAM."""
 
@@ -61,17 +69,14 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(5, self.model.config.vocab_size, (1, prompt), generator=generator)
         layers = self.model.model.layers
-        count = Artifact.open(folder).architecture.num_local_experts
+        artifact = Artifact.open(folder)
+        count = artifact.architecture.num_local_experts
         # One list of experts of one size each, for the sum; reading them also brings them into RAM.
         self.experts = []
         for number, layer in enumerate(layers):
             with layer.mlp.experts.cache.lease(number, range(count)) as lease:
                 self.experts.append(list(lease.all().values()))
-        top_k = self.model.config.num_experts_per_tok
-        expert_bytes = top_k * sum(experts[0].numel() for experts in self.experts)
-        packed = [b.numel() for name, b in self.model.named_buffers() if name.endswith(".packed")]
-        head = self.model.lm_head.weight
-        self.token_bytes = expert_bytes + sum(packed) + head.numel() * head.element_size()
+        self.token_bytes = token_bytes(artifact)
 
     def stream_gb_s(self) -> float:
         """The streaming sum over all experts."""

@@ -1,12 +1,10 @@
 """Draw decoding speed under memory limits as an SVG, from the JSON of bench/offload.py.
 
-python bench/offload.py FOLDER --rounds 3 --tokens 32 --json > offload.json
-python bench/plot_offload.py offload.json -o offload.svg
+python bench/offload.py FOLDER --rounds 3 --tokens 32 --json > bench/results/offload.json
 python bench/plot_offload.py bench/results/offload.json -o docs/offload-speed.svg
 
-The last line draws the chart of the README. The file in bench/results has one run for each bar: the
-median that docs/benchmarks.md states. A list `setting` in the JSON becomes the lines below the
-chart.
+draws the chart of the README. A bar is the median of its runs, which docs/benchmarks.md states. The
+list `setting` in the JSON becomes the lines below the chart.
 """
 
 import argparse
@@ -16,6 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from offload_table import IN_RAM, MAPPED
 
 TITLE = "Tokens per second when memory holds a part of the experts"
 WIDTH = 760
@@ -42,36 +42,54 @@ class Series:
 
 SERIES = (
     Series("engine", "moe-convert", "#0969da"),
-    Series("kernel's map", "plain mmap, same kernels", "#8c959f"),
+    Series(MAPPED, "plain mmap, same kernels", "#8c959f"),
 )
 
 
 def offload_svg(result: dict[str, Any]) -> str:
-    """Return the chart: a group for each share of the experts' bytes, a bar for each series.
+    """Return the chart: a group for each memory limit, a bar for each series that it has.
 
     A bar is the median of its runs. The background is opaque, so that the chart is readable on
     light and on dark pages.
     """
     groups = {
-        share: [statistics.median(run["tokens_per_s"] for run in modes[s.mode]) for s in SERIES]
-        for share, modes in result["runs"].items()
+        limit: [(s, median(modes[s.mode], "tokens_per_s")) for s in SERIES if s.mode in modes]
+        for limit, modes in result["runs"].items()
     }
-    longest = max(max(speeds) for speeds in groups.values())
+    longest = max(speed for bars in groups.values() for _, speed in bars)
     parts = [_text(24, 34, TITLE, size=17, weight=600)]
     parts += _legend()
     y = TOP
-    for share, speeds in groups.items():
-        parts.append(_text(LEFT - 12, y + BAR + 4, f"{float(share):.0%} in RAM", anchor="end"))
-        for series, speed in zip(SERIES, speeds, strict=True):
+    for limit, bars in groups.items():
+        middle = y + BAR * len(bars) / 2
+        parts.append(_text(LEFT - 12, middle + 4, label_of(limit), anchor="end"))
+        for series, speed in bars:
             length = (RIGHT - LEFT) * speed / longest
             parts.append(_rectangle(LEFT, y, length, BAR - 2, series.colour))
-            parts.append(_text(LEFT + length + 6, y + 15, f"{speed:.1f}"))
+            parts.append(_text(LEFT + length + 6, y + 15, speed_text(speed)))
             y += BAR
         y += GROUP_GAP
     for line in result.get("setting", []):
         y += LINE
         parts.append(_text(24, y - 10, line, size=12, colour=FAINT))
     return _frame(parts, height=y + 14)
+
+
+def median(runs: list[dict[str, float]], name: str) -> float:
+    """Return the median of a figure of several runs."""
+    return statistics.median(run[name] for run in runs)
+
+
+def speed_text(tokens_per_s: float) -> str:
+    """Return a speed with one digit after the point, below 2 with two."""
+    return f"{tokens_per_s:.{1 if tokens_per_s >= 2 else 2}f}"
+
+
+def label_of(limit: str) -> str:
+    """Return a group's name for a key of the runs: a share, a size, or IN_RAM."""
+    if limit == IN_RAM:
+        return "all experts in RAM"
+    return f"{limit} of RAM" if limit.endswith("GiB") else f"{float(limit):.0%} in RAM"
 
 
 def _frame(parts: list[str], height: int) -> str:
