@@ -51,9 +51,10 @@ class MatrixPool:
         if self._tail is not None:
             end -= matrices
             stored[end:] = self._tail
-        if end:
-            chosen = torch.from_numpy(generator.integers(len(self._rows), size=end))
-            torch.index_select(self._rows, 0, chosen, out=stored[:end])
+        chosen = generator.integers(len(self._rows), size=end)
+        # Not torch's index_select: its threads spin while other layers are written.
+        out = stored[:end].view(torch.uint8).numpy()
+        np.take(self._rows.view(torch.uint8).numpy(), chosen, axis=0, out=out, mode="clip")
 
 
 class ExpertPool:
