@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "Show what a converted model holds.",
     "upload": "Publish a converted folder on the Hub.",
     "download": "Download a converted model from the Hub and check every byte.",
+    "export": "Write a converted model as a GGUF file for llama.cpp, ollama and LM Studio.",
     "verify": "Check a converted folder for damage.",
     "repair": "Replace the damaged parts of a converted folder.",
     "plan": "Show what fits in a memory budget, and the speed to expect.",

@@ -25,7 +25,8 @@ ARROWS = {
     "converter.cli.commands": (
         "converter converter.checkpoint converter.checkpoint.shards converter.cli.chat "
         "converter.cli.options converter.cli.show converter.cli.steps "
-        "converter.conversion converter.solvers.native formats formats.files formats.hub "
+        "converter.conversion converter.gguf converter.solvers.native formats formats.files "
+        "formats.hub "
         "formats.reading formats.repair loader loader.arithmetic loader.cuda "
         "loader.evaluation loader.experts loader.hf.loading loader.hf.modules "
         "loader.planning loader.serving loader.serving.answers loader.serving.http "
@@ -50,6 +51,7 @@ ARROWS = {
         "formats.files"
     ),
     "converter.forward": "converter.checkpoint formats formats.files",
+    "converter.gguf": "converter formats formats.files formats.reading",
     "converter.journal": "converter formats formats.config formats.files",
     "converter.output": (
         "converter converter.calibration converter.checkpoint converter.journal "

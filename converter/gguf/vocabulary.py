@@ -1,0 +1,147 @@
+"""The tokenizer as GGUF metadata.
+
+The source is the tokenizer that transformers built, so that all kinds of tokenizer files have one
+path. llama.cpp knows two kinds here: `llama` merges pieces by score (SentencePiece), and `gpt2`
+merges pairs of bytes by rank.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from converter.gguf.byte_level_vocabulary import merge_texts, pre_tokenizer_name
+from converter.gguf.sentencepiece_vocabulary import has_space_prefix, piece_scores
+from formats.errors import TokenizerError
+
+_BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All fields of `tokenizer.ggml`, by token id where they are lists."""
+
+    model: str
+    """`llama` or `gpt2`."""
+    pre: str
+    """Name of the pre-tokenizer in llama.cpp."""
+    tokens: list[str]
+    types: list[TokenType]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    special_ids: dict[str, int] = field(default_factory=dict)
+    """bos, eos, unk, pad -> token id."""
+    adds_bos: bool = False
+    adds_eos: bool = False
+    adds_space: bool = False
+    """True if a space is put before the text."""
+    chat_template: str | Sequence[Mapping[str, str]] | None = None
+
+    def add_to(self, writer: GGUFWriter) -> None:
+        """Add the fields to the metadata."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.scores:
+            writer.add_token_scores(self.scores)
+        if self.merges:
+            writer.add_token_merges(self.merges)
+        for name, number in self.special_ids.items():
+            getattr(writer, f"add_{name}_token_id")(number)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(self.adds_eos)
+        writer.add_add_space_prefix(self.adds_space)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
+
+
+def read_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> Vocabulary:
+    """Return the vocabulary of a transformers tokenizer, padded to `vocab_size` tokens.
+
+    where: the folder, for messages. Raises TokenizerError, with the part's name, for a tokenizer
+    that llama.cpp would imitate wrongly, or one with more tokens than the model.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TokenizerError(f"{where}: {type(tokenizer).__name__} has no tokenizer.json to export")
+    parts = json.loads(backend.to_str())
+    if parts["model"].get("type") != "BPE":
+        raise TokenizerError(
+            f"{where}: the tokenizer's model is {parts['model'].get('type')}, expected BPE:"
+            " other kinds cannot be exported to GGUF yet"
+        )
+    added = {token["id"]: token for token in parts["added_tokens"]}
+    tokens, types = _tokens(parts, added, vocab_size, where)
+    ids = _special_ids(tokenizer)
+    encoded = tokenizer("a")["input_ids"]
+    common: dict[str, Any] = {
+        "tokens": tokens,
+        "types": types,
+        "special_ids": ids,
+        "adds_bos": bool(encoded) and encoded[0] == ids.get("bos"),
+        "adds_eos": bool(encoded) and encoded[-1] == ids.get("eos"),
+        "chat_template": _chat_template(tokenizer),
+    }
+    if parts["model"]["byte_fallback"]:
+        return Vocabulary(
+            model="llama",
+            pre="default",
+            scores=piece_scores(parts, len(tokens), where),
+            adds_space=has_space_prefix(parts, where),
+            **common,
+        )
+    return Vocabulary(
+        model="gpt2",
+        pre=pre_tokenizer_name(parts, where),
+        merges=merge_texts(parts, where),
+        **common,
+    )
+
+
+def _tokens(
+    parts: dict[str, Any], added: dict[int, dict[str, Any]], vocab_size: int, where: str
+) -> tuple[list[str], list[TokenType]]:
+    """Return texts and types by token id. Ids without a token become unused."""
+    text_by_id = {number: text for text, number in parts["model"]["vocab"].items()}
+    text_by_id |= {number: token["content"] for number, token in added.items()}
+    if (largest := max(text_by_id)) >= vocab_size:
+        raise TokenizerError(
+            f"{where}: token {largest} ({text_by_id[largest]!r}) is beyond the model's"
+            f" {vocab_size} embeddings",
+            "use the model's own tokenizer, and convert again",
+        )
+    is_pieces = parts["model"]["byte_fallback"]
+    tokens = []
+    types = []
+    for number in range(vocab_size):
+        text = text_by_id.get(number)
+        if text is None:
+            tokens.append(f"[PAD{number}]")
+            types.append(TokenType.UNUSED)
+            continue
+        tokens.append(text)
+        if is_pieces and text == parts["model"]["unk_token"]:
+            types.append(TokenType.UNKNOWN)
+        elif number in added:
+            is_special = added[number]["special"]
+            types.append(TokenType.CONTROL if is_special else TokenType.USER_DEFINED)
+        elif is_pieces and text in _BYTE_TOKENS:
+            types.append(TokenType.BYTE)
+        else:
+            types.append(TokenType.NORMAL)
+    return tokens, types
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    return {name: number for name, number in ids.items() if number is not None}
+
+
+def _chat_template(tokenizer: Any) -> str | list[dict[str, str]] | None:
+    template: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(template, dict):
+        return template
+    return [{"name": name, "template": template[name]} for name in sorted(template)]
