@@ -6,9 +6,9 @@ import torch
 from gguf.quants import quantize
 from torch import Tensor
 
+from converter.gguf import requantize
 from converter.gguf.block_types import Type
 from converter.gguf.repack import q2_k_rows, q4_1_rows, q4_k_rows
-from converter.gguf.requantize import q3_k_blocks, q4_1_blocks, q4_k_blocks
 from formats.errors import FormatError
 from formats.packing import TILE_ROWS, AnyPacking, Packing, tiles_of
 from formats.tiles import matrix_weights, unpack
@@ -56,7 +56,8 @@ def encoded_floats(weights: Tensor, kind: Type, where: str) -> Tensor:
         return result.contiguous().view(torch.uint8)
     if kind == Type.Q8_0:
         return torch.from_numpy(quantize(weights.float().numpy(), kind))
-    return _BLOCKS[kind](weights.float())
+    step = max(1, requantize.CHUNK_WEIGHTS // weights.shape[1])
+    return torch.cat([_BLOCKS[kind](part.float()) for part in weights.split(step)])
 
 
 def _encoded_tiles(
@@ -72,4 +73,8 @@ def _encoded_tiles(
 
 
 _FLOATS = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
-_BLOCKS = {Type.Q4_1: q4_1_blocks, Type.Q4_K: q4_k_blocks, Type.Q3_K: q3_k_blocks}
+_BLOCKS = {
+    Type.Q4_1: requantize.q4_1_blocks,
+    Type.Q4_K: requantize.q4_k_blocks,
+    Type.Q3_K: requantize.q3_k_blocks,
+}

@@ -45,7 +45,7 @@ def plan_export(artifact: Artifact, tokenizer: Any, options: ExportOptions) -> P
     check_model(artifact)
     tensors = plan_tensors(artifact, options)
     where = str(artifact.folder)
-    vocabulary = read_vocabulary(tokenizer, artifact.architecture.vocab_size, where)
+    vocabulary = read_vocabulary(tokenizer, artifact.config, where)
     header = build_header(artifact, tensors, vocabulary, options.license)
     offsets = []
     end = len(header)

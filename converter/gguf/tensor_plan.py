@@ -130,13 +130,18 @@ def _trunk_type(
     if dims == 1:
         return "norms", Type.F32
     if "embed_tokens" in name:
-        return "embeddings", stored or options.attention or Type.F16
+        return "embeddings", _first(stored, options.attention)
     if "self_attn" in name:
-        return "attention", options.attention or stored or Type.F16
+        return "attention", _first(options.attention, stored)
     if "lm_head" in name:
-        return "head", stored or options.attention or Type.F16
+        return "head", _first(stored, options.attention)
     # llama.cpp expects the router in float32.
     return "router", Type.F32
+
+
+def _first(*kinds: Type | None) -> Type:
+    """Return the first type that is given, or F16. `or` would not do: F32 is 0."""
+    return next((kind for kind in kinds if kind is not None), Type.F16)
 
 
 def _trunk_loss(packing: AnyPacking | None, dtype: str, kind: Type) -> str:

@@ -6,17 +6,18 @@ merges pairs of bytes by rank.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter, Keys, TokenType
 
 from converter.gguf.byte_level_vocabulary import merge_texts, pre_tokenizer_name
-from converter.gguf.sentencepiece_vocabulary import has_space_prefix, piece_scores
+from converter.gguf.sentencepiece_vocabulary import SPACE, has_space_prefix, piece_scores
 from formats.errors import TokenizerError
 
-_BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
+_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class Vocabulary:
     scores: list[float] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
     special_ids: dict[str, int] = field(default_factory=dict)
-    """bos, eos, unk, pad -> token id."""
+    """bos, eos, eot, unk, pad -> token id."""
     adds_bos: bool = False
     adds_eos: bool = False
     adds_space: bool = False
     """True if a space is put before the text."""
-    chat_template: str | Sequence[Mapping[str, str]] | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    """Name -> Jinja template. Names hold letters, digits and underscores."""
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Add the fields to the metadata."""
@@ -54,15 +56,22 @@ class Vocabulary:
         writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(self.adds_eos)
         writer.add_add_space_prefix(self.adds_space)
-        if self.chat_template is not None:
-            writer.add_chat_template(self.chat_template)
+        if "default" in self.chat_templates:
+            writer.add_chat_template(self.chat_templates["default"])
+        # Not by add_chat_template, which orders the names differently in each process.
+        named = sorted(self.chat_templates.keys() - {"default"})
+        for name in named:
+            key = Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name)
+            writer.add_string(key, self.chat_templates[name])
+        writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, named)
 
 
-def read_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> Vocabulary:
-    """Return the vocabulary of a transformers tokenizer, padded to `vocab_size` tokens.
+def read_vocabulary(tokenizer: Any, config: Mapping[str, Any], where: str) -> Vocabulary:
+    """Return the vocabulary of a transformers tokenizer, padded to the model's vocab_size.
 
-    where: the folder, for messages. Raises TokenizerError, with the part's name, for a tokenizer
-    that llama.cpp would imitate wrongly, or one with more tokens than the model.
+    config: config.json, for token ids that the tokenizer does not name. where: the folder, for
+    messages. Raises TokenizerError, with the part's name, for a tokenizer that llama.cpp would
+    imitate wrongly, or one with more tokens than the model.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -73,9 +82,8 @@ def read_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> Vocabulary:
             f"{where}: the tokenizer's model is {parts['model'].get('type')}, expected BPE:"
             " other kinds cannot be exported to GGUF yet"
         )
-    added = {token["id"]: token for token in parts["added_tokens"]}
-    tokens, types = _tokens(parts, added, vocab_size, where)
-    ids = _special_ids(tokenizer)
+    ids = _special_ids(tokenizer, config)
+    tokens, types = _tokens(parts, ids.get("unk"), config["vocab_size"], where)
     encoded = tokenizer("a")["input_ids"]
     common: dict[str, Any] = {
         "tokens": tokens,
@@ -83,7 +91,7 @@ def read_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> Vocabulary:
         "special_ids": ids,
         "adds_bos": bool(encoded) and encoded[0] == ids.get("bos"),
         "adds_eos": bool(encoded) and encoded[-1] == ids.get("eos"),
-        "chat_template": _chat_template(tokenizer),
+        "chat_templates": _chat_templates(tokenizer),
     }
     if parts["model"]["byte_fallback"]:
         return Vocabulary(
@@ -102,9 +110,13 @@ def read_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> Vocabulary:
 
 
 def _tokens(
-    parts: dict[str, Any], added: dict[int, dict[str, Any]], vocab_size: int, where: str
+    parts: dict[str, Any], unknown: int | None, vocab_size: int, where: str
 ) -> tuple[list[str], list[TokenType]]:
-    """Return texts and types by token id. Ids without a token become unused."""
+    """Return texts and types by token id. Ids without a token become unused.
+
+    unknown: id of the token for unknown characters.
+    """
+    added = {token["id"]: token for token in parts["added_tokens"]}
     text_by_id = {number: text for text, number in parts["model"]["vocab"].items()}
     text_by_id |= {number: token["content"] for number, token in added.items()}
     if (largest := max(text_by_id)) >= vocab_size:
@@ -122,12 +134,13 @@ def _tokens(
             tokens.append(f"[PAD{number}]")
             types.append(TokenType.UNUSED)
             continue
-        tokens.append(text)
-        if is_pieces and text == parts["model"]["unk_token"]:
+        is_user_defined = number in added and not added[number]["special"]
+        # llama.cpp looks for these in the text before it replaces spaces.
+        tokens.append(text.replace(SPACE, " ") if is_pieces and is_user_defined else text)
+        if is_pieces and number == unknown:
             types.append(TokenType.UNKNOWN)
         elif number in added:
-            is_special = added[number]["special"]
-            types.append(TokenType.CONTROL if is_special else TokenType.USER_DEFINED)
+            types.append(TokenType.USER_DEFINED if is_user_defined else TokenType.CONTROL)
         elif is_pieces and text in _BYTE_TOKENS:
             types.append(TokenType.BYTE)
         else:
@@ -135,13 +148,24 @@ def _tokens(
     return tokens, types
 
 
-def _special_ids(tokenizer: Any) -> dict[str, int]:
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    return {name: number for name, number in ids.items() if number is not None}
+def _special_ids(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return bos, eos, unk and pad, and as eot a second token that ends an answer."""
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    given = {"bos": config.get("bos_token_id"), "eos": ends[0] if ends else None}
+    ids = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{name}_token_id")
+        number = given.get(name) if number is None else number
+        if number is not None and number >= 0:
+            ids[name] = number
+    if others := [number for number in ends if number not in (None, ids.get("eos"))]:
+        ids["eot"] = others[0]
+    return ids
 
 
-def _chat_template(tokenizer: Any) -> str | list[dict[str, str]] | None:
-    template: str | dict[str, str] | None = tokenizer.chat_template
+def _chat_templates(tokenizer: Any) -> dict[str, str]:
+    template = tokenizer.chat_template
     if not isinstance(template, dict):
-        return template
-    return [{"name": name, "template": template[name]} for name in sorted(template)]
+        return {"default": template} if template else {}
+    return {re.sub("[^A-Za-z0-9]", "_", name): text for name, text in template.items()}

@@ -27,6 +27,7 @@ CONVERTED_ONLY = {
     "generate": "generate {} --prompt x",
     "chat": "chat {}",
     "serve": "serve {} --port 0",
+    "export": "export {} -o $out",
 }
 ANY_MODEL = {
     "eval": "eval {} --text $text",
@@ -119,6 +120,10 @@ OTHERS = [
     ("serve $good --port 70000", 2, "--port", ""),
     ("serve $good --port 0 --max-context 100000", 2, "--max-context", ""),
     ("serve $good --port 0 --prefix-cache lots", 2, "--prefix-cache", ""),
+    ("export $good -o $out", 2, "ffn_gate_exps.weight: 192 columns", "--experts f16"),
+    ("export $good -o $out --experts q9_k", 2, "q9_k", ""),
+    ("export $good -o $empty_folder", 1, "empty folder is a folder", "file"),
+    ("export $good -o $text --experts f16", 1, "english.txt exists", "--force"),
     ("env --nonsense", 2, "--nonsense", ""),
     ("cache --remove no/model", 1, "has no model no/model", "moe-convert cache"),
 ]
@@ -184,6 +189,7 @@ def test_folder_without_a_model_is_named(
         "generate --prompt x --lazy",
         "chat",
         "serve --port 0",
+        "export -o exported.gguf",
     ],
 )
 def test_repository_that_is_not_converted_is_named(
@@ -228,6 +234,7 @@ def test_checkpoint_is_converted_by_the_command_that_the_refusal_names(
     ("line", "module", "hint"),
     [
         ("replay $trace --plot $out.svg", "matplotlib", "pip install 'moe-convert[plots]'"),
+        ("export $good -o $out", "gguf", "pip install 'moe-convert[gguf]'"),
         ("eval $good --tasks arc_easy", "lm_eval", "pip install 'moe-convert[eval]'"),
     ],
 )

@@ -91,13 +91,12 @@ def command(
     from loader.repository import open_model
 
     check_out_file(out)
+    if path.is_dir():
+        refuse_inputs([out, partial_path(out)], path.rglob("*"))
     if out.exists() and not force and not dry_run:
         raise OutputError(f"{out} exists", "choose another name, or replace it with --force")
-    opened = open_model(
-        path, options["revision"], options["token"], lazy=False, progress=output.progress()
-    )
+    opened = open_model(path, options["revision"], options["token"], lazy=False, progress=None)
     folder = opened.artifact.folder
-    refuse_inputs([out, partial_path(out)], folder.rglob("*"))
     chosen = ExportOptions(
         experts=type_named(experts) if experts else None,
         attention=type_named(attention) if attention else None,
