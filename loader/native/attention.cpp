@@ -14,7 +14,16 @@ using namespace moe;
 
 namespace {
 
-constexpr int64_t kSpan = 512;  // positions of one work item; fixed, so that sums do not depend on the threads
+constexpr int64_t kSpan = 512;  // positions with their own sums; fixed, so that these do not depend on the threads
+// Consecutive spans of a work item, at most: within an item each block is prefetched (20 % on one thread).
+constexpr int64_t kItemSpans = 4;
+constexpr int64_t kThreadItems = 4;  // items of each thread at least, so that threads end together
+constexpr int64_t kFewSpans = 4;     // fewer are merged in less time than a parallel region takes
+
+int64_t spans_of_item(int64_t spans, int threads) {
+  const int64_t even = spans / (kThreadItems * threads);
+  return even < 1 ? 1 : even < kItemSpans ? even : kItemSpans;
+}
 
 const AttentionKernels& attention_kernels() {
   switch (moe_isa()) {
@@ -55,29 +64,32 @@ struct Step {
     }
   }
 
-  // Attention of all heads over the cache and the token; out fp32 [heads * dim].
-  void attend(const float* q, const moe_kv& cache, float* out) const {
+  // Attention of all heads over the cache and the token; out fp32 [heads * dim]. MOE_OK or MOE_E_MEMORY.
+  int32_t attend(const float* q, const moe_kv& cache, float* out) const {
     const T *keys = static_cast<const T*>(cache.keys), *values = static_cast<const T*>(cache.values);
     const int64_t length = cache.length + 1;
     const int64_t spans = (length + kSpan - 1) / kSpan;
-    std::vector<float> room(size_t(spans * heads * (dim + 2)));
-    float* const acc = room.data();
+    Pool& pool = Pool::get();
+    std::lock_guard<std::mutex> lock(pool.mutex());
+    auto* const acc = static_cast<float*>(pool.scratch(0, size_t(spans * heads * (dim + 2)) * sizeof(float)));
+    if (!acc) return MOE_E_MEMORY;
     float* const top = acc + spans * heads * dim;
     float* const total = top + spans * heads;
     const AttentionKernels& isa = attention_kernels();
     const AttendFn attend_span = sizeof(T) == 2 ? isa.attend_bf16 : isa.attend_f32;
-    {
-      Pool& pool = Pool::get();
-      std::lock_guard<std::mutex> lock(pool.mutex());
-      pool.run(spans * kv_heads, [&](int64_t item) {
-        const int64_t span = item % spans, h = item / spans, begin = span * kSpan;
-        const int64_t n = length - begin < kSpan ? length - begin : kSpan, at = span * heads + h * group;
+    const int64_t run = spans_of_item(spans * kv_heads, pool.threads()), runs = (spans + run - 1) / run;
+    pool.run(runs * kv_heads, [&](int64_t item) {
+      const int64_t h = item / runs, first = item % runs * run, last = first + run < spans ? first + run : spans;
+      const int64_t end = last * kSpan < length ? last * kSpan : length;
+      for (int64_t span = first; span < last; ++span) {
+        const int64_t begin = span * kSpan, at = span * heads + h * group;
+        const int64_t n = end - begin < kSpan ? end - begin : kSpan;
         const int64_t offset = (h * cache.capacity + begin) * dim;
-        attend_span({q + h * group * dim, keys + offset, values + offset, n, int(group), int(dim), layer.scale,
-                     acc + at * dim, top + at, total + at});
-      });
-    }
-    for (int64_t h = 0; h < heads; ++h) {
+        attend_span({q + h * group * dim, keys + offset, values + offset, n, end - begin, int(group), int(dim),
+                     layer.scale, acc + at * dim, top + at, total + at});
+      }
+    });
+    const auto merge = [&](int64_t h) {
       float largest = top[h], sum = 0.0f;
       for (int64_t s = 1; s < spans; ++s) largest = top[s * heads + h] > largest ? top[s * heads + h] : largest;
       for (int64_t i = 0; i < dim; ++i) out[h * dim + i] = 0.0f;
@@ -88,7 +100,14 @@ struct Step {
         for (int64_t i = 0; i < dim; ++i) out[h * dim + i] += acc[at * dim + i] * share;
       }
       for (int64_t i = 0; i < dim; ++i) out[h * dim + i] /= sum;
+    };
+    if (spans < kFewSpans) {
+      for (int64_t h = 0; h < heads; ++h) merge(h);
+    } else {
+      pool.run(heads, merge);
     }
+    pool.trim();
+    return MOE_OK;
   }
 
   int32_t run(const T* x, const T* cos, const T* sin, const moe_kv& cache, T* out) {
@@ -110,7 +129,7 @@ struct Step {
     rotate(k, kv_heads, cos, sin);
     append(k, cache.keys, cache);
     append(v, cache.values, cache);
-    attend(q, cache, mixed);
+    if (const int32_t error = attend(q, cache, mixed)) return error;
     moe_matrix o = layer.o;
     o.y = result;
     if (const int32_t error = moe_linear_many(&o, 1, wide, mixed, 1)) return error;

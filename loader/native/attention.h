@@ -12,6 +12,7 @@ struct AttendTask {
   const void* k;   // [length][dim], dense; v likewise
   const void* v;
   int64_t length;
+  int64_t prefetchable;  // at least `length`: positions at k and v that this thread reads next
   int heads, dim;
   float scale;
   // For each head: running sums [heads][dim], the largest score, the sum of exp(score - largest).

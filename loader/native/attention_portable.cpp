@@ -3,6 +3,21 @@
 
 namespace moe {
 namespace {
+
+// Tiles of 8 sums, half of the registers: 2 heads and 16 values of one position, or 2 heads and 16 columns of V.
+constexpr int kLanes = 4, kHeads = 2, kScorePositions = 1, kWeighColumns = 4;
+
+// Each value is the upper half of a float: little-endian zeros go between. gcc 12 needs one instruction for this, and
+// four to convert and shift.
+inline auto widened(const uint16_t* p) {
+  typedef uint16_t H __attribute__((vector_size(16)));
+  typedef float Floats __attribute__((vector_size(16)));
+  H v = {};
+  __builtin_memcpy(&v, p, 8);
+  return Floats(__builtin_shufflevector(H{}, v, 0, 8, 1, 9, 2, 10, 3, 11));
+}
+
+#include "attention_vectors.inc.h"
 #include "attention.inc.h"
 }  // namespace
 

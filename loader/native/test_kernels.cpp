@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../../formats/native/tile_layout.h"
+#include "attention.h"
 #include "layer.h"
 #include "moe_kernels.h"
 #include "rounding.h"
@@ -124,6 +125,70 @@ std::vector<T> narrow(int64_t n, float scale = 1.0f) {
   return v;
 }
 
+float sum16(std::vector<float> lanes) {
+  for (size_t half = 8; half > 0; half /= 2)
+    for (size_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Attention over at most one span of positions, in the order of docs/numerics.md, "Attention", value by value.
+template <class T>
+void attend_in_order(const moe::AttendTask& task) {
+  const T *keys = static_cast<const T*>(task.k), *vals = static_cast<const T*>(task.v);
+  for (int g = 0; g < task.heads; ++g) {
+    float top = -INFINITY, total = 0.0f;
+    float* const acc = task.acc + g * task.dim;
+    std::fill(acc, acc + task.dim, 0.0f);
+    for (int64_t begin = 0; begin < task.length; begin += 64) {
+      const int64_t n = std::min<int64_t>(task.length - begin, 64);
+      const float before = top;
+      std::vector<float> weight(static_cast<size_t>(n)), sums(16);
+      for (int64_t p = 0; p < n; ++p) {
+        std::vector<float> score(16);
+        for (int d = 0; d < task.dim; ++d)
+          score[size_t(d % 16)] += moe::to_float(keys[(begin + p) * task.dim + d]) * task.q[g * task.dim + d];
+        weight[size_t(p)] = sum16(score) * task.scale;
+        top = std::max(top, weight[size_t(p)]);
+      }
+      for (int64_t p = 0; p < n; ++p)
+        sums[size_t(p % 16)] += weight[size_t(p)] = moe::exp_of_negative(weight[size_t(p)] - top);
+      const float keep = begin == 0 ? 0.0f : moe::exp_of_negative(before - top);
+      total = total * keep + sum16(sums);
+      for (int d = 0; d < task.dim; ++d) {
+        acc[d] *= keep;
+        for (int64_t p = 0; p < n; ++p) acc[d] += moe::to_float(vals[(begin + p) * task.dim + d]) * weight[size_t(p)];
+      }
+    }
+    task.top[g] = top;
+    task.total[g] = total;
+  }
+}
+
+template <class T>
+void attends(int heads, int dim, int64_t length) {
+  const auto q = values(heads * dim);
+  const auto keys = narrow<T>(length * dim, 3.0f), vals = narrow<T>(length * dim);
+  const auto run = [&](const auto& attend) {
+    std::vector<float> out(static_cast<size_t>(heads * (dim + 2)), NAN);
+    float* const acc = out.data();
+    float* const top = acc + heads * dim;
+    attend(moe::AttendTask{q.data(), keys.data(), vals.data(), length, length, heads, dim, 1.0f / std::sqrt(float(dim)),
+                           acc, top, top + heads});
+    return out;
+  };
+  const auto expected = run(attend_in_order<T>);
+  const auto compare = [&](const moe::AttentionKernels& isa) {
+    const auto out = run(sizeof(T) == 2 ? isa.attend_bf16 : isa.attend_f32);
+    expect(!std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)), "attention in the written order",
+           int(sizeof(T)), heads, dim, length);
+  };
+  compare(moe::kPortableAttention);
+#if defined(MOE_X86)
+  if (moe_set_isa(MOE_ISA_AVX2) == MOE_OK) compare(moe::kAvx2Attention);
+  if (moe_set_isa(MOE_ISA_AVX512) == MOE_OK) compare(moe::kAvx512Attention);
+#endif
+}
+
 template <class T>
 bool finite(const std::vector<T>& v) {
   for (T value : v)
@@ -198,9 +263,8 @@ void whole_token(const Shape& s, const moe_layer& layer, const uint8_t* const* b
   const moe_layer* layers[] = {&layer};
   moe_model model = {layers, embedding.data(), layer.attention_norm, 3, {}, 1e-5f, 1, s.experts, s.top_k};
   void *keys[] = {w.keys.data()}, *values[] = {w.values.data()};
-  moe_token token = {2,      cos.data(), sin.data(),  keys,           values,           &capacity,
-                     length, missing,    room.data(), w.index.data(), w.weights.data(), out.data(),
-                     0,      0};
+  moe_token token = {2,           cos.data(),     sin.data(),       keys,       values, &capacity, length, missing,
+                     room.data(), w.index.data(), w.weights.data(), out.data(), 0,      0};
   check(moe_token_step(&model, &token) == MOE_MISSING && token.halves_done == 1, "experts are asked for");
   check(same(w.index, first.index) && same(w.keys, first.keys) && same(w.values, first.values), "up to the router");
   token.blobs = blobs;
@@ -344,6 +408,12 @@ int main() {
         }
     layers<float>({192, 6, 2, 32, 65, 8, 2}, moe::kQ2G16S4, moe::kQ3G32S4, 1, 0);
   }
+  for (int heads : {1, 2, 3, 4, 5, 9})
+    for (int dim : {16, 80, 128})
+      for (int64_t length : {1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 512}) {
+        attends<float>(heads, dim, length);
+        attends<uint16_t>(heads, dim, length);
+      }
   moe_set_isa(MOE_ISA_AUTO);
   std::vector<std::thread> callers;
   for (int i = 0; i < 3; ++i) callers.emplace_back([] { moe_empty_region_us(2000); });

@@ -1,5 +1,7 @@
 """Native attention of one token gives the result of transformers' attention."""
 
+import copy
+
 import pytest
 import torch
 from native_attention import NativeAttention
@@ -12,7 +14,7 @@ from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
 from loader.arithmetic.native_backend import NativeBackend
 from loader.decode.weights import AttentionWeights
-from loader.hf.growing_cache import growing_layer
+from loader.hf.growing_cache import GrowingLayer, growing_layer
 from loader.hf.modules.packed_modules import PackedLinear
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="not built")
@@ -117,14 +119,79 @@ def test_attention_over_a_prompt_differs_by_rounding_only(dtype, limit, prompt):
     assert (got - want)[:, prompt:].float().norm() < limit * want[:, prompt:].float().norm()
 
 
-def test_the_bits_are_the_same_on_any_number_of_threads_and_any_instruction_set():
-    ours, _, rotary, dtype = attentions(8, 2, 64, torch.bfloat16)
+def packed_weights(hidden, heads, kv_heads, dim):
+    """Random attention weights."""
+    shapes = (heads * dim, hidden), (kv_heads * dim, hidden), (kv_heads * dim, hidden)
+    return AttentionWeights(
+        *(
+            PackedMatrix(random_tiles(rows, columns), PACKING.name, rows)
+            for rows, columns in (*shapes, (hidden, heads * dim))
+        )
+    )
+
+
+def random_cache(kind, length):
+    """A KV cache layer of random values."""
+    heads, dim, dtype, _ = kind
+    cache = GrowingLayer()
+    if length:
+        cache.update(*(torch.randn(1, heads, length, dim).to(dtype) for _ in range(2)))
+    return cache
+
+
+def token(hidden, dim, dtype):
+    """Random activations, cos and sin of one token."""
+    return [torch.randn(1, 1, width).to(dtype) for width in (hidden, dim, dim)]
+
+
+def in_float64(weights, x, cos, sin, cache, heads):
+    """Attention over a cache that ends with x's own key and value, in float64 between q and o."""
+    keys, values = (part[0].double() for part in (cache.keys, cache.values))
+    kv_heads, _, dim = keys.shape
+    q = kernels.linear(x[0].float(), weights.q.tiles, weights.q.packing, weights.q.rows)
+    q = q.double().view(heads, dim)
+    turned = torch.cat((-q[:, dim // 2 :], q[:, : dim // 2]), 1)
+    q = (q * cos[0] + turned * sin[0]).view(kv_heads, -1, dim)
+    mixed = torch.softmax(q @ keys.mT * dim**-0.5, -1) @ values
+    mixed = mixed.reshape(1, -1).float()
+    return kernels.linear(mixed, weights.o.tiles, weights.o.packing, weights.o.rows)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 2047, 2048, 5000])
+@torch.inference_mode()
+def test_attention_over_a_long_cache_is_that_of_float64(length, dtype):
+    torch.manual_seed(length)
+    heads, dim, hidden = 8, 32, 64
+    weights = packed_weights(hidden, heads, 2, dim)
+    native = NativeAttention(weights, hidden, dim, dim**-0.5, dtype)
+    cache = random_cache(native.kind, length)
+    x, cos, sin = token(hidden, dim, dtype)
+    got = native.append(x, cos, sin, cache)[0, 0]
+    expected = in_float64(weights, x, cos, sin, cache, heads)
+    # In bf16 the output is rounded. An int8 step of o's input may differ.
+    limit = 1e-3 if dtype is torch.float32 else 4e-3
+    assert (got - expected).norm() < limit * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [3, 600, 5000])
+@torch.inference_mode()
+def test_the_bits_are_the_same_on_any_number_of_threads_and_any_instruction_set(length, dtype):
+    torch.manual_seed(0)
+    dim, hidden = 64, 192
+    native = NativeAttention(packed_weights(hidden, 10, 2, dim), hidden, dim, 0.1, dtype)
+    cache, inputs = random_cache(native.kind, length), token(hidden, dim, dtype)
     results = []
-    for threads in (1, 2, 3):
-        for isa in kernels.supported_isas():
-            kernels.set_threads(threads)
-            kernels.set_isa(isa)
-            results.append(steps(ours, rotary, dtype, [1] * 3)[0])
-    kernels.set_threads(0)
-    kernels.set_isa("auto")
+    try:
+        for threads in (1, 2, 3, 16):
+            for isa in kernels.supported_isas():
+                kernels.set_threads(threads)
+                kernels.set_isa(isa)
+                own = copy.deepcopy(cache)
+                out = native.append(*inputs, own)
+                results.append(torch.cat((out.flatten(), own.keys.flatten(), own.values.flatten())))
+    finally:
+        kernels.set_threads(0)
+        kernels.set_isa("auto")
     assert all(torch.equal(result, results[0]) for result in results)
