@@ -10,11 +10,12 @@ constexpr int kLanes = 4, kHeads = 2, kScorePositions = 1, kWeighColumns = 4;
 // Each value is the upper half of a float: little-endian zeros go between. gcc 12 needs one instruction for this, and
 // four to convert and shift.
 inline auto widened(const uint16_t* p) {
-  typedef uint16_t H __attribute__((vector_size(16)));
-  typedef float Floats __attribute__((vector_size(16)));
-  H v = {};
-  __builtin_memcpy(&v, p, 8);
-  return Floats(__builtin_shufflevector(H{}, v, 0, 8, 1, 9, 2, 10, 3, 11));
+  typedef uint64_t Pair __attribute__((vector_size(16)));
+  typedef uint16_t Eight __attribute__((vector_size(16)));
+  typedef float Four __attribute__((vector_size(16)));
+  uint64_t four;
+  __builtin_memcpy(&four, p, 8);  // not to the vector: half of one would pass through the stack
+  return Four(__builtin_shufflevector(Eight{}, Eight(Pair{four, 0}), 0, 8, 1, 9, 2, 10, 3, 11));
 }
 
 #include "attention_vectors.inc.h"

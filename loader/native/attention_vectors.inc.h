@@ -58,16 +58,18 @@ MOE_INLINE inline F halved(F a, F b) {
 }
 
 // Lane i: the sum of v[i]'s lanes, the upper half added to the lower half until one lane is left.
+// A template, since clang compiles the discarded branches of other functions.
+template <int lanes = kLanes>
 MOE_INLINE inline F sums_of_lanes(const F* v) {
-  F part[kLanes];
-  unrolled<kLanes>([&](auto i) MOE_INLINE { part[i] = v[i]; });
-  if constexpr (kLanes == 16) {
+  F part[lanes];
+  unrolled<lanes>([&](auto i) MOE_INLINE { part[i] = v[i]; });
+  if constexpr (lanes == 16) {
     unrolled<4>([&](auto i) MOE_INLINE {
       part[i] = halved<8>(part[i], part[i + 4]);
       part[i + 4] = halved<8>(part[i + 8], part[i + 12]);
     });
   }
-  if constexpr (kLanes >= 8) unrolled<4>([&](auto i) MOE_INLINE { part[i] = halved<4>(part[i], part[i + 4]); });
+  if constexpr (lanes >= 8) unrolled<4>([&](auto i) MOE_INLINE { part[i] = halved<4>(part[i], part[i + 4]); });
   return halved<1>(halved<2>(part[0], part[1]), halved<2>(part[2], part[3]));
 }
 
@@ -78,9 +80,11 @@ MOE_INLINE inline F one_register(const F* part) {
   if constexpr (kParts == 4) return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
-inline float largest_lane(F v) {  // no lane is NaN
-  if constexpr (kLanes == 16) v = larger(even<8>(v, v), odd<8>(v, v));
-  if constexpr (kLanes >= 8) v = larger(even<4>(v, v), odd<4>(v, v));
+// The largest lane; no lane is NaN.
+template <int lanes = kLanes>
+inline float largest_lane(F v) {
+  if constexpr (lanes == 16) v = larger(even<8>(v, v), odd<8>(v, v));
+  if constexpr (lanes >= 8) v = larger(even<4>(v, v), odd<4>(v, v));
   v = larger(even<2>(v, v), odd<2>(v, v));
   return larger(even<1>(v, v), odd<1>(v, v))[0];
 }
