@@ -48,8 +48,10 @@ class Environment:
         hidden = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV"}
         self.variables = {k: v for k, v in os.environ.items() if k not in hidden}
 
-    def run(self, *command: object, stdin: str = "", **variables: str) -> str:
-        """Return standard output. SystemExit, with both outputs, if the command fails."""
+    def run(
+        self, *command: object, stdin: str = "", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Return the finished command. SystemExit, with both outputs, if it fails."""
         program, *arguments = map(str, command)
         shown = " ".join([program, *arguments])
         print(f"$ {shown}", flush=True)
@@ -64,10 +66,11 @@ class Environment:
         )
         check(done.returncode == 0, f"{shown}\n{done.stdout}{done.stderr}")
         print(f"  {time.monotonic() - begin_s:.0f} s", flush=True)
-        return done.stdout + (done.stderr if program == "pip" else "")
+        return done
 
-    def moe_convert(self, *arguments: object, stdin: str = "") -> str:
-        return self.run("moe-convert", *arguments, stdin=stdin)
+    def facts(self) -> dict[str, str]:
+        """Return what `moe-convert env` shows."""
+        return dict(json.loads(self.run("moe-convert", "env", "--json").stdout))
 
 
 def check(passed: bool, failure: str) -> None:
@@ -99,28 +102,28 @@ def install(at: Environment, dist: Path, requirement: str, index: str | None) ->
     at.run(*pip, "-c", ROOT / "constraints.txt", requirement)
 
 
-def check_run(at: Environment) -> str:
-    """Convert, verify, generate and chat with native kernels; return the generated text."""
-    places = at.run("python", "-c", "import converter, formats, loader; print(loader.__file__)")
+def check_run(at: Environment) -> None:
+    """Convert, verify, generate and chat with native kernels."""
+    code = "import converter, formats, loader; print(loader.__file__)"
+    places = at.run("python", "-c", code).stdout
     check(str(at.bin.parent) in places, f"the checkout was imported: {places}")
-    facts = json.loads(at.moe_convert("env", "--json"))
+    facts = at.facts()
     for part in ("kernels", "solver"):
         check(facts[part].startswith("native"), f"{part}: {facts[part]}")
-    at.moe_convert("convert", EXAMPLE, "-o", "model", "--quiet")
-    at.moe_convert("verify", "model", "--read-data")
-    answer = generate(at)
+    at.run("moe-convert", "convert", EXAMPLE, "-o", "model", "--quiet")
+    at.run("moe-convert", "verify", "model", "--read-data")
+    answer = json.loads(generate(at).stdout)
     # The first new token comes from the prompt's pass, all others from the native decoder.
     decoded = answer["cache"]["tokens"]["decoder"]
     check(decoded == NEW_TOKENS - 1, f"the native decoder computed {decoded} tokens")
-    reply = at.moe_convert("chat", "model", "--max-new-tokens", NEW_TOKENS, stdin=f"{PROMPT}\n")
-    check(bool(reply.strip()), "chat answers nothing")
-    return str(answer["text"])
+    chat = ["moe-convert", "chat", "model", "--max-new-tokens", NEW_TOKENS]
+    check(bool(at.run(*chat, stdin=f"{PROMPT}\n").stdout.strip()), "chat answers nothing")
 
 
-def generate(at: Environment) -> dict:
-    """Return `generate --json` on the converted model."""
+def generate(at: Environment) -> subprocess.CompletedProcess[str]:
+    """Generate NEW_TOKENS with the converted model; the statistics are JSON on standard output."""
     options = ["--prompt", PROMPT, "--max-new-tokens", NEW_TOKENS, "--ram-cache", "8MiB", "--json"]
-    return json.loads(at.moe_convert("generate", "model", *options))
+    return at.run("moe-convert", "generate", "model", *options)
 
 
 def check_same_bytes(at: Environment, program: Path) -> None:
@@ -133,15 +136,18 @@ def check_same_bytes(at: Environment, program: Path) -> None:
     check(not differing and not missing, f"conversions differ: {differing + missing}")
 
 
-def check_without_compiler(at: Environment, sdist: Path, text: str) -> None:
-    """Install the sdist where no compiler is; check that it says so and generates the text."""
-    out = at.run("pip", "install", "--force-reinstall", "--no-deps", sdist, CXX="/none/c++")
+def check_without_compiler(at: Environment, sdist: Path) -> None:
+    """Install the sdist where no compiler is; check that torch generates, and that users see it."""
+    pip = ["pip", "install", "--force-reinstall", "--no-deps", sdist]
+    out = at.run(*pip, CXX="/none/c++").stdout
     check("-py3-none-any.whl" in out, f"pip does not name a pure wheel:\n{out}")
-    facts = json.loads(at.moe_convert("env", "--json"))
+    facts = at.facts()
     for part in ("kernels", "solver"):
         check(facts[part].startswith("torch"), f"{part}: {facts[part]}")
-    answer = generate(at)
-    check(answer["text"] == text, f"torch generates {answer['text']!r}, native {text!r}")
+    # Not the same text: native products round activations to int8.
+    done = generate(at)
+    check(json.loads(done.stdout)["new_tokens"] == NEW_TOKENS, done.stdout)
+    check(facts["reinstall"] in done.stderr, f"generate does not warn:\n{done.stderr}")
 
 
 def main() -> None:
@@ -164,10 +170,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="moe-convert-wheel-") as folder:
         at = Environment(Path(folder))
         install(at, wheel.parent, f"moe-convert=={version}", options.index)
-        text = check_run(at)
+        check_run(at)
         if options.compare:
             check_same_bytes(at, options.compare.absolute())
-        check_without_compiler(at, sdist, text)
+        check_without_compiler(at, sdist)
     shown = f"{sys.version_info.major}.{sys.version_info.minor}"
     print(f"ok: {wheel.name} with Python {shown} in {time.monotonic() - begin_s:.0f} s")
 
