@@ -1,10 +1,10 @@
 """The section of a model card on the recipe: bits of each part, calibration, source, command."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from converter.publish.card_markdown import block, code
 from converter.publish.card_memory import expert_entries
-from converter.publish.recipe_command import CALIBRATION_TEXT, convert_line
+from converter.publish.recipe_command import CALIBRATION_TEXT, convert_line, merged_adapters
 from converter.recipe.recipe_options import RecipeOptions
 from formats.errors import RecipeError
 from formats.index import Index
@@ -28,11 +28,8 @@ _SOLVERS = {
 }
 
 
-def recipe_lines(index: Index, adapters: Collection[str]) -> Iterator[str]:
-    """Yield the recipe in words, and the command that made the model.
-
-    adapters: names of the adapters that were merged into the source.
-    """
+def recipe_lines(index: Index) -> Iterator[str]:
+    """Yield the recipe in words, and the command that made the model."""
     recipe = index.recipe
     source = index.source
     entries = expert_entries(index)
@@ -53,13 +50,12 @@ def recipe_lines(index: Index, adapters: Collection[str]) -> Iterator[str]:
         method = _SOLVERS.get(recipe.solver)
         yield f"- Rounding: {code(recipe.solver)}{f', {method}' if method else ''}"
         yield f"- Calibration: {_calibration(index)}"
-    commit = f"commit {code(source.revision)}" if source.revision is not None else "a local folder"
-    yield f"- Source: {code(source.name)}, {commit}"
-    if adapters:
-        yield f"- Adapters merged into the source: {', '.join(map(code, adapters))}"
+    yield f"- Source: {_origin(source.name, source.revision)}"
+    for adapter in merged_adapters(index):
+        yield f"- Adapter, merged into the source: {_origin(adapter.name, adapter.revision)}"
     yield f"- Written by {code(index.producer.name)} {code(index.producer.version)}"
     yield ""
-    yield from _command_lines(index, adapters)
+    yield from _command_lines(index)
 
 
 def is_quantized(index: Index) -> bool:
@@ -90,9 +86,9 @@ def attention_bits(index: Index) -> float:
     return 8 * n_bytes / max(1, weights)
 
 
-def _command_lines(index: Index, adapters: Collection[str]) -> Iterator[str]:
+def _command_lines(index: Index) -> Iterator[str]:
     try:
-        command = to_label(convert_line(index, adapters))
+        command = to_label(convert_line(index))
     except RecipeError:
         yield f"The options of the recipe are {_UNREADABLE}."
         return
@@ -102,6 +98,10 @@ def _command_lines(index: Index, adapters: Collection[str]) -> Iterator[str]:
     if CALIBRATION_TEXT in command.split():
         yield ""
         yield f"`{CALIBRATION_TEXT}` stands for the calibration text, which is not published here."
+
+
+def _origin(name: str, revision: str | None) -> str:
+    return f"{code(name)}, {'a local folder' if revision is None else f'commit {code(revision)}'}"
 
 
 def _trunk_packings(index: Index, names: Iterable[str]) -> set[str]:

@@ -27,6 +27,7 @@ from converter.publish.card_usage import (
     install_lines,
     python_lines,
 )
+from converter.publish.recipe_command import merged_adapters
 from formats.artifact import Artifact
 from formats.config.model_types import MODEL_TYPES
 from formats.index import Index
@@ -56,11 +57,6 @@ class CardFacts:
     license_file: str | None = None
 
 
-def merged_adapters(index: Index) -> list[str]:
-    """Return the names of the adapters that were merged into the source, in order."""
-    return [str(name) for name in getattr(index.source, "adapters", ())]
-
-
 def base_model(index: Index, given: str | None) -> str | None:
     """Return the model that was converted: `given`, or the source if it is a repository's name."""
     if given is None and is_repo_name(index.source.name):
@@ -71,7 +67,7 @@ def base_model(index: Index, given: str | None) -> str | None:
 def card_metadata(index: Index, facts: CardFacts) -> Metadata:
     """Return the card's metadata for the Hub."""
     base = base_model(index, facts.base_model)
-    adapters = [name for name in merged_adapters(index) if is_repo_name(name)]
+    adapters = [a.name for a in merged_adapters(index) if is_repo_name(a.name)]
     quantized = is_quantized(index)
     tags = [index.architecture.model_type, "moe", *["quantized"] * quantized, "moe-convert"]
     metadata: Metadata = {
@@ -102,10 +98,10 @@ def card_part(artifact: Artifact, quality: Quality | None, facts: CardFacts) -> 
         "Chat": chat_lines(usage),
         "Memory": memory_lines(artifact),
         "Quality": quality_lines(quality, usage),
-        "Recipe": recipe_lines(index, merged_adapters(index)),
+        "Recipe": recipe_lines(index),
         "Sizes": size_lines(index),
         "Limits": _limit_lines(),
-        "Licence": _license_lines(facts, base),
+        "Licence": _license_lines(index, facts, base),
     }
     lines = ["", f"# {code(title.rpartition('/')[2])}", "", *_description(index, base)]
     for name, section in sections.items():
@@ -118,7 +114,8 @@ def _description(index: Index, base: str | None) -> Iterator[str]:
     name = code(base or index.source.name)
     if base and is_repo_name(base):
         name = f"[{name}]({_HUB}/{base})"
-    yield f"{name}, converted for moe-convert."
+    merged = "".join(f", with the adapter {code(a.name)} merged" for a in merged_adapters(index))
+    yield f"{name}{merged}, converted for moe-convert."
     if has_packed_experts(index):
         yield f"Its experts have {expert_bits(index):.2f} bits per weight."
     else:
@@ -140,7 +137,7 @@ def _limit_lines() -> Iterator[str]:
     yield "- `moe-convert plan` estimates the speed on your machine."
 
 
-def _license_lines(facts: CardFacts, base: str | None) -> Iterator[str]:
+def _license_lines(index: Index, facts: CardFacts, base: str | None) -> Iterator[str]:
     license_id = facts.carried.get("license")
     link = facts.carried.get("license_link") or facts.license_file
     if not license_id or license_id == UNKNOWN:
@@ -153,7 +150,9 @@ def _license_lines(facts: CardFacts, base: str | None) -> Iterator[str]:
     ids = license_id if isinstance(license_id, list) else [license_id]
     name = facts.carried.get("license_name")
     words = ", ".join(map(code, ids)) + (f" ({code(name)})" if name else "")
-    yield f"The licence of the weights is {words}{_see(link)}. It is that of the source."
+    yield f"The licence of the weights is {words}{_see(link)}."
+    if merged_adapters(index):
+        yield "The adapter may have a licence of its own."
 
 
 def _see(link: str | None) -> str:

@@ -1,7 +1,7 @@
 """The command that converts the source by the recipe of an index."""
 
 import shlex
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 from converter.recipe.bit_rules import UNPACKED
 from converter.recipe.conversion_recipe import ConversionRecipe
@@ -13,19 +13,32 @@ CALIBRATION_TEXT = "calibration.txt"
 """Stands for a calibration text of the user, whose name no index has."""
 
 
-def convert_line(index: Index, adapters: Iterable[str] = ()) -> str:
-    """Return the shell command. Raises RecipeError for options that this release cannot read.
+@dataclass(frozen=True)
+class MergedAdapter:
+    """An adapter that was merged into the source. revision: None for a local folder."""
 
-    adapters: names of the adapters that were merged into the source, in order.
-    """
+    name: str
+    revision: str | None
+
+
+def merged_adapters(index: Index) -> list[MergedAdapter]:
+    """Return the merged adapters of the source, in order."""
+    adapters = getattr(index.source, "adapters", ())
+    return [MergedAdapter(adapter.name, adapter.revision) for adapter in adapters]
+
+
+def convert_line(index: Index) -> str:
+    """Return the shell command. Raises RecipeError for options that this release cannot read."""
     source = index.source
     words = ["moe-convert", "convert"]
     if source.revision is None:
         words.append(f"./{source.name}")
     else:
         words += [source.name, "--revision", source.revision]
-    for adapter in adapters:
-        words += ["--adapter", adapter]
+    for adapter in merged_adapters(index):
+        local = adapter.revision is None
+        words.append("--adapter")
+        words.append(f"./{adapter.name}" if local else f"{adapter.name}@{adapter.revision}")
     words += _recipe_words(ConversionRecipe.read(index.recipe))
     if (codec := index.layers[0].experts[0].codec) != "none":
         words += ["--codec", codec]
