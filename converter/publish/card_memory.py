@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from converter.publish.card_markdown import block
+from converter.publish.card_usage import FOLDER, Usage
 from formats.artifact import Artifact
 from formats.index import ExpertEntry, Index
 from formats.model_memory import PROCESS_BYTES, activation_bytes, kv_position_bytes
@@ -53,8 +55,8 @@ class Memory:
         return max(self.least_bytes, math.ceil(share * self.experts_bytes))
 
 
-def memory_lines(artifact: Artifact) -> Iterator[str]:
-    """Yield the table of disk space and RAM."""
+def memory_lines(artifact: Artifact, usage: Usage) -> Iterator[str]:
+    """Yield the table of disk space and RAM, and the command that estimates the speed."""
     memory = Memory.of(artifact)
     yield f"The files take {format_size(file_bytes(artifact.index))} on the disk."
     yield "The RAM depends on the share of the experts that you keep in it."
@@ -71,6 +73,11 @@ def memory_lines(artifact: Artifact) -> Iterator[str]:
     yield "Without the option, moe-convert uses the RAM that is free."
     yield "In Python the option is `ram_cache`."
     yield "It changes the speed and never the text."
+    yield ""
+    downloaded = "" if usage.name == FOLDER else "After the download, "
+    yield f"{downloaded}{'this' if downloaded else 'This'} estimates the speed on your machine:"
+    yield ""
+    yield from block("bash", usage.command("plan"))
 
 
 def size_lines(index: Index) -> Iterator[str]:
@@ -78,7 +85,7 @@ def size_lines(index: Index) -> Iterator[str]:
     a = index.architecture
     parameters = model_parameters(index)
     entries = expert_entries(index)
-    yield "| | |"
+    yield "| property | value |"
     yield "|---|---|"
     yield f"| model type | `{a.model_type}` |"
     yield f"| parameters | {parameters:,} (the Hub's viewer counts packed bytes) |"

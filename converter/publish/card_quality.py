@@ -39,7 +39,7 @@ def _evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
 
 def _command_lines(usage: Usage) -> Iterator[str]:
     yield "Nobody has compared this model's predictions with the original's yet."
-    yield "To do it, you need the original's folder and a text of yours:"
+    yield "To do it, you need the original's folder, here `original`, and a text of yours:"
     yield ""
     if usage.name == FOLDER:
         lines = ["moe-convert eval . --text my-text.txt --against original --save"]

@@ -64,6 +64,8 @@ def generate_lines(usage: Usage) -> Iterator[str]:
     prompt = shlex.quote(_CHAT_PROMPT if usage.has_template else _TEXT_PROMPT)
     yield from block("bash", usage.command("generate", f" --prompt {prompt}"))
     yield ""
+    if not usage.has_template:
+        yield "The output continues the prompt."
     if usage.name == FOLDER:
         yield "Run the commands of this page in the folder that holds this file."
     else:

@@ -90,7 +90,9 @@ def make_card(artifact: Artifact, options: CardOptions) -> str:
         warn_once(f"{CARD_NAME} is published as you wrote it, without the lines of moe-convert")
         return card.text
     if base_model(artifact.index, facts.base_model) is None:
-        warn_once("the model card names no base model: name it with --base-model OWNER/MODEL")
+        warn_once(
+            "the model card names no base model; moe-convert upload --base-model OWNER/MODEL does"
+        )
     part = card_part(artifact, read_quality(folder), facts)
     stated: Metadata = {}
     if options.license:

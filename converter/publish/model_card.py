@@ -96,7 +96,7 @@ def card_part(artifact: Artifact, quality: Quality | None, facts: CardFacts) -> 
         "Generate text": generate_lines(usage),
         "Python": python_lines(usage),
         "Chat": chat_lines(usage),
-        "Memory": memory_lines(artifact),
+        "Memory": memory_lines(artifact, usage),
         "Quality": quality_lines(quality, usage),
         "Recipe": recipe_lines(index),
         "Sizes": size_lines(index),
@@ -134,7 +134,6 @@ def _limit_lines() -> Iterator[str]:
     yield f"- moe-convert runs these model types: {types}."
     yield "- It needs transformers 5.3 or newer, before 6, and torch 2.6 or newer."
     yield "- It is fast on x86-64 with AVX2 or AVX-512, and slow on other processors."
-    yield "- `moe-convert plan` estimates the speed on your machine."
 
 
 def _license_lines(index: Index, facts: CardFacts, base: str | None) -> Iterator[str]:

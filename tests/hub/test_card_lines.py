@@ -37,6 +37,8 @@ def run_lines(card: str, reader: Reader) -> None:
     (generate,) = lines_of(card, "Generate text")
     assert reader.shell(generate).strip()
     assert reader.python("\n".join(lines_of(card, "Python"))).strip()
+    (plan,) = lines_of(card, "Memory")
+    assert "tokens/s" in reader.shell(plan)
     chat, _, _ = lines_of(card, "Chat")
     assert reader.shell(chat, "So Jonah arose\n").strip()
 

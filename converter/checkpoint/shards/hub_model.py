@@ -21,7 +21,7 @@ _MAX_BYTES = {
     GENERATION_NAME: MAX_SMALL_BYTES,
     SHARD_INDEX_NAME: MAX_INDEX_BYTES,
 }
-CARD_NAME = "README.md"
+_CARD_NAME = "README.md"
 """The model card names the licence."""
 _HINT = "name the repository of an ordinary checkpoint"
 
@@ -77,8 +77,8 @@ def _small_files(repo: HubRepo) -> Path:
     check_names(repo.files, repo.repo, where)
     # The name of a side file has no character with a meaning in a pattern.
     patterns = ["config.json", SHARD_INDEX_NAME, *filter(is_side_file, repo.files)]
-    if CARD_NAME in repo.files and repo.files[CARD_NAME].size <= MAX_SMALL_BYTES:
-        patterns.append(CARD_NAME)
+    if _CARD_NAME in repo.files and repo.files[_CARD_NAME].size <= MAX_SMALL_BYTES:
+        patterns.append(_CARD_NAME)
     if "config.json" not in repo.files:
         raise SourceError(f"{where}: file config.json is missing", "name the repository of a model")
     files = repo.matching(patterns)

@@ -34,8 +34,8 @@ Exit code 3 if the folder is damaged: then nothing is sent.""",
     "--license",
     "license_id",
     metavar="ID",
-    help="Licence of the weights by its Hub id, such as apache-2.0. Required if the source has no"
-    " licence file.",
+    help="Licence of the weights by its Hub id, such as apache-2.0, or unknown. Required if the"
+    " source has no licence file and its model card names none.",
 )
 @click.option(
     "--base-model",
@@ -56,7 +56,8 @@ def command(path: Path, repo: str, dry_run: bool, output: Output, **options: Any
     """Verify the converted folder PATH and publish it on the Hub as OWNER/MODEL.
 
     One commit publishes the whole model with a model card. Files that the repository already has
-    are not sent again. Your own README.md is kept; one that moe-convert wrote is updated.
+    are not sent again. Text and metadata that you wrote into the README.md, here or on the Hub, are
+    kept; the lines that moe-convert wrote are updated.
     """
     facts, text = upload(path, repo, output, dry_run=dry_run, **options)
     output.result(facts, text)

@@ -49,7 +49,10 @@ def open_source(path: Path, recipe: str, revision: str | None, token: str | None
     repo = HubRepo.open(str(path), revision, token)
     if INDEX_NAME in repo.files:
         with tempfile.TemporaryDirectory(prefix="moe-convert-") as temporary:
-            return _of_artifact(open_remote(repo, Path(temporary)), [], None)
+            artifact = open_remote(repo, Path(temporary))
+            names = [layer.file for layer in artifact.index.layers]
+            downloaded = [file for name in names if (file := repo.cached(name))]
+            return _of_artifact(artifact, downloaded, None)
     from converter.checkpoint.shards.hub_model import HubModel
 
     return _of_checkpoint(HubModel.open(repo.repo, repo.commit, token).folder, recipe, [])
