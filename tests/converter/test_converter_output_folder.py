@@ -159,7 +159,7 @@ def test_card_that_somebody_wrote_during_the_conversion_is_kept(
     convert(model, out)
     assert (out / "README.md").read_text() == "mine"
     convert(model, out, force=True)
-    assert "made by moe-convert" in (out / "README.md").read_text()
+    assert "moe-convert begin" in (out / "README.md").read_text()
 
 
 def test_no_resume_leaves_a_complete_conversion(model: Path, tmp_path: Path) -> None:
