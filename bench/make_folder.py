@@ -137,7 +137,7 @@ class _RandomFolder:
             layers=layers,
             files=[
                 write_config(read_config(self._source), self._recipe.recorded, self._out),
-                *copy_files(self._source, check_side_files(self._source), self._out),
+                *copy_files(dict.fromkeys(check_side_files(self._source), self._source), self._out),
             ],
         )
         fsync_folder(self._out / EXPERTS_FOLDER)

@@ -3,6 +3,7 @@
 import hashlib
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import zstandard
 from converter.calibration.calibration_pass import CalibrationPass
 from converter.calibration.calibration_text import calibration_tokens
 from converter.calibration.layer_statistics import LayerStatistics
+from converter.checkpoint.adapters.adapter_folder import AdapterFolder, other_adapters
 from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.source import Checkpoint
 from converter.conversion.units import Unit, units_of
@@ -19,12 +21,12 @@ from converter.forward.ordered_tasks import one_by_one
 from converter.journal.keys import ExpertKey, LinearKey, TensorKey
 from converter.output.conversion_sizes import plan_output
 from converter.output.output_files import write_linear, write_tensor
-from converter.output.source_side_files import copied_bytes
+from converter.output.source_side_files import copied_bytes, side_files_of
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipe_options import RecipeOptions
 from converter.solvers.registry import choose_solver
 from formats import TRUNK_NAME
-from formats.errors import MoeConvertError
+from formats.errors import MoeConvertError, SourceError
 from formats.files.output_file import remove
 from formats.files.partial_file import partial_path, write_file
 from formats.index import ExpertEntry, Index
@@ -37,14 +39,21 @@ class SourceOrigin(Origin):
 
     It converts by the index's recipe. Ask for experts layer by layer, ascending: with calibration,
     the tokens go through the earlier layers first. calibration_file: the user's text, if the folder
-    was calibrated with one. Raises SourceError, RecipeError, HubError.
+    was calibrated with one. adapters: those that the index names. Raises SourceError, RecipeError,
+    HubError.
     """
 
     def __init__(
-        self, source: Path | HubModel, index: Index, calibration_file: Path | None = None
+        self,
+        source: Path | HubModel,
+        index: Index,
+        calibration_file: Path | None = None,
+        adapters: Sequence[AdapterFolder] = (),
     ) -> None:
         self._index = index
-        self._checkpoint = Checkpoint(source)
+        if difference := other_adapters(index.source.adapters, adapters):
+            raise SourceError(*difference)
+        self._checkpoint = Checkpoint(source, adapters)
         self._solver = choose_solver(index.recipe.solver)
         recipe = ConversionRecipe.read(index.recipe)
         self._plan = plan_output(self._checkpoint, recipe)
@@ -89,7 +98,8 @@ class SourceOrigin(Origin):
                 f"{path} is damaged, and the source does not hold the converted config.json",
                 "--from OWNER/MODEL, or convert again",
             )
-        data = copied_bytes(self._checkpoint.folder, name)
+        folder = side_files_of(self._checkpoint).get(name, self._checkpoint.folder)
+        data = copied_bytes(folder, name)
         copied_sha256 = hashlib.sha256(data).hexdigest()
         if copied_sha256 != sha256:
             raise self._mismatch(name, copied_sha256, sha256)

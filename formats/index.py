@@ -86,7 +86,20 @@ class Shard(_Strict, frozen=True):
     sha256: Sha256
 
 
-class Source(_Strict, frozen=True):
+class Adapter(_Strict, frozen=True):
+    """A LoRA adapter that was merged into the source's weights."""
+
+    name: Label
+    """Name of the repository or folder."""
+    revision: Label | None
+    """Commit of a Hub repository; None for a folder."""
+    config_sha256: Sha256
+    """Of adapter_config.json."""
+    weights_sha256: Sha256
+    """Of adapter_model.safetensors."""
+
+
+class Source(_Strict, frozen=True, omit_defaults=True):
     """Origin of the weights."""
 
     name: Label
@@ -94,6 +107,8 @@ class Source(_Strict, frozen=True):
     revision: Label | None
     """Commit of a Hub repository; None for a folder."""
     shards: list[Shard]
+    adapters: Annotated[list[Adapter], Meta(max_length=100)] = []
+    """In the order of their merges."""
 
 
 class Producer(_Strict, frozen=True):

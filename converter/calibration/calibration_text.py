@@ -134,7 +134,7 @@ def _read(kind: str, file: Path | None) -> tuple[str, str]:
 
 def _encode(checkpoint: Checkpoint, where: str, text: str, tokenizer: Any) -> Tensor:
     try:
-        tokenizer = tokenizer or open_source_tokenizer(checkpoint.folder)
+        tokenizer = tokenizer or open_source_tokenizer(checkpoint)
         # The time of some tokenizers grows with the square of the length, so the text is split.
         ids = [
             i

@@ -22,6 +22,8 @@ class Outline:
     shape: ModelShape
     trunk: dict[str, Weight]
     expert_dtypes: set[str]
+    adapter_bytes: int = 0
+    """An outline has no adapters."""
 
     @property
     def architecture(self) -> Architecture:

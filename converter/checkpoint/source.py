@@ -1,13 +1,17 @@
 """A source checkpoint: its config and shards, opened strictly, and reads of its weights."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from converter.checkpoint.adapters.adapter_folder import AdapterFolder
+from converter.checkpoint.adapters.changes import MERGED_AT_ONCE, MIN_ROWS, Change
 from converter.checkpoint.config_check import check_with_transformers
+from converter.checkpoint.merged_weights import MergedWeights
 from converter.checkpoint.model_shape import ModelShape
 from converter.checkpoint.shards.hub_model import HubModel
 from converter.checkpoint.shards.hub_shards import HubShards
@@ -32,13 +36,15 @@ _COMPARED_BYTES = 16 << 20
 class Checkpoint:
     """A checkpoint in a local folder or a Hub repository. Close it, or use it as a context.
 
-    Raises SourceError for anything that this release does not convert: another model type, no
-    safetensors, missing, surplus, misshapen or cut tensors; PathError for unsafe names; HubError.
-    Nothing is written. No weight is read, with one exception: a stored head that config.json ties
-    to the embedding is compared with it.
+    adapters: merged in this order into the weights that `read_rows` returns. Raises SourceError for
+    anything that this release does not convert: another model type, no safetensors, missing,
+    surplus, misshapen or cut tensors, an adapter that does not fit; PathError for unsafe names;
+    HubError; DoesNotFitError for adapters larger than the memory. Nothing is written. No weight of
+    the checkpoint is read, with one exception: a stored head that config.json ties to the embedding
+    is compared with it.
     """
 
-    def __init__(self, source: Path | HubModel) -> None:
+    def __init__(self, source: Path | HubModel, adapters: Sequence[AdapterFolder] = ()) -> None:
         self.hub = source if isinstance(source, HubModel) else None
         self.folder = source.folder if isinstance(source, HubModel) else source
         """Has config.json, tokenizer and the other small files."""
@@ -69,6 +75,11 @@ class Checkpoint:
             self.trunk = tensors.trunk
             self._settle_head()
             tensors.check_complete(self.shape)
+            self.adapters = tuple(adapters)
+            """The adapters in the order of their merges."""
+            self._merged = MergedWeights(
+                self.adapters, self.name, self.shape, self.trunk, self.experts
+            )
         except BaseException:
             self.close()
             raise
@@ -138,11 +149,52 @@ class Checkpoint:
         """Bytes of all weights that a conversion reads."""
         return sum(w.n_bytes for w in (*self.experts.values(), *self.trunk.values()))
 
-    def read_rows(self, weight: Weight, begin: int, end: int) -> Tensor:
-        """Return rows begin..end (exclusive) of `weight` in its stored dtype, [rows, ...].
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of the adapters' tensors."""
+        return self._merged.n_bytes
 
-        SourceError with the tensor's name if the shard has become shorter.
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of tokenizer and chat templates: the last adapter's that has a vocabulary."""
+        for adapter in reversed(self.adapters):
+            if adapter.tokenizer_files:
+                return adapter.folder
+        return self.folder
+
+    def read_rows(self, weight: Weight, begin: int, end: int) -> Tensor:
+        """Return rows begin..end (exclusive) of `weight` with its adapters merged, [rows, ...].
+
+        They have the stored dtype. SourceError with the tensor's name if the shard has become
+        shorter.
         """
+        changes = self._merged.of_weight(weight)
+        if not changes:
+            return self._read_stored(weight, begin, end)
+        step = max(MIN_ROWS, MERGED_AT_ONCE // prod(weight.shape[1:]))
+        parts = (
+            self._merged_rows(weight, changes, row, min(row + step, end))
+            for row in range(begin, end, step)
+        )
+        if end - begin <= step:
+            return next(parts)
+        merged = torch.empty(end - begin, *weight.shape[1:], dtype=TORCH_DTYPES[weight.dtype])
+        for part, rows in zip(merged.split(step), parts, strict=True):
+            part.copy_(rows)
+        return merged
+
+    def _merged_rows(
+        self, weight: Weight, changes: Sequence[Change], begin: int, end: int
+    ) -> Tensor:
+        first = max(0, min(begin, end - MIN_ROWS))
+        last = min(weight.shape[0], max(end, first + MIN_ROWS))
+        rows = self._read_stored(weight, first, last)
+        for change in changes:
+            rows = change.apply(rows, first)
+        return rows[begin - first : end - first]
+
+    def _read_stored(self, weight: Weight, begin: int, end: int) -> Tensor:
+        """Return rows begin..end (exclusive) of `weight` as the shard has them."""
         row_bytes = weight.n_bytes // weight.shape[0]
         data = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
         view = memoryview(data.numpy())  # type: ignore[arg-type]
@@ -153,7 +205,8 @@ class Checkpoint:
 
     def place_of(self, weight: Weight) -> str:
         """Return the weight's file and tensor name, for messages."""
-        return f"{self._shards.where}/{weight.shard}: tensor {weight.name}"
+        merged = " with its adapters" if self._merged.of_weight(weight) else ""
+        return f"{self._shards.where}/{weight.shard}: tensor {weight.name}{merged}"
 
     def check_finite(self, weight: Weight, begin: int, rows: Tensor) -> None:
         """Raise SourceError with tensor and position if `rows` have infinite or NaN values.
@@ -235,8 +288,8 @@ class Checkpoint:
         step = max(1, _COMPARED_BYTES // (4 * one.shape[1]))
         for begin in range(0, one.shape[0], step):
             end = min(begin + step, one.shape[0])
-            one_rows = self.read_rows(one, begin, end).float()
-            other_rows = self.read_rows(other, begin, end).float()
+            one_rows = self._read_stored(one, begin, end).float()
+            other_rows = self._read_stored(other, begin, end).float()
             if not torch.equal(one_rows, other_rows):
                 return False
         return True

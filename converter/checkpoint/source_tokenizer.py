@@ -1,7 +1,6 @@
 """The checkpoint's tokenizer: opened for calibration, checked before a conversion begins."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from converter.checkpoint.source import Checkpoint
@@ -13,12 +12,16 @@ _log = logging.getLogger(__name__)
 _NO_TOKENIZER_HINT = "--calibrate random (or none) needs no tokenizer"
 
 
-def open_source_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in `folder`; no code from there runs. Raises TokenizerError."""
+def open_source_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the checkpoint's tokenizer, or its adapter's; no code from there runs.
+
+    Raises TokenizerError.
+    """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+    folder = checkpoint.tokenizer_folder
     # Without a config transformers would parse the folder's config.json without our checks.
-    model_type = model_type_in(folder)
+    model_type = model_type_in(checkpoint.folder)
     config = AutoConfig.for_model(model_type) if model_type else PreTrainedConfig()
     options = {"config": config, "trust_remote_code": False, "local_files_only": True}
     return open_tokenizer_by(lambda path: AutoTokenizer.from_pretrained(path, **options), folder)
@@ -31,10 +34,10 @@ def check_source_tokenizer(checkpoint: Checkpoint, *, needed: bool) -> Any:
     Tokens without an embedding only give a warning: many vocabularies have more tokens than the
     model, and a text may not use them.
     """
-    folder = checkpoint.folder
+    folder = checkpoint.tokenizer_folder
     embeddings = checkpoint.architecture.vocab_size
     try:
-        tokenizer = open_source_tokenizer(folder)
+        tokenizer = open_source_tokenizer(checkpoint)
         vocabulary: dict[str, int] = tokenizer.get_vocab()
     except MoeConvertError as e:
         if needed:

@@ -33,7 +33,7 @@ def complete(
     files.trunk.finish()
     copied = [
         write_config(checkpoint.config, recipe, out),
-        *copy_files(checkpoint.folder, plan.side_files, out),
+        *copy_files(plan.side_files, out),
     ]
     quality = write_quality(work.records, out)
     index = assemble_index(

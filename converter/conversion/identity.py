@@ -1,6 +1,7 @@
 """Identity of a conversion, compared before it resumes or counts as complete."""
 
 import hashlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,11 @@ def overlay_version(checkpoint: Checkpoint) -> str | None:
     return hashlib.sha256(repr(sorted(checkpoint.overlaid.items())).encode()).hexdigest()
 
 
+def adapters_version(checkpoint: Checkpoint) -> list[str]:
+    """Return the hashes of the merged adapters' files, in order."""
+    return [adapter.sha256 for adapter in checkpoint.adapters]
+
+
 def fingerprint(
     checkpoint: Checkpoint,
     recipe: ConversionRecipe,
@@ -44,7 +50,11 @@ def fingerprint(
     calibrated = {"calibration": calibration_version(tokens)} if tokens else {}
     pinned = {"hub": msgspec.to_builtins(checkpoint.hub.pin)} if checkpoint.hub else {}
     overlaid = {"overlay": overlay_version(checkpoint)} if checkpoint.overlaid else {}
+    adapted = {}
+    if checkpoint.adapters:
+        adapted = {"adapters": adapters_version(checkpoint), "peft": version("peft")}
     return {
+        **adapted,
         **calibrated,
         **overlaid,
         **pinned,
@@ -102,6 +112,11 @@ def check_same(
             "choice of shards for duplicate tensors",
             versions.get("overlay"),
             overlay_version(checkpoint),
+        ),
+        (
+            "adapter",
+            [f"{a.config_sha256} {a.weights_sha256}" for a in index.source.adapters],
+            adapters_version(checkpoint),
         ),
         *(
             (f"config.json ({name})", index.config.get(name), checkpoint.config.get(name))

@@ -1,6 +1,7 @@
 """The index of a complete conversion, assembled from its plan and its journal."""
 
 import hashlib
+from importlib.metadata import version
 
 from converter import __version__
 from converter.conversion.identity import calibration_version, overlay_version
@@ -45,6 +46,7 @@ def assemble_index(
             checkpoint.name,
             checkpoint.revision,
             [Shard(name, size, shard_sha256[name]) for name, size in checkpoint.shards.items()],
+            [adapter.recorded for adapter in checkpoint.adapters],
         ),
         config=checkpoint.config,
         architecture=checkpoint.architecture,
@@ -66,6 +68,8 @@ def _versions(plan: ConversionPlan) -> dict[str, str]:
         versions["calibration"] = calibration_version(plan.tokens)
     if overlay := overlay_version(plan.checkpoint):
         versions["overlay"] = overlay
+    if plan.checkpoint.adapters:
+        versions["peft"] = version("peft")
     return versions
 
 

@@ -14,7 +14,7 @@ from converter.journal.journal_file import check_begun
 from converter.output.conversion_sizes import OutputPlan, check_disk, plan_output
 from converter.output.output_needs import OutputNeeds
 from converter.output.output_probe import probe_output
-from converter.output.source_side_files import check_side_files
+from converter.output.source_side_files import side_files_of
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.solvers.interface import Solver
 from converter.solvers.registry import choose_solver
@@ -31,8 +31,8 @@ class ConversionPlan:
     options: ConvertOptions
     out: Path
     output: OutputPlan
-    side_files: list[str]
-    """Names of the files to copy."""
+    side_files: dict[str, Path]
+    """Name of each file to copy -> its folder."""
     needs: OutputNeeds
     solver: Solver
     tokens: CalibrationTokens | None
@@ -74,7 +74,7 @@ def plan_conversion(
     """
     with translated(out, "used"):
         output = plan_output(checkpoint, recipe)
-        side_files = check_side_files(checkpoint.folder)
+        side_files = side_files_of(checkpoint)
         calibration = recipe.options.calibration if output.last_quantized_layer >= 0 else None
         by_text = calibration is not None and calibration.kind != "random"
         tokenizer = check_source_tokenizer(checkpoint, needed=by_text)

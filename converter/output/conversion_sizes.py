@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from converter.calibration.pass_memory import calibration_memory_bytes
+from converter.checkpoint.adapters.changes import MERGED_AT_ONCE
 from converter.checkpoint.model_shape import HEAD, ModelShape
 from converter.checkpoint.weight import Weight
 from converter.recipe.bit_budget import likely_bits
@@ -34,6 +35,9 @@ and so the bytes of a result.
 _BASE_MEMORY_BYTES = 300 << 20
 """Measured after the process's imports, rounded up."""
 
+_PEFT_BYTES = 100 << 20
+"""PEFT's import and its layers."""
+
 _SMALL_FILES_BYTES = 16 << 20
 """Upper estimate of tokenizer, index, quality.json and the like."""
 
@@ -53,6 +57,10 @@ class Sized(Protocol):
     def expert_dtypes(self) -> set[str]:
         """The dtypes of the stored experts, by safetensors' names."""
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of the adapters' tensors."""
+
 
 @dataclass(frozen=True)
 class OutputPlan:
@@ -60,7 +68,7 @@ class OutputPlan:
 
     layouts: layouts[layer][expert], of the layers with experts. packed: module -> matrix of the
     trunk that is packed. layer_bytes: of each layer's file. calibration_bytes: memory of the
-    calibration, and more for each worker.
+    calibration, and more for each worker. adapter_bytes: memory of merged adapters, 0 without any.
     """
 
     layouts: list[list[ExpertLayout]]
@@ -73,6 +81,7 @@ class OutputPlan:
     trunk_bytes: int
     layer_bytes: list[int]
     calibration_bytes: tuple[int, int]
+    adapter_bytes: int
 
     @property
     def packings(self) -> list[str]:
@@ -134,7 +143,11 @@ class OutputPlan:
         calibration, calibration_per_worker = self.calibration_bytes
         solved = solver.bytes_a_weight * CHUNK_WEIGHTS
         per_worker = calibration_per_worker + solved + self.largest_expert_bytes
-        return _BASE_MEMORY_BYTES + calibration + workers * per_worker
+        base = _BASE_MEMORY_BYTES
+        if self.adapter_bytes:
+            base += _PEFT_BYTES + self.adapter_bytes
+            per_worker += 2 * 4 * MERGED_AT_ONCE
+        return base + calibration + workers * per_worker
 
 
 def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
@@ -188,6 +201,7 @@ def plan_output(checkpoint: Sized, recipe: ConversionRecipe) -> OutputPlan:
         calibration_bytes=calibration_memory_bytes(
             a, recipe.options.calibration_tokens, recipe.options.down_block(a.intermediate_size)
         ),
+        adapter_bytes=checkpoint.adapter_bytes,
     )
 
 

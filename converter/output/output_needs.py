@@ -51,11 +51,12 @@ class OutputNeeds:
         source = folder.parent.parent if folder.parent.name == "snapshots" else checkpoint.folder
         with translated(checkpoint.folder, "read", SourceError):
             source_files = list(checkpoint.folder.iterdir())
+            adapter_files = [path for a in checkpoint.adapters for path in a.folder.iterdir()]
         return cls(
             names=frozenset((*fixed, *layers, *copied)),
             largest_file_bytes=max(plan.trunk_bytes, *plan.layer_bytes) + _HEADER_BYTES,
             source=source,
-            inputs=(*source_files, *(path for path in inputs if path)),
+            inputs=(*source_files, *adapter_files, *(path for path in inputs if path)),
         )
 
     @property

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from converter.checkpoint.adapters.adapter_folder import is_tokenizer_file
+from converter.checkpoint.source import Checkpoint
 from formats import FORMAT_VERSION
 from formats.config.generation_config import GENERATION_NAME, clean_generation_config
 from formats.config.recorded_config import CONFIG_NAME, METHOD
@@ -41,6 +43,20 @@ def write_config(config: dict[str, Any], recipe: Recipe, out: Path) -> CopiedFil
     fields = {**config, "quantization_config": quantization}
     text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
     return _write(out, CONFIG_NAME, text.encode())
+
+
+def side_files_of(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Return the name of each side file of the output, and the folder that it is copied from.
+
+    An adapter's tokenizer and chat templates replace all of the checkpoint's. Raises the errors of
+    `check_side_files`.
+    """
+    files = dict.fromkeys(check_side_files(checkpoint.folder), checkpoint.folder)
+    folder = checkpoint.tokenizer_folder
+    if folder == checkpoint.folder:
+        return files
+    kept = {name: place for name, place in files.items() if not is_tokenizer_file(name)}
+    return kept | dict.fromkeys(filter(is_tokenizer_file, check_side_files(folder)), folder)
 
 
 def check_side_files(source: Path) -> list[str]:
@@ -85,9 +101,9 @@ def check_side_files(source: Path) -> list[str]:
     return names
 
 
-def copy_files(source: Path, names: list[str], out: Path) -> list[CopiedFile]:
-    """Copy the side files `names`: tokenizer, chat templates, generation config, licence."""
-    return [_write(out, name, copied_bytes(source, name)) for name in sorted(names)]
+def copy_files(files: dict[str, Path], out: Path) -> list[CopiedFile]:
+    """Copy side files (name -> folder): tokenizer, chat templates, generation config, licence."""
+    return [_write(out, name, copied_bytes(folder, name)) for name, folder in sorted(files.items())]
 
 
 def copied_bytes(source: Path, name: str) -> bytes:

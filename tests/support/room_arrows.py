@@ -2,17 +2,20 @@
 
 ARROWS = {
     "converter": (
-        "converter.calibration converter.checkpoint converter.checkpoint.shards "
-        "converter.cli converter.conversion converter.forward converter.journal "
-        "converter.output converter.recipe converter.solvers formats formats.files "
-        "formats.repair"
+        "converter.calibration converter.checkpoint converter.checkpoint.adapters "
+        "converter.checkpoint.shards converter.cli converter.conversion converter.forward "
+        "converter.journal converter.output converter.recipe converter.solvers formats "
+        "formats.files formats.repair"
     ),
     "converter.calibration": (
         "converter converter.checkpoint converter.forward converter.solvers formats formats.files"
     ),
     "converter.checkpoint": (
-        "converter converter.checkpoint.shards converter.journal formats formats.config "
-        "formats.files"
+        "converter converter.checkpoint.adapters converter.checkpoint.shards converter.journal "
+        "formats formats.config formats.files"
+    ),
+    "converter.checkpoint.adapters": (
+        "converter.checkpoint.shards formats formats.config formats.files formats.hub"
     ),
     "converter.checkpoint.shards": (
         "converter.journal formats formats.config formats.files formats.hub"
@@ -38,7 +41,8 @@ ARROWS = {
     ),
     "converter.cli.steps": (
         "converter converter.calibration converter.checkpoint "
-        "converter.checkpoint.shards converter.cli.show converter.forward "
+        "converter.checkpoint.adapters converter.checkpoint.shards converter.cli.show "
+        "converter.forward "
         "converter.output converter.publish converter.recipe formats formats.hub "
         "formats.reading loader loader.arithmetic loader.budget loader.cuda.device "
         "loader.evaluation loader.experts loader.hf.loading loader.planning "
@@ -54,9 +58,9 @@ ARROWS = {
     "converter.gguf": "converter formats formats.files formats.reading",
     "converter.journal": "converter formats formats.config formats.files",
     "converter.output": (
-        "converter converter.calibration converter.checkpoint converter.journal "
-        "converter.publish converter.recipe converter.solvers formats formats.config "
-        "formats.files"
+        "converter converter.calibration converter.checkpoint converter.checkpoint.adapters "
+        "converter.journal converter.publish converter.recipe converter.solvers formats "
+        "formats.config formats.files"
     ),
     "converter.publish": (
         "converter.recipe converter.solvers formats formats.config formats.files formats.hub"

@@ -1,6 +1,5 @@
 """Recognizes sources that are no checkpoint in transformers' layout, and says what to do."""
 
-import json
 import shlex
 from collections.abc import Collection
 from pathlib import Path
@@ -38,21 +37,12 @@ def check_names(names: Collection[str], name: str, where: str) -> None:
     _check_conversion(names, name, where)
     if _ADAPTER_NAME in names:
         raise SourceError(
-            f"{where} holds an adapter (it has {_ADAPTER_NAME}), which a conversion would leave"
-            " out",
-            f"merge it into its base model first: {_merge_command(name)}",
+            f"{where} holds an adapter (it has {_ADAPTER_NAME}), not a checkpoint",
+            "name its base model, and the adapter after --adapter: moe-convert convert BASE"
+            f" --adapter {shlex.quote(name)}",
         )
     if SINGLE_NAME not in names and SHARD_INDEX_NAME not in names:
         _check_other_weights(names, where)
-
-
-def _merge_command(name: str) -> str:
-    """Return the command with which peft merges the adapter `name`."""
-    code = (
-        f"from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({json.dumps(name)})"
-        '.merge_and_unload().save_pretrained("merged")'
-    )
-    return f"python -c {shlex.quote(code)}"
 
 
 def _check_conversion(names: Collection[str], name: str, where: str) -> None:

@@ -12,6 +12,7 @@ from converter.cli.show.convert_facts import facts_of, needs_of, summary_of, tex
 from converter.cli.steps.convert_source import (
     check_upload,
     convert_options_of,
+    open_adapters,
     open_source,
     recipe_of,
 )
@@ -27,6 +28,7 @@ Examples:
   moe-convert convert ./my-finetune -o out --recipe 3bit --max-workers 4
   moe-convert convert ./my-finetune --target-bpw 2.7
   moe-convert convert ./my-finetune --bits 16 --attn-bits 16
+  moe-convert convert mistralai/Mixtral-8x7B-v0.1 --adapter ./my-lora -o my-lora-2bit
   moe-convert convert ./my-finetune --dry-run
 
 After an interruption, run the same command again: it resumes.""",
@@ -40,6 +42,9 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     MODEL is a folder, or owner/name of a repository on the Hub. Shards of a repository are
     downloaded when they are needed and deleted afterwards; shards in huggingface_hub's cache are
     read in place.
+
+    With --adapter, LoRA adapters of PEFT are merged into the weights before they are quantized. The
+    result is that of PEFT's merge_and_unload and a conversion of the merged checkpoint.
     """
     from converter.checkpoint.source import Checkpoint
     from converter.conversion.flow import convert
@@ -49,14 +54,19 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     how = convert_options_of(options)
     source, out = open_source(model, out_dir, recipe.name, options)
     check_upload(source, options)
-    pinned = (
+    adapters = open_adapters(options["adapters"], options["token"])
+    pinned: dict[str, Any] = (
         {} if isinstance(source, Path) else {"source": f"{source.repo.repo}@{source.repo.commit}"}
     )
-    with Checkpoint(source) as checkpoint:
+    if adapters:
+        pinned["adapters"] = [adapter.where for adapter in adapters]
+    with Checkpoint(source, adapters) as checkpoint:
+        if checkpoint.tokenizer_folder != checkpoint.folder:
+            pinned["tokenizer"] = str(checkpoint.tokenizer_folder)
         plan = plan_conversion(checkpoint, recipe, how, out)
         if options["dry_run"]:
             facts = pinned | facts_of(plan.output, recipe, checkpoint.n_bytes, out) | needs_of(plan)
-            facts |= {"fetched_disk_bytes": checkpoint.fetch_bytes} if pinned else {}
+            facts |= {"fetched_disk_bytes": checkpoint.fetch_bytes} if checkpoint.hub else {}
             output.result(facts, text_of(facts))
             return
         output.note(summary_of(plan))

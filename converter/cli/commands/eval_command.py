@@ -34,6 +34,7 @@ Examples:
     help="Compare with the checkpoint in this folder. It is computed layer by layer and need not"
     " fit in memory.",
 )
+@shared_options.adapters
 @click.option("--save", is_flag=True, help="With --against: save the result in PATH/quality.json.")
 @click.option(
     "--tasks",
@@ -72,6 +73,7 @@ def command(
     path: Path,
     texts: tuple[Path, ...],
     against: Path | None,
+    adapters: tuple[str, ...],
     save: bool,
     tasks: str | None,
     limit: int | None,
@@ -93,7 +95,8 @@ def command(
     With --against, the command also reports the original's perplexity and the ratio, the mean KL
     divergence from the original (nats per token), the share of tokens with the same top choice, and
     the share of tokens for which a router chooses the same experts. Errors are standard errors over
-    windows. Checkpoints are computed in float32.
+    windows. Checkpoints are computed in float32. If PATH was converted with --adapter, give the
+    same --adapter: it is merged into ORIGINAL.
 
     With --tasks, it runs lm-eval tasks instead. Documents go through the tokenizer's chat
     template if it has one, unless --raw is given. Results with and without a template are not
@@ -102,6 +105,7 @@ def command(
     _check_options(
         texts=texts,
         against=against,
+        adapters=adapters,
         save=save,
         tasks=tasks,
         limit=limit,
@@ -182,8 +186,9 @@ def command(
         if is_converted(path):
             _check_loading(path, options)
         evaluation = compare_with_original(
-            path, against, named, load, window=window, batch=batch, max_windows=max_windows,
-            versions=versions, check=options["check"], output=output, progress=progress,
+            path, against, adapters, named, load, window=window, batch=batch,
+            max_windows=max_windows, versions=versions, check=options["check"], output=output,
+            progress=progress,
         )  # fmt: skip
         if save:
             save_evaluation(path, evaluation)
@@ -221,7 +226,15 @@ def _check_loading(path: Path, options: dict[str, Any]) -> None:
 
 
 def _check_options(
-    *, texts: Any, against: Any, save: bool, tasks: Any, limit: Any, task_folder: Any, raw: bool
+    *,
+    texts: Any,
+    against: Any,
+    adapters: Any,
+    save: bool,
+    tasks: Any,
+    limit: Any,
+    task_folder: Any,
+    raw: bool,
 ) -> None:
     if bool(texts) == bool(tasks):
         raise click.UsageError("give either --text or --tasks")
@@ -229,6 +242,8 @@ def _check_options(
         raise click.UsageError("--against compares on texts: give --text instead of --tasks")
     if save and not against:
         raise click.UsageError("--save needs --against")
+    if adapters and not against:
+        raise click.UsageError("--adapter needs --against: it is merged into that checkpoint")
     if tasks and not any(name.strip() for name in tasks.split(",")):
         raise click.UsageError("--tasks names no task")
     if (limit or task_folder or raw) and not tasks:

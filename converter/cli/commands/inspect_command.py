@@ -99,7 +99,11 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
     facts: dict[str, Any] = {
         "format_version": index.format_version,
         "producer": msgspec.to_builtins(index.producer),
-        "source": {"name": index.source.name, "revision": index.source.revision},
+        "source": {
+            "name": index.source.name,
+            "revision": index.source.revision,
+            "adapters": msgspec.to_builtins(index.source.adapters),
+        },
         "architecture": msgspec.to_builtins(a),
         "recipe": msgspec.to_builtins(index.recipe),
         "packings": index.packings,
@@ -123,6 +127,10 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         (
             "source",
             index.source.name + (f" at {index.source.revision}" if index.source.revision else ""),
+        ),
+        *(
+            ("adapter", a.name + (f" at {a.revision}" if a.revision else ""))
+            for a in index.source.adapters
         ),
         ("recipe", f"{index.recipe.name} (solver {index.recipe.solver})"),
         ("gate and up", _packings(entry.gate_up for entry in entries)),

@@ -42,6 +42,7 @@ Exit code 3 if something is still damaged; finished repairs are kept.""",
     metavar="FILE",
     help="Calibration text, if the conversion used --calibrate FILE.",
 )
+@shared_options.adapters
 @click.option(
     "--revision",
     metavar="NAME",
@@ -55,6 +56,7 @@ def command(
     origin: str | None,
     index_too: bool,
     calibration_file: Path | None,
+    adapters: tuple[str, ...],
     output: Output,
     **remote: str | None,
 ) -> None:
@@ -85,7 +87,7 @@ def command(
             "the index was rebuilt",
         )
         return
-    with _origin(path, origin, calibration_file, remote) as source:
+    with _origin(path, origin, calibration_file, adapters, remote) as source:
         index = read_index(path)
         done = repair_folder(
             path,
@@ -108,13 +110,18 @@ def command(
 
 @contextlib.contextmanager
 def _origin(
-    path: Path, name: str | None, calibration_file: Path | None, remote: dict[str, str | None]
+    path: Path,
+    name: str | None,
+    calibration_file: Path | None,
+    adapters: tuple[str, ...],
+    remote: dict[str, str | None],
 ) -> Iterator[Any]:
     """Yield the origin that --from names, or None.
 
     A repository of a converted model also replaces a missing or damaged index.
     """
     from converter.checkpoint.shards.hub_model import HubModel
+    from converter.cli.steps.convert_source import open_adapters
     from converter.source_origin import SourceOrigin
     from formats import INDEX_NAME
     from formats.errors import FormatError, MoeConvertError
@@ -134,7 +141,8 @@ def _origin(
             raise MoeConvertError(
                 f"{name} is a converted folder", f"copy the damaged files from {name}"
             )
-        with SourceOrigin(Path(name), read_index(path), calibration_file) as source:
+        opened = open_adapters(adapters, remote["token"])
+        with SourceOrigin(Path(name), read_index(path), calibration_file, opened) as source:
             yield source
         return
     repo = HubRepo.open(name, remote["revision"], remote["token"])
@@ -149,7 +157,8 @@ def _origin(
     index = read_index(path)
     revision = remote["revision"] or (index.source.revision if index.source.name == name else None)
     model = HubModel.open(name, revision, remote["token"], keep=False)
-    with SourceOrigin(model, index, calibration_file) as source:
+    opened = open_adapters(adapters, remote["token"])
+    with SourceOrigin(model, index, calibration_file, opened) as source:
         yield source
 
 

@@ -107,6 +107,7 @@ _RECIPE = (
     ),
 )
 _SOURCE = (
+    shared_options.adapters,
     shared_options.revision,
     shared_options.token,
     click.option(
@@ -183,7 +184,7 @@ def with_convert_options(function: F) -> F:
         "--out-dir",
         type=click.Path(path_type=Path),
         metavar="FOLDER",
-        help="Output folder [default: MODEL-RECIPE].",
+        help="Output folder [default: MODEL-RECIPE, or MODEL-ADAPTER-RECIPE].",
     )
     for option in reversed((out_dir, *_RECIPE, *_SOURCE, *_RESOURCES, *_PUBLICATION, *_RUN)):
         function = option(function)

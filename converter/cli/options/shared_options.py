@@ -23,6 +23,14 @@ token = click.option(
     help="Access token for gated and private repositories [default: the token of `hf auth login`,"
     " or HF_TOKEN].",
 )
+adapters = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FOLDER|OWNER/NAME[@REVISION]",
+    help="LoRA adapter to merge into the checkpoint's weights. Repeat the option for more adapters;"
+    " they are merged in order. Needs the extra moe-convert[adapters].",
+)
 ram_cache = click.option(
     "--ram-cache",
     default="auto",

@@ -1,7 +1,8 @@
 """Compares a model with its original, after a check that both fit together."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from converter import __version__
+from converter.checkpoint.adapters.adapter_folder import AdapterFolder, other_adapters
 from converter.checkpoint.source import Checkpoint
+from converter.checkpoint.source_tokenizer import open_source_tokenizer
 from converter.cli.show.console import Output
+from converter.cli.steps.convert_source import open_adapters
 from converter.forward.streamed_model import StreamedModel
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
-from formats.index import Architecture
+from formats.index import Architecture, Index
 from formats.progress import Progress
 from formats.quality import Evaluation
 from formats.unconverted import check_finished
@@ -23,12 +27,14 @@ if TYPE_CHECKING:
     from formats.prediction import Prediction
     from loader.evaluation.comparison import Text
 
+_log = logging.getLogger(__name__)
 _TOKENIZER_HINT = "give the checkpoint that was converted, with its own tokenizer"
 
 
 def compare_with_original(
     path: Path,
     against: Path,
+    adapters: Sequence[str],
     named: list[tuple[str, str]],
     load: Callable[[Path], Any],
     *,
@@ -42,9 +48,9 @@ def compare_with_original(
 ) -> Evaluation:
     """Compare the model in `path` with the checkpoint in `against` on (name, text) pairs.
 
-    A checkpoint is computed layer by layer. `load` loads a converted folder after the original is
-    done, so that its cache can use the memory. Raises SourceError, FormatError and MoeConvertError,
-    as docs/quality.md describes.
+    adapters: names of those to merge into `against`. A checkpoint is computed layer by layer.
+    `load` loads a converted folder after the original is done, so that its cache can use the
+    memory. Raises SourceError, FormatError and MoeConvertError, as docs/quality.md describes.
     """
     import transformers
 
@@ -53,12 +59,15 @@ def compare_with_original(
 
     check_finished(against)
     with ExitStack() as opened:
-        original = opened.enter_context(Checkpoint(against))
+        merged = open_adapters(adapters, None)
+        original = opened.enter_context(Checkpoint(against, merged))
         converted = is_converted(path)
         ours: Any = Artifact.open(path) if converted else opened.enter_context(Checkpoint(path))
         _check_alike(original.architecture, against, ours.architecture, path)
+        if converted:
+            _warn_of_other_adapters(ours.index, merged, path)
         texts = _texts(
-            path, against, named, window, max_windows, ours.architecture.vocab_size, check
+            path, original, named, window, max_windows, ours.architecture.vocab_size, check
         )
         windows = torch.cat([text.windows for text in texts])
 
@@ -97,9 +106,15 @@ def _check_alike(original: Architecture, against: Path, ours: Architecture, path
             )
 
 
+def _warn_of_other_adapters(index: Index, adapters: Sequence[AdapterFolder], path: Path) -> None:
+    # No error: ORIGINAL may be a checkpoint into which PEFT merged the adapters.
+    if difference := other_adapters(index.source.adapters, adapters):
+        _log.warning("%s: %s; if ORIGINAL is the base model, use %s", path, *difference)
+
+
 def _texts(
     path: Path,
-    against: Path,
+    original: Checkpoint,
     named: list[tuple[str, str]],
     window: int,
     max_windows: int | None,
@@ -112,7 +127,12 @@ def _texts(
     from loader.evaluation.perplexity import named_windows
     from loader.hf.loading.tokenizer import check_tokens
 
-    tokenizers = [loader.load_tokenizer(folder, check=check) for folder in (against, path)]
+    against = original.tokenizer_folder
+    if against == original.folder:
+        their_tokenizer = loader.load_tokenizer(against, check=check)
+    else:
+        their_tokenizer = open_source_tokenizer(original)
+    tokenizers = [their_tokenizer, loader.load_tokenizer(path, check=check)]
     texts = []
     for name, text in named:
         theirs, ours = (named_windows(t, name, text, window, max_windows) for t in tokenizers)

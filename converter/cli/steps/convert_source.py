@@ -1,11 +1,13 @@
 """Turns the options of `convert` into a recipe, its settings and an opened source."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from converter.checkpoint.adapters.adapter_folder import AdapterFolder
     from converter.convert_options import ConvertOptions
     from converter.recipe.conversion_recipe import ConversionRecipe
 
@@ -67,7 +69,8 @@ def open_source(
 
     name = str(model)
     hub_options = ["revision", "max_disk", "no_keep"]
-    if not options["upload_repo"]:
+    recipe = "-".join((*map(_short_name, options["adapters"]), recipe))
+    if not (options["upload_repo"] or options["adapters"]):
         hub_options.append("token")
     given = [f"--{option.replace('_', '-')}" for option in hub_options if options[option]]
     if model.exists() or not is_repo_name(name):
@@ -87,6 +90,13 @@ def open_source(
         resume=None if options["no_resume"] or options["force"] else out,
     )
     return source, out
+
+
+def open_adapters(names: Sequence[str], token: str | None) -> "list[AdapterFolder]":
+    """Open adapters by their folders or repositories. Raises the errors of AdapterFolder.open."""
+    from converter.checkpoint.adapters.adapter_folder import AdapterFolder
+
+    return [AdapterFolder.open(name, token) for name in names]
 
 
 def check_upload(source: Any, options: dict[str, Any]) -> None:
@@ -111,6 +121,12 @@ def check_upload(source: Any, options: dict[str, Any]) -> None:
             repo, options["private"], license=options["license_id"], token=options["token"]
         )
     )
+
+
+def _short_name(adapter: str) -> str:
+    """Return the last part of an adapter's name, without a revision."""
+    folder = Path(adapter)
+    return folder.resolve().name if folder.exists() else folder.name.partition("@")[0]
 
 
 def _calibration(value: str | None) -> tuple[str | None, Path | None]:
