@@ -86,7 +86,7 @@ def test_what_transformers_saves_is_copied_and_code_is_not(tmp_path: Path) -> No
         (tmp_path / name).write_text("{}" if name == "generation_config.json" else name)
     assert sorted(check_side_files(tmp_path)) == copied
     (tmp_path / "out").mkdir()
-    files = copy_files(tmp_path, copied, tmp_path / "out")
+    files = copy_files(dict.fromkeys(copied, tmp_path), tmp_path / "out")
     assert [file.file for file in files] == copied
     for name in copied:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()

@@ -6,7 +6,7 @@ from msgspec import Meta, Struct
 
 from formats.config.field_rules import short
 from formats.config.strict_json import parse, typed
-from formats.errors import SourceError
+from formats.errors import FormatError, SourceError
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -38,6 +38,7 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 """Fields that decide nothing in a merge: those of training, of its start, of other options."""
+_AGAIN = "get the adapter again, or save it again with peft"
 _PLAIN_LORA_HINT = (
     "merge it with peft, where it was trained: model.merge_and_unload().save_pretrained(FOLDER);"
     " then convert FOLDER"
@@ -84,16 +85,22 @@ def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
     Raises SourceError for another kind of adapter than LoRA, and for an option that cannot be
     merged, with its name.
     """
-    value = parse(data, where, max_bytes=MAX_CONFIG_BYTES, error=SourceError)
+    try:
+        value = parse(data, where, max_bytes=MAX_CONFIG_BYTES)
+    except FormatError as e:
+        raise SourceError(e.message, _AGAIN) from None
     if not isinstance(value, dict):
-        raise SourceError(f"{where}: not an object", "get the adapter again")
+        raise SourceError(f"{where}: not an object", _AGAIN)
     kind = value.get("peft_type")
     if kind != "LORA":
         raise SourceError(
             f"{where}: peft_type is {short(kind)}; this release merges LORA",
             _PLAIN_LORA_HINT,
         )
-    config = typed(value, AdapterConfig, where, error=SourceError)
+    try:
+        config = typed(value, AdapterConfig, where)
+    except FormatError as e:
+        raise SourceError(e.message, _AGAIN) from None
     for name, given in sorted(value.items()):
         if name in AdapterConfig.__struct_fields__ or name in _WITHOUT_EFFECT or not given:
             continue

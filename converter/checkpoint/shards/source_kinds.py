@@ -37,7 +37,8 @@ def check_names(names: Collection[str], name: str, where: str) -> None:
     _check_conversion(names, name, where)
     if _ADAPTER_NAME in names:
         raise SourceError(
-            f"{where} holds an adapter (it has {_ADAPTER_NAME}), not a checkpoint",
+            f"{where} holds an adapter (it has {_ADAPTER_NAME}), which a conversion would leave"
+            " out",
             "name its base model, and the adapter after --adapter: moe-convert convert BASE"
             f" --adapter {shlex.quote(name)}",
         )

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from loaded_models import apart, logits
-from source_folders import HEAD, SINGLE, make_single, only
-from transformers import MixtralForCausalLM
+from adapters import make_adapter
+from source_folders import SINGLE, make_single, only
 
 from converter.checkpoint.source import Checkpoint
 from converter.convert import ConvertOptions, convert_checkpoint
 from converter.recipe.recipes import make_recipe
 from formats.errors import MoeConvertError
+from formats.index import read_index
 
 IDS = torch.randint(3, 4000, (1, 16), generator=torch.Generator().manual_seed(1))
 
@@ -77,28 +77,19 @@ def test_path_of_a_file_gets_its_folder(source: Path) -> None:
     assert caught.value.hint == f"name its folder: {source}"
 
 
-def test_hint_of_an_adapter_merges_it(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_hint_of_an_adapter_converts_its_base_with_it(
+    source: Path, tmp_path: Path, run_command: Callable[..., tuple[int, str, str]]
 ) -> None:
-    peft = pytest.importorskip("peft")
-    model = MixtralForCausalLM.from_pretrained(source)
-    torch.manual_seed(0)
-    config = peft.LoraConfig(
-        target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    adapted = peft.get_peft_model(model, config)
-    expected = logits(adapted.eval().float(), IDS)
-    adapted.save_pretrained(tmp_path / "adapter")
+    make_adapter(source, tmp_path / "adapter")
     with pytest.raises(MoeConvertError) as caught:
         Checkpoint(tmp_path / "adapter")
-    monkeypatch.chdir(tmp_path)
-    exec(shlex.split(caught.value.hint)[-1], {})
-    merged = logits(
-        MixtralForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval(), IDS
+    program, *arguments = shlex.split(
+        caught.value.hint.partition(": ")[2].replace("BASE", str(source))
     )
-    assert apart(merged, expected) < 0.05
-    with Checkpoint(tmp_path / "merged") as checkpoint:
-        assert HEAD in checkpoint.trunk
+    assert program == "moe-convert"
+    options = ["--recipe", "16bit", "-o", tmp_path / "out"]
+    assert run_command(*arguments, *options)[0] == 0
+    assert [a.name for a in read_index(tmp_path / "out").source.adapters] == ["adapter"]
 
 
 def test_hint_of_a_converted_folder_shows_its_source(

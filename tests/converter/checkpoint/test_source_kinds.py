@@ -259,7 +259,7 @@ def test_own_head_of_a_repository_is_kept(source: Path, hub: HubServer) -> None:
         (dangling_link, [SINGLE, "missing", "/gone/blob"], "get the shard again"),
         (adapter_tensors, ["lora_A", "do not belong"], "merge_and_unload"),
         (mlx_quantized, ["switch_mlp", "U32"], "original checkpoint"),
-        (beside("adapter_config.json"), ["adapter"], "merge_and_unload"),
+        (beside("adapter_config.json"), ["adapter"], "moe-convert convert BASE --adapter"),
         (beside("moe_index.json"), ["converted already"], "moe-convert inspect"),
         (
             beside(".moe-convert.journal"),
@@ -295,7 +295,7 @@ def test_what_is_not_read_is_refused_with_a_fitting_hint(
         (
             beside("adapter_config.json"),
             ["me/mini@", "adapter"],
-            'from_pretrained("me/mini").merge_and_unload',
+            "moe-convert convert BASE --adapter me/mini",
         ),
         (
             beside("moe_index.json"),
