@@ -64,11 +64,13 @@ class MergedWeights:
         with AdapterTensors(adapter.folder, TORCH_DTYPES, header_bytes) as tensors:
             shapes = tensors.shapes()
             self._check_vocabulary(shapes, adapter.where)
-            for changed in changed_tensors(self._shape.model, adapter, shapes):
+            planned = changed_tensors(self._shape.model, adapter, shapes)
+            for changed in planned:
                 for _ in self._changes_of(changed, adapter.where):
                     pass
-            self.n_bytes += tensors.n_bytes
-            _check_memory(tensors.n_bytes, adapter.where)
+            n_bytes = sum(changed.n_bytes for changed in planned)
+            _check_memory(n_bytes, adapter.where)
+            self.n_bytes += n_bytes
             for changed in changed_tensors(self._shape.model, adapter, tensors.values()):
                 for weight, change in self._changes_of(changed, adapter.where):
                     self._changes[weight].append(change)

@@ -46,14 +46,6 @@ class AdapterTensors:
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory of all tensors in float32, in which PEFT computes."""
-        return sum(
-            4 * entry.n_bytes // self._dtypes[entry.dtype].itemsize
-            for entry in self.header.entries.values()
-        )
-
     def shapes(self) -> dict[str, Tensor]:
         """Return each tensor on the meta device: shape and dtype without values."""
         return {

@@ -27,11 +27,13 @@ _OTHER_BASE = "name the base model that the adapter was trained on"
 class Changed:
     """A tensor of the model that an adapter changes.
 
-    name: transformers' name. change: None for LoRA on a parameter of all experts; then `experts` is
-    PEFT's layer. is_module: True for a replacement that unties its module from others.
+    name: transformers' name. n_bytes: memory of the adapter's tensors. change: None for LoRA on a
+    parameter of all experts; then `experts` is PEFT's layer. is_module: True for a replacement that
+    unties its module from others.
     """
 
     name: str
+    n_bytes: int
     change: Change | None
     experts: Any = None
     is_module: bool = False
@@ -54,12 +56,12 @@ def changed_tensors(
     changed: list[Changed] = []
     for name, parameter in tuned.named_parameters():
         if _is_stored_base(name, parameter, tensors):
-            changed.append(Changed(_plain(name), Replacement(parameter.detach())))
+            changed.append(_replaced(_plain(name), parameter.detach()))
     for name, module in tuned.named_modules():
         path = _plain(name)
         if isinstance(module, ModulesToSaveWrapper):
             for part, values in module.modules_to_save[ADAPTER].state_dict().items():
-                changed.append(Changed(f"{path}.{part}", Replacement(values), is_module=True))
+                changed.append(_replaced(f"{path}.{part}", values, is_module=True))
         elif isinstance(module, LoraLayer):
             changed.append(_of_layer(path, module, adapter.where))
     if not changed:
@@ -121,18 +123,25 @@ def _is_stored_base(name: str, parameter: Any, tensors: dict[str, Tensor]) -> bo
     return f"{_PREFIX}{name.removeprefix(_PREFIX)}" in tensors or not parameter.is_meta
 
 
+def _replaced(name: str, values: Tensor, *, is_module: bool = False) -> Changed:
+    return Changed(name, values.nbytes, Replacement(values), is_module=is_module)
+
+
 def _of_layer(path: str, layer: Any, where: str) -> Changed:
     from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
 
+    # Without the base layer, in which PEFT also nests the layer of another parameter.
+    own = (p for name, p in layer.named_parameters() if not name.startswith("base_layer."))
+    n_bytes = sum(parameter.nbytes for parameter in own)
     if isinstance(layer, ParamWrapper):
         name = f"{path}.{layer.parameter_name}"
         if layer.num_experts > 1:
-            return Changed(name, None, layer)
-        return Changed(name, LinearChange(layer, layer.parameter_name))
+            return Changed(name, n_bytes, None, layer)
+        return Changed(name, n_bytes, LinearChange(layer, layer.parameter_name))
     if isinstance(layer, Embedding) and not layer.lora_magnitude_vector:
-        return Changed(f"{path}.weight", EmbeddingChange(layer))
+        return Changed(f"{path}.weight", n_bytes, EmbeddingChange(layer))
     if isinstance(layer, Linear):
-        return Changed(f"{path}.weight", LinearChange(layer, "weight"))
+        return Changed(f"{path}.weight", n_bytes, LinearChange(layer, "weight"))
     kind = "DoRA" if layer.lora_magnitude_vector else type(layer).__name__
     raise SourceError(
         f"{where}: {kind} on {path} cannot be merged row by row",
