@@ -46,6 +46,36 @@ def test_good_folder_opens() -> None:
     assert artifact.architecture == architecture_of(CONFIG)
 
 
+ADAPTER = {
+    "name": "me/lora",
+    "revision": None,
+    "config_sha256": "0" * 64,
+    "weights_sha256": "1" * 64,
+}
+
+
+def test_an_index_may_name_the_adapters_that_were_merged(tmp_path: Path) -> None:
+    folder = copy_of_good(tmp_path)
+    spoil(
+        folder,
+        {"file": "moe_index.json", "at": "/source/adapters", "json": json.dumps([ADAPTER])},
+    )
+    (found,) = Artifact.open(folder).index.source.adapters
+    assert (found.name, found.weights_sha256) == ("me/lora", "1" * 64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights_sha256": "1"}, {"name": "\x1b[2J"}, {"rank": 8}, {"revision": 1}],
+    ids=["hash", "label", "unknown", "type"],
+)
+def test_a_wrong_field_of_an_adapter_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = copy_of_good(tmp_path)
+    text = json.dumps([{**ADAPTER, **change}])
+    spoil(folder, {"file": "moe_index.json", "at": "/source/adapters", "json": text})
+    refused(folder, "FormatError", "source.adapters[0]")
+
+
 def test_an_index_may_name_the_parts_that_it_was_made_of(tmp_path: Path) -> None:
     folder = copy_of_good(tmp_path)
     part = {

@@ -2,10 +2,11 @@
 
 import hashlib
 import logging
-import shlex
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,7 +69,7 @@ class AdapterFolder:
         """The hashes of its two files: what decides a merge."""
         return f"{self.config_sha256} {self.weights_sha256}"
 
-    @property
+    @cached_property
     def tokenizer_files(self) -> list[str]:
         """Names of its tokenizer files and chat templates; empty without a vocabulary."""
         names = list(filter(is_tokenizer_file, names_beside_weights(self.folder)))
@@ -132,12 +133,21 @@ def other_adapters(
         f"{adapter.config_sha256} {adapter.weights_sha256}" for adapter in recorded
     ]:
         return None
-    names = [f"{a.name}@{a.revision}" if a.revision else a.name for a in recorded]
     return (
-        f"converted with the adapters {', '.join(names) or 'none'}; given:"
+        f"converted with the adapters {', '.join(a.name for a in recorded) or 'none'}; given:"
         f" {', '.join(adapter.where for adapter in given) or 'none'}",
-        " ".join(f"--adapter {shlex.quote(name)}" for name in names) or "no --adapter",
+        " ".join(f"--adapter {_option_value(adapter)}" for adapter in recorded) or "no --adapter",
     )
+
+
+def _option_value(recorded: Adapter) -> str:
+    """Return the repository and commit; FOLDER for a folder, whose place is not recorded.
+
+    A stranger's index may hold any text.
+    """
+    if is_repo_name(recorded.name) and re.fullmatch("[0-9a-f]{40}", recorded.revision or ""):
+        return f"{recorded.name}@{recorded.revision}"
+    return "FOLDER"
 
 
 def is_tokenizer_file(name: str) -> bool:

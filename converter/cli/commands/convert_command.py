@@ -28,7 +28,7 @@ Examples:
   moe-convert convert ./my-finetune -o out --recipe 3bit --max-workers 4
   moe-convert convert ./my-finetune --target-bpw 2.7
   moe-convert convert ./my-finetune --bits 16 --attn-bits 16
-  moe-convert convert mistralai/Mixtral-8x7B-v0.1 --adapter ./my-lora -o my-lora-2bit
+  moe-convert convert mistralai/Mixtral-8x7B-v0.1 --adapter ./my-lora
   moe-convert convert ./my-finetune --dry-run
 
 After an interruption, run the same command again: it resumes.""",

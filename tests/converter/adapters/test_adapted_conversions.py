@@ -172,7 +172,7 @@ def test_repair_from_the_source_needs_the_same_adapters(
         flip(out / name, (out / name).stat().st_size - 3000)
     with pytest.raises(SourceError, match="with the adapters adapter; given: none") as caught:
         SourceOrigin(base, index)
-    assert caught.value.hint == "--adapter adapter"
+    assert caught.value.hint == "--adapter FOLDER"
     with SourceOrigin(base, index, adapters=[AdapterFolder.open(str(adapter))]) as origin:
         repair_folder(out, index, origin)
     assert hashes(out) == before
@@ -232,7 +232,7 @@ def test_commands_convert_show_and_compare(
     assert "if ORIGINAL is the base model" not in caplog.text
     other = json.loads(run_command("eval", *options)[1])["overall"]["kl"]
     assert same < 0.1 * other
-    assert "if ORIGINAL is the base model, use --adapter lora" in caplog.text
+    assert "if ORIGINAL is the base model, use --adapter FOLDER" in caplog.text
 
 
 def test_adapter_without_an_original_is_a_usage_error(

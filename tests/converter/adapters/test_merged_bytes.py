@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapters import (
     change_config,
+    change_tensors,
     convert_with,
     make_adapter,
     make_expert_adapter,
@@ -181,3 +182,13 @@ def test_name_of_the_base_model_is_compared_in_a_warning_alone(
     assert Path(name) == base
     with Checkpoint(base, [AdapterFolder.open(str(adapter))]):
         assert "the adapter was trained on" not in caplog.text
+
+
+def test_biases_that_the_adapter_stores_replace_the_models(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", "qwen3_moe", fused=False, attention_bias=True)
+    adapter = make_adapter(base, tmp_path / "adapter", bias="all")
+    change_tensors(adapter, lambda t: {n: x + ("bias" in n) for n, x in t.items()})
+    with Checkpoint(base, [AdapterFolder.open(str(adapter))]) as checkpoint:
+        bias = checkpoint.trunk["model.layers.0.self_attn.q_proj.bias"]
+        assert float(checkpoint.read_rows(bias, 0, 4).float().min()) > 0.5
+    assert_same_bytes(base, tmp_path, adapter)
