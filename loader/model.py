@@ -175,9 +175,11 @@ def _placed(
 def _load(
     artifact: Artifact, placement: Placement, dtype: Any, attn_implementation: str | None
 ) -> Any:
+    from loader.hf.adapters.peft_check import check_adapters
     from loader.hf.loading.plugin import Parts, use_parts
     from loader.hf.model_class import served_class
 
+    check_adapters()
     # The fields that the strict reader checked; a second parser could see others.
     fields = {**artifact.config, "transformers_weights": TRUNK_NAME}
     options = loading_options(

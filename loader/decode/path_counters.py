@@ -6,6 +6,7 @@ from collections import Counter
 from enum import StrEnum
 
 from loader.experts.stats import PathStats
+from loader.hf.modules.packed_weight import MERGE_HINT
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ class Reason(StrEnum):
     TRAINING = "training mode"
     HOOKS = "hooks"
     REPLACED = "replaced module"
+    ADAPTER = "adapter"
     OUTPUTS = "other outputs"
     EMBEDDINGS = "inputs_embeds"
     KV_CACHE = "kv cache"
@@ -40,6 +42,7 @@ _NEXT_STEP = {
     Reason.TRAINING: "call model.eval()",
     Reason.HOOKS: "remove the hook, or the replaced forward, where you do not need it",
     Reason.REPLACED: "load the model again to use its own modules",
+    Reason.ADAPTER: f"for the decoder's speed, {MERGE_HINT}",
     Reason.OUTPUTS: "ask for nothing but logits where speed counts",
     Reason.EMBEDDINGS: "pass input_ids",
     Reason.KV_CACHE: "use transformers' DynamicCache",

@@ -13,7 +13,7 @@ from loader.decode.path_counters import LeaveDecoder, Reason
 from loader.decode.rotary_table import RotaryTable
 from loader.decode.specs import spec_of
 from loader.hf.growing_cache import growing_layers
-from loader.hf.listeners import Watch
+from loader.hf.listeners import Watch, check_no_adapter
 from loader.hf.private_names import attention_implementation, cache_field, returns_attentions
 from loader.lifetime.copies import Derived
 
@@ -26,8 +26,9 @@ class DecoderPath(Derived):
     """
 
     def __init__(self, model: Any, factory: DecoderFactory) -> None:
-        """Raises LeaveDecoder if the model has modules that no decoder supports."""
+        """Raises LeaveDecoder if the model has adapters, or modules that no decoder supports."""
         spec = self._spec = spec_of(model)
+        check_no_adapter(model)
         spec.check_modules(model)
         self._model = model
         self._inner = model.model

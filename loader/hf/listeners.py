@@ -36,8 +36,9 @@ class Watch:
             raise LeaveDecoder(Reason.HOOKS, "global hooks of torch")
         for siblings, name, module, path in self._inside:
             attributes = module.__dict__
-            if siblings.get(name) is not module:
-                raise LeaveDecoder(Reason.REPLACED, _join(path, name))
+            if (present := siblings.get(name)) is not module:
+                reason = Reason.ADAPTER if is_adapter(present) else Reason.REPLACED
+                raise LeaveDecoder(reason, _join(path, name))
             if attributes["training"]:
                 raise LeaveDecoder(Reason.TRAINING, _join(path, name))
             hooks = attributes["_forward_hooks"]
@@ -45,6 +46,18 @@ class Watch:
                 raise LeaveDecoder(Reason.HOOKS, _join(path, name))
             if "forward" in attributes and not _is_class_forward(attributes["forward"], module):
                 raise LeaveDecoder(Reason.HOOKS, f"forward of {_join(path, name)}")
+
+
+def check_no_adapter(root: nn.Module) -> None:
+    """Raise LeaveDecoder naming the first module inside `root` that has an adapter of PEFT."""
+    for path, module in root.named_modules():
+        if is_adapter(module):
+            raise LeaveDecoder(Reason.ADAPTER, path)
+
+
+def is_adapter(module: nn.Module | None) -> bool:
+    """True for a module of PEFT, which is not imported for this."""
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def _join(path: str, name: str) -> str:

@@ -82,7 +82,7 @@ ARROWS = {
         "formats formats.config formats.files formats.hub formats.reading "
         "loader.arithmetic loader.budget loader.cuda loader.cuda.decode "
         "loader.cuda.device loader.cuda.experts loader.decode loader.experts loader.hf "
-        "loader.hf.by_name loader.hf.loading loader.hf.modules"
+        "loader.hf.adapters loader.hf.by_name loader.hf.loading loader.hf.modules"
     ),
     "loader.arithmetic": "formats formats.native formats.reading loader.lifetime",
     "loader.budget": "formats formats.files",
@@ -106,6 +106,7 @@ ARROWS = {
         "formats.files loader.arithmetic loader.decode loader.experts loader.hf.modules "
         "loader.lifetime"
     ),
+    "loader.hf.adapters": "formats formats.files loader.hf.by_name loader.hf.modules",
     "loader.hf.by_name": "formats formats.config formats.hub loader.hf loader.hf.loading",
     "loader.hf.loading": (
         "formats formats.config formats.files formats.reading loader.arithmetic "

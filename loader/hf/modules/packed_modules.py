@@ -13,7 +13,7 @@ from loader.arithmetic.backend import Backend
 from loader.arithmetic.expert_gradient import expert_gradients
 from loader.experts.cache import ExpertSource
 from loader.experts.prefetch import in_order, ranked
-from loader.hf.modules.packed_weight import PackedWeight
+from loader.hf.modules.packed_weight import MERGE_HINT, PackedWeight
 
 
 class PackedLinear(nn.Linear):
@@ -172,6 +172,13 @@ class CachedExperts(nn.Module):
                 )
                 x_grad.index_add_(0, token, expert_x_grad)
         return x_grad, weights_grad
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuse weights for the experts: PEFT ignores those that have no place."""
+        if name := next((name for name in state_dict if name.startswith(prefix)), None):
+            raise MoeConvertError(f"{name}: packed experts take no weights", MERGE_HINT)
 
     def _chosen(self, hidden_states: Tensor, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
         """Return the router's choice [T, k] on the CPU, and the guesses for the next layer.

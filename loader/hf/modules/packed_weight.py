@@ -8,6 +8,11 @@ from torch import Tensor
 
 from formats.errors import MoeConvertError
 
+MERGE_HINT = (
+    "merge the adapter before quantizing: moe-convert convert BASE --adapter ADAPTER -o OUT"
+)
+UNPACKED_HINT = "convert with --attn-bits 16 (--head-bits 16 for the head)"
+
 
 class PackedWeight(Tensor):
     """A tensor without values, with the shape and device of a packed matrix.
@@ -33,8 +38,9 @@ class PackedWeight(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         raise MoeConvertError(
-            f"{func}: packed weights cannot be read or changed as a tensor",
-            "leave adapters unmerged, or convert with --attn-bits 16 (--head-bits 16 for the head)",
+            f"{func}: packed weights cannot be read or changed as a tensor, so no adapter can be"
+            " merged into them",
+            f"leave the adapter unmerged; or {MERGE_HINT}; or {UNPACKED_HINT}",
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -73,6 +73,21 @@ def test_lora_ends_where_it_ends_on_the_dequantized_model(folder: Folder, name: 
     assert trained_loss(model, 1e-2) == pytest.approx(exact, rel=0.02)
 
 
+def test_gradients_of_an_adapter_are_those_of_the_dequantized_model(folder: Folder) -> None:
+    gradients = []
+    for model in (loaded(folder("2bit"), "two"), dequantized(folder("2bit"))):
+        tuned = adapted(
+            model, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False
+        )
+        tuned(input_ids=batch(), labels=batch()).loss.backward()
+        gradients.append({n: p.grad for n, p in tuned.named_parameters() if p.requires_grad})
+    ours, exact = gradients
+    assert len(ours) == 3 * 4 * 2
+    for name, gradient in ours.items():
+        pair = gradient.flatten().double(), exact[name].flatten().double()
+        assert 1 - torch.cosine_similarity(*pair, dim=0).item() < 1e-6, name
+
+
 def test_prompt_tuning_ends_where_it_ends_on_the_dequantized_model(folder: Folder) -> None:
     losses = []
     for model in (loaded(folder("2bit")), dequantized(folder("2bit"))):
