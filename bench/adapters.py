@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import loader
 
 TEXT = Path(__file__).parents[1] / "examples" / "text" / "english.txt"
-EVAL_ROWS = 8
+EVAL_ROWS = 4
 
 
 def batches(folder: Path, text: str, steps: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def train(model: Any, tokens: Tensor, evaluation: Tensor, rate: float) -> dict[s
             gradients = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return {
         "losses": losses,
         "eval": [before, evaluated()],
@@ -75,7 +75,7 @@ def main() -> None:
     arguments.add_argument("folder", type=Path, help="its conversion")
     arguments.add_argument("--text", type=Path, default=TEXT)
     arguments.add_argument("--steps", type=int, default=30)
-    arguments.add_argument("--rows", type=int, default=4)
+    arguments.add_argument("--rows", type=int, default=2)
     arguments.add_argument("--length", type=int, default=64)
     arguments.add_argument("--rate", type=float, default=1e-2)
     options = arguments.parse_args()

@@ -1,5 +1,6 @@
 """PEFT's adapters on the loaded model, and transformers' Trainer with them."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from loaded_models import dequantized
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from project_paths import ROOT
 from training import batch, loaded
 from transformers import Trainer, TrainingArguments
@@ -99,6 +112,34 @@ def test_prompt_tuning_ends_where_it_ends_on_the_dequantized_model(folder: Folde
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"]),
+        LoHaConfig(target_modules=["q_proj"], r=4),
+        LoKrConfig(target_modules=["q_proj"], r=4),
+        OFTConfig(target_modules=["q_proj"], oft_block_size=16),
+        VeraConfig(target_modules=["q_proj", "o_proj"], r=16),
+        AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+        PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_adapters_have_the_gradients_of_the_dequantized_model(
+    folder: Folder, config: Any
+) -> None:
+    config.task_type = "CAUSAL_LM"
+    gradients = []
+    for model in (loaded(folder("2bit")), dequantized(folder("2bit"))):
+        torch.manual_seed(0)
+        tuned = get_peft_model(model, copy.deepcopy(config))
+        tuned(input_ids=batch(), labels=batch()).loss.backward()
+        trained = [p.grad for p in tuned.parameters() if p.requires_grad]
+        gradients.append(torch.cat([grad.flatten().double() for grad in trained]))
+    assert gradients[0].norm() > 0
+    assert 1 - torch.cosine_similarity(*gradients, dim=0).item() < 1e-6
+
+
 def test_all_linear_layers_are_found_by_their_type(folder: Folder) -> None:
     model = adapted(loaded(folder("2bit")), target_modules="all-linear")
     adapters = {
@@ -175,12 +216,20 @@ def test_a_merge_into_attention_in_16_bits_gives_the_adapters_logits(folder: Fol
     assert ((merged - expected).norm() / expected.norm()).item() < 0.03
 
 
-def test_the_code_of_the_page_runs(folder: Folder) -> None:
+def test_the_code_of_the_page_runs(
+    folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted(loaded(folder("2bit")), init_lora_weights=False).save_pretrained(tmp_path / "adapter")
     page = ROOT / "docs" / "gradients.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    places = {"my-mixtral-2bit": folder("2bit"), "my-adapter": tmp_path / "adapter"}
     names: dict[str, Any] = {}
-    exec(compile(code.replace("my-mixtral-2bit", str(folder("2bit"))), page, "exec"), names)
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        for name, place in places.items():
+            code = code.replace(name, str(place))
+        exec(compile(code, page, "exec"), names)
     assert names["loss"].item() > 0
+    with_adapter, without = capsys.readouterr().out.splitlines()
+    assert with_adapter != without
 
 
 def trainer(model: Any, out: Path, **options: Any) -> Trainer:
