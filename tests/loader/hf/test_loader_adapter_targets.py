@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,20 @@ def test_packed_experts_are_refused_by_name_and_the_model_stays_as_it_was(
     with pytest.raises(MoeConvertError, match=word + MERGE):
         both.add_adapter("second", config)
     assert list(both.peft_config) == ["default"]
+
+
+def test_experts_are_refused_if_peft_is_imported_after_the_model_was_loaded(
+    folder: Folder,
+) -> None:
+    code = f"""
+import sys, loader
+model = loader.from_pretrained({str(folder())!r}, device="cpu", ram_cache="1GiB")
+assert "peft.tuners" not in sys.modules
+from peft import LoraConfig, get_peft_model
+get_peft_model(model, LoraConfig(target_modules=["q_proj", "w1"]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "MoeConvertError: target_modules ['q_proj', 'w1']" in run.stderr
 
 
 @pytest.mark.parametrize(
