@@ -23,7 +23,8 @@ float rounded(float v) {
   return to_float(narrow);
 }
 
-// exp(x) within a few ulp for x <= 0, at least exp(-87); NaN stays NaN. Equals one lane of exp16 (attention.inc.h).
+// exp(x) within a few ulp for x <= 0, at least exp(-87); NaN stays NaN. Equals one lane of exp_lanes
+// (attention_vectors.inc.h).
 inline float exp_of_negative(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;

@@ -14,7 +14,7 @@ constexpr int kMaxDim = 256;
 static_assert(kParts == kAttendThreads / kWarp, "a warp for each part");
 static_assert(kScores * 4 == kAttendThreads, "four lanes for each position");
 
-// exp(x) within a few ulp for x <= 0, at least exp(-87), without fma; NaN stays NaN. Equals the CPU's exp16.
+// exp(x) within a few ulp for x <= 0, at least exp(-87), without fma; NaN stays NaN. Equals the CPU's exp_lanes.
 MOE_DEVICE float exp_of_negative(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + kRound;
