@@ -169,8 +169,8 @@ def test_attention_over_a_long_cache_is_that_of_float64(length, dtype):
     x, cos, sin = token(hidden, dim, dtype)
     got = native.append(x, cos, sin, cache)[0, 0]
     expected = in_float64(weights, x, cos, sin, cache, heads)
-    # In bf16 the output is rounded. An int8 step of o's input may differ.
-    limit = 1e-3 if dtype is torch.float32 else 4e-3
+    # In bf16 the output is rounded. With these seeds no int8 step of o's input differs (1e-3).
+    limit = 1e-5 if dtype is torch.float32 else 4e-3
     assert (got - expected).norm() < limit * expected.norm()
 
 
