@@ -114,8 +114,7 @@ class _RandomFolder:
         check_disk(self._plan, out, "none")
         self._experts = {
             layout: ExpertPool(layout, generator_for(seed, repr(layout)))
-            for layer in self._plan.layouts
-            for layout in layer
+            for layout in {layout for layer in self._plan.layouts for layout in layer}
         }
 
     def write(self) -> None:

@@ -66,7 +66,7 @@ class Limit:
 
 
 def main() -> None:
-    """Run all combinations and print a table, or one JSON object with --json."""
+    """Run all combinations and print a table; with --json on stderr, and JSON on stdout."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2, help="repetitions of all modes, in turn")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout, the table on stderr")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -89,7 +89,9 @@ def main() -> None:
         result = measure(options)
     except MoeConvertError as e:
         sys.exit(f"error: {e.message}")
-    print(json.dumps(result, indent=1) if options.json else table(result))
+    print(table(result), file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps(result, indent=1))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
