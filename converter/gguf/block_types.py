@@ -8,10 +8,6 @@ from formats.packing import AnyPacking, Packing
 
 Type: TypeAlias = GGMLQuantizationType
 
-EXPERT_CHOICES = ("f32", "f16", "q8_0", "q4_1", "q4_k", "q3_k")
-ATTENTION_CHOICES = ("f32", "f16", "q8_0", "q4_1", "q4_k")
-"""Values of the options --experts and --attention."""
-
 EXACT = "exact"
 ROUNDED = "rounded to float16"
 ROUNDED_SCALES = "codes exact, scales rounded to float16"

@@ -7,7 +7,6 @@ from math import prod
 from gguf import MODEL_ARCH, MODEL_TENSOR, TENSOR_NAMES, get_tensor_name_map
 
 from converter.gguf.block_types import (
-    EXPERT_CHOICES,
     Type,
     bits_per_weight,
     block_columns,
@@ -16,6 +15,7 @@ from converter.gguf.block_types import (
     row_bytes,
     type_named,
 )
+from converter.gguf.choices import EXPERT_CHOICES
 from converter.gguf.options import ExportOptions
 from formats.artifact import Artifact
 from formats.errors import FormatError, RecipeError

@@ -9,13 +9,11 @@ from converter.cli.options import shared_options
 from converter.cli.options.early_checks import check_out_file, require_extra
 from converter.cli.show.console import Output, output_options
 from converter.cli.show.tables import table
+from converter.gguf.choices import ATTENTION_CHOICES, EXPERT_CHOICES
 from formats.sizes import format_size
 
 if TYPE_CHECKING:
     from converter.gguf.tensor_plan import Tensor
-
-_EXPERTS = ("f32", "f16", "q8_0", "q4_1", "q4_k", "q3_k")
-_ATTENTION = ("f32", "f16", "q8_0", "q4_1", "q4_k")
 
 
 @click.command(
@@ -37,13 +35,13 @@ Examples:
 )
 @click.option(
     "--experts",
-    type=click.Choice(_EXPERTS),
+    type=click.Choice(EXPERT_CHOICES),
     help="Type of the experts. f32 and f16 apply to all of them. The other types apply where the"
     " exact type is larger, or where there is none [default: only exact types].",
 )
 @click.option(
     "--attention",
-    type=click.Choice(_ATTENTION),
+    type=click.Choice(ATTENTION_CHOICES),
     help="Type of the attention, and of a packed head [default: as stored; f16 if packed].",
 )
 @click.option(
