@@ -10,10 +10,10 @@ _LLAMA_3 = (
 )
 
 
-def merge_texts(parts: dict[str, Any], where: str) -> list[str]:
+def merge_texts(parts: dict[str, Any]) -> list[str]:
     """Return the merges as `left right`. parts: tokenizer.json.
 
-    Byte-level tokens have no spaces. Raises TokenizerError if a byte has no token.
+    Byte-level tokens have no spaces.
     """
     return [" ".join(pair) for pair in parts["model"]["merges"]]
 

@@ -104,7 +104,7 @@ def read_vocabulary(tokenizer: Any, config: Mapping[str, Any], where: str) -> Vo
     return Vocabulary(
         model="gpt2",
         pre=pre_tokenizer_name(parts, where),
-        merges=merge_texts(parts, where),
+        merges=merge_texts(parts),
         **common,
     )
 

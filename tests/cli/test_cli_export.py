@@ -54,6 +54,13 @@ def test_json_has_every_parts_type_and_loss(
     assert parts["attention"]["loss"] == "exact"
 
 
+def test_licence_is_that_of_the_model_card(run: Run, converted_copy: Path, tmp_path: Path) -> None:
+    (converted_copy / "README.md").write_text('---\ntags:\n- moe\nlicense: "mit"\n---\nText\n')
+    out = tmp_path / "m.gguf"
+    assert run(converted_copy, "-o", out, "--experts", "f16")[0] == 0
+    assert fields_of(out)["general.license"] == "mit"
+
+
 def test_dry_run_writes_nothing(run: Run, converted: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "m.gguf"
     code, said, _ = run(converted("16bit"), "-o", out, "--dry-run")

@@ -48,7 +48,8 @@ Examples:
     "--license",
     "license_id",
     metavar="ID",
-    help="Licence of the weights by its Hub id, such as apache-2.0, for the file's metadata.",
+    help="Licence of the weights by its Hub id, such as apache-2.0, for the file's metadata"
+    " [default: that of the model card].",
 )
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 @click.option(
@@ -81,6 +82,7 @@ def command(
     require_extra("gguf", "gguf", "export")
     import loader
     from converter.gguf.block_types import type_named
+    from converter.gguf.card_license import card_license
     from converter.gguf.gguf_file import plan_export, write_gguf
     from converter.gguf.options import ExportOptions
     from formats.errors import OutputError
@@ -99,7 +101,7 @@ def command(
         experts=type_named(experts) if experts else None,
         attention=type_named(attention) if attention else None,
         check=check,
-        license=license_id,
+        license=license_id or card_license(folder),
     )
     plan = plan_export(opened.artifact, loader.load_tokenizer(folder, check=check), chosen)
     if not dry_run:

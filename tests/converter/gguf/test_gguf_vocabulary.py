@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from exported_models import export_folder, fields_of
-from gguf import TokenType
+from gguf import GGUFWriter, TokenType
 from project_paths import EXAMPLE
 
 import loader
@@ -157,19 +157,41 @@ def test_second_end_token_becomes_eot(edited: Callable[..., Path]) -> None:
     assert vocabulary.special_ids["eot"] == 77
 
 
-def test_chat_templates_are_exported_by_name(
-    wide: Callable[..., Path], tmp_path: Path, edited: Callable[..., Path]
-) -> None:
+def test_chat_templates_are_exported_by_name(edited: Callable[..., Path]) -> None:
     folder = edited(lambda parts: None)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool-use.jinja").write_text("{{ tools }}")
     (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
-    assert vocabulary_of(folder).chat_templates == {
-        "default": "{{ messages }}",
-        "rag": "{{ documents }}",
-        "tool_use": "{{ tools }}",
+    writer = GGUFWriter(None, "llama")
+    vocabulary_of(folder).add_to(writer)
+    templates = {
+        name: field.value
+        for name, field in writer.kv_data[0].items()
+        if name.startswith("tokenizer.chat_template")
     }
+    assert templates == {
+        "tokenizer.chat_template": "{{ messages }}",
+        "tokenizer.chat_template.rag": "{{ documents }}",
+        "tokenizer.chat_template.tool_use": "{{ tools }}",
+        "tokenizer.chat_templates": ["rag", "tool_use"],
+    }
+
+
+def test_llama_3s_pre_tokenizer_is_named(edited: Callable[..., Path]) -> None:
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+    def change(parts: dict[str, Any]) -> None:
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+        byte_level = {**parts["pre_tokenizer"], "use_regex": False}
+        steps = [{**split, "invert": False}, byte_level]
+        parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        parts["model"]["ignore_merges"] = True
+
+    assert vocabulary_of(edited(change)).pre == "llama-bpe"
 
 
 @pytest.mark.parametrize(
