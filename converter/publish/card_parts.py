@@ -1,7 +1,6 @@
 """The parts of a model card: metadata, our part between two marks, and the user's text around it.
 
-The first mark holds hashes of our part, of the metadata that we wrote, and of the text around it.
-They tell what somebody edited since:
+The first mark holds hashes of what the last upload wrote. They tell what somebody edited since:
 
 - Text above or below the marks is the user's and is kept.
 - Edited metadata is kept; fields that it lacks are added.
@@ -11,17 +10,16 @@ They tell what somebody edited since:
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from converter.publish.card_metadata import Metadata, dump_metadata, parse_metadata, split_card
 
-BEGIN = "<!-- moe-convert begin {} {} {}: each upload rewrites this part -->"
+BEGIN = "<!-- moe-convert begin {} {} {} {}: each upload rewrites this part -->"
 END = "<!-- moe-convert end: write your own text below this line, or above the first -->"
 _MARKED = re.compile(
-    r"^<!-- moe-convert begin ([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8}):[^\n]*-->\n(.*?)^"
-    + re.escape(END)
-    + r"[ \t]*(?:\n|\Z)",
+    r"^<!-- moe-convert begin ((?:[0-9a-f]{8} ){3}[0-9a-f]{8}):[^\n]*-->\n(.*?)^"
+    r"<!-- moe-convert end[^\n]*-->[ \t]*(?:\n|\Z)",
     re.DOTALL | re.MULTILINE,
 )
 _OLD_MARK = "<!-- made by moe-convert: without this line the card is kept as it is -->"
@@ -30,11 +28,16 @@ _OLD_MARK = "<!-- made by moe-convert: without this line the card is kept as it 
 
 @dataclass(frozen=True)
 class Hashes:
-    """Hashes of what we wrote: our part, our metadata, the user's text around the part."""
+    """Hashes of a card that we wrote.
+
+    part, metadata: ours. text, all_metadata: the user's text around the part, and the metadata with
+    the user's fields.
+    """
 
     part: str = ""
     metadata: str = ""
     text: str = ""
+    all_metadata: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,13 @@ class Card:
     @classmethod
     def parse(cls, text: str) -> "Card":
         """Parse a card. Raises ValueError for metadata that cannot be read."""
-        text = text.replace("\r\n", "\n")
-        block, body = split_card(text)
+        block, body = split_card(text.replace("\r\n", "\n"))
         metadata = parse_metadata(block)
         match = _MARKED.search(body)
         if match is None:
             return cls(text, metadata, body)
         around = body[: match.start()], body[match.end() :]
-        return cls(text, metadata, around[0], match[4], around[1], Hashes(*match.groups()[:3]))
+        return cls(text, metadata, around[0], match[2], around[1], Hashes(*match[1].split()))
 
     @cached_property
     def is_old(self) -> bool:
@@ -92,10 +94,30 @@ class Card:
         """True if anything of the card is the user's."""
         return self.is_kept_whole or self.has_own_text or self.has_own_metadata
 
-    @property
-    def is_edited_since(self) -> bool:
-        """True if the card has other text than when it was written."""
-        return self.is_kept_whole or _hash(self.above + self.below) != self.written.text
+    def conflicts_with(self, published: "Card") -> bool:
+        """True if both cards have edits that the other lacks.
+
+        published: the card that an upload wrote and that may have been edited after it.
+        """
+        if published.written in (self.written, Hashes()) or published.text == self.text:
+            # The folder's card is a later copy, or none was uploaded yet.
+            return False
+        text_since = _hash(published.above + published.below) != published.written.text
+        metadata_since = _metadata_hash(published.metadata) != published.written.all_metadata
+        return (
+            (published.is_kept_whole and self.is_edited)
+            or (text_since and self.has_own_text)
+            or (metadata_since and self.has_own_metadata)
+        )
+
+    def merged_with(self, published: "Card") -> "Card":
+        """Return the card with the edits of both; where both have some, with its own."""
+        if self.is_kept_whole or (published.is_kept_whole and not self.is_edited):
+            return self if self.is_kept_whole else published
+        text = self if self.has_own_text else published
+        fields = self if self.has_own_metadata else published
+        written = replace(text.written, metadata=fields.written.metadata)
+        return replace(text, metadata=fields.metadata, written=written)
 
     def renewed(self, metadata: Metadata, part: str, stated: Metadata | None = None) -> str:
         """Return the card with a new part and new metadata, and with everything of the user.
@@ -106,11 +128,12 @@ class Card:
             return self.text
         own = self.metadata if self.has_own_metadata else {}
         around = (self.above, self.below) if self.has_own_text else ("\n", "")
-        # The hash is that of our metadata: the next upload must see the user's as edited, too.
-        hashes = Hashes(_hash(part), _metadata_hash(metadata), _hash("".join(around)))
-        begin = BEGIN.format(hashes.part, hashes.metadata, hashes.text)
         fields = {**metadata, **own, **(stated or {})}
-        head = dump_metadata({name: value for name, value in fields.items() if value is not None})
+        fields = {name: value for name, value in fields.items() if value is not None}
+        begin = BEGIN.format(
+            _hash(part), _metadata_hash(metadata), _hash("".join(around)), _metadata_hash(fields)
+        )
+        head = dump_metadata(fields)
         return f"{head}{around[0]}{begin}\n{part}{END}\n{around[1]}"
 
 

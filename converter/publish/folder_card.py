@@ -62,8 +62,8 @@ def write_card(out: Path, index: Index, source: Path | None = None) -> None:
     card = Card("", {})
     if os.path.lexists(path):
         try:
-            card = Card.parse(path.read_bytes().decode())
-        except (OSError, ValueError) as e:
+            card = Card.parse(read_small(out, CARD_NAME, str(out)).decode())
+        except (MoeConvertError, ValueError) as e:
             _log.warning("%s is kept as it is: %s", path, e)
             return
     if card.is_kept_whole:
@@ -84,8 +84,8 @@ def make_card(artifact: Artifact, options: CardOptions) -> str:
     local = _local_card(folder)
     published = _published_card(options)
     card = _card_to_renew(local, published, folder, options.repo)
-    cards = [card, *(other for other in (local, published) if other and other is not card)]
-    facts = _facts(artifact, options, [other.metadata for other in cards])
+    known = [other.metadata for other in (card, local, published) if other]
+    facts = _facts(artifact, options, known)
     if card.is_kept_whole:
         warn_once(f"{CARD_NAME} is published as you wrote it, without the lines of moe-convert")
         return card.text
@@ -189,18 +189,15 @@ def _license_id(path: Path) -> str:
 
 
 def _card_to_renew(local: Card | None, published: Card | None, folder: Path, repo: str) -> Card:
-    """Return the card that has the user's text."""
-    if published is None or not published.is_edited:
-        return local or Card("", {})
-    if local is None or not local.is_edited:
-        return published
-    is_newer = local.written == published.written or local.text == published.text
-    if published.is_edited_since and not (is_newer or local.is_kept_whole):
+    """Return the card with the edits of the folder's and of the repository's."""
+    if local is None or published is None:
+        return local or published or Card("", {})
+    if local.conflicts_with(published):
         raise MoeConvertError(
             f"{CARD_NAME} was edited in {folder} and in the repository {repo}",
             f"copy the repository's {CARD_NAME} over the folder's, and edit that",
         )
-    return local
+    return local.merged_with(published)
 
 
 def _local_card(folder: Path) -> Card | None:

@@ -77,8 +77,55 @@ def test_card_by_an_earlier_release_is_written_anew() -> None:
     assert renewed(f"---\nlicense: mit\n---\n\n{old}\n\n# x\n").text == renewed(CARD).text
 
 
-def test_change_since_the_upload_is_seen() -> None:
-    text = renewed(f"{CARD}\nmine").text
-    assert Card.parse(text).is_edited
-    assert not Card.parse(text).is_edited_since
-    assert Card.parse(f"{text} too").is_edited_since
+LOCAL = Card.parse(CARD)
+PUBLISHED = Card.parse(Card.parse(CARD).renewed(NEW, "\n# new\n\n"))
+
+
+def with_text(card: Card, text: str) -> Card:
+    return Card.parse(f"{card.text}\n{text}")
+
+
+def with_field(card: Card, field: str) -> Card:
+    return Card.parse(card.text.replace("tags:", f"{field}\ntags:"))
+
+
+def test_edits_of_both_cards_are_merged() -> None:
+    local, published = with_text(LOCAL, "here"), with_field(PUBLISHED, "mine: there")
+    assert not local.conflicts_with(published)
+    card = Card.parse(local.merged_with(published).renewed(NEW, ""))
+    assert (card.below, card.metadata) == ("\nhere", {**NEW, "mine": "there"})
+    local, published = with_field(LOCAL, "mine: here"), with_text(PUBLISHED, "there")
+    assert not local.conflicts_with(published)
+    card = Card.parse(local.merged_with(published).renewed(NEW, ""))
+    assert (card.below, card.metadata["mine"]) == ("\nthere", "here")
+
+
+def test_edit_of_the_same_part_in_both_cards_is_a_conflict() -> None:
+    assert with_text(LOCAL, "here").conflicts_with(with_text(PUBLISHED, "there"))
+    assert with_field(LOCAL, "mine: here").conflicts_with(with_field(PUBLISHED, "mine: there"))
+    whole = Card.parse(PUBLISHED.text.replace("# new", "# there"))
+    assert with_text(LOCAL, "here").conflicts_with(whole)
+    assert not LOCAL.conflicts_with(whole)
+    assert LOCAL.merged_with(whole).text == whole.text
+
+
+def test_own_edits_that_were_published_before_are_no_conflict() -> None:
+    local = with_field(with_text(LOCAL, "first"), "mine: first")
+    published = Card.parse(local.renewed(NEW, "\n# new\n\n"))
+    assert published.has_own_text
+    assert published.has_own_metadata
+    local = Card.parse(local.text.replace("first", "second"))
+    assert not local.conflicts_with(published)
+    card = Card.parse(local.merged_with(published).renewed(NEW, ""))
+    assert (card.below, card.metadata["mine"]) == ("\nsecond", "second")
+
+
+def test_copy_of_the_published_card_wins() -> None:
+    published = with_text(PUBLISHED, "there")
+    local = with_text(published, "and here")
+    assert not local.conflicts_with(published)
+    assert local.merged_with(published).below == "\nthere\nand here"
+
+
+def test_card_that_is_kept_keeps_its_line_breaks() -> None:
+    assert Card.parse("# mine\r\n").renewed(NEW, "") == "# mine\r\n"
