@@ -5,8 +5,8 @@
 
 BUILD: see llama_programs.py. The base is the export of recipe 16bit in F16. From it llama-imatrix
 computes its statistics and llama-quantize its files. Files named "experts" have attention,
-embeddings and head in F16, so that they differ from the base in the experts alone; those named
-"file" are what both programs write without options. Both calibrate on the builtin text.
+embeddings and head as in the base: only the experts differ. Those named "file" are what both
+programs write without options. Both calibrate on the builtin text.
 """
 
 from __future__ import annotations
@@ -28,15 +28,12 @@ WINDOW = 512
 TOKENS = 8192
 """convert's default number of calibration tokens."""
 PLAIN = (
-    "--output-tensor-type",
-    "f16",
-    "--token-embedding-type",
-    "f16",
-    "--tensor-type",
-    "attn=f16",
+    *("--output-tensor-type", "bf16"),
+    *("--token-embedding-type", "bf16"),
+    *("--tensor-type", "attn=f16"),
 )
 PURE = (*PLAIN, "--tensor-type", "ffn_down_exps=q2_k")
-ALL_IQ2 = (*PLAIN, "--pure")
+SAME = (*PLAIN, "--pure")
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,35 @@ class Quantized:
     options: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Exported:
+    """One of our files: its name in the table, and options of convert and of export."""
+
+    name: str
+    convert: tuple[str, ...]
+    export: tuple[str, ...]
+
+
+BASE = Exported(
+    "base",
+    ("--recipe", "16bit", "--attn-bits", "16"),
+    ("--experts", "f16", "--attention", "f16"),
+)
+TWO, DOWN, THREE = (
+    ("--recipe", name, "--attn-bits", "16") for name in ("2bit", "2bit-down3", "3bit")
+)
+OURS = (
+    BASE,
+    Exported("base, as stored", BASE.convert, ()),
+    Exported("experts 2bit", TWO, ("--attention", "f16")),
+    Exported("experts 2bit, no calibration", (*TWO, "--calibrate", "none"), ("--attention", "f16")),
+    Exported("experts 2bit-down3", DOWN, ("--attention", "f16")),
+    Exported("experts 2bit-down3, q3_k", DOWN, ("--attention", "f16", "--experts", "q3_k")),
+    Exported("experts 3bit", THREE, ("--attention", "f16")),
+    Exported("experts 3bit, q3_k", THREE, ("--attention", "f16", "--experts", "q3_k")),
+    Exported("file 2bit", ("--recipe", "2bit"), ()),
+    Exported("file 2bit, attention q4_k", ("--recipe", "2bit"), ("--attention", "q4_k")),
+)
 THEIRS = (
     Quantized("experts Q2_K", "Q2_K", None, PURE),
     Quantized("experts Q2_K, imatrix 8192", "Q2_K", "8192", PURE),
@@ -56,8 +82,9 @@ THEIRS = (
     Quantized("experts Q2_K mix", "Q2_K", None, PLAIN),
     Quantized("experts Q2_K mix, imatrix 8192", "Q2_K", "8192", PLAIN),
     Quantized("experts Q2_K mix, imatrix whole", "Q2_K", "whole", PLAIN),
-    Quantized("experts IQ2_S, imatrix whole", "IQ2_S", "whole", ALL_IQ2),
-    Quantized("experts Q3_K, imatrix 8192", "Q3_K_S", "8192", ALL_IQ2),
+    Quantized("experts IQ2_S, imatrix whole", "IQ2_S", "whole", SAME),
+    Quantized("experts Q3_K, imatrix whole", "Q3_K_S", "whole", SAME),
+    Quantized("experts Q4_K, imatrix whole", "Q4_K_S", "whole", SAME),
     Quantized("file Q2_K, imatrix 8192", "Q2_K", "8192"),
     Quantized("file Q2_K_S, imatrix 8192", "Q2_K_S", "8192"),
 )
@@ -73,14 +100,14 @@ class Row:
     quality: Divergence
 
 
-def convert_and_export(
-    checkpoint: Path, work: Path, name: str, options: list[str], attention: str = "f16"
-) -> Path:
+def convert_and_export(checkpoint: Path, work: Path, one: Exported) -> Path:
     """Convert and export the checkpoint, unless `work` has the file already; return the file."""
-    folder, file = work / name, work / f"{name}.gguf"
+    folder = work / f"ours-{'-'.join(one.convert)}"
+    file = work / f"{folder.name}-{'-'.join(one.export)}.gguf"
+    if not folder.exists():
+        _command("convert", checkpoint, "-o", folder, *one.convert)
     if not file.exists():
-        _command("convert", checkpoint, "-o", folder, *options)
-        _command("export", folder, "-o", file, "--attention", attention)
+        _command("export", folder, "-o", file, *one.export)
     return file
 
 
@@ -104,28 +131,18 @@ def calibration_texts(checkpoint: Path, work: Path) -> dict[str, Path]:
     return files
 
 
-def measured_text(texts: list[Path], skip: int, out: Path) -> Path:
-    """Write the second halves of all texts, after `skip` characters of each, to `out`."""
+def measured_text(texts: list[Path], skip: int, characters: int, out: Path) -> Path:
+    """Write `characters` from the second half of each text to `out`.
+
+    The text is divided into halves after its first `skip` characters, as in bench/quality.py.
+    """
     parts = []
     for path in texts:
         text = path.read_text()[skip:]
-        parts.append(text[len(text) // 2 :])
+        middle = len(text) // 2
+        parts.append(text[middle : middle + characters])
     out.write_text("\n".join(parts))
     return out
-
-
-def our_files(checkpoint: Path, work: Path, recipes: list[str]) -> dict[str, Path]:
-    """Return our files by their names in the table."""
-    files = {}
-    for recipe in recipes:
-        files[f"experts {recipe}"] = convert_and_export(
-            checkpoint, work, f"ours-{recipe}", ["--recipe", recipe, "--attn-bits", "16"]
-        )
-    for attention in ("f16", "q4_k"):
-        files[f"file 2bit, attention {attention}"] = convert_and_export(
-            checkpoint, work, f"ours-2bit-{attention}", ["--recipe", "2bit"], attention
-        )
-    return files
 
 
 def their_file(build: Path, base: Path, work: Path, one: Quantized) -> Path:
@@ -158,21 +175,21 @@ def main() -> None:
     parser.add_argument("--build", type=Path, required=True, help="llama.cpp's programs")
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--skip", type=int, default=24000, help="characters of each text")
-    parser.add_argument("--recipe", action="append", help="[default: 2bit, 2bit-down3, 3bit]")
+    parser.add_argument(
+        "--characters", type=int, default=40000, help="characters of each text to measure"
+    )
     parser.add_argument("--work", type=Path, default=Path("/tmp/gguf-quality"))
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     build, work = options.build, options.work
     work.mkdir(parents=True, exist_ok=True)
-    base = convert_and_export(
-        options.checkpoint, work, "base", ["--recipe", "16bit", "--attn-bits", "16"]
-    )
-    text = measured_text(options.text, options.skip, work / "text.txt")
+    base = convert_and_export(options.checkpoint, work, BASE)
+    text = measured_text(options.text, options.skip, options.characters, work / "text.txt")
     logits = work / "base.logits"
     save_base(build, base, text, logits, WINDOW)
     for name, calibration in calibration_texts(options.checkpoint, work).items():
         out = work / f"imatrix-{name}.gguf"
-        run(build, "llama-imatrix", "-m", base, "-f", calibration, "-o", out, "-c", WINDOW, "-t", 2)
+        run(build, "llama-imatrix", "-m", base, "-f", calibration, "-o", out, "-c", WINDOW, "-t", 1)
     rows = []
 
     def measure(name: str, file: Path, ours: bool) -> None:
@@ -180,12 +197,10 @@ def main() -> None:
         rows.append(Row(name, ours, file_types(file), quality))
         print(line(rows[-1]), flush=True)
 
-    measure("base", base, True)
-    recipes = options.recipe or ["2bit", "2bit-down3", "3bit"]
-    for name, file in our_files(options.checkpoint, work, recipes).items():
-        measure(name, file, True)
-    for one in THEIRS:
-        measure(one.name, their_file(build, base, work, one), False)
+    for ours in OURS:
+        measure(ours.name, convert_and_export(options.checkpoint, work, ours), True)
+    for theirs in THEIRS:
+        measure(theirs.name, their_file(build, base, work, theirs), False)
     if options.json:
         record = {"bench": "gguf_quality", "window": WINDOW, "rows": [asdict(r) for r in rows]}
         options.json.write_text(json.dumps(record, indent=1))

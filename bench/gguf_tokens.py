@@ -124,10 +124,11 @@ def main() -> None:
     parser.add_argument("--build", type=Path, required=True, help="llama.cpp's programs")
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--tokens", type=int, default=48, help="greedy tokens per prompt")
+    parser.add_argument("--kernels", default="auto", help="our kernels: native or torch")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.folder)
-    model = loader.from_pretrained(options.folder, dtype=torch.float32)
+    model = loader.from_pretrained(options.folder, dtype=torch.float32, kernels=options.kernels)
     log = Path(tempfile.gettempdir()) / "llama-server.log"
     with server(options.build, options.gguf, 512, log) as client:
         texts = compare_tokenizer(tokenizer, client, options.text)

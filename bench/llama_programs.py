@@ -68,7 +68,7 @@ def run(build: Path, program: str, *arguments: object) -> str:
 def save_base(build: Path, model: Path, text: Path, logits: Path, context: int) -> None:
     """Write the base file's log-probabilities of the text's windows to `logits`."""
     run(
-        build, "llama-perplexity", "-m", model, "-f", text, "-c", context, "-t", 2,
+        build, "llama-perplexity", "-m", model, "-f", text, "-c", context, "-t", 1,
         "--kl-divergence-base", logits,
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def save_base(build: Path, model: Path, text: Path, logits: Path, context: int) 
 def divergence(build: Path, model: Path, text: Path, logits: Path, context: int) -> Divergence:
     """Compare `model` with the log-probabilities in `logits`, which `save_base` wrote."""
     output = run(
-        build, "llama-perplexity", "-m", model, "-f", text, "-c", context, "-t", 2,
+        build, "llama-perplexity", "-m", model, "-f", text, "-c", context, "-t", 1,
         "--kl-divergence-base", logits, "--kl-divergence",
     )  # fmt: skip
     return parse_divergence(output)
@@ -179,8 +179,9 @@ def server(build: Path, model: Path, context: int, log: Path) -> Iterator[Server
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command: list[Any] = [
-        build / "llama-server", "-m", model, "-c", context, "-t", 2, "-np", 1,
+        build / "llama-server", "-m", model, "-c", context, "-t", 1, "-np", 1,
         "--host", "127.0.0.1", "--port", port, "--jinja",
+        "-ctk", "f32", "-ctv", "f32", "-fa", "off",
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output)
