@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from converter.publish.card_markdown import block, code
 from converter.publish.card_memory import expert_entries
-from converter.publish.recipe_command import CALIBRATION_TEXT, convert_line, merged_adapters
+from converter.publish.recipe_command import CALIBRATION_TEXT, convert_line
 from converter.recipe.recipe_options import RecipeOptions
 from formats.errors import RecipeError
 from formats.index import Index
@@ -51,7 +51,7 @@ def recipe_lines(index: Index) -> Iterator[str]:
         yield f"- Rounding: {code(recipe.solver)}{f', {method}' if method else ''}"
         yield f"- Calibration: {_calibration(index)}"
     yield f"- Source: {_origin(source.name, source.revision)}"
-    for adapter in merged_adapters(index):
+    for adapter in index.source.adapters:
         yield f"- Adapter, merged into the source: {_origin(adapter.name, adapter.revision)}"
     yield f"- Written by {code(index.producer.name)} {code(index.producer.version)}"
     yield ""

@@ -108,6 +108,15 @@ def check_license(source: Path, license_id: str | None) -> None:
         _require_license(_license_file(path.name for path in source.iterdir()), source)
 
 
+def card_license(folder: Path) -> str | None:
+    """Return the Hub's identifier of the licence that the folder's card names; the first of many.
+
+    None without a card that can be read, and for a card without a licence.
+    """
+    named = _read_source_card(folder).get("license")
+    return named[0] if isinstance(named, list) else named
+
+
 def _facts(artifact: Artifact, options: CardOptions, known: list[Metadata]) -> CardFacts:
     """Return the facts of a publication. known: metadata of cards, the most trusted first."""
     index = artifact.index

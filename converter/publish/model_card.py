@@ -27,7 +27,6 @@ from converter.publish.card_usage import (
     install_lines,
     python_lines,
 )
-from converter.publish.recipe_command import merged_adapters
 from formats.artifact import Artifact
 from formats.config.model_types import MODEL_TYPES
 from formats.index import Index
@@ -67,7 +66,7 @@ def base_model(index: Index, given: str | None) -> str | None:
 def card_metadata(index: Index, facts: CardFacts) -> Metadata:
     """Return the card's metadata for the Hub."""
     base = base_model(index, facts.base_model)
-    adapters = [a.name for a in merged_adapters(index) if is_repo_name(a.name)]
+    adapters = [a.name for a in index.source.adapters if is_repo_name(a.name)]
     quantized = is_quantized(index)
     tags = [index.architecture.model_type, "moe", *["quantized"] * quantized, "moe-convert"]
     metadata: Metadata = {
@@ -114,7 +113,7 @@ def _description(index: Index, base: str | None) -> Iterator[str]:
     name = code(base or index.source.name)
     if base and is_repo_name(base):
         name = f"[{name}]({_HUB}/{base})"
-    merged = "".join(f", with the adapter {code(a.name)} merged" for a in merged_adapters(index))
+    merged = "".join(f", with the adapter {code(a.name)} merged" for a in index.source.adapters)
     yield f"{name}{merged}, converted for moe-convert."
     if has_packed_experts(index):
         yield f"Its experts have {expert_bits(index):.2f} bits per weight."
@@ -150,7 +149,7 @@ def _license_lines(index: Index, facts: CardFacts, base: str | None) -> Iterator
     name = facts.carried.get("license_name")
     words = ", ".join(map(code, ids)) + (f" ({code(name)})" if name else "")
     yield f"The licence of the weights is {words}{_see(link)}."
-    if merged_adapters(index):
+    if index.source.adapters:
         yield "The adapter may have a licence of its own."
 
 

@@ -1,7 +1,6 @@
 """The command that converts the source by the recipe of an index."""
 
 import shlex
-from dataclasses import dataclass
 
 from converter.recipe.bit_rules import UNPACKED
 from converter.recipe.conversion_recipe import ConversionRecipe
@@ -13,20 +12,6 @@ CALIBRATION_TEXT = "calibration.txt"
 """Stands for a calibration text of the user, whose name no index has."""
 
 
-@dataclass(frozen=True)
-class MergedAdapter:
-    """An adapter that was merged into the source. revision: None for a local folder."""
-
-    name: str
-    revision: str | None
-
-
-def merged_adapters(index: Index) -> list[MergedAdapter]:
-    """Return the merged adapters of the source, in order."""
-    adapters = getattr(index.source, "adapters", ())
-    return [MergedAdapter(adapter.name, adapter.revision) for adapter in adapters]
-
-
 def convert_line(index: Index) -> str:
     """Return the shell command. Raises RecipeError for options that this release cannot read."""
     source = index.source
@@ -35,7 +20,7 @@ def convert_line(index: Index) -> str:
         words.append(f"./{source.name}")
     else:
         words += [source.name, "--revision", source.revision]
-    for adapter in merged_adapters(index):
+    for adapter in source.adapters:
         local = adapter.revision is None
         words.append("--adapter")
         words.append(f"./{adapter.name}" if local else f"{adapter.name}@{adapter.revision}")

@@ -28,8 +28,8 @@ ARROWS = {
     "converter.cli.commands": (
         "converter converter.checkpoint converter.checkpoint.shards converter.cli.chat "
         "converter.cli.options converter.cli.show converter.cli.steps "
-        "converter.conversion converter.gguf converter.solvers.native formats formats.files "
-        "formats.hub "
+        "converter.conversion converter.gguf converter.publish converter.solvers.native "
+        "formats formats.files formats.hub "
         "formats.reading formats.repair loader loader.arithmetic loader.cuda "
         "loader.evaluation loader.experts loader.hf.loading loader.hf.modules "
         "loader.planning loader.serving loader.serving.answers loader.serving.http "

@@ -82,9 +82,9 @@ def command(
     require_extra("gguf", "gguf", "export")
     import loader
     from converter.gguf.block_types import type_named
-    from converter.gguf.card_license import card_license
     from converter.gguf.gguf_file import plan_export, write_gguf
     from converter.gguf.options import ExportOptions
+    from converter.publish.folder_card import card_license
     from formats.errors import OutputError
     from formats.files.overlap import refuse_inputs
     from formats.files.partial_file import partial_path

@@ -5,7 +5,6 @@ import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +16,9 @@ from converter.convert import convert_checkpoint
 from converter.publish.card_memory import SHARES, Memory, model_parameters
 from converter.publish.card_metadata import parse_metadata, split_card
 from converter.publish.model_card import CardFacts, card_metadata, card_part
-from converter.publish.recipe_command import MergedAdapter
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
+from formats.index import Adapter
 from formats.quality import Comparison, Evaluation, read_quality, save_evaluation
 from formats.sizes import format_size, size_option
 from loader.planning.memory_plan import Machine, ModelSizes, plan_shares
@@ -148,11 +147,13 @@ def test_unreadable_card_of_a_source_does_not_stop_a_conversion(
 
 
 def test_merged_adapters_are_named(converted: Converted) -> None:
-    adapters = (MergedAdapter("me/lora", "1" * 40), MergedAdapter("local-lora", None))
+    adapters = (
+        Adapter("me/lora", "1" * 40, "2" * 64, "3" * 64),
+        Adapter("local-lora", None, "4" * 64, "5" * 64),
+    )
     artifact = Artifact.open(converted("2bit"))
-    source = SimpleNamespace(name="me/tiny", revision="0" * 40, adapters=adapters)
-    fields = {name: getattr(artifact.index, name) for name in artifact.index.__struct_fields__}
-    index: Any = SimpleNamespace(**{**fields, "source": source})
+    source = replace(artifact.index.source, name="me/tiny", revision="0" * 40, adapters=adapters)
+    index = replace(artifact.index, source=source)
     metadata = card_metadata(index, CardFacts("a/b"))
     assert metadata["base_model"] == ["me/tiny", "me/lora"]
     assert metadata["base_model_relation"] == "quantized"
