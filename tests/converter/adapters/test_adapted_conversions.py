@@ -227,10 +227,19 @@ def test_commands_convert_show_and_compare(
     assert json.loads(out)["source"]["adapters"][0]["name"] == "lora"
     assert "adapter" in run_command("inspect", "base-lora-16bit")[1]
     text = example_folder.parent / "text" / "english.txt"
-    options = ["base-lora-16bit", "--against", "base", "--text", text, "--max-windows", 1, "--json"]
-    same = json.loads(run_command("eval", *options, "--adapter", "lora")[1])["overall"]["kl"]
+    compared: list[object] = [
+        "base-lora-16bit",
+        "--against",
+        "base",
+        "--text",
+        text,
+        "--max-windows",
+        1,
+        "--json",
+    ]
+    same = json.loads(run_command("eval", *compared, "--adapter", "lora")[1])["overall"]["kl"]
     assert "if ORIGINAL is the base model" not in caplog.text
-    other = json.loads(run_command("eval", *options)[1])["overall"]["kl"]
+    other = json.loads(run_command("eval", *compared)[1])["overall"]["kl"]
     assert same < 0.1 * other
     assert "if ORIGINAL is the base model, use --adapter FOLDER" in caplog.text
 

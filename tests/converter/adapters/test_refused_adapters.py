@@ -134,6 +134,13 @@ def test_adapter_that_unties_head_and_embedding_is_refused(bases: Any, tmp_path:
     refuse(base, adapter, "both embedding and head")
 
 
+def test_dora_on_an_embedding_is_refused(base: Path, tmp_path: Path) -> None:
+    options = {"target_modules": ["embed_tokens"], "use_dora": True}
+    refuse(
+        base, make_adapter(base, tmp_path / "adapter", **options), r"DoRA on model\.embed_tokens"
+    )
+
+
 def test_one_of_two_fused_projections_alone_is_refused(base: Path, adapter: Path) -> None:
     change_config(adapter, target_modules=["w1"])
     refuse(base, adapter, "w1 without also targeting w3")
