@@ -1,6 +1,7 @@
 """A conversion with adapters has the bytes of PEFT's merge, saved and converted."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from adapters import (
     make_expert_adapter,
     merged_by_peft,
 )
+from peft import PeftModel
+from project_paths import ROOT
 from random_models import write_checkpoint
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from converter.checkpoint.adapters.adapter_folder import AdapterFolder
 from converter.checkpoint.source import Checkpoint
@@ -192,3 +195,16 @@ def test_biases_that_the_adapter_stores_replace_the_models(tmp_path: Path) -> No
         bias = checkpoint.trunk["model.layers.0.self_attn.q_proj.bias"]
         assert float(checkpoint.read_rows(bias, 0, 4).float().min()) > 0.5
     assert_same_bytes(base, tmp_path, adapter)
+
+
+def test_the_code_of_the_page_makes_the_checkpoint_of_the_same_bytes(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter")
+    page = ROOT / "docs" / "adapters.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {"PeftModel": PeftModel, "base": model, "adapter": adapter})
+    expected = convert_with(tmp_path / "merged", tmp_path / "expected")
+    assert convert_with(base, tmp_path / "out", adapter) == expected
