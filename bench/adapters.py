@@ -10,6 +10,7 @@ of the text's last tokens, which no batch has. Prints JSON.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def train(model: Any, tokens: Tensor, evaluation: Tensor, rate: float) -> dict[s
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
+        print(f"step {len(losses)}: loss {losses[-1]:.4f}", file=sys.stderr)
     return {
         "losses": losses,
         "eval": [before, evaluated()],
@@ -77,7 +79,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=30)
     arguments.add_argument("--rows", type=int, default=2)
     arguments.add_argument("--length", type=int, default=64)
-    arguments.add_argument("--rate", type=float, default=1e-2)
+    arguments.add_argument("--rate", type=float, default=2e-3)
     options = arguments.parse_args()
     tokens, evaluation = batches(
         options.folder, options.text.read_text(), options.steps, options.rows, options.length
