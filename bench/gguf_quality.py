@@ -6,7 +6,8 @@
 BUILD: see llama_programs.py. The base is the export of recipe 16bit in F16. From it llama-imatrix
 computes its statistics and llama-quantize its files. Files named "experts" have attention,
 embeddings and head as in the base: only the experts differ. Those named "file" are what both
-programs write without options. Both calibrate on the builtin text.
+programs write without options. Both calibrate on the builtin text. A run that was interrupted
+finds its files in --work.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import zstandard
 from llama_programs import Divergence, FileTypes, divergence, file_types, run, save_base
@@ -67,7 +70,6 @@ OURS = (
     BASE,
     Exported("base, as stored", BASE.convert, ()),
     Exported("experts 2bit", TWO, ("--attention", "f16")),
-    Exported("experts 2bit, no calibration", (*TWO, "--calibrate", "none"), ("--attention", "f16")),
     Exported("experts 2bit-down3", DOWN, ("--attention", "f16")),
     Exported("experts 2bit-down3, q3_k", DOWN, ("--attention", "f16", "--experts", "q3_k")),
     Exported("experts 3bit", THREE, ("--attention", "f16")),
@@ -88,6 +90,9 @@ THEIRS = (
     Quantized("file Q2_K, imatrix 8192", "Q2_K", "8192"),
     Quantized("file Q2_K_S, imatrix 8192", "Q2_K_S", "8192"),
 )
+
+
+File = TypeVar("File", Exported, Quantized)
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,11 @@ def their_file(build: Path, base: Path, work: Path, one: Quantized) -> Path:
     return out
 
 
+def chosen(files: Sequence[File], names: list[str] | None) -> list[File]:
+    """Return the files with these names in the table; None is all."""
+    return [file for file in files if names is None or file.name in names]
+
+
 def line(row: Row) -> str:
     """Return a row of the table."""
     types, quality = row.types, row.quality
@@ -174,10 +184,11 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a Mixtral, with widths of 256")
     parser.add_argument("--build", type=Path, required=True, help="llama.cpp's programs")
     parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--skip", type=int, default=24000, help="characters of each text")
+    parser.add_argument("--skip", type=int, default=24000, help="characters at the beginning")
     parser.add_argument(
-        "--characters", type=int, default=40000, help="characters of each text to measure"
+        "--characters", type=int, default=20000, help="characters of each text to measure"
     )
+    parser.add_argument("--only", action="append", metavar="NAME", help="rows [default: all]")
     parser.add_argument("--work", type=Path, default=Path("/tmp/gguf-quality"))
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
@@ -186,10 +197,13 @@ def main() -> None:
     base = convert_and_export(options.checkpoint, work, BASE)
     text = measured_text(options.text, options.skip, options.characters, work / "text.txt")
     logits = work / "base.logits"
-    save_base(build, base, text, logits, WINDOW)
+    if not logits.exists():
+        save_base(build, base, text, logits, WINDOW)
     for name, calibration in calibration_texts(options.checkpoint, work).items():
         out = work / f"imatrix-{name}.gguf"
-        run(build, "llama-imatrix", "-m", base, "-f", calibration, "-o", out, "-c", WINDOW, "-t", 1)
+        if not out.exists():
+            command = ("-m", base, "-f", calibration, "-o", out, "-c", WINDOW, "-t", 1)
+            run(build, "llama-imatrix", *command)
     rows = []
 
     def measure(name: str, file: Path, ours: bool) -> None:
@@ -197,9 +211,9 @@ def main() -> None:
         rows.append(Row(name, ours, file_types(file), quality))
         print(line(rows[-1]), flush=True)
 
-    for ours in OURS:
+    for ours in chosen(OURS, options.only):
         measure(ours.name, convert_and_export(options.checkpoint, work, ours), True)
-    for theirs in THEIRS:
+    for theirs in chosen(THEIRS, options.only):
         measure(theirs.name, their_file(build, base, work, theirs), False)
     if options.json:
         record = {"bench": "gguf_quality", "window": WINDOW, "rows": [asdict(r) for r in rows]}

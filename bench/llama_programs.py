@@ -52,16 +52,16 @@ class FileTypes:
 
 
 def run(build: Path, program: str, *arguments: object) -> str:
-    """Return what llama.cpp's `program` printed. Raises RuntimeError with its last lines."""
+    """Return what llama.cpp's `program` printed to stdout.
+
+    Its log goes to stderr, and would tear lines of stdout apart. Raises RuntimeError with the
+    log's last lines.
+    """
     done = subprocess.run(
-        [build / program, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
+        [build / program, *map(str, arguments)], capture_output=True, text=True, errors="replace"
     )
     if done.returncode:
-        raise RuntimeError(f"{program} failed:\n" + "\n".join(done.stdout.splitlines()[-15:]))
+        raise RuntimeError(f"{program} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
     return done.stdout
 
 
@@ -95,9 +95,10 @@ def parse_divergence(output: str) -> Divergence:
 
 def _pair(output: str, label: str) -> tuple[float, float]:
     """Return value and error of the line `label: VALUE ± ERROR`."""
-    match = re.search(rf"^{label}\s*:\s*(\S+) ± +(\S+)", output, re.MULTILINE)
+    match = re.search(rf"{label}\s*:\s*(\S+) ± +(\S+)", output)
     if match is None:
-        raise RuntimeError(f"llama-perplexity printed no line {label}")
+        end = "\n".join(output.splitlines()[-5:])
+        raise RuntimeError(f"llama-perplexity printed no line {label}; it ended with\n{end}")
     return float(match[1]), float(match[2])
 
 
