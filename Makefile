@@ -30,6 +30,8 @@ lint: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@if grep -q '^Tag: py3-none-any' $(VENV)/lib/python3*/site-packages/moe_convert-*.dist-info/WHEEL; then \
+	  echo 'installed without native kernels: no working C++20 compiler (gcc 11, clang 14 or newer)'; fi
 	touch $@
 
 # Build dist/: the sdist, and a manylinux wheel built from that sdist. auditwheel fails if the
