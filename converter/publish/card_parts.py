@@ -18,7 +18,7 @@ from converter.publish.card_metadata import Metadata, dump_metadata, parse_metad
 BEGIN = "<!-- moe-convert begin {} {} {} {}: each upload rewrites this part -->"
 END = "<!-- moe-convert end: write your own text below this line, or above the first -->"
 _MARKED = re.compile(
-    r"^<!-- moe-convert begin ((?:[0-9a-f]{8} ){3}[0-9a-f]{8}):[^\n]*-->\n(.*?)^"
+    r"^<!-- moe-convert begin ((?:[0-9a-f]{8} ?)+):[^\n]*-->\n(.*?)^"
     r"<!-- moe-convert end[^\n]*-->[ \t]*(?:\n|\Z)",
     re.DOTALL | re.MULTILINE,
 )
@@ -64,7 +64,7 @@ class Card:
         if match is None:
             return cls(text, metadata, body)
         around = body[: match.start()], body[match.end() :]
-        return cls(text, metadata, around[0], match[2], around[1], Hashes(*match[1].split()))
+        return cls(text, metadata, around[0], match[2], around[1], Hashes(*match[1].split()[:4]))
 
     @cached_property
     def is_old(self) -> bool:

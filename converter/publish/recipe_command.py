@@ -4,7 +4,7 @@ import shlex
 
 from converter.recipe.bit_rules import UNPACKED
 from converter.recipe.conversion_recipe import ConversionRecipe
-from converter.recipe.recipes import DEFAULT_RECIPE, RECIPES
+from converter.recipe.recipes import RECIPES
 from converter.solvers.registry import NO_SOLVER
 from formats.index import Index
 
@@ -32,7 +32,11 @@ def convert_line(index: Index) -> str:
 
 def _recipe_words(recipe: ConversionRecipe) -> list[str]:
     """Return the options that make the recipe: a named one, and what differs from it."""
-    name = recipe.name if recipe.name in RECIPES else DEFAULT_RECIPE
+    names = [recipe.name] if recipe.name in RECIPES else RECIPES
+    return min((_changes(recipe, name) for name in names), key=len)
+
+
+def _changes(recipe: ConversionRecipe, name: str) -> list[str]:
     base = RECIPES[name]
     options = recipe.options
     words = ["--recipe", name]

@@ -61,6 +61,11 @@ def test_calibration_text_of_the_user_is_a_placeholder() -> None:
     assert recipe_of(options).recorded == index.recipe
 
 
+def test_changed_recipe_is_told_from_the_nearest_one() -> None:
+    line = convert_line(index_of(name="3bit", rules=["0=4bit"]))
+    assert line.endswith(" --recipe 3bit --layer-bits 0=tile32-q4-g64-s8")
+
+
 def test_repository_is_named_with_its_commit() -> None:
     index = index_of()
     index = replace(index, source=replace(index.source, name="me/tiny", revision="a" * 40))
