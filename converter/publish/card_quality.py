@@ -30,7 +30,9 @@ def _evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
     yield ""
     yield "| text | tokens | perplexity | original's | ratio | KL | same top token |"
     yield "|---|---|---|---|---|---|---|"
-    yield from map(_comparison_line, (*evaluation.texts, evaluation.overall))
+    several = len(evaluation.texts) > 1
+    rows = [*evaluation.texts, evaluation.overall] if several else evaluation.texts
+    yield from map(_comparison_line, rows)
     yield ""
     yield "- *ratio*: perplexity divided by the original's. 1 means no loss."
     yield "- *KL*: mean KL divergence from the original, in nats per token. 0 means no loss."
