@@ -30,6 +30,7 @@ from formats.files.io_errors import translated
 from formats.files.paths import locate_source, open_regular, read_small_source, similar_folders
 from formats.hub.repo import HubRepo
 from formats.index import Adapter
+from formats.install import install_extra
 from formats.labels import to_label
 from formats.repo_names import is_repo_name
 
@@ -92,9 +93,7 @@ class AdapterFolder:
         the install command if PEFT is not installed.
         """
         if find_spec("peft") is None:
-            raise MoeConvertError(
-                "--adapter needs the package peft", "pip install 'moe-convert[adapters]'"
-            )
+            raise MoeConvertError("--adapter needs the package peft", install_extra("adapters"))
         repo_name, _, revision = name.partition("@")
         if Path(name).exists() or not is_repo_name(repo_name):
             folder = Path(name)

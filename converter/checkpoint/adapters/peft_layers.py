@@ -17,6 +17,7 @@ from converter.checkpoint.adapters.changes import (
 )
 from formats.config.field_rules import short
 from formats.errors import SourceError
+from formats.install import pip_install
 
 _PREFIX = "base_model.model."
 _SHOWN = 4
@@ -97,7 +98,7 @@ def _loaded(model: Any, adapter: AdapterFolder, tensors: dict[str, Tensor]) -> A
         raise SourceError(
             f"{where}: peft {peft.__version__} cannot load it on this model:"
             f" {type(e).__name__}: {short(str(e))}",
-            f"{_OTHER_BASE}; or update peft: pip install -U 'moe-convert[adapters]'",
+            f"{_OTHER_BASE}; or update peft: {pip_install('-U', 'peft')}",
         ) from e
     if loaded.unexpected_keys:
         names = sorted(_plain(name) for name in loaded.unexpected_keys)

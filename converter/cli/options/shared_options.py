@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from formats.checksums import CHECKS
+from formats.install import install_extra
 from formats.sizes import parse_size
 
 Decorator = Callable[[Any], Any]
@@ -29,7 +30,7 @@ adapters = click.option(
     multiple=True,
     metavar="FOLDER|OWNER/NAME[@REVISION]",
     help="LoRA adapter to merge into the checkpoint's weights. Repeat the option for more adapters;"
-    " they are merged in order. Needs the extra moe-convert[adapters].",
+    f" they are merged in order. Needs peft: {install_extra('adapters')}.",
 )
 ram_cache = click.option(
     "--ram-cache",

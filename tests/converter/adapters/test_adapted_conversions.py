@@ -85,7 +85,7 @@ def test_index_names_the_adapters_in_order_and_the_folder_verifies(
     assert "peft" in index.producer.versions
     assert verify_folder(tmp_path / "out", read_data=True).problems == []
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| adapter, merged | `adapter` |" in card
+    assert "- Adapter, merged into the source: `adapter`, a local folder" in card
 
 
 def test_index_without_adapters_has_no_such_field(base: Path, tmp_path: Path) -> None:

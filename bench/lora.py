@@ -1,7 +1,7 @@
 """Compare training of a LoRA adapter over packed weights with training over their values.
 
     moe-convert convert examples/tiny-mixtral -o out/tiny-mixtral-2bit --recipe 2bit
-    python bench/adapters.py examples/tiny-mixtral out/tiny-mixtral-2bit
+    python bench/lora.py examples/tiny-mixtral out/tiny-mixtral-2bit
 
 Both models start from the same adapter on q_proj and v_proj and see the same batches of a text. The
 second model is transformers' own, in float32, with the dequantized weights. "eval" is the mean loss
