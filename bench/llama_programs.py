@@ -22,6 +22,8 @@ from typing import Any
 
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 START_S = 120.0
+TRIES = 4
+"""llama-perplexity sometimes exits before its logging thread has printed the summary."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ class FileTypes:
 def run(build: Path, program: str, *arguments: object) -> str:
     """Return what llama.cpp's `program` printed to stdout.
 
-    Its log goes to stderr, and would tear lines of stdout apart. Raises RuntimeError with the
-    log's last lines.
+    Its log goes to stderr. Raises RuntimeError with the log's last lines.
     """
     done = subprocess.run(
         [build / program, *map(str, arguments)], capture_output=True, text=True, errors="replace"
@@ -75,10 +76,13 @@ def save_base(build: Path, model: Path, text: Path, logits: Path, context: int) 
 
 def divergence(build: Path, model: Path, text: Path, logits: Path, context: int) -> Divergence:
     """Compare `model` with the log-probabilities in `logits`, which `save_base` wrote."""
-    output = run(
-        build, "llama-perplexity", "-m", model, "-f", text, "-c", context, "-t", 1,
-        "--kl-divergence-base", logits, "--kl-divergence",
-    )  # fmt: skip
+    for _ in range(TRIES):
+        output = run(
+            build, "llama-perplexity", "-m", model, "-f", text, "-c", context, "-t", 1,
+            "--kl-divergence-base", logits, "--kl-divergence",
+        )  # fmt: skip
+        if "Same top p:" in output:
+            break
     return parse_divergence(output)
 
 
