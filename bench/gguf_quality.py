@@ -84,7 +84,7 @@ THEIRS = (
     Quantized("experts Q2_K mix", "Q2_K", None, PLAIN),
     Quantized("experts Q2_K mix, imatrix 8192", "Q2_K", "8192", PLAIN),
     Quantized("experts Q2_K mix, imatrix whole", "Q2_K", "whole", PLAIN),
-    Quantized("experts IQ2_S, imatrix whole", "IQ2_S", "whole", SAME),
+    Quantized("experts IQ2_XS, imatrix whole", "IQ2_S", "whole", SAME),
     Quantized("experts Q3_K, imatrix whole", "Q3_K_S", "whole", SAME),
     Quantized("experts Q4_K, imatrix whole", "Q4_K_S", "whole", SAME),
     Quantized("file Q2_K, imatrix 8192", "Q2_K", "8192"),
