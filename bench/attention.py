@@ -58,7 +58,7 @@ class Builds:
 
     def _loaded(self, path: Path) -> ctypes.CDLL:
         other = ctypes.CDLL(str(path.resolve()))
-        for name in ("moe_attention_step", "moe_token_step", "moe_set_threads"):
+        for name in ("moe_attention_step", "moe_token_step", "moe_set_threads", "moe_set_isa"):
             function, model = getattr(other, name), getattr(library(), name)
             function.argtypes, function.restype = model.argtypes, model.restype
         return other
@@ -68,6 +68,12 @@ class Builds:
         kernels.set_threads(threads)
         for build in self.named.values():
             build.moe_set_threads(threads)
+
+    def set_isa(self, name: str) -> None:
+        """Let each build use the instruction set."""
+        kernels.set_isa(name)
+        for build in self.named.values():
+            build.moe_set_isa(kernels.ISAS[name])
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, float]:
@@ -196,7 +202,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", default="", help="comma list (default: 1 and one per core)")
     parser.add_argument("--rounds", type=int, default=30, help="measurements (default: 30)")
-    parser.add_argument("--isa", default="auto", help="instruction set of this build")
+    parser.add_argument(
+        "--isa", default="auto", help="instruction set (default: the best)", choices=kernels.ISAS
+    )
     parser.add_argument("--against", type=Path, help="another build of libmoe_kernels.so")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
@@ -204,7 +212,7 @@ def main() -> None:
     kernels.set_threads(0)
     threads = [int(n) for n in options.threads.split(",") if n] or sorted({1, kernels.threads()})
     positions = [int(n) for n in options.positions.split(",")]
-    kernels.set_isa(options.isa)
+    builds.set_isa(options.isa)
     result: dict[str, Any] = {"kernels": kernels.describe(), "rows": []}
 
     def note(part: str, row: dict[str, Any]) -> None:
