@@ -32,17 +32,21 @@ from loader.planning.memory_plan import ModelSizes
 
 
 class Clock:
-    """A streamer for generate that notes when each token comes."""
+    """A streamer for generate that notes when each token comes.
 
-    def __init__(self, on_first: Callable[[], None] = lambda: None) -> None:
+    begin: called when the prompt's token and then `warm` tokens have come.
+    """
+
+    def __init__(self, begin: Callable[[], None] = lambda: None, warm: int = 0) -> None:
         self.times: list[float] = []
-        self._on_first = on_first
+        self._begin = begin
+        self._begin_at = 2 + warm
 
     def put(self, value: Any) -> None:
         """Called with the prompt, then with each token."""
         self.times.append(time.perf_counter())
-        if len(self.times) == 2:
-            self._on_first()
+        if len(self.times) == self._begin_at:
+            self._begin()
 
     def end(self) -> None:
         """Called last."""

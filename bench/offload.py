@@ -77,6 +77,9 @@ def main() -> None:
     parser.add_argument("--in-ram", action="store_true", help="also with all experts in RAM")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument(
+        "--warm", type=int, default=0, help="tokens between the prompt and the measured ones"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="repetitions of all modes, in turn")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--json", action="store_true", help="JSON on stdout, the table on stderr")
@@ -102,7 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     limits = list(limits_of(options, expert_bytes, rest))
     runs: dict[str, dict[str, list[Any]]] = {}
     limited = True
-    common = {"tokens": options.tokens, "prompt": options.prompt}
+    common = {"tokens": options.tokens, "prompt": options.prompt, "warm": options.warm}
     if options.in_ram:
         runs[IN_RAM] = {"engine": []}
         for _ in range(options.rounds):
@@ -129,7 +132,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "bench": "offload",
         "folder": options.folder.name,
         "setting": [
-            *setting(artifact.index, options.tokens, options.prompt, options.rounds),
+            *setting(artifact.index, options.tokens, options.prompt, options.warm, options.rounds),
             f"{processor()}, disk {disk_gb_s:.1f} GB/s, memory {stream_gb_s:.0f} GB/s.",
         ],
         "expert_bytes": expert_bytes,
@@ -165,8 +168,10 @@ def rates(artifact: Artifact) -> dict[str, float]:
     return {"disk_gb_s": disk / 1e9, "stream_gb_s": memory_bytes_per_s(seconds=1.0) / 1e9}
 
 
-def child(folder: Path, options: dict[str, Any] | None, tokens: int, prompt: int) -> dict[str, Any]:
-    """Measure one run in this process: first the prompt, then the measured decoding.
+def child(
+    folder: Path, options: dict[str, Any] | None, tokens: int, prompt: int, warm: int
+) -> dict[str, Any]:
+    """Measure one run in this process: the prompt, `warm` tokens, then the measured tokens.
 
     options: of loader.from_pretrained; None for all experts in RAM.
     """
@@ -182,15 +187,18 @@ def child(folder: Path, options: dict[str, Any] | None, tokens: int, prompt: int
         model.reset_moe_stats()
         begin.update(s=time.perf_counter(), bytes=disk_bytes())
 
+    torch.manual_seed(0)
     with torch.inference_mode():
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            min_new_tokens=tokens + 1,
-            max_new_tokens=tokens + 1,
-            do_sample=False,
+            min_new_tokens=warm + tokens + 1,
+            max_new_tokens=warm + tokens + 1,
+            # A model of random weights soon repeats its greedy tokens, and so its experts.
+            do_sample=True,
+            top_k=0,
             pad_token_id=0,
-            streamer=Clock(begin_to_measure),
+            streamer=Clock(begin_to_measure, warm),
         )
     seconds, read = time.perf_counter() - begin["s"], disk_bytes() - begin["bytes"]
     total = model.moe_stats()

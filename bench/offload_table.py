@@ -14,8 +14,8 @@ MAPPED = "kernel's map"
 """Mode of plain mmap; the cache counts nothing there."""
 
 
-def setting(index: Index, tokens: int, prompt: int, rounds: int) -> Iterator[str]:
-    """Yield lines for a chart: the model, and the tokens."""
+def setting(index: Index, tokens: int, prompt: int, warm: int, rounds: int) -> Iterator[str]:
+    """Yield lines for a chart: the model, and the tokens. warm: tokens that are not measured."""
     a = index.architecture
     expert_bytes = sum(layer.size_bytes for layer in index.layers)
     yield (
@@ -24,7 +24,7 @@ def setting(index: Index, tokens: int, prompt: int, rounds: int) -> Iterator[str
         f" {expert_bytes / 1e9:.1f} GB, {index.source.name} weights."
     )
     yield (
-        f"Batch 1, {tokens} tokens after a prompt of {prompt}."
+        f"Batch 1, {tokens} tokens after a prompt of {prompt} and {warm} more tokens."
         f" Medians of {rounds} rounds of bench/offload.py."
     )
 
