@@ -126,7 +126,7 @@ def check_upload(source: Any, options: dict[str, Any]) -> None:
 def _short_name(adapter: str) -> str:
     """Return the last part of an adapter's name, without a revision."""
     folder = Path(adapter)
-    return folder.resolve().name if folder.exists() else folder.name.partition("@")[0]
+    return folder.resolve().name if folder.exists() else Path(adapter.partition("@")[0]).name
 
 
 def _calibration(value: str | None) -> tuple[str | None, Path | None]:

@@ -107,6 +107,20 @@ def test_adapter_on_the_hub_gives_the_same_bytes_and_its_commit(
         AdapterFolder.open("me/lora@nobranch")
 
 
+def test_output_folder_is_named_by_the_adapters_repository_not_its_branch(
+    hub: HubServer,
+    base: Path,
+    adapter: Path,
+    run_command: Callable[..., tuple[int, str, str]],
+) -> None:
+    hub.add("me/lora", adapter)
+    hub.commit("me/lora", {p.name: p for p in adapter.iterdir()}, "refs/pr/1")
+    options = ["--adapter", "me/lora@refs/pr/1", "--recipe", "16bit", "--dry-run", "--json"]
+    code, out, _ = run_command("convert", base, *options)
+    assert code == 0
+    assert Path(json.loads(out)["out_dir"]).name == f"{base.name}-lora-16bit"
+
+
 def test_repository_with_a_pickle_alone_is_refused_without_a_download(
     hub: HubServer, adapter: Path
 ) -> None:
