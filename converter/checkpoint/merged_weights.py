@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import psutil
 from torch import Tensor
 
+from converter.checkpoint.adapters.adapter_config import MERGE_WITH_PEFT_HINT, OTHER_BASE_HINT
 from converter.checkpoint.adapters.adapter_folder import AdapterFolder
 from converter.checkpoint.adapters.adapter_tensors import AdapterTensors
 from converter.checkpoint.adapters.changes import Change, ExpertChange, Replacement
@@ -23,7 +24,6 @@ _TENSORS_PER_WEIGHT = 3
 """An adapter has A, B and, with DoRA, a vector for each weight."""
 _COPIES = 2
 """While PEFT stacks the experts' tensors, they are in memory twice."""
-_MERGE_HINT = "merge it with peft, and convert the result: model.merge_and_unload()"
 
 _log = logging.getLogger(__name__)
 
@@ -106,13 +106,13 @@ class MergedWeights:
                 raise SourceError(
                     f"{where}: it replaces {name}, which is both embedding and head of this model"
                     " (tie_word_embeddings)",
-                    _MERGE_HINT,
+                    MERGE_WITH_PEFT_HINT,
                 )
             name = self._shape.embedding
         if name not in self._trunk:
             raise SourceError(
                 f"{where}: it changes {name}, which the checkpoint does not have",
-                "name the base model that the adapter was trained on",
+                OTHER_BASE_HINT,
             )
         return self._trunk[name]
 

@@ -38,8 +38,9 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 """Fields that decide nothing in a merge: those of training, of its start, of other options."""
-_AGAIN = "get the adapter again, or save it again with peft"
-_PLAIN_LORA_HINT = (
+GET_AGAIN_HINT = "download or copy the adapter again, or save it again with peft"
+OTHER_BASE_HINT = "name the base model that the adapter was trained on"
+MERGE_WITH_PEFT_HINT = (
     "merge it with peft, where it was trained: model.merge_and_unload().save_pretrained(FOLDER);"
     " then convert FOLDER"
 )
@@ -88,25 +89,25 @@ def parse_adapter_config(data: bytes, where: str) -> AdapterConfig:
     try:
         value = parse(data, where, max_bytes=MAX_CONFIG_BYTES)
     except FormatError as e:
-        raise SourceError(e.message, _AGAIN) from None
+        raise SourceError(e.message, GET_AGAIN_HINT) from None
     if not isinstance(value, dict):
-        raise SourceError(f"{where}: not an object", _AGAIN)
+        raise SourceError(f"{where}: not an object", GET_AGAIN_HINT)
     kind = value.get("peft_type")
     if kind != "LORA":
         raise SourceError(
             f"{where}: peft_type is {short(kind)}; this release merges LORA",
-            _PLAIN_LORA_HINT,
+            MERGE_WITH_PEFT_HINT,
         )
     try:
         config = typed(value, AdapterConfig, where)
     except FormatError as e:
-        raise SourceError(e.message, _AGAIN) from None
+        raise SourceError(e.message, GET_AGAIN_HINT) from None
     for name, given in sorted(value.items()):
         if name in AdapterConfig.__struct_fields__ or name in _WITHOUT_EFFECT or not given:
             continue
         raise SourceError(
             f"{where}: {name} is {short(given)}; this release cannot merge that option",
-            _PLAIN_LORA_HINT,
+            MERGE_WITH_PEFT_HINT,
         )
     _check_values(config, where)
     return config
@@ -123,5 +124,5 @@ def _check_values(config: AdapterConfig, where: str) -> None:
             f"{where}: init_lora_weights is {short(config.init_lora_weights)}: it changes the base"
             " model's weights at the start of training",
             f"save the adapter as plain LoRA (peft's path_initial_model_for_weight_conversion), or"
-            f" {_PLAIN_LORA_HINT}",
+            f" {MERGE_WITH_PEFT_HINT}",
         )

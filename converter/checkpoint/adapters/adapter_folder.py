@@ -12,6 +12,7 @@ from pathlib import Path
 
 from converter.checkpoint.adapters.adapter_config import (
     CONFIG_NAME,
+    GET_AGAIN_HINT,
     MAX_CONFIG_BYTES,
     AdapterConfig,
     parse_adapter_config,
@@ -67,7 +68,7 @@ class AdapterFolder:
 
     @property
     def sha256(self) -> str:
-        """The hashes of its two files: what decides a merge."""
+        """The hashes of its two files, which decide the merge."""
         return f"{self.config_sha256} {self.weights_sha256}"
 
     @cached_property
@@ -118,7 +119,7 @@ class AdapterFolder:
         try:
             data = read_small_source(folder, CONFIG_NAME, str(folder), max_bytes=MAX_CONFIG_BYTES)
         except DamageError as e:
-            raise SourceError(e.message, "get the adapter again") from None
+            raise SourceError(e.message, GET_AGAIN_HINT) from None
         config = parse_adapter_config(data, where)
         sha256 = hashlib.sha256(data).hexdigest()
         return cls(folder, name, revision, config, sha256, _weights_sha256(folder))
@@ -170,9 +171,7 @@ def _check_names(names: Collection[str], where: str) -> None:
             " model.save_pretrained(FOLDER)",
         )
     if WEIGHTS_NAME not in names:
-        raise SourceError(
-            f"--adapter {where}: file {WEIGHTS_NAME} is missing", "get the adapter again"
-        )
+        raise SourceError(f"--adapter {where}: file {WEIGHTS_NAME} is missing", GET_AGAIN_HINT)
 
 
 def _fetched(repo: HubRepo) -> Path:

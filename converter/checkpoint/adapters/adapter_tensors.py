@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from converter.checkpoint.adapters.adapter_config import GET_AGAIN_HINT
 from converter.checkpoint.shards.shard_source import cut_off, pread_into
 from formats.errors import FormatError, SourceError
 from formats.files.io_errors import translated
@@ -79,4 +80,4 @@ class AdapterTensors:
             try:
                 return read_header(self._descriptor, str(self._path), max_bytes)
             except FormatError as e:
-                raise SourceError(e.message, "get the adapter again") from None
+                raise SourceError(e.message, GET_AGAIN_HINT) from None

@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from converter.checkpoint.adapters.adapter_config import (
+    GET_AGAIN_HINT,
+    MERGE_WITH_PEFT_HINT,
+    OTHER_BASE_HINT,
+)
 from converter.checkpoint.adapters.adapter_folder import AdapterFolder
 from converter.checkpoint.adapters.changes import (
     ADAPTER,
@@ -21,7 +26,6 @@ from formats.install import pip_install
 
 _PREFIX = "base_model.model."
 _SHOWN = 4
-_OTHER_BASE = "name the base model that the adapter was trained on"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def changed_tensors(
     if not changed:
         raise SourceError(
             f"{adapter.where}: peft {peft.__version__} finds nothing in it to merge",
-            "get the adapter again",
+            GET_AGAIN_HINT,
         )
     return changed
 
@@ -98,21 +102,21 @@ def _loaded(model: Any, adapter: AdapterFolder, tensors: dict[str, Tensor]) -> A
         raise SourceError(
             f"{where}: peft {peft.__version__} cannot load it on this model:"
             f" {type(e).__name__}: {short(str(e))}",
-            f"{_OTHER_BASE}; or update peft: {pip_install('-U', 'peft')}",
+            f"{OTHER_BASE_HINT}; or update peft: {pip_install('-U', 'peft')}",
         ) from e
     if loaded.unexpected_keys:
         names = sorted(_plain(name) for name in loaded.unexpected_keys)
         raise SourceError(
             f"{where}: {len(names)} of its tensors match nothing in the model:"
             f" {', '.join(names[:_SHOWN])}",
-            _OTHER_BASE,
+            OTHER_BASE_HINT,
         )
     missing = sorted(n for n in loaded.missing_keys if f".{ADAPTER}" in n)
     if missing:
         raise SourceError(
             f"{where}: {len(missing)} tensors are missing that adapter_config.json asks for:"
             f" {', '.join(_plain(name) for name in missing[:_SHOWN])}",
-            "get the adapter again",
+            GET_AGAIN_HINT,
         )
     return tuned
 
@@ -132,8 +136,11 @@ def _of_layer(path: str, layer: Any, where: str) -> Changed:
     from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
 
     # Without the base layer, in which PEFT also nests the layer of another parameter.
-    own = (p for name, p in layer.named_parameters() if not name.startswith("base_layer."))
-    n_bytes = sum(parameter.nbytes for parameter in own)
+    n_bytes = sum(
+        parameter.nbytes
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    )
     if isinstance(layer, ParamWrapper):
         name = f"{path}.{layer.parameter_name}"
         if layer.num_experts > 1:
@@ -146,7 +153,7 @@ def _of_layer(path: str, layer: Any, where: str) -> Changed:
     kind = "DoRA" if layer.lora_magnitude_vector else type(layer).__name__
     raise SourceError(
         f"{where}: {kind} on {path} cannot be merged row by row",
-        "merge it with peft, and convert the result: model.merge_and_unload()",
+        MERGE_WITH_PEFT_HINT,
     )
 
 
