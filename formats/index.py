@@ -220,6 +220,11 @@ class Index(_Strict, frozen=True, omit_defaults=True):
     parts: list[Part] = []
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the trunk's and all layers' files."""
+        return self.trunk.size_bytes + sum(layer.size_bytes for layer in self.layers)
+
+    @property
     def whole_files(self) -> dict[str, tuple[int, str]]:
         """Name -> (size in bytes, sha256) of each file with one hash: the trunk and `files`."""
         trunk = {self.trunk.file: (self.trunk.size_bytes, self.trunk.sha256)}

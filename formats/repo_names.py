@@ -10,6 +10,7 @@ _ADDRESS = re.compile(
     r"([^/]+/[^/?#]+)(?:[/?#].*)?"
 )
 _MAX_LENGTH = 96
+_HUB = "https://huggingface.co"
 
 
 def is_repo_name(text: str) -> bool:
@@ -26,6 +27,11 @@ def check_repo_name(text: str) -> None:
     """Raise HubError unless `text` has the form owner/model."""
     if not is_repo_name(text):
         raise HubError(f"{text!r} is not the name of a repository", "name it as owner/model")
+
+
+def page_address(repo: str) -> str:
+    """Return the address of a repository's page on the Hub."""
+    return f"{_HUB}/{repo}"
 
 
 def repo_of_address(text: str) -> str | None:

@@ -58,7 +58,7 @@ class Memory:
 def memory_lines(artifact: Artifact, usage: Usage) -> Iterator[str]:
     """Yield the table of disk space and RAM, and the command that estimates the speed."""
     memory = Memory.of(artifact)
-    yield f"The files take {format_size(file_bytes(artifact.index))} on the disk."
+    yield f"The files take {format_size(artifact.index.weight_bytes)} on the disk."
     yield "The RAM depends on the share of the experts that you keep in it."
     yield "The others are read from the disk when a token needs them, which is slower."
     yield ""
@@ -89,7 +89,7 @@ def size_lines(index: Index) -> Iterator[str]:
     yield "|---|---|"
     yield f"| model type | `{a.model_type}` |"
     yield f"| parameters | {parameters:,} (the Hub's viewer counts packed bytes) |"
-    yield f"| bits per parameter, whole model | {8 * file_bytes(index) / parameters:.2f} |"
+    yield f"| bits per parameter, whole model | {8 * index.weight_bytes / parameters:.2f} |"
     yield f"| layers with experts | {a.expert_layers} |"
     yield f"| experts per layer | {a.num_local_experts}; a token uses {a.num_experts_per_tok} |"
     yield f"| one expert | {format_size(entries[0].length)} |"
@@ -107,8 +107,3 @@ def model_parameters(index: Index) -> int:
 def expert_entries(index: Index) -> list[ExpertEntry]:
     """Return the entries of all experts, layer by layer."""
     return [entry for layer in index.layers for entry in layer.experts]
-
-
-def file_bytes(index: Index) -> int:
-    """Return the size of all weight files."""
-    return index.trunk.size_bytes + sum(layer.size_bytes for layer in index.layers)

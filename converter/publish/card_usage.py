@@ -38,8 +38,7 @@ class Usage:
     def of(cls, artifact: Artifact, name: str, revision: str | None) -> "Usage":
         """Return the facts of a converted folder."""
         index = artifact.index
-        total_bytes = index.trunk.size_bytes + sum(layer.size_bytes for layer in index.layers)
-        return cls(name, revision, _has_template(artifact), total_bytes)
+        return cls(name, revision, _has_template(artifact), index.weight_bytes)
 
     def command(self, command: str, options: str = "") -> str:
         """Return a line of a shell: `moe-convert COMMAND MODEL`."""

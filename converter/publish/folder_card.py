@@ -27,11 +27,10 @@ from formats.files.partial_file import write_file
 from formats.files.paths import locate, read_small, read_small_source
 from formats.index import Index
 from formats.quality import read_quality
-from formats.repo_names import is_repo_name
+from formats.repo_names import is_repo_name, page_address
 
 _LICENSE_FILE = re.compile(r"LICEN[SC]E([.\-_].*)?", re.IGNORECASE)
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
-_HUB = "https://huggingface.co"
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ def _source_facts(index: Index, source: Path | None) -> CardFacts:
         # A file that is not copied: name the source's.
         del carried["license_link"]
         if index.source.revision and is_repo_name(index.source.name):
-            carried["license_link"] = f"{_HUB}/{index.source.name}/blob/main/{link}"
+            carried["license_link"] = f"{page_address(index.source.name)}/blob/main/{link}"
     if source:
         carried = _with_license_file(carried, license_file, source)
     return CardFacts(carried=carried, license_file=license_file)

@@ -31,12 +31,11 @@ from formats.artifact import Artifact
 from formats.config.model_types import MODEL_TYPES
 from formats.index import Index
 from formats.quality import Quality
-from formats.repo_names import is_repo_name
+from formats.repo_names import is_repo_name, page_address
 
 CARD_NAME = "README.md"
 UNKNOWN = "unknown"
 """The Hub's identifier of a licence that nobody stated."""
-_HUB = "https://huggingface.co"
 _FILE_NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
@@ -112,7 +111,7 @@ def _description(index: Index, base: str | None) -> Iterator[str]:
     a = index.architecture
     name = code(base or index.source.name)
     if base and is_repo_name(base):
-        name = f"[{name}]({_HUB}/{base})"
+        name = _repo_link(base)
     merged = "".join(f", with the adapter {code(a.name)} merged" for a in index.source.adapters)
     yield f"{name}{merged}, converted for moe-convert."
     if has_packed_experts(index):
@@ -141,7 +140,7 @@ def _license_lines(index: Index, facts: CardFacts, base: str | None) -> Iterator
     if not license_id or license_id == UNKNOWN:
         yield "The licence is not known: the source names none."
         if base and is_repo_name(base):
-            yield f"Ask the authors of [{code(base)}]({_HUB}/{base}) before you use the model."
+            yield f"Ask the authors of {_repo_link(base)} before you use the model."
         else:
             yield "Ask the authors of the source before you use the model."
         return
@@ -151,6 +150,10 @@ def _license_lines(index: Index, facts: CardFacts, base: str | None) -> Iterator
     yield f"The licence of the weights is {words}{_see(link)}."
     if index.source.adapters:
         yield "The adapter may have a licence of its own."
+
+
+def _repo_link(repo: str) -> str:
+    return f"[{code(repo)}]({page_address(repo)})"
 
 
 def _see(link: str | None) -> str:

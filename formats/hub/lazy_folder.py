@@ -189,7 +189,7 @@ def _prepare(path: Path, repo: HubRepo, progress: Progress) -> None:
 
 
 def _check_space(path: Path, index: Index) -> None:
-    needed = index.trunk.size_bytes + sum(layer.size_bytes for layer in index.layers)
+    needed = index.weight_bytes
     with translated(path, "used"):
         free = shutil.disk_usage(path).free
     if needed > free:

@@ -95,7 +95,6 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
     entries = [entry for layer in index.layers for entry in layer.experts]
     stored = sum(entry.length for entry in entries)
     weights = len(entries) * 3 * a.hidden_size * a.intermediate_size
-    total = index.trunk.size_bytes + sum(layer.size_bytes for layer in index.layers)
     facts: dict[str, Any] = {
         "format_version": index.format_version,
         "producer": msgspec.to_builtins(index.producer),
@@ -113,7 +112,7 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         "attention_bits": round(attention_bits, 4),
         "experts_bytes": stored,
         "trunk_bytes": index.trunk.size_bytes,
-        "total_bytes": total,
+        "total_bytes": index.weight_bytes,
     }
     if output.as_json and show_experts:
         facts["layers"] = msgspec.to_builtins(index.layers)
@@ -148,7 +147,7 @@ def _described(artifact: Any, show_experts: bool, output: Output) -> tuple[dict[
         ("largest expert", format_size(max(entry.length for entry in entries))),
         ("all experts", format_size(stored)),
         ("everything else", format_size(index.trunk.size_bytes)),
-        ("total", format_size(total)),
+        ("total", format_size(index.weight_bytes)),
     ]
     quality = read_quality(artifact.folder)
     if quality and (evaluation := quality.evaluation):
