@@ -11,3 +11,6 @@ One expert is in memory at a time. The same folder and options give the same byt
 
 The modules import the package gguf, which the extra `gguf` installs.
 """
+
+RUN_HINT = "run the folder with moe-convert generate or moe-convert serve"
+"""Next step for a model that cannot be exported."""

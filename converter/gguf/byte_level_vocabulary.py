@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from converter.gguf import RUN_HINT
 from formats.errors import TokenizerError
 
 _LLAMA_3 = (
@@ -33,7 +34,8 @@ def pre_tokenizer_name(parts: dict[str, Any], where: str) -> str:
                 return "llama-bpe"
     raise TokenizerError(
         f"{where}: the tokenizer cannot be exported to GGUF: normalizer {normalizer},"
-        f" pre-tokenizer {pre}; known: GPT-2's and Llama 3's"
+        f" pre-tokenizer {pre}; known: GPT-2's and Llama 3's",
+        RUN_HINT,
     )
 
 

@@ -12,9 +12,7 @@ from converter.gguf.hyperparameters import add_hyperparameters
 from converter.gguf.tensor_plan import Tensor
 from converter.gguf.vocabulary import Vocabulary
 from formats.artifact import Artifact
-from formats.repo_names import is_repo_name
-
-_HUB = "https://huggingface.co"
+from formats.repo_names import is_repo_name, page_address
 
 
 def build_header(
@@ -62,7 +60,7 @@ def _add_general(
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, name)
         writer.add_base_model_organization(0, owner)
-        writer.add_base_model_repo_url(0, f"{_HUB}/{source.name}")
+        writer.add_base_model_repo_url(0, page_address(source.name))
         if source.revision:
             writer.add_base_model_version(0, source.revision)
 

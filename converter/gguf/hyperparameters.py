@@ -4,6 +4,7 @@ from typing import Any
 
 from gguf import GGUFWriter, RopeScalingType
 
+from converter.gguf import RUN_HINT
 from formats.artifact import Artifact
 from formats.errors import MoeConvertError
 
@@ -17,18 +18,17 @@ def check_model(artifact: Artifact) -> None:
     """Raise MoeConvertError for a model that cannot be exported, with the field's name."""
     model_type = artifact.architecture.model_type
     if model_type not in MODEL_TYPES:
-        raise MoeConvertError(
-            f"{artifact.folder}: model type {model_type} cannot be exported to GGUF yet;"
-            f" known: {', '.join(MODEL_TYPES)}",
-            f"moe-convert generate {artifact.folder} --prompt 'Hello'",
-        )
+        raise _refusal(artifact, f"model type {model_type}", MODEL_TYPES)
     rope = artifact.config["rope_parameters"]["rope_type"]
     if rope not in _ROPE_TYPES:
-        raise MoeConvertError(
-            f"{artifact.folder}: rope_type {rope!r} cannot be exported to GGUF yet;"
-            f" known: {', '.join(_ROPE_TYPES)}",
-            f"moe-convert generate {artifact.folder} --prompt 'Hello'",
-        )
+        raise _refusal(artifact, f"rope_type {rope!r}", _ROPE_TYPES)
+
+
+def _refusal(artifact: Artifact, field: str, known: tuple[str, ...]) -> MoeConvertError:
+    return MoeConvertError(
+        f"{artifact.folder}: {field} cannot be exported to GGUF yet; known: {', '.join(known)}",
+        RUN_HINT,
+    )
 
 
 def context_length(config: dict[str, Any]) -> int:

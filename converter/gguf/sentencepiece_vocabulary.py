@@ -7,6 +7,7 @@ and if every split of a piece into two pieces is a merge. SentencePiece's own mo
 
 from typing import Any
 
+from converter.gguf import RUN_HINT
 from formats.errors import TokenizerError
 
 SPACE = "▁"
@@ -75,5 +76,6 @@ def _is_unreachable(text: str, splits: dict[str, set[str]]) -> bool:
 def _refusal(where: str, why: str) -> TokenizerError:
     return TokenizerError(
         f"{where}: the tokenizer cannot be exported to GGUF: {why};"
-        " llama.cpp would split text into other tokens"
+        " llama.cpp would split text into other tokens",
+        RUN_HINT,
     )

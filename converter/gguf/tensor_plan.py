@@ -7,6 +7,7 @@ from math import prod
 from gguf import MODEL_ARCH, MODEL_TENSOR, TENSOR_NAMES, get_tensor_name_map
 
 from converter.gguf.block_types import (
+    EXACT,
     Type,
     bits_per_weight,
     block_columns,
@@ -146,9 +147,10 @@ def _first(*kinds: Type | None) -> Type:
 
 def _trunk_loss(packing: AnyPacking | None, dtype: str, kind: Type) -> str:
     if packing is None:
-        packing = packing_named({"BF16": "rows-bf16", "F16": "rows-f16"}.get(dtype, "rows-bf16"))
         if _FLOATS[dtype] == kind:
-            return "exact"
+            return EXACT
+        # No choice is BF16, so float32 is rounded or requantized as bfloat16 is.
+        packing = packing_named("rows-f16" if dtype == "F16" else "rows-bf16")
     return loss(packing, kind)
 
 

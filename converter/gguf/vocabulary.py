@@ -13,6 +13,7 @@ from typing import Any
 
 from gguf import GGUFWriter, Keys, TokenType
 
+from converter.gguf import RUN_HINT
 from converter.gguf.byte_level_vocabulary import merge_texts, pre_tokenizer_name
 from converter.gguf.sentencepiece_vocabulary import SPACE, has_space_prefix, piece_scores
 from formats.errors import TokenizerError
@@ -75,12 +76,15 @@ def read_vocabulary(tokenizer: Any, config: Mapping[str, Any], where: str) -> Vo
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise TokenizerError(f"{where}: {type(tokenizer).__name__} has no tokenizer.json to export")
+        raise TokenizerError(
+            f"{where}: {type(tokenizer).__name__} has no tokenizer.json to export", RUN_HINT
+        )
     parts = json.loads(backend.to_str())
     if parts["model"].get("type") != "BPE":
         raise TokenizerError(
             f"{where}: the tokenizer's model is {parts['model'].get('type')}, expected BPE:"
-            " other kinds cannot be exported to GGUF yet"
+            " other kinds cannot be exported to GGUF yet",
+            RUN_HINT,
         )
     ids = _special_ids(tokenizer, config)
     tokens, types = _tokens(parts, ids.get("unk"), config["vocab_size"], where)

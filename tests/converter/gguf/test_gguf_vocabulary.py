@@ -226,8 +226,9 @@ def test_merges_without_a_score_order_are_refused(pieces: Path, tmp_path: Path) 
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     parts["model"]["merges"] = parts["model"]["merges"][1:]
     write_json(folder / "tokenizer.json", parts)
-    with pytest.raises(TokenizerError, match=r"cannot be exported to GGUF: .* is not a merge"):
+    with pytest.raises(TokenizerError, match=r"exported to GGUF: .* is not a merge") as error:
         vocabulary_of(folder)
+    assert "moe-convert generate" in error.value.hint
 
 
 def test_normalizer_of_older_tokenizers_puts_a_space_before_the_text(
