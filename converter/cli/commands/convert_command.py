@@ -44,7 +44,7 @@ def command(model: Path, out_dir: Path | None, output: Output, **options: Any) -
     read in place.
 
     With --adapter, LoRA adapters of PEFT are merged into the weights before they are quantized. The
-    result is that of PEFT's merge_and_unload and a conversion of the merged checkpoint.
+    result has the same bytes as PEFT's merge_and_unload followed by a conversion.
     """
     from converter.checkpoint.source import Checkpoint
     from converter.conversion.flow import convert

@@ -36,10 +36,14 @@ Examples:
 def command(output: Output) -> None:
     """Show versions, the kernels and the solver in use, and the GPUs.
 
-    kernels multiply packed weights, solver quantizes. Both are native, with the instruction set and
-    the library, or torch, with the reason and the command that builds the library. wheel is the tag
-    of the installed wheel; py3-none-any has no native libraries. reinstall is the command that
-    installs moe-convert again, without torch.
+    \b
+    kernels    code that multiplies packed weights, native or torch
+    solver     code that quantizes, native or torch
+    wheel      tag of the installed wheel; py3-none-any has no native libraries
+    reinstall  command that installs moe-convert again, without torch
+
+    For native code, the line names the instruction set and the library. For torch, it has the
+    reason, and the command that builds the native library.
     """
     from converter.solvers.native import solver_library
     from loader.arithmetic import kernels
