@@ -144,7 +144,7 @@ def _parts(tensors: list["Tensor"]) -> list[dict[str, Any]]:
 
 
 def _text(out: Path, n_bytes: int, parts: list[dict[str, Any]], dry_run: bool) -> str:
-    rows = [("part", "stored as", "GGUF type", "bits", "million weights", "")]
+    rows = [("part", "stored as", "GGUF type", "bits", "million weights", "change")]
     rows += [
         (
             row["part"],
