@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from converter import __version__
 from converter.calibration.calibration_pass import VERSION as CALIBRATION_VERSION
 from converter.calibration.calibration_text import CalibrationTokens
+from converter.checkpoint.adapters.adapter_folder import other_adapters
 from converter.checkpoint.source import Checkpoint
 from converter.output.conversion_sizes import CHUNK_WEIGHTS
 from converter.recipe.conversion_recipe import ConversionRecipe
@@ -20,6 +21,8 @@ from formats.config.recorded_config import changed_fields
 from formats.errors import OutputError
 from formats.index import Index, read_index
 from formats.progress import Progress
+
+_ANOTHER_FOLDER = "choose another --out-dir, or add --force to replace it"
 
 
 def calibration_version(tokens: CalibrationTokens) -> str:
@@ -52,7 +55,7 @@ def fingerprint(
     overlaid = {"overlay": overlay_version(checkpoint)} if checkpoint.overlaid else {}
     adapted = {}
     if checkpoint.adapters:
-        adapted = {"adapters": adapters_version(checkpoint), "peft": version("peft")}
+        adapted = {"adapter": adapters_version(checkpoint), "peft": version("peft")}
     return {
         **adapted,
         **calibrated,
@@ -113,11 +116,6 @@ def check_same(
             versions.get("overlay"),
             overlay_version(checkpoint),
         ),
-        (
-            "adapter",
-            [f"{a.config_sha256} {a.weights_sha256}" for a in index.source.adapters],
-            adapters_version(checkpoint),
-        ),
         *(
             (f"config.json ({name})", index.config.get(name), checkpoint.config.get(name))
             for name in changed_fields(checkpoint.config, index.config)
@@ -131,6 +129,8 @@ def check_same(
     for field, recorded, now in compared:
         if recorded != now:
             _refuse(out, field, recorded, now)
+    if difference := other_adapters(index.source.adapters, checkpoint.adapters):
+        raise OutputError(f"{out} holds a complete conversion, {difference[0]}", _ANOTHER_FOLDER)
     return index
 
 
@@ -155,5 +155,5 @@ def _refuse(out: Path, field: str, recorded: Any, now: Any) -> NoReturn:
     raise OutputError(
         f"{out} holds a complete conversion with another {field}:"
         f" recorded {recorded!r}, now {now!r}",
-        "choose another --out-dir, or add --force to replace it",
+        _ANOTHER_FOLDER,
     )

@@ -49,7 +49,7 @@ ARROWS = {
         "loader.serving loader.serving.http loader.traces"
     ),
     "converter.conversion": (
-        "converter converter.calibration converter.checkpoint "
+        "converter converter.calibration converter.checkpoint converter.checkpoint.adapters "
         "converter.checkpoint.shards converter.journal converter.output "
         "converter.publish converter.recipe converter.solvers formats formats.config "
         "formats.files"

@@ -133,11 +133,17 @@ def other_adapters(
         f"{adapter.config_sha256} {adapter.weights_sha256}" for adapter in recorded
     ]:
         return None
+    old = ", ".join(_with_hashes(adapter.name, adapter) for adapter in recorded)
+    new = ", ".join(_with_hashes(adapter.where, adapter.recorded) for adapter in given)
     return (
-        f"converted with the adapters {', '.join(a.name for a in recorded) or 'none'}; given:"
-        f" {', '.join(adapter.where for adapter in given) or 'none'}",
+        f"converted with the adapters {old or 'none'}; given: {new or 'none'}",
         " ".join(f"--adapter {_option_value(adapter)}" for adapter in recorded) or "no --adapter",
     )
+
+
+def _with_hashes(name: str, adapter: Adapter) -> str:
+    """Return the name with hashes: adapters of one name may differ in files."""
+    return f"{name} (config {adapter.config_sha256[:8]}, weights {adapter.weights_sha256[:8]})"
 
 
 def _option_value(recorded: Adapter) -> str:
