@@ -73,7 +73,7 @@ OTHERS = [
         "'model' is not the name of a repository",
         "owner/model",
     ),
-    ("upload $good me/model", 1, "licence", "--license"),
+    ("upload $good me/model", 1, "there is no token", "--token"),
     ("repair $good --from $missing", 1, "not there", ""),
     ("repair $good --from $good", 1, "only read", ""),
     ("eval $good --text $missing", 2, "not there", ""),

@@ -294,7 +294,7 @@ def test_index_and_quality_say_how_it_was_calibrated(source: Path, tmp_path: Pat
     quality = json.loads((out / "quality.json").read_text())
     assert quality["uncalibrated"] == []
     assert sum(e["calibration_tokens"] for e in quality["experts"] if e["layer"] == 0) == 2 * 1024
-    assert "1024 tokens, random" in (out / "README.md").read_text()
+    assert "1024 tokens: random" in (out / "README.md").read_text()
 
 
 def test_head_is_calibrated_too(source: Path, tmp_path: Path) -> None:

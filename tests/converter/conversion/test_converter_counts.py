@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from converter.calibration.calibration_text import calibration_tokens
 from converter.checkpoint.source import Checkpoint
 from converter.output.conversion_sizes import plan_output
-from converter.recipe.bit_rules import parse_rules
+from converter.recipe.recipes import make_recipe
 
 Run = Callable[..., tuple[int, str, str]]
 STEPS: dict[CodeType, str] = {
@@ -24,10 +24,10 @@ STEPS: dict[CodeType, str] = {
     plan_output.__code__: "planned",
     calibration_tokens.__code__: "text tokenized",
     AutoTokenizer.from_pretrained.__func__.__code__: "tokenizer opened",
-    parse_rules.__code__: "rules parsed",
+    make_recipe.__code__: "recipe made",
 }
 CALIBRATED = ("--calibrate", "builtin", "--calibration-tokens", "1024")
-ONCE = {"checkpoint opened": 1, "planned": 1, "tokenizer opened": 1}
+ONCE = {"recipe made": 1, "checkpoint opened": 1, "planned": 1, "tokenizer opened": 1}
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def counted() -> Iterator[Counter[str]]:
     [
         (("--solver", "hqq"), ONCE),
         (("--solver", "hqq", "--dry-run"), ONCE),
-        (("--solver", "hqq", "--layer-bits", "0=3bit,1/down=4bit"), ONCE | {"rules parsed": 1}),
+        (("--solver", "hqq", "--layer-bits", "0=3bit,1/down=4bit"), ONCE),
         (CALIBRATED, ONCE | {"text tokenized": 1}),
         ((*CALIBRATED, "--target-bpw", "9.5", "--dry-run"), ONCE | {"text tokenized": 1}),
         # The bits that were chosen change the plan.

@@ -173,7 +173,7 @@ def test_a_target_gives_the_same_bytes_after_an_interruption_and_measures_no_lay
 
 def test_another_target_is_another_conversion(source: Path, tmp_path: Path) -> None:
     to_target(source, tmp_path / "out")
-    with pytest.raises(OutputError, match=r"recipe \(name\).*10bpw"):
+    with pytest.raises(OutputError, match=r"recipe \(options\).*'target_bpw': 10\.0"):
         to_target(source, tmp_path / "out", 10.5)
 
 
