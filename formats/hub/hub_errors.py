@@ -12,6 +12,7 @@ from formats.files.paths import similar_folders
 from formats.hub.ranges import AGAIN_HINT, Retries
 
 _LOGIN_HINT = "hf auth login, or --token"
+_CONNECTION_HINT = f"check the network connection, and {AGAIN_HINT}"
 _ONLINE_HINT = "go online: HF_HUB_OFFLINE is set"
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def _translated(error: Exception, repo: str) -> _Failure | None:
     # huggingface_hub raises a plain OSError for a file of another size than announced.
     if isinstance(error, (*transport_errors(), OSError)):
         return _Failure(
-            HubError(f"repository {repo}: {type(error).__name__}: {error}", AGAIN_HINT),
+            HubError(f"repository {repo}: {type(error).__name__}: {error}", _CONNECTION_HINT),
             is_temporary=True,
         )
     return None
