@@ -12,6 +12,7 @@ from converter.cli.options.sampling_options import settings_of, with_sampling_op
 from converter.cli.show.console import Output, output_options
 from converter.cli.show.generation_stats import live_line, stats_table, with_shares
 from converter.cli.show.live_text import LiveText
+from converter.cli.show.tables import folded
 from converter.cli.steps.model_loading import early_tokenizer, load_model
 from formats.errors import MoeConvertError
 
@@ -107,7 +108,7 @@ def command(
     if output.as_json:
         output.result(result, "")
     if stats:
-        click.echo(stats_table(result), err=True)
+        click.echo(folded(stats_table(result)), err=True)
     loaded.experts.report()
 
 
