@@ -75,9 +75,9 @@ def command(
 ) -> None:
     """Write the converted model PATH as one GGUF file for llama.cpp, ollama and LM Studio.
 
-    PATH is a folder, or owner/name of a repository on the Hub, which is downloaded first. Only
-    Mixtral models can be exported. The output names every type that changes weights; docs/export.md
-    says what each recipe becomes. An interrupted export leaves nothing.
+    PATH is a folder, or owner/name of a repository on the Hub, which is downloaded first. The
+    output names every type that changes weights. docs/export.md lists the model types, and what
+    each recipe becomes. Other model types are refused. An interrupted export leaves nothing.
     """
     require_extra("gguf", "gguf", "export")
     import loader
