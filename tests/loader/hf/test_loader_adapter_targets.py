@@ -12,6 +12,7 @@ import pytest
 import torch
 from loaded_models import load
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from random_models import make_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +26,12 @@ Folder = Callable[..., Path]
 FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
 MERGE = r"(?s:.*)next: merge the adapter .*moe-convert convert BASE --adapter ADAPTER -o OUT"
 IDS = torch.randint(3, 120, (1, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def peft_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo the patch of PEFT that `load_adapter` of transformers 5.3 leaves in the process."""
+    monkeypatch.setattr(ParamWrapper, "update_layer", ParamWrapper.update_layer)
 
 
 @pytest.fixture(scope="module")
