@@ -17,6 +17,7 @@ from converter.gguf import RUN_HINT
 from converter.gguf.byte_level_vocabulary import merge_texts, pre_tokenizer_name
 from converter.gguf.sentencepiece_vocabulary import SPACE, has_space_prefix, piece_scores
 from formats.errors import TokenizerError
+from formats.files.log_once import warn_once
 
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -165,6 +166,11 @@ def _special_ids(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, int]:
             ids[name] = number
     if others := [number for number in ends if number not in (None, ids.get("eos"))]:
         ids["eot"] = others[0]
+        if left_out := others[1:]:
+            warn_once(
+                "GGUF has fields for two tokens that end an answer; it leaves out"
+                f" {left_out} of the configuration's eos_token_id {ends}"
+            )
     return ids
 
 

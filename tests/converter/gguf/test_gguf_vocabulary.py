@@ -16,6 +16,7 @@ from project_paths import EXAMPLE
 import loader
 from converter.gguf.vocabulary import Vocabulary, read_vocabulary
 from formats.errors import TokenizerError
+from formats.files.log_once import warn_once
 
 CONFIG = {"vocab_size": 4096, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = ["the cat sat on the mat", "a b c d e f g h", "the theory of the other cats", "1 2 3 45 67"]
@@ -155,6 +156,14 @@ def test_second_end_token_becomes_eot(edited: Callable[..., Path]) -> None:
     vocabulary = vocabulary_of(edited(lambda parts: None), eos_token_id=[2, 77])
     assert vocabulary.special_ids["eos"] == 2
     assert vocabulary.special_ids["eot"] == 77
+
+
+def test_end_tokens_that_gguf_cannot_hold_are_named(
+    edited: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_once.cache_clear()
+    vocabulary_of(edited(lambda parts: None), eos_token_id=[2, 77, 78])
+    assert "it leaves out [78] of the configuration's eos_token_id [2, 77, 78]" in caplog.text
 
 
 def test_chat_templates_are_exported_by_name(edited: Callable[..., Path]) -> None:
