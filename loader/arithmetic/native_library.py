@@ -16,7 +16,7 @@ from formats.native.libraries import Signatures, load_library
 
 _log = logging.getLogger(__name__)
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 
 class Matrix(ctypes.Structure):
@@ -93,6 +93,8 @@ class KvCache(ctypes.Structure):
         ("values", c_void_p),
         ("capacity", c_int64),
         ("length", c_int64),
+        ("format", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -147,7 +149,7 @@ class Token(ctypes.Structure):
         ("weights", c_void_p),
         ("out", c_void_p),
         ("halves_done", c_int32),
-        ("reserved", c_int32),
+        ("kv_format", c_int32),
     ]
 
 

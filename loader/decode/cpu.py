@@ -142,6 +142,7 @@ class CpuDecoder(Derived):
             index=addressof(index),
             weights=addressof(scores),
             out=out.data_ptr(),
+            kv_format=int(past[0].is_8bit),  # MOE_KV_PLAIN, MOE_KV_8BIT
         )
         counted = 0
         error = self._run(byref(self._model), byref(state))

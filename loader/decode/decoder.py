@@ -9,12 +9,19 @@ from torch import Tensor
 from loader.decode.weights import ModelWeights
 from loader.experts.cache import ExpertSource
 
+MIN_POSITIONS = 256
+"""Least capacity of a layer's memory, in positions."""
 Kind = tuple[int, int, torch.dtype, torch.device]
 """Heads, head width, dtype and device of a layer's keys and values."""
 
 
 class KvLayer(Protocol):
-    """One layer's keys and values of one sequence, in memory with room to spare."""
+    """One layer's keys and values of one sequence, in memory with room to spare.
+
+    is_8bit: True if the memory holds blocks of codes (`loader.decode.kv_blocks`).
+    """
+
+    is_8bit: bool
 
     def get_seq_length(self) -> int:
         """Return the number of positions."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from loader.hf.eight_bit_layer import EightBitLayer
+
 _log = logging.getLogger(__name__)
 
 
@@ -22,7 +24,10 @@ def length_of(cache: Any) -> int:
 def shorten(cache: Any, length: int) -> None:
     """Cut each layer of the cache to `length` positions."""
     for layer in cache.layers if cache is not None else ():
-        if isinstance(layer, DynamicLayer) and not layer.is_sliding:
+        if isinstance(layer, EightBitLayer):
+            if layer.get_seq_length() > length:
+                layer.show(length)
+        elif isinstance(layer, DynamicLayer) and not layer.is_sliding:
             # crop expects keys and values of one length; a failed pass may have added only keys.
             layer.keys = _first(layer.keys, length)
             layer.values = _first(layer.values, length)

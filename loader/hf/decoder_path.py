@@ -25,14 +25,17 @@ class DecoderPath(Derived):
     docs/numerics.md ("One token through the decoder") lists the conditions for using it.
     """
 
-    def __init__(self, model: Any, factory: DecoderFactory) -> None:
-        """Raises LeaveDecoder if the model has adapters, or modules that no decoder supports."""
+    def __init__(self, model: Any, factory: DecoderFactory, kv_bits: int = 16) -> None:
+        """kv_bits: 8 or 16, of the KV caches' numbers.
+
+        Raises LeaveDecoder if the model has adapters, or modules that no decoder supports."""
         spec = self._spec = spec_of(model)
         check_no_adapter(model)
         spec.check_modules(model)
         self._model = model
         self._inner = model.model
         self._factory = factory
+        self._kv_bits = kv_bits
         self._layers = len(model.model.layers)
         self._watch = Watch(model)
         self._experts = spec.experts_of(model)
@@ -52,7 +55,7 @@ class DecoderPath(Derived):
         if torch.is_grad_enabled():
             raise LeaveDecoder(Reason.GRADIENTS)
         self._check_surroundings(config)
-        past = growing_layers(request.cache, self._layers)
+        past = growing_layers(request.cache, self._layers, self._kv_bits)
         if past is None:
             raise LeaveDecoder(
                 Reason.KV_CACHE, "a layer is not a DynamicLayer, or the lengths differ"

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from loader.decode.decoder import Kind
-
-MIN_POSITIONS = 256
+from loader.decode.decoder import MIN_POSITIONS, Kind
+from loader.hf.eight_bit_layer import EightBitLayer
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -24,6 +23,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     batch). If they are no longer the first positions of the memory, the next update moves them into
     new memory.
     """
+
+    is_8bit = False
 
     _memory: tuple[Tensor, Tensor] | None = None
     _shown: int | None = None
@@ -197,35 +198,44 @@ def _moved(present: Tensor, new: Tensor, length: int, capacity: int) -> Tensor:
     return memory
 
 
-def growing_layer(cache: Cache | None, layer: int) -> GrowingLayer | None:
-    """Return layer `layer` of a plain DynamicCache as a GrowingLayer.
+def growing_layer(
+    cache: Cache | None, layer: int, kv_bits: int = 16
+) -> GrowingLayer | EightBitLayer | None:
+    """Return layer `layer` of a plain DynamicCache, with room to grow.
 
-    Replaces a plain DynamicLayer in the cache. For any other kind of cache or layer (static,
-    sliding, quantized, offloaded) it returns None and changes nothing.
+    Replaces a plain DynamicLayer in the cache; with kv_bits 8 also a GrowingLayer, whose content is
+    quantized. For any other kind of cache or layer (static, sliding, quantized, offloaded) it
+    returns None and changes nothing.
     """
     if cache is None or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return None
+    kind: type[GrowingLayer] | type[EightBitLayer]
+    kind, replaced = GrowingLayer, (DynamicLayer,)
+    if kv_bits == 8:
+        kind, replaced = EightBitLayer, (DynamicLayer, GrowingLayer)
     layers = cache.layers
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(layers) <= layer:
-            layers.append(GrowingLayer())
+            layers.append(kind())
     if layer >= len(layers):
         return None
     present = layers[layer]
-    if type(present) is DynamicLayer:
-        present = GrowingLayer.from_layer(present)
+    if type(present) in replaced:
+        present = kind.from_layer(present)
         layers[layer] = present
-    return present if type(present) is GrowingLayer else None
+    return present if type(present) is kind else None
 
 
-def growing_layers(cache: Cache | None, count: int) -> list[GrowingLayer] | None:
+def growing_layers(
+    cache: Cache | None, count: int, kv_bits: int = 16
+) -> list[GrowingLayer | EightBitLayer] | None:
     """Return `growing_layer` for layers 0 to count - 1.
 
     Returns None if one of them is None or if their lengths differ.
     """
-    layers: list[GrowingLayer] = []
+    layers: list[GrowingLayer | EightBitLayer] = []
     for number in range(count):
-        layer = growing_layer(cache, number)
+        layer = growing_layer(cache, number, kv_bits)
         if layer is None or (layers and layer.get_seq_length() != layers[0].get_seq_length()):
             return None
         layers.append(layer)

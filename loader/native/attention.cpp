@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "kv_blocks.h"
 #include "moe_kernels.h"
 #include "pool.h"
 #include "rounding.h"
@@ -56,17 +57,38 @@ struct Step {
     }
   }
 
-  // Appends the token's keys or values to the cache.
-  void append(const float* x, void* to, const moe_kv& cache) const {
-    for (int64_t h = 0; h < kv_heads; ++h) {
-      T* row = static_cast<T*>(to) + (h * cache.capacity + cache.length) * dim;
-      for (int64_t i = 0; i < dim; ++i) round_to(x[h * dim + i], row + i);
+  // Appends the token's keys or values to the cache; `x` becomes what T holds of them.
+  void append(float* x, KvPart part, const moe_kv& cache) const {
+    void* const to = part == KvPart::keys ? cache.keys : cache.values;
+    for (int64_t h = 0; h < kv_heads; ++h, x += dim) {
+      if (cache.format == MOE_KV_8BIT) {
+        for (int64_t i = 0; i < dim; ++i) x[i] = rounded<T>(x[i]);
+        const int64_t block = (h * cache.capacity + cache.length) / kKvPositions;
+        kv_store(x, int(dim), part, static_cast<uint8_t*>(to) + block * kv_block_bytes(int(dim)),
+                 int(cache.length % kKvPositions));
+      } else {
+        T* const row = static_cast<T*>(to) + (h * cache.capacity + cache.length) * dim;
+        for (int64_t i = 0; i < dim; ++i) round_to(x[i], row + i);
+      }
     }
+  }
+
+  // Offset in bytes of a head's positions from `begin` on, a multiple of kSpan.
+  int64_t offset(const moe_kv& cache, int64_t h, int64_t begin) const {
+    const int64_t position = h * cache.capacity + begin;
+    if (cache.format == MOE_KV_8BIT) return position / kKvPositions * kv_block_bytes(int(dim));
+    return position * dim * int64_t(sizeof(T));
+  }
+
+  AttendFn attend_fn(const moe_kv& cache) const {
+    const AttentionKernels& isa = attention_kernels();
+    if (cache.format == MOE_KV_8BIT) return isa.attend_8bit;
+    return sizeof(T) == 2 ? isa.attend_bf16 : isa.attend_f32;
   }
 
   // Attention of all heads over the cache and the token; out fp32 [heads * dim]. MOE_OK or MOE_E_MEMORY.
   int32_t attend(const float* q, const moe_kv& cache, float* out) const {
-    const T *keys = static_cast<const T*>(cache.keys), *values = static_cast<const T*>(cache.values);
+    const uint8_t *keys = static_cast<uint8_t*>(cache.keys), *values = static_cast<uint8_t*>(cache.values);
     const int64_t length = cache.length + 1;
     const int64_t spans = (length + kSpan - 1) / kSpan;
     Pool& pool = Pool::get();
@@ -75,8 +97,7 @@ struct Step {
     if (!acc) return MOE_E_MEMORY;
     float* const top = acc + spans * heads * dim;
     float* const total = top + spans * heads;
-    const AttentionKernels& isa = attention_kernels();
-    const AttendFn attend_span = sizeof(T) == 2 ? isa.attend_bf16 : isa.attend_f32;
+    const AttendFn attend_span = attend_fn(cache);
     const int64_t run = spans_of_item(spans * kv_heads, pool.threads()), runs = (spans + run - 1) / run;
     pool.run(runs * kv_heads, [&](int64_t item) {
       const int64_t h = item / runs, first = item % runs * run, last = first + run < spans ? first + run : spans;
@@ -84,8 +105,8 @@ struct Step {
       for (int64_t span = first; span < last; ++span) {
         const int64_t begin = span * kSpan, at = span * heads + h * group;
         const int64_t n = end - begin < kSpan ? end - begin : kSpan;
-        const int64_t offset = (h * cache.capacity + begin) * dim;
-        attend_span({q + h * group * dim, keys + offset, values + offset, n, end - begin, int(group), int(dim),
+        const int64_t bytes = offset(cache, h, begin);
+        attend_span({q + h * group * dim, keys + bytes, values + bytes, n, end - begin, int(group), int(dim),
                      layer.scale, acc + at * dim, top + at, total + at});
       }
     });
@@ -127,8 +148,8 @@ struct Step {
     if (const int32_t error = moe_linear_many(qkv, 3, hidden, input, 1)) return error;
     rotate(q, heads, cos, sin);
     rotate(k, kv_heads, cos, sin);
-    append(k, cache.keys, cache);
-    append(v, cache.values, cache);
+    append(k, KvPart::keys, cache);
+    append(v, KvPart::values, cache);
     if (const int32_t error = attend(q, cache, mixed)) return error;
     moe_matrix o = layer.o;
     o.y = result;
@@ -154,6 +175,9 @@ int32_t check_attention(const moe_attention& l, const moe_kv& cache) {
   if ((l.dtype != MOE_BF16 && l.dtype != MOE_F32) || dim <= 0 || dim % 16 || l.hidden <= 0 || l.k.rows <= 0 ||
       l.q.rows <= 0 || l.q.rows % dim || l.k.rows % dim || l.q.rows % l.k.rows || l.v.rows != l.k.rows ||
       l.o.rows != l.hidden || cache.length < 0 || cache.capacity <= cache.length)
+    return MOE_E_SIZE;
+  if (cache.format != MOE_KV_PLAIN &&
+      (cache.format != MOE_KV_8BIT || cache.capacity % kKvPositions || dim > kMaxKvDim))
     return MOE_E_SIZE;
   for (const moe_matrix* m : {&l.q, &l.k, &l.v, &l.o})
     if (!known_packing(m->packing)) return MOE_E_PACKING;

@@ -9,7 +9,7 @@ namespace moe {
 // Query heads over some positions of one KV head. dim is a multiple of 16.
 struct AttendTask {
   const float* q;  // [heads][dim]
-  const void* k;   // [length][dim], dense; v likewise
+  const void* k;   // [length][dim], dense, or blocks of kv_blocks.h; v likewise
   const void* v;
   int64_t length;
   int64_t prefetchable;  // at least `length`: positions at k and v that this thread reads next
@@ -21,7 +21,7 @@ struct AttendTask {
 using AttendFn = void (*)(const AttendTask& task);
 
 struct AttentionKernels {
-  AttendFn attend_f32, attend_bf16;
+  AttendFn attend_f32, attend_bf16, attend_8bit;
 };
 
 extern const AttentionKernels kPortableAttention;

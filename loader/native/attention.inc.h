@@ -124,8 +124,27 @@ inline void weigh_block(const float* weights, const T* v, int n, int dim, bool m
   }
 }
 
-template <int G, class T>
+// The KV cache in T; attention_8bit.inc.h has the same functions for 8 bits.
+template <class T>
+struct PlainCache {
+  const AttendTask& task;
+
+  PlainCache(const AttendTask& t, int) : task(t) {}
+
+  float scale(int) const { return task.scale; }
+  template <int G>
+  void score(int64_t begin, int n, bool more, float* scores) const {
+    score_block<G>(task.q, static_cast<const T*>(task.k) + begin * task.dim, n, task.dim, more, scores);
+  }
+  template <int G>
+  void weigh(const float* weights, int64_t begin, int n, bool more, const float* keep) const {
+    weigh_block<G>(weights, static_cast<const T*>(task.v) + begin * task.dim, n, task.dim, more, keep, task.acc);
+  }
+};
+
+template <int G, class Cache>
 void attend_group(const AttendTask& task) {
+  const Cache cache(task, G);
   const int dim = task.dim;
   float *const top = task.top, *const total = task.total, *const acc = task.acc;
   alignas(64) float weights[G * kBlock];
@@ -137,36 +156,36 @@ void attend_group(const AttendTask& task) {
   for (int64_t begin = 0; begin < task.length; begin += kBlock) {
     const int n = int(task.length - begin < kBlock ? task.length - begin : kBlock);
     const bool more = begin + kBlock < task.prefetchable;
-    score_block<G>(task.q, static_cast<const T*>(task.k) + begin * dim, n, dim, more, weights);
+    cache.template score<G>(begin, n, more, weights);
     alignas(64) float keep[kLanes] = {}, sum[kLanes];
     F sums[kLanes];
     unrolled<kLanes>([&](auto i) MOE_INLINE { sums[i] = F{}; });
     for (int g = 0; g < G; ++g) {
       const float before = top[g];
-      sums[g] = weights_of(weights + g * kBlock, n, task.scale, top[g]);
+      sums[g] = weights_of(weights + g * kBlock, n, cache.scale(g), top[g]);
       keep[g] = before - top[g];
     }
     // The first block keeps nothing; its -inf - -inf must not reach exp.
     store(keep, begin == 0 ? F{} : exp_lanes(load(keep)));
     store(sum, sums_of_lanes(sums));
     for (int g = 0; g < G; ++g) total[g] = total[g] * keep[g] + sum[g];
-    weigh_block<G>(weights, static_cast<const T*>(task.v) + begin * dim, n, dim, more, keep, acc);
+    cache.template weigh<G>(weights, begin, n, more, keep);
   }
 }
 
-template <int G, class T>
+template <int G, class Cache>
 void attend_heads(AttendTask task) {
   for (; task.heads >= G; task.heads -= G) {
-    attend_group<G, T>(task);
+    attend_group<G, Cache>(task);
     task.q += G * task.dim;
     task.acc += G * task.dim;
     task.top += G;
     task.total += G;
   }
-  if constexpr (G > 1) attend_heads<G - 1, T>(task);
+  if constexpr (G > 1) attend_heads<G - 1, Cache>(task);
 }
 
-template <class T>
+template <class Cache>
 void attend(const AttendTask& task) {
-  attend_heads<4, T>(task);
+  attend_heads<4, Cache>(task);
 }

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define MOE_ABI_VERSION 5
+#define MOE_ABI_VERSION 6
 
 /* One packed matrix: y[tokens, rows] = x[tokens, columns] * W^T. */
 typedef struct {
@@ -92,7 +92,7 @@ MOE_API int32_t moe_linear_bf16(const uint16_t* w, int64_t rows, int64_t columns
                                 int64_t tokens);
 
 /* One token's attention in a layer: q, k, v over one quantized x, rotary embedding, append to the cache, attention over
- * it, o. x, out [hidden], cos, sin [head_dim] and the cache have `dtype` (MOE_F32, MOE_BF16); all arithmetic is fp32.
+ * it, o. x, out [hidden] and cos, sin [head_dim] have `dtype` (MOE_F32, MOE_BF16); all arithmetic is fp32.
  * head_dim is a multiple of 16. The y of the four matrices is not used. */
 typedef struct {
   moe_matrix q, k, v, o;
@@ -100,10 +100,15 @@ typedef struct {
   float scale;
   int32_t dtype;
 } moe_attention;
-/* A layer's KV cache with `length` positions; the token becomes position `length` < capacity. */
+/* A layer's KV cache with `length` positions; the token becomes position `length` < capacity.
+ * MOE_KV_PLAIN: the attention's dtype, [kv heads][capacity][head_dim].
+ * MOE_KV_8BIT: blocks of 16 positions (kv_blocks.h), [kv heads][capacity / 16][bytes of a block]; capacity is a multiple
+ * of 16, head_dim is at most 1024. */
+enum { MOE_KV_PLAIN = 0, MOE_KV_8BIT = 1 };
 typedef struct {
-  void *keys, *values; /* [kv heads][capacity][head_dim] */
+  void *keys, *values;
   int64_t capacity, length;
+  int32_t format, reserved;
 } moe_kv;
 MOE_API int32_t moe_attention_step(const moe_attention* layer, const void* x, const void* cos, const void* sin,
                                    const moe_kv* cache, void* out);
@@ -141,7 +146,7 @@ typedef struct {
   float* weights;      /* [count, top_k] */
   void* out;           /* logits [head.rows], or without a head the normed state [hidden]; of the dtype */
   int32_t halves_done; /* 0 at first; a layer has two: up to its router, its experts */
-  int32_t reserved;
+  int32_t kv_format;   /* of all layers */
 } moe_token;
 /* MOE_MISSING: layer halves_done / 2 chose experts without a blob. The caller either sets them in `blobs`, or writes
  * the layer's output to room[0] and adds one to halves_done; then the same call continues. A layer's blobs are read

@@ -14,6 +14,7 @@
 
 #include "../../formats/native/tile_layout.h"
 #include "attention.h"
+#include "kv_blocks.h"
 #include "layer.h"
 #include "moe_kernels.h"
 #include "rounding.h"
@@ -189,6 +190,116 @@ void attends(int heads, int dim, int64_t length) {
 #endif
 }
 
+// x as 16-bit integers and their step.
+float in_16_bits(const std::vector<float>& x, std::vector<int>& codes) {
+  float largest = 0.0f;
+  for (float v : x) largest = std::max(largest, std::fabs(v));
+  const float inverse = largest < 1e-30f ? 0.0f : 32767.0f / largest;
+  codes.clear();
+  for (float v : x) codes.push_back(int(std::nearbyint(v * inverse)));
+  return largest < 1e-30f ? 0.0f : largest * (1.0f / 32767.0f);
+}
+
+// Codes of position p and dimension i, and scales of groups.
+struct Codes8 {
+  const uint8_t* blocks;
+  int dim;
+  moe::KvPart part;
+
+  int code(int64_t p, int i) const {
+    const uint8_t* const at = blocks + p / 16 * moe::kv_block_bytes(dim) + moe::kv_scale_bytes(dim);
+    return int8_t(at[moe::kv_code_offset(part, dim, int(p % 16), i)]);
+  }
+  float scale(int64_t p, int group) const {
+    uint16_t scale;
+    std::memcpy(&scale, blocks + p / 16 * moe::kv_block_bytes(dim) + 2 * (16 * group + p % 16), 2);
+    return moe::to_float(scale);
+  }
+};
+
+// As attend_in_order, over a cache in 8 bits: docs/numerics.md, "A KV cache in 8 bits".
+void attend8_in_order(const moe::AttendTask& task) {
+  const int dim = task.dim;
+  const Codes8 keys{static_cast<const uint8_t*>(task.k), dim, moe::KvPart::keys};
+  const Codes8 vals{static_cast<const uint8_t*>(task.v), dim, moe::KvPart::values};
+  for (int g = 0; g < task.heads; ++g) {
+    std::vector<int> query;
+    const float step = in_16_bits({task.q + g * dim, task.q + (g + 1) * dim}, query);
+    float top = -INFINITY, total = 0.0f;
+    float* const acc = task.acc + g * dim;
+    std::fill(acc, acc + dim, 0.0f);
+    for (int64_t begin = 0; begin < task.length; begin += 64) {
+      const int64_t n = std::min<int64_t>(task.length - begin, 64);
+      const float before = top;
+      std::vector<float> weight(static_cast<size_t>(n)), sums(16);
+      for (int64_t p = 0; p < n; ++p) {
+        float score = 0.0f;
+        for (int first = 0; first < dim; first += 64) {
+          int sum = 0;
+          for (int i = first; i < std::min(first + 64, dim); ++i) sum += keys.code(begin + p, i) * query[size_t(i)];
+          score += float(sum) * keys.scale(begin + p, first / 64);
+        }
+        weight[size_t(p)] = score * (step * task.scale);
+        top = std::max(top, weight[size_t(p)]);
+      }
+      for (int64_t p = 0; p < n; ++p)
+        sums[size_t(p % 16)] += weight[size_t(p)] = moe::exp_of_negative(weight[size_t(p)] - top);
+      const float keep = begin == 0 ? 0.0f : moe::exp_of_negative(before - top);
+      total = total * keep + sum16(sums);
+      for (int first = 0; first < dim; first += 64) {
+        std::vector<float> scaled;
+        for (int64_t p = 0; p < n; ++p) scaled.push_back(weight[size_t(p)] * vals.scale(begin + p, first / 64));
+        std::vector<int> codes;
+        const float value_step = in_16_bits(scaled, codes);
+        for (int i = first; i < std::min(first + 64, dim); ++i) {
+          int sum = 0;
+          for (int64_t p = 0; p < n; ++p) sum += codes[size_t(p)] * vals.code(begin + p, i);
+          acc[i] = acc[i] * keep + float(sum) * value_step;
+        }
+      }
+    }
+    task.top[g] = top;
+    task.total[g] = total;
+  }
+}
+
+// Blocks of random positions; scales and codes beyond them are NaN and -1.
+std::unique_ptr<Bytes> blocks8(int dim, int64_t length, moe::KvPart part) {
+  const int64_t size = (length + 15) / 16 * moe::kv_block_bytes(dim);
+  auto blocks = std::make_unique<Bytes>(size, 0);
+  std::fill(blocks->data, blocks->data + size, uint8_t(0xff));
+  for (int64_t p = 0; p < length; ++p) {
+    auto row = values(dim);
+    for (float& v : row) v *= 3.0f * float(p % 5);  // each fifth position is zero
+    moe::kv_store(row.data(), dim, part, blocks->data + p / 16 * moe::kv_block_bytes(dim), int(p % 16));
+  }
+  return blocks;
+}
+
+void attends8(int heads, int dim, int64_t length) {
+  const auto q = values(heads * dim);
+  const auto keys = blocks8(dim, length, moe::KvPart::keys), vals = blocks8(dim, length, moe::KvPart::values);
+  const auto run = [&](moe::AttendFn attend) {
+    std::vector<float> out(static_cast<size_t>(heads * (dim + 2)), NAN);
+    float* const acc = out.data();
+    float* const top = acc + heads * dim;
+    attend(moe::AttendTask{q.data(), keys->data, vals->data, length, length, heads, dim, 1.0f / std::sqrt(float(dim)),
+                           acc, top, top + heads});
+    return out;
+  };
+  const auto expected = run(attend8_in_order);
+  const auto compare = [&](const moe::AttentionKernels& isa) {
+    const auto out = run(isa.attend_8bit);
+    expect(!std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)), "8-bit attention in order", heads,
+           dim, length, 0);
+  };
+  compare(moe::kPortableAttention);
+#if defined(MOE_X86)
+  if (moe_set_isa(MOE_ISA_AVX2) == MOE_OK) compare(moe::kAvx2Attention);
+  if (moe_set_isa(MOE_ISA_AVX512) == MOE_OK) compare(moe::kAvx512Attention);
+#endif
+}
+
 template <class T>
 bool finite(const std::vector<T>& v) {
   for (T value : v)
@@ -232,7 +343,7 @@ struct Written {
   // Returns a token that writes to these buffers.
   moe::LayerToken token(const std::vector<T>& x, const std::vector<T>& cos, const std::vector<T>& sin, int64_t capacity,
                         int64_t length) {
-    return {x.data(),        cos.data(),    sin.data(),   {keys.data(), values.data(), capacity, length},
+    return {x.data(),        cos.data(),    sin.data(),   {keys.data(), values.data(), capacity, length, MOE_KV_PLAIN, 0},
             residual.data(), normed.data(), index.data(), weights.data()};
   }
 
@@ -320,7 +431,7 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   for (int isa = MOE_ISA_AVX512; isa >= MOE_ISA_PORTABLE; --isa) {
     if (moe_set_isa(isa) != MOE_OK) continue;
     Written<T> step(s, capacity, length, keys, vals);
-    const moe_kv cache = {step.keys.data(), step.values.data(), capacity, length};
+    const moe_kv cache = {step.keys.data(), step.values.data(), capacity, length, MOE_KV_PLAIN, 0};
     check(moe_attention_step(&layer.attention, x.data(), cos.data(), sin.data(), &cache, step.out.data()) == MOE_OK,
           "attention");
     check(finite(step.out), "attention is finite");
@@ -354,7 +465,7 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   const auto refused = [&](const moe_layer& bad, int64_t room, int32_t error, const char* what) {
     Written<T> w(s, capacity, length, keys, vals);
     const Written<T> before = w;
-    const moe_kv cache = {w.keys.data(), w.values.data(), room, length};
+    const moe_kv cache = {w.keys.data(), w.values.data(), room, length, MOE_KV_PLAIN, 0};
     check(moe_attention_step(&bad.attention, x.data(), cos.data(), sin.data(), &cache, w.out.data()) == error ||
               bad.top_k > bad.experts,
           what);
@@ -413,6 +524,7 @@ int main() {
       for (int64_t length : {1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 512}) {
         attends<float>(heads, dim, length);
         attends<uint16_t>(heads, dim, length);
+        attends8(heads, dim, length);
       }
   moe_set_isa(MOE_ISA_AUTO);
   std::vector<std::thread> callers;

@@ -14,6 +14,7 @@ from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
 from loader.arithmetic.native_backend import NativeBackend
 from loader.decode.weights import AttentionWeights
+from loader.hf.eight_bit_layer import EightBitLayer
 from loader.hf.growing_cache import GrowingLayer, growing_layer
 from loader.hf.modules.packed_modules import PackedLinear
 
@@ -130,10 +131,10 @@ def packed_weights(hidden, heads, kv_heads, dim):
     )
 
 
-def random_cache(kind, length):
+def random_cache(kind, length, layer=GrowingLayer):
     """A KV cache layer of random values."""
     heads, dim, dtype, _ = kind
-    cache = GrowingLayer()
+    cache = layer()
     if length:
         cache.update(*(torch.randn(1, heads, length, dim).to(dtype) for _ in range(2)))
     return cache
@@ -174,14 +175,17 @@ def test_attention_over_a_long_cache_is_that_of_float64(length, dtype):
     assert (got - expected).norm() < limit * expected.norm()
 
 
+@pytest.mark.parametrize("layer", [GrowingLayer, EightBitLayer])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [3, 600, 5000])
 @torch.inference_mode()
-def test_the_bits_are_the_same_on_any_number_of_threads_and_any_instruction_set(length, dtype):
+def test_the_bits_are_the_same_on_any_number_of_threads_and_any_instruction_set(
+    length, dtype, layer
+):
     torch.manual_seed(0)
     dim, hidden = 64, 192
     native = NativeAttention(packed_weights(hidden, 10, 2, dim), hidden, dim, 0.1, dtype)
-    cache, inputs = random_cache(native.kind, length), token(hidden, dim, dtype)
+    cache, inputs = random_cache(native.kind, length, layer), token(hidden, dim, dtype)
     results = []
     try:
         for threads in (1, 2, 3, 16):
@@ -195,3 +199,69 @@ def test_the_bits_are_the_same_on_any_number_of_threads_and_any_instruction_set(
         kernels.set_threads(0)
         kernels.set_isa("auto")
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact", "rounded"), [(torch.float32, 5e-4, 0.02), (torch.bfloat16, 4e-3, 0.02)]
+)
+@pytest.mark.parametrize("length", [0, 63, 2047, 5000])
+@torch.inference_mode()
+def test_attention_over_8_bits_is_that_of_float64_over_its_values(length, dtype, exact, rounded):
+    """It is also near the attention over 16 bits (docs/numerics.md states both limits)."""
+    torch.manual_seed(length)
+    heads, dim, hidden = 8, 80, 64
+    weights = packed_weights(hidden, heads, 2, dim)
+    native = NativeAttention(weights, hidden, dim, dim**-0.5, dtype)
+    plain = random_cache(native.kind, length)
+    cache = EightBitLayer.from_layer(plain)
+    x, cos, sin = token(hidden, dim, dtype)
+    got = native.append(x, cos, sin, cache)[0, 0]
+    wide = GrowingLayer()
+    wide.update(*(part.float() for part in eight_bit_values(cache)))
+    expected = in_float64(weights, x, cos, sin, wide, heads)
+    assert (got - expected).norm() < exact * expected.norm()
+    native.append(x, cos, sin, plain)
+    expected = in_float64(weights, x, cos, sin, plain, heads)
+    assert (got - expected).norm() < rounded * expected.norm()
+
+
+def eight_bit_values(cache):
+    """Keys and values of an EightBitLayer in float32."""
+    twin = cache.copied(cache.get_seq_length())
+    twin._dtype = torch.float32
+    return twin.keys, twin.values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "dim"), [(2, 16), (1, 96), (3, 128)])
+@torch.inference_mode()
+def test_a_token_appends_the_8_bits_that_torch_makes_of_the_plain_cache(kv_heads, dim, dtype):
+    torch.manual_seed(0)
+    hidden, heads = 64, 2 * kv_heads
+    native = NativeAttention(packed_weights(hidden, heads, kv_heads, dim), hidden, dim, 0.1, dtype)
+    plain, ours = GrowingLayer(), EightBitLayer()
+    for _ in range(70):
+        inputs = token(hidden, dim, dtype)
+        native.append(*inputs, plain)
+        native.append(*inputs, ours)
+    quantized = EightBitLayer.from_layer(plain)
+    for got, expected in zip(eight_bit_values(ours), eight_bit_values(quantized), strict=True):
+        assert torch.equal(got, expected)
+
+
+@torch.inference_mode()
+def test_a_value_that_is_not_finite_makes_the_outputs_of_its_heads_nan():
+    torch.manual_seed(0)
+    hidden, dim = 64, 64
+    native = NativeAttention(packed_weights(hidden, 2, 1, dim), hidden, dim, 0.1, torch.float32)
+    for part in range(2):
+        for value in (torch.nan, torch.inf):
+            rows = [torch.randn(1, 1, 40, dim) for _ in range(2)]
+            rows[part][0, 0, 17, 3] = value
+            cache = EightBitLayer()
+            cache.update(*rows)
+            for isa in kernels.supported_isas():
+                kernels.set_isa(isa)
+                out = native.append(*token(hidden, dim, torch.float32), cache)
+                assert out.isnan().all()
+            kernels.set_isa("auto")

@@ -20,15 +20,15 @@ class NativeAttention:
         self.kind = weights.k.rows // head_dim, head_dim, dtype, torch.device("cpu")
 
     def append(self, x, cos, sin, past):
-        """x [1, 1, hidden], cos and sin [1, 1, head_dim] -> like x; `past`, a GrowingLayer, is one
-        longer then.
+        """x [1, 1, hidden], cos and sin [1, 1, head_dim] -> like x; `past`, a GrowingLayer or an
+        EightBitLayer, is one longer then.
         """
         length = past.get_seq_length()
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         assert x.dtype is cos.dtype is sin.dtype is self._dtype
         keys, values, capacity = past.place(self.kind)
         out = torch.empty_like(x)
-        cache = KvCache(keys, values, capacity, length)
+        cache = KvCache(keys, values, capacity, length, int(past.is_8bit))
         addresses = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), byref(cache)
         error = library().moe_attention_step(byref(self._structure), *addresses, out.data_ptr())
         assert error == 0
