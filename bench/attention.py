@@ -29,6 +29,7 @@ import loader
 from loader.arithmetic import kernels
 from loader.arithmetic.kernels import PackedMatrix
 from loader.arithmetic.native_library import KvCache, library
+from loader.decode import kv_blocks
 from loader.decode.native_structures import attention_structure
 from loader.decode.weights import AttentionWeights, LayerWeights
 from loader.hf.growing_cache import GrowingLayer, growing_layers
@@ -91,7 +92,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, float]:
 class Alone:
     """The attention of one layer over several caches of `positions` random positions."""
 
-    def __init__(self, positions: int) -> None:
+    def __init__(self, positions: int, kv_bits: int) -> None:
         wide, narrow = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
         attention = AttentionWeights(
             matrix(wide, HIDDEN),
@@ -107,18 +108,30 @@ class Alone:
         self._position = torch.full((HEAD_DIM,), 0.7).bfloat16()
         self._x = torch.randn(HIDDEN).bfloat16()
         self._out = torch.empty_like(self._x)
-        shape = (KV_HEADS, positions, HEAD_DIM)
-        self.cache_bytes = 4 * KV_HEADS * positions * HEAD_DIM
-        self.caches = [
-            (torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16())
-            for _ in range(max(2, -(-COLD_BYTES // self.cache_bytes)))
-        ]
-        self._positions = positions
+        self._positions, self._format = positions, int(kv_bits == 8)
+        self.caches = [self._cache()]
+        self.cache_bytes = sum(part.nbytes for part in self.caches[0])
+        for _ in range(max(1, -(-COLD_BYTES // self.cache_bytes) - 1)):
+            self.caches.append(self._cache())
+
+    def _cache(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return random keys and values; the last position is not filled."""
+        shape = (1, KV_HEADS, self._positions, HEAD_DIM)
+        keys, values = (torch.randn(shape).bfloat16() for _ in range(2))
+        if not self._format:
+            return keys, values
+        blocks = [kv_blocks.empty(*shape) for _ in range(2)]
+        for memory, rows, part in zip(blocks, (keys, values), kv_blocks.Part, strict=True):
+            kv_blocks.store(memory, 0, rows, part)
+        return blocks[0], blocks[1]
 
     def step(self, build: Any, number: int) -> None:
         """Compute the attention of the last position of cache `number`."""
         keys, values = self.caches[number]
-        cache = KvCache(keys.data_ptr(), values.data_ptr(), self._positions, self._positions - 1)
+        capacity = kv_blocks.POSITIONS * keys.shape[2] if self._format else self._positions
+        cache = KvCache(
+            keys.data_ptr(), values.data_ptr(), capacity, self._positions - 1, self._format
+        )
         inputs = (self._x.data_ptr(), self._position.data_ptr(), self._position.data_ptr())
         error = build.moe_attention_step(
             byref(self._structure), *inputs, byref(cache), self._out.data_ptr()
@@ -201,6 +214,7 @@ def main() -> None:
         "--positions", default="32,2048,4096,8192", help="comma list (default: %(default)s)"
     )
     parser.add_argument("--threads", default="", help="comma list (default: 1 and one per core)")
+    parser.add_argument("--kv-bits", type=int, default=16, help="8 or 16 (default: 16)")
     parser.add_argument("--rounds", type=int, default=30, help="measurements (default: 30)")
     parser.add_argument(
         "--isa", default="auto", help="instruction set (default: the best)", choices=kernels.ISAS
@@ -223,7 +237,7 @@ def main() -> None:
         print(f"{part:7s} {text}", file=sys.stderr if options.json else sys.stdout, flush=True)
 
     for count in positions:
-        alone = Alone(count)
+        alone = Alone(count, options.kv_bits)
         for n in threads:
             builds.set_threads(n)
             row = alone.times(builds, options.rounds)

@@ -47,6 +47,7 @@ from formats.reading.direct_reader import DirectReader
 from formats.tiles import dequantize, expert_weights, unpack
 from loader.evaluation.perplexity import windows_of
 from loader.hf.loading.plain_checkpoint import load_checkpoint
+from loader.hf.required_cache import window_arguments
 from loader.model import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +165,7 @@ def put_converted(model: Any, folder: Path) -> None:
 @torch.inference_mode()
 def log_probabilities(model: Any, windows: Tensor) -> Tensor:
     """float32 [windows, tokens, vocabulary] of the tokens after each position."""
-    logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=windows, **window_arguments(model)).logits[:, :-1].float()
     return torch.log_softmax(logits, -1)
 
 

@@ -31,6 +31,7 @@ class DefaultOptions:
     cpu_share: str | None = None
     check: str | None = None
     kernels: str | None = None
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         check_options(**self.given)
@@ -52,7 +53,7 @@ def defaults(**options: Any) -> AbstractContextManager[None]:
     """Return a context in which models load with these options, for callers that cannot pass them.
 
     options: device, gpu_cache, ram_cache, slots, io, policy, prefetch, cpu_share, check, kernels,
-    as loader.from_pretrained takes them. An option that the loading call gives itself wins.
+    kv_bits, as loader.from_pretrained takes them. An option of the loading call itself wins.
 
     A nested context keeps the outer options that it does not name. The options hold in this thread,
     and in asyncio's tasks and threads that start in it; not in other threads.

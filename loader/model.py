@@ -16,6 +16,7 @@ from formats.progress import Progress
 from formats.reading.whole_files import check_files, generation_note
 from loader.cuda.device.device import Device
 from loader.cuda.device_choice import Devices, choose_devices
+from loader.decode.kv_bits_check import check_8bit_cache
 from loader.default_options import with_defaults
 from loader.experts.prefetch import Prefetcher
 from loader.hf.loading.configuration import loading_options, model_class
@@ -48,6 +49,7 @@ def from_pretrained(
     cpu_share: str = "off",
     check: str = "fast",
     kernels: str = "auto",
+    kv_bits: int = 16,
     attn_implementation: str | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -86,6 +88,8 @@ def from_pretrained(
         with the index, except for fields that users may change (docs/security.md).
     kernels: products on the CPU. "native"; "torch", the slow reference; "auto" (default): native if
         it is available.
+    kv_bits: bits of a number in KV caches. 16 (default): the model's dtype. 8: int8 with a scale
+        for each 64 values, about half of the bytes of bfloat16; for Mixtral on the CPU.
     attn_implementation: attention of transformers, such as "sdpa" or "eager". None (default):
         transformers chooses. Attention code from the Hub is refused.
     revision: branch, tag or commit of the repository. None (default): main.
@@ -108,7 +112,7 @@ def from_pretrained(
     loaded; DoesNotFitError if a budget does not hold one token's experts, or if the GPU has too
     little memory; RecipeError for an unknown option value; HubError if a download fails.
     """
-    check_options(cpu_share=cpu_share, io=io, policy=policy, check=check)
+    check_options(cpu_share=cpu_share, io=io, policy=policy, check=check, kv_bits=kv_bits)
     dtype = _floating(dtype)
     _check_attention(attn_implementation)
     opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
@@ -118,6 +122,8 @@ def from_pretrained(
         gpu_cache, ram_cache, slots, io, policy, cpu_share, check, kernels, reserve_bytes
     )
     devices = choose_devices(device, artifact.packings)
+    if kv_bits == 8:
+        check_8bit_cache(artifact.architecture, artifact.config, devices)
     try:
         model, placement = _placed(opened, devices, options, dtype, attn_implementation)
     except DoesNotFitError as e:
@@ -128,7 +134,7 @@ def from_pretrained(
     cache = placement.cache
     if guesses:
         cache.prefetcher = _prefetcher(model, guesses if prefetch != "auto" else None)
-    model.serve(Serving(cache, placement.decoders, placement.retry))
+    model.serve(Serving(cache, placement.decoders, placement.retry, kv_bits))
     return model
 
 

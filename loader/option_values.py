@@ -11,12 +11,13 @@ from loader.arithmetic.backend import KERNELS
 from loader.cuda.device_choice import device_names
 from loader.experts.policy import POLICIES
 
-_NAMES: dict[str, tuple[str, ...]] = {
+_NAMES: dict[str, tuple[Any, ...]] = {
     "io": ("auto", *READERS),
     "policy": tuple(POLICIES),
     "cpu_share": ("off", "auto"),
     "check": CHECKS,
     "kernels": KERNELS,
+    "kv_bits": (8, 16),
 }
 
 
@@ -25,9 +26,8 @@ def check_options(**options: Any) -> None:
     for option, value in options.items():
         if option in _NAMES:
             if value not in _NAMES[option]:
-                raise RecipeError(
-                    f"{option}: {value!r} is unknown; known are {', '.join(_NAMES[option])}"
-                )
+                known = ", ".join(map(str, _NAMES[option]))
+                raise RecipeError(f"{option}: {value!r} is unknown; known are {known}")
         elif option in ("gpu_cache", "ram_cache"):
             if value != "auto":
                 parse_size(value, option)

@@ -14,6 +14,7 @@ from formats.prediction import Prediction
 from formats.progress import Progress
 from formats.quality import Comparison
 from loader.hf.modules.expert_layers import experts_modules
+from loader.hf.required_cache import window_arguments
 
 POSITIONS_AT_ONCE = 256
 """Positions whose logits are in memory: 33 MB for each model with a vocabulary of 32000."""
@@ -37,7 +38,8 @@ def model_predictions(model: Any, windows: Tensor, batch: int) -> Iterator[Predi
     """
     for ids in torch.split(windows, batch):
         with _RouterChoices(model) as choices:
-            hidden = model.model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+            output = model.model(input_ids=ids.to(model.device), **window_arguments(model))
+        hidden = output.last_hidden_state
         # [layers, windows, window, k]: the routers see the windows of a batch one after the other.
         routers = torch.stack(choices.by_layer)
         routers = routers.view(len(routers), *ids.shape, -1)

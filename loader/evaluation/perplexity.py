@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from formats.errors import MoeConvertError
 from formats.progress import Progress
+from loader.hf.required_cache import window_arguments
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def measure_windows(
         losses: list[float] = []
         for begin in range(0, len(windows), batch):
             ids = windows[begin : begin + batch].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = model(input_ids=ids, **window_arguments(model)).logits
             # One row at a time: float32 logits of a whole batch would be the largest tensor.
             for row, row_ids in zip(logits, ids, strict=True):
                 losses.append(

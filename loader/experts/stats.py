@@ -101,6 +101,8 @@ class MoeStats:
     ram: TierStats | None = None
     """The RAM tier between the files and a GPU; None without a GPU."""
     paths: PathStats = field(default_factory=PathStats)
+    kv_bits: int = 16
+    """Bits of a number in the KV cache: 8, or 16 for the model's dtype, whatever its width."""
 
     @property
     def total(self) -> LayerStats:
@@ -118,6 +120,7 @@ class MoeStats:
             "busy_s": self.busy_s,
             "slots": sum(self.slots) / len(self.slots),
             "slot_bytes": self.slot_bytes,
+            "kv_bits": self.kv_bits,
             "tokens": asdict(self.paths),
             "layers": [
                 {**self._values(layer), "slots": slots}

@@ -26,9 +26,10 @@ class DecoderPath(Derived):
     """
 
     def __init__(self, model: Any, factory: DecoderFactory, kv_bits: int = 16) -> None:
-        """kv_bits: 8 or 16, of the KV caches' numbers.
+        """kv_bits: 8 or 16, bits of a number in KV caches.
 
-        Raises LeaveDecoder if the model has adapters, or modules that no decoder supports."""
+        Raises LeaveDecoder if the model has adapters, or modules that no decoder supports.
+        """
         spec = self._spec = spec_of(model)
         check_no_adapter(model)
         spec.check_modules(model)

@@ -4,7 +4,7 @@ Appends are quantized in place, by `update` or by native code. transformers' att
 dequantized copies of all positions.
 """
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +59,9 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
         self._refuse(value)
 
     @property
-    def n_bytes(self) -> int:
-        """Size of the memory in bytes, including room to grow."""
-        return sum(part.nbytes for part in self._blocks or ())
+    def memory(self) -> tuple[Tensor, ...]:
+        """Memory of keys and values, including room to grow; empty before the first update."""
+        return self._blocks or ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: `update` allocates."""
@@ -154,13 +154,15 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
     def _reserve(self, batch: int, heads: int, length: int, width: int) -> tuple[Tensor, Tensor]:
         """Return memory of keys and values for at least `length` positions."""
         blocks = self._blocks
-        if blocks is None or self._length == 0 and blocks[0].shape[:2] != (batch, heads):
+        if self._length == 0 and blocks is not None and blocks[0].shape[:2] != (batch, heads):
             blocks = None
+        if blocks is None:
             self._width = width
         # torch rejects writes to a tensor of inference mode outside of that mode.
-        elif not (blocks[0].is_inference() and not torch.is_inference_mode_enabled()):
-            if length <= blocks[0].shape[2] * kv_blocks.POSITIONS:
-                return blocks
+        elif length <= blocks[0].shape[2] * kv_blocks.POSITIONS and (
+            not blocks[0].is_inference() or torch.is_inference_mode_enabled()
+        ):
+            return blocks
         capacity = max(MIN_POSITIONS, 2 * length)
         new = [kv_blocks.empty(batch, heads, capacity, width) for _ in range(2)]
         if blocks is not None:
@@ -176,9 +178,9 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
         blocks = self._blocks[0 if part is Part.KEYS else 1]
         return kv_blocks.load(blocks, self._length, self._width, part, self._dtype)
 
-    def _refuse(self, value: Any) -> NoReturn | None:
+    def _refuse(self, value: Any) -> None:
         if value is None:  # transformers' constructor
-            return None
+            return
         raise MoeConvertError(
             "kv_bits: keys and values of a KV cache in 8 bits cannot be replaced",
             "change the cache by its methods, or load the model with kv_bits=16",

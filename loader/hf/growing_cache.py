@@ -209,10 +209,11 @@ def growing_layer(
     """
     if cache is None or type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return None
-    kind: type[GrowingLayer] | type[EightBitLayer]
-    kind, replaced = GrowingLayer, (DynamicLayer,)
+    kind: type[GrowingLayer] | type[EightBitLayer] = GrowingLayer
+    replaced: tuple[type[DynamicLayer], ...] = (DynamicLayer,)
     if kv_bits == 8:
-        kind, replaced = EightBitLayer, (DynamicLayer, GrowingLayer)
+        kind = EightBitLayer
+        replaced = (DynamicLayer, GrowingLayer)
     layers = cache.layers
     if cache.layer_class_to_replicate is DynamicLayer:
         while len(layers) <= layer:

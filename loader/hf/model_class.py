@@ -22,6 +22,11 @@ class MoeConvertMixin:
         """Return a snapshot of the expert cache's counters and of the tokens on each path."""
         return self._serving.stats()
 
+    @property
+    def kv_bits(self) -> int:
+        """Bits of a number in the model's KV caches: 8, or 16 for the model's dtype."""
+        return self._serving.kv_bits
+
     def reset_moe_stats(self) -> None:
         """Set all counters of `moe_stats` to zero; the cache keeps its experts."""
         self._serving.reset_stats()

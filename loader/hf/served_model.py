@@ -20,6 +20,7 @@ from loader.hf.cache_length import cache_in, length_of, shorten
 from loader.hf.decoder_path import DecoderPath
 from loader.hf.generation_inputs import GenerationInputs
 from loader.hf.growing_cache import growing_layers
+from loader.hf.required_cache import with_8bit_cache
 
 Forward = Callable[..., Any]
 
@@ -32,16 +33,21 @@ class Retry(Protocol):
 
 
 class Serving:
-    """The expert cache, decoder and counters of one model.
+    """The expert cache, decoder and counters of one model. kv_bits: 8 or 16, of its KV caches.
 
     factory: makes the decoder; a LeaveDecoder is the reason why the model has none.
     retry: repeats passes that ran out of GPU memory; None for a model on the CPU.
     """
 
     def __init__(
-        self, cache: ExpertCache, factory: DecoderFactory | LeaveDecoder, retry: Retry | None = None
+        self,
+        cache: ExpertCache,
+        factory: DecoderFactory | LeaveDecoder,
+        retry: Retry | None = None,
+        kv_bits: int = 16,
     ) -> None:
         self.cache = cache
+        self.kv_bits = kv_bits
         self.inputs = GenerationInputs()
         self._factory = factory
         self._retry = retry
@@ -53,11 +59,13 @@ class Serving:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Serving":
         """Return the state for a copy of the model: the same cache, a new decoder, new counters."""
-        return Serving(self.cache, self._factory, self._retry)
+        return Serving(self.cache, self._factory, self._retry, self.kv_bits)
 
     def stats(self) -> MoeStats:
         """Return a snapshot of the counters of the cache and of both paths."""
-        return dataclasses.replace(self.cache.stats(), paths=self._counters.stats())
+        return dataclasses.replace(
+            self.cache.stats(), paths=self._counters.stats(), kv_bits=self.kv_bits
+        )
 
     def reset_stats(self) -> None:
         """Set the counters to zero."""
@@ -72,6 +80,8 @@ class Serving:
         plain: the forward method of transformers' class. A pass that raises an error leaves the KV
         cache at its former length.
         """
+        if self.kv_bits == 8:
+            args, kwargs = with_8bit_cache(model.config, args, kwargs)
         if torch.compiler.is_compiling():
             return plain(*args, **kwargs)
         if self._retry is None:
@@ -97,7 +107,7 @@ class Serving:
             self._counters.count_left(left, tokens)
             if past is not None:
                 # The prompt's keys and values are appended in place too.
-                growing_layers(past, model.config.num_hidden_layers)
+                growing_layers(past, model.config.num_hidden_layers, self.kv_bits)
             with torch_threads_for(tokens):
                 return plain(*args, **kwargs)
         except BaseException:
@@ -117,7 +127,7 @@ class Serving:
         if isinstance(self._factory, LeaveDecoder):
             return self._factory
         try:
-            return DecoderPath(model, self._factory)
+            return DecoderPath(model, self._factory, self.kv_bits)
         except LeaveDecoder:
             # Not stored: a replaced module may be put back later.
             raise

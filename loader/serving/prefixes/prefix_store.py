@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from loader.hf.eight_bit_layer import EightBitLayer
 from loader.serving.prefixes.prefix_cache import PrefixCache, common_prefix
 
 LEAST_COPIED = 16
@@ -92,6 +93,9 @@ class PrefixStore:
     def _copy(self, cache: PrefixCache, length: int) -> PrefixCache:
         copy = PrefixCache(self._model)
         for number, layer in enumerate(cache.kv.layers):
+            if isinstance(layer, EightBitLayer):
+                copy.kv.layers[number : number + 1] = [layer.copied(length)]
+                continue
             copy.kv.update(
                 layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), number
             )
@@ -109,6 +113,8 @@ def cache_bytes(kv: Any) -> int:
 
 
 def _tensors(layer: Any) -> list[Tensor]:
+    if isinstance(layer, EightBitLayer):
+        return list(layer.memory)
     values = (
         [layer.keys, layer.values]
         if isinstance(layer, DynamicLayer)
