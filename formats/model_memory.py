@@ -8,13 +8,19 @@ memory after a prompt of 16 tokens and 16 more (torch 2.13 on CPU, transformers 
 """
 
 
-def kv_position_bytes(architecture: Architecture, item_bytes: int) -> int:
+KV_GROUP = 64
+"""Values of a head that share a bfloat16 scale in a KV cache of 8 bits."""
+
+
+def kv_position_bytes(architecture: Architecture, item_bytes: int, kv_bits: int = 16) -> int:
     """Return the bytes of one position of the KV cache, all layers.
 
-    item_bytes: size of a key's or value's number, 2 for bf16.
+    item_bytes: size of a key's or value's number, 2 for bf16. kv_bits: 8 for int8 with scales,
+    whatever `item_bytes` is.
     """
-    heads = architecture.num_key_value_heads * architecture.head_dim
-    return 2 * architecture.num_hidden_layers * heads * item_bytes
+    width = architecture.head_dim
+    head_bytes = width * item_bytes if kv_bits == 16 else width + 2 * -(-width // KV_GROUP)
+    return 2 * architecture.num_hidden_layers * architecture.num_key_value_heads * head_bytes
 
 
 def activation_bytes(architecture: Architecture, prompt: int) -> int:

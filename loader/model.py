@@ -89,7 +89,8 @@ def from_pretrained(
     kernels: products on the CPU. "native"; "torch", the slow reference; "auto" (default): native if
         it is available.
     kv_bits: bits of a number in KV caches. 16 (default): the model's dtype. 8: int8 with a scale
-        for each 64 values, about half of the bytes of bfloat16; for Mixtral on the CPU.
+        for each 64 values, about half of the bytes of bfloat16; on the CPU, for model types with a
+        decoder (loader/decode/specs.py).
     attn_implementation: attention of transformers, such as "sdpa" or "eager". None (default):
         transformers chooses. Attention code from the Hub is refused.
     revision: branch, tag or commit of the repository. None (default): main.

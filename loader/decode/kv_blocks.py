@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from formats.model_memory import KV_GROUP as GROUP
+
 POSITIONS = 16
 """Positions of a block."""
-GROUP = 64
-"""Values of a head that share a scale; the last group may be shorter."""
 WIDTH_MULTIPLE = 16
 MAX_WIDTH = 1024
 """Limits of a head's width."""

@@ -43,7 +43,7 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def keys(self) -> Any:
         """Dequantized keys [batch, heads, length, head_dim]; None before the first update."""
-        return self._dequantized(Part.KEYS)
+        return self._part(Part.KEYS, self._dtype) if self._blocks else None
 
     @keys.setter
     def keys(self, value: Any) -> None:
@@ -52,7 +52,7 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def values(self) -> Any:
         """Dequantized values [batch, heads, length, head_dim]; None before the first update."""
-        return self._dequantized(Part.VALUES)
+        return self._part(Part.VALUES, self._dtype) if self._blocks else None
 
     @values.setter
     def values(self, value: Any) -> None:
@@ -89,7 +89,14 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
         kv_blocks.store(keys, self._length, key_states, Part.KEYS)
         kv_blocks.store(values, self._length, value_states, Part.VALUES)
         self.show(self._length + new)
-        return self.keys, self.values
+        return self.dequantized(self._dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return copies of all keys and values in `dtype`, [batch, heads, length, head_dim].
+
+        The layer must not be empty. A product of code and scale is exact in float32.
+        """
+        return self._part(Part.KEYS, dtype), self._part(Part.VALUES, dtype)
 
     def place(self, kind: Kind) -> tuple[int, int, int]:
         """Return the addresses of the keys' and values' memory, and its capacity in positions.
@@ -172,11 +179,9 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
         self._blocks = (new[0], new[1])
         return self._blocks
 
-    def _dequantized(self, part: Part) -> Tensor | None:
-        if self._blocks is None:
-            return None
-        blocks = self._blocks[0 if part is Part.KEYS else 1]
-        return kv_blocks.load(blocks, self._length, self._width, part, self._dtype)
+    def _part(self, part: Part, dtype: torch.dtype) -> Tensor:
+        blocks = self.memory[0 if part is Part.KEYS else 1]
+        return kv_blocks.load(blocks, self._length, self._width, part, dtype)
 
     def _refuse(self, value: Any) -> None:
         if value is None:  # transformers' constructor

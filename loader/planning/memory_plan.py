@@ -36,7 +36,8 @@ class ModelSizes:
     trunk: all weights that are not experts. trunk_read: part of the trunk that one token reads,
     without the embeddings, of which it reads one row. kv_per_position: keys and values of all
     layers. in_place: True if experts can be used where files are mapped. prefix: budget of a
-    server's prefix caches.
+    server's prefix caches. kv_copy_per_position: dequantized keys and values of one layer, which
+    a prompt's attention reads if the KV cache has 8 bits.
     """
 
     experts: SizedExperts
@@ -46,16 +47,21 @@ class ModelSizes:
     kv_per_position: int
     in_place: bool
     prefix: int = 0
+    kv_copy_per_position: int = 0
 
     @classmethod
-    def of_folder(cls, artifact: Artifact) -> "ModelSizes":
-        """Return the sizes of a converted folder."""
+    def of_folder(cls, artifact: Artifact, kv_bits: int = 16) -> "ModelSizes":
+        """Return the sizes of a converted folder. kv_bits: 8 or 16, of the KV cache."""
         layers = artifact.index.layers
         stored = tuple(
             sum(entry.length for entry in layer.experts) / len(layer.experts) for layer in layers
         )
         return cls.of_parts(
-            artifact, artifact.trunk_header().entries.values(), stored, can_lie_in_place(artifact)
+            artifact,
+            artifact.trunk_header().entries.values(),
+            stored,
+            can_lie_in_place(artifact),
+            kv_bits,
         )
 
     @classmethod
@@ -65,6 +71,7 @@ class ModelSizes:
         trunk: Iterable[TensorEntry],
         stored: tuple[float, ...] | None = None,
         in_place: bool = True,
+        kv_bits: int = 16,
     ) -> "ModelSizes":
         """Return the sizes of experts and a trunk's tensors.
 
@@ -72,6 +79,7 @@ class ModelSizes:
         """
         a = experts.architecture
         tensors = {entry.name: entry for entry in trunk}
+        item_bytes = DTYPE_BYTES[tensors["model.embed_tokens.weight"].dtype]
         whole = sum(entry.n_bytes for entry in tensors.values())
         embeddings = tensors["model.embed_tokens.weight"]
         return cls(
@@ -79,8 +87,11 @@ class ModelSizes:
             stored=stored or tuple(map(float, expert_bytes_by_layer(experts))),
             trunk=whole,
             trunk_read=whole if a.tie_word_embeddings else whole - embeddings.n_bytes,
-            kv_per_position=kv_position_bytes(a, DTYPE_BYTES[embeddings.dtype]),
+            kv_per_position=kv_position_bytes(a, item_bytes, kv_bits),
             in_place=in_place,
+            kv_copy_per_position=kv_position_bytes(a, item_bytes) // a.num_hidden_layers
+            if kv_bits == 8
+            else 0,
         )
 
     @property
@@ -97,13 +108,14 @@ class ModelSizes:
         """Return the bytes of activations for a prompt of `prompt` tokens, float32."""
         return activation_bytes(self.architecture, prompt)
 
-    def workspace(self, prompt: int) -> int:
+    def workspace(self, context: int, prompt: int) -> int:
         """Return the bytes of the process without weights, expert cache and KV cache."""
-        return PROCESS_BYTES + self.activations(prompt)
+        return PROCESS_BYTES + self.activations(prompt) + self.kv_copy_per_position * context
 
     def fixed(self, context: int, prompt: int) -> int:
         """Return the bytes of the process without experts."""
-        return self.trunk + self.kv_per_position * context + self.prefix + self.workspace(prompt)
+        kv = self.kv_per_position * context
+        return self.trunk + kv + self.prefix + self.workspace(context, prompt)
 
     def used_per_token(self, context: int) -> int:
         """Return the bytes of weights, keys and values that a token reads at the context's end."""
@@ -181,7 +193,7 @@ def plan_memory(
         raise DoesNotFitError(
             f"{ram_bytes} bytes: the trunk takes {sizes.trunk}, {context} positions of KV cache"
             f" {sizes.kv_per_position * context}, prefix caches {sizes.prefix},"
-            f" the process {sizes.workspace(prompt)}, experts on their way"
+            f" the process {sizes.workspace(context, prompt)}, experts on their way"
             f" {sizes.staging_bytes}: {fixed + sizes.staging_bytes} in all",
             f"give at least {size_option(fixed + sizes.staging_bytes)},"
             " or a shorter context or prompt, or convert to fewer bits",
@@ -202,7 +214,7 @@ def plan_memory(
         trunk_bytes=sizes.trunk,
         kv_bytes=sizes.kv_per_position * context,
         prefix_bytes=sizes.prefix,
-        workspace_bytes=sizes.workspace(prompt),
+        workspace_bytes=sizes.workspace(context, prompt),
         cache_bytes=cache_bytes,
         aside_bytes=0
         if sizes.in_place and cache_bytes >= sizes.all_experts

@@ -30,6 +30,7 @@ def try_out(
     tokens: int = 32,
     policy: str = "lrfu",
     check: str = "fast",
+    kv_bits: int = 16,
 ) -> TrialRun:
     """Decode `tokens` greedily after a prompt of random tokens, which fills the slots.
 
@@ -42,7 +43,13 @@ def try_out(
             folder,
             prompt,
             tokens,
-            {**options, "ram_cache": ram_cache, "policy": policy, "check": check},
+            {
+                **options,
+                "ram_cache": ram_cache,
+                "policy": policy,
+                "check": check,
+                "kv_bits": kv_bits,
+            },
         )
     finally:
         # Modules refer to each other: without a collection, two caches would be in memory.

@@ -6,6 +6,7 @@ from formats import INDEX_NAME, PENDING_NAME
 from formats.config.recorded_config import CONFIG_NAME, read_recorded_config
 from formats.errors import RecipeError
 from formats.index import read_index
+from formats.model_memory import kv_position_bytes
 from formats.safetensors_header import DTYPE_BYTES
 
 DEFAULT_CONTEXT = 8192
@@ -21,7 +22,8 @@ class ContextSize:
     max_tokens: the model's maximum. position_bytes: size of one position in the KV cache.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kv_bits: int = 16) -> None:
+        """kv_bits: of `loader.from_pretrained`."""
         name = INDEX_NAME if (folder / INDEX_NAME).exists() else PENDING_NAME
         index = read_index(folder, name)
         config = (
@@ -31,9 +33,8 @@ class ContextSize:
         )
         architecture = index.architecture
         element_bytes = DTYPE_BYTES[_FLOATS.get(str(config.get("dtype")), "F32")]
-        heads = architecture.num_key_value_heads * architecture.head_dim
         self.max_tokens = int(config.get("max_position_embeddings") or DEFAULT_CONTEXT)
-        self.position_bytes = 2 * architecture.num_hidden_layers * heads * element_bytes
+        self.position_bytes = kv_position_bytes(architecture, element_bytes, kv_bits)
 
     def chosen(self, requested: int | None) -> int:
         """Return the context length in tokens. RecipeError if `requested` exceeds the maximum."""

@@ -42,6 +42,22 @@ def test_four_bits_cost_little(run, converted, example_folder, texts):
     assert after / before == pytest.approx(1, abs=0.03)
 
 
+def test_a_kv_cache_of_8_bits_changes_the_perplexity_a_little(run, converted, texts):
+    options = ["--text", texts["english"], "--max-windows", 2, "--json"]
+    wide, narrow = (
+        json.loads(run(converted("4bit"), *options, "--kv-bits", bits)[1])["overall"]["perplexity"]
+        for bits in (16, 8)
+    )
+    assert wide != narrow
+    assert narrow / wide == pytest.approx(1, abs=0.01)
+
+
+def test_a_kv_cache_of_8_bits_needs_a_converted_folder(run, example_folder, texts):
+    code, _, err = run(example_folder, "--text", texts["english"], "--kv-bits", 8)
+    assert code == 2
+    assert "--kv-bits 8" in err and "not a converted folder" in err
+
+
 def test_the_table_has_each_text_and_overall(run, converted, texts):
     options = [
         "--text",

@@ -117,6 +117,13 @@ def test_stats_go_to_stderr(run, expected):
     assert "tokens/s" in err
 
 
+def test_a_kv_cache_of_8_bits_shows_in_the_stats(run, expected):
+    _, out, err = run("--prompt", PROMPT, "--stats", "--kv-bits", "8", "--device", "cpu")
+    assert out.strip()
+    assert "KV cache: 8 bits" in err
+    assert "KV cache: 8 bits" not in run("--prompt", PROMPT, "--stats")[2]
+
+
 def test_stats_show_guesses_waits_and_what_was_wasted(run, converted):
     budget = str(4 * least_bytes(Artifact.open(converted("2bit"))))
     _, out, err = run("--prompt", PROMPT, "--ram-cache", budget, "--stats", "--json")

@@ -136,3 +136,22 @@ def test_what_is_not_converted_cannot_be_verified(run, example_folder):
     code, _, err = run(example_folder, *SPEEDS, "--verify")
     assert code == 2
     assert "not a converted folder" in err
+
+
+def test_a_kv_cache_of_8_bits_is_planned_with_its_scales(run, converted):
+    options = (*SPEEDS, *SMALL, "--ram", "400MB")
+    wide, narrow = (
+        json.loads(run(converted("2bit"), *options, "--kv-bits", bits, "--json")[1])["plans"][0]
+        for bits in (16, 8)
+    )
+    # Heads of 32 values in bfloat16: 64 bytes become 32 and a scale of 2.
+    assert narrow["kv_bytes"] == wide["kv_bytes"] * 34 // 64
+    # While a prompt is computed, one of the 8 layers is dequantized.
+    assert narrow["workspace_bytes"] == wide["workspace_bytes"] + wide["kv_bytes"] // 8
+    assert "KV cache, 8 bits" in run(converted("2bit"), *options, "--kv-bits", "8")[1]
+
+
+def test_a_kv_cache_of_8_bits_is_refused_on_a_gpu(run, converted):
+    code, _, err = run(converted("2bit"), "--vram", "1GB", "--kv-bits", "8", *SPEEDS)
+    assert code == 2
+    assert "--kv-bits 8 does not apply to --vram" in err

@@ -205,6 +205,7 @@ def test_verifying_runs_with_the_planned_caches(run, planned, converted, monkeyp
             "ram_cache": plan["cache_bytes"],
             "policy": "lrfu",
             "check": "fast",
+            "kv_bits": 16,
         }
     ]
     assert "measured: misses 0.250 on the GPU, 3.25 tokens/s" in out

@@ -83,6 +83,9 @@ def test_position_of_the_context_takes_what_plan_says(converted):
         size.position_bytes
         == ModelSizes.of_folder(Artifact.open(converted("2bit"))).kv_per_position
     )
+    narrow = ContextSize(converted("2bit"), 8)
+    sizes = ModelSizes.of_folder(Artifact.open(converted("2bit")), 8)
+    assert narrow.position_bytes == sizes.kv_per_position < 0.6 * size.position_bytes
     assert (size.max_tokens, size.chosen(None), size.chosen(100)) == (512, 512, 100)
 
 

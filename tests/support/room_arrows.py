@@ -31,7 +31,7 @@ ARROWS = {
         "converter.conversion converter.gguf converter.publish converter.solvers.native "
         "formats formats.files formats.hub "
         "formats.reading formats.repair loader loader.arithmetic loader.cuda "
-        "loader.evaluation loader.experts loader.hf.loading loader.hf.modules "
+        "loader.decode loader.evaluation loader.experts loader.hf.loading loader.hf.modules "
         "loader.planning loader.serving loader.serving.answers loader.serving.http "
         "loader.serving.prefixes loader.serving.prompts loader.traces"
     ),
@@ -43,9 +43,9 @@ ARROWS = {
         "converter converter.calibration converter.checkpoint "
         "converter.checkpoint.adapters converter.checkpoint.shards converter.cli.show "
         "converter.forward "
-        "converter.output converter.publish converter.recipe formats formats.hub "
+        "converter.output converter.publish converter.recipe formats formats.config formats.hub "
         "formats.reading loader loader.arithmetic loader.budget loader.cuda.device "
-        "loader.evaluation loader.experts loader.hf.loading loader.planning "
+        "loader.decode loader.evaluation loader.experts loader.hf.loading loader.planning "
         "loader.serving loader.serving.http loader.traces"
     ),
     "converter.conversion": (
@@ -100,10 +100,10 @@ ARROWS = {
     "loader.decode": (
         "formats formats.native loader.arithmetic loader.experts loader.hf.modules loader.lifetime"
     ),
-    "loader.evaluation": "formats loader.hf.modules",
+    "loader.evaluation": "formats loader.hf loader.hf.modules",
     "loader.experts": "formats formats.reading loader.budget loader.lifetime",
     "loader.hf": (
-        "formats.files loader.arithmetic loader.decode loader.experts loader.hf.modules "
+        "formats formats.files loader.arithmetic loader.decode loader.experts loader.hf.modules "
         "loader.lifetime"
     ),
     "loader.hf.adapters": "formats formats.files loader.hf.by_name loader.hf.modules",

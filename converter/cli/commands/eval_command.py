@@ -68,6 +68,7 @@ Examples:
 @shared_options.io
 @shared_options.check
 @shared_options.kernels
+@shared_options.kv_bits
 @output_options(interrupted="nothing was saved; the next run begins from the first text")
 def command(
     path: Path,
@@ -127,8 +128,11 @@ def command(
 
     transformers.utils.logging.disable_progress_bar()
     check_runnable(path)
-
     versions: dict[str, str] = {}
+    if options["kv_bits"] == 8:
+        if not is_converted(path):
+            raise click.UsageError(f"--kv-bits 8: {path} is not a converted folder")
+        versions["kv_bits"] = "8"
 
     def load(folder: Path) -> Any:
         with output.busy(f"loading {folder}"):
@@ -217,8 +221,12 @@ def _check_loading(path: Path, options: dict[str, Any]) -> None:
     from formats.sizes import parse_size
     from loader.arithmetic.backend import choose_backend
     from loader.cuda.device_choice import choose_devices
+    from loader.decode.kv_bits_check import check_8bit_cache
 
-    choose_devices(options["device"], Artifact.open(path).packings)
+    artifact = Artifact.open(path)
+    devices = choose_devices(options["device"], artifact.packings)
+    if options["kv_bits"] == 8:
+        check_8bit_cache(artifact.architecture, artifact.config, devices)
     choose_backend(options["kernels"])
     for name in ("ram_cache", "gpu_cache"):
         if options[name] != "auto":

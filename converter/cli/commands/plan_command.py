@@ -56,6 +56,7 @@ Exit code 4: the budget is below the minimum; the message gives the minimum.""",
     metavar="TOKENS",
     help="Length of the KV cache, in tokens.",
 )
+@shared_options.kv_bits
 @shared_options.prefix_cache(
     "0", "Memory for the prefix caches of `moe-convert serve`, such as 1GiB."
 )
@@ -122,7 +123,13 @@ def command(path: Path, ram: str | None, vram: str | None, output: Output, **opt
     check_options(options, vram=bool(vram))
     context = options["ctx"]
     prompt = min(options["prompt"], context)
-    source = open_source(path, options["recipe_name"], options["revision"], options["token"])
+    source = open_source(
+        path,
+        options["recipe_name"],
+        options["revision"],
+        options["token"],
+        options["kv_bits"],
+    )
     if options["verify"] and not source.converted:
         raise click.UsageError(f"--verify: {path} is not a converted folder")
     if options["verify"] and vram and not has_gpu():
@@ -140,6 +147,7 @@ def command(path: Path, ram: str | None, vram: str | None, output: Output, **opt
         "expert_bytes": sizes.all_experts,
         "context": context,
         "prompt": prompt,
+        "kv_bits": options["kv_bits"],
         "trace": options["trace"] and str(options["trace"]),
         **speeds,
         "plans": [asdict(plan) for plan in plans],
@@ -233,6 +241,6 @@ def _verify(
         gpu_cache = plan["gpu"]["cache_bytes"] if "gpu" in plan else None
         run = try_out(
             folder, plan["cache_bytes"], gpu_cache, prompt=min(prompt, max(1, context - 32)),
-            policy=options["policy"], check=options["check"],
+            policy=options["policy"], check=options["check"], kv_bits=options["kv_bits"],
         )  # fmt: skip
         plan["verified"] = asdict(run)

@@ -40,6 +40,7 @@ _OPTIONS = (
         " that this trace reads least, instead of evenly.",
     ),
     shared_options.kernels,
+    shared_options.kv_bits,
     click.option(
         "--lazy",
         is_flag=True,

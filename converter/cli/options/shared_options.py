@@ -78,6 +78,15 @@ kernels = click.option(
     help="CPU kernels: native is the compiled library, torch is the slow reference. auto: native"
     " if it loads.",
 )
+kv_bits = click.option(
+    "--kv-bits",
+    type=click.Choice(["8", "16"]),
+    default="16",
+    show_default=True,
+    callback=lambda _context, _option, value: int(value),
+    help="Bits of a number in the KV cache. 16: the model's dtype. 8: about half the memory, on the"
+    " CPU, for model types with a decoder.",
+)
 window = click.option(
     "--window",
     type=click.IntRange(min=2),

@@ -71,7 +71,7 @@ def stats_table(result: dict[str, Any]) -> str:
         f"{cache['wait_share']:.0%} of {result['seconds']:.2f} s waited for reads,"
         f" the disk was busy {cache['busy_share']:.0%};"
         f" the slots hold {format_size(cache['slot_bytes'])}\n"
-        f"{_paths_line(cache['tokens'])}{_tier_line(cache)}"
+        f"{_paths_line(cache['tokens'])}{_kv_line(cache)}{_tier_line(cache)}"
         "recall: share of the misses that were guessed; wasted: bytes read for wrong guesses,"
         " not counted in read"
     )
@@ -83,6 +83,10 @@ def _paths_line(tokens: dict[str, Any]) -> str:
         f"tokens by the decoder: {tokens['decoder']};"
         f" by transformers' code: {tokens['transformers']} ({reasons})\n"
     )
+
+
+def _kv_line(cache: dict[str, Any]) -> str:
+    return f"KV cache: {cache['kv_bits']} bits\n" if cache["kv_bits"] != 16 else ""
 
 
 def _tier_line(cache: dict[str, Any]) -> str:

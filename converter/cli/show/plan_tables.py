@@ -46,7 +46,7 @@ def _speeds(result: dict[str, Any]) -> str:
 def _parts(plan: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
     rows = [
         ("trunk", plan["trunk_bytes"]),
-        ("KV cache", plan["kv_bytes"]),
+        ("KV cache" if result["kv_bits"] == 16 else "KV cache, 8 bits", plan["kv_bytes"]),
         *([("prefix caches", plan["prefix_bytes"])] if plan["prefix_bytes"] else []),
         ("process and activations", plan["workspace_bytes"]),
         *_cache_rows(plan, result),

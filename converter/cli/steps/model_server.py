@@ -54,7 +54,7 @@ def open_server(
     from loader.serving.engine import Engine, Limits
     from loader.serving.http.server import bound_socket, url_of
 
-    size = ContextSize(small_files(path, options["revision"], options["token"]))
+    size = ContextSize(small_files(path, options["revision"], options["token"]), options["kv_bits"])
     limits = Limits(size.chosen(server.max_context), server.max_queue, server.prefix_bytes)
     # A port that is taken must fail before the weights are read.
     listening = bound_socket(server.host, server.port)

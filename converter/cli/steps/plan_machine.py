@@ -19,6 +19,8 @@ TYPICAL = (
 
 def check_options(options: dict[str, Any], *, vram: bool) -> None:
     """Raise UsageError for a speed that the plan does not use."""
+    if vram and options["kv_bits"] == 8:
+        raise click.UsageError("--kv-bits 8 does not apply to --vram: GPUs have no kernel for it")
     if vram and options["memory"]:
         raise click.UsageError(
             "--memory does not apply to --vram: the GPU computes, and the link is slower than RAM"

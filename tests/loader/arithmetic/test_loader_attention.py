@@ -217,19 +217,12 @@ def test_attention_over_8_bits_is_that_of_float64_over_its_values(length, dtype,
     x, cos, sin = token(hidden, dim, dtype)
     got = native.append(x, cos, sin, cache)[0, 0]
     wide = GrowingLayer()
-    wide.update(*(part.float() for part in eight_bit_values(cache)))
+    wide.update(*cache.dequantized(torch.float32))
     expected = in_float64(weights, x, cos, sin, wide, heads)
     assert (got - expected).norm() < exact * expected.norm()
     native.append(x, cos, sin, plain)
     expected = in_float64(weights, x, cos, sin, plain, heads)
     assert (got - expected).norm() < rounded * expected.norm()
-
-
-def eight_bit_values(cache):
-    """Keys and values of an EightBitLayer in float32."""
-    twin = cache.copied(cache.get_seq_length())
-    twin._dtype = torch.float32
-    return twin.keys, twin.values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,7 +238,9 @@ def test_a_token_appends_the_8_bits_that_torch_makes_of_the_plain_cache(kv_heads
         native.append(*inputs, plain)
         native.append(*inputs, ours)
     quantized = EightBitLayer.from_layer(plain)
-    for got, expected in zip(eight_bit_values(ours), eight_bit_values(quantized), strict=True):
+    for got, expected in zip(
+        ours.dequantized(torch.float32), quantized.dequantized(torch.float32), strict=True
+    ):
         assert torch.equal(got, expected)
 
 
