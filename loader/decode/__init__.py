@@ -5,6 +5,8 @@
   attention and router, then experts. In between the decoder leases the experts from the cache.
 - *Spec*: where a model type keeps its weights and settings (`specs.py`, and a file for each type).
   Both decoders read them through it into `ModelWeights` (`weights.py`).
+- *Block*: 16 positions of one head in a KV cache of 8 bits (`kv_blocks.py`); `kv_bits_check.py`
+  refuses models that cannot have one.
 - *Request*: what a call of the model asks for (`decoder_call.py`).
 - *Path*: the code that computed a token: `decoder`, or `transformers` (transformers' own code over
   packed modules). `decoder_experts` is reserved for model types without a decoder.

@@ -176,8 +176,7 @@ int32_t check_attention(const moe_attention& l, const moe_kv& cache) {
       l.q.rows <= 0 || l.q.rows % dim || l.k.rows % dim || l.q.rows % l.k.rows || l.v.rows != l.k.rows ||
       l.o.rows != l.hidden || cache.length < 0 || cache.capacity <= cache.length)
     return MOE_E_SIZE;
-  if (cache.format != MOE_KV_PLAIN &&
-      (cache.format != MOE_KV_8BIT || cache.capacity % kKvPositions || dim > kMaxKvDim))
+  if (cache.format != MOE_KV_PLAIN && (cache.format != MOE_KV_8BIT || cache.capacity % kKvPositions || dim > kMaxKvDim))
     return MOE_E_SIZE;
   for (const moe_matrix* m : {&l.q, &l.k, &l.v, &l.o})
     if (!known_packing(m->packing)) return MOE_E_PACKING;

@@ -55,7 +55,8 @@ MOE_INLINE inline void score8_tile(const int16_t* q, const uint8_t* k, int dim, 
       if (more) unrolled<B>([&](auto b) MOE_INLINE { __builtin_prefetch(codes + b * block_bytes + next); });
       unrolled<kStepPairs>([&](auto pair) MOE_INLINE {
         unrolled<B * kParts>([&](auto i) MOE_INLINE {
-          const uint8_t* const at = codes + i / kParts * block_bytes + pair * 2 * kKvPositions + i % kParts * 2 * kLanes;
+          const uint8_t* const at =
+              codes + i / kParts * block_bytes + pair * 2 * kKvPositions + i % kParts * 2 * kLanes;
           const I key = I(wide_pairs(reinterpret_cast<const int8_t*>(at)));
           unrolled<G>([&](auto g) MOE_INLINE {
             using Raw = decltype(wide_pairs(nullptr));
@@ -76,8 +77,8 @@ MOE_INLINE inline void score8_tile(const int16_t* q, const uint8_t* k, int dim, 
     });
   }
   unrolled<G>([&](auto g) MOE_INLINE {
-    unrolled<B * kParts>(
-        [&](auto i) MOE_INLINE { store(scores + g * kBlock + i * kLanes, score[g * B * kParts + i]); });
+    unrolled<B * kParts>([&](auto i)
+                             MOE_INLINE { store(scores + g * kBlock + i * kLanes, score[g * B * kParts + i]); });
   });
 }
 
@@ -97,8 +98,8 @@ inline void score8_block(const int16_t* q, const uint8_t* k, int n, int dim, boo
 
 // acc[g] = acc[g] * keep[g] + steps[g] * (sum over p of codes[g * kBlock + p] * v[p]), for C registers of each row.
 template <int G, int C>
-MOE_INLINE inline void weigh8_tile(const int16_t* codes, const float* steps, const uint8_t* v, int n, int dim, bool more,
-                                   const float* keep, float* acc) {
+MOE_INLINE inline void weigh8_tile(const int16_t* codes, const float* steps, const uint8_t* v, int n, int dim,
+                                   bool more, const float* keep, float* acc) {
   const int block_bytes = kv_block_bytes(dim);
   const int next = (kBlock / kKvPositions) * block_bytes;
   I sum[G * C];
@@ -107,9 +108,8 @@ MOE_INLINE inline void weigh8_tile(const int16_t* codes, const float* steps, con
   for (int p = 0; p < n; p += 2) {
     if (more) prefetch(row + next, 2 * C * kLanes);
     I value[C];
-    unrolled<C>([&](auto c) MOE_INLINE {
-      value[c] = I(wide_pairs(reinterpret_cast<const int8_t*>(row + c * 2 * kLanes)));
-    });
+    unrolled<C>([&](auto c)
+                    MOE_INLINE { value[c] = I(wide_pairs(reinterpret_cast<const int8_t*>(row + c * 2 * kLanes))); });
     unrolled<G>([&](auto g) MOE_INLINE {
       const I weight = all_pairs(codes + g * kBlock + p);
       unrolled<C>([&](auto c) MOE_INLINE {
@@ -149,8 +149,7 @@ struct Cache8 {
   float scales[4];  // of the scores of each head
 
   Cache8(const AttendTask& t, int heads) : task(t) {
-    for (int g = 0; g < heads; ++g)
-      scales[g] = to_16_bits(t.q + g * t.dim, t.dim, query + g * t.dim) * t.scale;
+    for (int g = 0; g < heads; ++g) scales[g] = to_16_bits(t.q + g * t.dim, t.dim, query + g * t.dim) * t.scale;
   }
 
   const uint8_t* block(const void* part, int64_t begin) const {
@@ -172,7 +171,8 @@ struct Cache8 {
       // Weight times the value's scale, 0 beyond n: memory there may hold anything.
       alignas(64) float scale[kBlock];
       for (int p = 0; p < n; p += kLanes) {
-        const uint8_t* const at = v + p / kKvPositions * block_bytes + 2 * (first / kKvGroup * kKvPositions + p % kKvPositions);
+        const uint8_t* const at =
+            v + p / kKvPositions * block_bytes + 2 * (first / kKvGroup * kKvPositions + p % kKvPositions);
         store(scale + p, load(reinterpret_cast<const uint16_t*>(at)));
       }
       for (int p = n; p < kBlock; ++p) scale[p] = 0.0f;

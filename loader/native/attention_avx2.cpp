@@ -26,6 +26,6 @@ inline __m256i dot2(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32
 }  // namespace
 
 extern const AttentionKernels kAvx2Attention = {attend<PlainCache<float>>, attend<PlainCache<uint16_t>>,
-                                              attend<Cache8>};
+                                                attend<Cache8>};
 
 }  // namespace moe

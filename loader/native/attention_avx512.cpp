@@ -31,6 +31,6 @@ inline __m512i dot2(__m512i sum, __m512i a, __m512i b) {
 }  // namespace
 
 extern const AttentionKernels kAvx512Attention = {attend<PlainCache<float>>, attend<PlainCache<uint16_t>>,
-                                              attend<Cache8>};
+                                                  attend<Cache8>};
 
 }  // namespace moe

@@ -42,6 +42,6 @@ inline Ints dot2(Ints sum, Ints a, Ints b) {
 }  // namespace
 
 extern const AttentionKernels kPortableAttention = {attend<PlainCache<float>>, attend<PlainCache<uint16_t>>,
-                                              attend<Cache8>};
+                                                    attend<Cache8>};
 
 }  // namespace moe

@@ -102,8 +102,8 @@ typedef struct {
 } moe_attention;
 /* A layer's KV cache with `length` positions; the token becomes position `length` < capacity.
  * MOE_KV_PLAIN: the attention's dtype, [kv heads][capacity][head_dim].
- * MOE_KV_8BIT: blocks of 16 positions (kv_blocks.h), [kv heads][capacity / 16][bytes of a block]; capacity is a multiple
- * of 16, head_dim is at most 1024. */
+ * MOE_KV_8BIT: blocks of 16 positions (kv_blocks.h), [kv heads][capacity / 16][bytes of a block]; capacity is a
+ * multiple of 16, head_dim is at most 1024. */
 enum { MOE_KV_PLAIN = 0, MOE_KV_8BIT = 1 };
 typedef struct {
   void *keys, *values;
@@ -141,12 +141,12 @@ typedef struct {
   const int64_t* capacity;
   int64_t length;
   const uint8_t* const* blobs; /* [count, experts]; null: not in memory */
-  void* room;          /* [3, hidden]: input, first residual sum and experts' input of the present layer */
-  int64_t* index;      /* [count, top_k] */
-  float* weights;      /* [count, top_k] */
-  void* out;           /* logits [head.rows], or without a head the normed state [hidden]; of the dtype */
-  int32_t halves_done; /* 0 at first; a layer has two: up to its router, its experts */
-  int32_t kv_format;   /* of all layers */
+  void* room;                  /* [3, hidden]: input, first residual sum and experts' input of the present layer */
+  int64_t* index;              /* [count, top_k] */
+  float* weights;              /* [count, top_k] */
+  void* out;                   /* logits [head.rows], or without a head the normed state [hidden]; of the dtype */
+  int32_t halves_done;         /* 0 at first; a layer has two: up to its router, its experts */
+  int32_t kv_format;           /* of all layers */
 } moe_token;
 /* MOE_MISSING: layer halves_done / 2 chose experts without a blob. The caller either sets them in `blobs`, or writes
  * the layer's output to room[0] and adds one to halves_done; then the same call continues. A layer's blobs are read

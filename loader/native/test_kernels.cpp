@@ -343,8 +343,9 @@ struct Written {
   // Returns a token that writes to these buffers.
   moe::LayerToken token(const std::vector<T>& x, const std::vector<T>& cos, const std::vector<T>& sin, int64_t capacity,
                         int64_t length) {
-    return {x.data(),        cos.data(),    sin.data(),   {keys.data(), values.data(), capacity, length, MOE_KV_PLAIN, 0},
-            residual.data(), normed.data(), index.data(), weights.data()};
+    return {
+        x.data(),        cos.data(),    sin.data(),   {keys.data(), values.data(), capacity, length, MOE_KV_PLAIN, 0},
+        residual.data(), normed.data(), index.data(), weights.data()};
   }
 
   bool operator==(const Written& o) const {
@@ -486,6 +487,14 @@ void layers(const Shape& s, int32_t gate_up, int32_t down, int64_t capacity, int
   bad = layer;
   bad.top_k = s.experts + 1;
   refused(bad, capacity, MOE_E_SIZE, "top_k refused");
+  for (const int32_t format : {int32_t(MOE_KV_8BIT), 2}) {  // 8 bits: the capacity is no multiple of 16
+    Written<T> w(s, capacity, length, keys, vals);
+    const Written<T> before = w;
+    const moe_kv cache = {w.keys.data(), w.values.data(), capacity, length, format, 0};
+    check(moe_attention_step(&layer.attention, x.data(), cos.data(), sin.data(), &cache, w.out.data()) == MOE_E_SIZE &&
+              w == before,
+          "format of the cache refused");
+  }
   if (!first) return;
   whole_token<T>(s, layer, blobs, {x, cos, sin, capacity, length}, {s, capacity, length, keys, vals}, *first);
   blobs[first->index[0]] = nullptr;

@@ -40,8 +40,8 @@ int32_t step(const moe_model& model, moe_token& token) {
     const int32_t number = token.halves_done / 2;
     const moe_layer& layer = *model.layers[number];
     if (layer.top_k > model.top_k || layer.experts > model.experts) return MOE_E_SIZE;
-    const moe_kv cache = {token.keys[number], token.values[number], token.capacity[number], token.length,
-                          token.kv_format, 0};
+    const moe_kv cache = {token.keys[number], token.values[number], token.capacity[number],
+                          token.length,       token.kv_format,      0};
     const LayerToken at = {x,
                            token.cos,
                            token.sin,
