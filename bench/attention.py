@@ -214,7 +214,7 @@ def main() -> None:
         "--positions", default="32,2048,4096,8192", help="comma list (default: %(default)s)"
     )
     parser.add_argument("--threads", default="", help="comma list (default: 1 and one per core)")
-    parser.add_argument("--kv-bits", type=int, default=16, help="8 or 16 (default: 16)")
+    parser.add_argument("--kv-bits", default="16", help="of part alone: 16, 8 or 16,8")
     parser.add_argument("--rounds", type=int, default=30, help="measurements (default: 30)")
     parser.add_argument(
         "--isa", default="auto", help="instruction set (default: the best)", choices=kernels.ISAS
@@ -237,13 +237,14 @@ def main() -> None:
         print(f"{part:7s} {text}", file=sys.stderr if options.json else sys.stdout, flush=True)
 
     for count in positions:
-        alone = Alone(count, options.kv_bits)
-        for n in threads:
-            builds.set_threads(n)
-            row = alone.times(builds, options.rounds)
-            mb = alone.cache_bytes / 1e6
-            note("alone", {"positions": count, "threads": n, "mb": mb} | row)
-        del alone
+        for bits in [int(n) for n in options.kv_bits.split(",")]:
+            alone = Alone(count, bits)
+            for n in threads:
+                builds.set_threads(n)
+                row = alone.times(builds, options.rounds)
+                about = {"positions": count, "kv_bits": bits, "threads": n}
+                note("alone", about | {"mb": alone.cache_bytes / 1e6} | row)
+            del alone
     builds.set_threads(threads[-1])
     if options.folder is not None:
         layers = Layers(options.folder)

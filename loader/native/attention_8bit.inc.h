@@ -167,6 +167,9 @@ struct Cache8 {
   void weigh(const float* weights, int64_t begin, int n, bool more, const float* keep) const {
     const int dim = task.dim, block_bytes = kv_block_bytes(dim);
     const uint8_t* const v = block(task.v, begin);
+    if (more)
+      for (int p = 0; p < kBlock; p += kKvPositions)
+        prefetch(v + (kBlock + p) / kKvPositions * block_bytes, kv_scale_bytes(dim));
     for (int first = 0; first < dim; first += kKvGroup) {
       // Weight times the value's scale, 0 beyond n: memory there may hold anything.
       alignas(64) float scale[kBlock];
