@@ -26,7 +26,7 @@ from loader.hf.modules.expert_layers import routed_layers
 from loader.hf.served_model import Serving
 from loader.option_values import check_options
 from loader.placement import CacheOptions, Placement, place
-from loader.repository import Folder, OpenModel, open_model, small_files
+from loader.repository import Folder, OpenModel, head_of_repository, open_model, small_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +116,9 @@ def from_pretrained(
     check_options(cpu_share=cpu_share, io=io, policy=policy, check=check, kv_bits=kv_bits)
     dtype = _floating(dtype)
     _check_attention(attn_implementation)
+    if kv_bits == 8 and (head := head_of_repository(folder, revision, token)):
+        # Before the weights are downloaded.
+        check_8bit_cache(head.index.architecture, head.config, [])
     opened = open_model(folder, revision, token, lazy=lazy, progress=progress)
     artifact = opened.artifact
     guesses = _guesses(prefetch, artifact.architecture)

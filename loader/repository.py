@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from formats.artifact import Artifact
+from formats.artifact import Artifact, Head, read_head
+from formats.config.recorded_config import CONFIG_NAME
 from formats.config.side_files import is_read_by_transformers
 from formats.errors import MoeConvertError, RecipeError
 from formats.hub.lazy_folder import LazyFolder
@@ -85,6 +86,14 @@ def small_files(folder: Folder, revision: str | None, token: str | None) -> Path
         )
     repo = HubRepo.open(os.fspath(folder), revision, token)
     return fetch_listed(repo, wanted=is_read_by_transformers, bars=True)[0]
+
+
+def head_of_repository(folder: Folder, revision: str | None, token: str | None) -> Head | None:
+    """Return index and config.json of a repository, without its weights; None for a folder."""
+    if not _is_repo(folder):
+        return None
+    repo = HubRepo.open(os.fspath(folder), revision, token)
+    return read_head(fetch_listed(repo, wanted=CONFIG_NAME.__eq__)[0])
 
 
 def _is_repo(folder: Folder) -> bool:

@@ -128,8 +128,9 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Empty the layer."""
-        self._blocks = None
+        # In this order an interrupt leaves no positions without memory.
         self._length = 0
+        self._blocks = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -161,13 +162,16 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
     def _reserve(self, batch: int, heads: int, length: int, width: int) -> tuple[Tensor, Tensor]:
         """Return memory of keys and values for at least `length` positions."""
         blocks = self._blocks
-        if self._length == 0 and blocks is not None and blocks[0].shape[:2] != (batch, heads):
+        if blocks is not None and self._length:
+            # Other sequences or heads do not fit: writing them then raises an error.
+            batch, heads, width = *blocks[0].shape[:2], self._width
+        elif blocks is not None and (*blocks[0].shape[:2], self._width) != (batch, heads, width):
             blocks = None
-        if blocks is None:
-            self._width = width
         # torch rejects writes to a tensor of inference mode outside of that mode.
-        elif length <= blocks[0].shape[2] * kv_blocks.POSITIONS and (
-            not blocks[0].is_inference() or torch.is_inference_mode_enabled()
+        if (
+            blocks is not None
+            and length <= blocks[0].shape[2] * kv_blocks.POSITIONS
+            and (not blocks[0].is_inference() or torch.is_inference_mode_enabled())
         ):
             return blocks
         capacity = max(MIN_POSITIONS, 2 * length)
@@ -176,6 +180,7 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
             count = -(-self._length // kv_blocks.POSITIONS)
             for part, old in zip(new, blocks, strict=True):
                 part[:, :, :count] = old[:, :, :count]
+        self._width = width
         self._blocks = (new[0], new[1])
         return self._blocks
 

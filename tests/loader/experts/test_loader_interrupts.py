@@ -242,9 +242,9 @@ def test_the_same_tokens_come_after_an_interrupt_at_any_line(folder, kernels, pr
         check_counts(cache)
 
 
-@pytest.mark.parametrize("slots", [2, 4])
-def test_an_interrupted_pass_leaves_the_kv_cache_as_long_as_it_was(folder, slots):
-    model = loader.from_pretrained(folder, slots=[slots] * 3, io="direct")
+@pytest.mark.parametrize(("slots", "kv_bits"), [(2, 16), (4, 16), (4, 8)])
+def test_an_interrupted_pass_leaves_the_kv_cache_as_long_as_it_was(folder, slots, kv_bits):
+    model = loader.from_pretrained(folder, slots=[slots] * 3, io="direct", kv_bits=kv_bits)
     past, following = DynamicCache(), torch.tensor([[7]])
 
     def next_logits(lines):

@@ -106,6 +106,13 @@ def test_memory_of_inference_mode_may_go_on_outside():
     assert torch.equal(ours.keys, torch.cat((plain.keys, in_8_bits(rows[0])), 2))
 
 
+def test_native_code_gets_no_memory_of_other_sequences_or_heads():
+    ours, _ = filled([20])
+    for kind in ((3, WIDTH), (2, WIDTH), (3, 64)):
+        with pytest.raises(ValueError, match="KV cache in 8 bits"):
+            ours.place((*kind, torch.float32, torch.device("cpu")))
+
+
 def test_gradients_are_refused():
     rows = [part.requires_grad_() for part in states(2, 0)]
     with pytest.raises(MoeConvertError, match=r"kv_bits.*gradients"):

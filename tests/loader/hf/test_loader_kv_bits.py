@@ -195,6 +195,22 @@ def test_models_without_kernels_are_refused_by_name(folder):
         check_8bit_cache(changed(shape, model_type="qwen3_moe"), config, [])
 
 
+def test_a_repository_is_refused_before_its_weights_are_downloaded(hub, folder, monkeypatch):
+    hub.add("me/tiny-2bit", folder)
+    # As for a model type without a decoder.
+    monkeypatch.setattr("loader.decode.kv_bits_check.SPECS", {})
+    with pytest.raises(RecipeError, match="kv_bits"):
+        loader.from_pretrained("me/tiny-2bit", kv_bits=8)
+    assert not hub.ranges(".safetensors")
+    monkeypatch.undo()
+
+
+@torch.inference_mode()
+def test_a_repository_loads_with_8_bits(hub, folder):
+    hub.add("me/tiny-2bit", folder)
+    assert loader.from_pretrained("me/tiny-2bit", kv_bits=8).kv_bits == 8
+
+
 def changed(struct, **fields):
     import msgspec
 
