@@ -107,7 +107,12 @@ class EightBitLayer(DynamicLayer):  # type: ignore[misc]
         heads, width, dtype, device = kind
         keys, values = self._reserve(1, heads, self._length + 1, width)
         shape = (1, heads, kv_blocks.block_bytes(width))
-        if (*keys.shape[:2], keys.shape[3]) != shape or device.type != "cpu":
+        fits = (*keys.shape[:2], keys.shape[3]) == shape
+        if (
+            not fits
+            or device.type != "cpu"
+            or not (keys.is_contiguous() and values.is_contiguous())
+        ):
             raise ValueError(
                 f"KV cache in 8 bits: expected {shape[:2]} sequences and heads of {width} on"
                 f" {device}, got {tuple(keys.shape)} on {keys.device}"

@@ -32,7 +32,7 @@ def with_8bit_cache(
     if growing_layers(given[0], config.num_hidden_layers, 8) is None:
         raise MoeConvertError(
             f"kv_bits: this {type(given[0]).__name__} cannot hold 8 bits: it is no DynamicCache,"
-            " or its layers are not plain or differ in length",
+            " or its layers are not plain, are offloaded, or differ in length",
             _HINT,
         )
     return args, kwargs

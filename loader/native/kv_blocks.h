@@ -43,7 +43,8 @@ inline void kv_store(const float* x, int dim, KvPart part, uint8_t* block, int s
     std::memcpy(block + 2 * (begin / kKvGroup * kKvPositions + slot), &scale, sizeof scale);
     for (int i = begin; i < end; ++i) {
       // The scale may have been rounded down: then the largest value exceeds 127.
-      const float code = is_zero ? 0.0f : std::nearbyint(x[i] / d);
+      // Adding 1.5 * 2^23 rounds to nearest even; without SSE4.1 std::nearbyint is a call.
+      const float code = is_zero ? 0.0f : (x[i] / d + 12582912.0f) - 12582912.0f;
       codes[kv_code_offset(part, dim, slot, i)] = int8_t(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
     }
   }

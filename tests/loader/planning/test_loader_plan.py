@@ -1,6 +1,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from made_traces import random_experts, trace_of
 
@@ -9,9 +10,10 @@ from converter.output.planned_folder import PlannedFolder
 from converter.recipe.recipes import make_recipe
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
-from formats.model_memory import PROCESS_BYTES
+from formats.model_memory import PROCESS_BYTES, kv_position_bytes
 from loader.budget.expert_sizes import staging_bytes
 from loader.budget.slot_counts import slots_of_folder
+from loader.decode import kv_blocks
 from loader.experts.policy import LruPolicy
 from loader.planning.memory_plan import (
     EFFICIENCY,
@@ -136,6 +138,15 @@ def test_compressed_experts_are_read_compressed_and_copied(example_folder, tmp_p
     assert not sizes.in_place
     assert sizes.stored[0] == sum(artifact.entry(0, expert).length for expert in range(8)) / 8
     assert sizes.all_experts == 64 * artifact.layout(0, 0).n_bytes
+
+
+def test_a_position_in_8_bits_takes_its_share_of_a_block(converted):
+    shape = Artifact.open(converted("2bit")).architecture
+    for width in (16, 80, 128):
+        changed = msgspec.structs.replace(shape, head_dim=width)
+        blocks = 2 * shape.num_hidden_layers * shape.num_key_value_heads
+        n_bytes = blocks * kv_blocks.block_bytes(width) / kv_blocks.POSITIONS
+        assert kv_position_bytes(changed, 2, 8) == n_bytes
 
 
 @pytest.mark.parametrize("recipe", ["2bit", "4bit"])
