@@ -164,8 +164,9 @@ def matrix(rows: int, columns: int) -> PackedMatrix:
 class Layers:
     """Single tokens of a converted model."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = loader.from_pretrained(folder, ram_cache="1TiB")
+    def __init__(self, folder: Path, kv_bits: int) -> None:
+        self.model = loader.from_pretrained(folder, ram_cache="1TiB", kv_bits=kv_bits)
+        self._kv_bits = kv_bits
         config = self.model.config
         self.count = config.num_hidden_layers
         self._shape = (1, config.num_key_value_heads, HEAD_DIM)
@@ -175,7 +176,7 @@ class Layers:
         """ms per layer of a token at `positions` and the next ones."""
         one, heads, dim = self._shape
         cache = DynamicCache()
-        for layer in growing_layers(cache, self.count) or ():
+        for layer in growing_layers(cache, self.count, self._kv_bits) or ():
             values = torch.randn(one, heads, positions, dim).bfloat16()
             layer.update(values, values.flip(2))
         self._token(cache)  # makes the decoder
@@ -214,7 +215,7 @@ def main() -> None:
         "--positions", default="32,2048,4096,8192", help="comma list (default: %(default)s)"
     )
     parser.add_argument("--threads", default="", help="comma list (default: 1 and one per core)")
-    parser.add_argument("--kv-bits", default="16", help="of part alone: 16, 8 or 16,8")
+    parser.add_argument("--kv-bits", default="16", help="16, 8 or 16,8 (default: 16)")
     parser.add_argument("--rounds", type=int, default=30, help="measurements (default: 30)")
     parser.add_argument(
         "--isa", default="auto", help="instruction set (default: the best)", choices=kernels.ISAS
@@ -225,6 +226,7 @@ def main() -> None:
     builds = Builds(options.against)
     kernels.set_threads(0)
     threads = [int(n) for n in options.threads.split(",") if n] or sorted({1, kernels.threads()})
+    kv_bits = [int(n) for n in options.kv_bits.split(",")]
     positions = [int(n) for n in options.positions.split(",")]
     builds.set_isa(options.isa)
     result: dict[str, Any] = {"kernels": kernels.describe(), "rows": []}
@@ -237,7 +239,7 @@ def main() -> None:
         print(f"{part:7s} {text}", file=sys.stderr if options.json else sys.stdout, flush=True)
 
     for count in positions:
-        for bits in [int(n) for n in options.kv_bits.split(",")]:
+        for bits in kv_bits:
             alone = Alone(count, bits)
             for n in threads:
                 builds.set_threads(n)
@@ -247,10 +249,12 @@ def main() -> None:
             del alone
     builds.set_threads(threads[-1])
     if options.folder is not None:
-        layers = Layers(options.folder)
-        for count in positions:
-            row = layers.times(builds, count, options.rounds)
-            note("layer", {"positions": count, "threads": threads[-1]} | row)
+        for bits in kv_bits:
+            layers = Layers(options.folder, bits)
+            for count in positions:
+                row = layers.times(builds, count, options.rounds)
+                about = {"positions": count, "kv_bits": bits, "threads": threads[-1]}
+                note("layer", about | row)
     note("growth", {"positions": positions[-1], "ms": growth_ms(positions[-1])})
     if options.json:
         print(json.dumps(result))

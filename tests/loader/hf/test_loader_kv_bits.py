@@ -205,6 +205,13 @@ def test_a_repository_is_refused_before_its_weights_are_downloaded(hub, folder, 
     monkeypatch.undo()
 
 
+def test_a_gpu_is_refused(folder, monkeypatch):
+    monkeypatch.setattr("loader.model.choose_devices", lambda *_: ["cuda:0"])
+    with pytest.raises(RecipeError, match="GPU") as refused:
+        loader.from_pretrained(folder, kv_bits=8)
+    assert "--device cpu" in str(refused.value)
+
+
 @torch.inference_mode()
 def test_a_repository_loads_with_8_bits(hub, folder):
     hub.add("me/tiny-2bit", folder)
