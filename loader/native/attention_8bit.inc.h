@@ -13,17 +13,24 @@ inline I all_pairs(const int16_t* p) {
   return pair - I{};
 }
 
+// The larger of each lane, by the bits of positive floats: NaN is larger than infinity, and that than all others.
+inline F larger_bits(F a, F b) { return F((I)a > (I)b ? (I)a : (I)b); }
+
+template <int lanes = kLanes>
+inline float largest_bits(F v) {
+  if constexpr (lanes == 16) v = larger_bits(even<8>(v, v), odd<8>(v, v));
+  if constexpr (lanes >= 8) v = larger_bits(even<4>(v, v), odd<4>(v, v));
+  v = larger_bits(even<2>(v, v), odd<2>(v, v));
+  return larger_bits(even<1>(v, v), odd<1>(v, v))[0];
+}
+
 // codes[i] = round(x[i] / step) with step = largest / 32767; n is a multiple of 16. Returns step: NaN if a value is not
 // finite, 0 if all are below 1e-30 (then the codes are 0).
 inline float to_16_bits(const float* x, int n, int16_t* codes) {
   typedef int16_t S __attribute__((vector_size(2 * kLanes)));
-  F most = {}, bad = {};
-  for (int i = 0; i < n; i += kLanes) {
-    const F v = load(x + i);
-    most = larger(v < F{} ? -v : v, most);
-    bad = bad + (v - v);
-  }
-  const float largest = largest_lane(most);
+  F most = {};
+  for (int i = 0; i < n; i += kLanes) most = larger_bits(F((I)load(x + i) & 0x7fffffff), most);
+  const float largest = largest_bits(most);
   const bool is_zero = largest < 1e-30f;
   const F inverse = all_lanes(is_zero ? 0.0f : 32767.0f / largest);
   for (int i = 0; i < n; i += kLanes) {
@@ -32,9 +39,8 @@ inline float to_16_bits(const float* x, int n, int16_t* codes) {
     const S narrow = __builtin_convertvector(wide, S);
     __builtin_memcpy(codes + i, &narrow, sizeof narrow);
   }
-  float nan = 0.0f;
-  for (int i = 0; i < kLanes; ++i) nan += bad[i];
-  return (is_zero ? 0.0f : largest * (1.0f / 32767.0f)) + nan;
+  // 0 * largest is NaN for infinity too.
+  return is_zero ? 0.0f : largest * (1.0f / 32767.0f) + 0.0f * largest;
 }
 
 // scores[g * kBlock + p] for the 16 * B positions of B blocks at k: group by group, sum of codes times the key's scale.
@@ -104,20 +110,23 @@ MOE_INLINE inline void weigh8_tile(const int16_t* codes, const float* steps, con
   const int next = (kBlock / kKvPositions) * block_bytes;
   I sum[G * C];
   unrolled<G * C>([&](auto i) MOE_INLINE { sum[i] = I{}; });
-  const uint8_t* row = v;
-  for (int p = 0; p < n; p += 2) {
-    if (more) prefetch(row + next, 2 * C * kLanes);
-    I value[C];
-    unrolled<C>([&](auto c)
-                    MOE_INLINE { value[c] = I(wide_pairs(reinterpret_cast<const int8_t*>(row + c * 2 * kLanes))); });
-    unrolled<G>([&](auto g) MOE_INLINE {
-      const I weight = all_pairs(codes + g * kBlock + p);
-      unrolled<C>([&](auto c) MOE_INLINE {
-        using Raw = decltype(wide_pairs(nullptr));
-        sum[g * C + c] = I(dot2(Raw(sum[g * C + c]), Raw(value[c]), Raw(weight)));
+  // Whole blocks: codes are 0 from n on. gcc spills sums if the inner loop has another exit.
+  for (const int16_t* const end = codes + n; codes < end; codes += kKvPositions, v += block_bytes) {
+    const uint8_t* row = v;
+    for (int pair = 0; pair < kPairs; ++pair, row += 2 * dim) {
+      if (more) prefetch(row + next, 2 * C * kLanes);
+      I value[C];
+      unrolled<C>([&](auto c)
+                      MOE_INLINE { value[c] = I(wide_pairs(reinterpret_cast<const int8_t*>(row + c * 2 * kLanes))); });
+      unrolled<G>([&](auto g) MOE_INLINE {
+        const I weight = all_pairs(codes + g * kBlock + 2 * pair);
+        unrolled<C>([&](auto c) MOE_INLINE {
+          using Raw = decltype(wide_pairs(nullptr));
+          I& s = sum[g * C + c];
+          s = I(dot2(Raw(s), Raw(value[c]), Raw(weight)));
+        });
       });
-    });
-    row += p % kKvPositions == kKvPositions - 2 ? block_bytes - (kPairs - 1) * 2 * dim : 2 * dim;
+    }
   }
   unrolled<G>([&](auto g) MOE_INLINE {
     unrolled<C>([&](auto c) MOE_INLINE {
