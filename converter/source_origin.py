@@ -1,12 +1,12 @@
 """The source checkpoint as the origin of repairs: it converts experts again by the same recipe."""
 
+import contextlib
 import hashlib
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import zstandard
 
 from converter.calibration.calibration_pass import CalibrationPass
@@ -25,6 +25,7 @@ from converter.output.source_side_files import copied_bytes, side_files_of
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.recipe.recipe_options import RecipeOptions
 from converter.solvers.registry import choose_solver
+from converter.torch_threads import one_torch_thread
 from formats import TRUNK_NAME
 from formats.errors import MoeConvertError, SourceError
 from formats.files.output_file import remove
@@ -64,16 +65,16 @@ class SourceOrigin(Origin):
         }
         self._scratch = tempfile.TemporaryDirectory(prefix="moe-convert-")
         self._prepared: tuple[int, LayerStatistics] | None = None
-        self._threads = torch.get_num_threads()
+        self._one_thread = contextlib.ExitStack()
         self._calibration = self._calibration_pass(recipe.options, calibration_file)
 
     def __enter__(self) -> "SourceOrigin":
         # As in a conversion: sums over a tensor depend on torch's number of threads.
-        torch.set_num_threads(1)
+        self._one_thread.enter_context(one_torch_thread())
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._threads)
+        self._one_thread.close()
         self._checkpoint.close()
         self._scratch.cleanup()
 

@@ -94,9 +94,9 @@ class Adapter(_Strict, frozen=True):
     revision: Label | None
     """Commit of a Hub repository; None for a folder."""
     config_sha256: Sha256
-    """Of adapter_config.json."""
+    """SHA-256 of adapter_config.json, in hex."""
     weights_sha256: Sha256
-    """Of adapter_model.safetensors."""
+    """SHA-256 of adapter_model.safetensors, in hex."""
 
 
 class Source(_Strict, frozen=True, omit_defaults=True):

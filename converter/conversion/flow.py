@@ -5,12 +5,13 @@ from typing import Any, Literal
 
 from converter.conversion.identity import check_contents, check_same
 from converter.conversion.plan import ConversionPlan
-from converter.conversion.run import one_torch_thread, run_conversion
+from converter.conversion.run import run_conversion
 from converter.conversion.target_bits import with_chosen_bits
 from converter.output.conversion_sizes import OutputPlan
 from converter.output.output_folder import SOURCE_FOLDER, OutputFolder
 from converter.recipe.conversion_recipe import ConversionRecipe
 from converter.solvers.interface import CalibratedSolver
+from converter.torch_threads import one_torch_thread
 from formats.files.io_errors import translated
 from formats.progress import Progress, no_progress
 
@@ -50,6 +51,8 @@ def _convert(plan: ConversionPlan, progress: Progress) -> Converted:
         if folder.complete:
             return _already_complete(plan, progress)
         checkpoint.fetch_into(folder.path / SOURCE_FOLDER)
+        # Sums over a tensor depend on torch's number of threads, and so does the iteration where
+        # hqq stops. Workers use the other cores.
         with one_torch_thread():
             if (
                 plan.recipe.options.rules_are_open

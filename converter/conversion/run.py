@@ -1,7 +1,7 @@
 """The run of a conversion: does the remaining units in several threads and records each."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from functools import partial
@@ -154,17 +154,3 @@ def _keep_first_error(running: dict[Future[UnitRecord], Unit]) -> None:
     for future in running:
         with contextlib.suppress(Stopped, Exception):
             future.result()
-
-
-@contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Run torch in one thread; workers use the other cores.
-
-    The number of torch's threads changes sums over a tensor, and so the iteration where hqq stops.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

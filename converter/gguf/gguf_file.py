@@ -1,8 +1,5 @@
 """Writes the GGUF file of a converted folder."""
 
-import contextlib
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,11 @@ from converter.gguf.hyperparameters import check_model
 from converter.gguf.options import ExportOptions
 from converter.gguf.tensor_plan import MATRICES, StackedTensor, Tensor, TrunkTensor, plan_tensors
 from converter.gguf.vocabulary import read_vocabulary
+from converter.torch_threads import one_torch_thread
 from formats.artifact import Artifact
 from formats.errors import DoesNotFitError
 from formats.expert import split
+from formats.files.disk_space import free_disk_bytes
 from formats.files.io_errors import translated
 from formats.files.output_file import OutputFile
 from formats.files.partial_file import new_file
@@ -70,7 +69,9 @@ def write_gguf(
     _check_disk(out, plan.total_bytes)
     if plan.options.check != "none":
         check_files(artifact.folder, artifact.index, [artifact.index.trunk.file])
-    with _one_thread(), new_file(out) as file:
+    # A chunk takes milliseconds. On a busy machine torch's threads wait for each other: an export
+    # of 2.8 billion weights took 212 s with two threads, 32 s with one.
+    with one_torch_thread(), new_file(out) as file:
         file.allocate(plan.total_bytes)
         file.write_at(plan.header, 0)
         writing = _Writing(plan, file, progress)
@@ -154,25 +155,8 @@ def rotary_order(rows: int, heads: int) -> torch.Tensor:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute on one thread.
-
-    A chunk takes milliseconds. On a busy machine the threads wait for each other: an export of 2.8
-    billion weights took 212 s with two threads, 32 s with one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _check_disk(out: Path, needed_bytes: int) -> None:
-    folder = out.absolute().parent
-    with translated(folder, "read"):
-        free_bytes = shutil.disk_usage(folder).free
+    free_bytes = free_disk_bytes(out.absolute().parent)
     if needed_bytes > free_bytes:
         raise DoesNotFitError(
             f"{out}: the file needs {needed_bytes} bytes, free are {free_bytes}",

@@ -1,7 +1,5 @@
 """Layouts, sizes, memory and disk of a conversion, before its first weight is read."""
 
-import os
-import shutil
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +17,7 @@ from converter.solvers.plain_rows import plain_packing_for
 from formats import INDEX_NAME, TRUNK_NAME
 from formats.errors import DoesNotFitError, RecipeError
 from formats.expert import ExpertLayout
+from formats.files.disk_space import free_disk_bytes
 from formats.files.io_errors import translated
 from formats.files.partial_file import partial_path
 from formats.index import PackedLinear
@@ -210,15 +209,14 @@ def check_disk(plan: OutputPlan, out: Path, codec: str, fetch_bytes: int = 0) ->
 
     fetch_bytes: disk that fetched shards may take until the conversion is complete.
     """
-    folder = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
     needed_bytes = plan.total_bytes + _SMALL_FILES_BYTES
     if not (out / INDEX_NAME).exists():
         needed_bytes += fetch_bytes
     if codec == "zstd":
         # Beside a layer's raw file: its compressed frames, and the file assembled from them.
         needed_bytes += 2 * max(plan.layer_bytes)
+    free_bytes = free_disk_bytes(out)
     with translated(out, "used"):
-        free_bytes = shutil.disk_usage(folder).free
         needed_bytes -= _written_bytes(plan, out)
     if needed_bytes > free_bytes:
         hint = "free some space, or choose another disk"

@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a user says about a publication.
+    """Options of a publication.
 
     revision: a branch, None for main. license: one of the Hub's identifiers, None for the source's.
     base_model: None for the index's source. published: the repository's card, None without one.

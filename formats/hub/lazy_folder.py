@@ -6,7 +6,6 @@ weights. Then the folder becomes an ordinary converted folder.
 
 import contextlib
 import re
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ from formats import INDEX_NAME, PENDING_NAME
 from formats.artifact import Artifact
 from formats.config.recorded_config import CONFIG_NAME
 from formats.errors import DoesNotFitError, HubError
+from formats.files.disk_space import free_disk_bytes
 from formats.files.file_lock import lock_file
-from formats.files.io_errors import translated
 from formats.files.output_file import OutputFile, make_folders, remove, rename
 from formats.files.partial_file import write_file
 from formats.hub.hub_settings import is_offline, kept_root
@@ -190,8 +189,7 @@ def _prepare(path: Path, repo: HubRepo, progress: Progress) -> None:
 
 def _check_space(path: Path, index: Index) -> None:
     needed = index.weight_bytes
-    with translated(path, "used"):
-        free = shutil.disk_usage(path).free
+    free = free_disk_bytes(path)
     if needed > free:
         raise DoesNotFitError(
             f"{path}: the whole model takes {needed} bytes, only {free} are free",

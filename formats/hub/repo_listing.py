@@ -5,7 +5,6 @@ number and size, are never fetched.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from formats import INDEX_NAME
 from formats.config.generation_config import GENERATION_NAME
 from formats.config.side_files import MAX_BYTES
 from formats.errors import DamageError, DoesNotFitError, NotConvertedError
-from formats.files.io_errors import translated
+from formats.files.disk_space import free_disk_bytes
 from formats.hub.hub_settings import cache_root
 from formats.hub.ranges import RemoteFile
 from formats.hub.repo import HubRepo
@@ -90,15 +89,13 @@ def check_space(repo: HubRepo, files: list[RemoteFile], local_dir: Path | None) 
     Logs their number and size. local_dir: as in `fetch_listed`.
     """
     target = local_dir or cache_root()
-    folder = next(p for p in (target, *target.absolute().parents) if p.exists())
     missing = [
         file
         for file in files
         if not (_has(local_dir, file) if local_dir else repo.cached(file.name))
     ]
     needed = sum(file.size for file in missing)
-    with translated(folder, "used"):
-        free = shutil.disk_usage(folder).free
+    free = free_disk_bytes(target)
     if needed > free:
         raise DoesNotFitError(
             f"{target}: the download needs {needed} bytes, only {free} are free", "free some space"

@@ -156,6 +156,16 @@ def test_unknown_licence_is_said(upload: Upload) -> None:
     assert "The licence is not known" in card
 
 
+def published_from_hub(
+    hub: HubServer, run_command: Callable[..., tuple[int, str, str]], out: Path
+) -> dict[str, Any]:
+    """Convert and upload the repository me/tiny; return the metadata of the published card."""
+    words = ["--solver", "hqq", "--upload-repo", REPO]
+    code, _, err = run_command("convert", "me/tiny", "-o", out, *words)
+    assert code == 0, err
+    return metadata_of(hub.files(REPO)["README.md"].decode())
+
+
 def test_card_of_a_source_on_the_hub_gives_licence_and_languages(
     hub: HubServer,
     run_command: Callable[..., tuple[int, str, str]],
@@ -166,10 +176,7 @@ def test_card_of_a_source_on_the_hub_gives_licence_and_languages(
     hub.commit(
         "me/tiny", {"README.md": b"---\nlicense: apache-2.0\nlanguage: [fr, en]\n---\n# x\n"}
     )
-    words = ["--solver", "hqq", "--upload-repo", REPO]
-    code, _, err = run_command("convert", "me/tiny", "-o", tmp_path / "out", *words)
-    assert code == 0, err
-    metadata = metadata_of(hub.files(REPO)["README.md"].decode())
+    metadata = published_from_hub(hub, run_command, tmp_path / "out")
     assert (metadata["license"], metadata["language"]) == ("apache-2.0", ["fr", "en"])
     assert metadata["base_model"] == "me/tiny"
 
@@ -183,8 +190,5 @@ def test_licence_file_of_a_source_that_is_not_copied_is_linked_there(
     hub.add("me/tiny", example_folder)
     card = b"---\nlicense: other\nlicense_name: own\nlicense_link: terms.md\n---\n# x\n"
     hub.commit("me/tiny", {"README.md": card})
-    words = ["--solver", "hqq", "--upload-repo", REPO]
-    code, _, err = run_command("convert", "me/tiny", "-o", tmp_path / "out", *words)
-    assert code == 0, err
-    metadata = metadata_of(hub.files(REPO)["README.md"].decode())
+    metadata = published_from_hub(hub, run_command, tmp_path / "out")
     assert metadata["license_link"] == "https://huggingface.co/me/tiny/blob/main/terms.md"

@@ -30,7 +30,6 @@ from formats.errors import (
     SourceError,
 )
 from formats.expert import ExpertLayout
-from formats.hub import repo_listing
 from formats.hub.hub_origin import HubOrigin
 from formats.hub.lazy_folder import LazyFolder
 from formats.hub.ranges import Retries
@@ -275,9 +274,7 @@ def test_a_disk_without_room_is_named_before_the_weights_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.add(REPO, folder)
-    monkeypatch.setattr(
-        repo_listing.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     needed = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert f"needs {needed} bytes, only 1 are free" in refused(way, DoesNotFitError)
 

@@ -1,4 +1,4 @@
-"""What the model card says about a converted folder."""
+"""The model card of a converted folder."""
 
 import json
 import shutil

@@ -18,7 +18,6 @@ from formats.errors import (
     DoesNotFitError,
     HubError,
 )
-from formats.hub import lazy_folder
 from formats.hub.lazy_folder import LazyFolder
 from formats.hub.lazy_reader import HubReader
 from formats.hub.ranges import Retries
@@ -178,8 +177,6 @@ def test_offline_downloaded_experts_can_be_used(
 def test_no_room_for_the_model_is_said_before_it_is_fetched(
     filled: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        lazy_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(DoesNotFitError, match="only 1 are free"):
         open_lazy()

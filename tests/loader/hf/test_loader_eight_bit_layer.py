@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cache_changes import CACHE_CHANGES
 from transformers.cache_utils import DynamicLayer
 
 from formats.errors import MoeConvertError
@@ -58,17 +59,7 @@ def test_the_memory_is_about_half_of_16_bits():
     assert bytes_8 == bytes_16 * 66 // 128
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
-        lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
-        lambda layer: layer.crop(-3),
-        lambda layer: layer.batch_repeat_interleave(2),
-        lambda layer: layer.batch_select_indices(torch.tensor([-1])),
-    ],
-    ids=["swap", "same", "crop", "repeat", "select"],
-)
+@pytest.mark.parametrize("change", CACHE_CHANGES.values(), ids=CACHE_CHANGES)
 def test_changes_of_the_batch_and_crops_are_those_of_the_dynamic_layer(change):
     ours, plain = filled([20, 1])
     change(ours)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from cache_changes import CACHE_CHANGES
 from decoding import transformers_code
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -56,17 +57,7 @@ def test_a_token_stays_in_place_until_the_memory_is_full():
     assert len({view.data_ptr() for view in views}) == 3
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
-        lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
-        lambda layer: layer.crop(-3),
-        lambda layer: layer.batch_repeat_interleave(2),
-        lambda layer: layer.batch_select_indices(torch.tensor([-1])),
-    ],
-    ids=["swap", "same", "crop", "repeat", "select"],
-)
+@pytest.mark.parametrize("change", CACHE_CHANGES.values(), ids=CACHE_CHANGES)
 def test_changes_of_the_batch_and_crops_are_kept(change):
     layers = both()
     append(layers, [6, 1])
